@@ -1,0 +1,42 @@
+"""Coupled Discrete Diffusion (CoDD) for Hugging Face: coherent parallel text from diffusion LMs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "CoDDConfig": "configuration_codd",
+    "CoDDHead": "modeling_codd",
+    "CoDDHeadConfig": "configuration_codd",
+    "CoDDModel": "modeling_codd",
+    "CoDDOutput": "modeling_codd",
+    "CoDDPipeline": "pipelines.pipeline_codd",
+    "CoDDPipelineOutput": "pipelines.pipeline_output",
+    "CoDDScheduler": "schedulers.scheduling_codd",
+    "CoDDSchedulerOutput": "schedulers.scheduling_codd",
+    "CoupledCategorical": "circuits",
+    "Potentials": "circuits",
+}
+
+__all__ = [*_EXPORTS, "__version__"]
+
+if TYPE_CHECKING:
+    from .circuits import CoupledCategorical, Potentials
+    from .configuration_codd import CoDDConfig, CoDDHeadConfig
+    from .modeling_codd import CoDDHead, CoDDModel, CoDDOutput
+    from .pipelines.pipeline_codd import CoDDPipeline
+    from .pipelines.pipeline_output import CoDDPipelineOutput
+    from .schedulers.scheduling_codd import CoDDScheduler, CoDDSchedulerOutput
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

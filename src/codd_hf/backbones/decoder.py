@@ -1,0 +1,39 @@
+"""Decoder architectures (Llama, Qwen2) run with full instead of causal attention."""
+
+from __future__ import annotations
+
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from .family import BackboneFamily, BackboneStates
+
+
+class DecoderFamily(BackboneFamily):
+    """`is_causal = False` in the configuration makes transformers build bidirectional masks."""
+
+    model_types = ("llama", "qwen2")
+
+    def matches(self, config: PretrainedConfig) -> bool:
+        return config.model_type in self.model_types
+
+    def adopt(self, config: PretrainedConfig) -> None:
+        config.is_causal = False
+
+    def from_config(self, config: PretrainedConfig, **kwargs) -> PreTrainedModel:
+        self.adopt(config)
+        return AutoModelForCausalLM.from_config(config, **kwargs)
+
+    def from_pretrained(self, name_or_path: str, config: PretrainedConfig, **kwargs):
+        self.adopt(config)
+        return AutoModelForCausalLM.from_pretrained(name_or_path, config=config, **kwargs)
+
+    def states(self, model, input_ids, attention_mask=None, position_ids=None) -> BackboneStates:
+        hidden = model.get_decoder()(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        project = model.get_output_embeddings()
+        return BackboneStates(
+            hidden, lambda index: project(hidden if index is None else hidden[index])
+        )

@@ -1,0 +1,346 @@
+"""The coupled distribution: a factorized prediction times a circuit, normalised exactly."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch.distributions import Distribution
+
+from . import chain as chains
+from .evidence import (
+    emission_of_latents,
+    hard_evidence,
+    mix_tokens,
+    soft_evidence,
+    token_scores,
+)
+from .potentials import Potentials
+from .random import Generators, draw_categorical, uniform
+
+
+class ViterbiPath(NamedTuple):
+    """The most probable latents and tokens together.
+
+    Attributes:
+        tokens: `[B, L]`.
+        latents: `[B, L]`.
+        log_prob: `[B]`, log-probability of the pair.
+    """
+
+    tokens: torch.Tensor
+    latents: torch.Tensor
+    log_prob: torch.Tensor
+
+
+class CoupledCategorical(Distribution):
+    r"""A joint distribution over the masked tokens of a window (CoDD, arXiv 2603.00045).
+
+        p(x_M | x_O) = p_w(x_M, x_O) \prod_{i in M} phi_i(x_i) / Z
+
+    `phi_i` is the backbone's prediction and `p_w` a hidden Markov model. Everything here is exact,
+    at a cost of one forward recursion over latents (and a backward one where laws of single
+    positions are asked for). It stands where `Independent(Categorical(logits=logits), 1)` would.
+
+    Args:
+        logits: `[B, L, V]`, the backbone's logits, of any floating dtype; used at masked positions.
+        potentials: the circuit, over the same `V` and `L`.
+        tokens: `[B, L]`, the window's tokens; needed where `observed`.
+        observed: `[B, L]` bool, True where the position is given by `tokens`; default none.
+        present: `[B, L]` bool, False where there is no such position (padding, past the end);
+            default all. An absent position is skipped, not summed over.
+        context: `[B, L, H]`, log of a factor on the latents at every position; default none.
+        active: `[B]` bool, False for rows that are to stay factorized; default all.
+        temperature: the evidence temperature, which divides the logits.
+        forbidden: `[V]` bool, tokens that get zero potential at masked positions.
+
+    Raises:
+        ValueError: shapes do not fit, or a logit is NaN.
+    """
+
+    arg_constraints: dict = {}  # noqa: RUF012
+    support = torch.distributions.constraints.independent(
+        torch.distributions.constraints.nonnegative_integer, 1
+    )
+
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        potentials: Potentials,
+        tokens: torch.Tensor | None = None,
+        observed: torch.Tensor | None = None,
+        present: torch.Tensor | None = None,
+        context: torch.Tensor | None = None,
+        active: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        forbidden: torch.Tensor | None = None,
+    ):
+        _check_shapes(logits, potentials, tokens, observed, present, context, active, temperature)
+        batch, length, _ = logits.shape
+        flags = {"dtype": torch.bool, "device": logits.device}
+        self.logits = logits
+        self.potentials = potentials
+        self.present = torch.ones(batch, length, **flags) if present is None else present
+        observed = torch.zeros(batch, length, **flags) if observed is None else observed
+        self.observed = observed & self.present
+        self.tokens = torch.zeros_like(self.observed, dtype=torch.long)
+        if tokens is not None:
+            self.tokens = torch.where(self.observed, tokens, 0)
+        self.context = context
+        self.active = torch.ones(batch, **flags) if active is None else active
+        self.temperature = temperature
+        self.forbidden = forbidden
+        super().__init__((batch,), (length,), validate_args=False)
+        _check_ids("tokens", self.tokens, potentials.vocab_size)
+
+    @property
+    def masked(self) -> torch.Tensor:
+        """`[B, L]` bool: the positions that are neither observed nor absent."""
+        return self.present & ~self.observed
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(self.potentials.emission.dtype, torch.float32)
+
+    @cached_property
+    def _log_phi(self) -> torch.Tensor:
+        """`[B, L, V]` log-probabilities of the backbone; -inf for forbidden tokens."""
+        logits = self.logits.to(self._dtype)
+        if self.forbidden is not None:
+            logits = logits.masked_fill(self.forbidden, -torch.inf)
+        logits = logits / self.temperature
+        total = chains.logsumexp(logits, -1).unsqueeze(-1)
+        return logits - total.masked_fill(total == -torch.inf, 0)
+
+    @cached_property
+    def factorized_logits(self) -> torch.Tensor:
+        """`[B, L, V]` log-probabilities without the circuit; one-hot at observed positions."""
+        return self._one_hot_where_observed(self._log_phi)
+
+    @cached_property
+    def _evidence(self) -> torch.Tensor:
+        """`[B, L, H]` log-evidence without context."""
+        rows, positions = self.masked.nonzero(as_tuple=True)
+        soft = soft_evidence(self.potentials, self._log_phi[rows, positions], positions)
+        evidence = hard_evidence(self.potentials, self.tokens).to(self._dtype)
+        evidence = evidence.index_put((rows, positions), soft.to(self._dtype))
+        return torch.where(self.active[:, None, None], evidence, 0)
+
+    def _chain(self, evidence: torch.Tensor) -> chains.Chain:
+        """A chain over `[B, L, H]` or, for samples, `[S * B, L, H]` evidence."""
+        repeats = evidence.shape[0] // self.batch_shape[0]
+        if self.context is not None:
+            context = self.context.to(evidence.dtype).masked_fill(~self.active[:, None, None], 0)
+            evidence = evidence + context.repeat(repeats, 1, 1)
+        present = self.present.repeat(repeats, 1)
+        return chains.Chain(
+            self.potentials.initial.to(evidence.dtype),
+            self.potentials.transition.to(evidence.dtype),
+            evidence,
+            present,
+        )
+
+    @cached_property
+    def _filter(self) -> chains.Filter:
+        filtered = chains.forward_filter(self._chain(self._evidence))
+        if bool(filtered.log_partition.isnan().any()):
+            raise ValueError("`logits` or `context` hold NaN: the backbone's output is not usable.")
+        return filtered
+
+    @property
+    def log_partition(self) -> torch.Tensor:
+        """`[B]` log Z; -inf where the circuit and the backbone share no completion."""
+        return self._filter.log_partition
+
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+        """Log-probability `[*S, B]` of tokens `[*S, B, L]`; -inf where it is zero.
+
+        Observed positions must agree with the given tokens, absent ones are ignored.
+
+        Raises:
+            ValueError: `Z` is zero for a row, or a token is outside the vocabulary.
+        """
+        gain = self.coupling_gain(value)
+        clamped = torch.where(self.present, value, 0)
+        token = self._log_phi.expand(*value.shape, -1).gather(-1, clamped[..., None])[..., 0]
+        factorized = token.masked_fill(~self.masked, 0).sum(-1)
+        agrees = ((value == self.tokens) | ~self.observed).all(-1)
+        return torch.where(agrees, gain + factorized, -torch.inf)
+
+    def partial_log_prob(self, value: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """Log-probability `[B]` of the tokens at some masked positions, the others summed out.
+
+        Args:
+            value: `[B, L]` tokens.
+            known: `[B, L]` bool, the positions that count; masked ones.
+        """
+        conditioned = self.condition(value, known)
+        tokens = torch.where(known, value, 0)
+        token = self._log_phi.gather(-1, tokens[..., None])[..., 0]
+        gain = conditioned.log_partition - self.log_partition
+        return gain + token.masked_fill(~known, 0).sum(-1)
+
+    def coupling_gain(self, value: torch.Tensor) -> torch.Tensor:
+        """`log p_w(x) - log Z`, `[*S, B]`: what the circuit adds to the factorized log-likelihood.
+
+        Raises:
+            ValueError: `Z` is zero for a row, or a token is outside the vocabulary.
+        """
+        self._check_value(value)
+        impossible = (self.log_partition == -torch.inf).nonzero()[:, 0].tolist()
+        if impossible:
+            raise ValueError(
+                f"`log_partition` is -inf for rows {impossible}: the circuit gives every completion "
+                "that the backbone allows zero potential; use `with_active` to leave them "
+                "factorized, or smooth the potentials."
+            )
+        tokens = torch.where(self.present, value, 0).reshape(-1, *self.event_shape)
+        evidence = hard_evidence(self.potentials, tokens).to(self._dtype)
+        active = self.active.repeat(len(tokens) // self.batch_shape[0])
+        evidence = torch.where(active[:, None, None], evidence, 0)
+        joint = chains.forward_filter(self._chain(evidence)).log_partition
+        return joint.reshape(value.shape[:-1]) - self.log_partition
+
+    @cached_property
+    def latent_posterior(self) -> torch.Tensor:
+        """`[B, L, H]`: the law of each latent; zeros at absent positions."""
+        return chains.posterior(self._chain(self._evidence), self._filter)
+
+    @cached_property
+    def marginals(self) -> torch.Tensor:
+        """`[B, L, V]`: exact marginal probabilities of the tokens.
+
+        One-hot at observed positions; the backbone's own at absent ones and in rows where the
+        circuit is not active or `Z` is zero.
+        """
+        coupled = self.active & (self.log_partition > -torch.inf)
+        rows, positions = (self.masked & coupled[:, None]).nonzero(as_tuple=True)
+        log_phi = self._log_phi[rows, positions]
+        weights = chains.safe_log(self.latent_posterior[rows, positions])
+        evidence = self._evidence[rows, positions]
+        weights = weights - torch.where(weights == -torch.inf, 0, evidence)
+        mixed = mix_tokens(self.potentials, log_phi, weights, positions)
+        marginals = self.factorized_logits.exp()
+        return marginals.index_put((rows, positions), mixed)
+
+    def sample_latents(self, generator: Generators = None) -> torch.Tensor:
+        """A joint sample of the latent path, `[B, L]`, one per row."""
+        return chains.sample_backward(self._chain(self._evidence), self._filter, (), generator)
+
+    def logits_given(self, latents: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities `[*S, B, L, V]` of each token given the latents `[*S, B, L]`.
+
+        Given the latents the tokens are independent. One-hot at observed positions, the backbone's
+        own at absent ones and in inactive rows.
+        """
+        emission = emission_of_latents(self.potentials, latents).to(self._dtype)
+        coupled = self.active[:, None] & self.present
+        scores = self._log_phi + torch.where(coupled[..., None], emission, 0)
+        total = chains.logsumexp(scores, -1).unsqueeze(-1)
+        scores = torch.where(total > -torch.inf, scores - total, self._log_phi)
+        return self._one_hot_where_observed(scores)
+
+    @torch.no_grad()
+    def sample(
+        self, sample_shape: tuple[int, ...] = (), generator: Generators = None
+    ) -> torch.Tensor:
+        """Exact joint samples `[*sample_shape, B, L]`; observed tokens stay, absent ones are 0."""
+        sample_shape = tuple(sample_shape)
+        chain = self._chain(self._evidence)
+        latents = chains.sample_backward(chain, self._filter, sample_shape, generator)
+        samples = int(torch.Size(sample_shape).numel())
+        batch, length = *self.batch_shape, *self.event_shape
+        numbers = uniform((batch, samples, length), generator, self.logits.device)
+        numbers = numbers.transpose(0, 1).reshape(*sample_shape, batch, length)
+        tokens = draw_categorical(self.logits_given(latents).exp(), numbers)
+        return torch.where(self.masked, tokens, self.tokens)
+
+    @torch.no_grad()
+    def viterbi(self) -> ViterbiPath:
+        """The most probable latents and tokens together (not the mode of the tokens alone)."""
+        rows, positions = (self.masked & self.active[:, None]).nonzero(as_tuple=True)
+        evidence = self._evidence.clone()
+        log_phi = self._log_phi
+        scores = token_scores(self.potentials, log_phi[rows, positions], positions)
+        best = [score.amax(-1) for _, score in scores]
+        if best:
+            evidence = evidence.index_put((rows, positions), torch.cat(best).to(evidence.dtype))
+        factorized = (self.masked & ~self.active[:, None])[..., None]
+        evidence = torch.where(factorized, log_phi.amax(-1, keepdim=True), evidence)
+        latents, log_weight = chains.best_path(self._chain(evidence))
+        tokens = torch.where(self.masked, self.logits_given(latents).argmax(-1), self.tokens)
+        return ViterbiPath(tokens, latents, log_weight - self.log_partition)
+
+    def condition(self, tokens: torch.Tensor, observed: torch.Tensor) -> CoupledCategorical:
+        """The distribution given further tokens.
+
+        Args:
+            tokens: `[B, L]`, used where `observed` and not observed before.
+            observed: `[B, L]` bool, the further positions.
+        """
+        known = torch.where(self.observed, self.tokens, tokens)
+        return self._replace(tokens=known, observed=self.observed | observed)
+
+    def with_temperature(self, temperature: float) -> CoupledCategorical:
+        """The same distribution at another evidence temperature."""
+        return self if temperature == self.temperature else self._replace(temperature=temperature)
+
+    def with_active(self, active: torch.Tensor) -> CoupledCategorical:
+        """The same distribution with the circuit applied in the rows of `active` `[B]` only."""
+        return self._replace(active=active)
+
+    def _replace(self, **changes) -> CoupledCategorical:
+        names = (
+            "logits potentials tokens observed present context active temperature forbidden".split()
+        )
+        return CoupledCategorical(**({name: getattr(self, name) for name in names} | changes))
+
+    def _one_hot_where_observed(self, log_probs: torch.Tensor) -> torch.Tensor:
+        one_hot = torch.full_like(log_probs, -torch.inf)
+        tokens = self.tokens.expand(log_probs.shape[:-1])[..., None]
+        one_hot = one_hot.scatter(-1, tokens, 0.0)
+        return torch.where(self.observed[..., None], one_hot, log_probs)
+
+    def _check_value(self, value: torch.Tensor) -> None:
+        shape = (*self.batch_shape, *self.event_shape)
+        if tuple(value.shape[-2:]) != shape:
+            raise ValueError(f"`value` must end with shape {shape}, got {tuple(value.shape)}.")
+        _check_ids("value", value[..., self.present], self.potentials.vocab_size)
+
+
+def _check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ValueError(
+            f"`{name}` must hold token ids in [0, {vocab_size}), got {int(ids.min())} to "
+            f"{int(ids.max())}."
+        )
+
+
+def _check_shapes(logits, potentials, tokens, observed, present, context, active, temperature):
+    if logits.ndim != 3 or logits.shape[-1] != potentials.vocab_size:
+        raise ValueError(
+            f"`logits` must have shape [batch, length, {potentials.vocab_size}], got "
+            f"{tuple(logits.shape)}."
+        )
+    batch, length, _ = logits.shape
+    for name, steps in (("transition", length - 1), ("emission", length)):
+        held = getattr(potentials, name).shape[0]
+        if held != 1 and held < steps:
+            raise ValueError(
+                f"`logits` cover {length} positions, but the circuit's untied {name} has {held}."
+            )
+    expected = {
+        "tokens": (tokens, (batch, length)),
+        "observed": (observed, (batch, length)),
+        "present": (present, (batch, length)),
+        "context": (context, (batch, length, potentials.num_latents)),
+        "active": (active, (batch,)),
+    }
+    for name, (value, shape) in expected.items():
+        if value is not None and tuple(value.shape) != shape:
+            raise ValueError(f"`{name}` must have shape {shape}, got {tuple(value.shape)}.")
+    if observed is not None and tokens is None and bool(observed.any()):
+        raise ValueError("`tokens` must be given where `observed` is True.")
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be positive, got {temperature}.")

@@ -1,0 +1,56 @@
+"""Random draws that are reproducible row by row.
+
+With one generator per row, the numbers a row receives depend on its own generator alone, never on
+the rows that share its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def uniform(
+    shape: Sequence[int], generator: Generators = None, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """Uniform float32 numbers in [0, 1).
+
+    Args:
+        shape: the shape; its first entry counts rows.
+        generator: one generator for all, a list with one per row, or None for the global one.
+        device: where the numbers are wanted; they are drawn where the generator lives.
+
+    Raises:
+        ValueError: a list of generators has not one entry per row.
+    """
+    if generator is None:
+        return torch.rand(*shape, device=device)
+    if isinstance(generator, torch.Generator):
+        return torch.rand(*shape, generator=generator, device=generator.device).to(device)
+    if len(generator) != shape[0]:
+        raise ValueError(
+            f"`generator` must have one entry per row ({shape[0]}), got {len(generator)} generators."
+        )
+    rows = [torch.rand(*shape[1:], generator=g, device=g.device).to(device) for g in generator]
+    return torch.stack(rows)
+
+
+def draw_categorical(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Draws from categoricals by inversion of their cumulative sums.
+
+    Args:
+        probabilities: `[..., K]`, non-negative, not necessarily normalised, at least one positive.
+        uniforms: `[...]` in [0, 1).
+
+    Returns:
+        `[...]` indices; an item of zero probability is never drawn.
+    """
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[..., -1:]
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    threshold = torch.minimum(uniforms.unsqueeze(-1).to(total.dtype) * total, below_total)
+    index = torch.searchsorted(cumulative, threshold.contiguous(), right=True).squeeze(-1)
+    return index.clamp(max=probabilities.shape[-1] - 1)

@@ -1,0 +1,160 @@
+"""Configurations of a CoDD head and of a backbone with a head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+COUPLINGS = ("none", "marginal", "latent")
+
+
+class CoDDHeadConfig(PreTrainedConfig):
+    """Configuration of a [`CoDDHead`]: a circuit over a window of tokens.
+
+    Args:
+        vocab_size (`int`): number of tokens; must be the backbone's.
+        num_latents (`int`, defaults to 1024): number of latent states `H`.
+        window_length (`int`, defaults to 32): number of positions `L`.
+        tie_transitions (`bool`, defaults to `True`): one transition matrix for all steps.
+        tie_emissions (`bool`, defaults to `True`): one emission matrix for all positions.
+        alpha (`float`, defaults to 1.0): power of the token marginal by which the emissions are
+            divided. 1 removes the unigram distribution that the backbone already carries; 0 is the
+            raw product of the paper.
+        mask_token_id (`int`, *optional*): the mask token of the backbone that the head was made for.
+        forbidden_token_ids (`list[int]`, *optional*): tokens that are never generated, beside the
+            mask token.
+        base_model_name_or_path (`str`, *optional*): the backbone that the head was fitted to.
+        base_model_revision (`str`, *optional*): its revision.
+        format_version (`int`, defaults to 1): version of the layout on disk.
+
+    Raises:
+        ValueError: a field is missing or out of range.
+    """
+
+    model_type = "codd-head"
+    has_no_defaults_at_init = True
+
+    vocab_size: int | None = None
+    num_latents: int = 1024
+    window_length: int = 32
+    tie_transitions: bool = True
+    tie_emissions: bool = True
+    alpha: float = 1.0
+    mask_token_id: int | None = None
+    forbidden_token_ids: list[int] | None = None
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    format_version: int = 1
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.vocab_size is None:
+            raise ValueError("`vocab_size` is missing from the head's configuration.")
+        for name in ("vocab_size", "num_latents", "window_length"):
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
+                raise ValueError(f"`{name}` must be a positive integer, got {getattr(self, name)}.")
+        if self.format_version != 1:
+            raise ValueError(
+                f"`format_version` is {self.format_version}; this version of codd-hf reads 1: "
+                "upgrade codd-hf."
+            )
+        ids = [*(self.forbidden_token_ids or [])]
+        ids += [] if self.mask_token_id is None else [self.mask_token_id]
+        beyond = [i for i in ids if not 0 <= i < self.vocab_size]
+        if beyond:
+            raise ValueError(
+                f"`mask_token_id` and `forbidden_token_ids` must lie in [0, {self.vocab_size}), got "
+                f"{beyond}."
+            )
+
+
+class CoDDConfig(PreTrainedConfig):
+    """Configuration of a [`CoDDModel`]: a backbone and a head.
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`): the backbone's configuration. Required.
+        head_config (`CoDDHeadConfig` or `dict`, *optional*): the head's; None is a bare backbone,
+            whose predictions stay factorized.
+        coupling (`str`, defaults to `"none"`): what `logits` of a forward pass are if the call does
+            not say: `"none"`, `"marginal"` or `"latent"`.
+        mask_token_id (`int`, *optional*): defaults to the head's, then the backbone's.
+        forbidden_token_ids (`list[int]`, *optional*): tokens that are never generated; defaults to
+            the head's.
+
+    Raises:
+        ValueError: a nested configuration is missing or of an unknown type.
+    """
+
+    model_type = "codd"
+    has_no_defaults_at_init = True
+
+    text_config: dict | PreTrainedConfig | None = None
+    head_config: dict | PreTrainedConfig | None = None
+    coupling: str = "none"
+    mask_token_id: int | None = None
+    forbidden_token_ids: list[int] | None = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        for name in ("text_config", "head_config"):
+            if name not in config_dict:
+                raise ValueError(f"`{name}` is missing from the configuration of the CoDD model.")
+        return super().from_dict(config_dict, **kwargs)
+
+    def __post_init__(self, **kwargs):
+        self.text_config = _nested_config("text_config", self.text_config)
+        if isinstance(self.head_config, dict):
+            found = self.head_config.get("model_type", CoDDHeadConfig.model_type)
+            if found != CoDDHeadConfig.model_type:
+                raise ValueError(
+                    f"`head_config.model_type` must be {CoDDHeadConfig.model_type!r}, got {found!r}."
+                )
+            self.head_config = CoDDHeadConfig.from_dict(dict(self.head_config))
+        super().__post_init__(**kwargs)
+        check_coupling(self.coupling)
+        if self.mask_token_id is None and self.head_config is not None:
+            self.mask_token_id = self.head_config.mask_token_id
+        if self.mask_token_id is None:
+            self.mask_token_id = getattr(self.text_config, "mask_token_id", None)
+        if self.forbidden_token_ids is None and self.head_config is not None:
+            self.forbidden_token_ids = self.head_config.forbidden_token_ids
+        self.tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
+
+    def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
+        return self.text_config
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text_config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.text_config.hidden_size
+
+    @property
+    def eos_token_id(self) -> int | list[int] | None:
+        return getattr(self.text_config, "eos_token_id", None)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return getattr(self.text_config, "pad_token_id", None)
+
+
+def check_coupling(coupling: str) -> None:
+    """Raises a ValueError unless `coupling` is one of `COUPLINGS`."""
+    if coupling not in COUPLINGS:
+        raise ValueError(f"`coupling` must be one of {', '.join(COUPLINGS)}, got {coupling!r}.")
+
+
+def _nested_config(name: str, config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+    if config is None:
+        raise ValueError(f"`{name}` is missing: give the backbone's configuration.")
+    if isinstance(config, PreTrainedConfig):
+        return config
+    model_type = config.get("model_type")
+    if model_type is None or model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"`{name}.model_type` must be a model type that transformers knows, got {model_type!r}."
+        )
+    return CONFIG_MAPPING[model_type].from_dict(dict(config))

@@ -1,0 +1,396 @@
+"""The denoising loop: from prompts to tokens, shared by `CoDDPipeline` and `CoDDModel.generate`.
+
+Decoding is semi-autoregressive. The generated part of a row is cut into blocks, which are filled
+from left to right; a block is filled in a number of steps, each one pass of the backbone over the
+whole canvas `[prompt][generated][padding]`. The circuit's windows tile the generated part as well:
+they start at the row's first generated token, whatever the length of its prompt, and a block is
+decoded under all the windows that overlap it. Nothing that happens in a row depends on the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.utils import logging
+
+from .circuits.random import Generators
+from .schedulers import CoDDScheduler
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+    from .modeling_codd import CoDDModel
+
+logger = logging.get_logger(__name__)
+
+OnStep = Callable[[int, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor | None]
+
+
+@dataclass
+class DecodingOutput:
+    """What the denoising loop returns.
+
+    Attributes:
+        sequences: `[batch, gen_length]`, the generated tokens; after the end of a row's text, its
+            end-of-text token.
+        num_passes: passes of the backbone that were run.
+        finished: `[batch]` bool, the rows that ended with an end-of-text token.
+    """
+
+    sequences: torch.Tensor
+    num_passes: int
+    finished: torch.Tensor
+
+
+@torch.no_grad()
+def denoise(
+    model: CoDDModel,
+    scheduler: CoDDScheduler,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    gen_length: int,
+    block_length: int,
+    num_inference_steps: int,
+    generator: Generators = None,
+    eos_token_id: int | list[int] | None = None,
+    early_stop: bool = True,
+    on_step: OnStep | None = None,
+    **settings: Any,
+) -> DecodingOutput:
+    """Generates `gen_length` tokens after each prompt.
+
+    Args:
+        model: the backbone, with or without a head.
+        scheduler: decides what is committed; its timesteps are set here, block by block.
+        input_ids: `[batch, prompt_length]`, padded on any side.
+        attention_mask: `[batch, prompt_length]`, 0 at padding; default no padding.
+        gen_length: number of tokens to generate in each row.
+        block_length: number of tokens in a block (fewer in the last one).
+        num_inference_steps: passes of the backbone for the whole generation, shared evenly by the
+            blocks, the remainder by the first ones. Steps beyond a block's tokens are not run.
+        generator: one for all rows, or a list with one per row: a row's tokens then do not depend
+            on the rest of the batch.
+        eos_token_id: the end-of-text token, or several.
+        early_stop: whether a row that holds an end-of-text token once a block is complete is
+            finished: the rest of it becomes that token, and no more passes are spent on it.
+        on_step: called after each step with its number, its timestep, and a dict with `canvas`
+            (`[batch, length]`, all the tokens of all the rows), `generated` (bool, which of them
+            are not prompt or padding), `transfer_index` (bool, committed in this step),
+            `sampled_tokens` and `sampled_probs` (the candidates; mask token and 0 where there was
+            none), all of the same shape. A tensor that it returns becomes the canvas.
+        **settings: the scheduler's settings for this call (`strategy`, `sampling`, ...).
+
+    Raises:
+        ValueError: an argument is out of range (see `check_decoding_arguments`), a prompt is empty,
+            or prompt and generated tokens exceed the positions that the backbone has.
+    """
+    check_decoding_arguments(
+        scheduler,
+        len(input_ids),
+        gen_length,
+        block_length,
+        num_inference_steps,
+        generator,
+        settings,
+    )
+    batch, device = len(input_ids), input_ids.device
+    mask_token_id, window_length = model.config.mask_token_id, model.window_length
+    canvas, canvas_mask, start = pack_canvas(model, input_ids, attention_mask, gen_length)
+    length = canvas.shape[1]
+    offset = torch.arange(length, device=device) - start[:, None]  # [batch, length]
+    generated = (offset >= 0) & (offset < gen_length)
+    eos_ids = torch.tensor(
+        [] if eos_token_id is None else eos_token_id, dtype=torch.long, device=device
+    ).reshape(-1)
+
+    finished = torch.zeros(batch, dtype=torch.bool, device=device)
+    num_passes, warned = 0, False
+    block_steps = steps_per_block(num_inference_steps, gen_length, block_length)
+    for block, num_steps in enumerate(block_steps):
+        rows = (~finished).nonzero()[:, 0]
+        if len(rows) == 0:
+            break
+        row_generator = generator
+        if generator is not None and not isinstance(generator, torch.Generator):
+            row_generator = [generator[row] for row in rows.tolist()]
+
+        # 1. The windows that overlap the block, and where they lie on the canvas.
+        block_start, block_end = block * block_length, min((block + 1) * block_length, gen_length)
+        first = block_start // window_length * window_length
+        num_windows = -(-(block_end - first) // window_length)
+        column = torch.arange(first, first + num_windows * window_length, device=device)
+        eligible = ((column >= block_start) & (column < block_end)).expand(len(rows), -1)
+        position = start[rows, None] + column  # [rows, num_windows * window_length]
+        inside = position.clamp(max=length - 1)
+        window_start = position[:, ::window_length].reshape(-1)
+        window_row = torch.arange(len(rows), device=device).repeat_interleave(num_windows)
+
+        scheduler.set_timesteps(num_steps, device=device)
+        for timestep in scheduler.timesteps:
+            current = canvas[rows]
+            sample = current.gather(1, inside)
+            if not bool(((sample == mask_token_id) & eligible).any()):
+                break
+
+            # 2. One pass of the backbone, and the distribution over the windows.
+            states = model.backbone_states(current, canvas_mask[rows])
+            distribution = model.window_distribution(
+                states,
+                current,
+                window_start,
+                attention_mask=canvas_mask[rows],
+                rows=window_row,
+                temperature=scheduler.draw_settings(**settings).evidence_temperature,
+            )
+
+            # 3. Some of the masked tokens are committed.
+            undecided = (current == mask_token_id) & generated[rows]
+            step = scheduler.step(
+                distribution,
+                timestep,
+                sample,
+                generator=row_generator,
+                eligible=eligible,
+                mask_ratio=undecided.sum(-1) / gen_length,
+                **settings,
+            )
+            committed_row, committed_column = step.transfer_index.nonzero(as_tuple=True)
+            committed = rows[committed_row], position[committed_row, committed_column]
+            canvas[committed] = step.prev_sample[committed_row, committed_column]
+            if not warned and bool(step.fallback.any()):
+                warned = True
+                logger.warning(
+                    "The circuit and the backbone share no completion of a window "
+                    "(`log_partition` is -inf), so the rows concerned are decoded factorized."
+                )
+
+            if on_step is not None:
+                on_canvas = torch.zeros_like(canvas, dtype=torch.bool)
+                on_canvas[committed] = True
+                tokens = torch.full_like(canvas, mask_token_id)
+                probs = torch.zeros(canvas.shape, device=device)
+                known_row, known_column = distribution.present.view_as(sample).nonzero(
+                    as_tuple=True
+                )
+                known = rows[known_row], position[known_row, known_column]
+                tokens[known] = step.sampled_tokens[known_row, known_column]
+                probs[known] = step.sampled_probs[known_row, known_column].to(probs.dtype)
+                state = {
+                    "canvas": canvas,
+                    "generated": generated,
+                    "transfer_index": on_canvas,
+                    "sampled_tokens": tokens,
+                    "sampled_probs": probs,
+                }
+                returned = on_step(num_passes, timestep, state)
+                if returned is not None:
+                    if returned.shape != canvas.shape:
+                        raise ValueError(
+                            f"`canvas` returned by the callback must keep its shape "
+                            f"{tuple(canvas.shape)}, got {tuple(returned.shape)}."
+                        )
+                    canvas = returned
+            num_passes += 1
+
+        # 4. Rows whose text has ended are frozen.
+        if early_stop:
+            ends = generated & torch.isin(canvas, eos_ids)
+            finished = ends.any(-1)
+            first_end = ends.long().argmax(-1, keepdim=True)
+            after = generated & (torch.arange(length, device=device) > first_end)
+            canvas = torch.where(after & finished[:, None], canvas.gather(1, first_end), canvas)
+
+    sequences = canvas.gather(1, start[:, None] + torch.arange(gen_length, device=device))
+    return DecodingOutput(sequences=sequences, num_passes=num_passes, finished=finished)
+
+
+def generate(
+    model: CoDDModel,
+    inputs: torch.Tensor | None = None,
+    *,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    gen_length: int | None = None,
+    block_length: int | None = None,
+    num_inference_steps: int | None = None,
+    scheduler: CoDDScheduler | None = None,
+    generation_config: GenerationConfig | None = None,
+    max_new_tokens: int | None = None,
+    do_sample: bool | None = None,
+    eos_token_id: int | list[int] | None = None,
+    generator: Generators = None,
+    early_stop: bool = True,
+    on_step: OnStep | None = None,
+    **settings: Any,
+) -> torch.Tensor:
+    """`CoDDModel.generate`: the denoising loop under the names of transformers' `generate`.
+
+    Args:
+        model: the backbone, with or without a head.
+        inputs: `[batch, prompt_length]`, padded on any side.
+        input_ids: another name of `inputs`.
+        attention_mask: `[batch, prompt_length]`, 0 at padding; default no padding.
+        gen_length: number of tokens to generate; default `max_new_tokens`, or else 128.
+        block_length: default the head's window length.
+        num_inference_steps: passes of the backbone; default one for four tokens, and at least one
+            per block.
+        scheduler: default one with default settings.
+        generation_config: gives `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p` and
+            `eos_token_id` where the call does not; what else it holds has no meaning here.
+        max_new_tokens: another name of `gen_length`.
+        do_sample: False is temperature 0.
+        eos_token_id: default the model's.
+        generator: one for all rows, or a list with one per row.
+        early_stop: as in `denoise`.
+        on_step: as in `denoise`.
+        **settings: the scheduler's settings for this call.
+
+    Returns:
+        `[batch, prompt_length + gen_length]`: the prompts as they were given, and what follows.
+
+    Raises:
+        ValueError: no prompts are given, or an argument is out of range.
+    """
+    inputs = input_ids if inputs is None else inputs
+    if inputs is None:
+        raise ValueError("`inputs` is missing: give prompts as token ids [batch, length].")
+    asked = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": do_sample,
+        "eos_token_id": eos_token_id,
+        **{name: settings.pop(name, None) for name in ("temperature", "top_k", "top_p")},
+    }
+    if generation_config is not None:
+        asked = {
+            name: getattr(generation_config, name, None) if value is None else value
+            for name, value in asked.items()
+        }
+    if asked["do_sample"] is False:
+        asked["temperature"] = 0.0
+    if gen_length is None:
+        gen_length = asked["max_new_tokens"] or 128
+    block_length = model.window_length if block_length is None else block_length
+    if num_inference_steps is None:
+        num_inference_steps = max(-(-gen_length // 4), -(-gen_length // block_length))
+    output = denoise(
+        model,
+        CoDDScheduler() if scheduler is None else scheduler,
+        inputs,
+        attention_mask,
+        gen_length=gen_length,
+        block_length=block_length,
+        num_inference_steps=num_inference_steps,
+        generator=generator,
+        eos_token_id=(
+            model.config.eos_token_id if asked["eos_token_id"] is None else asked["eos_token_id"]
+        ),
+        early_stop=early_stop,
+        on_step=on_step,
+        **{name: asked[name] for name in ("temperature", "top_k", "top_p")},
+        **settings,
+    )
+    return torch.cat((inputs, output.sequences), dim=1)
+
+
+def check_decoding_arguments(
+    scheduler: CoDDScheduler,
+    batch: int,
+    gen_length: int,
+    block_length: int,
+    num_inference_steps: int,
+    generator: Generators,
+    settings: dict[str, Any],
+) -> None:
+    """Raises for what cannot be decoded, before anything expensive is done.
+
+    Raises:
+        ValueError: a length or the number of steps is below 1, there are fewer steps than blocks,
+            `generator` is a list whose length is not `batch`, or a setting is out of range.
+        TypeError: a number is not an integer, or a setting is unknown.
+    """
+    numbers = {
+        "gen_length": gen_length,
+        "block_length": block_length,
+        "num_inference_steps": num_inference_steps,
+    }
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    num_blocks = -(-gen_length // block_length)
+    if num_inference_steps < num_blocks:
+        raise ValueError(
+            f"`num_inference_steps` must be at least the number of blocks, {num_blocks} for "
+            f"`gen_length={gen_length}` and `block_length={block_length}`, got "
+            f"{num_inference_steps}: take more steps or longer blocks."
+        )
+    if (
+        generator is not None
+        and not isinstance(generator, torch.Generator)
+        and (len(generator) != batch)
+    ):
+        raise ValueError(
+            f"`generator` must be one generator or a list with one per prompt ({batch}), got "
+            f"{len(generator)}."
+        )
+    scheduler.draw_settings(**settings)
+
+
+def steps_per_block(num_inference_steps: int, gen_length: int, block_length: int) -> list[int]:
+    """Shares the steps evenly over the blocks; the remainder goes to the first ones."""
+    num_blocks = -(-gen_length // block_length)
+    each, remainder = divmod(num_inference_steps, num_blocks)
+    return [each + (block < remainder) for block in range(num_blocks)]
+
+
+def pack_canvas(
+    model: CoDDModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    gen_length: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lays each row out as `[prompt][gen_length masks][padding]`.
+
+    With its padding at the end, a row meets the same absolute positions however it was padded.
+
+    Args:
+        model: gives the token ids and the number of positions.
+        input_ids: `[batch, prompt_length]`.
+        attention_mask: `[batch, prompt_length]`, 0 at padding, or None.
+        gen_length: number of tokens to generate.
+
+    Returns:
+        The canvas and its attention mask, both `[batch, length]`, and the start of each row's
+        generated part, `[batch]`.
+
+    Raises:
+        ValueError: a prompt is empty, or the canvas exceeds the positions of the backbone.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    is_prompt = attention_mask.bool()
+    start = is_prompt.sum(-1)
+    if not bool((start > 0).all()):
+        raise ValueError(
+            "`input_ids` must hold at least one token that is not padding in each row."
+        )
+    length = int(start.max()) + gen_length
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise ValueError(
+            f"A prompt of {int(start.max())} tokens and `gen_length={gen_length}` exceed the "
+            f"{most} positions of the backbone: shorten one of them."
+        )
+    pad_token_id = model.config.pad_token_id
+    filler = model.config.mask_token_id if pad_token_id is None else pad_token_id
+    column = torch.arange(length, device=input_ids.device)
+    canvas = torch.full((len(input_ids), length), filler, device=input_ids.device)
+    canvas[column < start[:, None]] = input_ids[is_prompt]
+    end = start[:, None] + gen_length
+    canvas[(column >= start[:, None]) & (column < end)] = model.config.mask_token_id
+    return canvas, (column < end).long(), start

@@ -1,0 +1,1 @@
+"""Evaluation: what coupling gains over factorized prediction, measured on held-out text."""

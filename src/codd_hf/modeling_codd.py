@@ -1,0 +1,503 @@
+"""The CoDD head, and a backbone with a head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .backbones import BackboneFamily, BackboneStates, family_of
+from .circuits import CoupledCategorical, Potentials, token_marginal
+from .circuits.random import Generators
+from .configuration_codd import CoDDConfig, CoDDHeadConfig, check_coupling
+
+
+@dataclass
+class CoDDOutput(ModelOutput):
+    """Output of [`CoDDModel`].
+
+    Attributes:
+        loss: scalar, conditional negative log-likelihood per supervised masked token, in nats; only
+            with `labels`.
+        logits: `[batch, length, vocab]`; entry `i` predicts token `i`. Where a coupling is asked
+            for, the window's entries are log-probabilities of the coupled distribution.
+        last_hidden_state: `[batch, length, hidden]`; entry `i` predicted token `i`.
+        hidden_states: kept for transformers' conventions; None.
+        distribution: the coupled distribution of the window; only with `return_distribution=True`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    distribution: CoupledCategorical | None = None
+
+
+class CoDDHead(PreTrainedModel):
+    """A circuit over a window of tokens: the small artifact that people train and share.
+
+    Parameters are log-potentials in float32, whatever the backbone's dtype: `initial [H]`,
+    `transition [H, H]` (or `[L-1, H, H]`), `emission [H, V]` (or `[L, H, V]`). The buffer
+    `token_marginal [V]` (or `[L, V]`) is the unigram distribution that `config.alpha` refers to.
+
+    A new head changes nothing: its potentials are constant, so the coupled distribution is the
+    factorized one.
+    """
+
+    config_class = CoDDHeadConfig
+    base_model_prefix = "codd_head"
+    main_input_name = "logits"
+    _keep_in_fp32_modules_strict = ["initial", "transition", "emission", "token_marginal"]  # noqa: RUF012
+
+    def __init__(self, config: CoDDHeadConfig):
+        super().__init__(config)
+        latents, vocab, length = config.num_latents, config.vocab_size, config.window_length
+        steps = () if config.tie_transitions else (max(length - 1, 1),)
+        positions = () if config.tie_emissions else (length,)
+        self.initial = nn.Parameter(torch.empty(latents))
+        self.transition = nn.Parameter(torch.empty(*steps, latents, latents))
+        self.emission = nn.Parameter(torch.empty(*positions, latents, vocab))
+        tied = config.tie_transitions and config.tie_emissions
+        self.register_buffer("token_marginal", torch.empty(*(() if tied else (length,)), vocab))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self:
+            for parameter in (self.initial, self.transition):
+                nn.init.constant_(parameter, -torch.tensor(self.config.num_latents).log().item())
+            nn.init.zeros_(self.emission)
+            nn.init.constant_(self.token_marginal, 1 / self.config.vocab_size)
+
+    @property
+    def potentials(self) -> Potentials:
+        """The circuit; gradients flow to the parameters."""
+
+        def with_positions(parameter: torch.Tensor, tied: bool) -> torch.Tensor:
+            return parameter[None] if tied else parameter
+
+        return Potentials(
+            self.initial,
+            with_positions(self.transition, self.config.tie_transitions),
+            with_positions(self.emission, self.config.tie_emissions),
+        )
+
+    @torch.no_grad()
+    def set_potentials(
+        self, potentials: Potentials, marginal: torch.Tensor | None = None, alpha: float = 1.0
+    ) -> None:
+        """Takes over a fitted circuit.
+
+        Args:
+            potentials: a normalised circuit, before any correction.
+            marginal: its token marginal `u`, `[V]` or `[L, V]`; computed from it if not given.
+            alpha: the emissions are divided by `u ** alpha`.
+        """
+        if marginal is None:
+            marginal = token_marginal(potentials, self.config.window_length)
+        corrected = potentials.scaled_by_marginal(marginal.log(), -alpha)
+        self.token_marginal.copy_(marginal)
+        self.config.alpha = alpha
+        for parameter, value in (
+            (self.initial, corrected.initial),
+            (self.transition, corrected.transition),
+            (self.emission, corrected.emission),
+        ):
+            parameter.copy_(value.expand(parameter.shape) if value.ndim == parameter.ndim else value[0])
+
+    @torch.no_grad()
+    def set_alpha(self, alpha: float) -> None:
+        """Changes the power of the marginal correction (0 gives the raw product back)."""
+        shifted = self.potentials.scaled_by_marginal(
+            self.token_marginal.log(), self.config.alpha - alpha
+        )
+        self.emission.copy_(shifted.emission[0] if self.config.tie_emissions else shifted.emission)
+        self.config.alpha = alpha
+
+    def forward(
+        self,
+        logits: torch.Tensor,
+        tokens: torch.Tensor | None = None,
+        observed: torch.Tensor | None = None,
+        last_hidden_state: torch.Tensor | None = None,
+        present: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        active: torch.Tensor | None = None,
+    ) -> CoupledCategorical:
+        """The coupled distribution over a window.
+
+        Args:
+            logits: `[batch, L, vocab]`, the backbone's; used at masked positions.
+            tokens: `[batch, L]`, used where `observed`.
+            observed: `[batch, L]` bool, True where the position is given by `tokens`.
+            last_hidden_state: `[batch, L, hidden]`; unused by a head without conditioning.
+            present: `[batch, L]` bool, False where there is no such position.
+            temperature: the evidence temperature.
+            active: `[batch]` bool, False for rows that are to stay factorized.
+
+        Raises:
+            ValueError: shapes do not fit, or an observed token is outside the vocabulary.
+        """
+        return CoupledCategorical(
+            logits,
+            self.potentials,
+            tokens=tokens,
+            observed=observed,
+            present=present,
+            active=active,
+            temperature=temperature,
+            forbidden=forbidden_tokens(
+                self.config.vocab_size,
+                self.config.mask_token_id,
+                self.config.forbidden_token_ids,
+                logits.device,
+            ),
+        )
+
+
+def forbidden_tokens(
+    vocab_size: int,
+    mask_token_id: int | None,
+    forbidden_token_ids: list[int] | None,
+    device: torch.device,
+) -> torch.Tensor | None:
+    """`[vocab]` bool, True for tokens that are never generated; None if there are none."""
+    ids = [*(forbidden_token_ids or [])] + ([] if mask_token_id is None else [mask_token_id])
+    if not ids:
+        return None
+    forbidden = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+    forbidden[ids] = True
+    return forbidden
+
+
+class CoDDModel(PreTrainedModel):
+    """A diffusion language model (`backbone`) with a circuit (`coupling_head`).
+
+    Use [`~CoDDModel.from_backbone`] to join the two, `from_pretrained` to load a saved pair,
+    `generate` to decode.
+    """
+
+    config_class = CoDDConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = ["coupling_head"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        config: CoDDConfig,
+        backbone: PreTrainedModel | None = None,
+        coupling_head: CoDDHead | None = None,
+    ):
+        super().__init__(config)
+        for given in (backbone, coupling_head):
+            for module in given.modules() if given is not None else ():
+                module._is_hf_initialized = True  # its weights are not to be drawn anew
+        if backbone is None:
+            backbone = family_of(config.text_config).from_config(config.text_config)
+        if coupling_head is None and config.head_config is not None:
+            coupling_head = CoDDHead(config.head_config)
+        self.backbone = backbone
+        self.coupling_head = coupling_head
+        self.post_init()
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: PreTrainedModel | str | Path,
+        head: CoDDHead | CoDDHeadConfig | str | Path | None = None,
+        mask_token_id: int | None = None,
+        forbidden_token_ids: list[int] | None = None,
+        **kwargs,
+    ) -> CoDDModel:
+        """Joins a backbone and a head.
+
+        Args:
+            backbone: a model, a local path or a Hub id. A decoder is switched to full attention.
+            head: a head, a local path or a Hub id; a configuration makes a new, untrained head;
+                None leaves the predictions factorized.
+            mask_token_id: the mask token; defaults to the head's, then the backbone's.
+            forbidden_token_ids: tokens that are never generated; defaults to the head's.
+            **kwargs: for the backbone's `from_pretrained` (`dtype`, `device_map`, `revision`, ...).
+
+        Raises:
+            ValueError: backbone and head do not fit, or the backbone's family is not known.
+            FileNotFoundError: a local path does not exist.
+        """
+        if isinstance(backbone, str | Path):
+            config_kwargs = {
+                k: kwargs[k]
+                for k in ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+                if k in kwargs
+            }
+            name = _existing(backbone, "backbone")
+            config = AutoConfig.from_pretrained(name, **config_kwargs)
+            if isinstance(config, CoDDConfig):
+                raise ValueError(
+                    f"`backbone` {name!r} is a CoDD model already: use `CoDDModel.from_pretrained`."
+                )
+            backbone = family_of(config).from_pretrained(name, config, **kwargs)
+        elif kwargs:
+            raise ValueError(
+                f"{', '.join(f'`{k}`' for k in kwargs)} cannot be given with a loaded backbone: it "
+                "is for loading one by path or id."
+            )
+        family_of(backbone.config).adopt(backbone.config)
+        if isinstance(head, str | Path):
+            head = CoDDHead.from_pretrained(_existing(head, "head"))
+        elif isinstance(head, CoDDHeadConfig):
+            head = CoDDHead(head)
+        if head is not None and head.config.vocab_size != backbone.config.vocab_size:
+            raise ValueError(
+                f"`head` has a vocabulary of {head.config.vocab_size} tokens, but the backbone's has "
+                f"{backbone.config.vocab_size}: use a head that was fitted to this backbone."
+            )
+        config = CoDDConfig(
+            text_config=backbone.config,
+            head_config=None if head is None else head.config,
+            mask_token_id=mask_token_id,
+            forbidden_token_ids=forbidden_token_ids,
+        )
+        model = cls(config, backbone=backbone, coupling_head=head)
+        if head is not None:
+            head.to(backbone.device)
+        return model.eval()
+
+    @property
+    def family(self) -> BackboneFamily:
+        """The family that knows how to read the backbone."""
+        return family_of(self.config.text_config)
+
+    @property
+    def window_length(self) -> int:
+        """Length of the head's window; 32 without a head."""
+        return 32 if self.coupling_head is None else self.coupling_head.config.window_length
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.backbone.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_output_embeddings(value)
+
+    def backbone_states(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> BackboneStates:
+        """One backbone pass over `[batch, length]` tokens.
+
+        Real tokens are moved to the front of each row first (and the results moved back), so that
+        padding on any side leaves positions, absolute ones too, as they are without padding.
+        """
+        if attention_mask is None or position_ids is not None:
+            return self.family.states(self.backbone, input_ids, attention_mask, position_ids)
+        order = attention_mask.bool().logical_not().long().argsort(dim=1, stable=True)
+        packed = self.family.states(
+            self.backbone, input_ids.gather(1, order), attention_mask.gather(1, order)
+        )
+        place = order.argsort(dim=1)
+        all_rows = torch.arange(len(input_ids), device=input_ids.device)[:, None]
+
+        def read_logits(index: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
+            rows, columns = (all_rows, slice(None)) if index is None else index
+            columns = place[rows, columns] if index is not None else place
+            return packed.logits((rows, columns))
+
+        return BackboneStates(packed.last_hidden_state[all_rows, place], read_logits)
+
+    def window_distribution(
+        self,
+        states: BackboneStates,
+        input_ids: torch.Tensor,
+        window_start: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        active: torch.Tensor | None = None,
+    ) -> CoupledCategorical:
+        """The coupled distribution over `N` windows of a batch.
+
+        Logits are projected at masked positions only. Without a head it is factorized.
+
+        Args:
+            states: the backbone's pass over `input_ids`.
+            input_ids: `[batch, length]`; mask tokens are to be predicted, others are observed.
+            window_start: `[N]`, first position of each window; what lies outside the sequence is
+                absent.
+            attention_mask: `[batch, length]`; padding is absent.
+            rows: `[N]`, the row each window lies on; default, one window per row.
+            temperature: the evidence temperature.
+            active: `[N]` bool, False for windows that are to stay factorized.
+        """
+        if self.config.mask_token_id is None:
+            raise ValueError("`mask_token_id` is not known: give it to `from_backbone`.")
+        batch, length = input_ids.shape
+        rows = torch.arange(batch, device=input_ids.device) if rows is None else rows
+        positions = window_start[:, None] + torch.arange(self.window_length, device=rows.device)
+        inside = (positions >= 0) & (positions < length)
+        positions = positions.clamp(0, length - 1)
+        index = (rows[:, None], positions)
+        present = inside if attention_mask is None else inside & attention_mask[index].bool()
+        tokens = input_ids[index]
+        observed = tokens != self.config.mask_token_id
+        wanted = present & ~observed
+        at = wanted.nonzero(as_tuple=True)
+        known = states.logits((rows[at[0]], positions[at]))
+        logits = known.new_zeros(*positions.shape, known.shape[-1]).index_put(at, known)
+        if self.coupling_head is not None:
+            return self.coupling_head(
+                logits,
+                tokens=tokens,
+                observed=observed,
+                last_hidden_state=states.last_hidden_state[index],
+                present=present,
+                temperature=temperature,
+                active=active,
+            )
+        return CoupledCategorical(
+            logits,
+            trivial_potentials(logits.shape[-1], logits.device),
+            tokens=tokens,
+            observed=observed,
+            present=present,
+            active=torch.zeros(len(rows), dtype=torch.bool, device=rows.device),
+            temperature=temperature,
+            forbidden=forbidden_tokens(
+                logits.shape[-1],
+                self.config.mask_token_id,
+                self.config.forbidden_token_ids,
+                logits.device,
+            ),
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        window_start: torch.Tensor | None = None,
+        coupling: str | None = None,
+        return_distribution: bool = False,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> CoDDOutput | tuple:
+        """Predicts masked tokens.
+
+        Args:
+            input_ids: `[batch, length]`.
+            attention_mask: `[batch, length]`, 0 at padding.
+            position_ids: `[batch, length]`; default, counted over real tokens.
+            labels: `[batch, length]`, the true tokens, -100 where not supervised. The loss is over
+                masked, supervised positions, jointly over the windows of each row that are aligned
+                with its first supervised token.
+            window_start: `[batch]`, start of the window that is coupled; default, the last
+                `window_length` real positions of each row.
+            coupling: `"none"` (logits stay factorized), `"marginal"` (the window's logits become
+                the log of the exact coupled marginals) or `"latent"` (log-probabilities given one
+                sampled latent path); default, `config.coupling`.
+            return_distribution: also return the window's distribution.
+            generator: draws the latent path.
+            return_dict: False for a tuple.
+        """
+        coupling = self.config.coupling if coupling is None else coupling
+        check_coupling(coupling)
+        states = self.backbone_states(input_ids, attention_mask, position_ids)
+        logits = states.logits()
+        distribution, loss = None, None
+        if return_distribution or coupling != "none":
+            if window_start is None:
+                window_start = self._trailing_window(input_ids, attention_mask)
+            distribution = self.window_distribution(states, input_ids, window_start, attention_mask)
+        if coupling != "none":
+            logits = self._coupled_logits(logits, distribution, window_start, coupling, generator)
+        if labels is not None:
+            loss = self._loss(states, input_ids, attention_mask, labels)
+        output = CoDDOutput(
+            loss=loss,
+            logits=logits,
+            last_hidden_state=states.last_hidden_state,
+            distribution=distribution if return_distribution else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _trailing_window(self, input_ids, attention_mask) -> torch.Tensor:
+        batch, length = input_ids.shape
+        if attention_mask is None:
+            end = torch.full((batch,), length, device=input_ids.device)
+        else:
+            end = length - attention_mask.flip(1).long().argmax(1)
+        return end - self.window_length
+
+    def _coupled_logits(self, logits, distribution, window_start, coupling, generator):
+        if coupling == "marginal":
+            coupled = distribution.marginals.log()
+        else:
+            coupled = distribution.logits_given(distribution.sample_latents(generator))
+        rows, columns = distribution.masked.nonzero(as_tuple=True)
+        values = coupled[rows, columns].to(logits.dtype)
+        return logits.index_put((rows, window_start[rows] + columns), values)
+
+    def _loss(self, states, input_ids, attention_mask, labels) -> torch.Tensor:
+        supervised = (labels != -100) & (input_ids == self.config.mask_token_id)
+        first = (labels != -100).long().argmax(1)
+        window = (torch.arange(labels.shape[1], device=labels.device) - first[:, None]).div(
+            self.window_length, rounding_mode="floor"
+        )
+        rows, columns = supervised.nonzero(as_tuple=True)
+        pairs = torch.stack((rows, window[rows, columns])).unique(dim=1)
+        rows, starts = pairs[0], first[pairs[0]] + pairs[1] * self.window_length
+        distribution = self.window_distribution(
+            states, input_ids, starts, attention_mask, rows=rows
+        )
+        positions = starts[:, None] + torch.arange(self.window_length, device=labels.device)
+        padded = F.pad(labels, (0, self.window_length), value=-100)
+        targets = padded[rows[:, None], positions]
+        known = (targets != -100) & distribution.masked
+        log_prob = distribution.partial_log_prob(targets.clamp(min=0), known)
+        return -log_prob.sum() / known.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        """Decodes by diffusion; see [`~codd_hf.decoding.generate`] for the arguments.
+
+        Args:
+            inputs: `[batch, length]` prompt tokens (`input_ids` is another name for it).
+            **kwargs: `attention_mask`, `gen_length` (or `max_new_tokens`), `block_length`,
+                `num_inference_steps`, `generator`, `scheduler` and its settings.
+
+        Returns:
+            `[batch, length + gen_length]`: the prompts, as they were given, and what follows.
+        """
+        from .decoding import generate
+
+        return generate(self, inputs, **kwargs)
+
+
+def trivial_potentials(vocab_size: int, device: torch.device) -> Potentials:
+    """A circuit of one state that changes nothing."""
+    zero = torch.zeros(1, device=device)
+    return Potentials(zero, zero[None, None], zero[None, None].expand(1, 1, vocab_size))
+
+
+def _existing(name: str | Path, argument: str) -> str:
+    """The path or id as a string; something that can only be a path must exist."""
+    text = str(name)
+    looks_local = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
+    if looks_local and not Path(text).expanduser().exists():
+        raise FileNotFoundError(f"`{argument}`: there is no file or folder {text!r}.")
+    return str(Path(text).expanduser()) if looks_local else text
+
+

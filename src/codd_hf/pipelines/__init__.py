@@ -1,0 +1,6 @@
+"""Pipelines: text in, text out."""
+
+from .pipeline_codd import CoDDPipeline
+from .pipeline_output import CoDDPipelineOutput
+
+__all__ = ["CoDDPipeline", "CoDDPipelineOutput"]

@@ -1,0 +1,318 @@
+"""The pipeline of Coupled Discrete Diffusion: from a prompt to text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from transformers import PreTrainedTokenizerBase
+
+from ..circuits.random import Generators
+from ..decoding import check_decoding_arguments, denoise
+from ..modeling_codd import CoDDModel
+from ..schedulers import CoDDScheduler
+from .loading import load_components
+from .pipeline_output import CoDDPipelineOutput
+from .prompts import Conversation, check_prompts, encode_prompts
+
+Callback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]]
+
+
+class CoDDPipeline(DiffusionPipeline):
+    r"""Text generation by block-wise denoising with coupled distributions over windows of tokens.
+
+    Args:
+        model ([`CoDDModel`]): A diffusion language model, with a head or without one (then it
+            decodes factorized).
+        scheduler ([`CoDDScheduler`]): Decides which tokens each step commits.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Needed for text.
+
+    Raises:
+        ValueError: model and tokenizer have different mask tokens.
+
+    Examples:
+        ```python
+        >>> from codd_hf import CoDDPipeline
+
+        >>> pipe = CoDDPipeline.from_pretrained("path/to/pipeline")
+        >>> output = pipe("What is 3 + 4?", gen_length=64, block_length=32, num_inference_steps=8)
+        >>> print(output.texts[0])
+        ```
+    """
+
+    _callback_tensor_inputs = [  # noqa: RUF012
+        "canvas",
+        "generated",
+        "transfer_index",
+        "sampled_tokens",
+        "sampled_probs",
+    ]
+    _optional_components = ["tokenizer"]  # noqa: RUF012
+    model_cpu_offload_seq = "model"
+
+    def __init__(
+        self,
+        model: CoDDModel,
+        scheduler: CoDDScheduler,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__()
+        if tokenizer is not None and tokenizer.mask_token_id not in (
+            None,
+            model.config.mask_token_id,
+        ):
+            raise ValueError(
+                f"`tokenizer` has the mask token {tokenizer.mask_token_id}, but the model's is "
+                f"{model.config.mask_token_id}: give the tokenizer that the model was trained with."
+            )
+        self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
+        self._num_timesteps = 0
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> CoDDPipeline:
+        """Loads a pipeline from what a name or path holds.
+
+        That is a pipeline repository (`model_index.json`), a CoDD model, a head (the backbone that
+        it names is loaded as well) or a bare backbone (no head: the factorized baseline). The
+        last three get a [`CoDDScheduler`] with default settings and the tokenizer beside the
+        weights, if there is one.
+
+        Args:
+            pretrained_model_name_or_path (`str`): A folder or an id on the Hub.
+            **kwargs: As for [`~diffusers.DiffusionPipeline.from_pretrained`] or, for the last
+                three, [`~transformers.PreTrainedModel.from_pretrained`]; `model`, `scheduler` and
+                `tokenizer` replace a component.
+
+        Raises:
+            OSError: there is no such folder or repository, or it holds none of these.
+        """
+        folder, components = load_components(str(pretrained_model_name_or_path), kwargs)
+        if folder is None:
+            return cls(**components)
+        return super().from_pretrained(str(folder), **kwargs)
+
+    @property
+    def num_timesteps(self) -> int:
+        """The `num_inference_steps` of the last call."""
+        return self._num_timesteps
+
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        messages: Conversation | list[Conversation] | None,
+        input_ids: torch.Tensor | list[int] | list[list[int]] | None,
+        attention_mask: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end: Callback | None,
+        callback_on_step_end_tensor_inputs: list[str] | None,
+    ) -> None:
+        """Raises for what cannot be used, before anything is computed.
+
+        Raises:
+            ValueError: one sentence on the argument, its value, and what to give.
+        """
+        check_prompts(prompt, messages, input_ids, attention_mask, self.tokenizer)
+        if output_type not in ("text", "seq"):
+            raise ValueError(f"`output_type` must be 'text' or 'seq', got {output_type!r}.")
+        if output_type == "text" and self.tokenizer is None:
+            raise ValueError("`output_type='text'` needs a tokenizer: use `output_type='seq'`.")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(
+                f"`callback_on_step_end` must be callable, got {callback_on_step_end!r}."
+            )
+        for key in callback_on_step_end_tensor_inputs or []:
+            if key not in self._callback_tensor_inputs:
+                raise ValueError(
+                    f"`callback_on_step_end_tensor_inputs` must be among "
+                    f"{', '.join(self._callback_tensor_inputs)}, got {key!r}."
+                )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        messages: Conversation | list[Conversation] | None = None,
+        input_ids: torch.Tensor | list[int] | list[list[int]] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        use_chat_template: bool = True,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        gen_length: int = 128,
+        block_length: int = 32,
+        num_inference_steps: int = 32,
+        strategy: str | None = None,
+        sampling: str | None = None,
+        temperature: float | None = None,
+        evidence_temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        activation_ratio: float | None = None,
+        activation_scope: str | None = None,
+        confidence: str | None = None,
+        early_stop: bool = True,
+        eos_token_id: int | list[int] | None = None,
+        generator: Generators = None,
+        output_type: str = "text",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> CoDDPipelineOutput | tuple:
+        """Generates text after each prompt.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): One prompt or several, of any lengths.
+            messages (`list[dict]` or `list[list[dict]]`, *optional*): One conversation or several.
+            input_ids (`torch.LongTensor`, `list[int]` or `list[list[int]]`, *optional*):
+                Prompts as token ids, `(length,)` or `(batch_size, length)`; lists may be of
+                different lengths.
+            attention_mask (`torch.Tensor`, *optional*): With a tensor of `input_ids`, of the same
+                shape: 0 at padding, which may be on either side.
+            use_chat_template (`bool`, defaults to `True`):
+                Whether a `prompt` becomes a user's message where the tokenizer has a chat template.
+            add_generation_prompt (`bool`, defaults to `True`): As in `apply_chat_template`.
+            chat_template_kwargs (`dict`, *optional*): Passed to `apply_chat_template`.
+            gen_length (`int`, defaults to 128): Number of tokens to generate.
+            block_length (`int`, defaults to 32): Tokens that are decoded together.
+            num_inference_steps (`int`, defaults to 32):
+                Number of backbone passes for the whole generation, at least one per block; the
+                remainder of an uneven share goes to the first blocks.
+            strategy (`str`, *optional*): This and the next eight are settings of
+                [`CoDDScheduler`] for this call; None takes the scheduler's.
+            sampling (`str`, *optional*): `factorized`, `latent` or `marginal`.
+            temperature (`float`, *optional*): Of the final draw; 0 takes the most probable token.
+            evidence_temperature (`float`, *optional*): Divides the backbone's logits before the
+                circuit sees them.
+            top_k (`int`, *optional*): Draw from so many tokens; 0: from all.
+            top_p (`float`, *optional*): Draw from the tokens that reach this mass; 1: from all.
+            activation_ratio (`float`, *optional*): Largest mask ratio under which the circuit is
+                applied; 1: always.
+            activation_scope (`str`, *optional*): Whose mask ratio: `window` or `row`.
+            confidence (`str`, *optional*): `marginal` or `latent`.
+            early_stop (`bool`, defaults to `True`): Whether a row ends at its end-of-text token.
+            eos_token_id (`int` or `list[int]`, *optional*): The end-of-text token; by default the
+                tokenizer's, or else the model's.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                One generator, or one per prompt: a prompt then gets the same text in any batch.
+            output_type (`str`, defaults to `"text"`): `"text"`, or `"seq"` for token ids alone.
+            return_dict (`bool`, defaults to `True`): Whether to return an output or a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipe, step, timestep, callback_kwargs)` after each step; returns
+                a dict, whose `canvas` (if it has one) replaces the canvas.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*):
+                What `callback_kwargs` holds, by default `["canvas"]`. All are `(batch_size,
+                length)`, over the whole canvas `[prompt][generated][padding]` of each row:
+                `canvas` (tokens), `generated` (which are not prompt or padding), `transfer_index`
+                (committed in this step), `sampled_tokens` and `sampled_probs` (candidates).
+
+        Returns:
+            [`CoDDPipelineOutput`], or without `return_dict` the tuple `(sequences, texts)`, in
+            which `texts` is None with `output_type="seq"`.
+
+        Raises:
+            ValueError: an argument is out of range; the sentence says which and what to give.
+        """
+        # 1. Check inputs.
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if callback_on_step_end_tensor_inputs is None:
+            callback_on_step_end_tensor_inputs = ["canvas"]
+        self.check_inputs(
+            prompt,
+            messages,
+            input_ids,
+            attention_mask,
+            output_type,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        settings = {
+            "strategy": strategy,
+            "sampling": sampling,
+            "temperature": temperature,
+            "evidence_temperature": evidence_temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "activation_ratio": activation_ratio,
+            "activation_scope": activation_scope,
+            "confidence": confidence,
+        }
+
+        # 2. Encode the prompts.
+        ids, mask = encode_prompts(
+            prompt,
+            messages,
+            input_ids,
+            attention_mask,
+            tokenizer=self.tokenizer,
+            vocab_size=self.model.config.vocab_size,
+            mask_token_id=self.model.config.mask_token_id,
+            use_chat_template=use_chat_template,
+            add_generation_prompt=add_generation_prompt,
+            chat_template_kwargs=chat_template_kwargs or {},
+        )
+        check_decoding_arguments(
+            self.scheduler,
+            len(ids),
+            gen_length,
+            block_length,
+            num_inference_steps,
+            generator,
+            settings,
+        )
+        if eos_token_id is None and self.tokenizer is not None:
+            eos_token_id = self.tokenizer.eos_token_id
+        if eos_token_id is None:
+            eos_token_id = self.model.config.eos_token_id
+
+        # 3. Denoise, one block after the other.
+        self._num_timesteps = num_inference_steps
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+
+            def on_step(step, timestep, state):
+                progress_bar.update()
+                if callback_on_step_end is None:
+                    return None
+                kwargs = {key: state[key] for key in callback_on_step_end_tensor_inputs}
+                outputs = callback_on_step_end(self, step, timestep, kwargs)
+                if not isinstance(outputs, dict):
+                    raise ValueError(
+                        "`callback_on_step_end` must return a dict (it may be empty), got "
+                        f"{type(outputs).__name__}."
+                    )
+                return outputs.get("canvas")
+
+            device = self._execution_device
+            output = denoise(
+                self.model,
+                self.scheduler,
+                ids.to(device),
+                mask.to(device),
+                gen_length=gen_length,
+                block_length=block_length,
+                num_inference_steps=num_inference_steps,
+                generator=generator,
+                eos_token_id=eos_token_id,
+                early_stop=early_stop,
+                on_step=on_step,
+                **settings,
+            )
+
+        # 4. Decode the text.
+        texts = None
+        if output_type == "text":
+            texts = [self._decode(row, eos_token_id) for row in output.sequences.tolist()]
+
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return output.sequences, texts
+        return CoDDPipelineOutput(output.sequences, texts, output.num_passes)
+
+    def _decode(self, tokens: list[int], eos_token_id: int | Sequence[int] | None) -> str:
+        """The text of a row up to its first end-of-text token, without what cannot be decoded."""
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else (eos_token_id or [])
+        end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+        known = [token for token in tokens[:end] if token < len(self.tokenizer)]
+        return self.tokenizer.decode(known, skip_special_tokens=True)

@@ -1,0 +1,26 @@
+"""The output of `CoDDPipeline`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils import BaseOutput
+
+
+@dataclass
+class CoDDPipelineOutput(BaseOutput):
+    """Output of a generation.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(batch_size, gen_length)`):
+            The generated tokens, without the prompt; filled up with the end-of-text token.
+        texts (`list[str]`, *optional*):
+            The generated texts up to their end; None with `output_type="seq"`.
+        num_passes (`int`, *optional*):
+            How often the backbone was run: `num_inference_steps`, or fewer when texts ended early.
+    """
+
+    sequences: torch.LongTensor
+    texts: list[str] | None = None
+    num_passes: int | None = None

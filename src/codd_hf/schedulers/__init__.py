@@ -1,0 +1,5 @@
+"""Schedulers: which tokens a denoising step commits, and what they are drawn from."""
+
+from .scheduling_codd import CoDDScheduler, CoDDSchedulerOutput
+
+__all__ = ["CoDDScheduler", "CoDDSchedulerOutput"]

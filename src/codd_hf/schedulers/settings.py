@@ -1,0 +1,86 @@
+"""Everything that shapes what a denoising step draws, checked in one place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+CHOICES = {
+    "strategy": ("low_confidence", "margin", "entropy", "random"),
+    "sampling": ("factorized", "latent", "marginal"),
+    "activation_scope": ("window", "row"),
+    "confidence": ("marginal", "latent"),
+}
+
+
+@dataclass(frozen=True)
+class DrawSettings:
+    """The fields are [`CoDDScheduler`]'s configuration of the same names.
+
+    Raises:
+        ValueError: a value is out of its range, or two of them do not go together.
+        TypeError: a number was wanted and something else was given.
+    """
+
+    strategy: str
+    sampling: str
+    temperature: float
+    evidence_temperature: float
+    top_k: int | None
+    top_p: float | None
+    activation_ratio: float
+    activation_scope: str
+    confidence: str
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+        self._check_number("temperature", "0 (the most probable token) or more", lambda x: x >= 0)
+        self._check_number("evidence_temperature", "above 0 (1 changes nothing)", lambda x: x > 0)
+        self._check_number(
+            "activation_ratio", "from 0 to 1 (1: always apply the circuit)", lambda x: 0 <= x <= 1
+        )
+        if self.top_p is not None:
+            self._check_number("top_p", "above 0 and at most 1 (1: off)", lambda x: 0 < x <= 1)
+        if self.top_k is not None:
+            self._check_number("top_k", "an integer of at least 0 (0: off)", lambda x: x >= 0)
+            if not isinstance(self.top_k, int):
+                raise ValueError(
+                    f"`top_k` must be an integer of at least 0 (0: off), got {self.top_k}."
+                )
+        if self.confidence == "latent" and self.sampling != "latent":
+            raise ValueError(
+                "`confidence='latent'` ranks by the latents that only `sampling='latent'` draws, "
+                f"got `sampling={self.sampling!r}`: use `confidence='marginal'`."
+            )
+
+    def _check_number(self, name: str, wanted: str, holds) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"`{name}` must be a number {wanted}, got {value!r}.")
+        if not (math.isfinite(value) and holds(value)):
+            raise ValueError(f"`{name}` must be {wanted}, got {value}.")
+
+    @classmethod
+    def resolve(cls, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> DrawSettings:
+        """The settings of one call: those given in `overrides`, the others from `config`.
+
+        Args:
+            config: a scheduler's configuration.
+            overrides: settings by name; None means the configured value.
+
+        Raises:
+            TypeError: a name is not a setting.
+        """
+        names = [field.name for field in fields(cls)]
+        unknown = [name for name in overrides if name not in names]
+        if unknown:
+            raise TypeError(
+                f"`{unknown[0]}` is not a setting of the scheduler: use one of {', '.join(names)}."
+            )
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return cls(**{name: given.get(name, config[name]) for name in names})

@@ -1,0 +1,1 @@
+"""Training: data, noise, backbone pretraining and the fitting of heads."""

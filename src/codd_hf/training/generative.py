@@ -1,0 +1,190 @@
+"""Stage 1: fit a circuit to windows of text, as a generative model.
+
+Clusters of tokens give the start (from a random one EM stalls, from a uniform one it never moves);
+minibatch EM with running averages of the counts does the rest (stepwise EM: Liang and Klein, 2009).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from sklearn.cluster import KMeans, MiniBatchKMeans
+from tqdm.auto import tqdm
+
+from ..circuits import Potentials
+from ..circuits.em import Counts, expected_counts, log_likelihood, maximise
+from .checkpoint import load_checkpoint, save_checkpoint
+from .data import TokenizedExample, collate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class GenerativeConfig:
+    """How a circuit is fitted to text.
+
+    Attributes:
+        num_epochs: passes over the windows.
+        windows_per_batch: windows an EM step.
+        step_decay: the share of a new batch in the running counts is `(step + 2) ** -step_decay`.
+        emission_prior: pseudo-tokens per state, spread as the text's unigrams.
+        transition_prior: pseudo-transitions per state, spread evenly.
+        concentration: share of a state's initial emissions that goes to its cluster.
+        noise: log-scale of the noise on the initial parameters.
+        seed: seed of clustering, noise and order.
+    """
+
+    num_epochs: int = 12
+    windows_per_batch: int = 512
+    step_decay: float = 0.6
+    emission_prior: float = 1.0
+    transition_prior: float = 1.0
+    concentration: float = 0.9
+    noise: float = 0.1
+    seed: int = 0
+
+
+def text_windows(
+    examples: Sequence[TokenizedExample], window_length: int, eos_token_id: int
+) -> torch.Tensor:
+    """The windows `[N, L]` of all answers, cut as decoding cuts them (end-of-text fills the last)."""
+    windows = []
+    for example in examples:
+        canvas = collate(
+            [TokenizedExample([], example.answer_ids)],
+            window_length=window_length,
+            eos_token_id=eos_token_id,
+            pad_token_id=eos_token_id,
+        )
+        windows.append(canvas.input_ids.view(-1, window_length))
+    return torch.cat(windows)
+
+
+def cluster_tokens(
+    embeddings: torch.Tensor, counts: torch.Tensor, num_clusters: int, seed: int = 0
+) -> torch.Tensor:
+    """k-means of token embeddings, weighted by frequency.
+
+    Args:
+        embeddings: `[V, d]`, the backbone's output embeddings.
+        counts: `[V]`, how often each token occurs.
+        num_clusters: number of clusters; no more than there are tokens that occur.
+        seed: seed of the clustering.
+
+    Returns:
+        `[V]` cluster of each token.
+    """
+    features = torch.nn.functional.normalize(embeddings.float(), dim=-1).cpu().numpy()
+    weights = counts.float().cpu().numpy()
+    seen = weights > 0
+    if num_clusters > seen.sum():
+        raise ValueError(
+            f"`num_latents` ({num_clusters}) exceeds the {int(seen.sum())} different tokens of the "
+            "training text: use fewer latents or more text."
+        )
+    estimator = KMeans if len(features) <= 20_000 else MiniBatchKMeans
+    kmeans = estimator(num_clusters, n_init=1, max_iter=30, random_state=seed)
+    kmeans.fit(features[seen], sample_weight=weights[seen])
+    return torch.from_numpy(kmeans.predict(features)).long()
+
+
+def initial_potentials(
+    windows: torch.Tensor, clusters: torch.Tensor, num_latents: int, config: GenerativeConfig
+) -> Potentials:
+    """A circuit whose states are clusters of tokens and whose transitions are cluster bigrams."""
+    vocab_size = len(clusters)
+    generator = torch.Generator().manual_seed(config.seed)
+    unigrams = windows.flatten().bincount(minlength=vocab_size).float()
+    smoothed = unigrams + 0.1
+
+    own = torch.zeros(num_latents, vocab_size)
+    own[clusters, torch.arange(vocab_size)] = smoothed
+    own = own / own.sum(-1, keepdim=True).clamp(min=1e-9)
+    shared = smoothed / smoothed.sum()
+    emission = config.concentration * own + (1 - config.concentration) * shared
+
+    states = clusters[windows]
+    pairs = states[:, :-1] * num_latents + states[:, 1:]
+    bigrams = pairs.flatten().bincount(minlength=num_latents**2).view(num_latents, num_latents)
+    starts = states[:, 0].bincount(minlength=num_latents).float() + 0.1
+    occupancy = states.flatten().bincount(minlength=num_latents).float() + 0.1
+    transition = bigrams + occupancy / occupancy.sum()
+
+    def noisy(weights: torch.Tensor) -> torch.Tensor:
+        noise = config.noise * torch.randn(weights.shape, generator=generator)
+        return (weights.log() + noise).log_softmax(-1)
+
+    return Potentials(noisy(starts), noisy(transition)[None], noisy(emission)[None])
+
+
+def fit_generative(
+    windows: torch.Tensor,
+    validation: torch.Tensor,
+    embeddings: torch.Tensor,
+    num_latents: int,
+    config: GenerativeConfig | None = None,
+    checkpoint_dir: str | Path | None = None,
+) -> tuple[Potentials, list[dict[str, float]]]:
+    """Fits a circuit with shared transitions and emissions to windows of tokens.
+
+    Args:
+        windows: `[N, L]` tokens.
+        validation: `[M, L]` tokens.
+        embeddings: `[V, d]`, for the clustering.
+        num_latents: number of states `H`.
+        config: how to fit.
+        checkpoint_dir: a run that stopped is continued from `checkpoint_dir/generative`.
+
+    Returns:
+        The circuit, and per epoch the log-likelihood per token of training and validation windows.
+    """
+    config = config or GenerativeConfig()
+    vocab_size = len(embeddings)
+    unigrams = windows.flatten().bincount(minlength=vocab_size).float()
+    spread = (unigrams + 0.1) / (unigrams + 0.1).sum()
+    prior = Counts(
+        torch.full((num_latents,), 1.0),
+        torch.full((1, 1, num_latents), config.transition_prior / num_latents),
+        config.emission_prior * spread[None, None],
+    )
+    path = None if checkpoint_dir is None else Path(checkpoint_dir) / "generative"
+    found = None if path is None else load_checkpoint(path)
+    if found is not None:
+        tensors, state = found
+        potentials = Potentials(*(tensors[f"potentials.{n}"] for n in prior.__dataclass_fields__))
+        counts = Counts(*(tensors[f"counts.{n}"] for n in prior.__dataclass_fields__))
+        step, history = state["step"], state["history"]
+    else:
+        clusters = cluster_tokens(embeddings, unigrams, num_latents, config.seed)
+        potentials = initial_potentials(windows, clusters, num_latents, config)
+        counts, step, history = None, 0, []
+
+    for epoch in range(len(history), config.num_epochs):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        batches = torch.randperm(len(windows), generator=generator).split(config.windows_per_batch)
+        total, tokens = 0.0, 0
+        progress = tqdm(batches, desc=f"EM epoch {epoch + 1}/{config.num_epochs}", unit="batch")
+        for batch in progress:
+            new, scores = expected_counts(potentials, windows[batch])
+            new = new.scaled(len(windows) / len(batch))
+            share = (step + 2) ** -config.step_decay
+            counts = new if counts is None else counts.mixed_with(new, share)
+            potentials = maximise(counts, prior)
+            step += 1
+            total, tokens = total + scores.sum().item(), tokens + windows[batch].numel()
+            progress.set_postfix(nats=f"{-total / tokens:.3f}")
+        with torch.no_grad():
+            scores = [log_likelihood(potentials, part) for part in validation.split(512)]
+        heldout = torch.cat(scores).sum().item() / validation.numel()
+        history.append({"epoch": epoch + 1, "train": total / tokens, "validation": heldout})
+        tqdm.write(str(history[-1]))
+        if path is not None:
+            tensors = {f"potentials.{n}": getattr(potentials, n) for n in counts.__dataclass_fields__}
+            tensors |= {f"counts.{n}": getattr(counts, n) for n in counts.__dataclass_fields__}
+            state = {"step": step, "history": history, "config": asdict(config)}
+            save_checkpoint(path, tensors, state)
+    return potentials, history

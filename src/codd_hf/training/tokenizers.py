@@ -1,0 +1,66 @@
+"""A small byte-level BPE tokenizer with the special tokens that a masked diffusion LM needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = {
+    "pad_token": "<|pad|>",
+    "mask_token": "<|mask|>",
+    "eos_token": "<|end|>",
+}
+ROLE_TOKENS = ["<|user|>", "<|assistant|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 3072) -> PreTrainedTokenizerFast:
+    """Fits a byte-level BPE tokenizer on `texts`.
+
+    Digits are single tokens, so that a number is spelt the same way wherever it stands.
+
+    Args:
+        texts: the training text.
+        vocab_size: size of the vocabulary, special and role tokens included; at least 261 (256
+            bytes and the special tokens).
+
+    Raises:
+        ValueError: `vocab_size` cannot hold the bytes and the special tokens.
+    """
+    special = [*SPECIAL_TOKENS.values(), *ROLE_TOKENS]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + len(special):
+        raise ValueError(
+            f"`vocab_size` must be at least {len(alphabet) + len(special)} to hold every byte and "
+            f"the special tokens, got {vocab_size}."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        additional_special_tokens=ROLE_TOKENS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        **SPECIAL_TOKENS,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast

@@ -1,0 +1,143 @@
+"""Gradients of `log_prob`: exact where ordinary, finite where awkward."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import ALL, CASES
+from torch.autograd import gradcheck
+
+ORDINARY = [
+    "tied",
+    "untied",
+    "absent inside",
+    "absent at the start",
+    "absent anywhere",
+    "strong context",
+    "sharp evidence",
+    "forbidden token",
+    "inactive rows",
+    "none masked",
+]
+
+
+def with_gradients(case, dtype):
+    """The case with leaves for its logits, potentials and (always) a context."""
+    batch, length, _ = case.logits.shape
+    context = case.options.get("context")
+    context = torch.zeros(batch, length, len(case.initial)) if context is None else context
+    leaves = [case.logits, *case.potentials, context]
+    leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
+    logits, initial, transition, emission, context = leaves
+    options = case.options | {"context": context}
+    return replace(
+        case,
+        logits=logits,
+        initial=initial,
+        transition=transition,
+        emission=emission,
+        options=options,
+    ), leaves
+
+
+def likely_value(case):
+    """A completion of positive probability for each row."""
+    value = torch.zeros(case.logits.shape[:2], dtype=torch.long)
+    for row in range(len(case)):
+        exact = case.enumerate(row)
+        if exact.positions:
+            best = exact.log_prob.argmax()
+            value[row, exact.positions] = exact.tokens[best]
+    return value
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_gradients_are_those_of_the_enumerated_log_prob(name):
+    case = CASES[name]
+    value = likely_value(case)
+    ours, our_leaves = with_gradients(case, torch.float64)
+    theirs, their_leaves = with_gradients(case, torch.float64)
+    our_loss = ours.distribution(torch.float64).log_prob(value).sum()
+    their_loss = 0
+    for row in range(len(case)):
+        exact = theirs.enumerate(row)
+        if exact.positions:
+            at = (exact.tokens == value[row, exact.positions]).all(1)
+            their_loss = their_loss + exact.log_prob[at].sum()
+    assert float((our_loss - their_loss).detach().abs()) < 1e-8
+    pairs = zip(
+        torch.autograd.grad(our_loss, our_leaves),
+        torch.autograd.grad(their_loss, their_leaves, allow_unused=True),
+        strict=True,
+    )
+    for ours_grad, theirs_grad in pairs:
+        theirs_grad = torch.zeros_like(ours_grad) if theirs_grad is None else theirs_grad
+        assert float((ours_grad - theirs_grad.nan_to_num()).abs().max()) < 1e-7
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "absent anywhere"])
+def test_log_partition_and_marginals_pass_gradcheck(name):
+    case = CASES[name].rows([0])
+
+    def results(logits, initial, transition, emission):
+        ours = replace(
+            case, logits=logits, initial=initial, transition=transition, emission=emission
+        ).distribution(torch.float64)
+        return ours.log_partition, ours.marginals, ours.latent_posterior
+
+    leaves = [p.double().requires_grad_() for p in (case.logits, *case.potentials)]
+    assert gradcheck(results, leaves)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradients_are_finite(name):
+    case = ALL[name]
+    value = likely_value(case)
+    case, leaves = with_gradients(case, torch.float32)
+    ours = case.distribution()
+    loss = ours.log_prob(value)
+    assert loss.isfinite().all()
+    gradients = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        if gradient is not None:  # a window of one position has no transitions
+            assert gradient.isfinite().all(), tuple(leaf.shape)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradients_of_marginals_are_finite(name):
+    case, leaves = with_gradients(ALL[name], torch.float32)
+    g = torch.Generator().manual_seed(0)
+    marginals = case.distribution().marginals
+    loss = (marginals * torch.rand(marginals.shape, generator=g)).sum()
+    for gradient in torch.autograd.grad(loss, leaves, allow_unused=True):
+        assert gradient is None or gradient.isfinite().all()
+
+
+def test_an_impossible_token_does_not_spoil_the_gradients_of_other_rows():
+    case = CASES["hard zeros"]
+    value = likely_value(case)
+    dead = case.logits[0, 0] == -torch.inf
+    if not dead.any():
+        case.logits[0, 0, 3] = -torch.inf
+        dead = case.logits[0, 0] == -torch.inf
+    value[0, 0] = dead.nonzero()[0, 0]
+    case, leaves = with_gradients(case, torch.float32)
+    log_prob = case.distribution().log_prob(value)
+    assert log_prob[0] == -torch.inf
+    assert log_prob[1:].isfinite().all()
+    for gradient in torch.autograd.grad(log_prob.sum(), leaves):
+        assert gradient.isfinite().all()
+
+
+def test_underflowing_rows_have_the_gradients_of_the_enumeration():
+    case = ALL["rows that underflow and rows that do not"]
+    value = likely_value(case)
+    ours, our_leaves = with_gradients(case, torch.float32)
+    theirs, their_leaves = with_gradients(case, torch.float64)
+    ours_grad = torch.autograd.grad(ours.distribution().log_prob(value).sum(), our_leaves)
+    loss = 0
+    for row in range(len(case)):
+        exact = theirs.enumerate(row)
+        loss = loss + exact.log_prob[(exact.tokens == value[row]).all(1)].sum()
+    for mine, exact in zip(ours_grad, torch.autograd.grad(loss, their_leaves), strict=True):
+        assert float((mine.double() - exact).abs().max()) < 1e-4

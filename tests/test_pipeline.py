@@ -1,0 +1,637 @@
+"""Promises of `CoDDPipeline` and of the denoising loop under it, on tiny random models."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+import torch
+from diffusers.callbacks import PipelineCallback
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+
+from codd_hf.configuration_codd import CoDDHeadConfig
+from codd_hf.decoding import denoise, steps_per_block
+from codd_hf.modeling_codd import CoDDHead, CoDDModel
+from codd_hf.pipelines import CoDDPipeline, CoDDPipelineOutput
+from codd_hf.schedulers import CoDDScheduler
+from codd_hf.training.tokenizers import train_tokenizer
+
+WINDOW = 4
+SHORT = {"gen_length": 10, "block_length": 5, "num_inference_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["two and two are four, and 3 + 4 = 7"] * 3, vocab_size=280)
+
+
+def make_backbone(kind: str, tokenizer):
+    """A random backbone with absolute (bert) or rotary (llama) positions, 5 ids too many."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": len(tokenizer) + 5,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 96,
+        "initializer_range": 0.3,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if kind == "bert":
+        return BertForMaskedLM(BertConfig(**sizes)).eval()
+    return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+
+
+def make_head(tokenizer) -> CoDDHead:
+    beyond = range(len(tokenizer), len(tokenizer) + 5)
+    head = CoDDHead(
+        CoDDHeadConfig(
+            vocab_size=len(tokenizer) + 5,
+            num_latents=6,
+            window_length=WINDOW,
+            mask_token_id=tokenizer.mask_token_id,
+            forbidden_token_ids=[tokenizer.pad_token_id, *beyond],
+        )
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return head
+
+
+def make_pipe(tokenizer, kind: str = "llama", **scheduler) -> CoDDPipeline:
+    model = CoDDModel.from_backbone(make_backbone(kind, tokenizer), head=make_head(tokenizer))
+    pipe = CoDDPipeline(model=model, scheduler=CoDDScheduler(**scheduler), tokenizer=tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe(tokenizer):
+    return make_pipe(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def bert_pipe(tokenizer):
+    return make_pipe(tokenizer, "bert")
+
+
+@pytest.fixture
+def passes(pipe, monkeypatch):
+    """The batch sizes of the backbone passes that `pipe` runs."""
+    sizes = []
+    run = pipe.model.backbone_states
+
+    def count(input_ids, *args, **kwargs):
+        sizes.append(len(input_ids))
+        return run(input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(pipe.model, "backbone_states", count)
+    return sizes
+
+
+def favour(pipe, monkeypatch, token: int, at: int | None = None):
+    """Makes the backbone certain of `token`, everywhere or at one canvas position."""
+    family = type(pipe.model.family)
+    states = family.states
+
+    def biased(self, model, input_ids, *args, **kwargs):
+        result = states(self, model, input_ids, *args, **kwargs)
+        read = result.read_logits
+
+        def read_logits(index):
+            logits = read(index).clone()
+            if at is None:
+                logits[..., token] += 1e4
+            else:
+                logits[..., token] += torch.where(index[1] == at, 1e4, -1e4)
+            return logits
+
+        result.read_logits = read_logits
+        return result
+
+    monkeypatch.setattr(family, "states", biased)
+
+
+PROMPTS = [[40, 41], [50, 51, 52, 53, 54, 55, 56], [60, 61, 62]]
+
+
+def seeds() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(100 + row) for row in range(len(PROMPTS))]
+
+
+def padded(side: str, pad: int, extra: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, PROMPTS)) + extra
+    rows, masks = [], []
+    for prompt in PROMPTS:
+        fill = width - len(prompt)
+        rows.append([pad] * fill + prompt if side == "left" else prompt + [pad] * fill)
+        masks.append(
+            [0] * fill + [1] * len(prompt) if side == "left" else [1] * len(prompt) + [0] * fill
+        )
+    return torch.tensor(rows), torch.tensor(masks)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("sampling", ["factorized", "latent", "marginal"])
+@pytest.mark.parametrize("strategy", ["low_confidence", "margin", "entropy", "random"])
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_row_is_the_same_alone_batched_and_padded_on_any_side(
+    pipe, bert_pipe, kind, strategy, sampling, temperature
+):
+    pipe = pipe if kind == "llama" else bert_pipe
+    kwargs = {
+        **SHORT,
+        "strategy": strategy,
+        "sampling": sampling,
+        "temperature": temperature,
+        "evidence_temperature": 0.7,
+        "activation_ratio": 0.8,
+        "output_type": "seq",
+    }
+    batched = pipe(input_ids=PROMPTS, generator=seeds(), **kwargs).sequences
+    for row, prompt in enumerate(PROMPTS):
+        alone = pipe(input_ids=prompt, generator=[seeds()[row]], **kwargs).sequences
+        assert torch.equal(alone[0], batched[row])
+    for side in ("left", "right"):
+        ids, mask = padded(side, pad=7, extra=3)
+        result = pipe(input_ids=ids, attention_mask=mask, generator=seeds(), **kwargs).sequences
+        assert torch.equal(result, batched)
+
+
+def test_stochastic_modes_depend_on_the_seed(pipe):
+    kwargs = {**SHORT, "input_ids": PROMPTS[0], "output_type": "seq", "temperature": 1.0}
+    results = [
+        pipe(generator=torch.Generator().manual_seed(seed), **kwargs).sequences
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("gen_length", "block_length"), [(3, 8), (8, 4), (9, 2), (10, 4), (11, 5), (13, 6), (7, 7)]
+)
+def test_every_position_is_filled_whatever_the_lengths(pipe, gen_length, block_length):
+    num_blocks = -(-gen_length // block_length)
+    sequences = pipe(
+        input_ids=PROMPTS,
+        gen_length=gen_length,
+        block_length=block_length,
+        num_inference_steps=num_blocks,
+        temperature=3.0,
+        early_stop=False,
+        output_type="seq",
+    ).sequences
+    assert sequences.shape == (3, gen_length)
+    assert not torch.isin(
+        sequences, torch.tensor([pipe.model.config.mask_token_id, pipe.model.config.pad_token_id])
+    ).any()
+    assert sequences.max() < len(pipe.tokenizer)
+
+
+def test_steps_are_shared_by_the_blocks_and_the_first_take_the_remainder():
+    assert steps_per_block(11, 128, 32) == [3, 3, 3, 2]
+    assert steps_per_block(4, 100, 32) == [1, 1, 1, 1]
+
+
+def test_num_inference_steps_is_the_number_of_backbone_passes(pipe, passes):
+    output = pipe(input_ids=PROMPTS, **SHORT, early_stop=False, output_type="seq")
+    assert passes == [3] * 4
+    assert output.num_passes == 4
+
+
+def test_no_pass_is_spent_once_a_block_is_filled(pipe, passes):
+    pipe(
+        input_ids=PROMPTS,
+        gen_length=6,
+        block_length=3,
+        num_inference_steps=40,
+        early_stop=False,
+        output_type="seq",
+    )
+    assert len(passes) == 6
+
+
+def test_tokens_of_a_block_are_committed_in_equal_shares(pipe):
+    shares, blocks = [], []
+
+    def callback(pipe, step, timestep, kwargs):
+        shares.append(kwargs["transfer_index"].sum(-1).tolist())
+        offset = kwargs["transfer_index"][0].nonzero()[:, 0] - len(PROMPTS[0])
+        blocks.append(set((offset // 5).tolist()))
+        return {}
+
+    pipe(
+        input_ids=PROMPTS,
+        **{**SHORT, "num_inference_steps": 5},
+        early_stop=False,
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["transfer_index"],
+    )
+    assert shares == [[2] * 3, [2] * 3, [1] * 3, [3] * 3, [2] * 3]
+    assert blocks == [{0}, {0}, {0}, {1}, {1}]
+
+
+def test_untrained_head_decodes_as_the_bare_backbone(tokenizer):
+    backbone = make_backbone("bert", tokenizer)
+    head = CoDDHead(
+        CoDDHeadConfig(
+            vocab_size=len(tokenizer) + 5,
+            num_latents=4,
+            window_length=WINDOW,
+            mask_token_id=tokenizer.mask_token_id,
+        )
+    )
+    results = []
+    for joined in (head, None):
+        model = CoDDModel.from_backbone(
+            backbone, head=joined, mask_token_id=tokenizer.mask_token_id
+        )
+        pipe = CoDDPipeline(model=model, scheduler=CoDDScheduler(), tokenizer=tokenizer)
+        pipe.set_progress_bar_config(disable=True)
+        results.append(pipe(input_ids=PROMPTS, **SHORT, sampling="marginal").sequences)
+    assert torch.equal(*results)
+
+
+def test_text_ends_at_the_end_of_text_and_finished_rows_cost_nothing(pipe, passes, monkeypatch):
+    eos = pipe.tokenizer.eos_token_id
+    at = len(PROMPTS[0]) + 3
+    favour(pipe, monkeypatch, eos, at=at)
+    output = pipe(input_ids=PROMPTS[:2], gen_length=12, block_length=6, num_inference_steps=6)
+    assert output.sequences[0].tolist().index(eos) == 3
+    assert (output.sequences[0, 3:] == eos).all()
+    # Canvas position 5 belongs to the second row's prompt, so that it goes on to the end.
+    assert eos not in output.sequences[1]
+    assert passes == [2, 2, 2, 1, 1, 1]
+    assert output.texts[0] == pipe.tokenizer.decode(output.sequences[0, :3])
+
+
+def test_end_of_text_at_the_first_position_gives_an_empty_text(pipe, passes, monkeypatch):
+    favour(pipe, monkeypatch, pipe.tokenizer.eos_token_id)
+    output = pipe(input_ids=PROMPTS, gen_length=12, block_length=4, num_inference_steps=3)
+    assert output.texts == ["", "", ""]
+    assert (output.sequences == pipe.tokenizer.eos_token_id).all()
+    assert passes == [3]
+
+
+def test_finished_rows_stay_as_they_are(pipe, monkeypatch):
+    favour(pipe, monkeypatch, pipe.tokenizer.eos_token_id, at=len(PROMPTS[0]) + 1)
+    seen = []
+
+    def callback(pipe, step, timestep, kwargs):
+        seen.append(kwargs["canvas"][0].clone())
+        return {}
+
+    pipe(
+        input_ids=PROMPTS[:2],
+        gen_length=12,
+        block_length=4,
+        num_inference_steps=6,
+        callback_on_step_end=callback,
+    )
+    assert all(torch.equal(canvas, seen[2]) for canvas in seen[2:])
+
+
+def test_without_early_stop_all_tokens_are_generated_and_the_text_still_ends(
+    pipe, passes, monkeypatch
+):
+    favour(pipe, monkeypatch, pipe.tokenizer.eos_token_id, at=len(PROMPTS[0]))
+    output = pipe(
+        input_ids=PROMPTS[0], gen_length=8, block_length=4, num_inference_steps=4, early_stop=False
+    )
+    assert len(passes) == 4
+    assert output.sequences[0, 0] == pipe.tokenizer.eos_token_id
+    assert not (output.sequences[0, 1:] == pipe.tokenizer.eos_token_id).any()
+    assert output.texts == [""]
+
+
+def test_end_of_text_in_the_prompt_ends_nothing(pipe):
+    prompt = [pipe.tokenizer.eos_token_id, 40, 41]
+    output = pipe(input_ids=prompt, **SHORT, eos_token_id=[1, pipe.tokenizer.eos_token_id])
+    assert not (output.sequences == pipe.tokenizer.eos_token_id).all()
+
+
+def test_callback_sees_the_whole_canvas_at_every_step(pipe):
+    mask_token_id = pipe.model.config.mask_token_id
+    steps = []
+
+    def callback(pipe, step, timestep, kwargs):
+        assert list(kwargs) == pipe._callback_tensor_inputs
+        assert {tensor.shape for tensor in kwargs.values()} == {(3, 7 + 10)}
+        committed = kwargs["transfer_index"]
+        assert torch.equal(kwargs["canvas"][committed], kwargs["sampled_tokens"][committed])
+        assert (kwargs["sampled_probs"][committed] > 0).all()
+        assert kwargs["generated"].sum(-1).tolist() == [10] * 3
+        masked = (kwargs["canvas"] == mask_token_id) & kwargs["generated"]
+        steps.append((step, round(float(timestep), 3), int(masked.sum())))
+        for row, prompt in enumerate(PROMPTS):
+            assert kwargs["canvas"][row, : len(prompt)].tolist() == prompt
+        return kwargs
+
+    pipe(
+        input_ids=PROMPTS,
+        **SHORT,
+        early_stop=False,
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=pipe._callback_tensor_inputs,
+    )
+    assert steps == [(0, 1.0, 21), (1, 0.5, 15), (2, 1.0, 6), (3, 0.5, 0)]
+
+
+def test_canvas_that_the_callback_returns_is_used(pipe):
+    def callback(pipe, step, timestep, kwargs):
+        canvas = kwargs["canvas"].clone()
+        canvas[:, 2] = 77
+        return {"canvas": canvas}
+
+    output = pipe(input_ids=PROMPTS[0], **SHORT, callback_on_step_end=callback)
+    assert output.sequences[0, 0] == 77
+
+
+def test_diffusers_callback_objects_work(pipe):
+    class Recorder(PipelineCallback):
+        tensor_inputs = ("canvas", "transfer_index")
+
+        def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
+            seen.append((step_index, sorted(callback_kwargs), pipeline.num_timesteps))
+            return callback_kwargs
+
+    seen = []
+    pipe(input_ids=PROMPTS[0], **SHORT, callback_on_step_end=Recorder())
+    assert seen[0] == (0, ["canvas", "transfer_index"], 4)
+
+
+def test_callback_must_return_a_dict_and_keep_the_shape(pipe):
+    with pytest.raises(ValueError, match="must return a dict"):
+        pipe(input_ids=PROMPTS[0], **SHORT, callback_on_step_end=lambda *args: None)
+    with pytest.raises(ValueError, match="must keep its shape"):
+        pipe(
+            input_ids=PROMPTS[0],
+            **SHORT,
+            callback_on_step_end=lambda p, s, t, kwargs: {"canvas": kwargs["canvas"][:, 1:]},
+        )
+
+
+def test_progress_bar_configuration_is_left_alone(pipe):
+    before = dict(pipe._progress_bar_config)
+    pipe(input_ids=PROMPTS[0], **SHORT)
+    assert pipe._progress_bar_config == before
+
+
+def test_output_is_text_or_sequences_as_output_or_tuple(pipe):
+    kwargs = {**SHORT, "sampling": "marginal"}
+    output = pipe("two and two", **kwargs)
+    assert isinstance(output, CoDDPipelineOutput)
+    assert isinstance(output.texts[0], str)
+    assert pipe("two and two", **kwargs, output_type="seq").texts is None
+    sequences, texts = pipe("two and two", **kwargs, return_dict=False)
+    assert torch.equal(sequences, output.sequences)
+    assert texts == output.texts
+
+
+def test_prompts_messages_and_ids_mean_the_same(pipe, tokenizer):
+    texts = ["two and two are", "3 + 4"]
+    conversations = [[{"role": "user", "content": text}] for text in texts]
+    rows = [
+        tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for c in conversations
+    ]
+    kwargs = {**SHORT, "sampling": "marginal"}
+    expected = pipe(input_ids=rows, **kwargs).texts
+    assert pipe(texts, **kwargs).texts == expected
+    assert pipe(messages=conversations, **kwargs).texts == expected
+    assert pipe(messages=conversations[1], **kwargs).texts == expected[1:]
+    assert pipe(texts[1], **kwargs).texts == expected[1:]
+    assert pipe(input_ids=torch.tensor(rows[0]), **kwargs).texts == expected[:1]
+    plain = [tokenizer(text)["input_ids"] for text in texts]
+    assert pipe(texts, use_chat_template=False, **kwargs).texts == (
+        pipe(input_ids=plain, **kwargs).texts
+    )
+
+
+def test_ids_beyond_the_tokenizer_do_not_break_decoding(pipe, monkeypatch):
+    monkeypatch.setattr(pipe.model.config, "forbidden_token_ids", None)
+    beyond = len(pipe.tokenizer) + 2
+
+    def callback(pipe, step, timestep, kwargs):
+        canvas = kwargs["canvas"].clone()
+        canvas[kwargs["generated"]] = beyond
+        return {"canvas": canvas}
+
+    output = pipe(
+        input_ids=PROMPTS[0],
+        **SHORT,
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["canvas", "generated"],
+    )
+    assert (output.sequences == beyond).all()
+    assert output.texts == [""]
+
+
+def test_window_that_the_circuit_excludes_is_decoded_factorized_with_one_warning(tokenizer, caplog):
+    pipe = make_pipe(tokenizer)
+    with torch.no_grad():
+        pipe.model.coupling_head.emission.fill_(-torch.inf)
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        sequences = pipe(input_ids=PROMPTS, **SHORT).sequences
+    finally:
+        logger.removeHandler(caplog.handler)
+    warnings = [record for record in caplog.records if "log_partition" in record.getMessage()]
+    assert len(warnings) == 1
+    expected = pipe(input_ids=PROMPTS, **SHORT, sampling="factorized").sequences
+    assert torch.equal(sequences, expected)
+
+
+def test_circuit_is_activated_row_by_row(pipe):
+    """A row far in its generation is coupled while its neighbours, at the same step, are not."""
+    kwargs = {**SHORT, "sampling": "marginal", "activation_ratio": 0.0}
+    off = pipe(input_ids=PROMPTS, **kwargs).sequences
+    factorized = pipe(input_ids=PROMPTS, **SHORT, sampling="factorized").sequences
+    assert torch.equal(off, factorized)
+    for scope in ("window", "row"):
+        on = {**SHORT, "sampling": "marginal", "activation_ratio": 0.6, "activation_scope": scope}
+        batched = pipe(input_ids=PROMPTS, **on).sequences
+        for row, prompt in enumerate(PROMPTS):
+            assert torch.equal(pipe(input_ids=prompt, **on).sequences[0], batched[row])
+        assert not torch.equal(batched, factorized)
+
+
+def test_saved_pipeline_gives_the_same_text_for_the_same_seed(tokenizer, tmp_path):
+    pipe = make_pipe(tokenizer, sampling="latent", temperature=0.9)
+    pipe.save_pretrained(tmp_path)
+    for component in ("model/model.safetensors", "scheduler/scheduler_config.json", "tokenizer"):
+        assert (tmp_path / component).exists()
+    loaded = CoDDPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    for name, tensor in pipe.model.state_dict().items():
+        assert torch.equal(tensor, loaded.model.state_dict()[name])
+    texts = [
+        p("two and two", **SHORT, generator=torch.Generator().manual_seed(5)).texts
+        for p in (pipe, loaded)
+    ]
+    assert texts[0] == texts[1]
+    swapped = CoDDPipeline.from_pretrained(tmp_path, scheduler=CoDDScheduler(sampling="marginal"))
+    assert swapped.scheduler.config.sampling == "marginal"
+
+
+def test_model_folder_and_backbone_folder_load_as_pipelines(tokenizer, tmp_path):
+    pipe = make_pipe(tokenizer)
+    model_folder, backbone_folder = tmp_path / "model", tmp_path / "backbone"
+    pipe.model.save_pretrained(model_folder)
+    tokenizer.save_pretrained(model_folder)
+    pipe.model.backbone.save_pretrained(backbone_folder)
+    tokenizer.save_pretrained(backbone_folder)
+
+    loaded = CoDDPipeline.from_pretrained(model_folder)
+    loaded.set_progress_bar_config(disable=True)
+    kwargs = {**SHORT, "sampling": "marginal"}
+    assert loaded("two and two", **kwargs).texts == pipe("two and two", **kwargs).texts
+
+    bare = CoDDPipeline.from_pretrained(backbone_folder)
+    bare.set_progress_bar_config(disable=True)
+    assert bare.model.coupling_head is None
+    expected = pipe("two and two", **SHORT, sampling="factorized").texts
+    assert bare("two and two", **SHORT).texts == expected
+
+
+def test_head_folder_loads_with_the_backbone_and_tokenizer_it_names(tokenizer, tmp_path):
+    pipe = make_pipe(tokenizer)
+    pipe.model.backbone.save_pretrained(tmp_path / "backbone")
+    tokenizer.save_pretrained(tmp_path / "backbone")
+    head = pipe.model.coupling_head
+    head.config.base_model_name_or_path = str(tmp_path / "backbone")
+    head.save_pretrained(tmp_path / "head")
+    loaded = CoDDPipeline.from_pretrained(tmp_path / "head")
+    loaded.set_progress_bar_config(disable=True)
+    kwargs = {**SHORT, "sampling": "marginal"}
+    assert loaded("two and two", **kwargs).texts == pipe("two and two", **kwargs).texts
+
+
+def test_folders_that_hold_no_pipeline_get_one_clear_sentence(tmp_path):
+    with pytest.raises(OSError, match="holds neither `model_index"):
+        CoDDPipeline.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="neither a folder nor an id on the Hub"):
+        CoDDPipeline.from_pretrained(tmp_path / "not" / "there")
+
+
+def test_tokenizer_of_another_model_is_refused(pipe, tokenizer):
+    other = train_tokenizer(["abc"], vocab_size=270)
+    other.mask_token = "<|user|>"
+    with pytest.raises(ValueError, match="`tokenizer` has the mask token"):
+        CoDDPipeline(model=pipe.model, scheduler=CoDDScheduler(), tokenizer=other)
+
+
+def test_pipeline_without_tokenizer_works_on_ids(pipe):
+    bare = CoDDPipeline(model=pipe.model, scheduler=CoDDScheduler())
+    bare.set_progress_bar_config(disable=True)
+    kwargs = {**SHORT, "output_type": "seq", "sampling": "marginal"}
+    assert torch.equal(
+        bare(input_ids=PROMPTS, **kwargs).sequences, pipe(input_ids=PROMPTS, **kwargs).sequences
+    )
+    with pytest.raises(ValueError, match="`prompt` needs a tokenizer"):
+        bare("two", **kwargs)
+    with pytest.raises(ValueError, match="`output_type='text'` needs a tokenizer"):
+        bare(input_ids=PROMPTS, **SHORT)
+
+
+MESSAGES = [{"role": "user", "content": "two"}]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [
+        ({}, "Provide one of `prompt`, `messages` and `input_ids`, got none"),
+        ({"prompt": "two", "messages": MESSAGES}, "got `prompt` and `messages`"),
+        ({"prompt": ""}, "`prompt` must not be empty, got an empty string"),
+        ({"prompt": ["two", ""]}, "an empty string at index 1"),
+        ({"prompt": []}, "at least one string, got an empty list"),
+        ({"messages": []}, "`messages` must hold at least one message"),
+        ({"input_ids": []}, "`input_ids` must not be empty"),
+        ({"input_ids": [[40], []]}, "got no tokens in row 1"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, "got no tokens in row 0"),
+        ({"input_ids": torch.zeros(1, 1, 1, dtype=torch.long)}, "one- or two-dimensional"),
+        ({"input_ids": [40, 5000]}, "got 5000 in row 0"),
+        ({"input_ids": [[40], [-1]]}, "got -1 in row 1"),
+        ({"input_ids": [40, 1]}, "must not hold the mask token"),
+        (
+            {"input_ids": torch.tensor([[40]]), "attention_mask": torch.ones(1, 2)},
+            "`attention_mask` must have the shape of `input_ids`",
+        ),
+        ({"prompt": "two", "attention_mask": torch.ones(1, 2)}, "goes with a tensor"),
+        ({"prompt": "two", "gen_length": 0}, "`gen_length` must be at least 1, got 0"),
+        ({"prompt": "two", "block_length": -1}, "`block_length` must be at least 1, got -1"),
+        ({"prompt": "two", "num_inference_steps": 0}, "`num_inference_steps` must be at least 1"),
+        (
+            {"prompt": "two", "num_inference_steps": 1},
+            "at least the number of blocks, 2 for `gen_length=10` and `block_length=5`, got 1",
+        ),
+        ({"prompt": "two", "strategy": "best"}, "`strategy` must be one of"),
+        ({"prompt": "two", "top_p": 0.0}, "`top_p` must be above 0"),
+        ({"prompt": "two", "output_type": "pt"}, "`output_type` must be 'text' or 'seq'"),
+        (
+            {"prompt": ["two", "four"], "generator": [torch.Generator()] * 3},
+            "a list with one per prompt (2), got 3",
+        ),
+        (
+            {"prompt": "two", "callback_on_step_end_tensor_inputs": ["latents"]},
+            "`callback_on_step_end_tensor_inputs` must be among canvas",
+        ),
+        ({"prompt": "two", "callback_on_step_end": 3}, "`callback_on_step_end` must be callable"),
+        (
+            {"prompt": "two", "gen_length": 95, "block_length": 95},
+            "exceed the 96 positions of the backbone",
+        ),
+    ],
+)
+def test_bad_input_gets_one_clear_sentence(pipe, kwargs, said):
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        pipe(**{**SHORT, **kwargs})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [
+        ({"prompt": 3}, "`prompt` must be a string or a list of strings, got 3"),
+        ({"input_ids": torch.zeros(1, 2)}, "`input_ids` must be integers"),
+        ({"prompt": "two", "gen_length": 2.5}, "`gen_length` must be an integer, got 2.5"),
+        ({"prompt": "two", "temperature": "hot"}, "`temperature` must be a number"),
+    ],
+)
+def test_values_of_the_wrong_type_get_one_clear_sentence(pipe, kwargs, said):
+    with pytest.raises(TypeError, match=re.escape(said)):
+        pipe(**{**SHORT, **kwargs})
+
+
+def test_generate_and_the_pipeline_share_one_loop(pipe):
+    ids, mask = padded("left", pad=pipe.tokenizer.pad_token_id)
+    kwargs = {**SHORT, "sampling": "latent", "temperature": 0.8}
+    generated = pipe.model.generate(ids, attention_mask=mask, generator=seeds(), **kwargs)
+    expected = pipe(input_ids=PROMPTS, generator=seeds(), **kwargs).sequences
+    assert torch.equal(generated, torch.cat((ids, expected), dim=1))
+
+
+def test_generate_understands_the_names_of_transformers(pipe):
+    ids = torch.tensor([PROMPTS[1]])
+    kwargs = {"block_length": 5, "num_inference_steps": 4, "sampling": "marginal"}
+    greedy = pipe.model.generate(input_ids=ids, max_new_tokens=10, do_sample=False, **kwargs)
+    expected = pipe(input_ids=ids, gen_length=10, temperature=0.0, **kwargs).sequences
+    assert torch.equal(greedy[:, ids.shape[1] :], expected)
+
+
+def test_prompt_without_a_real_token_is_refused_by_the_loop(pipe):
+    with pytest.raises(ValueError, match="at least one token that is not padding"):
+        denoise(
+            pipe.model,
+            pipe.scheduler,
+            torch.tensor([[40], [41]]),
+            torch.tensor([[1], [0]]),
+            **SHORT,
+        )
