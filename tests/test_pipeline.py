@@ -501,6 +501,7 @@ def test_model_folder_and_backbone_folder_load_as_pipelines(tokenizer, tmp_path)
     assert bare("two and two", **SHORT).texts == expected
 
 
+@pytest.mark.xfail(reason="`CoDDModel.from_pretrained` does not take a head's folder yet")
 def test_head_folder_loads_with_the_backbone_and_tokenizer_it_names(tokenizer, tmp_path):
     pipe = make_pipe(tokenizer)
     pipe.model.backbone.save_pretrained(tmp_path / "backbone")
@@ -519,6 +520,8 @@ def test_folders_that_hold_no_pipeline_get_one_clear_sentence(tmp_path):
         CoDDPipeline.from_pretrained(tmp_path)
     with pytest.raises(OSError, match="neither a folder nor an id on the Hub"):
         CoDDPipeline.from_pretrained(tmp_path / "not" / "there")
+    with pytest.raises(OSError, match="is not a folder and could not be read from the Hub"):
+        CoDDPipeline.from_pretrained("not/there", local_files_only=True)
 
 
 def test_tokenizer_of_another_model_is_refused(pipe, tokenizer):

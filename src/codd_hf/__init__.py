@@ -1,4 +1,4 @@
-"""Coupled Discrete Diffusion (CoDD) for Hugging Face: coherent parallel text from diffusion LMs."""
+"""Coupled Discrete Diffusion (CoDD): coherent parallel text from diffusion language models."""
 
 from __future__ import annotations
 
@@ -19,13 +19,29 @@ _EXPORTS = {
     "CoDDSchedulerOutput": "schedulers.scheduling_codd",
     "CoupledCategorical": "circuits",
     "Potentials": "circuits",
+    "default_model": "defaults",
 }
 
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [
+    "CoDDConfig",
+    "CoDDHead",
+    "CoDDHeadConfig",
+    "CoDDModel",
+    "CoDDOutput",
+    "CoDDPipeline",
+    "CoDDPipelineOutput",
+    "CoDDScheduler",
+    "CoDDSchedulerOutput",
+    "CoupledCategorical",
+    "Potentials",
+    "__version__",
+    "default_model",
+]
 
 if TYPE_CHECKING:
     from .circuits import CoupledCategorical, Potentials
     from .configuration_codd import CoDDConfig, CoDDHeadConfig
+    from .defaults import default_model
     from .modeling_codd import CoDDHead, CoDDModel, CoDDOutput
     from .pipelines.pipeline_codd import CoDDPipeline
     from .pipelines.pipeline_output import CoDDPipelineOutput

@@ -21,7 +21,7 @@ class CoDDHeadConfig(PreTrainedConfig):
         alpha (`float`, defaults to 1.0): power of the token marginal by which the emissions are
             divided. 1 removes the unigram distribution that the backbone already carries; 0 is the
             raw product of the paper.
-        mask_token_id (`int`, *optional*): the mask token of the backbone that the head was made for.
+        mask_token_id (`int`, *optional*): the backbone's mask token.
         forbidden_token_ids (`list[int]`, *optional*): tokens that are never generated, beside the
             mask token.
         base_model_name_or_path (`str`, *optional*): the backbone that the head was fitted to.
@@ -64,8 +64,8 @@ class CoDDHeadConfig(PreTrainedConfig):
         beyond = [i for i in ids if not 0 <= i < self.vocab_size]
         if beyond:
             raise ValueError(
-                f"`mask_token_id` and `forbidden_token_ids` must lie in [0, {self.vocab_size}), got "
-                f"{beyond}."
+                f"`mask_token_id` and `forbidden_token_ids` must lie in [0, {self.vocab_size}), "
+                f"got {beyond}."
             )
 
 
@@ -108,7 +108,8 @@ class CoDDConfig(PreTrainedConfig):
             found = self.head_config.get("model_type", CoDDHeadConfig.model_type)
             if found != CoDDHeadConfig.model_type:
                 raise ValueError(
-                    f"`head_config.model_type` must be {CoDDHeadConfig.model_type!r}, got {found!r}."
+                    f"`head_config.model_type` must be {CoDDHeadConfig.model_type!r}, got "
+                    f"{found!r}: give a CoDD head's configuration."
                 )
             self.head_config = CoDDHeadConfig.from_dict(dict(self.head_config))
         super().__post_init__(**kwargs)

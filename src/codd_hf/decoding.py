@@ -180,7 +180,7 @@ def denoise(
                 tokens[known] = step.sampled_tokens[known_row, known_column]
                 probs[known] = step.sampled_probs[known_row, known_column].to(probs.dtype)
                 state = {
-                    "canvas": canvas,
+                    "canvas": canvas.clone(),
                     "generated": generated,
                     "transfer_index": on_canvas,
                     "sampled_tokens": tokens,
@@ -193,7 +193,7 @@ def denoise(
                             f"`canvas` returned by the callback must keep its shape "
                             f"{tuple(canvas.shape)}, got {tuple(returned.shape)}."
                         )
-                    canvas = returned
+                    canvas = returned.clone()
             num_passes += 1
 
         # 4. Rows whose text has ended are frozen.
@@ -222,6 +222,7 @@ def generate(
     max_new_tokens: int | None = None,
     do_sample: bool | None = None,
     eos_token_id: int | list[int] | None = None,
+    pad_token_id: int | None = None,
     generator: Generators = None,
     early_stop: bool = True,
     on_step: OnStep | None = None,
@@ -244,6 +245,8 @@ def generate(
         max_new_tokens: another name of `gen_length`.
         do_sample: False is temperature 0.
         eos_token_id: default the model's.
+        pad_token_id: taken because transformers' pipelines pass it; finished rows are filled with
+            their end-of-text token.
         generator: one for all rows, or a list with one per row.
         early_stop: as in `denoise`.
         on_step: as in `denoise`.
@@ -390,7 +393,7 @@ def pack_canvas(
     filler = model.config.mask_token_id if pad_token_id is None else pad_token_id
     column = torch.arange(length, device=input_ids.device)
     canvas = torch.full((len(input_ids), length), filler, device=input_ids.device)
-    canvas[column < start[:, None]] = input_ids[is_prompt]
+    canvas[column < start[:, None]] = input_ids[is_prompt].long()
     end = start[:, None] + gen_length
     canvas[(column >= start[:, None]) & (column < end)] = model.config.mask_token_id
     return canvas, (column < end).long(), start

@@ -16,6 +16,8 @@ from .circuits import CoupledCategorical, Potentials, token_marginal
 from .circuits.random import Generators
 from .configuration_codd import CoDDConfig, CoDDHeadConfig, check_coupling
 
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+
 
 @dataclass
 class CoDDOutput(ModelOutput):
@@ -108,7 +110,9 @@ class CoDDHead(PreTrainedModel):
             (self.transition, corrected.transition),
             (self.emission, corrected.emission),
         ):
-            parameter.copy_(value.expand(parameter.shape) if value.ndim == parameter.ndim else value[0])
+            parameter.copy_(
+                value.expand(parameter.shape) if value.ndim == parameter.ndim else value[0]
+            )
 
     @torch.no_grad()
     def set_alpha(self, alpha: float) -> None:
@@ -230,11 +234,7 @@ class CoDDModel(PreTrainedModel):
             FileNotFoundError: a local path does not exist.
         """
         if isinstance(backbone, str | Path):
-            config_kwargs = {
-                k: kwargs[k]
-                for k in ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
-                if k in kwargs
-            }
+            config_kwargs = {k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs}
             name = _existing(backbone, "backbone")
             config = AutoConfig.from_pretrained(name, **config_kwargs)
             if isinstance(config, CoDDConfig):
@@ -254,8 +254,8 @@ class CoDDModel(PreTrainedModel):
             head = CoDDHead(head)
         if head is not None and head.config.vocab_size != backbone.config.vocab_size:
             raise ValueError(
-                f"`head` has a vocabulary of {head.config.vocab_size} tokens, but the backbone's has "
-                f"{backbone.config.vocab_size}: use a head that was fitted to this backbone."
+                f"`head` has a vocabulary of {head.config.vocab_size} tokens, but the backbone's "
+                f"has {backbone.config.vocab_size}: use a head that was fitted to this backbone."
             )
         config = CoDDConfig(
             text_config=backbone.config,
@@ -267,6 +267,41 @@ class CoDDModel(PreTrainedModel):
         if head is not None:
             head.to(backbone.device)
         return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs) -> CoDDModel:
+        """Loads a CoDD model, or a head together with the backbone that its configuration names.
+
+        Args:
+            pretrained_model_name_or_path: a folder or Hub id of a model or of a head.
+            *model_args: as in transformers.
+            **kwargs: as in transformers. For a head they concern the head's repository; of the
+                backbone, only `dtype` and `device_map` are taken from here.
+
+        Raises:
+            ValueError: a head names no backbone, or a downloaded one names a local path.
+        """
+        name = _existing(pretrained_model_name_or_path, "pretrained_model_name_or_path")
+        hub = {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS}
+        found = {} if kwargs.get("config") else PreTrainedConfig.get_config_dict(name, **hub)[0]
+        if found.get("model_type") != CoDDHeadConfig.model_type:
+            return super().from_pretrained(name, *model_args, **kwargs)
+        head = CoDDHead.from_pretrained(name, **hub)
+        base, revision = head.config.base_model_name_or_path, head.config.base_model_revision
+        if base is None:
+            raise ValueError(
+                f"The head {name!r} names no backbone (`base_model_name_or_path`): join them with "
+                "`CoDDModel.from_backbone(backbone, head)`."
+            )
+        if Path(base).exists() and not Path(name).exists():
+            raise ValueError(
+                f"The downloaded head {name!r} names the local path {base!r} as its backbone: give "
+                "the backbone yourself, with `CoDDModel.from_backbone(backbone, head)`."
+            )
+        own = {k: kwargs[k] for k in ("dtype", "device_map") if k in kwargs}
+        if revision is not None:
+            own["revision"] = revision
+        return cls.from_backbone(base, head, **own)
 
     @property
     def family(self) -> BackboneFamily:
@@ -499,5 +534,3 @@ def _existing(name: str | Path, argument: str) -> str:
     if looks_local and not Path(text).expanduser().exists():
         raise FileNotFoundError(f"`{argument}`: there is no file or folder {text!r}.")
     return str(Path(text).expanduser()) if looks_local else text
-
-

@@ -123,6 +123,11 @@ class Enumeration:
         """`[X]`."""
         return self.log_weight.logsumexp(1) - self.log_partition
 
+    def log_prob_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Log-probability of tokens `[L]`, with clean gradients where other tokens have none."""
+        at = (self.tokens == tokens[self.positions]).all(1)
+        return self.log_weight[at].flatten().logsumexp(0) - self.log_partition
+
     @property
     def coupling_gain(self) -> torch.Tensor:
         """`[X]` log p_w(x) - log Z."""

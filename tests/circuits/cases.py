@@ -164,7 +164,7 @@ def underflow_case() -> Case:
 
 def slow_loss_case() -> Case:
     """A state that starts 120 nats behind and gains 20 nats at every step: it wins in the end."""
-    length = 10
+    length = 9
     case = random_case(41, batch=2, length=length, vocab=2, states=2, observed="none", spread=0.1)
     case.initial = torch.tensor([0.0, -120.0])
     case.transition = torch.tensor([[[0.0, -torch.inf], [-torch.inf, 0.0]]])
@@ -174,11 +174,18 @@ def slow_loss_case() -> Case:
     return case
 
 
+def ruled_out_winner_case() -> Case:
+    """A state that the start rules out would have won by hundreds of nats."""
+    case = slow_loss_case()
+    case.initial = torch.tensor([0.0, -torch.inf])
+    return case
+
+
 def slow_loss_backward_case() -> Case:
     """The same seen from the other end: only later evidence tells the states apart."""
     case = slow_loss_case()
     case.initial = torch.tensor([0.0, 0.0])
-    case.options["context"] = torch.zeros(2, 10, 2)
+    case.options["context"] = torch.zeros(2, 9, 2)
     case.options["context"][0, :, 0] = -20.0
     case.options["context"][0, -1] = torch.tensor([0.0, -150.0])
     return case
@@ -208,6 +215,7 @@ AWKWARD = {
     "rows that underflow and rows that do not": underflow_case(),
     "a state that falls behind early and wins late": slow_loss_case(),
     "a state that only the last token supports": slow_loss_backward_case(),
+    "a ruled-out state that would have won": ruled_out_winner_case(),
     "a forced state that the backbone all but rules out": forced_state_case(),
     "a forced state with denormal evidence": nearly_forced_state_case(),
 }

@@ -1,4 +1,4 @@
-"""`condition`, `with_temperature` and `with_active`: the same distribution with one thing changed."""
+"""`condition`, `with_temperature` and `with_active` change one thing and leave the rest."""
 
 from dataclasses import replace
 
@@ -34,6 +34,21 @@ def test_conditioning_is_bayes_rule_on_the_joint(name):
         marginals = torch.einsum("x,xnv->nv", expected.exp(), law)
         close = max(1e-5, exact.rounding)
         assert_probabilities_agree(conditioned.marginals[row, exact.positions], marginals, close)
+
+
+@pytest.mark.parametrize("name", ["untied", "tied", "all masked", "inactive rows"])
+def test_partial_log_prob_sums_the_other_tokens_out(name):
+    case = ALL[name]
+    ours = case.distribution()
+    g = torch.Generator().manual_seed(1)
+    batch, length, vocab = case.logits.shape
+    value = torch.randint(vocab, (batch, length), generator=g)
+    known = (torch.rand(batch, length, generator=g) < 0.5) & ours.masked
+    partial = ours.partial_log_prob(value, known)
+    for row in range(batch):
+        exact = case.enumerate(row)
+        agrees = ((exact.tokens == value[row]) | ~known[row]).all(1)
+        assert_logs_agree(partial[row], exact.log_prob[agrees].logsumexp(0))
 
 
 def test_conditioning_in_two_steps_is_conditioning_at_once():

@@ -101,15 +101,29 @@ def test_unnormalised_likelihoods_are_pyjuices(version):
 
 
 @BOTH_VERSIONS
-def test_normalised_likelihoods_are_pyjuices(version):
+@pytest.mark.parametrize("masked", [False, True])
+def test_likelihoods_with_emissions_normalised_by_evidence_are_pyjuices(version, masked):
+    """PyJuice's `normalized` divides each observed emission by its state's soft evidence."""
     oracle = ORACLES["ext_hmm_v20"]
-    given, constant = oracle["tokens"], oracle[f"{version}.normalizing_constant"]
-    evidence = token_evidence(oracle).sum(-1)
-    print(evidence, constant)
-    whole = coupled(masked=False).log_prob(given)
-    assert_close(whole, oracle[f"{version}.normalized_ll"])
-    masked = log_sum_over_masked(oracle) - log_sum_over_all(oracle)
-    assert_close(masked, oracle[f"{version}.normalized_ll_masked"])
+    batch, length, vocab = oracle["evidence_logp"].shape
+    everywhere = torch.ones(batch, length, dtype=torch.bool)
+    observed = oracle["observed_mask"] if masked else everywhere
+    weighted = oracle["emit"].log() + oracle["evidence_logp"][:, :, None]  # [B, L, H, V]
+    emission = torch.where(observed[..., None, None], weighted.log_softmax(-1), weighted)
+    tables = (oracle["init"].log(), oracle["trans"].log())
+    ours = [
+        CoupledCategorical(
+            torch.zeros(1, length, vocab),
+            Potentials(*tables, emission[row]),
+            oracle["tokens"][row : row + 1],
+            observed=observed[row : row + 1],
+        ).log_partition
+        for row in range(batch)
+    ]
+    flat = (~observed).sum(-1) * torch.tensor(float(vocab)).log()
+    key = "normalized_ll_masked" if masked else "normalized_ll"
+    assert_close(torch.cat(ours) + flat, oracle[f"{version}.{key}"])
+    assert_close(torch.cat(ours) + flat, oracle[f"brute_f64.{key}"])
 
 
 @BOTH_VERSIONS
@@ -122,14 +136,14 @@ def test_token_marginals_of_the_product_are_pyjuices(version):
 
 def test_latent_posterior_is_the_exact_one():
     oracle = ORACLES["ext_hmm_v20"]
-    ours = coupled(masked=False).latent_posterior[3]
+    ours = coupled(masked=True).latent_posterior[3]
     assert_close(ours, oracle["exact_f64.latent_posterior_row3"])
 
 
 @BOTH_VERSIONS
 def test_pyjuices_latent_samples_are_consistent_with_our_posterior(version):
     oracle = ORACLES["ext_hmm_v20"]
-    ours = coupled(masked=False).latent_posterior[3]
+    ours = coupled(masked=True).latent_posterior[3]
     samples = oracle[f"{version}.cond_samples_row3"]
     assert samples.shape == (1024, 6)
     for position in range(6):
@@ -145,16 +159,18 @@ def test_logits_given_latents_are_those_of_the_reference_code(version, temperatu
     logits, ids = oracle["reference.in_logits"], oracle["reference.input_ids"]
     run = f"reference.{version}.T{temperature}"
     latents, theirs = oracle[f"{run}.sampled_latents"], oracle[f"{run}.out_logits"]
-    print(run, theirs[0,start], logits[0,start])
     window = slice(start, end)
-    observed = ids[:, window] != oracle["reference.mask_id"]
-    ours = CoupledCategorical(
+    ours = CoupledCategorical(logits[:, window], circuit(oracle), temperature=temperature)
+    assert_close(ours.logits_given(latents), theirs[:, window].log_softmax(-1))
+
+    masked = ids[:, window] == oracle["reference.mask_id"]
+    partly = CoupledCategorical(
         logits[:, window],
         circuit(oracle),
         ids[:, window],
-        observed=observed,
+        observed=~masked,
         temperature=temperature,
-    ).logits_given(latents)
-    masked = ~observed
-    assert masked.any()
-    assert_close(ours[masked], theirs[:, window][masked].log_softmax(-1))
+    )
+    ours = partly.logits_given(latents)[masked]
+    assert_close(ours, theirs[:, window][masked].log_softmax(-1))
+    assert_close(logits[:, :start], theirs[:, :start])

@@ -106,7 +106,7 @@ def test_the_same_seed_draws_the_same_and_another_does_not():
 
 
 def test_as_many_generators_as_rows_are_needed():
-    with pytest.raises(ValueError, match=r"one entry per row \(3\), got 2 generators"):
+    with pytest.raises(ValueError, match=r"one entry per row \(3\), got 2"):
         random_case(83).distribution().sample(generator=[torch.Generator()] * 2)
 
 

@@ -20,7 +20,7 @@ class BackboneStates:
     """One pass of a backbone over `[batch, length]` tokens.
 
     Attributes:
-        last_hidden_state: `[batch, length, hidden]`; entry `i` is the state that predicts token `i`.
+        last_hidden_state: `[batch, length, hidden]`; entry `i` is what predicts token `i`.
         read_logits: maps an index into the first two dimensions to logits, so that the output
             projection runs only where logits are wanted.
     """
@@ -29,7 +29,7 @@ class BackboneStates:
     read_logits: Callable[[tuple[torch.Tensor, ...] | None], torch.Tensor]
 
     def logits(self, index: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
-        """Logits `[..., vocab]` at `index` (as in `x[index]`), or `[batch, length, vocab]` of all."""
+        """Logits `[..., vocab]` at `index` (as in `x[index]`); by default of all positions."""
         return self.read_logits(index)
 
 

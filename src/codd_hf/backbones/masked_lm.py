@@ -11,7 +11,7 @@ from .family import BackboneFamily, BackboneStates
 
 
 class MaskedLMFamily(BackboneFamily):
-    """Already bidirectional and unshifted; their heads differ, so logits are read after the fact."""
+    """Already bidirectional and unshifted; their heads differ, so logits are read off."""
 
     def matches(self, config: PretrainedConfig) -> bool:
         return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -27,7 +27,7 @@ class MaskedLMFamily(BackboneFamily):
         if position_ids is not None:
             if "position_ids" not in inspect.signature(model.forward).parameters:
                 raise ValueError(
-                    f"`position_ids` cannot be given: {type(model).__name__} counts positions itself."
+                    f"`position_ids` cannot be given to {type(model).__name__}: leave them out."
                 )
             kwargs["position_ids"] = position_ids
         output = model(

@@ -137,6 +137,10 @@ def forward_filter(chain: Chain) -> Filter:
         log_partition = log_partition + scale[:, 0].log()
         messages.append(message)
 
+    # Each step kept enough mass, but what is rounded to zero early may win late: the past must also
+    # meet the future. (The gradient of a message is the future's weight over that same total.)
+    with torch.no_grad():
+        fragile = fragile | _backward(chain, torch.stack(messages, 1))[1]
     result = Filter(log_partition, torch.stack(messages, 1), fragile.nonzero()[:, 0], None)
     if len(result.log_rows):
         log_messages, log_partition = _log_forward(chain.select(result.log_rows))
@@ -170,9 +174,7 @@ def _log_forward(chain: Chain) -> tuple[torch.Tensor, torch.Tensor]:
         if i > 0:
             moved = logsumexp(message[:, :, None] + chain.transition[chain.step(i)], 1)
             predicted = torch.where(fresh[:, i, None], message, moved)
-        message = torch.where(
-            chain.present[:, i, None], predicted + chain.evidence[:, i], message
-        )
+        message = torch.where(chain.present[:, i, None], predicted + chain.evidence[:, i], message)
         messages.append(message)
     return torch.stack(messages, 1), logsumexp(message, 1)
 

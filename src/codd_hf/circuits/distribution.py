@@ -76,7 +76,9 @@ class CoupledCategorical(Distribution):
         temperature: float = 1.0,
         forbidden: torch.Tensor | None = None,
     ):
-        _check_shapes(logits, potentials, tokens, observed, present, context, active, temperature)
+        _check_shapes(
+            logits, potentials, tokens, observed, present, context, active, temperature, forbidden
+        )
         batch, length, _ = logits.shape
         flags = {"dtype": torch.bool, "device": logits.device}
         self.logits = logits
@@ -121,7 +123,7 @@ class CoupledCategorical(Distribution):
     @cached_property
     def _evidence(self) -> torch.Tensor:
         """`[B, L, H]` log-evidence without context."""
-        rows, positions = self.masked.nonzero(as_tuple=True)
+        rows, positions = (self.masked & self.active[:, None]).nonzero(as_tuple=True)
         soft = soft_evidence(self.potentials, self._log_phi[rows, positions], positions)
         evidence = hard_evidence(self.potentials, self.tokens).to(self._dtype)
         evidence = evidence.index_put((rows, positions), soft.to(self._dtype))
@@ -188,11 +190,11 @@ class CoupledCategorical(Distribution):
             ValueError: `Z` is zero for a row, or a token is outside the vocabulary.
         """
         self._check_value(value)
-        impossible = (self.log_partition == -torch.inf).nonzero()[:, 0].tolist()
+        impossible = (self.active & (self.log_partition == -torch.inf)).nonzero()[:, 0].tolist()
         if impossible:
             raise ValueError(
-                f"`log_partition` is -inf for rows {impossible}: the circuit gives every completion "
-                "that the backbone allows zero potential; use `with_active` to leave them "
+                f"`log_partition` is -inf for rows {impossible}: the circuit rules out every "
+                "completion that the backbone allows; use `with_active` to leave them "
                 "factorized, or smooth the potentials."
             )
         tokens = torch.where(self.present, value, 0).reshape(-1, *self.event_shape)
@@ -200,7 +202,8 @@ class CoupledCategorical(Distribution):
         active = self.active.repeat(len(tokens) // self.batch_shape[0])
         evidence = torch.where(active[:, None, None], evidence, 0)
         joint = chains.forward_filter(self._chain(evidence)).log_partition
-        return joint.reshape(value.shape[:-1]) - self.log_partition
+        total = self.log_partition.masked_fill(~self.active, 0)
+        return joint.reshape(value.shape[:-1]).masked_fill(~self.active, 0) - total
 
     @cached_property
     def latent_posterior(self) -> torch.Tensor:
@@ -270,7 +273,9 @@ class CoupledCategorical(Distribution):
         evidence = torch.where(factorized, log_phi.amax(-1, keepdim=True), evidence)
         latents, log_weight = chains.best_path(self._chain(evidence))
         tokens = torch.where(self.masked, self.logits_given(latents).argmax(-1), self.tokens)
-        return ViterbiPath(tokens, latents, log_weight - self.log_partition)
+        possible = self.log_partition > -torch.inf
+        log_prob = torch.where(possible, log_weight - self.log_partition, -torch.inf)
+        return ViterbiPath(tokens, latents, log_prob)
 
     def condition(self, tokens: torch.Tensor, observed: torch.Tensor) -> CoupledCategorical:
         """The distribution given further tokens.
@@ -279,6 +284,10 @@ class CoupledCategorical(Distribution):
             tokens: `[B, L]`, used where `observed` and not observed before.
             observed: `[B, L]` bool, the further positions.
         """
+        shape = (*self.batch_shape, *self.event_shape)
+        for name, value in (("tokens", tokens), ("observed", observed)):
+            if tuple(value.shape) != shape:
+                raise ValueError(f"`{name}` must have shape {shape}, got {tuple(value.shape)}.")
         known = torch.where(self.observed, self.tokens, tokens)
         return self._replace(tokens=known, observed=self.observed | observed)
 
@@ -291,9 +300,17 @@ class CoupledCategorical(Distribution):
         return self._replace(active=active)
 
     def _replace(self, **changes) -> CoupledCategorical:
-        names = (
-            "logits potentials tokens observed present context active temperature forbidden".split()
-        )
+        names = [
+            "logits",
+            "potentials",
+            "tokens",
+            "observed",
+            "present",
+            "context",
+            "active",
+            "temperature",
+            "forbidden",
+        ]
         return CoupledCategorical(**({name: getattr(self, name) for name in names} | changes))
 
     def _one_hot_where_observed(self, log_probs: torch.Tensor) -> torch.Tensor:
@@ -317,7 +334,9 @@ def _check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
         )
 
 
-def _check_shapes(logits, potentials, tokens, observed, present, context, active, temperature):
+def _check_shapes(
+    logits, potentials, tokens, observed, present, context, active, temperature, forbidden
+):
     if logits.ndim != 3 or logits.shape[-1] != potentials.vocab_size:
         raise ValueError(
             f"`logits` must have shape [batch, length, {potentials.vocab_size}], got "
@@ -336,6 +355,7 @@ def _check_shapes(logits, potentials, tokens, observed, present, context, active
         "present": (present, (batch, length)),
         "context": (context, (batch, length, potentials.num_latents)),
         "active": (active, (batch,)),
+        "forbidden": (forbidden, (potentials.vocab_size,)),
     }
     for name, (value, shape) in expected.items():
         if value is not None and tuple(value.shape) != shape:

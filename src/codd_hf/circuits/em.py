@@ -26,9 +26,7 @@ class Counts:
 
     def mixed_with(self, other: Counts, share: float) -> Counts:
         """`(1 - share) * self + share * other`."""
-        return Counts(
-            *(torch.lerp(getattr(self, n), getattr(other, n), share) for n in _FIELDS)
-        )
+        return Counts(*(torch.lerp(getattr(self, n), getattr(other, n), share) for n in _FIELDS))
 
     def scaled(self, factor: float) -> Counts:
         return Counts(*(getattr(self, n) * factor for n in _FIELDS))
@@ -66,5 +64,8 @@ def maximise(counts: Counts, prior: Counts) -> Potentials:
         prior: pseudo-counts (broadcast), so that nothing becomes impossible for ever.
     """
     return Potentials(
-        *((getattr(counts, n) + getattr(prior, n)).clamp(min=0).log().log_softmax(-1) for n in _FIELDS)
+        *(
+            (getattr(counts, n) + getattr(prior, n)).clamp(min=0).log().log_softmax(-1)
+            for n in _FIELDS
+        )
     )

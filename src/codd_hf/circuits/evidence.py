@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from .chain import LOST_MASS, full_precision, logsumexp, normalised_exp, safe_log
+from .chain import LOST_MASS, full_precision, logsumexp, normalised_exp
 from .potentials import Potentials
 
-UNDERFLOW = -80.0
-"""Log of a product of float32 factors that may already have been rounded to zero."""
+UNDERFLOW = 1e-30
+"""A sum of float32 products below this may lack terms that were rounded to zero."""
 
 ELEMENTS_AT_ONCE = 1 << 26
 """Largest temporary, in numbers, of the products that cannot be a matrix product."""
@@ -49,23 +49,24 @@ def soft_evidence(
     emission, shift = emission_factors(potentials)
     phi = log_phi.exp()
     if potentials.tied_emissions:
-        log_evidence = safe_log(phi @ emission[0].T) + shift[0, :, 0]
+        product, shift = phi @ emission[0].T, shift[:, :, 0].expand(len(phi), -1)
     else:
-        log_evidence = log_phi.new_zeros(len(positions), potentials.num_latents)
+        product = log_phi.new_zeros(len(positions), potentials.num_latents)
         for position, rows in by_position(positions):
-            at = safe_log(phi[rows] @ emission[position].T) + shift[position, :, 0]
-            log_evidence = log_evidence.index_put((rows,), at)
-    # A state whose evidence was rounded to zero matters only if what was lost could compete.
-    lost = (log_evidence == -torch.inf) & (shift.amax() > -torch.inf)
-    best = log_evidence.detach().amax(-1, keepdim=True)
-    ceiling = (shift.amax(0)[:, 0] + UNDERFLOW).expand_as(lost)
-    rows = (lost & (ceiling > best + UNDERFLOW / 2)).any(-1).nonzero()[:, 0]
+            product = product.index_put((rows,), phi[rows] @ emission[position].T)
+        shift = shift[positions, :, 0]
+    lost = product < UNDERFLOW
+    log_evidence = product.masked_fill(lost, 1).log() + shift
+    log_evidence = log_evidence.masked_fill(lost, -torch.inf)
+    rows, states = lost.nonzero(as_tuple=True)
     if len(rows):
-        exact = [
-            logsumexp(scores, -1)
-            for _, scores in token_scores(potentials, log_phi[rows], positions[rows])
-        ]
-        log_evidence = log_evidence.index_put((rows,), torch.cat(exact))
+        chunk = max(ELEMENTS_AT_ONCE // potentials.vocab_size, 1)
+        exact = []
+        for first in range(0, len(rows), chunk):
+            r, z = rows[first : first + chunk], states[first : first + chunk]
+            at = 0 if potentials.tied_emissions else positions[r]
+            exact.append(logsumexp(log_phi[r] + potentials.emission[at, z], -1))
+        log_evidence = log_evidence.index_put((rows, states), torch.cat(exact))
     return log_evidence
 
 
@@ -114,7 +115,7 @@ def emission_factors(potentials: Potentials) -> tuple[torch.Tensor, torch.Tensor
 
 
 def token_scores(potentials: Potentials, log_phi: torch.Tensor, positions: torch.Tensor):
-    """Yields row slices and their `log phi(v) + log E(z, v)` `[n, H, V]`, a bounded number at once."""
+    """Yields slices of rows and their `log phi(v) + log E(z, v)`, `[n, H, V]`, few at once."""
     chunk = max(ELEMENTS_AT_ONCE // (potentials.num_latents * potentials.vocab_size), 1)
     for first in range(0, len(positions), chunk):
         rows = slice(first, first + chunk)

@@ -32,7 +32,7 @@ def uniform(
         return torch.rand(*shape, generator=generator, device=generator.device).to(device)
     if len(generator) != shape[0]:
         raise ValueError(
-            f"`generator` must have one entry per row ({shape[0]}), got {len(generator)} generators."
+            f"`generator` must have one entry per row ({shape[0]}), got {len(generator)}."
         )
     rows = [torch.rand(*shape[1:], generator=g, device=g.device).to(device) for g in generator]
     return torch.stack(rows)

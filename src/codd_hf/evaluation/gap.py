@@ -1,13 +1,13 @@
 """The misspecification gap: what one parallel step loses, and how much of it a circuit wins back.
 
-Windows of held-out answers are masked at given ratios, as block decoding meets them: earlier windows
-visible, later ones fully masked. Per ratio, nats per masked token of
+Windows of held-out answers are masked at given ratios, as block decoding meets them: earlier
+windows visible, later ones fully masked. Per ratio, nats per masked token of
 
 - the factorized backbone, in one step;
 - the backbone coupled with each head, in one step;
 - the backbone revealing the true tokens one at a time, left to right ("sequential").
 
-Gap closed is `(factorized - coupled) / (factorized - sequential)` (CoDD, arXiv 2603.00045, Fig. 1-2).
+Gap closed is `(factorized - coupled) / (factorized - sequential)` (arXiv 2603.00045, Fig. 1-2).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..modeling_codd import CoDDHead, CoDDModel
+from ..modeling_codd import CoDDHead, CoDDModel, forbidden_tokens
 from ..training.data import CanvasBatch, TokenizedExample, collate
 
 RATIOS = tuple(i / 10 for i in range(1, 11))
@@ -120,7 +120,9 @@ def _full_windows(
     chosen = [(e, len(e.answer_ids[:-1]) // length) for e in examples]
     chosen = [(e, n) for e, n in chosen if n > 0]
     if not chosen:
-        raise ValueError(f"`examples` have no answer of at least {length} tokens (one full window).")
+        raise ValueError(
+            f"`examples` have no answer of at least {length} tokens (one full window)."
+        )
     canvas = collate(
         [e for e, _ in chosen],
         window_length=length,
@@ -154,6 +156,18 @@ def _noised(model: CoDDModel, canvas: CanvasBatch, starts: torch.Tensor, masked:
     return ids, canvas.attention_mask.to(device)
 
 
+def _log_phi(model: CoDDModel, logits: torch.Tensor) -> torch.Tensor:
+    """The backbone's log-probabilities over the tokens that may be generated."""
+    config = model.config
+    forbidden = forbidden_tokens(
+        logits.shape[-1], config.mask_token_id, config.forbidden_token_ids, logits.device
+    )
+    logits = logits.float()
+    return (logits if forbidden is None else logits.masked_fill(forbidden, -torch.inf)).log_softmax(
+        -1
+    )
+
+
 def _one_step(model, heads, canvas, starts, masked) -> dict[str, torch.Tensor]:
     """Log-likelihood `[n]` of the masked tokens under the factorized and the coupled models."""
     ids, attention_mask = _noised(model, canvas, starts, masked)
@@ -163,7 +177,7 @@ def _one_step(model, heads, canvas, starts, masked) -> dict[str, torch.Tensor]:
     rows = torch.arange(len(ids), device=ids.device)[:, None]
     logits = states.logits((rows, columns))
     observed = ~masked.to(ids.device)
-    log_phi = logits.float().log_softmax(-1).gather(-1, truth[..., None])[..., 0]
+    log_phi = _log_phi(model, logits).gather(-1, truth[..., None])[..., 0]
     scores = {"factorized": log_phi.masked_fill(observed, 0).sum(1)}
     for name, head in heads.items():
         distribution = head(
@@ -187,7 +201,7 @@ def _sequential(model, canvas, starts, masked, bar) -> torch.Tensor:
         columns = starts + first
         states = model.backbone_states(ids, attention_mask)
         logits = states.logits((rows.to(ids.device), columns.to(ids.device)))
-        log_probs = logits.float().log_softmax(-1).cpu()
+        log_probs = _log_phi(model, logits).cpu()
         total += log_probs.gather(1, canvas.input_ids[rows, columns][:, None])[:, 0]
         masked[rows, first] = False
         bar.update()

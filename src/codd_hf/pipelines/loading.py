@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..modeling_codd import CoDDModel
@@ -50,7 +50,7 @@ def load_components(
             hf_hub_download(name_or_path, "model_index.json", **hub)
             patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
             return Path(snapshot_download(name_or_path, allow_patterns=patterns, **hub)), {}
-        except EntryNotFoundError:
+        except (EntryNotFoundError, RepositoryNotFoundError):
             pass
         except HFValidationError:
             raise OSError(
@@ -59,25 +59,38 @@ def load_components(
 
     kwargs = dict(kwargs)
     given = {name: kwargs.pop(name) for name in COMPONENTS if name in kwargs}
-    config = PreTrainedConfig.get_config_dict(name_or_path, **hub)[0]
+    try:
+        config = PreTrainedConfig.get_config_dict(name_or_path, **hub)[0]
+    except OSError as error:
+        raise OSError(
+            f"{name_or_path!r} is not a folder and could not be read from the Hub: check the name "
+            "and the connection."
+        ) from error
     model_type = config.get("model_type")
 
-    if "tokenizer" not in given:
+    with_tokenizer = "tokenizer" not in given
+    if with_tokenizer:
         given["tokenizer"] = _load_tokenizer(name_or_path, hub)
-        if given["tokenizer"] is None and model_type == "codd-head":
-            of_base = {**hub, "revision": config.get("base_model_revision")}
-            given["tokenizer"] = _load_tokenizer(config["base_model_name_or_path"], of_base)
     if "model" not in given:
         if model_type in ("codd", "codd-head"):
             given["model"] = CoDDModel.from_pretrained(name_or_path, **kwargs).eval()
         else:
             tokens = _tokens_of_backbone(config, given["tokenizer"])
             given["model"] = CoDDModel.from_backbone(name_or_path, **{**tokens, **kwargs})
+    if with_tokenizer and given["tokenizer"] is None and model_type == "codd-head":
+        # After the model, which refuses a downloaded head that names a local path; and without the
+        # user's token and revision, which are for the repository that the user named.
+        of_base = {name: hub[name] for name in ("cache_dir", "local_files_only") if name in hub}
+        of_base["revision"] = config.get("base_model_revision")
+        given["tokenizer"] = _load_tokenizer(config["base_model_name_or_path"], of_base)
     return None, {"scheduler": CoDDScheduler(), **given}
 
 
 def _load_tokenizer(name_or_path: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the weights, or None where there is none."""
+    folder = Path(name_or_path)
+    if folder.is_dir() and not (folder / "tokenizer_config.json").is_file():
+        return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
     except (OSError, ValueError):

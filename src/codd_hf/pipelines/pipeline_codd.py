@@ -299,6 +299,7 @@ class CoDDPipeline(DiffusionPipeline):
                 on_step=on_step,
                 **settings,
             )
+            progress_bar.update(num_inference_steps - output.num_passes)
 
         # 4. Decode the text.
         texts = None

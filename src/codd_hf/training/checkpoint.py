@@ -24,7 +24,9 @@ def save_checkpoint(path: str | Path, tensors: dict[str, torch.Tensor], state: d
     new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new / "state.safetensors")
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new / "state.safetensors"
+    )
     (new / "state.json").write_text(json.dumps(state, indent=2))
     for file in new.iterdir():
         with open(file, "rb") as handle:

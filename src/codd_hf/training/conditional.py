@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,40 +21,9 @@ from ..modeling_codd import CoDDModel
 from .checkpoint import load_checkpoint, optimizer_tensors, restore_optimizers, save_checkpoint
 from .data import CanvasBatch, TokenizedExample, batch_indices, collate
 from .noise import Noise, sample_noise
+from .settings import ConditionalConfig
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class ConditionalConfig:
-    """How a head is fitted to a frozen backbone.
-
-    Attributes:
-        max_steps: optimiser steps.
-        tokens_per_batch: tokens that the backbone reads a step.
-        learning_rate: AdamW's peak on log-potentials (no weight decay); falls to zero as a cosine.
-        warmup_steps: linear warm-up.
-        evidence_temperature: the temperature `tau` of the backbone's predictions.
-        loss: `"token"`, nats summed over masked tokens over their number, or `"elbo"`, each row
-            weighted by `1/t`.
-        max_extra_windows: canvases end with up to this many windows of end-of-text.
-        mixed_precision: accelerate's setting, for the backbone; the circuit stays in float32.
-        evaluation_steps: steps between validations.
-        checkpointing_steps: steps between checkpoints.
-        seed: seed of order and noise.
-    """
-
-    max_steps: int = 1500
-    tokens_per_batch: int = 8192
-    learning_rate: float = 1e-2
-    warmup_steps: int = 50
-    evidence_temperature: float = 1.0
-    loss: str = "token"
-    max_extra_windows: int = 1
-    mixed_precision: str = "no"
-    evaluation_steps: int = 250
-    checkpointing_steps: int = 100
-    seed: int = 0
 
 
 def draw_windows(
@@ -127,7 +96,7 @@ def fit_conditional(
         config: how to fit.
 
     Returns:
-        The validation history: `step`, `gain` (nats per masked token over factorized) and `seconds`.
+        The validation history: `step`, `gain` (nats per masked token over factorized), `seconds`.
 
     Raises:
         FloatingPointError: the loss is no longer finite.

@@ -118,8 +118,8 @@ def tokenize_examples(
 ) -> list[TokenizedExample]:
     """Tokenizes with the chat template where there is one; answers end with end-of-text.
 
-    An example longer than `max_length` tokens loses the end of its answer (and its end-of-text); one
-    whose prompt alone is that long is left out.
+    An example longer than `max_length` tokens loses the end of its answer (and its end-of-text);
+    one whose prompt alone is that long is left out.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("`tokenizer` needs an `eos_token`, so that answers can end.")
@@ -171,7 +171,7 @@ def collate(
     length = max(s + n for s, n in zip(starts, spans, strict=True))
     input_ids = torch.full((len(examples), length), pad_token_id)
     attention_mask = torch.zeros(len(examples), length, dtype=torch.long)
-    for row, (example, start, span) in enumerate(zip(examples, starts, spans, strict=True)):
+    for row, (example, span) in enumerate(zip(examples, spans, strict=True)):
         fill = [eos_token_id] * (span - len(example.answer_ids))
         ids = [*example.prompt_ids, *example.answer_ids, *fill]
         input_ids[row, : len(ids)] = torch.tensor(ids)

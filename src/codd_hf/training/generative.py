@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,39 +19,15 @@ from ..circuits import Potentials
 from ..circuits.em import Counts, expected_counts, log_likelihood, maximise
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import TokenizedExample, collate
+from .settings import GenerativeConfig
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class GenerativeConfig:
-    """How a circuit is fitted to text.
-
-    Attributes:
-        num_epochs: passes over the windows.
-        windows_per_batch: windows an EM step.
-        step_decay: the share of a new batch in the running counts is `(step + 2) ** -step_decay`.
-        emission_prior: pseudo-tokens per state, spread as the text's unigrams.
-        transition_prior: pseudo-transitions per state, spread evenly.
-        concentration: share of a state's initial emissions that goes to its cluster.
-        noise: log-scale of the noise on the initial parameters.
-        seed: seed of clustering, noise and order.
-    """
-
-    num_epochs: int = 12
-    windows_per_batch: int = 512
-    step_decay: float = 0.6
-    emission_prior: float = 1.0
-    transition_prior: float = 1.0
-    concentration: float = 0.9
-    noise: float = 0.1
-    seed: int = 0
 
 
 def text_windows(
     examples: Sequence[TokenizedExample], window_length: int, eos_token_id: int
 ) -> torch.Tensor:
-    """The windows `[N, L]` of all answers, cut as decoding cuts them (end-of-text fills the last)."""
+    """The windows `[N, L]` of all answers, cut as decoding cuts them, filled with end-of-text."""
     windows = []
     for example in examples:
         canvas = collate(
@@ -183,7 +159,9 @@ def fit_generative(
         history.append({"epoch": epoch + 1, "train": total / tokens, "validation": heldout})
         tqdm.write(str(history[-1]))
         if path is not None:
-            tensors = {f"potentials.{n}": getattr(potentials, n) for n in counts.__dataclass_fields__}
+            tensors = {
+                f"potentials.{n}": getattr(potentials, n) for n in counts.__dataclass_fields__
+            }
             tensors |= {f"counts.{n}": getattr(counts, n) for n in counts.__dataclass_fields__}
             state = {"step": step, "history": history, "config": asdict(config)}
             save_checkpoint(path, tensors, state)

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -23,43 +23,9 @@ from ..backbones import family_of
 from .checkpoint import load_checkpoint, optimizer_tensors, restore_optimizers, save_checkpoint
 from .data import CanvasBatch, TokenizedExample, batch_indices, collate
 from .noise import Noise, sample_noise
+from .settings import PretrainingConfig
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class PretrainingConfig:
-    """How a backbone is trained.
-
-    Attributes:
-        max_steps: optimiser steps.
-        tokens_per_batch: tokens a step, padding included.
-        learning_rate: the peak; hidden matrices use Muon scaled to AdamW's step, the rest AdamW.
-        weight_decay: on matrices.
-        warmup_steps: linear warm-up.
-        decay_fraction: share of the steps, at the end, in which the rate falls linearly to zero.
-        window_length: windows of the noise and of the canvases.
-        window_probability: share of rows with window noise.
-        max_extra_windows: canvases end with up to this many windows of end-of-text.
-        mixed_precision: accelerate's setting.
-        evaluation_steps: steps between validations.
-        checkpointing_steps: steps between checkpoints.
-        seed: seed of order, noise and nothing else.
-    """
-
-    max_steps: int = 6000
-    tokens_per_batch: int = 6144
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.1
-    warmup_steps: int = 100
-    decay_fraction: float = 0.4
-    window_length: int = 32
-    window_probability: float = 0.5
-    max_extra_windows: int = 1
-    mixed_precision: str = "bf16"
-    evaluation_steps: int = 200
-    checkpointing_steps: int = 100
-    seed: int = 0
 
 
 def small_backbone_config(
@@ -219,7 +185,9 @@ def evaluate_backbone(
                 prompt_probability=0.0,
             )
             canvas = canvas.to(model.device)
-            with torch.autocast(model.device.type, torch.bfloat16, config.mixed_precision == "bf16"):
+            with torch.autocast(
+                model.device.type, torch.bfloat16, config.mixed_precision == "bf16"
+            ):
                 loss, losses = diffusion_loss(model, canvas, noise, tokenizer.mask_token_id)
             size = int(noise.span.sum()) if name == "elbo" else len(losses)
             total += (loss if name == "elbo" else losses.mean()).item() * size

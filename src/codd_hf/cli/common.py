@@ -1,0 +1,85 @@
+"""What several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..pipelines.pipeline_codd import CoDDPipeline
+
+DECODING = {
+    "strategy": (str, "which positions to commit: low_confidence, margin, entropy, random"),
+    "sampling": (str, "what is drawn: factorized, latent, marginal"),
+    "temperature": (float, "of the final draw; 0 takes the most probable token"),
+    "evidence_temperature": (float, "divides the backbone's logits before the circuit"),
+    "top_k": (int, "draw from so many tokens"),
+    "top_p": (float, "draw from the tokens that reach this mass"),
+    "activation_ratio": (float, "largest mask ratio under which the circuit is applied"),
+    "activation_scope": (str, "whose mask ratio: window or row"),
+    "confidence": (str, "what ranks positions: marginal or latent"),
+}
+
+
+def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """Lengths, passes, seed and the scheduler's settings (default: the scheduler's own)."""
+    parser.add_argument("--gen-length", type=int, default=128, help="tokens to generate")
+    parser.add_argument("--block-length", type=int, default=32, help="tokens decoded together")
+    parser.add_argument(
+        "--num-inference-steps", type=int, default=32, help="backbone passes for the whole text"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of all draws")
+    for name, (kind, text) in DECODING.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+
+
+def decoding_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The pipeline's arguments from the command line's."""
+    names = ("gen_length", "block_length", "num_inference_steps", *DECODING)
+    return {name: getattr(args, name) for name in names}
+
+
+def load_pipeline(name: str | None, **kwargs: Any) -> CoDDPipeline:
+    """The pipeline of a path or id, or the embedded default."""
+    import torch
+
+    from ..defaults import default_model
+    from ..pipelines.pipeline_codd import CoDDPipeline
+
+    quiet_loading()
+    pipeline = CoDDPipeline.from_pretrained(default_model() if name is None else name, **kwargs)
+    if torch.cuda.is_available():
+        pipeline.to("cuda")
+    return pipeline
+
+
+def quiet_loading() -> None:
+    """Loading a small model needs no progress bars."""
+    import diffusers
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+
+
+def printable(text: str) -> str:
+    """Text without terminal control sequences (newline and tab stay)."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions, to stand beside a figure."""
+    import torch
+
+    packages = ("torch", "transformers", "diffusers")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "codd-hf": version("codd-hf"),
+    }

@@ -1,0 +1,82 @@
+"""`codd-hf train`: fit a head to a backbone, or train both from a text."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+HELP = "Fit a head to a backbone's predictions (or train a small backbone and its head)."
+EXAMPLE = """example:
+  codd-hf train --dataset my.jsonl --output runs/mine
+  codd-hf train --dataset my.jsonl --backbone path/to/backbone --output runs/mine
+
+The result, runs/mine/pipeline, is for `codd-hf generate --model runs/mine/pipeline "..."`. A run
+that stopped is continued by the same command."""
+
+STAGES = ("pretraining", "generative", "conditional")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..training.settings import TrainConfig
+
+    docs = _attribute_docs(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in STAGES:
+            _add_stage(parser, field)
+            continue
+        name = "output" if field.name == "output_dir" else field.name
+        required = field.default is dataclasses.MISSING
+        _add_field(parser, name, field, field.name, docs, required)
+
+
+def _add_stage(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    stage = field.default_factory
+    docs = _attribute_docs(stage)
+    group = parser.add_argument_group(f"stage: {field.name}")
+    for part in dataclasses.fields(stage):
+        name = f"{field.name}_{part.name}"
+        _add_field(group, name, part, name, docs | {name: docs.get(part.name, "")}, False)
+
+
+def _add_field(parser, name, field, dest, docs, required) -> None:
+    kinds = {"int": int, "float": float, "str": str}
+    kind = kinds[field.type.split(" |")[0]]
+    text = docs.get(dest, "").replace("%", "%%")
+    if not required and field.default is not None:
+        text += f" (default {field.default})"
+    flag = f"--{name.replace('_', '-')}"
+    options = {} if required else {"default": field.default}
+    parser.add_argument(flag, dest=dest, type=kind, required=required, help=text, **options)
+
+
+def _attribute_docs(config: type) -> dict[str, str]:
+    """What the `Attributes` section of a configuration's docstring says of each field."""
+    docs: dict[str, str] = {}
+    name = None
+    for line in (config.__doc__ or "").split("Attributes:")[-1].splitlines():
+        start = line.strip().split(":", 1)
+        if line.startswith(" " * 8) and not line.startswith(" " * 9) and len(start) == 2:
+            name = start[0]
+            docs[name] = start[1].strip()
+        elif name is not None and line.strip():
+            docs[name] += " " + line.strip()
+    return docs
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..training.run import train
+    from ..training.settings import TrainConfig
+    from .common import quiet_loading
+
+    quiet_loading()
+    values = {}
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in STAGES:
+            stage = field.default_factory
+            parts = [part.name for part in dataclasses.fields(stage)]
+            values[field.name] = stage(**{p: getattr(args, f"{field.name}_{p}") for p in parts})
+        else:
+            values[field.name] = getattr(args, field.name)
+    folder = train(TrainConfig(**values))
+    print(f"The coupled model is in {folder}.")
+    print(f'Try: codd-hf generate --model {folder} "..."')

@@ -1,0 +1,146 @@
+"""The settings of every training stage, and of a whole run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class PretrainingConfig:
+    """How a backbone is trained.
+
+    Attributes:
+        max_steps: optimiser steps.
+        tokens_per_batch: tokens a step, padding included.
+        learning_rate: the peak; hidden matrices use Muon scaled to AdamW's step, the rest AdamW.
+        weight_decay: on matrices.
+        warmup_steps: linear warm-up.
+        decay_fraction: share of the steps, at the end, in which the rate falls linearly to zero.
+        window_length: windows of the noise and of the canvases.
+        window_probability: share of rows with window noise.
+        max_extra_windows: canvases end with up to this many windows of end-of-text.
+        mixed_precision: accelerate's setting.
+        evaluation_steps: steps between validations.
+        checkpointing_steps: steps between checkpoints.
+        seed: seed of order, noise and nothing else.
+    """
+
+    max_steps: int = 6000
+    tokens_per_batch: int = 6144
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.1
+    warmup_steps: int = 100
+    decay_fraction: float = 0.4
+    window_length: int = 32
+    window_probability: float = 0.5
+    max_extra_windows: int = 1
+    mixed_precision: str = "bf16"
+    evaluation_steps: int = 200
+    checkpointing_steps: int = 100
+    seed: int = 0
+
+
+@dataclass
+class GenerativeConfig:
+    """How a circuit is fitted to text.
+
+    Attributes:
+        num_epochs: passes over the windows.
+        windows_per_batch: windows an EM step.
+        step_decay: the share of a new batch in the running counts is `(step + 2) ** -step_decay`.
+        emission_prior: pseudo-tokens per state, spread as the text's unigrams.
+        transition_prior: pseudo-transitions per state, spread evenly.
+        concentration: share of a state's initial emissions that goes to its cluster.
+        noise: log-scale of the noise on the initial parameters.
+        seed: seed of clustering, noise and order.
+    """
+
+    num_epochs: int = 12
+    windows_per_batch: int = 512
+    step_decay: float = 0.6
+    emission_prior: float = 1.0
+    transition_prior: float = 1.0
+    concentration: float = 0.9
+    noise: float = 0.1
+    seed: int = 0
+
+
+@dataclass
+class ConditionalConfig:
+    """How a head is fitted to a frozen backbone.
+
+    Attributes:
+        max_steps: optimiser steps.
+        tokens_per_batch: tokens that the backbone reads a step.
+        learning_rate: AdamW's peak on log-potentials (no weight decay); falls to zero as a cosine.
+        warmup_steps: linear warm-up.
+        evidence_temperature: the temperature `tau` of the backbone's predictions.
+        loss: `"token"`, nats summed over masked tokens over their number, or `"elbo"`, each row
+            weighted by `1/t`.
+        max_extra_windows: canvases end with up to this many windows of end-of-text.
+        mixed_precision: accelerate's setting, for the backbone; the circuit stays in float32.
+        evaluation_steps: steps between validations.
+        checkpointing_steps: steps between checkpoints.
+        seed: seed of order and noise.
+    """
+
+    max_steps: int = 1500
+    tokens_per_batch: int = 8192
+    learning_rate: float = 1e-2
+    warmup_steps: int = 50
+    evidence_temperature: float = 1.0
+    loss: str = "token"
+    max_extra_windows: int = 1
+    mixed_precision: str = "no"
+    evaluation_steps: int = 250
+    checkpointing_steps: int = 100
+    seed: int = 0
+
+
+@dataclass
+class TrainConfig:
+    """What `train` does.
+
+    Attributes:
+        dataset: a JSONL, Parquet or text file, or a Hub dataset id.
+        output_dir: receives everything; a run that stopped is continued from it.
+        backbone: a path or Hub id; without one, a small backbone is trained on the data first.
+        prompt_column: column that is given; found by its usual name if not set.
+        answer_column: column that is generated; likewise.
+        remove_pattern: regular expression whose matches are deleted from the text.
+        num_validation: examples held out for choices made while training.
+        num_test: examples held out at the very end, for figures only.
+        max_length: tokens of an example.
+        vocab_size: of the tokenizer trained with a new backbone.
+        hidden_size: of a new backbone.
+        num_layers: of a new backbone.
+        num_latents: states of the circuit.
+        window_length: tokens in a window.
+        alpha: power of the marginal correction.
+        mask_token_id: of a given backbone, if its tokenizer does not name one.
+        dtype: dtype in which the pipeline's weights are stored.
+        pretraining: stage 0.
+        generative: stage 1.
+        conditional: stage 3.
+    """
+
+    dataset: str
+    output_dir: str
+    backbone: str | None = None
+    prompt_column: str | None = None
+    answer_column: str | None = None
+    remove_pattern: str | None = None
+    num_validation: int = 100
+    num_test: int = 0
+    max_length: int = 512
+    vocab_size: int = 3072
+    hidden_size: int = 256
+    num_layers: int = 4
+    num_latents: int = 448
+    window_length: int = 32
+    alpha: float = 1.0
+    mask_token_id: int | None = None
+    dtype: str = "bfloat16"
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+    generative: GenerativeConfig = field(default_factory=GenerativeConfig)
+    conditional: ConditionalConfig = field(default_factory=ConditionalConfig)

@@ -1,0 +1,107 @@
+"""Promises of the configurations: an error names the field, and what is saved comes back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny import head_config, tiny_backbone
+from transformers import BertConfig, GPT2Config, LlamaConfig
+
+from codd_hf import CoDDConfig, CoDDHeadConfig, CoDDModel
+
+
+def text_config() -> LlamaConfig:
+    return tiny_backbone().config
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "num_latents", "window_length"])
+@pytest.mark.parametrize("value", [0, -3, 2.5, "8"])
+def test_bad_size_is_an_error_that_names_the_field_and_the_value(field, value):
+    with pytest.raises((ValueError, TypeError), match=field) as error:
+        CoDDHeadConfig(**({"vocab_size": 12} | {field: value}))
+    assert str(value) in str(error.value)
+
+
+def test_head_without_vocabulary_size_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match="`vocab_size` is missing"):
+        CoDDHeadConfig(num_latents=4)
+
+
+@pytest.mark.parametrize("ids", [{"mask_token_id": 12}, {"forbidden_token_ids": [3, -1]}])
+def test_token_beyond_the_vocabulary_is_an_error(ids):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 12\)"):
+        CoDDHeadConfig(vocab_size=12, **ids)
+
+
+def test_head_of_a_later_format_is_an_error_that_says_to_upgrade():
+    with pytest.raises(ValueError, match=r"`format_version` is 2.*upgrade"):
+        CoDDHeadConfig(vocab_size=12, format_version=2)
+
+
+def test_missing_backbone_configuration_is_an_error_that_names_the_field():
+    with pytest.raises(ValueError, match="`text_config` is missing"):
+        CoDDConfig()
+
+
+@pytest.mark.parametrize("field", ["text_config", "head_config"])
+def test_saved_configuration_without_a_nested_one_is_an_error_that_names_it(field, tmp_path):
+    CoDDConfig(text_config=text_config(), head_config=head_config()).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    del content[field]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"`{field}` is missing"):
+        CoDDConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("nested", [{"vocab_size": 12}, {"model_type": "not-a-model"}])
+def test_unknown_backbone_type_is_an_error_that_names_the_field(nested):
+    with pytest.raises(ValueError, match=r"`text_config.model_type` must be"):
+        CoDDConfig(text_config=nested)
+
+
+def test_head_configuration_of_another_model_is_an_error_that_names_the_field():
+    with pytest.raises(ValueError, match=r"`head_config.model_type` must be 'codd-head'"):
+        CoDDConfig(text_config=text_config(), head_config=BertConfig().to_dict())
+
+
+def test_unknown_head_field_values_in_a_model_configuration_name_the_field():
+    with pytest.raises(ValueError, match="`vocab_size` is missing"):
+        CoDDConfig(text_config=text_config(), head_config={"num_latents": 4})
+
+
+def test_unsupported_backbone_family_is_an_error_that_names_the_field():
+    with pytest.raises(ValueError, match=r"`text_config.model_type` is 'gpt2'.*llama, qwen2"):
+        CoDDModel(CoDDConfig(text_config=GPT2Config(n_layer=1, n_embd=8, n_head=1)))
+
+
+def test_unknown_coupling_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(ValueError, match="`coupling` must be one of none, marginal, latent"):
+        CoDDConfig(text_config=text_config(), coupling="joint")
+
+
+def test_configuration_comes_back_from_disk_as_it_was(tmp_path):
+    head = head_config(num_latents=5, tie_emissions=False, alpha=0.5, forbidden_token_ids=[0])
+    config = CoDDConfig(text_config=text_config(), head_config=head, coupling="marginal")
+    config.save_pretrained(tmp_path)
+    loaded = CoDDConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded.text_config, LlamaConfig)
+    assert isinstance(loaded.head_config, CoDDHeadConfig)
+    assert loaded.to_dict() == config.to_dict()
+
+
+def test_mask_and_forbidden_tokens_are_the_heads_unless_given():
+    head = head_config(forbidden_token_ids=[0, 3])
+    config = CoDDConfig(text_config=text_config(), head_config=head)
+    assert (config.mask_token_id, config.forbidden_token_ids) == (2, [0, 3])
+    config = CoDDConfig(
+        text_config=text_config(), head_config=head, mask_token_id=4, forbidden_token_ids=[]
+    )
+    assert (config.mask_token_id, config.forbidden_token_ids) == (4, [])
+
+
+def test_sizes_are_the_backbones():
+    config = CoDDConfig(text_config=text_config())
+    assert (config.vocab_size, config.hidden_size) == (12, 16)
+    assert (config.eos_token_id, config.pad_token_id) == (1, 0)

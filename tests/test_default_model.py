@@ -1,0 +1,113 @@
+"""The embedded default: what a newcomer sees with the first command."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from codd_hf import CoDDPipeline, default_model
+from codd_hf.cli import main
+
+FOLDER = Path(default_model())
+WORDS = set((Path(__file__).parent / "fixtures" / "gsm8k_words.txt").read_text().split())
+
+
+@pytest.fixture(scope="module")
+def pipe() -> CoDDPipeline:
+    pipe = CoDDPipeline.from_pretrained(default_model())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[A-Za-z]+", text.lower())
+
+
+def immediate_repetitions(texts: list[str]) -> float:
+    """Share of words that repeat the word before them, letters only between."""
+    pairs = [
+        pair
+        for text in texts
+        for pair in zip(text.lower().split(), text.lower().split()[1:], strict=False)
+    ]
+    return sum(a == b and a.isalpha() for a, b in pairs) / max(len(pairs), 1)
+
+
+def answers(name: str = "test") -> list[str]:
+    lines = (FOLDER / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line)["answer"] for line in lines]
+
+
+def columns(printed: str) -> tuple[list[str], list[str]]:
+    """Words of the left and of the right column of the demo."""
+    rows = [line.split(" | ") for line in printed.splitlines() if " | " in line]
+    left, right = " ".join(r[0] for r in rows), " ".join(r[1] for r in rows)
+    return [left], [right]
+
+
+def test_it_is_small_and_stored_in_bf16():
+    sizes = {path: path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()}
+    assert sum(sizes.values()) <= 15_000_000
+    for path in sizes:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}  # noqa: SIM118
+
+
+def test_it_loads_as_float32_so_that_batches_do_not_change_a_row(pipe):
+    assert {p.dtype for p in pipe.model.parameters()} == {torch.float32}
+
+
+def test_the_demo_prints_words_of_the_training_data_side_by_side(capsys):
+    assert main(["demo"]) == 0
+    printed = capsys.readouterr().out
+    assert "16 passes" in printed
+    factorized, coupled = columns(printed)
+    for texts in (factorized, coupled):
+        found = [word for text in texts for word in words(text)]
+        assert len(found) > 30
+    body = [w for line in printed.splitlines() if " | " in line for w in words(line)]
+    assert sum(word in WORDS for word in body) / len(body) >= 0.95
+    assert re.search(r"\d+ ?[-+*/x] ?\d+", coupled[0])
+    assert immediate_repetitions(coupled) <= immediate_repetitions(answers())
+
+
+def test_a_question_alone_and_in_a_batch_gets_the_same_text(pipe):
+    lines = (FOLDER / "test.jsonl").read_text().splitlines()[:4]
+    questions = [json.loads(line)["question"] for line in lines]
+
+    def generators(rows):
+        return [torch.Generator().manual_seed(row) for row in rows]
+
+    together = pipe(questions, gen_length=64, num_inference_steps=8, generator=generators(range(4)))
+    alone = pipe(questions[2], gen_length=64, num_inference_steps=8, generator=generators([2]))
+    assert together.texts[2] == alone.texts[0]
+
+
+def test_saved_and_loaded_again_it_writes_the_same_text(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = CoDDPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    for a, b in zip(pipe.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    question = "Tom has 3 boxes of 12 eggs. How many eggs has he?"
+    texts = [
+        p(question, gen_length=64, num_inference_steps=8, generator=torch.Generator().manual_seed(0))
+        for p in (pipe, again)
+    ]
+    assert texts[0].texts == texts[1].texts
+
+
+def test_the_fitted_head_beats_factorized_prediction_at_every_mask_ratio(capsys, tmp_path):
+    output = tmp_path / "gap.json"
+    arguments = ["--num-problems", "24", "--ratios", "0.25", "0.5", "1.0", "--output", str(output)]
+    assert main(["evaluate", "gap", *arguments]) == 0
+    assert "gap closed" in capsys.readouterr().out
+    for row in json.loads(output.read_text())["rows"]:
+        assert row["nats"]["fitted"] < row["nats"]["factorized"]
+        assert row["nats"]["fitted"] < row["nats"]["corrected"]

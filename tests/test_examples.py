@@ -1,0 +1,78 @@
+"""The examples run and show what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = ROOT.parent / "shared" / "models" / "rxn_albert_mlm"
+
+
+def load_example(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def cities():
+    return load_example("san_diego_new_york").main(num_samples=10_000)
+
+
+def test_coupled_sampling_draws_real_cities_only(cities):
+    assert set(cities["coupled"]) == {"San Diego", "New York"}
+    # 10,000 fair draws: five standard deviations are 250.
+    assert abs(cities["coupled"]["San Diego"] - 5000) < 250
+
+
+def test_factorized_sampling_draws_san_york_a_quarter_of_the_time(cities):
+    # 10,000 draws of probability 1/4: five standard deviations are 217.
+    assert abs(cities["factorized"]["San York"] - 2500) < 217
+
+
+def test_log_prob_of_a_city_is_a_half_and_of_a_mixture_zero(cities):
+    for name in ("San Diego", "New York"):
+        assert cities["log_prob"][name] == pytest.approx(math.log(0.5), abs=1e-5)
+    for name in ("San York", "New Diego"):
+        assert cities["log_prob"][name] == -math.inf
+
+
+def test_judge_of_the_toy_corpus_knows_real_text_from_shuffled_words():
+    import torch
+
+    grammar = load_example("toy_corpus").Grammar()
+    generator = torch.Generator().manual_seed(0)
+    real = grammar.sample(512, generator)
+    unrelated = torch.stack([column[torch.randperm(512, generator=generator)] for column in real.T])
+    assert 1.5 < grammar.perplexity(real) < 4
+    assert grammar.perplexity(unrelated.roll(1, dims=1)) > 50
+    assert torch.allclose(grammar.transition.sum(-1), torch.ones(len(grammar.start)))
+    assert torch.allclose(grammar.emission.sum(-1), torch.ones(len(grammar.start)))
+
+
+@pytest.mark.slow
+def test_at_few_passes_factorized_perplexity_explodes_and_coupled_does_not():
+    result = load_example("toy_corpus").main(passes=(1, 2, 16), num_texts=256)
+    real = result["real"]
+    assert result["factorized"][1] > 50 * real
+    assert result["coupled"][1] < 8 * real
+    assert result["factorized"][2] > 15 * real
+    assert result["coupled"][2] < 5 * real
+    assert result["factorized"][16] < 2 * real
+    assert result["coupled"][16] < 1.5 * real
+
+
+@pytest.mark.skipif(not CHECKPOINT.is_dir(), reason="needs ../shared/models/rxn_albert_mlm")
+def test_third_party_checkpoint_completes_reactions_and_an_untrained_head_changes_nothing(tmp_path):
+    result = load_example("complete_reaction").main(CHECKPOINT, tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    assert result["difference"] < 1e-5
+    completions = result["completions"]
+    for name in ("esterification of benzoic acid", "Suzuki coupling"):
+        completed, truth = completions[name]
+        assert completed == truth

@@ -1,0 +1,188 @@
+"""Promises of the generative fit: it is exact EM, it learns, and it can be interrupted."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from codd_hf import Potentials
+from codd_hf.circuits.em import Counts, expected_counts, log_likelihood, maximise
+from codd_hf.training.data import TokenizedExample
+from codd_hf.training.generative import (
+    cluster_tokens,
+    fit_generative,
+    initial_potentials,
+    text_windows,
+)
+from codd_hf.training.settings import GenerativeConfig
+
+FIELDS = ("initial", "transition", "emission")
+NO_PRIOR = Counts(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+
+
+def random_hmm(
+    latents: int = 2, vocab: int = 3, sharpness: float = 1.0, seed: int = 0, tied: bool = True
+) -> Potentials:
+    generator = torch.Generator().manual_seed(seed)
+    steps, positions = (1, 1) if tied else (3, 4)
+    shapes = ((latents,), (steps, latents, latents), (positions, latents, vocab))
+    return Potentials(
+        *((sharpness * torch.randn(s, generator=generator)).log_softmax(-1) for s in shapes)
+    )
+
+
+def sample_windows(hmm: Potentials, number: int, length: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(log_probs: torch.Tensor) -> torch.Tensor:
+        return torch.multinomial(log_probs.exp(), 1, generator=generator)[:, 0]
+
+    state = draw(hmm.initial.expand(number, -1))
+    tokens = [draw(hmm.emission[0][state])]
+    for _ in range(length - 1):
+        state = draw(hmm.transition[0][state])
+        tokens.append(draw(hmm.emission[0][state]))
+    return torch.stack(tokens, 1)
+
+
+def counts_by_enumeration(hmm: Potentials, windows: torch.Tensor) -> tuple[Counts, torch.Tensor]:
+    """Expected uses of every parameter, and log-likelihoods, summed over all latent paths."""
+    hmm = Potentials(*(getattr(hmm, n).double() for n in FIELDS))
+    counts = Counts(*(torch.zeros_like(getattr(hmm, n)) for n in FIELDS))
+    scores = []
+    for tokens in windows.tolist():
+        paths = list(itertools.product(range(hmm.num_latents), repeat=len(tokens)))
+        used = []
+        for path in paths:
+            steps = [(min(i, len(hmm.transition) - 1), *p) for i, p in enumerate(itertools.pairwise(path))]
+            draws = [
+                (min(i, len(hmm.emission) - 1), z, v)
+                for i, (z, v) in enumerate(zip(path, tokens, strict=True))
+            ]
+            used.append((path[0], steps, draws))
+        log_weights = torch.stack(
+            [
+                hmm.initial[first]
+                + sum(hmm.transition[s] for s in steps)
+                + sum(hmm.emission[d] for d in draws)
+                for first, steps, draws in used
+            ]
+        )
+        scores.append(log_weights.logsumexp(0))
+        for weight, (first, steps, draws) in zip(log_weights.softmax(0), used, strict=True):
+            counts.initial[first] += weight
+            for step in steps:
+                counts.transition[step] += weight
+            for draw in draws:
+                counts.emission[draw] += weight
+    return counts, torch.stack(scores)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_expected_counts_and_likelihood_are_those_of_enumeration(tied):
+    hmm = random_hmm(tied=tied)
+    windows = torch.randint(3, (7, 4), generator=torch.Generator().manual_seed(1))
+    counts, scores = expected_counts(hmm, windows)
+    exact, exact_scores = counts_by_enumeration(hmm, windows)
+    assert torch.allclose(scores.double(), exact_scores, atol=1e-5)
+    for name in FIELDS:
+        assert torch.allclose(getattr(counts, name).double(), getattr(exact, name), atol=1e-5)
+    assert counts.initial.sum().item() == pytest.approx(7, abs=1e-4)
+    assert counts.emission.sum().item() == pytest.approx(28, abs=1e-4)
+
+
+def test_one_step_of_em_is_the_step_of_baum_and_welch():
+    hmm = random_hmm()
+    windows = torch.randint(3, (7, 4), generator=torch.Generator().manual_seed(1))
+    stepped = maximise(expected_counts(hmm, windows)[0], NO_PRIOR)
+    counts, _ = counts_by_enumeration(hmm, windows)
+    for name in FIELDS:
+        count = getattr(counts, name)
+        expected = count / count.sum(-1, keepdim=True)
+        assert torch.allclose(getattr(stepped, name).exp().double(), expected, atol=1e-5)
+
+
+def test_pseudo_counts_keep_what_was_never_seen_possible():
+    hmm = random_hmm()
+    prior = Counts(torch.ones(1), torch.ones(1), torch.ones(1))
+    stepped = maximise(expected_counts(hmm, torch.zeros(5, 4, dtype=torch.long))[0], prior)
+    assert stepped.emission.isfinite().all()
+    assert stepped.emission[0, :, 0].exp().min() > 0.5
+
+
+def test_likelihood_never_decreases_under_em():
+    windows = sample_windows(random_hmm(3, 6, 2.0), 60, 5)
+    potentials, scores = random_hmm(3, 6, seed=5), []
+    for _ in range(30):
+        counts, score = expected_counts(potentials, windows)
+        scores.append(score.sum().item())
+        potentials = maximise(counts, NO_PRIOR)
+    assert all(after >= before - 1e-3 for before, after in itertools.pairwise(scores))
+    assert scores[-1] > scores[0] + 10
+
+
+def test_fit_comes_close_to_the_circuit_that_made_the_text():
+    truth = random_hmm(3, 8, sharpness=2.5)
+    train, validation = sample_windows(truth, 600, 6), sample_windows(truth, 300, 6, seed=1)
+    config = GenerativeConfig(num_epochs=12, windows_per_batch=100)
+    embeddings = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    clusters = cluster_tokens(embeddings, train.flatten().bincount(minlength=8), 3)
+    start = initial_potentials(train, clusters, 3, config)
+    fitted, history = fit_generative(train, validation, embeddings, 3, config)
+    before, after, best = (
+        log_likelihood(p, validation).mean().item() / 6 for p in (start, fitted, truth)
+    )
+    assert history[-1]["validation"] == pytest.approx(after, abs=1e-4)
+    assert [entry["epoch"] for entry in history] == list(range(1, 13))
+    assert after > before + 0.05
+    assert after > best - 0.05
+
+
+def fit(windows, folder=None, epochs: int = 4):
+    config = GenerativeConfig(num_epochs=epochs, windows_per_batch=16)
+    embeddings = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    return fit_generative(windows[:50], windows[50:], embeddings, 3, config, folder)
+
+
+def test_run_that_stopped_ends_bit_equal_to_one_that_did_not(tmp_path):
+    windows = sample_windows(random_hmm(3, 8, 2.0), 70, 5)
+    whole, history = fit(windows)
+    fit(windows, tmp_path, epochs=2)
+    resumed, resumed_history = fit(windows, tmp_path)
+    assert all(torch.equal(getattr(whole, n), getattr(resumed, n)) for n in FIELDS)
+    assert resumed_history == history
+    again, _ = fit(windows, tmp_path)
+    assert all(torch.equal(getattr(whole, n), getattr(again, n)) for n in FIELDS)
+
+
+def test_start_is_a_normalised_circuit_whose_states_are_the_clusters():
+    windows = torch.tensor([[0, 3, 1, 4], [2, 5, 0, 3]])
+    clusters = torch.tensor([0, 0, 0, 1, 1, 1])
+    potentials = initial_potentials(windows, clusters, 2, GenerativeConfig())
+    for name in FIELDS:
+        total = getattr(potentials, name).exp().sum(-1)
+        assert torch.allclose(total, torch.ones_like(total), atol=1e-5)
+    emission, transition = potentials.emission[0].exp(), potentials.transition[0].exp()
+    assert emission[0, :3].sum() > 0.9
+    assert emission[1, 3:].sum() > 0.9
+    assert transition[0, 1] > 0.75
+    assert (emission > 0).all()
+
+
+def test_like_embeddings_share_a_cluster():
+    embeddings = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 0.9], [5, 0.2]])
+    clusters = cluster_tokens(embeddings, torch.tensor([3, 1, 2, 2, 0]), 2)
+    assert clusters[0] == clusters[1] == clusters[4]
+    assert clusters[2] == clusters[3] != clusters[0]
+
+
+def test_more_latents_than_tokens_that_occur_is_an_error_that_gives_both_numbers():
+    with pytest.raises(ValueError, match=r"`num_latents` \(4\) exceeds the 3 different tokens"):
+        cluster_tokens(torch.randn(6, 2), torch.tensor([1, 2, 0, 0, 5, 0]), 4)
+
+
+def test_windows_of_text_start_with_the_answer_and_are_filled_with_end_of_text():
+    examples = [TokenizedExample([9, 9], [5, 6, 7, 1]), TokenizedExample([], [8, 1])]
+    assert text_windows(examples, 3, 1).tolist() == [[5, 6, 7], [1, 1, 1], [8, 1, 1]]
