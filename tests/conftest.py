@@ -6,7 +6,6 @@ import json
 import random
 
 import pytest
-from tiny import SENTENCES
 
 from codd_hf.training.run import train
 from codd_hf.training.settings import (
@@ -16,6 +15,7 @@ from codd_hf.training.settings import (
     TrainConfig,
 )
 from codd_hf.training.tokenizers import train_tokenizer
+from tiny import SENTENCES
 
 CITIES = (" San Diego", " New York", " Los Angeles", " Las Vegas")
 
@@ -49,7 +49,7 @@ def trained_config(cities_jsonl, tmp_path_factory):
         vocab_size=300,
         hidden_size=64,
         num_layers=1,
-        num_latents=10,
+        num_latents=8,
         window_length=4,
         pretraining=PretrainingConfig(
             max_steps=120,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import BACKBONES, tiny_backbone, tiny_model
 from transformers import AutoConfig, RoFormerConfig, RoFormerForMaskedLM
 
 from codd_hf import CoDDModel
 from codd_hf.backbones import family_of
+from tiny import BACKBONES, tiny_backbone, tiny_model
 
 IDS = torch.tensor([[5, 6, 2, 7, 2, 8], [9, 2, 3, 4, 2, 10]])
 

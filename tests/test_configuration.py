@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny import head_config, tiny_backbone
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
 from codd_hf import CoDDConfig, CoDDHeadConfig, CoDDModel
+from tiny import head_config, tiny_backbone
 
 
 def text_config() -> LlamaConfig:

@@ -97,7 +97,12 @@ def test_saved_and_loaded_again_it_writes_the_same_text(pipe, tmp_path):
         assert torch.equal(a, b)
     question = "Tom has 3 boxes of 12 eggs. How many eggs has he?"
     texts = [
-        p(question, gen_length=64, num_inference_steps=8, generator=torch.Generator().manual_seed(0))
+        p(
+            question,
+            gen_length=64,
+            num_inference_steps=8,
+            generator=torch.Generator().manual_seed(0),
+        )
         for p in (pipe, again)
     ]
     assert texts[0].texts == texts[1].texts

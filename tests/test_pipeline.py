@@ -501,7 +501,6 @@ def test_model_folder_and_backbone_folder_load_as_pipelines(tokenizer, tmp_path)
     assert bare("two and two", **SHORT).texts == expected
 
 
-@pytest.mark.xfail(reason="`CoDDModel.from_pretrained` does not take a head's folder yet")
 def test_head_folder_loads_with_the_backbone_and_tokenizer_it_names(tokenizer, tmp_path):
     pipe = make_pipe(tokenizer)
     pipe.model.backbone.save_pretrained(tmp_path / "backbone")

@@ -108,7 +108,6 @@ def enumerate_window(
     return completions, (weights / weights.sum()).detach()
 
 
-
 def correlated_examples(number: int, seed: int = 0) -> list[TokenizedExample]:
     """Answers of pairs that only make sense together: (10, 14), (11, 15), (12, 16), (13, 17).
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 COUPLINGS = ("none", "marginal", "latent")
 
@@ -159,3 +159,7 @@ def _nested_config(name: str, config: dict | PreTrainedConfig | None) -> PreTrai
             f"`{name}.model_type` must be a model type that transformers knows, got {model_type!r}."
         )
     return CONFIG_MAPPING[model_type].from_dict(dict(config))
+
+
+for _config in (CoDDConfig, CoDDHeadConfig):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)

@@ -492,6 +492,8 @@ class CoDDModel(PreTrainedModel):
             self.window_length, rounding_mode="floor"
         )
         rows, columns = supervised.nonzero(as_tuple=True)
+        if len(rows) == 0:
+            return 0.0 * states.last_hidden_state.sum()
         pairs = torch.stack((rows, window[rows, columns])).unique(dim=1)
         rows, starts = pairs[0], first[pairs[0]] + pairs[1] * self.window_length
         distribution = self.window_distribution(

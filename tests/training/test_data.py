@@ -74,7 +74,7 @@ def test_columns_of_unusual_names_are_an_error_that_says_what_to_give(tmp_path):
 
 
 def test_missing_file_is_an_error_that_names_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no file .*missing.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*missing\.jsonl"):
         load_examples(str(tmp_path / "missing.jsonl"))
 
 

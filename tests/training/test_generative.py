@@ -56,7 +56,10 @@ def counts_by_enumeration(hmm: Potentials, windows: torch.Tensor) -> tuple[Count
         paths = list(itertools.product(range(hmm.num_latents), repeat=len(tokens)))
         used = []
         for path in paths:
-            steps = [(min(i, len(hmm.transition) - 1), *p) for i, p in enumerate(itertools.pairwise(path))]
+            steps = [
+                (min(i, len(hmm.transition) - 1), *p)
+                for i, p in enumerate(itertools.pairwise(path))
+            ]
             draws = [
                 (min(i, len(hmm.emission) - 1), z, v)
                 for i, (z, v) in enumerate(zip(path, tokens, strict=True))
@@ -124,20 +127,20 @@ def test_likelihood_never_decreases_under_em():
 
 
 def test_fit_comes_close_to_the_circuit_that_made_the_text():
-    truth = random_hmm(3, 8, sharpness=2.5)
+    truth = random_hmm(4, 8, sharpness=4.0, seed=7)
     train, validation = sample_windows(truth, 600, 6), sample_windows(truth, 300, 6, seed=1)
-    config = GenerativeConfig(num_epochs=12, windows_per_batch=100)
+    config = GenerativeConfig(num_epochs=40, windows_per_batch=100)
     embeddings = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
-    clusters = cluster_tokens(embeddings, train.flatten().bincount(minlength=8), 3)
-    start = initial_potentials(train, clusters, 3, config)
-    fitted, history = fit_generative(train, validation, embeddings, 3, config)
+    clusters = cluster_tokens(embeddings, train.flatten().bincount(minlength=8), 4)
+    start = initial_potentials(train, clusters, 4, config)
+    fitted, history = fit_generative(train, validation, embeddings, 4, config)
     before, after, best = (
         log_likelihood(p, validation).mean().item() / 6 for p in (start, fitted, truth)
     )
     assert history[-1]["validation"] == pytest.approx(after, abs=1e-4)
-    assert [entry["epoch"] for entry in history] == list(range(1, 13))
-    assert after > before + 0.05
-    assert after > best - 0.05
+    assert [entry["epoch"] for entry in history] == list(range(1, 41))
+    assert after > before + 0.08
+    assert after > best - 0.03
 
 
 def fit(windows, folder=None, epochs: int = 4):

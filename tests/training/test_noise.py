@@ -23,7 +23,7 @@ def draw(canvas: CanvasBatch, seed: int = 0, **options) -> Noise:
 
 
 def test_share_of_masked_tokens_is_the_level_of_the_row():
-    canvas = canvases()
+    canvas = canvases(2000)
     noise = draw(canvas, window_probability=0.0)
     expected = noise.level[:, None] * noise.span
     variance = (noise.level * (1 - noise.level))[:, None] * noise.span

@@ -147,7 +147,9 @@ class CoupledCategorical(Distribution):
     def _filter(self) -> chains.Filter:
         filtered = chains.forward_filter(self._chain(self._evidence))
         if bool(filtered.log_partition.isnan().any()):
-            raise ValueError("`logits` or `context` hold NaN: the backbone's output is not usable.")
+            raise ValueError(
+                "`logits`, `context` or the potentials hold NaN: no distribution can be made of them."
+            )
         return filtered
 
     @property

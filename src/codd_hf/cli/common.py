@@ -45,12 +45,17 @@ def decoding_arguments(args: argparse.Namespace) -> dict[str, Any]:
 def load_pipeline(name: str | None, **kwargs: Any) -> CoDDPipeline:
     """The pipeline of a path or id, or the embedded default."""
     import torch
+    from safetensors import SafetensorError
 
     from ..defaults import default_model
     from ..pipelines.pipeline_codd import CoDDPipeline
 
     quiet_loading()
-    pipeline = CoDDPipeline.from_pretrained(default_model() if name is None else name, **kwargs)
+    name = default_model() if name is None else name
+    try:
+        pipeline = CoDDPipeline.from_pretrained(name, **kwargs)
+    except SafetensorError as error:
+        raise OSError(f"The weights of {name!r} are damaged, fetch them anew: {error}.") from error
     if torch.cuda.is_available():
         pipeline.to("cuda")
     return pipeline

@@ -233,7 +233,7 @@ def gap_table(rows: Sequence[GapRow]) -> str:
     header = ["mask ratio", *methods, *([last] if last else [])]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for row in rows:
-        cells = [f"{row.ratio:.1f}"]
+        cells = [f"{row.ratio:g}"]
         cells += [f"{row.nats[m]:.3f} ± {row.standard_errors[m]:.3f}" for m in methods]
         if last:
             closed = row.gap_closed[heads[-1]]

@@ -105,8 +105,11 @@ def fit_conditional(
     config = config or ConditionalConfig()
     if model.coupling_head is None:
         raise ValueError("`model` has no head to fit: give `from_backbone` a head configuration.")
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    model.to(accelerator.device).eval()
+    accelerator = Accelerator()
+    device = accelerator.device
+    # Not the accelerator's own, which is one for the whole process: each stage has its precision.
+    autocast = torch.autocast(device.type, torch.bfloat16, config.mixed_precision == "bf16")
+    model.to(device).eval()
     head = model.coupling_head
     model.requires_grad_(False)
     head.requires_grad_(True)
@@ -138,10 +141,10 @@ def fit_conditional(
         canvas, noise, starts = draw_windows(
             examples, tokenizer, length, config.max_extra_windows, generator
         )
-        canvas = canvas.to(accelerator.device)
+        canvas = canvas.to(device)
         optimizer.param_groups[0]["lr"] = config.learning_rate * _schedule(step, config)
         gains, masked = window_gains(
-            model, canvas, noise, starts, config.evidence_temperature, accelerator.autocast()
+            model, canvas, noise, starts, config.evidence_temperature, autocast
         )
         if config.loss == "elbo":
             loss = -(gains / noise.level.to(gains.device)).sum() / (length * len(gains))

@@ -73,15 +73,19 @@ def load_examples(
 
     Raises:
         FileNotFoundError: `source` looks like a file and is not there.
-        ValueError: a column is missing, or nothing is left.
+        ValueError: the file cannot be read, a column is missing or no text, or nothing is left.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     suffix = Path(source).suffix
     if suffix in FILE_FORMATS:
         if not Path(source).is_file():
             raise FileNotFoundError(f"`source`: there is no file {source!r}.")
-        table = load_dataset(FILE_FORMATS[suffix], data_files=str(source), split="train")
+        try:
+            table = load_dataset(FILE_FORMATS[suffix], data_files=str(source), split="train")
+        except DatasetGenerationError as error:
+            raise ValueError(f"`source` {source!r} cannot be read: {error.__cause__}") from error
     else:
         table = load_dataset(source, split=split)
     columns = table.column_names
@@ -105,6 +109,9 @@ def load_examples(
 
     answers = table[answer_column]
     prompts = table[prompt_column] if prompt_column else [""] * len(table)
+    for column, texts in ((prompt_column, prompts), (answer_column, answers)):
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"Column {column!r} of {source!r} must hold a text in every row.")
     examples = [
         Example(clean(p), clean(a)) for p, a in zip(prompts, answers, strict=True) if a.strip()
     ]

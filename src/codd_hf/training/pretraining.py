@@ -92,8 +92,11 @@ def pretrain_backbone(
     """
     config = config or PretrainingConfig()
     output_dir = Path(output_dir)
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    model.to(accelerator.device).train()
+    accelerator = Accelerator()
+    device = accelerator.device
+    # Not the accelerator's own, which is one for the whole process: each stage has its precision.
+    autocast = torch.autocast(device.type, torch.bfloat16, config.mixed_precision == "bf16")
+    model.to(device).train()
     optimizers = _make_optimizers(model, config)
     windows = config.window_length
     lengths = [len(e.prompt_ids) + -(-len(e.answer_ids) // windows) * windows for e in train]
@@ -125,10 +128,8 @@ def pretrain_backbone(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        with accelerator.autocast():
-            loss, losses = diffusion_loss(
-                model, canvas.to(accelerator.device), noise, tokenizer.mask_token_id
-            )
+        with autocast:
+            loss, losses = diffusion_loss(model, canvas.to(device), noise, tokenizer.mask_token_id)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {step}: lower `learning_rate` (now "

@@ -56,7 +56,9 @@ def train(config: TrainConfig) -> Path:
     model = CoDDModel.from_backbone(source, dtype=torch.float32)
     mask_token_id = config.mask_token_id
     if mask_token_id is None:
-        mask_token_id = model.config.mask_token_id or tokenizer.mask_token_id
+        mask_token_id = model.config.mask_token_id
+    if mask_token_id is None:
+        mask_token_id = tokenizer.mask_token_id
     if mask_token_id is None:
         raise ValueError("`mask_token_id` must be given: the tokenizer has no mask token.")
     parts = [tokenize_examples(p, tokenizer, config.max_length) for p in (train_part, validation)]

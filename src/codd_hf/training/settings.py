@@ -19,7 +19,7 @@ class PretrainingConfig:
         window_length: windows of the noise and of the canvases.
         window_probability: share of rows with window noise.
         max_extra_windows: canvases end with up to this many windows of end-of-text.
-        mixed_precision: accelerate's setting.
+        mixed_precision: `"no"` or `"bf16"`.
         evaluation_steps: steps between validations.
         checkpointing_steps: steps between checkpoints.
         seed: seed of order, noise and nothing else.
@@ -38,6 +38,9 @@ class PretrainingConfig:
     evaluation_steps: int = 200
     checkpointing_steps: int = 100
     seed: int = 0
+
+    def __post_init__(self):
+        _check_precision(self.mixed_precision)
 
 
 @dataclass
@@ -78,7 +81,7 @@ class ConditionalConfig:
         loss: `"token"`, nats summed over masked tokens over their number, or `"elbo"`, each row
             weighted by `1/t`.
         max_extra_windows: canvases end with up to this many windows of end-of-text.
-        mixed_precision: accelerate's setting, for the backbone; the circuit stays in float32.
+        mixed_precision: `"no"` or `"bf16"`, for the backbone; the circuit stays in float32.
         evaluation_steps: steps between validations.
         checkpointing_steps: steps between checkpoints.
         seed: seed of order and noise.
@@ -95,6 +98,9 @@ class ConditionalConfig:
     evaluation_steps: int = 250
     checkpointing_steps: int = 100
     seed: int = 0
+
+    def __post_init__(self):
+        _check_precision(self.mixed_precision)
 
 
 @dataclass
@@ -144,3 +150,8 @@ class TrainConfig:
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     generative: GenerativeConfig = field(default_factory=GenerativeConfig)
     conditional: ConditionalConfig = field(default_factory=ConditionalConfig)
+
+
+def _check_precision(mixed_precision: str) -> None:
+    if mixed_precision not in ("no", "bf16"):
+        raise ValueError(f"`mixed_precision` must be 'no' or 'bf16', got {mixed_precision!r}.")

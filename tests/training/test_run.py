@@ -1,0 +1,133 @@
+"""Promises of a whole training run, from a JSONL file to a pipeline that generates."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from codd_hf import CoDDHead, CoDDModel, CoDDPipeline
+from codd_hf.training.run import train
+
+
+def held_out(folder, name) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_run_writes_a_pipeline_that_loads_and_generates(trained_pipeline):
+    pipe = CoDDPipeline.from_pretrained(trained_pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    output = pipe(
+        ["Where to?", "Where to?"],
+        gen_length=8,
+        block_length=4,
+        num_inference_steps=2,
+        generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
+    )
+    assert len(output.texts) == 2
+    assert any(name in " ".join(output.texts) for name in ("San", "New", "Los", "Las"))
+
+
+def test_coupled_text_of_one_pass_keeps_cities_together_more_often(trained_pipeline):
+    pipe = CoDDPipeline.from_pretrained(trained_pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    whole = {"San Diego", "New York", "Los Angeles", "Las Vegas"}
+    shares = {}
+    for sampling in ("factorized", "latent"):
+        texts = pipe(
+            ["Where to?"] * 100,
+            gen_length=4,
+            block_length=4,
+            num_inference_steps=1,
+            sampling=sampling,
+            temperature=1.0,
+            generator=[torch.Generator().manual_seed(seed) for seed in range(100)],
+        ).texts
+        pairs = [" ".join(text.split()[:2]) for text in texts]
+        shares[sampling] = sum(pair in whole for pair in pairs) / 100
+    assert shares["factorized"] < 0.5
+    assert shares["latent"] > shares["factorized"] + 0.3
+
+
+def test_last_examples_are_held_out_in_order_beside_the_model(trained_pipeline, cities_jsonl):
+    rows = [json.loads(line) for line in cities_jsonl.read_text().splitlines()]
+    assert held_out(trained_pipeline, "validation") == rows[-32:-16]
+    assert held_out(trained_pipeline, "test") == rows[-16:]
+
+
+def test_weights_are_stored_in_the_dtype_asked_for_and_tied_ones_once(trained_pipeline):
+    stored = load_file(trained_pipeline / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    vocabulary = CoDDModel.from_pretrained(trained_pipeline / "model").config.vocab_size
+    assert sum(tensor.shape == (vocabulary, 64) for tensor in stored.values()) == 1
+
+
+def test_stored_model_computes_in_float32(trained_pipeline):
+    model = CoDDPipeline.from_pretrained(trained_pipeline).model
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_stage_one_head_is_there_and_is_not_the_fitted_one(trained_pipeline):
+    stage_one = CoDDHead.from_pretrained(trained_pipeline / "stage1")
+    fitted = CoDDModel.from_pretrained(trained_pipeline / "model").coupling_head
+    assert stage_one.config.alpha == 1.0
+    assert torch.equal(stage_one.token_marginal, fitted.token_marginal)
+    assert not torch.equal(stage_one.emission, fitted.emission)
+
+
+def test_padding_mask_and_role_tokens_are_never_generated_but_end_of_text_is(trained_pipeline):
+    pipe = CoDDPipeline.from_pretrained(trained_pipeline)
+    config, tokenizer = pipe.model.config, pipe.tokenizer
+    roles = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+    assert config.mask_token_id == tokenizer.mask_token_id
+    assert {tokenizer.pad_token_id, *roles} <= set(config.forbidden_token_ids)
+    assert tokenizer.eos_token_id not in config.forbidden_token_ids
+
+
+def test_same_command_again_continues_and_gives_the_same_pipeline(trained_pipeline, trained_config):
+    before = load_file(trained_pipeline / "model" / "model.safetensors")
+    again = train(trained_config)
+    after = load_file(again / "model" / "model.safetensors")
+    assert again == trained_pipeline
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_head_is_fitted_to_a_given_backbone_which_it_names(
+    trained_pipeline, trained_config, tmp_path
+):
+    backbone = str(trained_pipeline.parent / "backbone")
+    short = replace(trained_config.conditional, max_steps=2)
+    folder = train(
+        replace(trained_config, backbone=backbone, output_dir=str(tmp_path), conditional=short)
+    )
+    model = CoDDModel.from_pretrained(folder / "model")
+    assert model.coupling_head.config.base_model_name_or_path == backbone
+    assert not (tmp_path / "backbone").exists()
+    given = CoDDModel.from_backbone(backbone).backbone.state_dict()
+    kept = model.backbone.state_dict()
+    assert all(torch.allclose(given[k], kept[k], rtol=1e-2) for k in given)
+
+
+def test_run_records_its_settings_and_its_history(trained_pipeline, trained_config):
+    settings = json.loads((trained_pipeline.parent / "train_config.json").read_text())
+    assert settings["num_latents"] == trained_config.num_latents
+    assert settings["conditional"]["max_steps"] == trained_config.conditional.max_steps
+    history = json.loads((trained_pipeline.parent / "conditional_history.json").read_text())
+    assert [entry["step"] for entry in history] == [0, 20, 40]
+    assert history[-1]["gain"] > 0.1
+
+
+def test_missing_dataset_is_an_error_before_anything_is_written(trained_config, tmp_path):
+    config = replace(trained_config, dataset="none.jsonl", output_dir=str(tmp_path / "out"))
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
+        train(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_backbone_is_an_error_that_names_it(trained_config, tmp_path):
+    config = replace(trained_config, backbone=str(tmp_path / "none"), output_dir=str(tmp_path))
+    with pytest.raises((FileNotFoundError, OSError), match="none"):
+        train(config)
