@@ -148,7 +148,7 @@ class CoupledCategorical(Distribution):
         filtered = chains.forward_filter(self._chain(self._evidence))
         if bool(filtered.log_partition.isnan().any()):
             raise ValueError(
-                "`logits`, `context` or the potentials hold NaN: no distribution can be made of them."
+                "`logits`, `context` or the potentials hold NaN: check what made them."
             )
         return filtered
 

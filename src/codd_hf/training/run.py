@@ -175,6 +175,8 @@ def save_pipeline(
     from ..pipelines.pipeline_codd import CoDDPipeline
     from ..schedulers.scheduling_codd import CoDDScheduler
 
+    if Path(model.config.text_config._name_or_path).exists():
+        model.config.text_config._name_or_path = ""  # a path on this machine says nothing elsewhere
     CoDDPipeline(model=model, scheduler=CoDDScheduler(), tokenizer=tokenizer).save_pretrained(
         folder
     )

@@ -25,7 +25,7 @@ class PretrainingConfig:
         seed: seed of order, noise and nothing else.
     """
 
-    max_steps: int = 6000
+    max_steps: int = 4600
     tokens_per_batch: int = 6144
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
@@ -58,11 +58,11 @@ class GenerativeConfig:
         seed: seed of clustering, noise and order.
     """
 
-    num_epochs: int = 12
+    num_epochs: int = 10
     windows_per_batch: int = 512
     step_decay: float = 0.6
-    emission_prior: float = 1.0
-    transition_prior: float = 1.0
+    emission_prior: float = 30.0
+    transition_prior: float = 30.0
     concentration: float = 0.9
     noise: float = 0.1
     seed: int = 0
@@ -87,7 +87,7 @@ class ConditionalConfig:
         seed: seed of order and noise.
     """
 
-    max_steps: int = 1500
+    max_steps: int = 700
     tokens_per_batch: int = 8192
     learning_rate: float = 1e-2
     warmup_steps: int = 50
