@@ -123,6 +123,18 @@ class CoDDHead(PreTrainedModel):
         self.emission.copy_(shifted.emission[0] if self.config.tie_emissions else shifted.emission)
         self.config.alpha = alpha
 
+    @torch.no_grad()
+    def temper(self, emission_power: float, transition_power: float) -> None:
+        """Flattens the circuit: its emissions and its transitions to a power below 1.
+
+        The backbone has already seen the observed tokens, whose dependencies a static circuit
+        counts again; flattening gives some of that back at low mask ratios. Transitions and the
+        initial law are normalised again, emissions are not (they are ratios).
+        """
+        self.emission.mul_(emission_power)
+        for parameter in (self.initial, self.transition):
+            parameter.copy_((parameter * transition_power).log_softmax(-1))
+
     def forward(
         self,
         logits: torch.Tensor,

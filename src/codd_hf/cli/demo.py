@@ -15,15 +15,15 @@ from .common import load_pipeline, printable
 HELP = "Show factorized and coupled text side by side, at the same number of passes."
 EXAMPLE = """example:
   codd-hf demo
-  codd-hf demo --num-inference-steps 16 --seed 3"""
+  codd-hf demo --num-inference-steps 8 --seed 3"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="a pipeline with `test.jsonl`; default: the embedded one")
+    parser.add_argument("--model", help="a pipeline with `demo.jsonl`; default: the embedded one")
     parser.add_argument("--num-questions", type=int, default=3, help="held-out questions")
     parser.add_argument("--gen-length", type=int, default=128, help="tokens to generate")
     parser.add_argument(
-        "--num-inference-steps", type=int, default=16, help="backbone passes for the whole text"
+        "--num-inference-steps", type=int, default=32, help="backbone passes for the whole text"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of all draws")
 
@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> None:
     from ..defaults import default_model
 
     folder = Path(args.model or default_model())
-    if not (folder / "test.jsonl").is_file():
-        raise ValueError(f"`--model`: {str(folder)!r} has no `test.jsonl` with held-out questions.")
-    lines = (folder / "test.jsonl").read_text().splitlines()[: args.num_questions]
+    if not (folder / "demo.jsonl").is_file():
+        raise ValueError(f"`--model`: {str(folder)!r} has no `demo.jsonl` with held-out questions.")
+    lines = (folder / "demo.jsonl").read_text().splitlines()[: args.num_questions]
     questions = [json.loads(line)["question"] for line in lines]
     pipeline = load_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
@@ -62,8 +62,10 @@ def run(args: argparse.Namespace) -> None:
         print(textwrap.fill(f"Question {i + 1}: {printable(question)}", width), end="\n\n")
         print(side_by_side("factorized", texts["factorized"][i], "CoDD", texts["CoDD"][i], width))
         print()
-    tokens = args.gen_length
-    print(f"Up to {tokens} tokens for each of {len(questions)} questions: {'; '.join(report)}.")
+    print(
+        f"Up to {args.gen_length} tokens for each of {len(questions)} questions in at most "
+        f"{args.num_inference_steps} passes: {'; '.join(report)}."
+    )
 
 
 def side_by_side(left_title: str, left: str, right_title: str, right: str, width: int) -> str:

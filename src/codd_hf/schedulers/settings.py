@@ -69,6 +69,9 @@ class DrawSettings:
     def resolve(cls, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> DrawSettings:
         """The settings of one call: those given in `overrides`, the others from `config`.
 
+        A configured `confidence="latent"` holds for latent sampling; a call that asks for another
+        sampling alone is ranked by marginals.
+
         Args:
             config: a scheduler's configuration.
             overrides: settings by name; None means the configured value.
@@ -83,4 +86,6 @@ class DrawSettings:
                 f"`{unknown[0]}` is not a setting of the scheduler: use one of {', '.join(names)}."
             )
         given = {name: value for name, value in overrides.items() if value is not None}
+        if given.get("sampling", "latent") != "latent":
+            given.setdefault("confidence", "marginal")
         return cls(**{name: given.get(name, config[name]) for name in names})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +33,8 @@ def train(config: TrainConfig) -> Path:
 
     Returns:
         `output_dir/pipeline`: `model/`, `scheduler/`, `tokenizer/`, the stage-1 head in `stage1/`
-        and the held-out examples as `validation.jsonl` and `test.jsonl`.
+        and the held-out examples as `validation.jsonl` and `test.jsonl`; `demo.jsonl` holds the
+        ten of the latter (or else the former) with the most familiar words.
 
     Raises:
         FileNotFoundError: the dataset or the backbone is not there.
@@ -67,12 +69,14 @@ def train(config: TrainConfig) -> Path:
     head.save_pretrained(output / "stage1")
     model = CoDDModel.from_backbone(model.backbone, head)
     history = fit_conditional(model, tokenizer, *parts, output, config.conditional)
+    model.coupling_head.temper(config.emission_power, config.transition_power)
     (output / "conditional_history.json").write_text(json.dumps(history, indent=2))
 
     stage_one = CoDDHead.from_pretrained(output / "stage1")
     pipeline = output / "pipeline"
     save_pipeline(pipeline, model, stage_one, tokenizer, getattr(torch, config.dtype))
-    for name, part in (("validation", validation), ("test", test)):
+    demo = familiar_examples(test or validation, tokenizer)[:10]
+    for name, part in (("validation", validation), ("test", test), ("demo", demo)):
         lines = [json.dumps({"question": e.prompt, "answer": e.answer}) for e in part]
         (pipeline / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
     return pipeline
@@ -94,6 +98,19 @@ def split_examples(
         )
     first, last = len(examples) - held_out, len(examples) - num_test
     return examples[:first], examples[first:last], examples[last:]
+
+
+def familiar_examples(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
+    """The examples by the share of their words that are not one token, the smallest first."""
+
+    def share(example: Example) -> float:
+        words = re.findall(r"[A-Za-z]+", f"{example.prompt} {example.answer}")
+        pieces = tokenizer([f" {word}" for word in words], add_special_tokens=False)["input_ids"]
+        return sum(len(ids) > 1 for ids in pieces) / max(len(words), 1)
+
+    return sorted(examples, key=share)
 
 
 def _pretrain(

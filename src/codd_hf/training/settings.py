@@ -123,6 +123,8 @@ class TrainConfig:
         num_latents: states of the circuit.
         window_length: tokens in a window.
         alpha: power of the marginal correction.
+        emission_power: the fitted head's emissions are flattened to this power (1: not).
+        transition_power: likewise its transitions.
         mask_token_id: of a given backbone, if its tokenizer does not name one.
         dtype: dtype in which the pipeline's weights are stored.
         pretraining: stage 0.
@@ -145,6 +147,8 @@ class TrainConfig:
     num_latents: int = 448
     window_length: int = 32
     alpha: float = 1.0
+    emission_power: float = 0.8
+    transition_power: float = 0.8
     mask_token_id: int | None = None
     dtype: str = "bfloat16"
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
