@@ -146,7 +146,7 @@ def test_missing_dataset_is_one_line_that_names_it(capsys, tmp_path, trained_pip
 
 
 def test_model_without_held_out_questions_is_one_line_that_says_so(capsys, tmp_path):
-    assert "test.jsonl" in failure(capsys, "demo", "--model", str(tmp_path))
+    assert "demo.jsonl" in failure(capsys, "demo", "--model", str(tmp_path))
 
 
 def test_malformed_dataset_is_one_line(capsys, tmp_path):
