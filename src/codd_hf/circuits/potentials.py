@@ -39,18 +39,6 @@ class Potentials:
     def tied_emissions(self) -> bool:
         return self.emission.shape[0] == 1
 
-    def normalised(self) -> Potentials:
-        """The same law of text with each distribution's potentials summing to one.
-
-        Only a circuit whose potentials are already a product of conditional probabilities up to
-        factors per state keeps its law; it is meant for such (stage-1) circuits.
-        """
-        return Potentials(
-            self.initial.log_softmax(-1),
-            self.transition.log_softmax(-1),
-            self.emission.log_softmax(-1),
-        )
-
     def scaled_by_marginal(self, log_token_marginal: torch.Tensor, power: float) -> Potentials:
         """Multiplies the emissions `E_i(z, v)` by `u(v) ** power` (`theory`: marginal correction).
 
@@ -61,10 +49,6 @@ class Potentials:
         shift = power * log_token_marginal.to(self.emission.dtype)
         shift = shift[None, None] if shift.ndim == 1 else shift[:, None]
         return replace(self, emission=self.emission + shift)
-
-    def expanded_emission(self, length: int) -> torch.Tensor:
-        """Emissions `[length, H, V]` without copying."""
-        return self.emission.expand(length, -1, -1)
 
 
 def token_marginal(potentials: Potentials, length: int) -> torch.Tensor:
