@@ -10,9 +10,9 @@ import torch
 from diffusers.callbacks import PipelineCallback
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
+from codd_hf import CoDDHead, CoDDModel
 from codd_hf.configuration_codd import CoDDHeadConfig
 from codd_hf.decoding import denoise, steps_per_block
-from codd_hf.modeling_codd import CoDDHead, CoDDModel
 from codd_hf.pipelines import CoDDPipeline, CoDDPipelineOutput
 from codd_hf.schedulers import CoDDScheduler
 from codd_hf.training.tokenizers import train_tokenizer

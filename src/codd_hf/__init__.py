@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "CoDDConfig": "configuration_codd",
-    "CoDDHead": "modeling_codd",
+    "CoDDHead": "modeling_head",
     "CoDDHeadConfig": "configuration_codd",
     "CoDDModel": "modeling_codd",
     "CoDDOutput": "modeling_codd",
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from .circuits import CoupledCategorical, Potentials
     from .configuration_codd import CoDDConfig, CoDDHeadConfig
     from .defaults import default_model
-    from .modeling_codd import CoDDHead, CoDDModel, CoDDOutput
+    from .modeling_codd import CoDDModel, CoDDOutput
+    from .modeling_head import CoDDHead
     from .pipelines.pipeline_codd import CoDDPipeline
     from .pipelines.pipeline_output import CoDDPipelineOutput
     from .schedulers.scheduling_codd import CoDDScheduler, CoDDSchedulerOutput

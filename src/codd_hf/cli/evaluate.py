@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..defaults import default_model
     from ..evaluation.gap import RATIOS, gap_table, measure_gap
-    from ..modeling_codd import CoDDHead
+    from ..modeling_head import CoDDHead
     from ..training.data import load_examples, tokenize_examples
 
     folder = Path(args.model or default_model())

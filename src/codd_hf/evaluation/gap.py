@@ -21,7 +21,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..modeling_codd import CoDDHead, CoDDModel, forbidden_tokens
+from ..modeling_codd import CoDDModel
+from ..modeling_head import CoDDHead, forbidden_tokens
 from ..training.data import CanvasBatch, TokenizedExample, collate
 
 RATIOS = tuple(i / 10 for i in range(1, 11))

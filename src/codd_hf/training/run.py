@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ..circuits import token_marginal
 from ..configuration_codd import CoDDHeadConfig
-from ..modeling_codd import CoDDHead, CoDDModel
+from ..modeling_codd import CoDDModel
+from ..modeling_head import CoDDHead
 from .conditional import fit_conditional
 from .data import Example, TokenizedExample, load_examples, tokenize_examples
 from .generative import fit_generative, text_windows
