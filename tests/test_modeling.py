@@ -193,8 +193,8 @@ def test_corrected_head_holds_the_circuit_divided_by_its_marginal():
     marginal = token_marginal(circuit, 4)
     assert torch.allclose(head.token_marginal, marginal)
     assert head.token_marginal.sum() == pytest.approx(1, abs=1e-5)
-    assert torch.allclose(head.emission, circuit.emission[0] - 0.5 * marginal.log(), atol=1e-6)
-    assert torch.equal(head.transition, circuit.transition[0])
+    assert torch.allclose(head.emission, circuit.tensors()[2][0] - 0.5 * marginal.log(), atol=1e-6)
+    assert torch.equal(head.transition, circuit.tensors()[1][0])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -205,7 +205,7 @@ def test_alpha_zero_gives_the_raw_circuit_and_alpha_one_the_correction_back(tied
     corrected = head.emission.clone()
     head.set_alpha(0.0)
     assert head.config.alpha == 0.0
-    assert torch.allclose(head.potentials.emission, circuit.emission, atol=1e-5)
+    assert torch.allclose(head.potentials.tensors()[2], circuit.tensors()[2], atol=1e-5)
     assert not torch.allclose(head.emission, corrected, atol=0.1)
     head.set_alpha(1.0)
     assert torch.allclose(head.emission, corrected, atol=1e-5)
@@ -216,7 +216,7 @@ def test_given_marginal_is_the_one_that_is_divided_by_and_saved():
     marginal = torch.rand(12, generator=torch.Generator().manual_seed(0)).softmax(-1)
     head.set_potentials(random_circuit(), marginal)
     assert torch.equal(head.token_marginal, marginal)
-    expected = random_circuit().emission[0] - marginal.log()
+    expected = random_circuit().tensors()[2][0] - marginal.log()
     assert torch.allclose(head.emission, expected, atol=1e-6)
 
 

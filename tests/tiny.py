@@ -92,9 +92,7 @@ def enumerate_window(
     completions = torch.stack(completions)
     phi = logits.detach().double()
     phi = phi.index_fill(-1, torch.tensor([mask_token_id]), -torch.inf).softmax(-1)
-    potentials = head.potentials
-    initial, transition = potentials.initial.double().exp(), potentials.transition.double().exp()
-    emission = potentials.emission.double().exp()
+    initial, transition, emission = (t.double().exp() for t in head.potentials.tensors())
     weights = torch.zeros(len(completions), dtype=torch.float64)
     for path in itertools.product(range(head.config.num_latents), repeat=len(tokens)):
         weight = initial[path[0]].expand(len(completions)).clone()

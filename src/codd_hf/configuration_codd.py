@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 COUPLINGS = ("none", "marginal", "latent")
+STRUCTURES = ("dense", "monarch")
+EMISSIONS = ("dense", "tied")
+CONDITIONINGS = ("latent", "gate", "low_rank")
 
 
 class CoDDHeadConfig(PreTrainedConfig):
@@ -18,6 +22,20 @@ class CoDDHeadConfig(PreTrainedConfig):
         window_length (`int`, defaults to 32): number of positions `L`.
         tie_transitions (`bool`, defaults to `True`): one transition matrix for all steps.
         tie_emissions (`bool`, defaults to `True`): one emission matrix for all positions.
+        structure (`str`, defaults to `"dense"`): of the transitions: `"dense"`, or `"monarch"`,
+            whose steps cost `2 H^{3/2}` products instead of `H^2` (`H` must be a square).
+        emission (`str`, defaults to `"dense"`): `"dense"`, a matrix `[H, V]`, or `"tied"` to the
+            backbone's output embedding through a map of rank `emission_rank`.
+        emission_rank (`int`, defaults to 128): rank of tied emissions.
+        conditioning (`list[str]`, defaults to none): how the backbone's hidden states steer the
+            circuit: any of `"latent"`, `"gate"`, `"low_rank"`.
+        num_gate_groups (`int`, defaults to 16): groups of states between which the gate rescales
+            transitions.
+        transition_rank (`int`, defaults to 1): rank of what `"low_rank"` adds to the transitions.
+        noise_conditioning (`bool`, defaults to `False`): the share of the window that is masked is
+            an input of the conditioning too.
+        context_size (`int`, *optional*): the backbone's hidden size; needed with conditioning or
+            tied emissions.
         alpha (`float`, defaults to 1.0): power of the token marginal by which the emissions are
             divided. 1 removes the unigram distribution that the backbone already carries; 0 is the
             raw product of the paper.
@@ -40,6 +58,14 @@ class CoDDHeadConfig(PreTrainedConfig):
     window_length: int = 32
     tie_transitions: bool = True
     tie_emissions: bool = True
+    structure: str = "dense"
+    emission: str = "dense"
+    emission_rank: int = 128
+    conditioning: list[str] | None = None
+    num_gate_groups: int = 16
+    transition_rank: int = 1
+    noise_conditioning: bool = False
+    context_size: int | None = None
     alpha: float = 1.0
     mask_token_id: int | None = None
     forbidden_token_ids: list[int] | None = None
@@ -51,9 +77,14 @@ class CoDDHeadConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.vocab_size is None:
             raise ValueError("`vocab_size` is missing from the head's configuration.")
-        for name in ("vocab_size", "num_latents", "window_length"):
+        self.conditioning = list(self.conditioning or [])
+        positive = ["vocab_size", "num_latents", "window_length", "emission_rank"]
+        positive += ["num_gate_groups", "transition_rank"]
+        positive += [] if self.context_size is None else ["context_size"]
+        for name in positive:
             if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
                 raise ValueError(f"`{name}` must be a positive integer, got {getattr(self, name)}.")
+        self._check_structure()
         if self.format_version != 1:
             raise ValueError(
                 f"`format_version` is {self.format_version}; this version of codd-hf reads 1: "
@@ -66,6 +97,46 @@ class CoDDHeadConfig(PreTrainedConfig):
             raise ValueError(
                 f"`mask_token_id` and `forbidden_token_ids` must lie in [0, {self.vocab_size}), "
                 f"got {beyond}."
+            )
+
+    def _check_structure(self) -> None:
+        for name, known in (("structure", STRUCTURES), ("emission", EMISSIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}."
+                )
+        unknown = [c for c in self.conditioning if c not in CONDITIONINGS]
+        if unknown or len(set(self.conditioning)) < len(self.conditioning):
+            raise ValueError(
+                f"`conditioning` must list some of {', '.join(CONDITIONINGS)}, each once, got "
+                f"{self.conditioning}."
+            )
+        if self.noise_conditioning and not self.conditioning:
+            raise ValueError(
+                "`noise_conditioning` is an input of the conditioning: name at least one kind in "
+                "`conditioning`."
+            )
+        if self.context_size is None and (self.conditioning or self.emission == "tied"):
+            raise ValueError(
+                "`context_size` (the backbone's hidden size) is needed with `conditioning` or tied "
+                "emissions."
+            )
+        if self.emission == "tied" and not self.tie_emissions:
+            raise ValueError(
+                "`emission` 'tied' is the same at all positions: set `tie_emissions` to true."
+            )
+        side = math.isqrt(self.num_latents)
+        monarch = self.structure == "monarch"
+        if monarch and side * side != self.num_latents:
+            raise ValueError(
+                f"`num_latents` must be a square with `structure` 'monarch', got "
+                f"{self.num_latents}: {side * side} and {(side + 1) ** 2} are the nearest."
+            )
+        divided = side if monarch else self.num_latents
+        if "gate" in self.conditioning and divided % self.num_gate_groups:
+            what = "the square root of `num_latents`" if monarch else "`num_latents`"
+            raise ValueError(
+                f"`num_gate_groups` ({self.num_gate_groups}) must divide {what} ({divided}) evenly."
             )
 
 

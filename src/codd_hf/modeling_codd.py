@@ -119,6 +119,12 @@ class CoDDModel(PreTrainedModel):
                 f"`head` has a vocabulary of {head.config.vocab_size} tokens, but the backbone's "
                 f"has {backbone.config.vocab_size}: use a head that was fitted to this backbone."
             )
+        size = None if head is None else head.config.context_size
+        if size not in (None, backbone.config.hidden_size):
+            raise ValueError(
+                f"`head` expects hidden states of size {size} (`context_size`), but the backbone's "
+                f"have {backbone.config.hidden_size}: use a head that was fitted to this backbone."
+            )
         config = CoDDConfig(
             text_config=backbone.config,
             head_config=None if head is None else head.config,
@@ -254,6 +260,8 @@ class CoDDModel(PreTrainedModel):
         known = states.logits((rows[at[0]], positions[at]))
         logits = known.new_zeros(*positions.shape, known.shape[-1]).index_put(at, known)
         if self.coupling_head is not None:
+            if self.coupling_head.config.emission == "tied":
+                self.coupling_head.bind(self.get_output_embeddings().weight)
             return self.coupling_head(
                 logits,
                 tokens=tokens,

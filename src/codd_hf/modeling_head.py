@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .circuits import CoupledCategorical, Potentials, token_marginal
+from .circuits import (
+    Context,
+    ContextMaps,
+    CoupledCategorical,
+    DenseEmission,
+    DenseEvidence,
+    DenseTransition,
+    MonarchTransition,
+    Potentials,
+    TiedEmission,
+    TopKEvidence,
+    fit_tied,
+    token_marginal,
+)
 from .configuration_codd import CoDDHeadConfig
 
 
@@ -17,6 +32,12 @@ class CoDDHead(PreTrainedModel):
     `transition [H, H]` (or `[L-1, H, H]`), `emission [H, V]` (or `[L, H, V]`). The buffer
     `token_marginal [V]` (or `[L, V]`) is the unigram distribution that `config.alpha` refers to.
 
+    With `config.structure = "monarch"` the transitions are `transition_left` and
+    `transition_right`, `[S, S, S]` with `S = sqrt(H)`. With `config.emission = "tied"` the emissions
+    are `emission_latents [H, r]`, `emission_projection [r, d]` and `emission_bias [V]`, and the
+    head works only when it is bound to the backbone's output embedding (`bind`; a [`CoDDModel`]
+    does it). `context_maps` holds what `config.conditioning` asks for.
+
     A new head changes nothing: its potentials are constant, so the coupled distribution is the
     factorized one.
     """
@@ -24,46 +45,148 @@ class CoDDHead(PreTrainedModel):
     config_class = CoDDHeadConfig
     base_model_prefix = "codd_head"
     main_input_name = "logits"
-    _keep_in_fp32_modules_strict = ["initial", "transition", "emission", "token_marginal"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012
+        "initial",
+        "transition",
+        "emission",
+        "token_marginal",
+        "context_maps",
+    ]
 
     def __init__(self, config: CoDDHeadConfig):
         super().__init__(config)
         latents, vocab, length = config.num_latents, config.vocab_size, config.window_length
         steps = () if config.tie_transitions else (max(length - 1, 1),)
-        positions = () if config.tie_emissions else (length,)
         self.initial = nn.Parameter(torch.empty(latents))
-        self.transition = nn.Parameter(torch.empty(*steps, latents, latents))
-        self.emission = nn.Parameter(torch.empty(*positions, latents, vocab))
+        if config.structure == "monarch":
+            side = math.isqrt(latents)
+            self.transition_left = nn.Parameter(torch.empty(*steps, side, side, side))
+            self.transition_right = nn.Parameter(torch.empty(*steps, side, side, side))
+        else:
+            self.transition = nn.Parameter(torch.empty(*steps, latents, latents))
+        if config.emission == "tied":
+            self.emission_latents = nn.Parameter(torch.empty(latents, config.emission_rank))
+            shape = (config.emission_rank, config.context_size)
+            self.emission_projection = nn.Parameter(torch.empty(shape))
+            self.emission_bias = nn.Parameter(torch.empty(vocab))
+        else:
+            positions = () if config.tie_emissions else (length,)
+            self.emission = nn.Parameter(torch.empty(*positions, latents, vocab))
         tied = config.tie_transitions and config.tie_emissions
         self.register_buffer("token_marginal", torch.empty(*(() if tied else (length,)), vocab))
+        self.context_maps = None
+        if config.conditioning:
+            self.context_maps = ContextMaps(
+                config.conditioning,
+                context_size=config.context_size,
+                num_latents=latents,
+                num_gate_groups=config.num_gate_groups,
+                transition_rank=config.transition_rank,
+                noise_conditioning=config.noise_conditioning,
+            )
+        self._bound: list[torch.Tensor] = []  # a list, so that the backbone's weight is not ours
+        self._cache: tuple[tuple, Potentials] | None = None
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if module is self:
-            for parameter in (self.initial, self.transition):
-                nn.init.constant_(parameter, -torch.tensor(self.config.num_latents).log().item())
+        if isinstance(module, ContextMaps):
+            module.reset_parameters()
+        if module is not self:
+            return
+        nn.init.constant_(self.initial, -math.log(self.config.num_latents))
+        for parameter in self._transition_parameters():
+            nn.init.constant_(parameter, -math.log(parameter.shape[-1]))
+        if self.config.emission == "tied":
+            nn.init.zeros_(self.emission_latents)  # the projection alone keeps gradients alive
+            nn.init.normal_(self.emission_projection, std=self.config.context_size**-0.5)
+            nn.init.zeros_(self.emission_bias)
+        else:
             nn.init.zeros_(self.emission)
-            nn.init.constant_(self.token_marginal, 1 / self.config.vocab_size)
+        nn.init.constant_(self.token_marginal, 1 / self.config.vocab_size)
+
+    def _transition_parameters(self) -> tuple[nn.Parameter, ...]:
+        if self.config.structure == "monarch":
+            return self.transition_left, self.transition_right
+        return (self.transition,)
+
+    def bind(self, output_embedding: torch.Tensor) -> None:
+        """Tells tied emissions the backbone's output embedding, `[V, d]`; it is not stored.
+
+        Raises:
+            ValueError: its shape does not fit the head's configuration.
+        """
+        expected = (self.config.vocab_size, self.config.context_size)
+        if tuple(output_embedding.shape) != expected:
+            raise ValueError(
+                f"`output_embedding` must have shape {expected} (`vocab_size`, `context_size` of "
+                f"the head), got {tuple(output_embedding.shape)}."
+            )
+        self._bound = [output_embedding]
 
     @property
     def potentials(self) -> Potentials:
-        """The circuit; gradients flow to the parameters."""
+        """The circuit; gradients flow to the parameters.
 
-        def with_positions(parameter: torch.Tensor, tied: bool) -> torch.Tensor:
+        Raises:
+            ValueError: the emissions are tied and the head is not bound to a backbone.
+        """
+        if self.config.emission == "tied" and not self._bound:
+            raise ValueError(
+                "The head's emissions are tied to a backbone's output embedding: join them with "
+                "`CoDDModel.from_backbone(backbone, head)`, or call `head.bind(embedding)`."
+            )
+        parameters = [*self.parameters(recurse=False), *self._bound]
+        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+            return self._make_potentials()
+        # Between changes of the parameters, what is derived from them is computed once.
+        key = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
+        if self._cache is None or self._cache[0] != key:
+            with torch.no_grad():
+                self._cache = (key, self._make_potentials())
+        return self._cache[1]
+
+    @property
+    def forbidden(self) -> torch.Tensor | None:
+        """`[V]` bool, the tokens that are never generated; None if there are none."""
+        config, device = self.config, self.token_marginal.device
+        return forbidden_tokens(
+            config.vocab_size, config.mask_token_id, config.forbidden_token_ids, device
+        )
+
+    @property
+    def log_spread(self) -> torch.Tensor:
+        """`[1 or L, V]`, log of the law by which a top-k prediction's remaining mass is spread.
+
+        It is the token marginal without the forbidden tokens.
+        """
+        log_marginal = self.token_marginal.log().reshape(-1, self.config.vocab_size)
+        return DenseEvidence.from_logits(log_marginal, forbidden=self.forbidden).log_probs
+
+    def _make_potentials(self) -> Potentials:
+        config = self.config
+
+        def stacked(parameter: torch.Tensor, tied: bool) -> torch.Tensor:
             return parameter[None] if tied else parameter
 
-        return Potentials(
-            self.initial,
-            with_positions(self.transition, self.config.tie_transitions),
-            with_positions(self.emission, self.config.tie_emissions),
-        )
+        matrices = [stacked(p, config.tie_transitions) for p in self._transition_parameters()]
+        structure = MonarchTransition if config.structure == "monarch" else DenseTransition
+        if config.emission == "tied":
+            projection = self.emission_projection
+            embedding = self._bound[0].to(projection.dtype) @ projection.T
+            emission = TiedEmission(self.emission_latents, embedding, self.emission_bias)
+        else:
+            emission = DenseEmission(stacked(self.emission, config.tie_emissions))
+        return Potentials(self.initial, structure(*matrices), emission, self.log_spread)
 
     @torch.no_grad()
     def set_potentials(
         self, potentials: Potentials, marginal: torch.Tensor | None = None, alpha: float = 1.0
     ) -> None:
         """Takes over a fitted circuit.
+
+        A head with another structure takes over what of it fits: Monarch transitions the closest
+        law of the two halves of a step, tied emissions the least-squares fit of the logarithms.
 
         Args:
             potentials: a normalised circuit, before any correction.
@@ -75,22 +198,35 @@ class CoDDHead(PreTrainedModel):
         corrected = potentials.scaled_by_marginal(marginal.log(), -alpha)
         self.token_marginal.copy_(marginal)
         self.config.alpha = alpha
-        for parameter, value in (
-            (self.initial, corrected.initial),
-            (self.transition, corrected.transition),
-            (self.emission, corrected.emission),
+        self.initial.copy_(corrected.initial)
+        transition = corrected.transition
+        if self.config.structure == "monarch" and isinstance(transition, DenseTransition):
+            transition = MonarchTransition.from_dense(transition.log_potential)
+        for parameter, value in zip(
+            self._transition_parameters(), transition.tensors(), strict=True
         ):
-            parameter.copy_(
-                value.expand(parameter.shape) if value.ndim == parameter.ndim else value[0]
+            _copy(parameter, value)
+        if self.config.emission == "tied":
+            fitted = fit_tied(
+                corrected.emission.dense()[0],
+                self._bound[0].to(self.emission_projection.dtype),
+                marginal,
+                self.config.emission_rank,
             )
+            self.emission_latents.copy_(fitted[0])
+            self.emission_projection.copy_(fitted[1])
+            self.emission_bias.copy_(fitted[2])
+        else:
+            _copy(self.emission, corrected.emission.dense())
 
     @torch.no_grad()
     def set_alpha(self, alpha: float) -> None:
         """Changes the power of the marginal correction (0 gives the raw product back)."""
-        shifted = self.potentials.scaled_by_marginal(
-            self.token_marginal.log(), self.config.alpha - alpha
-        )
-        self.emission.copy_(shifted.emission[0] if self.config.tie_emissions else shifted.emission)
+        shift = (self.config.alpha - alpha) * self.token_marginal.log()
+        if self.config.emission == "tied":
+            self.emission_bias.add_(shift)
+        else:
+            self.emission.add_(shift if shift.ndim == 1 else shift[:, None])
         self.config.alpha = alpha
 
     @torch.no_grad()
@@ -101,13 +237,15 @@ class CoDDHead(PreTrainedModel):
         counts again; flattening gives some of that back at low mask ratios. Transitions and the
         initial law are normalised again, emissions are not (they are ratios).
         """
-        self.emission.mul_(emission_power)
-        for parameter in (self.initial, self.transition):
+        tied = self.config.emission == "tied"
+        for parameter in (self.emission_latents, self.emission_bias) if tied else (self.emission,):
+            parameter.mul_(emission_power)
+        for parameter in (self.initial, *self._transition_parameters()):
             parameter.copy_((parameter * transition_power).log_softmax(-1))
 
     def forward(
         self,
-        logits: torch.Tensor,
+        logits: torch.Tensor | DenseEvidence | TopKEvidence,
         tokens: torch.Tensor | None = None,
         observed: torch.Tensor | None = None,
         last_hidden_state: torch.Tensor | None = None,
@@ -118,32 +256,54 @@ class CoDDHead(PreTrainedModel):
         """The coupled distribution over a window.
 
         Args:
-            logits: `[batch, L, vocab]`, the backbone's; used at masked positions.
+            logits: `[batch, L, vocab]`, the backbone's, used at masked positions; or
+                [`TopKEvidence`] made of them (at `temperature`).
             tokens: `[batch, L]`, used where `observed`.
             observed: `[batch, L]` bool, True where the position is given by `tokens`.
-            last_hidden_state: `[batch, L, hidden]`; unused by a head without conditioning.
+            last_hidden_state: `[batch, L, hidden]`, the states that predict the window's tokens;
+                needed by a head with conditioning, unused by others.
             present: `[batch, L]` bool, False where there is no such position.
             temperature: the evidence temperature.
             active: `[batch]` bool, False for rows that are to stay factorized.
 
         Raises:
-            ValueError: shapes do not fit, or an observed token is outside the vocabulary.
+            ValueError: shapes do not fit, an observed token is outside the vocabulary, or hidden
+                states are missing.
         """
+        context = None
+        if self.context_maps is not None:
+            context = self._context(logits, observed, last_hidden_state, present)
         return CoupledCategorical(
             logits,
             self.potentials,
             tokens=tokens,
             observed=observed,
             present=present,
+            context=context,
             active=active,
             temperature=temperature,
-            forbidden=forbidden_tokens(
-                self.config.vocab_size,
-                self.config.mask_token_id,
-                self.config.forbidden_token_ids,
-                logits.device,
-            ),
+            forbidden=self.forbidden,
         )
+
+    def _context(self, logits, observed, last_hidden_state, present) -> Context:
+        leading = logits.shape[:2] if isinstance(logits, torch.Tensor) else logits.batch_shape
+        shape = (*leading, self.config.context_size)
+        if last_hidden_state is None or tuple(last_hidden_state.shape) != shape:
+            given = None if last_hidden_state is None else tuple(last_hidden_state.shape)
+            raise ValueError(
+                f"`last_hidden_state` must have shape {shape} for a head with conditioning, got "
+                f"{given}."
+            )
+        if observed is None:
+            observed = torch.zeros(shape[:2], dtype=torch.bool, device=logits.device)
+        masked = ~observed if present is None else ~observed & present
+        with torch.autocast(logits.device.type, enabled=False):
+            return self.context_maps(last_hidden_state, masked, present)
+
+
+def _copy(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Copies a value with a leading axis for positions into a parameter with or without one."""
+    parameter.copy_(value.expand(parameter.shape) if value.ndim == parameter.ndim else value[0])
 
 
 def forbidden_tokens(

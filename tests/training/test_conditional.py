@@ -7,14 +7,17 @@ import torch
 
 from codd_hf import CoDDModel
 from codd_hf.training.checkpoint import load_checkpoint
-from codd_hf.training.conditional import draw_windows, evaluate_head, fit_conditional, window_gains
+from codd_hf.training.conditional import evaluate_head, fit_conditional, window_gains
 from codd_hf.training.settings import ConditionalConfig
-from tiny import Interrupted, correlated_examples, head_config, random_head, tiny_backbone
+from codd_hf.training.window_cache import cache_windows, draw_windows
+from tiny import correlated_examples, head_config, random_head, tiny_backbone
 
 CONFIG = ConditionalConfig(
     max_steps=12,
     tokens_per_batch=128,
+    windows_per_batch=8,
     learning_rate=0.1,
+    context_learning_rate=0.02,
     warmup_steps=2,
     evaluation_steps=4,
     checkpointing_steps=4,
@@ -36,8 +39,16 @@ def new_model(tokenizer, untrained: bool = False) -> CoDDModel:
     return CoDDModel.from_backbone(backbone, head)
 
 
-def run(tokenizer, train, folder=None, **changes):
+def run(tokenizer, train, folder=None, stop_after=None, **changes):
     model = new_model(tokenizer)
+    if stop_after is not None:
+        calls = iter(range(stop_after))
+
+        def interrupt(*_):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+
+        model.coupling_head.register_forward_pre_hook(interrupt)
     config = ConditionalConfig(**(vars(CONFIG) | changes))
     return model, fit_conditional(model, tokenizer, train, VALIDATION, folder, config)
 
@@ -61,7 +72,7 @@ def test_fit_improves_the_held_out_gain_and_leaves_the_backbone_as_it_was(tiny_t
 def test_run_that_stopped_ends_bit_equal_to_one_that_did_not(tiny_tokenizer, tmp_path):
     whole, history = run(tiny_tokenizer, TRAIN)
     with pytest.raises(KeyboardInterrupt):
-        run(tiny_tokenizer, Interrupted(TRAIN, 65), tmp_path)
+        run(tiny_tokenizer, TRAIN, tmp_path, stop_after=12)
     assert 0 < load_checkpoint(tmp_path / "conditional")[1]["step"] < 12
     resumed, resumed_history = run(tiny_tokenizer, TRAIN, tmp_path)
     assert gains(resumed_history) == gains(history)
@@ -71,25 +82,45 @@ def test_run_that_stopped_ends_bit_equal_to_one_that_did_not(tiny_tokenizer, tmp
 
 def test_untrained_head_gains_nothing(tiny_tokenizer):
     model = new_model(tiny_tokenizer, untrained=True)
-    measured = evaluate_head(model, tiny_tokenizer, VALIDATION, CONFIG)
+    cache = cache_windows(model, tiny_tokenizer, VALIDATION, num_draws=2, progress=False)
+    measured = evaluate_head(model.coupling_head, cache)
     assert all(abs(value) < 1e-5 for value in measured.values())
     assert "gain_0.75-1.00" in measured
 
 
-def test_measured_gain_is_the_likelihood_over_the_factorized_one(tiny_tokenizer):
+@pytest.mark.parametrize("top_k", [5, 1000])
+def test_measured_gain_is_the_likelihood_over_the_factorized_one(tiny_tokenizer, top_k):
     model = new_model(tiny_tokenizer)
-    generator = torch.Generator().manual_seed(0)
-    canvas, noise, starts = draw_windows(VALIDATION[:6], tiny_tokenizer, 4, 1, generator)
-    gain, masked = window_gains(model, canvas, noise, starts)
-    ids = canvas.input_ids.masked_fill(noise.masked, 1)
-    distribution = model(
-        ids, canvas.attention_mask, window_start=starts, return_distribution=True
-    ).distribution
-    truth = torch.stack([canvas.input_ids[r, s : s + 4] for r, s in enumerate(starts.tolist())])
-    tokens = distribution.factorized_logits.gather(-1, truth[..., None])[..., 0]
-    expected = distribution.log_prob(truth) - tokens.masked_fill(~distribution.masked, 0).sum(1)
-    assert torch.allclose(gain, expected, atol=1e-4)
-    assert torch.equal(masked, noise.target.sum(1))
+    for seed, example in enumerate(VALIDATION[:6]):
+        cache = cache_windows(
+            model, tiny_tokenizer, [example], top_k=top_k, seed=seed, progress=False
+        )
+        gain, masked = window_gains(model.coupling_head, cache, torch.tensor([0]))
+        generator = torch.Generator().manual_seed(seed * 1_000_003)
+        canvas, noise, starts = draw_windows([example], tiny_tokenizer, 4, 1, generator)
+        ids = canvas.input_ids.masked_fill(noise.masked, 1)
+        distribution = model(
+            ids, canvas.attention_mask, window_start=starts, return_distribution=True
+        ).distribution
+        truth = canvas.input_ids[:, starts[0] : starts[0] + 4]
+        tokens = distribution.factorized_logits.gather(-1, truth[..., None])[..., 0]
+        expected = distribution.log_prob(truth) - tokens.masked_fill(~distribution.masked, 0).sum(1)
+        assert torch.equal(masked, noise.target.sum(1))
+        # Half precision in the cache, and with 5 tokens kept the others' mass is spread.
+        assert torch.allclose(gain, expected, atol=0.02 if top_k == 1000 else 1.0)
+
+
+def test_cache_keeps_hidden_states_for_a_conditioned_head_only(tiny_tokenizer):
+    model = new_model(tiny_tokenizer)
+    cache = cache_windows(model, tiny_tokenizer, VALIDATION, num_draws=2, progress=False)
+    assert cache.hidden is None
+    assert len(cache) == 40
+    assert len(cache.log_rest) == cache.masked.sum()
+    changes = {"mask_token_id": 1, "conditioning": ["latent"], "context_size": 16}
+    head = random_head(len(tiny_tokenizer), **changes)
+    model = CoDDModel.from_backbone(model.backbone, head)
+    cache = cache_windows(model, tiny_tokenizer, VALIDATION, progress=False)
+    assert cache.hidden.shape == (20, 4, model.config.hidden_size)
 
 
 def test_windows_start_where_decoding_starts_them(tiny_tokenizer):

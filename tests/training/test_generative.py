@@ -18,8 +18,7 @@ from codd_hf.training.generative import (
 )
 from codd_hf.training.settings import GenerativeConfig
 
-FIELDS = ("initial", "transition", "emission")
-NO_PRIOR = Counts(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+NO_PRIOR = Counts((torch.zeros(1),) * 3)
 
 
 def random_hmm(
@@ -40,46 +39,44 @@ def sample_windows(hmm: Potentials, number: int, length: int, seed: int = 0) -> 
         return torch.multinomial(log_probs.exp(), 1, generator=generator)[:, 0]
 
     state = draw(hmm.initial.expand(number, -1))
-    tokens = [draw(hmm.emission[0][state])]
+    _, transition, emission = hmm.tensors()
+    tokens = [draw(emission[0][state])]
     for _ in range(length - 1):
-        state = draw(hmm.transition[0][state])
-        tokens.append(draw(hmm.emission[0][state]))
+        state = draw(transition[0][state])
+        tokens.append(draw(emission[0][state]))
     return torch.stack(tokens, 1)
 
 
 def counts_by_enumeration(hmm: Potentials, windows: torch.Tensor) -> tuple[Counts, torch.Tensor]:
     """Expected uses of every parameter, and log-likelihoods, summed over all latent paths."""
-    hmm = Potentials(*(getattr(hmm, n).double() for n in FIELDS))
-    counts = Counts(*(torch.zeros_like(getattr(hmm, n)) for n in FIELDS))
+    initial, transition, emission = (tensor.double() for tensor in hmm.tensors())
+    counts = Counts(tuple(torch.zeros_like(t) for t in (initial, transition, emission)))
     scores = []
     for tokens in windows.tolist():
         paths = list(itertools.product(range(hmm.num_latents), repeat=len(tokens)))
         used = []
         for path in paths:
             steps = [
-                (min(i, len(hmm.transition) - 1), *p)
-                for i, p in enumerate(itertools.pairwise(path))
+                (min(i, len(transition) - 1), *p) for i, p in enumerate(itertools.pairwise(path))
             ]
             draws = [
-                (min(i, len(hmm.emission) - 1), z, v)
+                (min(i, len(emission) - 1), z, v)
                 for i, (z, v) in enumerate(zip(path, tokens, strict=True))
             ]
             used.append((path[0], steps, draws))
         log_weights = torch.stack(
             [
-                hmm.initial[first]
-                + sum(hmm.transition[s] for s in steps)
-                + sum(hmm.emission[d] for d in draws)
+                initial[first] + sum(transition[s] for s in steps) + sum(emission[d] for d in draws)
                 for first, steps, draws in used
             ]
         )
         scores.append(log_weights.logsumexp(0))
         for weight, (first, steps, draws) in zip(log_weights.softmax(0), used, strict=True):
-            counts.initial[first] += weight
+            counts.leaves[0][first] += weight
             for step in steps:
-                counts.transition[step] += weight
+                counts.leaves[1][step] += weight
             for draw in draws:
-                counts.emission[draw] += weight
+                counts.leaves[2][draw] += weight
     return counts, torch.stack(scores)
 
 
@@ -90,29 +87,29 @@ def test_expected_counts_and_likelihood_are_those_of_enumeration(tied):
     counts, scores = expected_counts(hmm, windows)
     exact, exact_scores = counts_by_enumeration(hmm, windows)
     assert torch.allclose(scores.double(), exact_scores, atol=1e-5)
-    for name in FIELDS:
-        assert torch.allclose(getattr(counts, name).double(), getattr(exact, name), atol=1e-5)
-    assert counts.initial.sum().item() == pytest.approx(7, abs=1e-4)
-    assert counts.emission.sum().item() == pytest.approx(28, abs=1e-4)
+    for ours, theirs in zip(counts.leaves, exact.leaves, strict=True):
+        assert torch.allclose(ours.double(), theirs, atol=1e-5)
+    assert counts.leaves[0].sum().item() == pytest.approx(7, abs=1e-4)
+    assert counts.leaves[2].sum().item() == pytest.approx(28, abs=1e-4)
 
 
 def test_one_step_of_em_is_the_step_of_baum_and_welch():
     hmm = random_hmm()
     windows = torch.randint(3, (7, 4), generator=torch.Generator().manual_seed(1))
-    stepped = maximise(expected_counts(hmm, windows)[0], NO_PRIOR)
+    stepped = maximise(hmm, expected_counts(hmm, windows)[0], NO_PRIOR)
     counts, _ = counts_by_enumeration(hmm, windows)
-    for name in FIELDS:
-        count = getattr(counts, name)
+    for leaf, count in zip(stepped.leaves(), counts.leaves, strict=True):
         expected = count / count.sum(-1, keepdim=True)
-        assert torch.allclose(getattr(stepped, name).exp().double(), expected, atol=1e-5)
+        assert torch.allclose(leaf.exp().double(), expected, atol=1e-5)
 
 
 def test_pseudo_counts_keep_what_was_never_seen_possible():
     hmm = random_hmm()
-    prior = Counts(torch.ones(1), torch.ones(1), torch.ones(1))
-    stepped = maximise(expected_counts(hmm, torch.zeros(5, 4, dtype=torch.long))[0], prior)
-    assert stepped.emission.isfinite().all()
-    assert stepped.emission[0, :, 0].exp().min() > 0.5
+    prior = Counts((torch.ones(1),) * 3)
+    counts, _ = expected_counts(hmm, torch.zeros(5, 4, dtype=torch.long))
+    emission = maximise(hmm, counts, prior).tensors()[2]
+    assert emission.isfinite().all()
+    assert emission[0, :, 0].exp().min() > 0.5
 
 
 def test_likelihood_never_decreases_under_em():
@@ -121,7 +118,7 @@ def test_likelihood_never_decreases_under_em():
     for _ in range(30):
         counts, score = expected_counts(potentials, windows)
         scores.append(score.sum().item())
-        potentials = maximise(counts, NO_PRIOR)
+        potentials = maximise(potentials, counts, NO_PRIOR)
     assert all(after >= before - 1e-3 for before, after in itertools.pairwise(scores))
     assert scores[-1] > scores[0] + 10
 
@@ -154,20 +151,20 @@ def test_run_that_stopped_ends_bit_equal_to_one_that_did_not(tmp_path):
     whole, history = fit(windows)
     fit(windows, tmp_path, epochs=2)
     resumed, resumed_history = fit(windows, tmp_path)
-    assert all(torch.equal(getattr(whole, n), getattr(resumed, n)) for n in FIELDS)
+    assert all(map(torch.equal, whole.leaves(), resumed.leaves()))
     assert resumed_history == history
     again, _ = fit(windows, tmp_path)
-    assert all(torch.equal(getattr(whole, n), getattr(again, n)) for n in FIELDS)
+    assert all(map(torch.equal, whole.leaves(), again.leaves()))
 
 
 def test_start_is_a_normalised_circuit_whose_states_are_the_clusters():
     windows = torch.tensor([[0, 3, 1, 4], [2, 5, 0, 3]])
     clusters = torch.tensor([0, 0, 0, 1, 1, 1])
     potentials = initial_potentials(windows, clusters, 2, GenerativeConfig())
-    for name in FIELDS:
-        total = getattr(potentials, name).exp().sum(-1)
+    for leaf in potentials.leaves():
+        total = leaf.exp().sum(-1)
         assert torch.allclose(total, torch.ones_like(total), atol=1e-5)
-    emission, transition = potentials.emission[0].exp(), potentials.transition[0].exp()
+    transition, emission = (tensor[0].exp() for tensor in potentials.tensors()[1:])
     assert emission[0, :3].sum() > 0.9
     assert emission[1, 3:].sum() > 0.9
     assert transition[0, 1] > 0.75

@@ -5,7 +5,27 @@ evidence (`evidence`), over which the chain recursions run (`chain`); `CoupledCa
 behind the interface of `torch.distributions`; `em` fits a circuit to tokens.
 """
 
+from .conditioning import Context, ContextMaps
 from .distribution import CoupledCategorical, ViterbiPath
+from .emissions import DenseEmission, TiedEmission, fit_tied
+from .evidence import DenseEvidence
 from .potentials import Potentials, token_marginal
+from .topk import TopKEvidence
+from .transitions import DenseTransition, MonarchTransition, StepContext
 
-__all__ = ["CoupledCategorical", "Potentials", "ViterbiPath", "token_marginal"]
+__all__ = [
+    "Context",
+    "ContextMaps",
+    "CoupledCategorical",
+    "DenseEmission",
+    "DenseEvidence",
+    "DenseTransition",
+    "MonarchTransition",
+    "Potentials",
+    "StepContext",
+    "TiedEmission",
+    "TopKEvidence",
+    "ViterbiPath",
+    "fit_tied",
+    "token_marginal",
+]

@@ -17,42 +17,82 @@ space, which cannot underflow. Sources: Rabiner (1989), sections III and V.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 
 import torch
 
+from .numerics import LOST_MASS, full_precision, logsumexp, normalised_exp, safe_log, shifted_exp
 from .random import Generators, draw_categorical, uniform
+from .transitions import Steps
 
-LOST_MASS = 1e-12
-"""A row is repeated in log space when one rescaled step leaves it less mass than this."""
+SAFE_SPREAD = 32.0
+"""Transitions whose entries are all within this many nats of the largest need no second look.
+
+What float32 rounds to zero in a step is then less than `exp(-87 + 32)` of the mass that is kept,
+and the future can favour it over what is kept by `exp(32)` at most: the error stays below
+`H exp(-23)`. The log-space repetition, and the search for rows that need it, are skipped.
+"""
 
 
 @dataclass
 class Chain:
-    """A batch of chains.
+    """A batch of chains; made by [`Chain.start`].
 
     Attributes:
-        initial: `[H]` log-potentials of the first latent.
-        transition: `[1, H, H]` (shared by all steps) or `[L-1, H, H]` log-potentials, row =
-            previous state; entry `i-1` leads into position `i`.
-        evidence: `[B, L, H]` log-evidence; what absent positions hold is ignored.
-        present: `[B, L]` bool.
+        steps: the transitions.
+        evidence: `[B, L, H]` log-evidence, the initial law included; what absent positions hold is
+            ignored.
+        present: `[B, L]` bool; None where all positions are.
     """
 
-    initial: torch.Tensor
-    transition: torch.Tensor
+    steps: Steps
     evidence: torch.Tensor
-    present: torch.Tensor
+    present: torch.Tensor | None = None
 
-    def step(self, position: int) -> int:
-        """Index into the first axis of `transition` of the step into `position`."""
-        return min(position - 1, self.transition.shape[0] - 1)
+    @classmethod
+    def start(
+        cls,
+        initial: torch.Tensor,
+        steps: Steps,
+        evidence: torch.Tensor,
+        present: torch.Tensor | None = None,
+    ) -> Chain:
+        """A chain that starts with log-potentials `initial [H]`.
+
+        They join the evidence of each row's first present position, so that the recursions can all
+        start from the uniform law.
+        """
+        start = initial + math.log(len(initial))
+        if present is None:
+            first = evidence[:, :1] + start
+            return cls(steps, torch.cat((first, evidence[:, 1:]), 1))
+        first = present & (present.cumsum(1) == 1)
+        return cls(steps, torch.where(first[..., None], evidence + start, evidence), present)
+
+    @property
+    def device(self) -> torch.device:
+        return self.evidence.device
+
+    @property
+    def is_safe(self) -> bool:
+        """Can no row need log space?"""
+        return self.steps.spread <= SAFE_SPREAD
 
     def select(self, rows: torch.Tensor) -> Chain:
         """The chains of some rows."""
-        return Chain(self.initial, self.transition, self.evidence[rows], self.present[rows])
+        present = None if self.present is None else self.present[rows]
+        return Chain(self.steps.select(rows), self.evidence[rows], present)
+
+    def moves(self, position: int) -> torch.Tensor | None:
+        """`[B, 1]` bool: is there a step into `position`? None where there is in all rows."""
+        if self.present is None:
+            return None
+        return (self.present[:, position] & self.present[:, :position].any(1))[:, None]
+
+    def at(self, position: int) -> torch.Tensor | None:
+        """`[B, 1]` bool: is `position` present? None where it is in all rows."""
+        return None if self.present is None else self.present[:, position, None]
 
 
 @dataclass
@@ -63,118 +103,77 @@ class Filter:
         log_partition: `[B]`, log of the sum of `w` over all paths; -inf where it is zero.
         messages: `[B, L, H]`, law of `z_i` given the evidence up to `i`; at an absent position, of
             the last present one before it.
-        log_messages: the same in log space for the rows of `log_rows`, where it had to be used.
-        log_rows: `[n]` rows.
+        log_rows: `[n]` rows that had to be computed in log space; None where none can need it.
+        log_messages: `[n, L, H]` their messages in log space, unnormalised.
     """
 
     log_partition: torch.Tensor
     messages: torch.Tensor
-    log_rows: torch.Tensor
-    log_messages: torch.Tensor | None
+    log_rows: torch.Tensor | None = None
+    log_messages: torch.Tensor | None = None
 
 
-def full_precision(function: Callable) -> Callable:
-    """Switches autocast off inside: products of probabilities are not for half precision.
-
-    The first argument must have a tensor `initial`.
-    """
-
-    @functools.wraps(function)
-    def wrapper(first, *args, **kwargs):
-        with torch.autocast(first.initial.device.type, enabled=False):
-            return function(first, *args, **kwargs)
-
-    return wrapper
-
-
-def safe_log(x: torch.Tensor) -> torch.Tensor:
-    """Logarithm with `log 0 = -inf` and a zero gradient there."""
-    positive = x > 0
-    return torch.where(positive, x.masked_fill(~positive, 1).log(), -torch.inf)
-
-
-def _shifted_exp(x: torch.Tensor, dim: int | tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`exp(x - shift)` and the `shift`, the maximum over `dim` (0 where that is -inf)."""
-    shift = x.detach().amax(dim, keepdim=True)
-    shift = shift.masked_fill(shift == -torch.inf, 0)
-    return (x - shift).exp(), shift
-
-
-def _first_present(present: torch.Tensor) -> torch.Tensor:
-    """`[B, L]`: True up to and including the first present position."""
-    return (present.cumsum(1) - present.long()) == 0
+def _where(condition: torch.Tensor | None, value: torch.Tensor, other) -> torch.Tensor:
+    return value if condition is None else torch.where(condition, value, other)
 
 
 @full_precision
 def forward_filter(chain: Chain) -> Filter:
     """Runs the scaled forward recursion; differentiable in all potentials."""
-    batch, length, _ = chain.evidence.shape
-    initial, initial_shift = _shifted_exp(chain.initial, 0)
-    transition, transition_shift = _shifted_exp(chain.transition, (1, 2))
-    evidence, evidence_shift = _shifted_exp(chain.evidence, 2)
-    fresh = _first_present(chain.present)
-
-    message = initial.expand(batch, -1)
-    log_partition = initial_shift.expand(batch)
-    fragile = torch.zeros(batch, dtype=torch.bool, device=message.device)
-    messages = []
-    for i in range(length):
-        present = chain.present[:, i, None]
-        predicted = message
-        if i > 0:
-            step = chain.step(i)
-            predicted = torch.where(fresh[:, i, None], message, message @ transition[step])
-        joint = torch.where(present, predicted * evidence[:, i], message)
-        scale = joint.sum(-1, keepdim=True)
-        if i > 0:
-            moved = present & ~fresh[:, i, None]
-            log_partition = log_partition + moved[:, 0] * transition_shift[step].reshape(())
-        log_partition = log_partition + present[:, 0] * evidence_shift[:, i, 0]
-        lost = scale <= LOST_MASS
-        fragile = fragile | lost[:, 0]
-        scale = scale.masked_fill(lost, 1)
-        message = joint / scale
-        log_partition = log_partition + scale[:, 0].log()
-        messages.append(message)
-
+    result, lost = _scaled_forward(chain)
+    if chain.is_safe:
+        return result
     # Each step kept enough mass, but what is rounded to zero early may win late: the past must also
     # meet the future. (The gradient of a message is the future's weight over that same total.)
     with torch.no_grad():
-        fragile = fragile | _backward(chain, torch.stack(messages, 1))[1]
-    result = Filter(log_partition, torch.stack(messages, 1), fragile.nonzero()[:, 0], None)
+        fragile = lost | _scaled_backward(chain, result.messages)[1]
+    result.log_rows = fragile.nonzero()[:, 0]
     if len(result.log_rows):
-        log_messages, log_partition = _log_forward(chain.select(result.log_rows))
         rows = (result.log_rows,)
-        result.log_messages = log_messages
+        result.log_messages, log_partition = _log_forward(chain.select(result.log_rows))
         result.log_partition = result.log_partition.index_put(rows, log_partition)
-        result.messages = result.messages.index_put(rows, normalised_exp(log_messages))
+        messages = normalised_exp(result.log_messages)
+        result.messages = result.messages.index_put(rows, messages)
     return result
 
 
-def normalised_exp(log_weights: torch.Tensor) -> torch.Tensor:
-    """`softmax` over the last axis that gives zeros, not NaN, where everything is -inf."""
-    weights, _ = _shifted_exp(log_weights, -1)
-    total = weights.sum(-1, keepdim=True)
-    return weights / total.masked_fill(total <= 0, 1)
-
-
-def logsumexp(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """`logsumexp` whose gradient is zero, not NaN, where everything is -inf."""
-    weights, shift = _shifted_exp(x, dim)
-    return safe_log(weights.sum(dim)) + shift.squeeze(dim)
+def _scaled_forward(chain: Chain) -> tuple[Filter, torch.Tensor]:
+    """The filter in probability space, and which rows `[B]` may have lost mass."""
+    steps = chain.steps
+    evidence, shift = shifted_exp(chain.evidence, 2)
+    batch, length, latents = evidence.shape
+    smallest = 0.0 if chain.is_safe else LOST_MASS
+    message = evidence.new_full((batch, latents), 1 / latents)
+    log_scale = _where(chain.present, shift[..., 0], 0).sum(1)
+    messages, scales = [], []
+    for i in range(length):
+        predicted, moves = message, chain.moves(i)
+        if i > 0:
+            predicted = _where(moves, steps.push(message, i), message)
+            added = steps.log_scale(i)
+            log_scale = log_scale + (added if moves is None else added * moves[:, 0])
+        joint = _where(chain.at(i), predicted * evidence[:, i], message)
+        scale = joint.sum(-1, keepdim=True)
+        message = joint / scale.masked_fill(scale <= smallest, 1)
+        messages.append(message)
+        scales.append(scale)
+    scales = torch.cat(scales, 1)
+    lost = (scales <= smallest).any(1)
+    log_partition = log_scale + safe_log(scales).sum(1)
+    return Filter(log_partition, torch.stack(messages, 1)), lost
 
 
 def _log_forward(chain: Chain) -> tuple[torch.Tensor, torch.Tensor]:
     """Unnormalised log-messages `[B, L, H]` and the log-partition `[B]`, in log space."""
-    fresh = _first_present(chain.present)
-    message = chain.initial.expand(chain.evidence.shape[0], -1)
+    batch, length, latents = chain.evidence.shape
+    message = chain.evidence.new_full((batch, latents), -math.log(latents))
     messages = []
-    for i in range(chain.evidence.shape[1]):
+    for i in range(length):
         predicted = message
         if i > 0:
-            moved = logsumexp(message[:, :, None] + chain.transition[chain.step(i)], 1)
-            predicted = torch.where(fresh[:, i, None], message, moved)
-        message = torch.where(chain.present[:, i, None], predicted + chain.evidence[:, i], message)
+            moved = logsumexp(message[:, :, None] + chain.steps.log_matrix(i), 1)
+            predicted = _where(chain.moves(i), moved, message)
+        message = _where(chain.at(i), predicted + chain.evidence[:, i], message)
         messages.append(message)
     return torch.stack(messages, 1), logsumexp(message, 1)
 
@@ -185,7 +184,9 @@ def posterior(chain: Chain, filtered: Filter) -> torch.Tensor:
 
     A backward pass over the filter's messages, in log space where that is needed.
     """
-    smoothed, fragile = _backward(chain, filtered.messages)
+    smoothed, fragile = _scaled_backward(chain, filtered.messages)
+    if filtered.log_rows is None:
+        return smoothed
     fragile[filtered.log_rows] = True
     rows = fragile.nonzero()[:, 0]
     if len(rows):
@@ -195,39 +196,35 @@ def posterior(chain: Chain, filtered: Filter) -> torch.Tensor:
     return smoothed
 
 
-def _backward(chain: Chain, messages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    transition, _ = _shifted_exp(chain.transition, (1, 2))
-    evidence, _ = _shifted_exp(chain.evidence, 2)
-    fresh = _first_present(chain.present)
+def _scaled_backward(chain: Chain, messages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    evidence, _ = shifted_exp(chain.evidence, 2)
+    smallest = 0.0 if chain.is_safe else LOST_MASS
     future = torch.ones_like(messages[:, 0])
-    fragile = torch.zeros_like(chain.present[:, 0])
+    fragile = torch.zeros(len(messages), dtype=torch.bool, device=messages.device)
     smoothed = []
     for i in reversed(range(messages.shape[1])):
-        present = chain.present[:, i, None]
         joint = messages[:, i] * future
         total = joint.sum(-1, keepdim=True)
-        lost = total <= LOST_MASS
+        lost = total <= smallest
         fragile = fragile | lost[:, 0]
-        smoothed.append(torch.where(present, joint / total.masked_fill(lost, 1), 0))
+        smoothed.append(_where(chain.at(i), joint / total.masked_fill(lost, 1), 0))
         if i > 0:
-            past = (evidence[:, i] * future) @ transition[chain.step(i)].T
+            past = chain.steps.pull(evidence[:, i] * future, i)
             largest = past.amax(-1, keepdim=True)
-            past = past / largest.masked_fill(largest <= LOST_MASS, 1)
-            future = torch.where(present & ~fresh[:, i, None], past, future)
+            past = past / largest.masked_fill(largest <= smallest, 1)
+            future = _where(chain.moves(i), past, future)
     return torch.stack(smoothed[::-1], 1), fragile
 
 
 def _log_backward(chain: Chain, log_messages: torch.Tensor) -> torch.Tensor:
-    fresh = _first_present(chain.present)
     future = torch.zeros_like(log_messages[:, 0])
     smoothed = []
     for i in reversed(range(log_messages.shape[1])):
-        present = chain.present[:, i, None]
         law = normalised_exp(log_messages[:, i] + future)
-        smoothed.append(torch.where(present, law, 0))
+        smoothed.append(_where(chain.at(i), law, 0))
         if i > 0:
-            outgoing = (chain.evidence[:, i] + future)[:, None] + chain.transition[chain.step(i)]
-            future = torch.where(present & ~fresh[:, i, None], logsumexp(outgoing, 2), future)
+            outgoing = (chain.evidence[:, i] + future)[:, None] + chain.steps.log_matrix(i)
+            future = _where(chain.moves(i), logsumexp(outgoing, 2), future)
     return torch.stack(smoothed[::-1], 1)
 
 
@@ -245,25 +242,23 @@ def sample_backward(
     """
     batch, length, _ = chain.evidence.shape
     samples = int(torch.Size(sample_shape).numel())
-    numbers = uniform((batch, samples, length), generator, chain.evidence.device)
+    numbers = uniform((batch, samples, length), generator, chain.device)
     numbers = numbers.transpose(0, 1)  # [S, B, L]
-    transition, _ = _shifted_exp(chain.transition, (1, 2))
-    fresh = _first_present(chain.present)
 
     weights = filtered.messages[:, -1].expand(samples, -1, -1)
     state = draw_categorical(_or_ones(weights), numbers[..., -1])
     states = [state]
     for i in reversed(range(1, length)):
         # `state` is the latent of the last present position up to i.
-        step = chain.step(i)
-        weights = filtered.messages[:, i - 1] * transition[step].T[state]
-        if len(filtered.log_rows):
+        weights = filtered.messages[:, i - 1] * chain.steps.into(state, i)
+        if filtered.log_messages is not None:
             rows = filtered.log_rows
-            towards = chain.transition[step].T[state[:, rows]]
+            matrix = chain.steps.log_matrix(i, rows).transpose(1, 2).expand(len(rows), -1, -1)
+            towards = matrix[torch.arange(len(rows), device=rows.device), state[:, rows]]
             weights[:, rows] = normalised_exp(filtered.log_messages[:, i - 1] + towards)
         drawn = draw_categorical(_or_ones(weights), numbers[..., i - 1])
-        moves = chain.present[:, i] & ~fresh[:, i]
-        state = torch.where(moves, drawn, state)
+        moves = chain.moves(i)
+        state = _where(None if moves is None else moves[:, 0], drawn, state)
         states.append(state)
     return torch.stack(states[::-1], -1).reshape(*sample_shape, batch, length)
 
@@ -276,18 +271,17 @@ def _or_ones(weights: torch.Tensor) -> torch.Tensor:
 @full_precision
 def best_path(chain: Chain) -> tuple[torch.Tensor, torch.Tensor]:
     """The path of largest weight `[B, L]` and its log-weight `[B]` (Viterbi), in log space."""
-    batch, length, _ = chain.evidence.shape
-    fresh = _first_present(chain.present)
-    score = chain.initial.expand(batch, -1)
-    score = torch.where(chain.present[:, :1], score + chain.evidence[:, 0], score)
+    batch, length, latents = chain.evidence.shape
+    score = chain.evidence.new_full((batch, latents), -math.log(latents))
+    score = _where(chain.at(0), score + chain.evidence[:, 0], score)
+    stay = torch.arange(latents, device=chain.device).expand(batch, -1)
     origins = []
     for i in range(1, length):
-        best, origin = (score[:, :, None] + chain.transition[chain.step(i)]).max(1)
-        moves = (chain.present[:, i] & ~fresh[:, i])[:, None]
-        stay = torch.arange(score.shape[1], device=score.device).expand_as(origin)
-        origins.append(torch.where(moves, origin, stay))
-        score = torch.where(moves, best, score)
-        score = torch.where(chain.present[:, i, None], score + chain.evidence[:, i], score)
+        best, origin = (score[:, :, None] + chain.steps.log_matrix(i)).max(1)
+        moves = chain.moves(i)
+        origins.append(_where(moves, origin, stay))
+        score = _where(moves, best, score)
+        score = _where(chain.at(i), score + chain.evidence[:, i], score)
     log_weight, state = score.max(-1)
     path = [state]
     for origin in reversed(origins):

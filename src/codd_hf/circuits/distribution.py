@@ -9,15 +9,20 @@ import torch
 from torch.distributions import Distribution
 
 from . import chain as chains
+from .conditioning import Context
 from .evidence import (
+    DenseEvidence,
+    EmissionSummary,
+    best_evidence,
     emission_of_latents,
     hard_evidence,
     mix_tokens,
-    soft_evidence,
-    token_scores,
 )
+from .numerics import logsumexp, safe_log
 from .potentials import Potentials
 from .random import Generators, draw_categorical, uniform
+from .topk import TopKEvidence
+from .transitions import Steps
 
 
 class ViterbiPath(NamedTuple):
@@ -45,12 +50,15 @@ class CoupledCategorical(Distribution):
 
     Args:
         logits: `[B, L, V]`, the backbone's logits, of any floating dtype; used at masked positions.
+            Or the prediction itself, as [`TopKEvidence`] (or [`DenseEvidence`]), made at this
+            `temperature`.
         potentials: the circuit, over the same `V` and `L`.
         tokens: `[B, L]`, the window's tokens; needed where `observed`.
         observed: `[B, L]` bool, True where the position is given by `tokens`; default none.
         present: `[B, L]` bool, False where there is no such position (padding, past the end);
             default all. An absent position is skipped, not summed over.
-        context: `[B, L, H]`, log of a factor on the latents at every position; default none.
+        context: what the backbone says about the latents; a tensor `[B, L, H]` is the log of a
+            factor on them at every position; default none.
         active: `[B]` bool, False for rows that are to stay factorized; default all.
         temperature: the evidence temperature, which divides the logits.
         forbidden: `[V]` bool, tokens that get zero potential at masked positions.
@@ -66,30 +74,43 @@ class CoupledCategorical(Distribution):
 
     def __init__(
         self,
-        logits: torch.Tensor,
+        logits: torch.Tensor | DenseEvidence | TopKEvidence,
         potentials: Potentials,
         tokens: torch.Tensor | None = None,
         observed: torch.Tensor | None = None,
         present: torch.Tensor | None = None,
-        context: torch.Tensor | None = None,
+        context: Context | torch.Tensor | None = None,
         active: torch.Tensor | None = None,
         temperature: float = 1.0,
         forbidden: torch.Tensor | None = None,
     ):
+        if isinstance(logits, TopKEvidence) and logits.log_marginal is None:
+            if potentials.log_marginal is None:
+                raise ValueError(
+                    "`logits` is top-k evidence, but there is no law by which its remaining mass "
+                    "is spread: call its `spread_by(log_marginal)`."
+                )
+            logits = logits.spread_by(potentials.log_marginal, forbidden)
+        if not isinstance(logits, torch.Tensor) and logits.temperature != temperature:
+            raise ValueError(
+                f"`logits` is evidence computed at temperature {logits.temperature}, so that "
+                f"`temperature` cannot be {temperature}: compute the evidence again."
+            )
         _check_shapes(
             logits, potentials, tokens, observed, present, context, active, temperature, forbidden
         )
-        batch, length, _ = logits.shape
+        batch, length = logits.shape[:2] if isinstance(logits, torch.Tensor) else logits.batch_shape
         flags = {"dtype": torch.bool, "device": logits.device}
         self.logits = logits
         self.potentials = potentials
+        self._all_present = present is None
         self.present = torch.ones(batch, length, **flags) if present is None else present
         observed = torch.zeros(batch, length, **flags) if observed is None else observed
         self.observed = observed & self.present
         self.tokens = torch.zeros_like(self.observed, dtype=torch.long)
         if tokens is not None:
             self.tokens = torch.where(self.observed, tokens, 0)
-        self.context = context
+        self.context = Context(context) if isinstance(context, torch.Tensor) else context
         self.active = torch.ones(batch, **flags) if active is None else active
         self.temperature = temperature
         self.forbidden = forbidden
@@ -106,47 +127,82 @@ class CoupledCategorical(Distribution):
         return torch.promote_types(self.potentials.emission.dtype, torch.float32)
 
     @cached_property
+    def _prediction(self) -> DenseEvidence | TopKEvidence:
+        if not isinstance(self.logits, torch.Tensor):
+            return self.logits
+        logits = self.logits.to(self._dtype)
+        return DenseEvidence.from_logits(logits, self.temperature, self.forbidden)
+
+    @cached_property
     def _log_phi(self) -> torch.Tensor:
         """`[B, L, V]` log-probabilities of the backbone; -inf for forbidden tokens."""
-        logits = self.logits.to(self._dtype)
-        if self.forbidden is not None:
-            logits = logits.masked_fill(self.forbidden, -torch.inf)
-        logits = logits / self.temperature
-        total = chains.logsumexp(logits, -1).unsqueeze(-1)
-        return logits - total.masked_fill(total == -torch.inf, 0)
+        return self._prediction.dense()
 
     @cached_property
     def factorized_logits(self) -> torch.Tensor:
         """`[B, L, V]` log-probabilities without the circuit; one-hot at observed positions."""
         return self._one_hot_where_observed(self._log_phi)
 
+    def _soft_evidence(self, evaluate) -> torch.Tensor:
+        """`[B, L, H]`: `evaluate(prediction, positions, summary)` where it is needed, else hard."""
+        hard = hard_evidence(self.potentials.emission, self.tokens).to(self._dtype)
+        wanted = self.masked & self.active[:, None]
+        if isinstance(self._prediction, TopKEvidence) or torch.compiler.is_compiling():
+            # Cheap enough to be computed everywhere, which keeps all shapes fixed.
+            batch, length = wanted.shape
+            rows = torch.arange(batch, device=wanted.device).repeat_interleave(length)
+            positions = torch.arange(length, device=wanted.device).repeat(batch)
+            soft = (
+                evaluate(self._prediction[rows, positions], positions)
+                .to(self._dtype)
+                .unflatten(0, (batch, length))
+            )
+            evidence = torch.where(wanted[..., None], soft, hard)
+        else:
+            rows, positions = wanted.nonzero(as_tuple=True)
+            soft = evaluate(self._prediction[rows, positions], positions).to(self._dtype)
+            evidence = hard.index_put((rows, positions), soft)
+        return torch.where(self.active[:, None, None], evidence, 0)
+
     @cached_property
     def _evidence(self) -> torch.Tensor:
         """`[B, L, H]` log-evidence without context."""
-        rows, positions = (self.masked & self.active[:, None]).nonzero(as_tuple=True)
-        soft = soft_evidence(self.potentials, self._log_phi[rows, positions], positions)
-        evidence = hard_evidence(self.potentials, self.tokens).to(self._dtype)
-        evidence = evidence.index_put((rows, positions), soft.to(self._dtype))
-        return torch.where(self.active[:, None, None], evidence, 0)
+        summary = self._summary
+        emission = self.potentials.emission
+        return self._soft_evidence(
+            lambda prediction, positions: prediction.soft_evidence(
+                emission, positions, summary, repair=summary.needs_repair
+            )
+        )
+
+    @property
+    def _summary(self) -> EmissionSummary:
+        if isinstance(self._prediction, TopKEvidence):
+            return self.potentials.top_k_summary
+        return self.potentials.summary
+
+    @cached_property
+    def _steps(self) -> Steps:
+        context = None if self.context is None else self.context.steps.map(self._cast)
+        return Steps(self.potentials.transition.to(self._dtype), context)
+
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._dtype)
 
     def _chain(self, evidence: torch.Tensor) -> chains.Chain:
         """A chain over `[B, L, H]` or, for samples, `[S * B, L, H]` evidence."""
         repeats = evidence.shape[0] // self.batch_shape[0]
-        if self.context is not None:
-            context = self.context.to(evidence.dtype).masked_fill(~self.active[:, None, None], 0)
-            evidence = evidence + context.repeat(repeats, 1, 1)
-        present = self.present.repeat(repeats, 1)
-        return chains.Chain(
-            self.potentials.initial.to(evidence.dtype),
-            self.potentials.transition.to(evidence.dtype),
-            evidence,
-            present,
-        )
+        if self.context is not None and self.context.latent is not None:
+            latent = self._cast(self.context.latent).masked_fill(~self.active[:, None, None], 0)
+            evidence = evidence + latent.repeat(repeats, 1, 1)
+        present = None if self._all_present else self.present.repeat(repeats, 1)
+        initial, steps = self._cast(self.potentials.initial), self._steps.repeat(repeats)
+        return chains.Chain.start(initial, steps, evidence, present)
 
     @cached_property
     def _filter(self) -> chains.Filter:
         filtered = chains.forward_filter(self._chain(self._evidence))
-        if bool(filtered.log_partition.isnan().any()):
+        if not torch.compiler.is_compiling() and bool(filtered.log_partition.isnan().any()):
             raise ValueError(
                 "`logits`, `context` or the potentials hold NaN: check what made them."
             )
@@ -157,6 +213,27 @@ class CoupledCategorical(Distribution):
         """`[B]` log Z; -inf where the circuit and the backbone share no completion."""
         return self._filter.log_partition
 
+    @cached_property
+    def log_partition_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lower and upper `log Z`, `[B]` each, whatever top-k evidence left out.
+
+        Both are `log_partition` where the evidence is exact. The log-probability of listed tokens
+        is off by no more than `log_partition` is.
+        """
+        if not isinstance(self._prediction, TopKEvidence):
+            return self.log_partition, self.log_partition
+        summary, emission = self._summary, self.potentials.emission
+
+        def bound(side: int) -> torch.Tensor:
+            evidence = self._soft_evidence(
+                lambda prediction, positions: prediction.soft_evidence_bounds(
+                    emission, positions, summary
+                )[side]
+            )
+            return chains.forward_filter(self._chain(evidence)).log_partition
+
+        return bound(0), bound(1)
+
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         """Log-probability `[*S, B]` of tokens `[*S, B, L]`; -inf where it is zero.
 
@@ -166,8 +243,7 @@ class CoupledCategorical(Distribution):
             ValueError: `Z` is zero for a row, or a token is outside the vocabulary.
         """
         gain = self.coupling_gain(value)
-        clamped = torch.where(self.present, value, 0)
-        token = self._log_phi.expand(*value.shape, -1).gather(-1, clamped[..., None])[..., 0]
+        token = self._prediction.log_prob_of(torch.where(self.present, value, 0))
         factorized = token.masked_fill(~self.masked, 0).sum(-1)
         agrees = ((value == self.tokens) | ~self.observed).all(-1)
         return torch.where(agrees, gain + factorized, -torch.inf)
@@ -180,8 +256,7 @@ class CoupledCategorical(Distribution):
             known: `[B, L]` bool, the positions that count; masked ones.
         """
         conditioned = self.condition(value, known)
-        tokens = torch.where(known, value, 0)
-        token = self._log_phi.gather(-1, tokens[..., None])[..., 0]
+        token = self._prediction.log_prob_of(torch.where(known, value, 0))
         gain = conditioned.log_partition - self.log_partition
         return gain + token.masked_fill(~known, 0).sum(-1)
 
@@ -200,7 +275,7 @@ class CoupledCategorical(Distribution):
                 "factorized, or smooth the potentials."
             )
         tokens = torch.where(self.present, value, 0).reshape(-1, *self.event_shape)
-        evidence = hard_evidence(self.potentials, tokens).to(self._dtype)
+        evidence = hard_evidence(self.potentials.emission, tokens).to(self._dtype)
         active = self.active.repeat(len(tokens) // self.batch_shape[0])
         evidence = torch.where(active[:, None, None], evidence, 0)
         joint = chains.forward_filter(self._chain(evidence)).log_partition
@@ -222,10 +297,12 @@ class CoupledCategorical(Distribution):
         coupled = self.active & (self.log_partition > -torch.inf)
         rows, positions = (self.masked & coupled[:, None]).nonzero(as_tuple=True)
         log_phi = self._log_phi[rows, positions]
-        weights = chains.safe_log(self.latent_posterior[rows, positions])
+        weights = safe_log(self.latent_posterior[rows, positions])
         evidence = self._evidence[rows, positions]
         weights = weights - torch.where(weights == -torch.inf, 0, evidence)
-        mixed = mix_tokens(self.potentials, log_phi, weights, positions)
+        mixed = mix_tokens(
+            self.potentials.emission, log_phi, weights, positions, self.potentials.summary
+        )
         marginals = self.factorized_logits.exp()
         return marginals.index_put((rows, positions), mixed)
 
@@ -239,10 +316,10 @@ class CoupledCategorical(Distribution):
         Given the latents the tokens are independent. One-hot at observed positions, the backbone's
         own at absent ones and in inactive rows.
         """
-        emission = emission_of_latents(self.potentials, latents).to(self._dtype)
+        emission = emission_of_latents(self.potentials.emission, latents).to(self._dtype)
         coupled = self.active[:, None] & self.present
         scores = self._log_phi + torch.where(coupled[..., None], emission, 0)
-        total = chains.logsumexp(scores, -1).unsqueeze(-1)
+        total = logsumexp(scores, -1).unsqueeze(-1)
         scores = torch.where(total > -torch.inf, scores - total, self._log_phi)
         return self._one_hot_where_observed(scores)
 
@@ -256,7 +333,7 @@ class CoupledCategorical(Distribution):
         latents = chains.sample_backward(chain, self._filter, sample_shape, generator)
         samples = int(torch.Size(sample_shape).numel())
         batch, length = *self.batch_shape, *self.event_shape
-        numbers = uniform((batch, samples, length), generator, self.logits.device)
+        numbers = uniform((batch, samples, length), generator, self.present.device)
         numbers = numbers.transpose(0, 1).reshape(*sample_shape, batch, length)
         tokens = draw_categorical(self.logits_given(latents).exp(), numbers)
         return torch.where(self.masked, tokens, self.tokens)
@@ -264,13 +341,10 @@ class CoupledCategorical(Distribution):
     @torch.no_grad()
     def viterbi(self) -> ViterbiPath:
         """The most probable latents and tokens together (not the mode of the tokens alone)."""
-        rows, positions = (self.masked & self.active[:, None]).nonzero(as_tuple=True)
-        evidence = self._evidence.clone()
         log_phi = self._log_phi
-        scores = token_scores(self.potentials, log_phi[rows, positions], positions)
-        best = [score.amax(-1) for _, score in scores]
-        if best:
-            evidence = evidence.index_put((rows, positions), torch.cat(best).to(evidence.dtype))
+        rows, positions = (self.masked & self.active[:, None]).nonzero(as_tuple=True)
+        best = best_evidence(self.potentials.emission, log_phi[rows, positions], positions)
+        evidence = self._evidence.index_put((rows, positions), best.to(self._dtype))
         factorized = (self.masked & ~self.active[:, None])[..., None]
         evidence = torch.where(factorized, log_phi.amax(-1, keepdim=True), evidence)
         latents, log_weight = chains.best_path(self._chain(evidence))
@@ -295,7 +369,14 @@ class CoupledCategorical(Distribution):
 
     def with_temperature(self, temperature: float) -> CoupledCategorical:
         """The same distribution at another evidence temperature."""
-        return self if temperature == self.temperature else self._replace(temperature=temperature)
+        if temperature == self.temperature:
+            return self
+        if not isinstance(self.logits, torch.Tensor):
+            raise ValueError(
+                f"The evidence was computed at temperature {self.temperature} and holds no logits: "
+                f"make the distribution again at {temperature}."
+            )
+        return self._replace(temperature=temperature)
 
     def with_active(self, active: torch.Tensor) -> CoupledCategorical:
         """The same distribution with the circuit applied in the rows of `active` `[B]` only."""
@@ -313,7 +394,10 @@ class CoupledCategorical(Distribution):
             "temperature",
             "forbidden",
         ]
-        return CoupledCategorical(**({name: getattr(self, name) for name in names} | changes))
+        kept = {name: getattr(self, name) for name in names}
+        if self._all_present:
+            kept["present"] = None
+        return CoupledCategorical(**(kept | changes))
 
     def _one_hot_where_observed(self, log_probs: torch.Tensor) -> torch.Tensor:
         one_hot = torch.full_like(log_probs, -torch.inf)
@@ -329,6 +413,8 @@ class CoupledCategorical(Distribution):
 
 
 def _check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
+    if torch.compiler.is_compiling():
+        return  # a look at the data would break the graph
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise ValueError(
             f"`{name}` must hold token ids in [0, {vocab_size}), got {int(ids.min())} to "
@@ -339,23 +425,48 @@ def _check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
 def _check_shapes(
     logits, potentials, tokens, observed, present, context, active, temperature, forbidden
 ):
-    if logits.ndim != 3 or logits.shape[-1] != potentials.vocab_size:
+    shape = (
+        (*logits.batch_shape, potentials.vocab_size)
+        if isinstance(logits, TopKEvidence)
+        else tuple((logits if isinstance(logits, torch.Tensor) else logits.log_probs).shape)
+    )
+    if len(shape) != 3 or shape[-1] != potentials.vocab_size:
         raise ValueError(
-            f"`logits` must have shape [batch, length, {potentials.vocab_size}], got "
-            f"{tuple(logits.shape)}."
+            f"`logits` must have shape [batch, length, {potentials.vocab_size}], got {shape}."
         )
-    batch, length, _ = logits.shape
-    for name, steps in (("transition", length - 1), ("emission", length)):
-        held = getattr(potentials, name).shape[0]
+    batch, length, _ = shape
+    for name, held, steps in (
+        ("transition", potentials.transition.num_steps, length - 1),
+        ("emission", potentials.emission.num_positions, length),
+    ):
         if held != 1 and held < steps:
             raise ValueError(
                 f"`logits` cover {length} positions, but the circuit's untied {name} has {held}."
             )
+    if isinstance(context, torch.Tensor):
+        context = Context(context)
+    latent = gate = None
+    groups = 1
+    if context is not None:
+        latent, gate = context.latent, context.steps.gate
+        groups = 1 if gate is None else gate.shape[-1]
+        if potentials.num_latents % groups:
+            raise ValueError(
+                f"`context.steps.gate` has {groups} groups, which do not divide the "
+                f"{potentials.num_latents} latent states evenly."
+            )
+        for part in context.steps.low_rank or ():
+            expected = (batch, length, part.shape[2], potentials.num_latents)
+            if tuple(part.shape) != expected:
+                raise ValueError(
+                    f"`context.steps.low_rank` must have shape {expected}, got {tuple(part.shape)}."
+                )
     expected = {
         "tokens": (tokens, (batch, length)),
         "observed": (observed, (batch, length)),
         "present": (present, (batch, length)),
-        "context": (context, (batch, length, potentials.num_latents)),
+        "context": (latent, (batch, length, potentials.num_latents)),
+        "context.steps.gate": (gate, (batch, length, groups, groups)),
         "active": (active, (batch,)),
         "forbidden": (forbidden, (potentials.vocab_size,)),
     }

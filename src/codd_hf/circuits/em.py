@@ -14,35 +14,30 @@ import torch
 from .chain import Chain, forward_filter
 from .evidence import hard_evidence
 from .potentials import Potentials
+from .transitions import Steps
 
 
 @dataclass
 class Counts:
-    """Expected counts, shaped as the potentials."""
+    """Expected counts, shaped as the potentials' leaves: initial, transitions, emissions."""
 
-    initial: torch.Tensor
-    transition: torch.Tensor
-    emission: torch.Tensor
+    leaves: tuple[torch.Tensor, ...]
 
     def mixed_with(self, other: Counts, share: float) -> Counts:
         """`(1 - share) * self + share * other`."""
-        return Counts(*(torch.lerp(getattr(self, n), getattr(other, n), share) for n in _FIELDS))
+        pairs = zip(self.leaves, other.leaves, strict=True)
+        return Counts(tuple(torch.lerp(mine, theirs, share) for mine, theirs in pairs))
 
     def scaled(self, factor: float) -> Counts:
-        return Counts(*(getattr(self, n) * factor for n in _FIELDS))
-
-
-_FIELDS = ("initial", "transition", "emission")
+        return Counts(tuple(leaf * factor for leaf in self.leaves))
 
 
 def log_likelihood(
     potentials: Potentials, tokens: torch.Tensor, present: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`log p_w(x)`, `[B]`, of tokens `[B, L]`; absent positions are skipped."""
-    if present is None:
-        present = torch.ones_like(tokens, dtype=torch.bool)
-    evidence = hard_evidence(potentials, tokens)
-    chain = Chain(potentials.initial, potentials.transition, evidence, present)
+    evidence = hard_evidence(potentials.emission, tokens)
+    chain = Chain.start(potentials.initial, Steps(potentials.transition), evidence, present)
     return forward_filter(chain).log_partition
 
 
@@ -50,22 +45,21 @@ def expected_counts(
     potentials: Potentials, tokens: torch.Tensor, present: torch.Tensor | None = None
 ) -> tuple[Counts, torch.Tensor]:
     """E-step: expected counts summed over the batch, and the log-likelihoods `[B]`."""
-    leaves = [getattr(potentials, n).detach().requires_grad_() for n in _FIELDS]
+    leaves = [leaf.detach().requires_grad_() for leaf in potentials.leaves()]
     with torch.enable_grad():
-        scores = log_likelihood(Potentials(*leaves), tokens, present)
-        return Counts(*torch.autograd.grad(scores.sum(), leaves)), scores.detach()
+        scores = log_likelihood(potentials.with_leaves(leaves), tokens, present)
+        return Counts(torch.autograd.grad(scores.sum(), leaves)), scores.detach()
 
 
-def maximise(counts: Counts, prior: Counts) -> Potentials:
+def maximise(potentials: Potentials, counts: Counts, prior: Counts) -> Potentials:
     """M-step: the normalised circuit with these counts.
 
     Args:
+        potentials: gives the structure.
         counts: expected counts.
         prior: pseudo-counts (broadcast), so that nothing becomes impossible for ever.
     """
-    return Potentials(
-        *(
-            (getattr(counts, n) + getattr(prior, n)).clamp(min=0).log().log_softmax(-1)
-            for n in _FIELDS
-        )
+    pairs = zip(counts.leaves, prior.leaves, strict=True)
+    return potentials.with_leaves(
+        [(mine + extra).clamp(min=0).log().log_softmax(-1) for mine, extra in pairs]
     )

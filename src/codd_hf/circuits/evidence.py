@@ -1,132 +1,327 @@
 r"""Token evidence: all that inference needs to know of the vocabulary.
 
-For a masked position the soft evidence of state `z` is `s(z) = \sum_v phi(v) E(z, v)`; for an
-observed one the hard evidence is `E(z, x)`. These are the only products with the vocabulary.
+For a masked position the soft evidence of state `z` is `s(z) = \sum_v phi(v) E(z, v)`, where `phi`
+is the backbone's prediction; for an observed one the hard evidence is `E(z, x)`. These are the only
+products with the vocabulary. Here `phi` is known for every token; `topk.py` has the form that keeps
+a short list of them.
+
+Large emissions are exponentiated a slice of the vocabulary at a time, and never copied whole.
 """
 
 from __future__ import annotations
 
-import torch
-from torch.nn import functional as F
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 
-from .chain import LOST_MASS, full_precision, logsumexp, normalised_exp
-from .potentials import Potentials
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from .emissions import Emission
+from .numerics import LOST_MASS, full_precision, logsumexp, normalised_exp
 
 UNDERFLOW = 1e-30
 """A sum of float32 products below this may lack terms that were rounded to zero."""
 
-ELEMENTS_AT_ONCE = 1 << 26
-"""Largest temporary, in numbers, of the products that cannot be a matrix product."""
+ONE_PRODUCT = 1 << 24
+"""Emissions of at most this many numbers are exponentiated whole: fewer products are faster."""
+
+ELEMENTS_AT_ONCE = 1 << 22
+"""Largest temporary, in numbers, of everything else."""
 
 
-def hard_evidence(potentials: Potentials, tokens: torch.Tensor) -> torch.Tensor:
-    """`log E_i(z, x_i)`, `[..., L, H]`, of tokens `[..., L]`."""
-    if potentials.tied_emissions:
-        return F.embedding(tokens, potentials.emission[0].T)
-    positions = torch.arange(tokens.shape[-1], device=tokens.device)
-    return potentials.emission.transpose(1, 2)[positions, tokens]
+@dataclass(frozen=True)
+class EmissionSummary:
+    """What soft evidence needs of a whole emission: computed once where the circuit is fixed.
 
+    Attributes:
+        log_max: `[1 or L, H]`, each state's largest `log E(z, v)`, without a gradient.
+        log_min: `[1 or L, H]`, the smallest, without a gradient.
+        log_mean: `[1 or L, H]`, `log sum_v u(v) E(z, v)` under token marginals `u`, or None.
+    """
 
-def emission_of_latents(potentials: Potentials, latents: torch.Tensor) -> torch.Tensor:
-    """`log E_i(z_i, v)`, `[..., L, V]`, of latents `[..., L]`."""
-    if potentials.tied_emissions:
-        return potentials.emission[0][latents]
-    positions = torch.arange(latents.shape[-1], device=latents.device)
-    return potentials.emission[positions, latents]
+    log_max: torch.Tensor
+    log_min: torch.Tensor
+    log_mean: torch.Tensor | None = None
+
+    @cached_property
+    def needs_repair(self) -> bool:
+        """Whether soft evidence could underflow: some state likes some tokens so much more.
+
+        Looks at the data once; ask before compiling or capturing what uses the summary.
+        """
+        spread = self.log_max - self.log_min  # NaN for a state that emits nothing: rather repair
+        return not bool((spread.exp() < 1 / UNDERFLOW).all())
+
+    def scale(self, position: int) -> torch.Tensor:
+        """`[H]`: what is taken out of `log E_i(z, .)` before `exp`."""
+        scale = self.log_max[position if len(self.log_max) > 1 else 0]
+        return scale.masked_fill(scale == -torch.inf, 0)
 
 
 @full_precision
-def soft_evidence(
-    potentials: Potentials, log_phi: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
-    """`log s(z)`, `[N, H]`, of `N` positions.
+def summarise(
+    emission: Emission, log_marginal: torch.Tensor | None = None, repair: bool = True
+) -> EmissionSummary:
+    """The summary of an emission; `log_mean` is differentiable.
 
     Args:
-        potentials: the circuit.
-        log_phi: `[N, V]` log-probabilities of the tokens; -inf is allowed.
-        positions: `[N]`, where in the window each row stands.
+        emission: the emission.
+        log_marginal: `[1 or L, V]` normalised token marginals, such as `TopKEvidence.log_marginal`;
+            for the summaries of evidence that is spread by them.
+        repair: as in `DenseEvidence.soft_evidence`, for `log_mean`.
     """
-    emission, shift = emission_factors(potentials)
-    phi = log_phi.exp()
-    if potentials.tied_emissions:
-        product, shift = phi @ emission[0].T, shift[:, :, 0].expand(len(phi), -1)
-    else:
-        product = log_phi.new_zeros(len(positions), potentials.num_latents)
-        for position, rows in by_position(positions):
-            product = product.index_put((rows,), phi[rows] @ emission[position].T)
-        shift = shift[positions, :, 0]
-    lost = product < UNDERFLOW
-    log_evidence = product.masked_fill(lost, 1).log() + shift
-    log_evidence = log_evidence.masked_fill(lost, -torch.inf)
-    rows, states = lost.nonzero(as_tuple=True)
-    if len(rows):
-        chunk = max(ELEMENTS_AT_ONCE // potentials.vocab_size, 1)
-        exact = []
-        for first in range(0, len(rows), chunk):
-            r, z = rows[first : first + chunk], states[first : first + chunk]
-            at = 0 if potentials.tied_emissions else positions[r]
-            exact.append(logsumexp(log_phi[r] + potentials.emission[at, z], -1))
-        log_evidence = log_evidence.index_put((rows, states), torch.cat(exact))
-    return log_evidence
+    dtype = torch.promote_types(emission.dtype, torch.float32)
+    lowest, highest = [], []
+    with torch.no_grad():
+        for position in range(emission.num_positions):
+            chunks = emission.chunks(_width(emission), position)
+            # `aminmax` would be one pass, but takes three times as long.
+            parts = [(matrix.amin(1), matrix.amax(1)) for _, matrix in chunks]
+            low, high = (torch.stack(values) for values in zip(*parts, strict=True))
+            lowest.append(low.amin(0))
+            highest.append(high.amax(0))
+    summary = EmissionSummary(torch.stack(highest).to(dtype), torch.stack(lowest).to(dtype))
+    if log_marginal is None:
+        return summary
+    count = max(emission.num_positions, log_marginal.shape[0])
+    positions = torch.arange(count, device=emission.device)
+    marginal = DenseEvidence(log_marginal.expand(count, -1))
+    log_mean = marginal.soft_evidence(emission, positions, summary, repair)
+    return replace(summary, log_mean=log_mean)
+
+
+@dataclass(frozen=True)
+class DenseEvidence:
+    """The backbone's factorized prediction with the probability of every token.
+
+    Attributes:
+        log_probs: `[*batch, V]`; -inf where a token is impossible.
+        temperature: the evidence temperature it was computed at.
+    """
+
+    log_probs: torch.Tensor
+    temperature: float = 1.0
+
+    @classmethod
+    def from_logits(
+        cls,
+        logits: torch.Tensor,
+        temperature: float = 1.0,
+        forbidden: torch.Tensor | None = None,
+    ) -> DenseEvidence:
+        """`softmax(logits / temperature)` over the tokens that are not forbidden.
+
+        Args:
+            logits: `[*batch, V]`, of any floating dtype; a row that is -inf throughout stays so.
+            temperature: positive.
+            forbidden: `[V]` bool, tokens that get no mass.
+        """
+        logits = scaled_logits(logits, temperature, forbidden)
+        total = logsumexp(logits, -1).unsqueeze(-1)
+        return cls(logits - total.masked_fill(total == -torch.inf, 0), temperature)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self.log_probs.shape[:-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.log_probs.device
+
+    def __getitem__(self, index) -> DenseEvidence:
+        """The predictions at some places of the batch, such as `prediction[rows, positions]`."""
+        return replace(self, log_probs=self.log_probs[index])
+
+    def log_prob_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities `[*S, *batch]` of tokens `[*S, *batch]`."""
+        # Samples go last: a gather from an expanded tensor has a gradient as large as all of it.
+        samples = tokens.reshape(-1, *self.batch_shape).movedim(0, -1)
+        return self.log_probs.gather(-1, samples).movedim(-1, 0).reshape(tokens.shape)
+
+    def dense(self) -> torch.Tensor:
+        """`[*batch, V]` log-probabilities."""
+        return self.log_probs
+
+    @full_precision
+    def soft_evidence(
+        self,
+        emission: Emission,
+        positions: torch.Tensor,
+        summary: EmissionSummary | None = None,
+        repair: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Exact `log s(z)`, `[N, H]`, of a batch of `N` predictions; differentiable.
+
+        Args:
+            emission: the emission.
+            positions: `[N]`, where in the window each prediction stands.
+            summary: of this emission, if at hand: saves a pass over it.
+            repair: whether sums that underflow are repeated in log space, which makes the work
+                depend on the data. Nothing is lost by False where `summary.needs_repair` is False.
+            dtype: of the operands of each product, such as `torch.bfloat16` (errors of about
+                1e-2, relative); what products add up to is held in float32. Default: float32, or
+                float64 if an input is.
+        """
+        if summary is None:
+            summary = summarise(emission)
+        log_phi = self.log_probs.to(working_dtype(emission, self.log_probs))
+        phi = log_phi.exp()
+        rows_of, sums = [], []
+        for position, rows in _by_position(emission, positions):
+            scale = summary.scale(position).to(phi.dtype)
+            product = _sum_over_tokens(emission, phi[rows], position, scale, dtype)
+            rows_of.append(rows)
+            sums.append((product, scale.expand_as(product)))
+        product, scale = (_in_order(rows_of, parts) for parts in zip(*sums, strict=True))
+        lost = product < UNDERFLOW if repair else product <= 0
+        log_evidence = product.masked_fill(lost, 1).log() + scale
+        log_evidence = log_evidence.masked_fill(lost, -torch.inf)
+        if not repair:
+            return log_evidence
+        rows, states = lost.nonzero(as_tuple=True)
+        if len(rows):
+            count = max(ELEMENTS_AT_ONCE // emission.vocab_size, 1)
+            exact = [
+                logsumexp(log_phi[r] + emission.rows(z, positions[r]), -1)
+                for r, z in zip(rows.split(count), states.split(count), strict=True)
+            ]
+            log_evidence = log_evidence.index_put((rows, states), torch.cat(exact))
+        return log_evidence
+
+
+@full_precision
+def hard_evidence(emission: Emission, tokens: torch.Tensor) -> torch.Tensor:
+    """`log E_i(z, x_i)`, `[..., L, H]`, of tokens `[..., L]`."""
+    return emission.columns(tokens, torch.arange(tokens.shape[-1], device=tokens.device))
+
+
+@full_precision
+def emission_of_latents(emission: Emission, latents: torch.Tensor) -> torch.Tensor:
+    """`log E_i(z_i, v)`, `[..., L, V]`, of latents `[..., L]`."""
+    return emission.rows(latents, torch.arange(latents.shape[-1], device=latents.device))
 
 
 @full_precision
 def mix_tokens(
-    potentials: Potentials,
+    emission: Emission,
     log_phi: torch.Tensor,
     weights: torch.Tensor,
     positions: torch.Tensor,
+    summary: EmissionSummary | None = None,
 ) -> torch.Tensor:
     """Token laws `[N, V]` proportional to `phi(v) sum_z exp(weights(z)) E(z, v)`.
 
     Args:
-        potentials: the circuit.
+        emission: the emission.
         log_phi: `[N, V]`.
         weights: `[N, H]` log-weights of the states.
         positions: `[N]`.
+        summary: of this emission, if at hand: saves a pass over it.
     """
-    emission, shift = emission_factors(potentials)
-    if potentials.tied_emissions:
-        law = torch.softmax(weights + shift[0, :, 0], -1) @ emission[0]
-    else:
-        law = torch.zeros_like(log_phi)
-        for position, rows in by_position(positions):
-            mixed = torch.softmax(weights[rows] + shift[position, :, 0], -1)
-            law = law.index_put((rows,), mixed @ emission[position])
-    law = law * log_phi.exp()
+    if summary is None:
+        summary = summarise(emission)
+    dtype = working_dtype(emission, log_phi)
+    log_phi, weights = log_phi.to(dtype), weights.to(dtype)
+    rows_of, parts = [], []
+    for position, rows in _by_position(emission, positions):
+        scale = summary.scale(position).to(dtype)
+        mixture = normalised_exp(weights[rows] + scale)
+        chunks = emission.chunks(_width(emission), position)
+        mixed = [mixture @ _factors(matrix, scale) for _, matrix in chunks]
+        rows_of.append(rows)
+        parts.append(torch.cat(mixed, -1))
+    law = _in_order(rows_of, parts) * log_phi.exp()
     total = law.sum(-1, keepdim=True)
     lost = total <= LOST_MASS
     law = law / total.masked_fill(lost, 1)
     rows = lost[:, 0].nonzero()[:, 0]
-    if len(rows):
-        exact = [
-            normalised_exp(logsumexp(scores + weights[rows][chunk, :, None], 1))
-            for chunk, scores in token_scores(potentials, log_phi[rows], positions[rows])
-        ]
-        law = law.index_put((rows,), torch.cat(exact))
-    return law
+    exact = []
+    for row in rows.tolist():
+        chunks = emission.chunks(_width(emission), int(positions[row]))
+        mixed = [logsumexp(weights[row][:, None] + matrix, 0) for _, matrix in chunks]
+        exact.append(normalised_exp(log_phi[row] + torch.cat(mixed)))
+    return law.index_put((rows,), torch.stack(exact)) if exact else law
 
 
-def emission_factors(potentials: Potentials) -> tuple[torch.Tensor, torch.Tensor]:
-    """`E = exp(log E - shift)` and its `shift` `[1 or L, H, 1]`, the largest of each state."""
-    shift = potentials.emission.detach().amax(-1, keepdim=True)
-    shift = shift.masked_fill(shift == -torch.inf, 0)
-    return (potentials.emission - shift).exp(), shift
+@full_precision
+def best_evidence(
+    emission: Emission, log_phi: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """`max_v log phi(v) + log E(z, v)`, `[N, H]`, of `log_phi [N, V]`."""
+    best = []
+    for row, position in zip(log_phi, positions.tolist(), strict=True):
+        chunks = emission.chunks(_width(emission), position)
+        parts = [(row[part] + matrix).amax(1) for part, matrix in chunks]
+        best.append(torch.stack(parts).amax(0))
+    return torch.stack(best) if best else log_phi.new_zeros(0, emission.num_latents)
 
 
-def token_scores(potentials: Potentials, log_phi: torch.Tensor, positions: torch.Tensor):
-    """Yields slices of rows and their `log phi(v) + log E(z, v)`, `[n, H, V]`, few at once."""
-    chunk = max(ELEMENTS_AT_ONCE // (potentials.num_latents * potentials.vocab_size), 1)
-    for first in range(0, len(positions), chunk):
-        rows = slice(first, first + chunk)
-        if potentials.tied_emissions:
-            emission = potentials.emission
+def scaled_logits(
+    logits: torch.Tensor, temperature: float, forbidden: torch.Tensor | None
+) -> torch.Tensor:
+    """Logits over the temperature, in float32 at least, -inf for forbidden tokens."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if forbidden is not None:
+        logits = logits.masked_fill(forbidden, -torch.inf)
+    return logits if temperature == 1 else logits / temperature
+
+
+def working_dtype(emission: Emission, log_probs: torch.Tensor) -> torch.dtype:
+    """float32, or float64 if one of them is."""
+    return torch.promote_types(torch.promote_types(emission.dtype, log_probs.dtype), torch.float32)
+
+
+def _width(emission: Emission) -> int:
+    """How many tokens go into one product."""
+    if emission.num_latents * emission.vocab_size <= ONE_PRODUCT:
+        return emission.vocab_size
+    return max(ELEMENTS_AT_ONCE // emission.num_latents, 1)
+
+
+def _factors(log_emission: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (log_emission.to(scale.dtype) - scale[:, None]).exp_()
+
+
+def _sum_over_tokens(emission, weights, position: int, scale, dtype) -> torch.Tensor:
+    """`sum_v weights(v) E(z, v) exp(-scale(z))`, `[N, H]`, of weights `[N, V]`."""
+
+    def part_of_sum(weights, log_emission, scale):
+        factors = _factors(log_emission, scale).T
+        if dtype is None:
+            return weights @ factors
+        product = weights.to(dtype) @ factors.to(dtype)
+        return product.to(weights.dtype)
+
+    width = _width(emission)
+    total = weights.new_zeros(len(weights), emission.num_latents)
+    for part, log_emission in emission.chunks(width, position):
+        arguments = weights[:, part], log_emission, scale
+        if width < emission.vocab_size and torch.is_grad_enabled():
+            # Kept until the backward pass, the factors would add up to the whole emission.
+            part_sum = checkpoint(
+                part_of_sum, *arguments, use_reentrant=False, preserve_rng_state=False
+            )
+            total = total + part_sum
         else:
-            emission = potentials.emission[positions[rows]]
-        yield rows, log_phi[rows, None] + emission
+            total = total + part_of_sum(*arguments)
+    return total
 
 
-def by_position(positions: torch.Tensor):
-    """Yields each position that occurs and the rows at which it does."""
+def _by_position(
+    emission: Emission, positions: torch.Tensor
+) -> Iterator[tuple[int, torch.Tensor | slice]]:
+    """Yields the positions whose emissions differ and the rows that stand there."""
+    if emission.num_positions == 1 or not len(positions):
+        yield 0, slice(None)
+        return
     for position in positions.unique().tolist():
         yield position, (positions == position).nonzero()[:, 0]
+
+
+def _in_order(rows_of: list, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Puts what was computed by position back into the order of the rows."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts)[torch.cat(rows_of).argsort()]

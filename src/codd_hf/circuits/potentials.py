@@ -8,9 +8,15 @@ Transitions and emissions are each shared by all positions ("tied") or not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
+
+from .emissions import DenseEmission, Emission
+from .evidence import EmissionSummary, summarise
+from .transitions import DenseTransition, Transition
 
 
 @dataclass(frozen=True)
@@ -19,13 +25,22 @@ class Potentials:
 
     Attributes:
         initial: `[H]`.
-        transition: `[1, H, H]` or `[L-1, H, H]`, row = previous state.
-        emission: `[1, H, V]` or `[L, H, V]`.
+        transition: a structure, or a tensor `[1, H, H]` or `[L-1, H, H]`, row = previous state.
+        emission: emissions, or a tensor `[1, H, V]` or `[L, H, V]`.
+        log_marginal: `[1 or L, V]`, log of the law by which a top-k prediction's remaining mass is
+            spread; needed with top-k evidence only.
     """
 
     initial: torch.Tensor
-    transition: torch.Tensor
-    emission: torch.Tensor
+    transition: Transition
+    emission: Emission
+    log_marginal: torch.Tensor | None = None
+
+    def __post_init__(self):
+        if isinstance(self.transition, torch.Tensor):
+            object.__setattr__(self, "transition", DenseTransition(self.transition))
+        if isinstance(self.emission, torch.Tensor):
+            object.__setattr__(self, "emission", DenseEmission(self.emission))
 
     @property
     def num_latents(self) -> int:
@@ -33,11 +48,32 @@ class Potentials:
 
     @property
     def vocab_size(self) -> int:
-        return self.emission.shape[-1]
+        return self.emission.vocab_size
 
-    @property
-    def tied_emissions(self) -> bool:
-        return self.emission.shape[0] == 1
+    @cached_property
+    def summary(self) -> EmissionSummary:
+        """What exact evidence needs of all emissions."""
+        return summarise(self.emission)
+
+    @cached_property
+    def top_k_summary(self) -> EmissionSummary:
+        """What top-k evidence needs of all emissions."""
+        return summarise(self.emission, self.log_marginal)
+
+    def leaves(self) -> tuple[torch.Tensor, ...]:
+        """The tensors of log-potentials that the circuit is made of."""
+        return (self.initial, *self.transition.tensors(), *self.emission.tensors())
+
+    def with_leaves(self, leaves: Sequence[torch.Tensor]) -> Potentials:
+        """A circuit of the same structure from other tensors, in the order of `leaves()`."""
+        split = len(leaves) - len(self.emission.tensors())
+        return Potentials(
+            leaves[0], type(self.transition)(*leaves[1:split]), type(self.emission)(*leaves[split:])
+        )
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`initial [H]`, `transition [1 or L-1, H, H]`, `emission [1 or L, H, V]`, all dense."""
+        return self.initial, self.transition.dense(), self.emission.dense()
 
     def scaled_by_marginal(self, log_token_marginal: torch.Tensor, power: float) -> Potentials:
         """Multiplies the emissions `E_i(z, v)` by `u(v) ** power` (`theory`: marginal correction).
@@ -46,9 +82,7 @@ class Potentials:
             log_token_marginal: `[V]` or `[L, V]`.
             power: `-alpha` corrects a circuit, `alpha` takes the correction back.
         """
-        shift = power * log_token_marginal.to(self.emission.dtype)
-        shift = shift[None, None] if shift.ndim == 1 else shift[:, None]
-        return replace(self, emission=self.emission + shift)
+        return replace(self, emission=self.emission.shifted(power * log_token_marginal))
 
 
 def token_marginal(potentials: Potentials, length: int) -> torch.Tensor:
@@ -61,12 +95,13 @@ def token_marginal(potentials: Potentials, length: int) -> torch.Tensor:
         potentials: a normalised circuit.
         length: the window length `L`.
     """
-    state = potentials.initial.exp()
+    initial, transition, emission = potentials.tensors()
+    state = initial.exp()
     states = [state]
     for i in range(1, length):
-        state = state @ potentials.transition[min(i - 1, len(potentials.transition) - 1)].exp()
+        state = state @ transition[min(i - 1, len(transition) - 1)].exp()
         states.append(state)
     occupancy = torch.stack(states)  # [L, H]
-    if potentials.tied_emissions:
-        return occupancy.mean(0) @ potentials.emission[0].exp()
-    return torch.einsum("lh,lhv->lv", occupancy, potentials.emission.exp())
+    if len(emission) == 1:
+        return occupancy.mean(0) @ emission[0].exp()
+    return torch.einsum("lh,lhv->lv", occupancy, emission.exp())

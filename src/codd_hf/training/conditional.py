@@ -1,7 +1,8 @@
 """Stage 3: fit the head to the backbone's own predictions (CoDD, arXiv 2603.00045, Eq. 7).
 
-The backbone is frozen. Only `log p_w(x) - log Z` depends on the circuit; its gradient is counts
-under the data minus counts under the coupled model.
+The backbone is frozen: it runs over the data first, and what it says is kept (`window_cache`).
+Only `log p_w(x) - log Z` depends on the circuit; its gradient is counts under the data minus counts
+under the coupled model.
 """
 
 from __future__ import annotations
@@ -18,63 +19,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling_codd import CoDDModel
+from ..modeling_head import CoDDHead
 from .checkpoint import load_checkpoint, optimizer_tensors, restore_optimizers, save_checkpoint
-from .data import CanvasBatch, TokenizedExample, batch_indices, collate
-from .noise import Noise, sample_noise
+from .data import TokenizedExample
 from .settings import ConditionalConfig
+from .window_cache import WindowCache, cache_windows
 
 logger = logging.getLogger(__name__)
-
-
-def draw_windows(
-    examples: Sequence[TokenizedExample],
-    tokenizer: PreTrainedTokenizerBase,
-    window_length: int,
-    max_extra_windows: int,
-    generator: torch.Generator,
-) -> tuple[CanvasBatch, Noise, torch.Tensor]:
-    """Canvases with one noised window a row, earlier ones visible and later ones masked.
-
-    Returns:
-        canvases, noise, and `[batch]` the start of each row's window.
-    """
-    extra = torch.randint(max_extra_windows + 1, (len(examples),), generator=generator)
-    canvas = collate(
-        examples,
-        window_length=window_length,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        extra_windows=extra.tolist(),
-    )
-    noise = sample_noise(
-        canvas, window_length=window_length, generator=generator, window_probability=1.0
-    )
-    return canvas, noise, noise.span.long().argmax(1)
-
-
-def window_gains(
-    model: CoDDModel,
-    canvas: CanvasBatch,
-    noise: Noise,
-    starts: torch.Tensor,
-    evidence_temperature: float = 1.0,
-    autocast=None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`log p_w(x) - log Z` `[batch]` of the noised windows, and their masked tokens `[batch]`."""
-    device = canvas.input_ids.device
-    input_ids = canvas.input_ids.masked_fill(noise.masked.to(device), model.config.mask_token_id)
-    with autocast or torch.autocast(device.type, enabled=False):
-        states = model.backbone_states(input_ids, canvas.attention_mask)
-        distribution = model.window_distribution(
-            states,
-            input_ids,
-            starts.to(device),
-            canvas.attention_mask,
-            temperature=evidence_temperature,
-        )
-    positions = starts.to(device)[:, None] + torch.arange(model.window_length, device=device)
-    truth = canvas.input_ids.gather(1, positions.clamp(max=canvas.input_ids.shape[1] - 1))
-    return distribution.coupling_gain(truth), distribution.masked.sum(1)
 
 
 def fit_conditional(
@@ -106,18 +57,35 @@ def fit_conditional(
     if model.coupling_head is None:
         raise ValueError("`model` has no head to fit: give `from_backbone` a head configuration.")
     accelerator = Accelerator()
-    device = accelerator.device
-    # Not the accelerator's own, which is one for the whole process: each stage has its precision.
-    autocast = torch.autocast(device.type, torch.bfloat16, config.mixed_precision == "bf16")
-    model.to(device).eval()
+    model.to(accelerator.device).eval()
     head = model.coupling_head
     model.requires_grad_(False)
     head.requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        head.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
-    )
-    length = model.window_length
-    lengths = [len(e.prompt_ids) + -(-len(e.answer_ids) // length) * length for e in train]
+    context = [] if head.context_maps is None else list(head.context_maps.parameters())
+    circuit = [p for n, p in head.named_parameters() if not n.startswith("context_maps.")]
+    groups = [{"params": circuit, "peak": config.learning_rate}]
+    if context:
+        groups.append({"params": context, "peak": config.context_learning_rate})
+    # Gradients of a low-rank term that is still a no-op are tiny: hence the tiny `eps`.
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-15, weight_decay=0.0)
+    caches = [
+        cache_windows(
+            model,
+            tokenizer,
+            examples,
+            num_draws=draws,
+            max_extra_windows=config.max_extra_windows,
+            top_k=config.cached_top_k,
+            temperature=config.evidence_temperature,
+            tokens_per_batch=config.tokens_per_batch,
+            mixed_precision=config.mixed_precision,
+            seed=seed,
+        )
+        for examples, draws, seed in (
+            (train, config.num_draws, config.seed),
+            (validation, config.num_validation_draws, 1234),
+        )
+    ]
     path = None if checkpoint_dir is None else Path(checkpoint_dir) / "conditional"
     step, history, seconds = 0, [], 0.0
     found = None if path is None else load_checkpoint(path)
@@ -129,25 +97,19 @@ def fit_conditional(
         step, history, seconds = state["step"], state["history"], state["seconds"]
         logger.info("Continuing from step %d.", step)
     else:
-        history.append({"step": 0, **evaluate_head(model, tokenizer, validation, config)})
+        history.append({"step": 0, **evaluate_head(head, caches[1])})
         tqdm.write(str(history[-1]))
 
-    batches = batch_indices(lengths, config.tokens_per_batch, config.seed, first_batch=step)
     progress = tqdm(total=config.max_steps, initial=step, desc="conditional fit", unit="step")
     started, running = time.monotonic(), None
     while step < config.max_steps:
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        examples = [train[i] for i in next(batches)]
-        canvas, noise, starts = draw_windows(
-            examples, tokenizer, length, config.max_extra_windows, generator
-        )
-        canvas = canvas.to(device)
-        optimizer.param_groups[0]["lr"] = config.learning_rate * _schedule(step, config)
-        gains, masked = window_gains(
-            model, canvas, noise, starts, config.evidence_temperature, autocast
-        )
+        rows = _rows_of_step(len(caches[0]), step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * _schedule(step, config)
+        gains, masked = window_gains(head, caches[0], rows)
         if config.loss == "elbo":
-            loss = -(gains / noise.level.to(gains.device)).sum() / (length * len(gains))
+            level = caches[0].level[rows].to(gains.device)
+            loss = -(gains / level).sum() / (head.config.window_length * len(gains))
         else:
             loss = -gains.sum() / masked.sum().clamp(min=1)
         if not torch.isfinite(loss):
@@ -166,7 +128,7 @@ def fit_conditional(
         progress.set_postfix(gain=f"{running:+.3f} nats/token")
         last = step == config.max_steps
         if last or step % config.evaluation_steps == 0:
-            measured = evaluate_head(model, tokenizer, validation, config)
+            measured = evaluate_head(head, caches[1])
             elapsed = seconds + time.monotonic() - started
             history.append({"step": step, **measured, "seconds": elapsed})
             tqdm.write(str(history[-1]))
@@ -181,34 +143,38 @@ def fit_conditional(
     return history
 
 
+def window_gains(
+    head: CoDDHead, cache: WindowCache, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`log p_w(x) - log Z` `[B]` of some windows, and their numbers of masked tokens `[B]`."""
+    distribution = cache.distribution(head, rows)
+    truth = cache.tokens[rows].long().to(head.device)
+    return distribution.coupling_gain(truth), distribution.masked.sum(1)
+
+
 @torch.no_grad()
-def evaluate_head(
-    model: CoDDModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[TokenizedExample],
-    config: ConditionalConfig,
-) -> dict[str, float]:
-    """Mean gain in nats per masked token, all and by mask ratio, on fixed draws of noise."""
-    generator = torch.Generator().manual_seed(1234)
-    examples = sorted(examples, key=lambda e: len(e.prompt_ids) + len(e.answer_ids))
-    gains, masked, levels = [], [], []
-    for first in range(0, len(examples), 32):
-        canvas, noise, starts = draw_windows(
-            examples[first : first + 32], tokenizer, model.window_length, 1, generator
-        )
-        gain, count = window_gains(
-            model, canvas.to(model.device), noise, starts, config.evidence_temperature
-        )
+def evaluate_head(head: CoDDHead, cache: WindowCache, batch_size: int = 64) -> dict[str, float]:
+    """Mean gain in nats per masked token over factorized, all and by mask ratio."""
+    gains, masked = [], []
+    for rows in torch.arange(len(cache)).split(batch_size):
+        gain, count = window_gains(head, cache, rows)
         gains.append(gain.cpu())
         masked.append(count.cpu())
-        levels.append(noise.level)
-    gain, count, level = torch.cat(gains), torch.cat(masked), torch.cat(levels)
+    gain, count, level = torch.cat(gains), torch.cat(masked), cache.level
     result = {"gain": (gain.sum() / count.sum()).item()}
     for low, high in ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.01)):
         rows = (level >= low) & (level < high)
         total = count[rows].sum().clamp(min=1)
         result[f"gain_{low:.2f}-{min(high, 1):.2f}"] = (gain[rows].sum() / total).item()
     return result
+
+
+def _rows_of_step(number: int, step: int, config: ConditionalConfig) -> torch.Tensor:
+    """The windows of a step, a pure function of it: every epoch is a new permutation."""
+    size = min(config.windows_per_batch, number)
+    epoch, batch = divmod(step, number // size)
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+    return torch.randperm(number, generator=generator)[batch * size : (batch + 1) * size]
 
 
 def _schedule(step: int, config: ConditionalConfig) -> float:

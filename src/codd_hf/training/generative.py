@@ -15,13 +15,15 @@ import torch
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from tqdm.auto import tqdm
 
-from ..circuits import Potentials
+from ..circuits import DenseTransition, MonarchTransition, Potentials
 from ..circuits.em import Counts, expected_counts, log_likelihood, maximise
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import TokenizedExample, collate
 from .settings import GenerativeConfig
 
 logger = logging.getLogger(__name__)
+
+STRUCTURES = {"dense": DenseTransition, "monarch": MonarchTransition}
 
 
 def text_windows(
@@ -69,7 +71,11 @@ def cluster_tokens(
 
 
 def initial_potentials(
-    windows: torch.Tensor, clusters: torch.Tensor, num_latents: int, config: GenerativeConfig
+    windows: torch.Tensor,
+    clusters: torch.Tensor,
+    num_latents: int,
+    config: GenerativeConfig,
+    structure: str = "dense",
 ) -> Potentials:
     """A circuit whose states are clusters of tokens and whose transitions are cluster bigrams."""
     vocab_size = len(clusters)
@@ -94,7 +100,10 @@ def initial_potentials(
         noise = config.noise * torch.randn(weights.shape, generator=generator)
         return (weights.log() + noise).log_softmax(-1)
 
-    return Potentials(noisy(starts), noisy(transition)[None], noisy(emission)[None])
+    steps = DenseTransition(noisy(transition)[None])
+    if structure == "monarch":
+        steps = MonarchTransition.from_dense(steps.log_potential)
+    return Potentials(noisy(starts), steps, noisy(emission)[None])
 
 
 def fit_generative(
@@ -104,6 +113,7 @@ def fit_generative(
     num_latents: int,
     config: GenerativeConfig | None = None,
     checkpoint_dir: str | Path | None = None,
+    structure: str = "dense",
 ) -> tuple[Potentials, list[dict[str, float]]]:
     """Fits a circuit with shared transitions and emissions to windows of tokens.
 
@@ -114,6 +124,7 @@ def fit_generative(
         num_latents: number of states `H`.
         config: how to fit.
         checkpoint_dir: a run that stopped is continued from `checkpoint_dir/generative`.
+        structure: of the transitions, `"dense"` or `"monarch"`.
 
     Returns:
         The circuit, and per epoch the log-likelihood per token of training and validation windows.
@@ -122,22 +133,30 @@ def fit_generative(
     vocab_size = len(embeddings)
     unigrams = windows.flatten().bincount(minlength=vocab_size).float()
     spread = (unigrams + 0.1) / (unigrams + 0.1).sum()
-    prior = Counts(
-        torch.full((num_latents,), 1.0),
-        torch.full((1, 1, num_latents), config.transition_prior / num_latents),
-        config.emission_prior * spread[None, None],
-    )
     path = None if checkpoint_dir is None else Path(checkpoint_dir) / "generative"
     found = None if path is None else load_checkpoint(path)
-    if found is not None:
-        tensors, state = found
-        potentials = Potentials(*(tensors[f"potentials.{n}"] for n in prior.__dataclass_fields__))
-        counts = Counts(*(tensors[f"counts.{n}"] for n in prior.__dataclass_fields__))
-        step, history = state["step"], state["history"]
-    else:
+    potentials = None
+    if found is None:
         clusters = cluster_tokens(embeddings, unigrams, num_latents, config.seed)
-        potentials = initial_potentials(windows, clusters, num_latents, config)
+        potentials = initial_potentials(windows, clusters, num_latents, config, structure)
         counts, step, history = None, 0, []
+    else:
+        tensors, state = found
+        potentials = Potentials(
+            tensors["potentials.0"],
+            STRUCTURES[structure](
+                *(tensors[f"potentials.{i}"] for i in range(1, state["num_leaves"] - 1))
+            ),
+            tensors[f"potentials.{state['num_leaves'] - 1}"],
+        )
+        counts = Counts(tuple(tensors[f"counts.{i}"] for i in range(state["num_leaves"])))
+        step, history = state["step"], state["history"]
+    pseudo = [torch.ones(1)]
+    pseudo += [
+        torch.full((leaf.shape[-1],), config.transition_prior / leaf.shape[-1])
+        for leaf in potentials.transition.tensors()
+    ]
+    prior = Counts((*pseudo, config.emission_prior * spread))
 
     for epoch in range(len(history), config.num_epochs):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
@@ -149,7 +168,7 @@ def fit_generative(
             new = new.scaled(len(windows) / len(batch))
             share = (step + 2) ** -config.step_decay
             counts = new if counts is None else counts.mixed_with(new, share)
-            potentials = maximise(counts, prior)
+            potentials = maximise(potentials, counts, prior)
             step += 1
             total, tokens = total + scores.sum().item(), tokens + windows[batch].numel()
             progress.set_postfix(nats=f"{-total / tokens:.3f}")
@@ -159,10 +178,10 @@ def fit_generative(
         history.append({"epoch": epoch + 1, "train": total / tokens, "validation": heldout})
         tqdm.write(str(history[-1]))
         if path is not None:
-            tensors = {
-                f"potentials.{n}": getattr(potentials, n) for n in counts.__dataclass_fields__
-            }
-            tensors |= {f"counts.{n}": getattr(counts, n) for n in counts.__dataclass_fields__}
+            leaves = potentials.leaves()
+            tensors = {f"potentials.{i}": leaf for i, leaf in enumerate(leaves)}
+            tensors |= {f"counts.{i}": leaf for i, leaf in enumerate(counts.leaves)}
             state = {"step": step, "history": history, "config": asdict(config)}
+            state["num_leaves"] = len(leaves)
             save_checkpoint(path, tensors, state)
     return potentials, history

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..circuits import token_marginal
+from ..circuits import Potentials, token_marginal
 from ..configuration_codd import CoDDHeadConfig
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
@@ -162,7 +162,8 @@ def fit_stage_one(
     marginal = token_marginal(potentials, config.window_length)
     # A token that the circuit has never seen gets the ratio 1: it says nothing about it.
     unseen = windows.flatten().bincount(minlength=len(embeddings)) == 0
-    emission = torch.where(unseen, marginal.log(), potentials.emission)
+    initial, transition, emission = potentials.tensors()
+    emission = torch.where(unseen, marginal.log(), emission)
     forbidden = {tokenizer.pad_token_id, *tokenizer.all_special_ids} - {
         tokenizer.eos_token_id,
         None,
@@ -177,8 +178,7 @@ def fit_stage_one(
         base_model_name_or_path=config.backbone,
     )
     head = CoDDHead(head_config)
-    fitted = type(potentials)(potentials.initial, potentials.transition, emission)
-    head.set_potentials(fitted, marginal, alpha=config.alpha)
+    head.set_potentials(Potentials(initial, transition, emission), marginal, alpha=config.alpha)
     return head
 
 

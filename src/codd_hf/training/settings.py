@@ -74,28 +74,38 @@ class ConditionalConfig:
 
     Attributes:
         max_steps: optimiser steps.
-        tokens_per_batch: tokens that the backbone reads a step.
+        windows_per_batch: windows a step.
         learning_rate: AdamW's peak on log-potentials (no weight decay); falls to zero as a cosine.
+        context_learning_rate: likewise on the conditioning.
         warmup_steps: linear warm-up.
         evidence_temperature: the temperature `tau` of the backbone's predictions.
-        loss: `"token"`, nats summed over masked tokens over their number, or `"elbo"`, each row
-            weighted by `1/t`.
+        loss: `"elbo"`, each window weighted by `1/t`, over its length; or `"token"`, nats summed
+            over masked tokens over their number.
+        num_draws: how often each example is drawn, with another window and other noise.
+        num_validation_draws: likewise for validation examples.
+        cached_top_k: likeliest tokens kept of a prediction; all if the vocabulary has no more.
         max_extra_windows: canvases end with up to this many windows of end-of-text.
+        tokens_per_batch: tokens that the backbone reads at once.
         mixed_precision: `"no"` or `"bf16"`, for the backbone; the circuit stays in float32.
         evaluation_steps: steps between validations.
         checkpointing_steps: steps between checkpoints.
         seed: seed of order and noise.
     """
 
-    max_steps: int = 700
-    tokens_per_batch: int = 8192
+    max_steps: int = 600
+    windows_per_batch: int = 64
     learning_rate: float = 1e-2
+    context_learning_rate: float = 2e-3
     warmup_steps: int = 50
     evidence_temperature: float = 1.0
-    loss: str = "token"
+    loss: str = "elbo"
+    num_draws: int = 3
+    num_validation_draws: int = 4
+    cached_top_k: int = 512
     max_extra_windows: int = 1
+    tokens_per_batch: int = 8192
     mixed_precision: str = "no"
-    evaluation_steps: int = 250
+    evaluation_steps: int = 200
     checkpointing_steps: int = 100
     seed: int = 0
 

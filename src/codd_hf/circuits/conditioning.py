@@ -1,0 +1,127 @@
+r"""Context: how the backbone's hidden states steer the circuit (CoDD, Appendix E, future work).
+
+Every map only rescales potentials, so every query of the coupled distribution stays exact:
+
+- *latent*: a factor `c_i(z) = exp(W x_i + b)_z` on the latents of every position;
+- *gate*: a factor `exp(G x_i)[group(z), group(z')]` on the transitions into position `i`, within
+  `exp(4)` of 1;
+- *low_rank*: a sum `sum_r a_r(x_i) b_r(x_i)^T` added to the transitions into position `i`.
+
+`x_i` is the hidden state that predicts token `i`, scaled to unit root mean square, and, if asked
+for, the noise level. All maps start as no-ops.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .transitions import StepContext
+
+GATE_LIMIT = 4.0
+"""Largest absolute value of a gate, in nats (reached smoothly, as a tanh)."""
+
+LOW_RANK_LIMIT = 2.0
+"""Largest `log a_r` of a low-rank term; `b_r` is a law over the states."""
+
+NO_OP_LOG_SCALE = -16.0
+"""Log of the mass that an untrained low-rank term adds to each row of the transitions."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the backbone says about the latents of a batch of windows.
+
+    Attributes:
+        latent: `[B, L, H]`, log of a factor on the latents at every position.
+        steps: what happens to the transitions.
+    """
+
+    latent: torch.Tensor | None = None
+    steps: StepContext = StepContext()
+
+    def map(self, function) -> Context:
+        """The same with `function` applied to every tensor."""
+        latent = None if self.latent is None else function(self.latent)
+        return Context(latent, self.steps.map(function))
+
+
+class ContextMaps(nn.Module):
+    """The maps from hidden states to [`Context`].
+
+    Args:
+        conditioning: any of `"latent"`, `"gate"`, `"low_rank"`.
+        context_size: size `d` of the hidden states.
+        num_latents: number of latent states `H`.
+        num_gate_groups: number of groups `G` of the gate; equal stretches of the latents.
+        transition_rank: rank `r` of the low-rank term.
+        noise_conditioning: the share of the window that is masked is an input as well.
+    """
+
+    def __init__(
+        self,
+        conditioning: list[str],
+        context_size: int,
+        num_latents: int,
+        num_gate_groups: int,
+        transition_rank: int,
+        noise_conditioning: bool,
+    ):
+        super().__init__()
+        self.noise_conditioning = noise_conditioning
+        self.shapes = {
+            "latent": (num_latents,),
+            "gate": (num_gate_groups, num_gate_groups),
+            "before": (transition_rank, num_latents),
+            "after": (transition_rank, num_latents),
+        }
+        size = context_size + (2 if noise_conditioning else 0)
+        names = [n for n in ("latent", "gate") if n in conditioning]
+        names += ["before", "after"] if "low_rank" in conditioning else []
+        for name in names:
+            setattr(self, name, nn.Linear(size, int(torch.Size(self.shapes[name]).numel())))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Makes every map a no-op."""
+        for name, map_ in self.named_children():
+            nn.init.zeros_(map_.bias)
+            if name in ("latent", "gate"):
+                nn.init.zeros_(map_.weight)
+            else:  # ranks must differ for their gradients to differ
+                nn.init.normal_(map_.weight, std=0.02)
+        if hasattr(self, "before"):
+            nn.init.constant_(self.before.bias, NO_OP_LOG_SCALE)
+
+    def forward(
+        self, hidden: torch.Tensor, masked: torch.Tensor, present: torch.Tensor | None
+    ) -> Context:
+        """Context of a batch of windows.
+
+        Args:
+            hidden: `[B, L, d]`, the hidden states that predict the window's tokens.
+            masked: `[B, L]` bool, the masked positions; only their share matters.
+            present: `[B, L]` bool; None where all positions are.
+        """
+        weight = next(iter(self.children())).weight
+        inputs = F.rms_norm(hidden.to(weight.dtype), hidden.shape[-1:])
+        if self.noise_conditioning:
+            length = masked.shape[1] if present is None else present.sum(1).clamp(min=1)
+            level = (masked.sum(1) / length).to(inputs.dtype)
+            level = torch.stack((level, level * level), -1)[:, None]
+            inputs = torch.cat((inputs, level.expand(-1, inputs.shape[1], -1)), -1)
+        maps = {
+            name: map_(inputs).unflatten(-1, self.shapes[name])
+            for name, map_ in self.named_children()
+        }
+        gate = low_rank = None
+        if "gate" in maps:
+            gate = GATE_LIMIT * (maps["gate"] / GATE_LIMIT).tanh()
+        if "before" in maps:
+            before = LOW_RANK_LIMIT - F.softplus(LOW_RANK_LIMIT - maps["before"])
+            low_rank = (before, maps["after"].log_softmax(-1))
+        steps = StepContext(gate, low_rank, GATE_LIMIT, LOW_RANK_LIMIT)
+        return Context(maps.get("latent"), steps)

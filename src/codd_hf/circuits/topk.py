@@ -1,0 +1,217 @@
+r"""Predictions that keep a short list of tokens, and the evidence they give.
+
+A large vocabulary's prediction is mostly tail. Kept are the `k` likeliest tokens `T` and the mass
+`r` of all others, which is taken to be spread in proportion to a token marginal `u`:
+
+    phi(v) = r u(v) / (1 - u(T))    for v outside T
+
+Soft evidence then needs `k` columns of the emission instead of all `V`:
+
+    s(z) = \sum_{v in T} phi(v) E(z, v) + r (U(z) - \sum_{v in T} u(v) E(z, v)) / (1 - u(T)),
+
+with `U(z) = \sum_v u(v) E(z, v)` computed once. It is exact when `k = V`, and otherwise within
+`soft_evidence_bounds`. All shapes are fixed by those of the inputs, so that the evidence can be
+compiled or captured in a graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .emissions import DenseEmission, Emission
+from .evidence import DenseEvidence, EmissionSummary, scaled_logits, summarise, working_dtype
+from .numerics import full_precision, logsumexp, safe_log
+
+
+@dataclass(frozen=True)
+class TopKEvidence:
+    """The backbone's factorized prediction as a list of tokens and the mass of the others.
+
+    Attributes:
+        indices: `[*batch, k]` long, distinct tokens.
+        log_probs: `[*batch, k]`, their log-probabilities.
+        log_rest: `[*batch]`, log of the mass of all other tokens; -inf when `k = V`.
+        temperature: the evidence temperature it was computed at.
+        log_marginal: `[1 or L, V]`, the law by which the rest is spread (`spread_by`).
+        marginal_rows: `[*batch]` long, which row of `log_marginal` each prediction uses.
+    """
+
+    indices: torch.Tensor
+    log_probs: torch.Tensor
+    log_rest: torch.Tensor
+    temperature: float = 1.0
+    log_marginal: torch.Tensor | None = None
+    marginal_rows: torch.Tensor | None = None
+
+    @classmethod
+    def from_logits(
+        cls,
+        logits: torch.Tensor,
+        k: int,
+        temperature: float = 1.0,
+        forbidden: torch.Tensor | None = None,
+    ) -> TopKEvidence:
+        """The `k` likeliest tokens of `softmax(logits / temperature)`, forbidden ones left out.
+
+        Args:
+            logits: `[*batch, V]`, of any floating dtype; a row that is -inf throughout stays so.
+            k: from 1 to `V`.
+            temperature: positive.
+            forbidden: `[V]` bool, tokens that get no mass; name them to `spread_by` as well.
+
+        Raises:
+            ValueError: `k` is out of range.
+        """
+        if not 1 <= k <= logits.shape[-1]:
+            raise ValueError(f"`k` must be in [1, {logits.shape[-1]}], got {k}.")
+        logits = scaled_logits(logits, temperature, forbidden)
+        listed, indices = logits.topk(k, -1)
+        # Summed over the others: 1 minus the sum of the listed is rounding error when that is 1.
+        rest = logsumexp(logits.scatter(-1, indices, -torch.inf), -1)[..., None]
+        total = logsumexp(torch.cat((listed, rest), -1), -1)[..., None]
+        total = total.masked_fill(total == -torch.inf, 0)
+        return cls(indices, listed - total, (rest - total)[..., 0], temperature)
+
+    def spread_by(
+        self, log_marginal: torch.Tensor, forbidden: torch.Tensor | None = None
+    ) -> TopKEvidence:
+        """The same with the law by which the remaining mass is spread.
+
+        Args:
+            log_marginal: `[V]` or `[L, V]` log of the token marginal, up to a constant; row `i` is
+                for position `i` of the batch's last axis.
+            forbidden: `[V]` bool, tokens that get none of it.
+        """
+        log_marginal = DenseEvidence.from_logits(
+            log_marginal.reshape(-1, log_marginal.shape[-1]), forbidden=forbidden
+        ).log_probs
+        rows = torch.zeros_like(self.log_rest, dtype=torch.long)
+        if len(log_marginal) > 1:
+            rows = rows + torch.arange(rows.shape[-1], device=rows.device)
+        return replace(self, log_marginal=log_marginal, marginal_rows=rows)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self.log_rest.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.log_rest.device
+
+    def __getitem__(self, index) -> TopKEvidence:
+        """The predictions at some places of the batch, such as `prediction[rows, positions]`."""
+        names = ("indices", "log_probs", "log_rest", "marginal_rows")
+        held = {name: getattr(self, name) for name in names}
+        return replace(self, **{n: t if t is None else t[index] for n, t in held.items()})
+
+    def log_prob_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities `[*S, *batch]` of tokens `[*S, *batch]`."""
+        match = self.indices == tokens[..., None]
+        listed = torch.where(match, self.log_probs, 0).sum(-1)
+        other = self._log_rest_weight() + self.log_marginal[self.marginal_rows, tokens]
+        return torch.where(match.any(-1), listed, other)
+
+    def dense(self) -> torch.Tensor:
+        """`[*batch, V]` log-probabilities."""
+        rest = self._log_rest_weight()[..., None] + self.log_marginal[self.marginal_rows]
+        return rest.scatter(-1, self.indices, self.log_probs.to(rest.dtype))
+
+    @full_precision
+    def soft_evidence(
+        self,
+        emission: Emission,
+        positions: torch.Tensor,
+        summary: EmissionSummary | None = None,
+        repair: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """`log s(z)`, `[N, H]`, of a batch of `N` predictions; differentiable.
+
+        Args:
+            emission: the emission.
+            positions: `[N]`, where in the window each prediction stands.
+            summary: of this emission and of `log_marginal`, if at hand: saves a product with the
+                whole vocabulary.
+            repair: as in `DenseEvidence.soft_evidence`, for the `summary` that is made if none is
+                given; what the listed tokens add is summed in log space.
+            dtype: ignored, since nothing here is a matrix product; for one interface.
+
+        Raises:
+            ValueError: `k < V` and no `spread_by` has said where the remaining mass goes.
+        """
+        listed, columns = self._listed(emission, positions)
+        if self.indices.shape[-1] == emission.vocab_size:
+            return listed
+        rest, share = self._log_rest_weight(), self._log_marginal_listed()
+        if summary is None:
+            summary = summarise(emission, self.log_marginal, repair)
+        untied = emission.num_positions > 1
+        log_mean = summary.log_mean[positions if untied else self.marginal_rows].to(columns.dtype)
+        scale = log_mean.masked_fill(log_mean == -torch.inf, 0)
+        # The part of the mean that the listed tokens make up: at most 1 but for rounding.
+        part = (columns + share[..., None]).sub_(scale[:, None]).exp_().sum(1)
+        others = log_mean + safe_log(1 - part) + rest[:, None]
+        return logsumexp(torch.stack((listed, others)), 0)
+
+    @full_precision
+    def soft_evidence_bounds(
+        self,
+        emission: Emission,
+        positions: torch.Tensor,
+        summary: EmissionSummary | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lower and upper `log s(z)`, `[N, H]` each, however the remaining mass is really spread.
+
+        All of it is put on the token that the state emits least, or most. Sums over latent paths
+        grow with every piece of evidence, so these give a lower and an upper `log Z` too.
+        """
+        if summary is None:
+            summary = summarise(emission)
+        listed, _ = self._listed(emission, positions)
+        rows = positions if emission.num_positions > 1 else torch.zeros_like(positions)
+        extremes = torch.stack((summary.log_min, summary.log_max))[:, rows]
+        others = self.log_rest[:, None] + extremes  # [2, N, H]
+        lower, upper = logsumexp(torch.stack((listed.expand_as(others), others)), 0)
+        return lower, upper
+
+    def _listed(
+        self, emission: Emission, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The listed tokens' share of `log s`, `[N, H]`, and their `log E(z, v)`, `[N, k, H]`."""
+        dtype = working_dtype(emission, self.log_probs)
+        tokens = self.indices
+        if _stored_by_latent(emission):
+            # Twice as fast as `columns`, which goes through all states for one token at a time.
+            columns = emission.log_potential[0].index_select(1, tokens.flatten())
+            columns = columns.unflatten(1, tokens.shape).permute(1, 2, 0)
+        else:
+            columns = emission.columns(tokens, positions[:, None])
+        columns = columns.to(dtype)
+        return logsumexp(columns + self.log_probs[..., None], 1), columns
+
+    def _log_marginal_listed(self) -> torch.Tensor:
+        """`[*batch, k]`: `log u(v)` of the listed tokens."""
+        if self.log_marginal is None:
+            raise ValueError("the remaining mass has no law yet: call `spread_by` first.")
+        return self.log_marginal[self.marginal_rows[..., None], self.indices]
+
+    def _log_rest_weight(self) -> torch.Tensor:
+        """`[*batch]`: what to add to `log u(v)` for the log-probability of a token not listed.
+
+        -inf where `u` is all on listed tokens: then there is nothing to spread the rest over.
+        """
+        left = 1 - self._log_marginal_listed().exp().sum(-1)
+        some = left > 16 * torch.finfo(left.dtype).eps
+        return torch.where(some, self.log_rest - left.masked_fill(~some, 1).log(), -torch.inf)
+
+
+def _stored_by_latent(emission: Emission) -> bool:
+    """Whether a tied matrix has a state's tokens, not a token's states, side by side."""
+    if not isinstance(emission, DenseEmission) or emission.num_positions > 1:
+        return False
+    return emission.log_potential.stride(-1) == 1
+
+
+Prediction = DenseEvidence | TopKEvidence
