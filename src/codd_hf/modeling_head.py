@@ -33,10 +33,10 @@ class CoDDHead(PreTrainedModel):
     `token_marginal [V]` (or `[L, V]`) is the unigram distribution that `config.alpha` refers to.
 
     With `config.structure = "monarch"` the transitions are `transition_left` and
-    `transition_right`, `[S, S, S]` with `S = sqrt(H)`. With `config.emission = "tied"` the emissions
-    are `emission_latents [H, r]`, `emission_projection [r, d]` and `emission_bias [V]`, and the
-    head works only when it is bound to the backbone's output embedding (`bind`; a [`CoDDModel`]
-    does it). `context_maps` holds what `config.conditioning` asks for.
+    `transition_right`, `[S, S, S]` with `S = sqrt(H)`. With `config.emission = "tied"` the
+    emissions are `emission_latents [H, r]`, `emission_projection [r, d]` and `emission_bias [V]`,
+    and the head works only when it is bound to the backbone's output embedding (`bind`; a
+    [`CoDDModel`] does it). `context_maps` holds what `config.conditioning` asks for.
 
     A new head changes nothing: its potentials are constant, so the coupled distribution is the
     factorized one.

@@ -13,7 +13,7 @@ for, the noise level. All maps start as no-ops.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -41,7 +41,7 @@ class Context:
     """
 
     latent: torch.Tensor | None = None
-    steps: StepContext = StepContext()
+    steps: StepContext = field(default_factory=StepContext)
 
     def map(self, function) -> Context:
         """The same with `function` applied to every tensor."""

@@ -1,4 +1,4 @@
-"""The command line: `codd-hf demo | generate | train | evaluate`."""
+"""The command line: `codd-hf demo | generate | train | evaluate | bench`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import demo, evaluate, generate, train
+from . import bench, demo, evaluate, generate, train
 
-COMMANDS = {"demo": demo, "generate": generate, "train": train, "evaluate": evaluate}
+COMMANDS = {
+    "demo": demo,
+    "generate": generate,
+    "train": train,
+    "evaluate": evaluate,
+    "bench": bench,
+}
 FAILURES = (OSError, ValueError, TypeError, FloatingPointError)
 
 

@@ -39,14 +39,23 @@ def _add_stage(parser: argparse.ArgumentParser, field: dataclasses.Field) -> Non
 
 
 def _add_field(parser, name, field, dest, docs, required) -> None:
-    kinds = {"int": int, "float": float, "str": str}
-    kind = kinds[field.type.split(" |")[0]]
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
     text = docs.get(dest, "").replace("%", "%%")
-    if not required and field.default is not None:
-        text += f" (default {field.default})"
-    flag = f"--{name.replace('_', '-')}"
-    options = {} if required else {"default": field.default}
-    parser.add_argument(flag, dest=dest, type=kind, required=required, help=text, **options)
+    if not required and default is not None:
+        shown = " ".join(default) if isinstance(default, list) else default
+        text += f" (default {shown})"
+    kind = field.type.split(" |")[0]
+    options: dict = {"dest": dest, "help": text}
+    if kind == "bool":
+        options["action"] = argparse.BooleanOptionalAction
+    elif kind == "list[str]":
+        options["nargs"] = "*"
+    else:
+        options["type"] = {"int": int, "float": float, "str": str}[kind]
+    options |= {"required": True} if required else {"default": default}
+    parser.add_argument(f"--{name.replace('_', '-')}", **options)
 
 
 def _attribute_docs(config: type) -> dict[str, str]:

@@ -68,9 +68,9 @@ def train(config: TrainConfig) -> Path:
 
     head = fit_stage_one(config, model, tokenizer, *parts, mask_token_id)
     head.save_pretrained(output / "stage1")
+    head = start_of_stage_three(config, model, head)
     model = CoDDModel.from_backbone(model.backbone, head)
     history = fit_conditional(model, tokenizer, *parts, output, config.conditional)
-    model.coupling_head.temper(config.emission_power, config.transition_power)
     (output / "conditional_history.json").write_text(json.dumps(history, indent=2))
 
     stage_one = CoDDHead.from_pretrained(output / "stage1")
@@ -158,12 +158,12 @@ def fit_stage_one(
         config.num_latents,
         config.generative,
         config.output_dir,
+        config.structure,
     )
     marginal = token_marginal(potentials, config.window_length)
     # A token that the circuit has never seen gets the ratio 1: it says nothing about it.
     unseen = windows.flatten().bincount(minlength=len(embeddings)) == 0
-    initial, transition, emission = potentials.tensors()
-    emission = torch.where(unseen, marginal.log(), emission)
+    emission = torch.where(unseen, marginal.log(), potentials.emission.dense())
     forbidden = {tokenizer.pad_token_id, *tokenizer.all_special_ids} - {
         tokenizer.eos_token_id,
         None,
@@ -173,12 +173,38 @@ def fit_stage_one(
         vocab_size=model.config.vocab_size,
         num_latents=config.num_latents,
         window_length=config.window_length,
+        structure=config.structure,
         mask_token_id=mask_token_id,
         forbidden_token_ids=sorted({*forbidden, *beyond} - {mask_token_id}),
         base_model_name_or_path=config.backbone,
     )
     head = CoDDHead(head_config)
-    head.set_potentials(Potentials(initial, transition, emission), marginal, alpha=config.alpha)
+    fitted = Potentials(potentials.initial, potentials.transition, emission)
+    head.set_potentials(fitted, marginal, alpha=config.alpha)
+    return head
+
+
+@torch.no_grad()
+def start_of_stage_three(config: TrainConfig, model: CoDDModel, stage_one: CoDDHead) -> CoDDHead:
+    """The head that the conditional fit begins with: stage 1's, flattened, with conditioning.
+
+    Tied emissions start as the least-squares fit of stage 1's dense ones.
+    """
+    changes = {
+        "emission": config.emission,
+        "emission_rank": config.emission_rank,
+        "conditioning": config.conditioning,
+        "num_gate_groups": config.num_gate_groups,
+        "transition_rank": config.transition_rank,
+        "noise_conditioning": config.noise_conditioning,
+        "context_size": model.config.hidden_size,
+    }
+    head = CoDDHead(CoDDHeadConfig.from_dict(stage_one.config.to_dict() | changes))
+    if config.emission == "tied":
+        head.bind(model.get_output_embeddings().weight)
+    fitted = stage_one.potentials.scaled_by_marginal(stage_one.token_marginal.log(), config.alpha)
+    head.set_potentials(fitted, stage_one.token_marginal, alpha=config.alpha)
+    head.temper(config.emission_power, config.transition_power)
     return head
 
 

@@ -1,0 +1,183 @@
+"""Measure 6: a head step against a plain reading of the paper, and what a head step is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .. import circuits
+from ..configuration_codd import CoDDHeadConfig
+from ..modeling_head import CoDDHead
+from .plain_paper import plain_step
+from .report import Options, Report
+from .timing import Rates, measure_rates, median_seconds
+
+ENTROPY = 3.0
+"""Nats of a prediction on average: the backbone is neither sure nor lost."""
+
+TOP_K = 256
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a head step: `batch` windows of `window` positions, all of them masked."""
+
+    vocab: int = 126_464
+    latents: int = 1024
+    window: int = 32
+    batch: int = 1
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "batch": self.batch,
+            "window": self.window,
+            "states H": self.latents,
+            "vocabulary V": self.vocab,
+        }
+
+
+LLADA_8B = Shape()
+QUICK = Shape(vocab=512, latents=32, window=8)
+
+
+@dataclass
+class Window:
+    """Inputs of a head step: logits `[B, L, V]`, tokens, observed and hidden states."""
+
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    observed: torch.Tensor
+    hidden: torch.Tensor | None = None
+
+
+def random_head(shape: Shape, options: Options) -> CoDDHead:
+    """A head with normalised random potentials; the last token is the mask token."""
+    config = CoDDHeadConfig(
+        vocab_size=shape.vocab,
+        num_latents=shape.latents,
+        window_length=shape.window,
+        mask_token_id=shape.vocab - 1,
+    )
+    with torch.device("meta"):
+        head = CoDDHead(config)
+    head = head.to_empty(device=options.device).eval()
+    generator = torch.Generator(options.device).manual_seed(options.seed)
+    with torch.no_grad():
+        for parameter in (head.initial, head.transition, head.emission):
+            parameter.normal_(0.0, 2.0, generator=generator)
+            for row in parameter if parameter.ndim == 2 else [parameter]:
+                row.sub_(row.logsumexp(-1))
+        head.token_marginal.fill_(1 / shape.vocab)
+    return head
+
+
+def random_window(shape: Shape, options: Options) -> Window:
+    """Normal logits, scaled so that a prediction has about `ENTROPY` nats; all masked."""
+    generator = torch.Generator(options.device).manual_seed(options.seed + 1)
+    size = (shape.batch, shape.window, shape.vocab)
+    logits = torch.randn(size, generator=generator, device=options.device)
+    logits[..., -1] = -torch.inf
+    logits *= _scale_to_entropy(logits[0])
+    tokens = torch.full(size[:2], shape.vocab - 1, device=options.device)
+    return Window(logits, tokens, torch.zeros_like(tokens, dtype=torch.bool))
+
+
+def _scale_to_entropy(logits: torch.Tensor) -> float:
+    """The factor at which predictions `[L, V]` have `ENTROPY` nats on average, by bisection."""
+    low, high = 0.0, 20.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean_entropy(middle * logits) > ENTROPY else (low, middle)
+    return high
+
+
+def mean_entropy(logits: torch.Tensor) -> float:
+    """Nats of a prediction, averaged over positions."""
+    return torch.special.entr(logits.float().softmax(-1)).sum(-1).mean().item()
+
+
+def evidence_modes() -> tuple[str, ...]:
+    """What this version of the library offers: `exact`, and `topk` where it is there."""
+    return ("exact", "topk") if hasattr(circuits, "TopKEvidence") else ("exact",)
+
+
+@torch.no_grad()
+def head_step(
+    head: CoDDHead,
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    observed: torch.Tensor,
+    hidden: torch.Tensor | None = None,
+    evidence: str = "exact",
+    confidence: str = "latent",
+) -> torch.Tensor:
+    """What the head adds to a denoising step: evidence, filter, latents, coupled log-probabilities.
+
+    Args:
+        head: the circuit.
+        logits: `[B, L, V]`, the backbone's.
+        tokens: `[B, L]`, used where `observed`.
+        observed: `[B, L]` bool.
+        hidden: `[B, L, d]`, for a conditioned head.
+        evidence: `exact`, or `topk` for lists of the `TOP_K` best tokens.
+        confidence: `marginal` also computes the exact token marginals, which rank positions.
+
+    Returns:
+        `[B, L, V]` log-probabilities given the sampled latents.
+    """
+    if evidence == "topk":
+        logits = circuits.TopKEvidence.from_logits(logits, TOP_K)
+    distribution = head(logits, tokens=tokens, observed=observed, last_hidden_state=hidden)
+    if bool(distribution.log_partition.isneginf().any()):
+        distribution = distribution.with_active(~distribution.log_partition.isneginf())
+    coupled = distribution.logits_given(distribution.sample_latents())
+    if confidence == "marginal":
+        _ = distribution.marginals
+    return coupled
+
+
+def head_step_limit(shape: Shape, rates: Rates) -> float:
+    """Least seconds of an exact head step on this machine.
+
+    Operations: the evidence product and the filter. Bytes: the emissions and the logits are read,
+    the emissions of the latents are read and the coupled log-probabilities are written.
+    """
+    positions = shape.batch * shape.window
+    flops = 2 * positions * shape.latents * (shape.vocab + shape.latents)
+    numbers = shape.latents * (shape.vocab + shape.latents) + 3 * positions * shape.vocab
+    return rates.limit(4 * numbers, flops)
+
+
+def measure(options: Options) -> Report:
+    """Median seconds of `head_step` and `plain_step`, and their ratio, per batch size."""
+    shape = QUICK if options.quick else LLADA_8B
+    repeats = options.repeats_or(5)
+    rates = measure_rates(options.device, options.quick)
+    head = random_head(shape, options)
+    circuit = (head.initial, head.transition, head.emission)
+    rows = []
+    for batch in [options.batch_size] if options.batch_size else [1, 8]:
+        sized = replace(shape, batch=batch)
+        window = random_window(sized, options)
+        given = (window.logits, window.tokens, window.observed)
+        sides = {"plain": lambda given=given: plain_step(circuit, *given)}
+        for mode in evidence_modes():
+            sides[mode] = lambda given=given, mode=mode: head_step(head, *given, evidence=mode)
+        seconds = median_seconds(sides, repeats, options.device)
+        for mode in evidence_modes():
+            rows.append(
+                {
+                    "batch": batch,
+                    "evidence": mode,
+                    "plain paper, ms": 1e3 * seconds["plain"],
+                    "head step, ms": 1e3 * seconds[mode],
+                    "times faster": seconds["plain"] / seconds[mode],
+                    "limit of an exact step, ms": 1e3 * head_step_limit(sized, rates),
+                }
+            )
+    sizes = shape.as_dict() | {"dtype": "float32", "repeats": repeats}
+    sizes |= {"entropy of a prediction, nats": mean_entropy(window.logits[:1])}
+    del sizes["batch"]
+    return Report("head-step", sizes, rows, rates.as_dict())
