@@ -17,6 +17,7 @@ from .evidence import (
     emission_of_latents,
     hard_evidence,
     mix_tokens,
+    summarise,
 )
 from .numerics import logsumexp, safe_log
 from .potentials import Potentials
@@ -84,13 +85,12 @@ class CoupledCategorical(Distribution):
         temperature: float = 1.0,
         forbidden: torch.Tensor | None = None,
     ):
-        if isinstance(logits, TopKEvidence) and logits.log_marginal is None:
-            if potentials.log_marginal is None:
-                raise ValueError(
-                    "`logits` is top-k evidence, but there is no law by which its remaining mass "
-                    "is spread: call its `spread_by(log_marginal)`."
-                )
-            logits = logits.spread_by(potentials.log_marginal, forbidden)
+        listed = isinstance(logits, TopKEvidence)
+        if listed and logits.log_marginal is None and potentials.log_marginal is None:
+            raise ValueError(
+                "`logits` is top-k evidence, but there is no law by which its remaining mass is "
+                "spread: call its `spread_by(log_marginal)`."
+            )
         if not isinstance(logits, torch.Tensor) and logits.temperature != temperature:
             raise ValueError(
                 f"`logits` is evidence computed at temperature {logits.temperature}, so that "
@@ -111,6 +111,7 @@ class CoupledCategorical(Distribution):
         if tokens is not None:
             self.tokens = torch.where(self.observed, tokens, 0)
         self.context = Context(context) if isinstance(context, torch.Tensor) else context
+        self._all_active = active is None
         self.active = torch.ones(batch, **flags) if active is None else active
         self.temperature = temperature
         self.forbidden = forbidden
@@ -129,6 +130,8 @@ class CoupledCategorical(Distribution):
     @cached_property
     def _prediction(self) -> DenseEvidence | TopKEvidence:
         if not isinstance(self.logits, torch.Tensor):
+            if isinstance(self.logits, TopKEvidence) and self.logits.log_marginal is None:
+                return self.logits.spread_by(self.potentials.log_marginal, self.forbidden)
             return self.logits
         logits = self.logits.to(self._dtype)
         return DenseEvidence.from_logits(logits, self.temperature, self.forbidden)
@@ -175,11 +178,14 @@ class CoupledCategorical(Distribution):
             )
         )
 
-    @property
+    @cached_property
     def _summary(self) -> EmissionSummary:
-        if isinstance(self._prediction, TopKEvidence):
+        if not isinstance(self._prediction, TopKEvidence):
+            return self.potentials.summary
+        if self.logits.log_marginal is None:
             return self.potentials.top_k_summary
-        return self.potentials.summary
+        # A law of the evidence's own: what is kept with the circuit is not for it.
+        return summarise(self.potentials.emission, self._prediction.log_marginal)
 
     @cached_property
     def _steps(self) -> Steps:
@@ -306,6 +312,20 @@ class CoupledCategorical(Distribution):
         marginals = self.factorized_logits.exp()
         return marginals.index_put((rows, positions), mixed)
 
+    def marginal_probs_of(self, value: torch.Tensor) -> torch.Tensor:
+        """`[B, L]`: what `marginals` give the tokens `[B, L]`, at no cost in the vocabulary."""
+        self._check_value(value)
+        value = torch.where(self.present, value, 0)
+        positions = torch.arange(value.shape[1], device=value.device)
+        columns = self.potentials.emission.columns(value, positions).to(self._dtype)
+        weights = safe_log(self.latent_posterior)
+        weights = weights - torch.where(weights == -torch.inf, 0, self._evidence)
+        log_phi = self._prediction.log_prob_of(value)
+        coupled = self.active & (self.log_partition > -torch.inf)
+        mixed = torch.where(coupled[:, None], logsumexp(weights + columns, -1), 0)
+        probs = torch.where(self.present, log_phi + mixed, log_phi).exp()
+        return torch.where(self.observed, (value == self.tokens).to(probs.dtype), probs)
+
     def sample_latents(self, generator: Generators = None) -> torch.Tensor:
         """A joint sample of the latent path, `[B, L]`, one per row."""
         return chains.sample_backward(self._chain(self._evidence), self._filter, (), generator)
@@ -318,9 +338,15 @@ class CoupledCategorical(Distribution):
         """
         emission = emission_of_latents(self.potentials.emission, latents).to(self._dtype)
         coupled = self.active[:, None] & self.present
-        scores = self._log_phi + torch.where(coupled[..., None], emission, 0)
+        if self._all_present and self._all_active:
+            scores = self._log_phi + emission
+        else:
+            scores = self._log_phi + torch.where(coupled[..., None], emission, 0)
         total = logsumexp(scores, -1).unsqueeze(-1)
-        scores = torch.where(total > -torch.inf, scores - total, self._log_phi)
+        impossible = total == -torch.inf
+        scores = scores - total.masked_fill(impossible, 0)
+        if torch.compiler.is_compiling() or bool(impossible.any()):
+            scores = torch.where(impossible, self._log_phi, scores)
         return self._one_hot_where_observed(scores)
 
     @torch.no_grad()
@@ -397,9 +423,13 @@ class CoupledCategorical(Distribution):
         kept = {name: getattr(self, name) for name in names}
         if self._all_present:
             kept["present"] = None
+        if self._all_active:
+            kept["active"] = None
         return CoupledCategorical(**(kept | changes))
 
     def _one_hot_where_observed(self, log_probs: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and not bool(self.observed.any()):
+            return log_probs
         one_hot = torch.full_like(log_probs, -torch.inf)
         tokens = self.tokens.expand(log_probs.shape[:-1])[..., None]
         one_hot = one_hot.scatter(-1, tokens, 0.0)

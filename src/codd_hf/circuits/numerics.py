@@ -47,5 +47,7 @@ def normalised_exp(log_weights: torch.Tensor) -> torch.Tensor:
 
 def logsumexp(x: torch.Tensor, dim: int) -> torch.Tensor:
     """`logsumexp` whose gradient is zero, not NaN, where everything is -inf."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x.logsumexp(dim)  # one fused pass
     weights, shift = shifted_exp(x, dim)
     return safe_log(weights.sum(dim)) + shift.squeeze(dim)

@@ -141,6 +141,9 @@ class TopKEvidence:
         Raises:
             ValueError: `k < V` and no `spread_by` has said where the remaining mass goes.
         """
+        safe = summary is not None and not summary.needs_repair
+        if safe and _stored_by_latent(emission) and not torch.is_grad_enabled():
+            return self._soft_evidence_by_latent(emission, summary)
         listed, columns = self._listed(emission, positions)
         if self.indices.shape[-1] == emission.vocab_size:
             return listed
@@ -154,6 +157,23 @@ class TopKEvidence:
         part = (columns + share[..., None]).sub_(scale[:, None]).exp_().sum(1)
         others = log_mean + safe_log(1 - part) + rest[:, None]
         return logsumexp(torch.stack((listed, others)), 0)
+
+    def _soft_evidence_by_latent(
+        self, emission: DenseEmission, summary: EmissionSummary
+    ) -> torch.Tensor:
+        """The same where sums cannot underflow: one exponential and two small products."""
+        scale = summary.scale(0)
+        factors = emission.log_potential[0].index_select(1, self.indices.flatten())
+        factors = factors.to(scale.dtype).sub_(scale[:, None]).exp_()
+        factors = factors.unflatten(1, self.indices.shape).transpose(0, 1)  # [N, H, k]
+        weights = self.log_probs.to(scale.dtype).exp()[..., None]
+        if self.indices.shape[-1] == emission.vocab_size:
+            return (factors @ weights)[..., 0].log() + scale
+        shares = self._log_marginal_listed().to(scale.dtype).exp()[..., None]
+        listed, part = (factors @ torch.cat((weights, shares), -1)).unbind(-1)
+        mean = (summary.log_mean[self.marginal_rows].to(scale.dtype) - scale).exp()
+        rest = self._log_rest_weight().to(scale.dtype).exp()[:, None]
+        return (listed + rest * (mean - part).clamp(min=0)).log() + scale
 
     @full_precision
     def soft_evidence_bounds(

@@ -263,7 +263,7 @@ class Steps:
             scale = scale[index] + shift[:, :, 0, 0].T  # [L, B]
         if low_rank is not None:
             (before, shift_a), (after, shift_b) = (shifted_exp(t, (2, 3)) for t in low_rank)
-            other = (shift_a + shift_b)[:, :, 0, 0].T  # [L, B]
+            self.low_rank_scale = other = (shift_a + shift_b)[:, :, 0, 0].T  # [L, B]
             if gate is None:
                 scale = scale[[self.step(i) for i in range(other.shape[0])]]
             total = torch.maximum(scale, other)
@@ -282,11 +282,11 @@ class Steps:
             spread, smallest = spread + 2 * limit, smallest - limit
         if context.low_rank is not None:
             # What is added can only raise the smallest entry; it may raise the largest.
-            before, after = context.low_rank
             limit = context.low_rank_limit
             if limit is None:
-                limit = float((before + after.amax(-1, keepdim=True)).detach().max())
-            rank = before.shape[2]
+                # Not of the term itself: one that is zero throughout still sets the scale.
+                limit = float(self.low_rank_scale.detach().max())
+            rank = context.low_rank[0].shape[2]
             spread = max(spread, limit + math.log(rank) - smallest) + math.log(2)
         return spread
 

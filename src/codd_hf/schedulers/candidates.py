@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from ..circuits import CoupledCategorical
-from ..circuits.random import Generators
+from ..circuits.random import Generators, uniform
 from .settings import DrawSettings
+
+
+class Confidence(NamedTuple):
+    """How sure a model is of tokens. Most strategies ask for few numbers, so nothing is made early.
+
+    Attributes:
+        of: maps tokens `[batch, length]` to their probabilities `[batch, length]`.
+        law: gives all probabilities `[batch, length, vocab]`.
+    """
+
+    of: Callable[[torch.Tensor], torch.Tensor]
+    law: Callable[[], torch.Tensor]
+
+    @classmethod
+    def from_law(cls, law: Callable[[], torch.Tensor]) -> Confidence:
+        """Reads single probabilities off the whole law."""
+        return cls(lambda tokens: law().gather(-1, tokens[..., None])[..., 0], law)
 
 
 class CandidateSource(NamedTuple):
@@ -18,13 +35,13 @@ class CandidateSource(NamedTuple):
     Attributes:
         masked: `[batch, length]` bool, the positions that have no token yet.
         log_probs: `[batch, length, vocab]`, what candidates are drawn from, before temperature.
-        confidence: `[batch, length, vocab]` probabilities at evidence temperature 1.
+        confidence: probabilities at evidence temperature 1.
         fallback: `[batch]` bool, rows in which a window had to be left factorized.
     """
 
     masked: torch.Tensor
     log_probs: torch.Tensor
-    confidence: torch.Tensor
+    confidence: Confidence
     fallback: torch.Tensor
 
 
@@ -56,17 +73,28 @@ def read_distribution(
         )
     per_row = length // window_length
 
-    if settings.sampling == "factorized":
-        log_probs = distribution.with_temperature(settings.evidence_temperature).factorized_logits
-        confidence = distribution.with_temperature(1.0).factorized_logits.exp()
-        fallback = torch.zeros_like(distribution.active)
+    shape = (batch, length, -1)
+    active = _active_windows(distribution, batch, settings, mask_ratio)
+    fallback = torch.zeros_like(distribution.active)
+    if settings.sampling == "factorized" or not bool(active.any()):
+        sharpened = distribution.with_temperature(settings.evidence_temperature)
+        plain = distribution.with_temperature(1.0)
+        log_probs = sharpened.factorized_logits
+        if settings.sampling == "latent" and distribution.potentials.num_latents > 1:
+            # A row uses up the same numbers whether or not others of its batch are coupled.
+            numbers = (num_windows, 1, window_length)
+            uniform(numbers, _per_window(generator, batch, per_row), sample.device)
+        confidence = Confidence.from_law(lambda: plain.factorized_logits.exp().reshape(shape))
     else:
-        active = _active_windows(distribution, batch, settings, mask_ratio)
-        distribution = distribution.with_active(active)
+        if not bool(active.all()):
+            distribution = distribution.with_active(active)
         plain = distribution.with_temperature(1.0)
         sharpened = distribution.with_temperature(settings.evidence_temperature)
-        fallback = active & (torch.minimum(plain.log_partition, sharpened.log_partition).isneginf())
-        if fallback.any():
+        impossible = sharpened.log_partition.isneginf()
+        if settings.confidence != "latent":
+            impossible = impossible | plain.log_partition.isneginf()
+        fallback = active & impossible
+        if bool(fallback.any()):
             plain = plain.with_active(active & ~fallback)
             sharpened = sharpened.with_active(active & ~fallback)
         if settings.sampling == "latent":
@@ -75,13 +103,20 @@ def read_distribution(
         else:
             log_probs = sharpened.marginals.log()
         if settings.confidence == "latent":
-            confidence = plain.logits_given(latents).exp()
+            same = plain is sharpened
+            confidence = Confidence.from_law(
+                lambda: (log_probs if same else plain.logits_given(latents)).exp().reshape(shape)
+            )
         else:
-            confidence = plain.marginals
+            windows = (num_windows, window_length)
+            confidence = Confidence(
+                lambda tokens: plain.marginal_probs_of(tokens.reshape(windows)).view(batch, length),
+                lambda: plain.marginals.reshape(shape),
+            )
     return CandidateSource(
         masked=(distribution.present & ~distribution.observed).view(batch, length),
-        log_probs=log_probs.reshape(batch, length, -1),
-        confidence=confidence.reshape(batch, length, -1),
+        log_probs=log_probs.reshape(shape),
+        confidence=confidence,
         fallback=fallback.view(batch, per_row).any(-1),
     )
 
@@ -122,7 +157,7 @@ def read_logits(
     return CandidateSource(
         masked=masked,
         log_probs=(logits / settings.evidence_temperature).log_softmax(-1),
-        confidence=logits.softmax(-1),
+        confidence=Confidence.from_law(lambda: logits.softmax(-1)),
         fallback=masked.new_zeros(len(sample)),
     )
 

@@ -12,7 +12,7 @@ from diffusers.utils import BaseOutput
 
 from ..circuits import CoupledCategorical
 from ..circuits.random import Generators, draw_categorical, uniform
-from .candidates import read_distribution, read_logits, shape_logits
+from .candidates import Confidence, read_distribution, read_logits, shape_logits
 from .settings import DrawSettings
 
 
@@ -211,7 +211,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             uniforms = uniform(sample.shape, generator, sample.device)
             candidates = draw_categorical(pred_logits.exp(), uniforms)
         sampled_tokens = torch.where(masked, candidates, sample)
-        sampled_probs = confidence.gather(-1, sampled_tokens[..., None])[..., 0]
+        sampled_probs = confidence.of(sampled_tokens)
 
         # 3. The best-ranked ones are committed.
         score = _rank_scores(settings.strategy, confidence, sampled_probs, generator)
@@ -281,14 +281,14 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
 
 
 def _rank_scores(
-    strategy: str, confidence: torch.Tensor, candidate_probs: torch.Tensor, generator: Generators
+    strategy: str, confidence: Confidence, candidate_probs: torch.Tensor, generator: Generators
 ) -> torch.Tensor:
     """Scores `[B, S]`, the position with the highest of which is committed first."""
     if strategy == "low_confidence":
         return candidate_probs
     if strategy == "margin":
-        best, second = confidence.topk(2, dim=-1).values.unbind(-1)
+        best, second = confidence.law().topk(2, dim=-1).values.unbind(-1)
         return best - second
     if strategy == "entropy":
-        return -torch.special.entr(confidence).sum(-1)
+        return -torch.special.entr(confidence.law()).sum(-1)
     return uniform(candidate_probs.shape, generator, candidate_probs.device)
