@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 COUPLINGS = ("none", "marginal", "latent")
 STRUCTURES = ("dense", "monarch")
 EMISSIONS = ("dense", "tied")
-CONDITIONINGS = ("latent", "gate", "low_rank")
+CONDITIONINGS = ("latent", "gate", "low_rank", "copy")
 
 
 class CoDDHeadConfig(PreTrainedConfig):
@@ -28,14 +28,19 @@ class CoDDHeadConfig(PreTrainedConfig):
             backbone's output embedding through a map of rank `emission_rank`.
         emission_rank (`int`, defaults to 128): rank of tied emissions.
         conditioning (`list[str]`, defaults to none): how the backbone's hidden states steer the
-            circuit: any of `"latent"`, `"gate"`, `"low_rank"`.
+            circuit: any of `"latent"`, `"gate"`, `"low_rank"`, `"copy"`.
         num_gate_groups (`int`, defaults to 16): groups of states between which the gate rescales
             transitions.
         transition_rank (`int`, defaults to 1): rank of what `"low_rank"` adds to the transitions.
         noise_conditioning (`bool`, defaults to `False`): the share of the window that is masked is
             an input of the conditioning too.
+        copy_length (`int`, defaults to 256): how many tokens before the window `"copy"` looks at.
+        copy_size (`int`, defaults to 64): size of its queries and keys.
         context_size (`int`, *optional*): the backbone's hidden size; needed with conditioning or
             tied emissions.
+        evidence_top_k (`int`, *optional*): how many of a prediction's likeliest tokens the circuit
+            reads in decoding, the others' mass being spread by the token marginal; 0 reads all
+            exactly. By default all, unless the vocabulary is large.
         alpha (`float`, defaults to 1.0): power of the token marginal by which the emissions are
             divided. 1 removes the unigram distribution that the backbone already carries; 0 is the
             raw product of the paper.
@@ -65,7 +70,10 @@ class CoDDHeadConfig(PreTrainedConfig):
     num_gate_groups: int = 16
     transition_rank: int = 1
     noise_conditioning: bool = False
+    copy_length: int = 256
+    copy_size: int = 64
     context_size: int | None = None
+    evidence_top_k: int | None = None
     alpha: float = 1.0
     mask_token_id: int | None = None
     forbidden_token_ids: list[int] | None = None
@@ -79,11 +87,15 @@ class CoDDHeadConfig(PreTrainedConfig):
             raise ValueError("`vocab_size` is missing from the head's configuration.")
         self.conditioning = list(self.conditioning or [])
         positive = ["vocab_size", "num_latents", "window_length", "emission_rank"]
-        positive += ["num_gate_groups", "transition_rank"]
+        positive += ["num_gate_groups", "transition_rank", "copy_length", "copy_size"]
         positive += [] if self.context_size is None else ["context_size"]
         for name in positive:
             if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
                 raise ValueError(f"`{name}` must be a positive integer, got {getattr(self, name)}.")
+        if self.evidence_top_k is not None and self.evidence_top_k < 0:
+            raise ValueError(
+                f"`evidence_top_k` must be 0 (exact) or positive, got {self.evidence_top_k}."
+            )
         self._check_structure()
         if self.format_version != 1:
             raise ValueError(

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .backbones import BackboneFamily, BackboneStates, family_of
-from .circuits import CoupledCategorical
+from .circuits import CoupledCategorical, Preceding, TopKEvidence
 from .circuits.random import Generators
 from .configuration_codd import CoDDConfig, CoDDHeadConfig, check_coupling
 from .modeling_head import CoDDHead, forbidden_tokens, trivial_potentials
@@ -229,10 +229,12 @@ class CoDDModel(PreTrainedModel):
         rows: torch.Tensor | None = None,
         temperature: float = 1.0,
         active: torch.Tensor | None = None,
+        head: CoDDHead | None = None,
     ) -> CoupledCategorical:
         """The coupled distribution over `N` windows of a batch.
 
-        Logits are projected at masked positions only. Without a head it is factorized.
+        Logits are projected at masked positions only. Without a head it is factorized. Large
+        vocabularies are read by their likeliest tokens (`CoDDHead.evidence_top_k`).
 
         Args:
             states: the backbone's pass over `input_ids`.
@@ -243,6 +245,7 @@ class CoDDModel(PreTrainedModel):
             rows: `[N]`, the row each window lies on; default, one window per row.
             temperature: the evidence temperature.
             active: `[N]` bool, False for windows that are to stay factorized.
+            head: a head to use in place of the model's own.
         """
         if self.config.mask_token_id is None:
             raise ValueError("`mask_token_id` is not known: give it to `from_backbone`.")
@@ -259,17 +262,28 @@ class CoDDModel(PreTrainedModel):
         at = wanted.nonzero(as_tuple=True)
         known = states.logits((rows[at[0]], positions[at]))
         logits = known.new_zeros(*positions.shape, known.shape[-1]).index_put(at, known)
-        if self.coupling_head is not None:
-            if self.coupling_head.config.emission == "tied":
-                self.coupling_head.bind(self.get_output_embeddings().weight)
-            return self.coupling_head(
+        head = self.coupling_head if head is None else head
+        if head is not None:
+            if head.config.emission == "tied":
+                head.bind(self.get_output_embeddings().weight)
+            if head.evidence_top_k:
+                logits = TopKEvidence.from_logits(
+                    logits, head.evidence_top_k, temperature, head.forbidden
+                )
+            preceding = None
+            if head.context_maps is not None and head.context_maps.copies:
+                preceding = self.preceding(
+                    states, input_ids, window_start, attention_mask, rows, head
+                )
+            return head(
                 logits,
                 tokens=tokens,
                 observed=observed,
                 last_hidden_state=states.last_hidden_state[index],
-                present=present,
+                present=None if bool(present.all()) else present,
                 temperature=temperature,
                 active=active,
+                preceding=preceding,
             )
         return CoupledCategorical(
             logits,
@@ -286,6 +300,30 @@ class CoDDModel(PreTrainedModel):
                 logits.device,
             ),
         )
+
+    def preceding(
+        self,
+        states: BackboneStates,
+        input_ids: torch.Tensor,
+        window_start: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+        head: CoDDHead | None = None,
+    ) -> Preceding:
+        """The last `copy_length` tokens before each window; masked ones do not count as present.
+
+        The arguments are those of `window_distribution`.
+        """
+        length = (self.coupling_head if head is None else head).config.copy_length
+        rows = torch.arange(len(input_ids), device=input_ids.device) if rows is None else rows
+        positions = window_start[:, None] + torch.arange(-length, 0, device=rows.device)
+        present = (positions >= 0) & (positions < input_ids.shape[1])
+        index = (rows[:, None], positions.clamp(0, input_ids.shape[1] - 1))
+        tokens = input_ids[index]
+        present = present & (tokens != self.config.mask_token_id)
+        if attention_mask is not None:
+            present = present & attention_mask[index].bool()
+        return Preceding(tokens, present, states.last_hidden_state[index])
 
     def forward(
         self,

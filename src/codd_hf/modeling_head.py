@@ -17,12 +17,17 @@ from .circuits import (
     DenseTransition,
     MonarchTransition,
     Potentials,
+    Preceding,
     TiedEmission,
     TopKEvidence,
     fit_tied,
     token_marginal,
 )
+from .circuits.evidence import ONE_PRODUCT
 from .configuration_codd import CoDDHeadConfig
+
+DEFAULT_TOP_K = 64
+"""Tokens kept of a prediction over a large vocabulary."""
 
 
 class CoDDHead(PreTrainedModel):
@@ -83,6 +88,7 @@ class CoDDHead(PreTrainedModel):
                 num_gate_groups=config.num_gate_groups,
                 transition_rank=config.transition_rank,
                 noise_conditioning=config.noise_conditioning,
+                copy_size=config.copy_size,
             )
         self._bound: list[torch.Tensor] = []  # a list, so that the backbone's weight is not ours
         self._cache: tuple[tuple, Potentials] | None = None
@@ -90,8 +96,10 @@ class CoDDHead(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, ContextMaps):
-            module.reset_parameters()
+        maps = self.context_maps
+        if maps is not None and module in (maps, *maps.children()):
+            # For its parts too: transformers passes over modules without parameters of their own.
+            maps.reset_parameters()
         if module is not self:
             return
         nn.init.constant_(self.initial, -math.log(self.config.num_latents))
@@ -131,20 +139,28 @@ class CoDDHead(PreTrainedModel):
         Raises:
             ValueError: the emissions are tied and the head is not bound to a backbone.
         """
+        self._check_bound()
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled() and self._cache:
+            return self._cache[1]  # as of the last call that was not compiled
+        parameters = [*self.parameters(recurse=False), *self._bound]
+        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+            return self._make_potentials()
+        # Between changes of the parameters, what is derived from them is computed once.
+        kept = [*parameters, self.token_marginal]
+        if any(tensor.is_inference() for tensor in kept):  # these do not tell when they change
+            return self._make_potentials()
+        key = tuple((tensor.data_ptr(), tensor._version) for tensor in kept)
+        if self._cache is None or self._cache[0] != key:
+            with torch.no_grad():
+                self._cache = (key, self._make_potentials())
+        return self._cache[1]
+
+    def _check_bound(self) -> None:
         if self.config.emission == "tied" and not self._bound:
             raise ValueError(
                 "The head's emissions are tied to a backbone's output embedding: join them with "
                 "`CoDDModel.from_backbone(backbone, head)`, or call `head.bind(embedding)`."
             )
-        parameters = [*self.parameters(recurse=False), *self._bound]
-        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
-            return self._make_potentials()
-        # Between changes of the parameters, what is derived from them is computed once.
-        key = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
-        if self._cache is None or self._cache[0] != key:
-            with torch.no_grad():
-                self._cache = (key, self._make_potentials())
-        return self._cache[1]
 
     @property
     def forbidden(self) -> torch.Tensor | None:
@@ -153,6 +169,18 @@ class CoDDHead(PreTrainedModel):
         return forbidden_tokens(
             config.vocab_size, config.mask_token_id, config.forbidden_token_ids, device
         )
+
+    @property
+    def evidence_top_k(self) -> int:
+        """How many of a prediction's likeliest tokens a model's decoding keeps; 0: all, exactly.
+
+        `config.evidence_top_k`, or, if that is not set, all where one product of the vocabulary
+        with the states is cheap and `DEFAULT_TOP_K` otherwise.
+        """
+        config = self.config
+        if config.evidence_top_k is not None:
+            return min(config.evidence_top_k, config.vocab_size)
+        return 0 if config.num_latents * config.vocab_size <= ONE_PRODUCT else DEFAULT_TOP_K
 
     @property
     def log_spread(self) -> torch.Tensor:
@@ -173,7 +201,8 @@ class CoDDHead(PreTrainedModel):
         structure = MonarchTransition if config.structure == "monarch" else DenseTransition
         if config.emission == "tied":
             projection = self.emission_projection
-            embedding = self._bound[0].to(projection.dtype) @ projection.T
+            with torch.autocast(projection.device.type, enabled=False):
+                embedding = self._bound[0].to(projection.dtype) @ projection.T
             emission = TiedEmission(self.emission_latents, embedding, self.emission_bias)
         else:
             emission = DenseEmission(stacked(self.emission, config.tie_emissions))
@@ -193,6 +222,7 @@ class CoDDHead(PreTrainedModel):
             marginal: its token marginal `u`, `[V]` or `[L, V]`; computed from it if not given.
             alpha: the emissions are divided by `u ** alpha`.
         """
+        self._check_bound()
         if marginal is None:
             marginal = token_marginal(potentials, self.config.window_length)
         corrected = potentials.scaled_by_marginal(marginal.log(), -alpha)
@@ -202,6 +232,8 @@ class CoDDHead(PreTrainedModel):
         transition = corrected.transition
         if self.config.structure == "monarch" and isinstance(transition, DenseTransition):
             transition = MonarchTransition.from_dense(transition.log_potential)
+        elif self.config.structure == "dense":
+            transition = DenseTransition(transition.dense())
         for parameter, value in zip(
             self._transition_parameters(), transition.tensors(), strict=True
         ):
@@ -223,6 +255,8 @@ class CoDDHead(PreTrainedModel):
     def set_alpha(self, alpha: float) -> None:
         """Changes the power of the marginal correction (0 gives the raw product back)."""
         shift = (self.config.alpha - alpha) * self.token_marginal.log()
+        if self.config.tie_emissions:
+            shift = shift.reshape(-1, shift.shape[-1])[0]
         if self.config.emission == "tied":
             self.emission_bias.add_(shift)
         else:
@@ -252,6 +286,7 @@ class CoDDHead(PreTrainedModel):
         present: torch.Tensor | None = None,
         temperature: float = 1.0,
         active: torch.Tensor | None = None,
+        preceding: Preceding | None = None,
     ) -> CoupledCategorical:
         """The coupled distribution over a window.
 
@@ -265,6 +300,7 @@ class CoDDHead(PreTrainedModel):
             present: `[batch, L]` bool, False where there is no such position.
             temperature: the evidence temperature.
             active: `[batch]` bool, False for rows that are to stay factorized.
+            preceding: the tokens before the window, needed by `"copy"` conditioning.
 
         Raises:
             ValueError: shapes do not fit, an observed token is outside the vocabulary, or hidden
@@ -272,7 +308,7 @@ class CoDDHead(PreTrainedModel):
         """
         context = None
         if self.context_maps is not None:
-            context = self._context(logits, observed, last_hidden_state, present)
+            context = self._context(logits, observed, last_hidden_state, present, preceding)
         return CoupledCategorical(
             logits,
             self.potentials,
@@ -285,7 +321,7 @@ class CoDDHead(PreTrainedModel):
             forbidden=self.forbidden,
         )
 
-    def _context(self, logits, observed, last_hidden_state, present) -> Context:
+    def _context(self, logits, observed, last_hidden_state, present, preceding) -> Context:
         leading = logits.shape[:2] if isinstance(logits, torch.Tensor) else logits.batch_shape
         shape = (*leading, self.config.context_size)
         if last_hidden_state is None or tuple(last_hidden_state.shape) != shape:
@@ -297,8 +333,29 @@ class CoDDHead(PreTrainedModel):
         if observed is None:
             observed = torch.zeros(shape[:2], dtype=torch.bool, device=logits.device)
         masked = ~observed if present is None else ~observed & present
+        columns = None
+        if self.context_maps.copies:
+            if preceding is None:
+                raise ValueError(
+                    "`preceding` must be given to a head with 'copy' conditioning: the tokens "
+                    "before the window and their hidden states."
+                )
+            columns = self._log_emitted(preceding.tokens)
         with torch.autocast(logits.device.type, enabled=False):
-            return self.context_maps(last_hidden_state, masked, present)
+            return self.context_maps(last_hidden_state, masked, present, preceding, columns)
+
+    @torch.no_grad()
+    def _log_emitted(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`log p(v | z)` `[B, C, H]` of tokens `[B, C]`: the emissions, correction undone.
+
+        Taken as given: gradients do not flow through it.
+        """
+        potentials = self.potentials
+        positions = torch.zeros_like(tokens)
+        columns = potentials.emission.columns(tokens, positions)
+        log_marginal = potentials.log_marginal[0][tokens]
+        log_emitted = columns + log_marginal[..., None] - potentials.top_k_summary.log_mean[0]
+        return log_emitted.clamp(-1e4, 0)  # forbidden tokens (roles) occur in prompts too
 
 
 def _copy(parameter: torch.Tensor, value: torch.Tensor) -> None:

@@ -5,11 +5,11 @@ evidence (`evidence`), over which the chain recursions run (`chain`); `CoupledCa
 behind the interface of `torch.distributions`; `em` fits a circuit to tokens.
 """
 
-from .conditioning import Context, ContextMaps
+from .conditioning import Context, ContextMaps, Preceding
 from .distribution import CoupledCategorical, ViterbiPath
 from .emissions import DenseEmission, TiedEmission, fit_tied
 from .evidence import DenseEvidence
-from .potentials import Potentials, token_marginal
+from .potentials import Potentials, occupancy, token_marginal
 from .topk import TopKEvidence
 from .transitions import DenseTransition, MonarchTransition, StepContext
 
@@ -22,10 +22,12 @@ __all__ = [
     "DenseTransition",
     "MonarchTransition",
     "Potentials",
+    "Preceding",
     "StepContext",
     "TiedEmission",
     "TopKEvidence",
     "ViterbiPath",
     "fit_tied",
+    "occupancy",
     "token_marginal",
 ]

@@ -5,7 +5,11 @@ Every map only rescales potentials, so every query of the coupled distribution s
 - *latent*: a factor `c_i(z) = exp(W x_i + b)_z` on the latents of every position;
 - *gate*: a factor `exp(G x_i)[group(z), group(z')]` on the transitions into position `i`, within
   `exp(4)` of 1;
-- *low_rank*: a sum `sum_r a_r(x_i) b_r(x_i)^T` added to the transitions into position `i`.
+- *low_rank*: a sum `sum_r a_r(x_i) b_r(x_i)^T` added to the transitions into position `i`;
+- *copy*: a sum `sum_j exp(q(x_i) . k(y_j) + b) f_j(z) g_j(z')` over the pairs of neighbouring
+  tokens before the window, added to the transitions into position `i`: what followed a token there
+  may follow it here. `f_j(z)` is the law of the pair's first token in state `z`, `g_j` the law of
+  the state given its second token, `y_j` the hidden state that predicts that one.
 
 `x_i` is the hidden state that predicts token `i`, scaled to unit root mean square, and, if asked
 for, the noise level. All maps start as no-ops.
@@ -27,8 +31,14 @@ GATE_LIMIT = 4.0
 LOW_RANK_LIMIT = 2.0
 """Largest `log a_r` of a low-rank term; `b_r` is a law over the states."""
 
+COPY_LIMIT = 2.0
+"""Largest log-weight of a copied step; its two laws are at most 1."""
+
 NO_OP_LOG_SCALE = -16.0
-"""Log of the mass that an untrained low-rank term adds to each row of the transitions."""
+"""Log of the mass that an untrained low-rank term, or a copied step, adds to the transitions."""
+
+COPY_START = -1.0
+"""Log-weight of a copied step at which a fit begins (from a no-op it would take long)."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +59,32 @@ class Context:
         return Context(latent, self.steps.map(function))
 
 
+@dataclass(frozen=True)
+class Preceding:
+    """The visible tokens before a batch of windows, in order.
+
+    Attributes:
+        tokens: `[B, C]`.
+        present: `[B, C]` bool, False where there is no token, or a masked one.
+        hidden: `[B, C, d]`, the hidden states that predict them.
+    """
+
+    tokens: torch.Tensor
+    present: torch.Tensor
+    hidden: torch.Tensor
+
+
 class ContextMaps(nn.Module):
     """The maps from hidden states to [`Context`].
 
     Args:
-        conditioning: any of `"latent"`, `"gate"`, `"low_rank"`.
+        conditioning: any of `"latent"`, `"gate"`, `"low_rank"`, `"copy"`.
         context_size: size `d` of the hidden states.
         num_latents: number of latent states `H`.
         num_gate_groups: number of groups `G` of the gate; equal stretches of the latents.
         transition_rank: rank `r` of the low-rank term.
         noise_conditioning: the share of the window that is masked is an input as well.
+        copy_size: size of the queries and keys of `"copy"`.
     """
 
     def __init__(
@@ -69,6 +95,7 @@ class ContextMaps(nn.Module):
         num_gate_groups: int,
         transition_rank: int,
         noise_conditioning: bool,
+        copy_size: int = 64,
     ):
         super().__init__()
         self.noise_conditioning = noise_conditioning
@@ -83,21 +110,49 @@ class ContextMaps(nn.Module):
         names += ["before", "after"] if "low_rank" in conditioning else []
         for name in names:
             setattr(self, name, nn.Linear(size, int(torch.Size(self.shapes[name]).numel())))
+        self.copies = "copy" in conditioning
+        if self.copies:
+            self.query = nn.Linear(size, copy_size, bias=False)
+            self.key = nn.Linear(context_size, copy_size, bias=False)
+            self.copy_bias = nn.Parameter(torch.empty(1))
+            self.copy_prior = nn.Parameter(torch.empty(num_latents))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Makes every map a no-op."""
         for name, map_ in self.named_children():
-            nn.init.zeros_(map_.bias)
+            if map_.bias is not None:
+                nn.init.zeros_(map_.bias)
             if name in ("latent", "gate"):
                 nn.init.zeros_(map_.weight)
             else:  # ranks must differ for their gradients to differ
                 nn.init.normal_(map_.weight, std=0.02)
         if hasattr(self, "before"):
             nn.init.constant_(self.before.bias, NO_OP_LOG_SCALE)
+        if self.copies:
+            nn.init.constant_(self.copy_bias, NO_OP_LOG_SCALE)
+            nn.init.zeros_(self.copy_prior)
+
+    @torch.no_grad()
+    def start(self, occupancy: torch.Tensor) -> None:
+        """Where a fit begins if it is not to take long: copying is a little more than a no-op.
+
+        Args:
+            occupancy: `[H]`, how often the circuit is in each state.
+        """
+        if self.copies:
+            nn.init.constant_(self.copy_bias, COPY_START)
+            self.copy_prior.copy_(occupancy.clamp(min=1e-6).log())
+            for map_ in (self.query, self.key):
+                nn.init.normal_(map_.weight, std=0.02)
 
     def forward(
-        self, hidden: torch.Tensor, masked: torch.Tensor, present: torch.Tensor | None
+        self,
+        hidden: torch.Tensor,
+        masked: torch.Tensor,
+        present: torch.Tensor | None,
+        preceding: Preceding | None = None,
+        columns: torch.Tensor | None = None,
     ) -> Context:
         """Context of a batch of windows.
 
@@ -105,6 +160,8 @@ class ContextMaps(nn.Module):
             hidden: `[B, L, d]`, the hidden states that predict the window's tokens.
             masked: `[B, L]` bool, the masked positions; only their share matters.
             present: `[B, L]` bool; None where all positions are.
+            preceding: the tokens before the windows, for `"copy"`.
+            columns: `[B, C, H]`, `log p(v | z)` of these tokens under the circuit.
         """
         weight = next(iter(self.children())).weight
         inputs = F.rms_norm(hidden.to(weight.dtype), hidden.shape[-1:])
@@ -113,15 +170,27 @@ class ContextMaps(nn.Module):
             level = (masked.sum(1) / length).to(inputs.dtype)
             level = torch.stack((level, level * level), -1)[:, None]
             inputs = torch.cat((inputs, level.expand(-1, inputs.shape[1], -1)), -1)
-        maps = {
-            name: map_(inputs).unflatten(-1, self.shapes[name])
-            for name, map_ in self.named_children()
-        }
-        gate = low_rank = None
+        names = [n for n in ("latent", "gate", "before", "after") if hasattr(self, n)]
+        maps = {n: getattr(self, n)(inputs).unflatten(-1, self.shapes[n]) for n in names}
+        gate = low_rank = copies = None
         if "gate" in maps:
             gate = GATE_LIMIT * (maps["gate"] / GATE_LIMIT).tanh()
         if "before" in maps:
-            before = LOW_RANK_LIMIT - F.softplus(LOW_RANK_LIMIT - maps["before"])
-            low_rank = (before, maps["after"].log_softmax(-1))
-        steps = StepContext(gate, low_rank, GATE_LIMIT, LOW_RANK_LIMIT)
+            low_rank = (_below(LOW_RANK_LIMIT, maps["before"]), maps["after"].log_softmax(-1))
+        if self.copies:
+            copies = self._copies(inputs, preceding, columns)
+        steps = StepContext(gate, low_rank, copies, GATE_LIMIT, LOW_RANK_LIMIT, COPY_LIMIT)
         return Context(maps.get("latent"), steps)
+
+    def _copies(self, inputs, preceding: Preceding, columns: torch.Tensor):
+        hidden = preceding.hidden.to(inputs.dtype)
+        keys = self.key(F.rms_norm(hidden, hidden.shape[-1:]))
+        weight = self.query(inputs) @ keys[:, 1:].transpose(1, 2) + self.copy_bias
+        pairs = preceding.present[:, :-1] & preceding.present[:, 1:]
+        weight = _below(COPY_LIMIT, weight).masked_fill(~pairs[:, None], -torch.inf)
+        return weight, columns[:, :-1], (columns[:, 1:] + self.copy_prior).log_softmax(-1)
+
+
+def _below(limit: float, x: torch.Tensor) -> torch.Tensor:
+    """`x`, smoothly kept below `limit`."""
+    return limit - F.softplus(limit - x)

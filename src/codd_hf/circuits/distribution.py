@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from .evidence import (
     summarise,
 )
 from .numerics import logsumexp, safe_log
+from .lazy import cached_property
 from .potentials import Potentials
 from .random import Generators, draw_categorical, uniform
 from .topk import TopKEvidence

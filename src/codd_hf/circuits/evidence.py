@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from .emissions import Emission
+from .lazy import cached_property
 from .numerics import LOST_MASS, full_precision, logsumexp, normalised_exp
 
 UNDERFLOW = 1e-30

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 
 from .emissions import DenseEmission, Emission
 from .evidence import EmissionSummary, summarise
+from .lazy import cached_property
 from .transitions import DenseTransition, Transition
 
 
@@ -85,6 +85,17 @@ class Potentials:
         return replace(self, emission=self.emission.shifted(power * log_token_marginal))
 
 
+def occupancy(potentials: Potentials, length: int) -> torch.Tensor:
+    """`[L, H]`: how likely a normalised circuit is to be in each state, no token being known."""
+    transition = potentials.transition.dense().exp()
+    state = potentials.initial.exp()
+    states = [state]
+    for i in range(1, length):
+        state = state @ transition[min(i - 1, len(transition) - 1)]
+        states.append(state)
+    return torch.stack(states)
+
+
 def token_marginal(potentials: Potentials, length: int) -> torch.Tensor:
     """Token marginals of the circuit itself: `[V]` if all potentials are tied, else `[L, V]`.
 
@@ -95,13 +106,7 @@ def token_marginal(potentials: Potentials, length: int) -> torch.Tensor:
         potentials: a normalised circuit.
         length: the window length `L`.
     """
-    initial, transition, emission = potentials.tensors()
-    state = initial.exp()
-    states = [state]
-    for i in range(1, length):
-        state = state @ transition[min(i - 1, len(transition) - 1)].exp()
-        states.append(state)
-    occupancy = torch.stack(states)  # [L, H]
+    states, emission = occupancy(potentials, length), potentials.emission.dense()
     if len(emission) == 1:
-        return occupancy.mean(0) @ emission[0].exp()
-    return torch.einsum("lh,lhv->lv", occupancy, emission.exp())
+        return states.mean(0) @ emission[0].exp()
+    return torch.einsum("lh,lhv->lv", states, emission.exp())

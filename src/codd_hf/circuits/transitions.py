@@ -4,9 +4,10 @@ A chain asks four things of its transitions `A_i(z, z')`, the potential of the s
 `i`: `push` (row vector times matrix), `pull` (matrix times column vector), `into` (a column, for
 backward sampling), and `log_matrix` (all of it, in log space, where those would underflow and for
 the best path). Two structures answer them, dense and Monarch; context may rescale either between
-groups of states (a gate) and add a matrix of low rank.
+groups of states (a gate), add a matrix of low rank, and add copies of steps seen elsewhere.
 
     A_i(z, z') = A(z, z') exp(gate_i[group(z), group(z')]) + \sum_r a_{i,r}(z) b_{i,r}(z')
+                 + \sum_j w_{ij} f_j(z) g_j(z')
 
 Sources: Monarch matrices, Dao et al. (arXiv 2204.00595); CoDD, arXiv 2603.00045, Appendix E, for
 context in general.
@@ -16,10 +17,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
+from .lazy import cached_property
 from .numerics import logsumexp, shifted_exp
 
 
@@ -223,22 +224,29 @@ class StepContext:
         gate: `[B, L, G, G]` log-factors between groups of states (equal stretches of them, in
             order), row = group of the previous state.
         low_rank: `log a [B, L, r, H]` (previous state) and `log b [B, L, r, H]` (next state).
+        copies: `log w [B, L, J]`, `log f [B, J, H]` (previous state), `log g [B, J, H]` (next
+            state): `J` steps that may be taken again at any position, by its own weights.
         gate_limit: a number that no `abs(gate)` exceeds, if one is known (else it is looked up).
         low_rank_limit: likewise for `log a + log b`.
+        copy_limit: likewise for `log w + log f + log g`.
     """
 
     gate: torch.Tensor | None = None
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
+    copies: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     gate_limit: float | None = None
     low_rank_limit: float | None = None
+    copy_limit: float | None = None
 
     def map(self, function) -> StepContext:
         """The same with `function` applied to every tensor."""
         return StepContext(
             None if self.gate is None else function(self.gate),
             None if self.low_rank is None else tuple(function(t) for t in self.low_rank),
+            None if self.copies is None else tuple(function(t) for t in self.copies),
             self.gate_limit,
             self.low_rank_limit,
+            self.copy_limit,
         )
 
 
@@ -255,20 +263,38 @@ class Steps:
         self.context = context or StepContext()
         self.factors, scale = transition.factors
         scale = scale[:, None]  # [steps, 1]
-        gate, low_rank = self.context.gate, self.context.low_rank
-        self.gate = self.added = None
-        if gate is not None:
-            self.gate, shift = shifted_exp(gate, (2, 3))
-            index = [self.step(i) for i in range(gate.shape[1])]
-            scale = scale[index] + shift[:, :, 0, 0].T  # [L, B]
-        if low_rank is not None:
-            (before, shift_a), (after, shift_b) = (shifted_exp(t, (2, 3)) for t in low_rank)
-            self.low_rank_scale = other = (shift_a + shift_b)[:, :, 0, 0].T  # [L, B]
-            if gate is None:
-                scale = scale[[self.step(i) for i in range(other.shape[0])]]
-            total = torch.maximum(scale, other)
-            self.weight = (scale - total).exp().expand_as(other)  # [L, B]
-            self.added = (before * (other - total).exp().T[..., None, None], after)
+        context = self.context
+        self.gate = self.added = self.copied = None
+        self.share = None
+        parts = (context.gate, *(context.low_rank or ()), *(context.copies or ()))
+        lengths = [part.shape[1] for part in parts if part is not None]
+        self.by_position = bool(lengths)
+        if self.by_position:
+            scale = scale[[self.step(i) for i in range(lengths[0])]]  # [L, 1]
+        if context.gate is not None:
+            self.gate, shift = shifted_exp(context.gate, (2, 3))
+            scale = scale + shift[:, :, 0, 0].T  # [L, B]
+        # Each term in units of its own largest number; then all in units of the largest of them.
+        terms = []
+        if context.low_rank is not None:
+            (before, shift_a), (after, shift_b) = (shifted_exp(t, (2, 3)) for t in context.low_rank)
+            self.low_rank_scale = (shift_a + shift_b)[:, :, 0, 0].T  # [L, B]
+            terms.append(self.low_rank_scale)
+        if context.copies is not None:
+            weight, shift_w = shifted_exp(context.copies[0], 2)
+            (earlier, shift_f), (later, shift_g) = (
+                shifted_exp(t, (1, 2)) for t in context.copies[1:]
+            )
+            self.copy_scale = (shift_w + shift_f + shift_g)[:, :, 0].T  # [L, B]
+            terms.append(self.copy_scale)
+        if terms:
+            total = torch.stack([scale.expand_as(terms[0]), *terms]).amax(0)
+            factors = [(term - total).exp().T for term in terms]  # [B, L]
+            self.share = (scale - total).exp()  # [L, B], of the structure itself
+            if context.low_rank is not None:
+                self.added = (before * factors[0][..., None, None], after)
+            if context.copies is not None:
+                self.copied = (weight * factors[-1][..., None], earlier, later)
             scale = total
         self.scale = scale
 
@@ -288,6 +314,12 @@ class Steps:
                 limit = float(self.low_rank_scale.detach().max())
             rank = context.low_rank[0].shape[2]
             spread = max(spread, limit + math.log(rank) - smallest) + math.log(2)
+        if context.copies is not None:
+            limit = context.copy_limit
+            if limit is None:
+                limit = float(self.copy_scale.detach().max())
+            steps = context.copies[0].shape[2]
+            spread = max(spread, limit + math.log(steps) - smallest) + math.log(2)
         return spread
 
     def step(self, position: int) -> int:
@@ -299,8 +331,7 @@ class Steps:
 
     def log_scale(self, position: int) -> torch.Tensor:
         """`[B]` or `[1]`: the log of what `push`, `pull` and `into` leave out."""
-        by_position = self.gate is not None or self.added is not None
-        return self.scale[position if by_position else self.step(position)]
+        return self.scale[position if self.by_position else self.step(position)]
 
     def push(self, message: torch.Tensor, position: int) -> torch.Tensor:
         """`sum_z message(z) A(z, .)`, `[B, H]`, up to the scale."""
@@ -315,27 +346,39 @@ class Steps:
         return self._plus(moved, weights, position, 1)
 
     def _plus(self, moved, vector, position: int, side: int) -> torch.Tensor:
-        if self.added is None:
+        """`moved` with what context adds to it; `side` 0 goes forwards, 1 backwards."""
+        if self.share is None:
             return moved
-        near, far = self.added[side][:, position], self.added[1 - side][:, position]
-        share = (near @ vector[..., None]).transpose(1, 2)  # [B, 1, r]
-        return moved * self.weight[position][:, None] + (share @ far)[:, 0]
+        moved = moved * self.share[position][:, None]
+        if self.added is not None:
+            near, far = self.added[side][:, position], self.added[1 - side][:, position]
+            share = (near @ vector[..., None]).transpose(1, 2)  # [B, 1, r]
+            moved = moved + (share @ far)[:, 0]
+        if self.copied is not None:
+            near, far = self.copied[1 + side], self.copied[2 - side]
+            share = (near @ vector[..., None]).transpose(1, 2)  # [B, 1, J]
+            moved = moved + ((share * self.copied[0][:, position, None]) @ far)[:, 0]
+        return moved
 
     def into(self, state: torch.Tensor, position: int) -> torch.Tensor:
         """`A(., state)`, `[S, B, H]`, up to the scale, of states `[S, B]`."""
         column = self.transition.into(self.factors, self.step(position), state)
+        rows = torch.arange(state.shape[-1], device=state.device)
         if self.gate is not None:
             gate = self.gate[:, position]  # [B, G, G]
             size = self.transition.num_latents // gate.shape[-1]
-            rows = torch.arange(len(gate), device=state.device)
             factor = gate.transpose(1, 2)[rows, state.div(size, rounding_mode="floor")]
             column = column * factor.repeat_interleave(size, -1)
+        if self.share is not None:
+            column = column * self.share[position][:, None]
         if self.added is not None:
             before, after = (t[:, position] for t in self.added)  # [B, r, H]
-            rows = torch.arange(len(after), device=state.device)
             share = after.transpose(1, 2)[rows, state]  # [S, B, r]
-            column = column * self.weight[position][:, None]
             column = column + torch.einsum("sbr,brz->sbz", share, before)
+        if self.copied is not None:
+            weight, before, after = self.copied
+            share = after.transpose(1, 2)[rows, state] * weight[:, position]  # [S, B, J]
+            column = column + torch.einsum("sbj,bjz->sbz", share, before)
         return column
 
     def log_matrix(self, position: int, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -348,10 +391,10 @@ class Steps:
             matrix = matrix + gate.repeat_interleave(size, 1).repeat_interleave(size, 2)
         if context.low_rank is not None:
             before, after = (t[:, position] for t in context.low_rank)
-            for r in range(before.shape[1]):
-                extra = before[:, r, :, None] + after[:, r, None]
-                both = torch.stack((matrix.expand_as(extra), extra))
-                matrix = logsumexp(both, 0)
+            matrix = _log_plus_outer(matrix, before, after)
+        if context.copies is not None:
+            weight, before, after = context.copies
+            matrix = _log_plus_outer(matrix, before + weight[:, position, :, None], after)
         return matrix
 
     def select(self, rows: torch.Tensor) -> Steps:
@@ -360,7 +403,17 @@ class Steps:
 
     def repeat(self, times: int) -> Steps:
         """The transitions of `times` copies of the batch, one after the other."""
-        if times == 1 or (self.gate is None and self.added is None):
+        if times == 1 or not self.by_position:
             return self
         context = self.context.map(lambda t: t.repeat(times, *[1] * (t.ndim - 1)))
         return Steps(self.transition, context)
+
+
+def _log_plus_outer(
+    matrix: torch.Tensor, before: torch.Tensor, after: torch.Tensor
+) -> torch.Tensor:
+    """`log(exp matrix + sum_r exp(before_r) exp(after_r)^T)`, `[n, H, H]`, one term at a time."""
+    for r in range(before.shape[1]):
+        extra = before[:, r, :, None] + after[:, r, None]
+        matrix = logsumexp(torch.stack((matrix.expand_as(extra), extra)), 0)
+    return matrix

@@ -181,11 +181,8 @@ def _one_step(model, heads, canvas, starts, masked) -> dict[str, torch.Tensor]:
     log_phi = _log_phi(model, logits).gather(-1, truth[..., None])[..., 0]
     scores = {"factorized": log_phi.masked_fill(observed, 0).sum(1)}
     for name, head in heads.items():
-        distribution = head(
-            logits,
-            tokens=truth,
-            observed=observed,
-            last_hidden_state=states.last_hidden_state[rows, columns],
+        distribution = model.window_distribution(
+            states, ids, starts.to(ids.device), attention_mask, head=head
         )
         scores[name] = distribution.log_prob(truth)
     return scores

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..circuits import Potentials, token_marginal
+from ..circuits import Potentials, occupancy, token_marginal
 from ..configuration_codd import CoDDHeadConfig
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
@@ -205,6 +205,8 @@ def start_of_stage_three(config: TrainConfig, model: CoDDModel, stage_one: CoDDH
     fitted = stage_one.potentials.scaled_by_marginal(stage_one.token_marginal.log(), config.alpha)
     head.set_potentials(fitted, stage_one.token_marginal, alpha=config.alpha)
     head.temper(config.emission_power, config.transition_power)
+    if head.context_maps is not None:
+        head.context_maps.start(occupancy(fitted, config.window_length).mean(0))
     return head
 
 

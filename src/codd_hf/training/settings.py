@@ -135,8 +135,8 @@ class TrainConfig:
         structure: of the transitions, "dense" or "monarch".
         emission: "dense", or "tied" to the backbone's output embedding.
         emission_rank: rank of tied emissions.
-        conditioning: how hidden states steer the circuit, any of latent, gate, low_rank; none
-            for a static circuit.
+        conditioning: how the context steers the circuit, any of latent, gate, low_rank, copy;
+            none for a static circuit.
         num_gate_groups: groups of states of the gate.
         transition_rank: rank of the low-rank term.
         noise_conditioning: the share of masked positions is an input of the conditioning too.
@@ -167,7 +167,7 @@ class TrainConfig:
     structure: str = "dense"
     emission: str = "dense"
     emission_rank: int = 128
-    conditioning: list[str] = field(default_factory=lambda: ["latent"])
+    conditioning: list[str] = field(default_factory=lambda: ["latent", "copy"])
     num_gate_groups: int = 16
     transition_rank: int = 1
     noise_conditioning: bool = False

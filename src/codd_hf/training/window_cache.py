@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..circuits import CoupledCategorical, DenseEvidence, TopKEvidence
+from ..circuits import CoupledCategorical, DenseEvidence, Preceding, TopKEvidence
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead, forbidden_tokens
 from .data import CanvasBatch, TokenizedExample, batch_indices, collate
@@ -33,8 +33,11 @@ class WindowCache:
         tokens: `[N, L]` int32, the true tokens.
         masked: `[N, L]` bool, the positions that were hidden from the backbone.
         level: `[N]`, the probability with which they were.
-        hidden: `[N, L, d]`, the hidden states that predict the window's tokens; None for a head
-            without conditioning.
+        hidden: `[N, L, d]` bfloat16, the hidden states that predict the window's tokens; None for
+            a head without conditioning.
+        preceding_tokens: `[N, C]` int32, the visible tokens before the window, -1 where there is
+            none; None for a head without "copy" conditioning.
+        preceding_hidden: `[N, C, d]` bfloat16, the hidden states that predict them.
         indices: `[M, k]` int32, likeliest tokens of the masked positions, window by window.
         log_probs: `[M, k]` half precision, their log-probabilities.
         log_rest: `[M]`, log of the remaining mass.
@@ -45,6 +48,8 @@ class WindowCache:
     masked: torch.Tensor
     level: torch.Tensor
     hidden: torch.Tensor | None
+    preceding_tokens: torch.Tensor | None
+    preceding_hidden: torch.Tensor | None
     indices: torch.Tensor
     log_probs: torch.Tensor
     log_rest: torch.Tensor
@@ -86,12 +91,19 @@ class WindowCache:
             dense = evidence.spread_by(head.log_spread).dense()
             evidence = DenseEvidence(dense, self.temperature)
         hidden = None if self.hidden is None else self.hidden[rows].to(device)
+        preceding = None
+        if self.preceding_tokens is not None:
+            before = self.preceding_tokens[rows].long().to(device)
+            preceding = Preceding(
+                before.clamp(min=0), before >= 0, self.preceding_hidden[rows].to(device)
+            )
         return head(
             evidence,
             tokens=self.tokens[rows].long().to(device),
             observed=~masked.to(device),
             last_hidden_state=hidden,
             temperature=self.temperature,
+            preceding=preceding,
         )
 
 
@@ -153,7 +165,8 @@ def cache_windows(
     """
     device, config = model.device, model.config
     length, vocab_size = model.window_length, config.vocab_size
-    conditioned = model.coupling_head is not None and model.coupling_head.context_maps is not None
+    maps = None if model.coupling_head is None else model.coupling_head.context_maps
+    copies = maps is not None and maps.copies
     forbidden = forbidden_tokens(
         vocab_size, config.mask_token_id, config.forbidden_token_ids, device
     )
@@ -181,13 +194,23 @@ def cache_windows(
                 window, column = masked.nonzero(as_tuple=True)
                 logits = states.logits((window.to(device), columns[window, column].to(device)))
             kept = TopKEvidence.from_logits(logits, min(top_k, vocab_size), temperature, forbidden)
-            hidden = states.last_hidden_state[rows.to(device), columns.to(device)]
+            hidden = before = before_hidden = None
+            if maps is not None:
+                hidden = _kept(states.last_hidden_state[rows.to(device), columns.to(device)])
+            if copies:
+                preceding = model.preceding(
+                    states, ids.to(device), starts.to(device), canvas.attention_mask.to(device)
+                )
+                before = preceding.tokens.masked_fill(~preceding.present, -1).int().cpu()
+                before_hidden = _kept(preceding.hidden)
             parts.append(
                 (
                     canvas.input_ids[rows, columns].int(),
                     masked,
                     noise.level,
-                    hidden.cpu() if conditioned else None,
+                    hidden,
+                    before,
+                    before_hidden,
                     kept.indices.int().cpu(),
                     kept.log_probs.half().cpu(),
                     kept.log_rest.half().cpu(),
@@ -202,3 +225,7 @@ def cache_windows(
     return WindowCache(
         *(None if column[0] is None else torch.cat(column) for column in columns), temperature
     )
+
+
+def _kept(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden.to("cpu", torch.bfloat16)
