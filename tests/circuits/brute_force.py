@@ -3,41 +3,183 @@ r"""The coupled distribution by enumeration, in float64, straight from its defin
     w(x, z) = pi(z_1) c_1(z_1) E_1(z_1, x_1) \prod_{i>1} A_i(z_{i-1}, z_i) c_i(z_i) E_i(z_i, x_i)
               \prod_{i in M} phi_i(x_i)
 
-over every sequence of tokens and every path of latents. It shares no code with the package.
+over every sequence of tokens and every path of latents, with what the circuit's structure and the
+context make of its transitions and emissions:
+
+    A_i(z, z') = A(z, z') exp(gate_i[g(z), g(z')]) + \sum_r a_{i,r}(z) b_{i,r}(z')
+    A[(a, b), (c, d)] = left[a, b, d] right[d, a, c]           Monarch transitions
+    log E(z, v) = <U_z, P W_out(v)> + b_v                      tied emissions
+    phi(v) = r u(v) / (1 - u(T))    for v outside the list T   top-k evidence
+
+It shares no code with the package.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from itertools import product
 
 import torch
 from torch.nn.functional import one_hot
 
-from codd_hf.circuits import CoupledCategorical, Potentials
+from codd_hf.circuits import (
+    Context,
+    CoupledCategorical,
+    MonarchTransition,
+    Potentials,
+    StepContext,
+    TiedEmission,
+    TopKEvidence,
+)
+
+LEAVES = ["logits", "initial", "transition", "left", "right", "emission"]
+LEAVES += ["latents", "projection", "bias", "gate", "before", "after"]
+"""The fields that a distribution is differentiable in (and the context, which is an option)."""
 
 
 @dataclass
 class Case:
-    """The arguments of one coupled distribution."""
+    """The arguments of one coupled distribution.
+
+    Attributes:
+        logits: `[B, L, V]`.
+        initial: `[H]`.
+        transition: `[1 or L-1, H, H]`; None where there are Monarch factors.
+        emission: `[1 or L, H, V]`; None where the emissions are tied.
+        options: of `CoupledCategorical`; `context` is the tensor of the latents.
+        left: `[1 or L-1, S, S, S]`, Monarch.
+        right: likewise.
+        latents: `[H, r]`, tied emissions.
+        projection: `[r, d]`, likewise.
+        bias: `[V]`, likewise.
+        embedding: `[V, d]`, `W_out`, which is frozen.
+        gate: `[B, L, G, G]`.
+        before: `[B, L, r, H]`, log of the low-rank term's factor of the previous state.
+        after: `[B, L, r, H]`, of the next state.
+        top_k: how many tokens the evidence lists; None for logits.
+        log_marginal: `[1 or L, V]`, by which the rest of the mass is spread, up to a constant;
+            -inf for forbidden tokens.
+    """
 
     logits: torch.Tensor
     initial: torch.Tensor
-    transition: torch.Tensor
-    emission: torch.Tensor
+    transition: torch.Tensor | None = None
+    emission: torch.Tensor | None = None
     options: dict = field(default_factory=dict)
+    left: torch.Tensor | None = None
+    right: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    projection: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    embedding: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
+    before: torch.Tensor | None = None
+    after: torch.Tensor | None = None
+    top_k: int | None = None
+    log_marginal: torch.Tensor | None = None
 
     def distribution(self, dtype: torch.dtype = torch.float32) -> CoupledCategorical:
         """Ours, with the circuit (and the context) in `dtype` and the logits as they are."""
-        circuit = Potentials(*(p.to(dtype) for p in self.potentials))
-        options = dict(self.options)
-        if options.get("context") is not None:
-            options["context"] = options["context"].to(dtype)
-        return CoupledCategorical(self.logits, circuit, **options)
 
-    @property
-    def potentials(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.initial, self.transition, self.emission
+        def cast(tensor):
+            return None if tensor is None else tensor.to(dtype)
+
+        options = dict(self.options)
+        low_rank = None if self.before is None else (cast(self.before), cast(self.after))
+        if self.gate is not None or low_rank is not None:
+            steps = StepContext(cast(self.gate), low_rank)
+            options["context"] = Context(cast(options.get("context")), steps)
+        elif options.get("context") is not None:
+            options["context"] = cast(options["context"])
+        return CoupledCategorical(self.prediction(dtype), self.circuit(dtype), **options)
+
+    def circuit(self, dtype: torch.dtype = torch.float32) -> Potentials:
+        """Our circuit."""
+        if self.transition is None:
+            transition = MonarchTransition(self.left.to(dtype), self.right.to(dtype))
+        else:
+            transition = self.transition.to(dtype)
+        if self.emission is None:
+            embedding = self.embedding.to(dtype) @ self.projection.to(dtype).T
+            emission = TiedEmission(self.latents.to(dtype), embedding, self.bias.to(dtype))
+        else:
+            emission = self.emission.to(dtype)
+        marginal = None
+        if self.log_marginal is not None:
+            marginal = self.log_marginal.to(dtype).log_softmax(-1)
+        return Potentials(self.initial.to(dtype), transition, emission, marginal)
+
+    def prediction(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | TopKEvidence:
+        """Our evidence: the logits as they are, or a list made of them."""
+        if self.top_k is None:
+            return self.logits
+        temperature = self.options.get("temperature", 1.0)
+        forbidden = self.options.get("forbidden")
+        logits = self.logits.to(dtype)
+        return TopKEvidence.from_logits(logits, self.top_k, temperature, forbidden)
+
+    def leaves(self) -> dict[str, torch.Tensor]:
+        """Everything that a distribution is differentiable in, by name."""
+        named = {name: getattr(self, name) for name in LEAVES}
+        named["context"] = self.options.get("context")
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def with_leaves(self, leaves: dict[str, torch.Tensor]) -> Case:
+        """The same with other tensors under those names."""
+        fields = dict(leaves)
+        context = fields.pop("context", None)
+        options = self.options if context is None else self.options | {"context": context}
+        return replace(self, options=options, **fields)
+
+    def log_step(self, row: int, i: int) -> torch.Tensor:
+        """`[H, H]` log of `A_i` in a row, the step into position `i`, as its formula says."""
+        states = len(self.initial)
+
+        def of_step(potential):
+            return potential[i - 1 if len(potential) > 1 else 0].double()
+
+        if self.transition is not None:
+            step = of_step(self.transition)
+        else:
+            left, right, side = of_step(self.left), of_step(self.right), math.isqrt(states)
+            entries = []
+            for previous, following in product(range(states), repeat=2):
+                (a, b), (c, d) = divmod(previous, side), divmod(following, side)
+                entries.append(left[a, b, d] + right[d, a, c])
+            step = torch.stack(entries).view(states, states)
+        if self.gate is not None:
+            group = torch.arange(states) * self.gate.shape[-1] // states
+            step = step + self.gate[row, i].double()[group][:, group]
+        if self.before is not None:
+            ranks = zip(self.before[row, i].double(), self.after[row, i].double(), strict=True)
+            step = torch.stack([step, *(a[:, None] + b for a, b in ranks)]).logsumexp(0)
+        return step
+
+    def log_emission(self, i: int) -> torch.Tensor:
+        """`[H, V]` log of `E_i`."""
+        if self.emission is not None:
+            return self.emission[i if len(self.emission) > 1 else 0].double()
+        projected = self.projection.double() @ self.embedding.double().T  # [r, V]
+        return self.latents.double() @ projected + self.bias.double()
+
+    def log_phi(self, row: int) -> torch.Tensor:
+        """`[L, V]` log of the backbone's prediction."""
+        logits, forbidden = self.logits[row].double(), self.options.get("forbidden")
+        if forbidden is not None:
+            logits = logits.masked_fill(forbidden, -torch.inf)
+        log_phi = (logits / self.options.get("temperature", 1.0)).log_softmax(-1)
+        if self.top_k is None or self.top_k == log_phi.shape[-1]:
+            return log_phi
+        laws = []
+        for i, law in enumerate(log_phi):
+            listed = torch.zeros_like(law, dtype=torch.bool)
+            listed[law.topk(self.top_k).indices] = True
+            marginal = self.log_marginal[i if len(self.log_marginal) > 1 else 0].double()
+            share = marginal[~listed].log_softmax(0).nan_to_num(-torch.inf, neginf=-torch.inf)
+            others = law[~listed].logsumexp(0) + share
+            laws.append(law.masked_scatter(~listed, others))
+        return torch.stack(laws)
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -46,7 +188,9 @@ class Case:
         """The same with some rows only, in that order."""
         by_row = ("tokens", "observed", "present", "context", "active")
         options = {k: v[rows] if k in by_row else v for k, v in self.options.items()}
-        return replace(self, logits=self.logits[rows], options=options)
+        held = {name: getattr(self, name) for name in ("logits", "gate", "before", "after")}
+        held = {name: tensor[rows] for name, tensor in held.items() if tensor is not None}
+        return replace(self, options=options, **held)
 
     def enumerate(self, row: int) -> Enumeration:
         return Enumeration(self, row)
@@ -65,7 +209,7 @@ class Enumeration:
     """
 
     def __init__(self, case: Case, row: int):
-        initial, transition, emission = (p.double() for p in case.potentials)
+        initial = case.initial.double()
         length, vocab = case.logits.shape[1:]
         states = len(initial)
 
@@ -79,11 +223,7 @@ class Enumeration:
         context = option("context", torch.zeros(length, states)).double()
         active = bool(option("active", torch.tensor(True)))
 
-        logits = case.logits[row].double()
-        if case.options.get("forbidden") is not None:
-            logits = logits.masked_fill(case.options["forbidden"], -torch.inf)
-        self.log_phi = (logits / case.options.get("temperature", 1.0)).log_softmax(-1)
-
+        self.log_phi = case.log_phi(row)
         self.length, self.vocab, self.states = length, vocab, states
         self.positions = present.nonzero()[:, 0].tolist()
         n = len(self.positions)
@@ -99,11 +239,9 @@ class Enumeration:
                 if k == 0:
                     circuit = circuit + initial[z[:, 0]]
                 else:
-                    step = transition[i - 1 if len(transition) > 1 else 0]
-                    circuit = circuit + step[z[:, k - 1], z[:, k]]
+                    circuit = circuit + case.log_step(row, i)[z[:, k - 1], z[:, k]]
                 circuit = circuit + context[i, z[:, k]]
-                emitted = emission[i if len(emission) > 1 else 0]
-                circuit = circuit + emitted[z[:, k]][:, x[:, k]].T
+                circuit = circuit + case.log_emission(i)[z[:, k]][:, x[:, k]].T
             if observed[i]:
                 possible = possible & (x[:, k] == given[i])
             else:

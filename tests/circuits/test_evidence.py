@@ -278,6 +278,7 @@ def test_evidence_of_a_list_compiles_to_one_graph(kind):
     emission = emission_of(kind)
     listed = flat(TopKEvidence.from_logits(logits_of(), 3).spread_by(marginal_of(LENGTH)))
     summary = summarise(emission, listed.log_marginal)
+    assert not summary.needs_repair  # a look at the data, which is not for a graph
 
     def function(listed, emission, summary):
         return listed.soft_evidence(emission, POSITIONS, summary, repair=False)

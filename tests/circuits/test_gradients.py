@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import ALL, AWKWARD, CASES
+from cases import ALL, AWKWARD, CASES, STRUCTURES, TOP_K
 from torch.autograd import gradcheck
+
+from codd_hf.circuits import CoupledCategorical
 
 ORDINARY = [
     "tied",
@@ -18,26 +20,22 @@ ORDINARY = [
     "forbidden token",
     "inactive rows",
     "none masked",
+    "top 1",
+    "top 2, untied",
+    "top 2, forbidden token",
+    "top 2, everything",
+    "all tokens listed",
+    "inactive rows, everything",
+    *STRUCTURES,
 ]
 
 
 def with_gradients(case, dtype):
-    """The case with leaves for its logits, potentials and (always) a context."""
+    """The case with leaves for all that it is made of and (always) a context, and the leaves."""
     batch, length, _ = case.logits.shape
-    context = case.options.get("context")
-    context = torch.zeros(batch, length, len(case.initial)) if context is None else context
-    leaves = [case.logits, *case.potentials, context]
-    leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
-    logits, initial, transition, emission, context = leaves
-    options = case.options | {"context": context}
-    return replace(
-        case,
-        logits=logits,
-        initial=initial,
-        transition=transition,
-        emission=emission,
-        options=options,
-    ), leaves
+    leaves = {"context": torch.zeros(batch, length, len(case.initial))} | case.leaves()
+    leaves = {k: leaf.detach().to(dtype).requires_grad_() for k, leaf in leaves.items()}
+    return case.with_leaves(leaves), list(leaves.values())
 
 
 def likely_value(case):
@@ -65,7 +63,7 @@ def test_gradients_are_those_of_the_enumerated_log_prob(name):
             their_loss = their_loss + exact.log_prob_of(value[row])
     assert float((our_loss - their_loss).detach().abs()) < 1e-8
     pairs = zip(
-        torch.autograd.grad(our_loss, our_leaves),
+        torch.autograd.grad(our_loss, our_leaves, materialize_grads=True, allow_unused=True),
         torch.autograd.grad(their_loss, their_leaves, allow_unused=True),
         strict=True,
     )
@@ -74,18 +72,54 @@ def test_gradients_are_those_of_the_enumerated_log_prob(name):
         assert float((ours_grad - theirs_grad).abs().max()) < 1e-7
 
 
-@pytest.mark.parametrize("name", ["tied", "untied", "absent anywhere"])
+@pytest.mark.parametrize("name", ["tied", "untied", "absent anywhere", "top 2, everything"])
 def test_log_partition_and_marginals_pass_gradcheck(name):
-    case = CASES[name].rows([0])
+    case = ALL[name].rows([0])
+    names = list(case.leaves())
 
-    def results(logits, initial, transition, emission):
-        ours = replace(
-            case, logits=logits, initial=initial, transition=transition, emission=emission
-        ).distribution(torch.float64)
+    def results(*tensors):
+        ours = case.with_leaves(dict(zip(names, tensors, strict=True)))
+        ours = ours.distribution(torch.float64)
         return ours.log_partition, ours.marginals, ours.latent_posterior
 
-    leaves = [p.double().requires_grad_() for p in (case.logits, *case.potentials)]
-    assert gradcheck(results, leaves)
+    assert gradcheck(results, [t.double().requires_grad_() for t in case.leaves().values()])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dense, untied steps, dense emission, gate",
+        "dense, tied steps, tied to the embedding, low rank",
+        "monarch, tied steps, dense emission, latent",
+        "monarch, untied steps, tied to the embedding, latent, gate and low rank",
+        "top 2, untied",
+        "top 2, everything",
+    ],
+)
+def test_log_prob_passes_gradcheck_in_every_leaf(name):
+    case = ALL[name]
+    value = likely_value(case)
+    names = list(case.leaves())
+
+    def log_prob(*tensors):
+        ours = case.with_leaves(dict(zip(names, tensors, strict=True)))
+        return ours.distribution(torch.float64).log_prob(value)
+
+    assert gradcheck(log_prob, [t.double().requires_grad_() for t in case.leaves().values()])
+
+
+def test_log_prob_passes_gradcheck_in_the_listed_log_probs_and_the_rest():
+    case = TOP_K["top 2, untied"]
+    listed = case.prediction(torch.float64)
+    value = likely_value(case)
+
+    def log_prob(log_probs, log_rest):
+        prediction = replace(listed, log_probs=log_probs, log_rest=log_rest)
+        circuit = case.circuit(torch.float64)
+        return CoupledCategorical(prediction, circuit, **case.options).log_prob(value)
+
+    leaves = [t.detach().requires_grad_() for t in (listed.log_probs, listed.log_rest)]
+    assert gradcheck(log_prob, leaves)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -4,7 +4,13 @@ import pytest
 import torch
 from cases import random_case
 
-from codd_hf.circuits import CoupledCategorical, Potentials
+from codd_hf.circuits import (
+    Context,
+    CoupledCategorical,
+    MonarchTransition,
+    Potentials,
+    StepContext,
+)
 
 
 def make(**changes):
@@ -51,6 +57,41 @@ def test_a_wrong_argument_is_named(changes, message):
         make(**changes)
 
 
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        (Context(torch.zeros(2, 4, 3)), r"`context` must have shape \(2, 5, 3\)"),
+        (
+            Context(steps=StepContext(gate=torch.zeros(2, 4, 3, 3))),
+            r"`context.steps.gate` must have shape \(2, 5, 3, 3\), got \(2, 4, 3, 3\)",
+        ),
+        (
+            Context(steps=StepContext(gate=torch.zeros(2, 5, 2, 2))),
+            r"`context.steps.gate` has 2 groups, which do not divide the 3 latent states",
+        ),
+        (
+            Context(steps=StepContext(low_rank=(torch.zeros(2, 5, 2, 3), torch.zeros(2, 4, 2, 3)))),
+            r"`context.steps.low_rank` must have shape \(2, 5, 2, 3\), got \(2, 4, 2, 3\)",
+        ),
+        (
+            Context(steps=StepContext(low_rank=(torch.zeros(2, 5, 2, 3), torch.zeros(2, 5, 1, 3)))),
+            r"`context.steps.low_rank`",
+        ),
+    ],
+)
+def test_a_context_of_a_wrong_shape_is_named(context, message):
+    with pytest.raises(ValueError, match=message):
+        make(context=context)
+
+
+def test_a_gate_of_monarch_steps_must_divide_the_halves_of_the_states():
+    monarch = MonarchTransition(torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2))
+    circuit = Potentials(torch.zeros(4), monarch, torch.zeros(1, 4, 4))
+    context = Context(steps=StepContext(gate=torch.zeros(2, 5, 4, 4)))
+    with pytest.raises(ValueError, match=r"4 groups, .* the 2 halves of the latent states"):
+        make(potentials=circuit, context=context)
+
+
 def test_ids_at_positions_that_are_not_observed_do_not_matter():
     make(tokens=torch.full((2, 5), -100))
 
@@ -72,11 +113,13 @@ def test_condition_names_a_wrong_shape_and_a_wrong_id():
         ours.condition(torch.zeros(1, 5).long(), everywhere)
 
 
-@pytest.mark.parametrize("name", ["logits", "context"])
-def test_nan_from_the_backbone_is_an_error(name):
-    case = random_case(110, observed="none", context=1.0)
-    spoilt = case.logits if name == "logits" else case.options["context"]
-    spoilt[1, 2, 0] = torch.nan
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("name", ["logits", "context", "gate", "before", "after"])
+def test_nan_from_the_backbone_is_an_error(name, top_k):
+    case = random_case(
+        110, states=4, observed="none", context=1.0, gate=1.0, low_rank=1.0, top_k=top_k
+    )
+    case.leaves()[name][1, 2, 0] = torch.nan
     with pytest.raises(ValueError, match="hold NaN"):
         _ = case.distribution().log_partition
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from agreement import assert_logs_agree
-from cases import ALL, AWKWARD, impossible_case, random_case, underflow_case
+from cases import ALL, AWKWARD, STRUCTURED, STRUCTURES, impossible_case, random_case, underflow_case
 
 EXACT = pytest.mark.parametrize("name", ALL)
 DTYPE = pytest.mark.parametrize(
@@ -130,7 +130,10 @@ def test_a_circuit_without_any_possible_path_can_be_left_factorized():
     assert_logs_agree(factorized.log_prob(value), expected[None])
 
 
-@pytest.mark.parametrize("name", ["absent anywhere", "one-hot evidence by temperature", *AWKWARD])
+@pytest.mark.parametrize(
+    "name",
+    ["absent anywhere", "one-hot evidence by temperature", *AWKWARD, *STRUCTURES, *STRUCTURED],
+)
 def test_a_row_does_not_depend_on_its_batchmates(name):
     case = ALL[name]
     together = case.distribution()

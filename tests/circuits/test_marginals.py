@@ -3,7 +3,7 @@
 import pytest
 import torch
 from agreement import assert_logs_agree, assert_probabilities_agree
-from cases import ALL, AWKWARD, impossible_case, random_case
+from cases import ALL, AWKWARD, STRUCTURED, STRUCTURES, impossible_case, random_case
 
 EXACT = pytest.mark.parametrize("name", ALL)
 DTYPE = pytest.mark.parametrize(
@@ -71,6 +71,19 @@ def test_logits_given_an_impossible_latent_are_the_backbones():
     assert_logs_agree(ours, case.logits.log_softmax(-1))
 
 
+@EXACT
+def test_marginals_of_given_tokens_are_those_of_all_tokens(name):
+    case = ALL[name]
+    ours = case.distribution()
+    g = torch.Generator().manual_seed(0)
+    value = torch.randint(case.logits.shape[-1], case.logits.shape[:2], generator=g)
+    for tokens in (value, ours.sample(generator=g)):
+        expected = ours.marginals.gather(-1, tokens[..., None])[..., 0]
+        close = max(rounding(case, row, torch.float32, 1e-5) for row in range(len(case)))
+        found = ours.marginal_probs_of(tokens)
+        assert_probabilities_agree(found[ours.present], expected[ours.present], close)
+
+
 def test_marginals_are_one_hot_at_observed_positions():
     case = random_case(71)
     observed = case.options["observed"]
@@ -111,7 +124,10 @@ def test_an_impossible_row_gives_no_nan():
     assert not ours.latent_posterior.isnan().any()
 
 
-@pytest.mark.parametrize("name", ["absent anywhere", "one-hot evidence by temperature", *AWKWARD])
+@pytest.mark.parametrize(
+    "name",
+    ["absent anywhere", "one-hot evidence by temperature", *AWKWARD, *STRUCTURES, *STRUCTURED],
+)
 def test_a_row_does_not_depend_on_its_batchmates(name):
     case = ALL[name]
     together = case.distribution()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from agreement import assert_drawn_from
-from cases import ALL, AWKWARD, CASES, impossible_case, random_case
+from cases import ALL, AWKWARD, CASES, STRUCTURED, STRUCTURES, TOP_K, impossible_case, random_case
 
 DRAWS = 6000
 
@@ -32,7 +32,20 @@ def test_samples_follow_the_joint_law(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["untied", "absent anywhere", "strong context", "hard zeros", *AWKWARD]
+    "name",
+    [
+        "untied",
+        "absent anywhere",
+        "strong context",
+        "hard zeros",
+        "dense, untied steps, tied to the embedding, latent, gate and low rank",
+        "monarch, tied steps, dense emission, low rank",
+        "monarch, untied steps, dense emission, gate",
+        "strong everything",
+        "hard zeros, everything",
+        "top 2, everything",
+        *AWKWARD,
+    ],
 )
 def test_latent_samples_follow_their_joint_posterior(name):
     case = ALL[name]
@@ -77,7 +90,9 @@ def test_sample_shape_comes_first(shape):
     assert ours.sample(shape).shape == (*shape, 3, 4)
 
 
-@pytest.mark.parametrize("name", ["untied", "absent anywhere", *AWKWARD])
+@pytest.mark.parametrize(
+    "name", ["untied", "absent anywhere", *AWKWARD, *STRUCTURES, *STRUCTURED, *TOP_K]
+)
 def test_a_row_with_its_own_generator_draws_the_same_alone_and_in_a_batch(name):
     case = ALL[name]
 

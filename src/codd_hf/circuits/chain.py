@@ -142,6 +142,7 @@ def _scaled_forward(chain: Chain) -> tuple[Filter, torch.Tensor]:
     steps = chain.steps
     evidence, shift = shifted_exp(chain.evidence, 2)
     batch, length, latents = evidence.shape
+    by_position = evidence.unbind(1)  # the backward pass of a slice would fill all positions
     smallest = 0.0 if chain.is_safe else LOST_MASS
     message = evidence.new_full((batch, latents), 1 / latents)
     log_scale = _where(chain.present, shift[..., 0], 0).sum(1)
@@ -152,7 +153,7 @@ def _scaled_forward(chain: Chain) -> tuple[Filter, torch.Tensor]:
             predicted = _where(moves, steps.push(message, i), message)
             added = steps.log_scale(i)
             log_scale = log_scale + (added if moves is None else added * moves[:, 0])
-        joint = _where(chain.at(i), predicted * evidence[:, i], message)
+        joint = _where(chain.at(i), predicted * by_position[i], message)
         scale = joint.sum(-1, keepdim=True)
         message = joint / scale.masked_fill(scale <= smallest, 1)
         messages.append(message)
@@ -197,19 +198,20 @@ def posterior(chain: Chain, filtered: Filter) -> torch.Tensor:
 
 
 def _scaled_backward(chain: Chain, messages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    evidence, _ = shifted_exp(chain.evidence, 2)
+    evidence = shifted_exp(chain.evidence, 2)[0].unbind(1)
+    past_laws = messages.unbind(1)
     smallest = 0.0 if chain.is_safe else LOST_MASS
-    future = torch.ones_like(messages[:, 0])
+    future = torch.ones_like(past_laws[0])
     fragile = torch.zeros(len(messages), dtype=torch.bool, device=messages.device)
     smoothed = []
     for i in reversed(range(messages.shape[1])):
-        joint = messages[:, i] * future
+        joint = past_laws[i] * future
         total = joint.sum(-1, keepdim=True)
         lost = total <= smallest
         fragile = fragile | lost[:, 0]
         smoothed.append(_where(chain.at(i), joint / total.masked_fill(lost, 1), 0))
         if i > 0:
-            past = chain.steps.pull(evidence[:, i] * future, i)
+            past = chain.steps.pull(evidence[i] * future, i)
             largest = past.amax(-1, keepdim=True)
             past = past / largest.masked_fill(largest <= smallest, 1)
             future = _where(chain.moves(i), past, future)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,12 +19,12 @@ from .evidence import (
     mix_tokens,
     summarise,
 )
-from .numerics import logsumexp, safe_log
 from .lazy import cached_property
+from .numerics import logsumexp, safe_log
 from .potentials import Potentials
 from .random import Generators, draw_categorical, uniform
 from .topk import TopKEvidence
-from .transitions import Steps
+from .transitions import MonarchTransition, Steps
 
 
 class ViterbiPath(NamedTuple):
@@ -480,13 +481,17 @@ def _check_shapes(
     if context is not None:
         latent, gate = context.latent, context.steps.gate
         groups = 1 if gate is None else gate.shape[-1]
-        if potentials.num_latents % groups:
+        divided, what = potentials.num_latents, "latent states"
+        if isinstance(potentials.transition, MonarchTransition):
+            divided, what = math.isqrt(divided), "halves of the latent states"
+        if divided % groups:
             raise ValueError(
-                f"`context.steps.gate` has {groups} groups, which do not divide the "
-                f"{potentials.num_latents} latent states evenly."
+                f"`context.steps.gate` has {groups} groups, which do not divide the {divided} "
+                f"{what} evenly."
             )
         for part in context.steps.low_rank or ():
-            expected = (batch, length, part.shape[2], potentials.num_latents)
+            rank = context.steps.low_rank[0].shape[2]
+            expected = (batch, length, rank, potentials.num_latents)
             if tuple(part.shape) != expected:
                 raise ValueError(
                     f"`context.steps.low_rank` must have shape {expected}, got {tuple(part.shape)}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 
-class cached_property(functools.cached_property):  # noqa: N801
+class cached_property(functools.cached_property):
     """`functools.cached_property` without the lock of Python 3.11, which would break a graph."""
 
     def __get__(self, instance, owner=None):

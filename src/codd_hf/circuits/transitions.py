@@ -297,6 +297,13 @@ class Steps:
                 self.copied = (weight * factors[-1][..., None], earlier, later)
             scale = total
         self.scale = scale
+        # By position, since the backward pass of a slice would fill the other positions with zeros.
+        if self.gate is not None:
+            self.gate = self.gate.unbind(1)
+        if self.added is not None:
+            self.added = tuple(part.unbind(1) for part in self.added)
+        if self.copied is not None:
+            self.copied = (self.copied[0].unbind(1), *self.copied[1:])
 
     @cached_property
     def spread(self) -> float:
@@ -327,7 +334,7 @@ class Steps:
         return min(max(position - 1, 0), self.transition.num_steps - 1)
 
     def _gate(self, position: int) -> torch.Tensor | None:
-        return None if self.gate is None else self.gate[:, position]
+        return None if self.gate is None else self.gate[position]
 
     def log_scale(self, position: int) -> torch.Tensor:
         """`[B]` or `[1]`: the log of what `push`, `pull` and `into` leave out."""
@@ -351,13 +358,13 @@ class Steps:
             return moved
         moved = moved * self.share[position][:, None]
         if self.added is not None:
-            near, far = self.added[side][:, position], self.added[1 - side][:, position]
+            near, far = self.added[side][position], self.added[1 - side][position]
             share = (near @ vector[..., None]).transpose(1, 2)  # [B, 1, r]
             moved = moved + (share @ far)[:, 0]
         if self.copied is not None:
             near, far = self.copied[1 + side], self.copied[2 - side]
             share = (near @ vector[..., None]).transpose(1, 2)  # [B, 1, J]
-            moved = moved + ((share * self.copied[0][:, position, None]) @ far)[:, 0]
+            moved = moved + ((share * self.copied[0][position][:, None]) @ far)[:, 0]
         return moved
 
     def into(self, state: torch.Tensor, position: int) -> torch.Tensor:
@@ -365,19 +372,19 @@ class Steps:
         column = self.transition.into(self.factors, self.step(position), state)
         rows = torch.arange(state.shape[-1], device=state.device)
         if self.gate is not None:
-            gate = self.gate[:, position]  # [B, G, G]
+            gate = self.gate[position]  # [B, G, G]
             size = self.transition.num_latents // gate.shape[-1]
             factor = gate.transpose(1, 2)[rows, state.div(size, rounding_mode="floor")]
             column = column * factor.repeat_interleave(size, -1)
         if self.share is not None:
             column = column * self.share[position][:, None]
         if self.added is not None:
-            before, after = (t[:, position] for t in self.added)  # [B, r, H]
+            before, after = (part[position] for part in self.added)  # [B, r, H]
             share = after.transpose(1, 2)[rows, state]  # [S, B, r]
             column = column + torch.einsum("sbr,brz->sbz", share, before)
         if self.copied is not None:
             weight, before, after = self.copied
-            share = after.transpose(1, 2)[rows, state] * weight[:, position]  # [S, B, J]
+            share = after.transpose(1, 2)[rows, state] * weight[position]  # [S, B, J]
             column = column + torch.einsum("sbj,bjz->sbz", share, before)
         return column
 
