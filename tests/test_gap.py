@@ -75,7 +75,8 @@ def test_gap_closed_is_absent_where_the_gap_is_there_but_small(tiny_tokenizer):
 def test_table_has_a_line_for_each_ratio_and_a_dash_where_there_is_no_gap(rows):
     lines = gap_table(rows).splitlines()
     assert lines[0] == (
-        "| mask ratio | factorized | raw product | fitted | sequential | gap closed by fitted |"
+        "| mask ratio | factorized | raw product | fitted | sequential "
+        "| gap closed, raw product | gap closed, fitted |"
     )
     assert len(lines) == 5
     assert lines[2].endswith("| - |")

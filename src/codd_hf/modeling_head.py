@@ -334,14 +334,14 @@ class CoDDHead(PreTrainedModel):
             observed = torch.zeros(shape[:2], dtype=torch.bool, device=logits.device)
         masked = ~observed if present is None else ~observed & present
         columns = None
-        if self.context_maps.copies:
-            if preceding is None:
-                raise ValueError(
-                    "`preceding` must be given to a head with 'copy' conditioning: the tokens "
-                    "before the window and their hidden states."
-                )
-            columns = self._log_emitted(preceding.tokens)
+        if self.context_maps.copies and preceding is None:
+            raise ValueError(
+                "`preceding` must be given to a head with 'copy' conditioning: the tokens before "
+                "the window and their hidden states."
+            )
         with torch.autocast(logits.device.type, enabled=False):
+            if self.context_maps.copies:
+                columns = self._log_emitted(preceding.tokens)
             return self.context_maps(last_hidden_state, masked, present, preceding, columns)
 
     @torch.no_grad()

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from .head_step import (
+    EVIDENCE,
     LLADA_8B,
     QUICK,
     Shape,
-    evidence_modes,
     head_step,
     random_head,
     random_window,
@@ -36,7 +36,7 @@ def extra_bytes(side: str, shape: Shape, options: Options) -> int:
     """Peak bytes that the first step of a side needs beyond its head and its logits.
 
     Args:
-        side: `plain` or one of `evidence_modes()`.
+        side: `plain` or one of `EVIDENCE`.
         shape: sizes of the step.
         options: device and seed.
     """
@@ -90,7 +90,7 @@ def measure(options: Options) -> Report:
     tasks = [
         (side, replace(shape, batch=batch))
         for batch in ([options.batch_size] if options.batch_size else [1, 8])
-        for side in ("plain", *evidence_modes())
+        for side in ("plain", *EVIDENCE)
     ]
     if cuda:
         extras = [extra_bytes(side, sized, options) for side, sized in tasks]

@@ -15,10 +15,10 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from .head_step import (
+    EVIDENCE,
     LLADA_8B,
     QUICK,
     Shape,
-    evidence_modes,
     head_step,
     head_step_limit,
     mean_entropy,
@@ -120,7 +120,7 @@ def measure(options: Options) -> Report:
     part = BackbonePart(backbone, shape, options, fastest)
     head, window = random_head(shape, options), random_window(shape, options)
     given = (window.logits, window.tokens, window.observed)
-    steps = [(mode, confidence) for mode in evidence_modes() for confidence in CONFIDENCES]
+    steps = [(mode, confidence) for mode in EVIDENCE for confidence in CONFIDENCES]
     sides = {"layer": part.run_layer, "projection": part.run_projection}
     for mode, confidence in steps:
         sides[f"{mode}, {confidence}"] = lambda mode=mode, confidence=confidence: head_step(
@@ -135,7 +135,7 @@ def measure(options: Options) -> Report:
             "evidence": mode,
             "confidence": confidence,
             "head step, ms": 1e3 * seconds[f"{mode}, {confidence}"],
-            "limit of an exact step, ms": 1e3 * head_step_limit(shape, rates),
+            "limit, ms": 1e3 * head_step_limit(shape, rates, mode),
             "backbone forward, ms": 1e3 * forward,
             "limit of the forward, ms": 1e3 * least,
             "overhead, %": 100 * seconds[f"{mode}, {confidence}"] / forward,

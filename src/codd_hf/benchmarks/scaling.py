@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from .head_step import (
+    EVIDENCE,
     LLADA_8B,
     QUICK,
     Shape,
-    evidence_modes,
     head_step,
     head_step_limit,
     random_head,
@@ -50,7 +50,7 @@ def measure(options: Options) -> Report:
         given = (window.logits, window.tokens, window.observed)
         sides = {
             mode: lambda head=head, given=given, mode=mode: head_step(head, *given, evidence=mode)
-            for mode in evidence_modes()
+            for mode in EVIDENCE
         }
         seconds = median_seconds(sides, repeats, options.device, warmups=1)
         del sides

@@ -183,10 +183,17 @@ class CoupledCategorical(Distribution):
     def _summary(self) -> EmissionSummary:
         if not isinstance(self._prediction, TopKEvidence):
             return self.potentials.summary
-        if self.logits.log_marginal is None:
+        if self.logits.log_marginal is None and not self._forbids_more:
             return self.potentials.top_k_summary
-        # A law of the evidence's own: what is kept with the circuit is not for it.
+        # Another law than the circuit's: what is kept with the circuit is not for it.
         return summarise(self.potentials.emission, self._prediction.log_marginal)
+
+    @property
+    def _forbids_more(self) -> bool:
+        """Does the circuit's law of the remaining mass give some to forbidden tokens?"""
+        if self.forbidden is None or torch.compiler.is_compiling():
+            return False
+        return bool((self.potentials.log_marginal > -torch.inf)[:, self.forbidden].any())
 
     @cached_property
     def _steps(self) -> Steps:

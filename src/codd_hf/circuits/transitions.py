@@ -161,7 +161,7 @@ class MonarchTransition:
         left, right = factors[0][step], factors[1][step]
         size = left.shape[0]
         inner = message.unflatten(-1, (size, size)).transpose(0, 1) @ left  # [a, N, d]
-        inner = inner.permute(2, 1, 0)  # [d, N, a]
+        inner = inner.permute(2, 1, 0).contiguous()  # [d, N, a]; strided, the product is slower
         if gate is None:
             return (inner @ right).permute(1, 2, 0).flatten(-2)  # [N, (c, d)]
         groups = gate.shape[-1]
@@ -175,7 +175,7 @@ class MonarchTransition:
         left, right = factors[0][step], factors[1][step]
         size = left.shape[0]
         back = right.transpose(1, 2)  # [d, c, a]
-        inner = weights.unflatten(-1, (size, size)).permute(2, 0, 1)  # [d, N, c]
+        inner = weights.unflatten(-1, (size, size)).permute(2, 0, 1).contiguous()  # [d, N, c]
         if gate is None:
             inner = inner @ back  # [d, N, a]
         else:
@@ -185,7 +185,7 @@ class MonarchTransition:
             moved = moved.unflatten(-1, (groups, -1))  # [d, G', N, G, a / G]
             moved = moved * gate.permute(2, 0, 1)[None, ..., None]
             inner = moved.sum(1).flatten(-2)
-        inner = inner.permute(2, 1, 0)  # [a, N, d]
+        inner = inner.permute(2, 1, 0).contiguous()  # [a, N, d]
         return (inner @ left.transpose(1, 2)).transpose(0, 1).flatten(-2)  # [N, (a, b)]
 
     @staticmethod

@@ -62,10 +62,13 @@ def load_pipeline(name: str | None, **kwargs: Any) -> CoDDPipeline:
 
 
 def quiet_loading() -> None:
-    """Loading a small model needs no progress bars."""
+    """Loading a small model needs no progress bars, and an error of ours is one line."""
+    import datasets
     import diffusers
     import transformers
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
 

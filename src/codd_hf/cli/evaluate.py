@@ -14,9 +14,9 @@ EXAMPLE = """example:
   codd-hf evaluate gap
   codd-hf evaluate gap --model runs/mine/pipeline --num-problems 100 --output gap.json
 
-gap: per mask ratio, nats per masked token in one parallel step for the factorized backbone, the raw
-product with the stage-1 circuit (alpha 0), the corrected one (alpha 1) and the fitted head, and for
-the backbone that reveals one token at a time."""
+gap: per mask ratio, nats per masked token in one parallel step for the factorized backbone, the
+raw product with the stage-1 circuit (alpha 0), the corrected one (alpha 1), other heads if any are
+given and the model's own, and for the backbone that reveals one token at a time."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a pipeline; default: the embedded one")
     parser.add_argument("--dataset", help="held-out examples; default: the model's `test.jsonl`")
     parser.add_argument("--stage1", help="a stage-1 head; default: the model's `stage1`, if any")
+    parser.add_argument(
+        "--head",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="another head of the same backbone, to measure beside the model's own; repeatable",
+    )
     parser.add_argument("--num-problems", type=int, help="so many of the examples; default: all")
     parser.add_argument("--ratios", type=float, nargs="+", help="mask ratios; default 0.1 to 1.0")
     parser.add_argument("--batch-size", type=int, default=32, help="windows at once")
@@ -48,6 +55,11 @@ def run(args: argparse.Namespace) -> None:
         heads["raw product"].set_alpha(0.0)
         heads["corrected"] = CoDDHead.from_pretrained(stage_one)
         heads["corrected"].set_alpha(1.0)
+    for given in args.head:
+        name, _, path = given.partition("=")
+        if not (name and path):
+            raise ValueError(f"`--head` must look like NAME=PATH, got {given!r}.")
+        heads[name] = CoDDHead.from_pretrained(path)
     if pipeline.model.coupling_head is None:
         raise ValueError("`--model` has no head to measure: fit one with `codd-hf train`.")
     heads["fitted"] = pipeline.model.coupling_head

@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             _add_stage(parser, field)
             continue
         name = "output" if field.name == "output_dir" else field.name
-        required = field.default is dataclasses.MISSING
+        missing = dataclasses.MISSING
+        required = field.default is missing and field.default_factory is missing
         _add_field(parser, name, field, field.name, docs, required)
 
 

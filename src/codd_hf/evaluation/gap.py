@@ -227,14 +227,12 @@ def gap_table(rows: Sequence[GapRow]) -> str:
     """The rows as a table in Markdown."""
     methods = list(rows[0].nats)
     heads = list(rows[0].gap_closed)
-    last = f"gap closed by {heads[-1]}" if heads else None
-    header = ["mask ratio", *methods, *([last] if last else [])]
+    header = ["mask ratio", *methods, *(f"gap closed, {head}" for head in heads)]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for row in rows:
         cells = [f"{row.ratio:g}"]
         cells += [f"{row.nats[m]:.3f} ± {row.standard_errors[m]:.3f}" for m in methods]
-        if last:
-            closed = row.gap_closed[heads[-1]]
-            cells.append("-" if closed is None else f"{100 * closed:.0f} %")
+        closed = [row.gap_closed[head] for head in heads]
+        cells += ["-" if share is None else f"{100 * share:.0f} %" for share in closed]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
