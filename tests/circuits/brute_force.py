@@ -7,6 +7,7 @@ over every sequence of tokens and every path of latents, with what the circuit's
 context make of its transitions and emissions:
 
     A_i(z, z') = A(z, z') exp(gate_i[g(z), g(z')]) + \sum_r a_{i,r}(z) b_{i,r}(z')
+                 + \sum_j w_{ij} f_j(z) g_j(z')
     A[(a, b), (c, d)] = left[a, b, d] right[d, a, c]           Monarch transitions
     log E(z, v) = <U_z, P W_out(v)> + b_v                      tied emissions
     phi(v) = r u(v) / (1 - u(T))    for v outside the list T   top-k evidence
@@ -35,6 +36,7 @@ from codd_hf.circuits import (
 
 LEAVES = ["logits", "initial", "transition", "left", "right", "emission"]
 LEAVES += ["latents", "projection", "bias", "gate", "before", "after"]
+LEAVES += ["weight", "earlier", "later"]
 """The fields that a distribution is differentiable in (and the context, which is an option)."""
 
 
@@ -57,6 +59,9 @@ class Case:
         gate: `[B, L, G, G]`.
         before: `[B, L, r, H]`, log of the low-rank term's factor of the previous state.
         after: `[B, L, r, H]`, of the next state.
+        weight: `[B, L, J]`, log-weights of copied steps.
+        earlier: `[B, J, H]`, log of their factors of the previous state.
+        later: `[B, J, H]`, of the next state.
         top_k: how many tokens the evidence lists; None for logits.
         log_marginal: `[1 or L, V]`, by which the rest of the mass is spread, up to a constant;
             -inf for forbidden tokens.
@@ -76,6 +81,9 @@ class Case:
     gate: torch.Tensor | None = None
     before: torch.Tensor | None = None
     after: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    earlier: torch.Tensor | None = None
+    later: torch.Tensor | None = None
     top_k: int | None = None
     log_marginal: torch.Tensor | None = None
 
@@ -87,8 +95,11 @@ class Case:
 
         options = dict(self.options)
         low_rank = None if self.before is None else (cast(self.before), cast(self.after))
-        if self.gate is not None or low_rank is not None:
-            steps = StepContext(cast(self.gate), low_rank)
+        copies = None
+        if self.weight is not None:
+            copies = cast(self.weight), cast(self.earlier), cast(self.later)
+        if any(part is not None for part in (self.gate, low_rank, copies)):
+            steps = StepContext(cast(self.gate), low_rank, copies)
             options["context"] = Context(cast(options.get("context")), steps)
         elif options.get("context") is not None:
             options["context"] = cast(options["context"])
@@ -154,6 +165,12 @@ class Case:
         if self.before is not None:
             ranks = zip(self.before[row, i].double(), self.after[row, i].double(), strict=True)
             step = torch.stack([step, *(a[:, None] + b for a, b in ranks)]).logsumexp(0)
+        if self.weight is not None:
+            weight, earlier, later = (
+                t.double() for t in (self.weight[row, i], self.earlier[row], self.later[row])
+            )
+            copied = weight[:, None, None] + earlier[:, :, None] + later[:, None]
+            step = torch.cat([step[None], copied]).logsumexp(0)
         return step
 
     def log_emission(self, i: int) -> torch.Tensor:
@@ -188,7 +205,7 @@ class Case:
         """The same with some rows only, in that order."""
         by_row = ("tokens", "observed", "present", "context", "active")
         options = {k: v[rows] if k in by_row else v for k, v in self.options.items()}
-        held = {name: getattr(self, name) for name in ("logits", "gate", "before", "after")}
+        held = {name: getattr(self, name) for name in ("logits", *LEAVES[-6:])}
         held = {name: tensor[rows] for name, tensor in held.items() if tensor is not None}
         return replace(self, options=options, **held)
 

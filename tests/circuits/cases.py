@@ -29,13 +29,14 @@ def random_case(
     tied_to_embedding: bool = False,
     gate: float = 0.0,
     low_rank: float = 0.0,
+    copies: float = 0.0,
     top_k: int | None = None,
     untied_marginal: bool = False,
     **options,
 ) -> Case:
     """Unnormalised normal log-potentials of standard deviation `spread`, in float32 numbers.
 
-    `context`, `gate` and `low_rank` are the standard deviations of what the context does.
+    `context`, `gate`, `low_rank` and `copies` are the standard deviations of what the context does.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -87,6 +88,9 @@ def random_case(
         case.gate = gate * normal(batch, length, 2, 2)
     if low_rank:
         case.before, case.after = (low_rank * normal(batch, length, 2, states) for _ in range(2))
+    if copies:
+        case.weight = copies * normal(batch, length, 3)
+        case.earlier, case.later = (copies * normal(batch, 3, states) for _ in range(2))
     if top_k is not None:
         case.log_marginal = normal(length if untied_marginal else 1, vocab)
         if "forbidden" in options:
@@ -181,7 +185,8 @@ CONTEXTS = {
     "latent": {"context": 1.0},
     "gate": {"gate": 1.0},
     "low rank": {"low_rank": 1.0},
-    "latent, gate and low rank": {"context": 1.0, "gate": 1.0, "low_rank": 1.0},
+    "copies": {"copies": 1.0},
+    "all of them": {"context": 1.0, "gate": 1.0, "low_rank": 1.0, "copies": 1.0},
 }
 
 
@@ -205,7 +210,7 @@ def structures() -> dict[str, Case]:
             vocab=3,
             states=4,
             tied_transition=tied_steps,
-            present=presence[(number + number // 5) % 5],
+            present=presence[(number + number // 6) % 5],
             monarch=monarch,
             tied_to_embedding=to_embedding,
             **CONTEXTS[name],
@@ -222,6 +227,7 @@ EVERYTHING = {
     "context": 1.0,
     "gate": 1.0,
     "low_rank": 1.0,
+    "copies": 1.0,
 }
 
 TOP_K = {
@@ -251,7 +257,7 @@ STRUCTURED = {
         312, batch=6, length=3, observed="none", tied_transition=False, **EVERYTHING
     ),
     "hard zeros, dense, gate and low rank": hard_zero_case(
-        313, batch=6, length=3, observed="none", states=4, gate=1.0, low_rank=1.0
+        313, batch=6, length=3, observed="none", states=4, gate=1.0, low_rank=1.0, copies=1.0
     ),
     "hard zeros, monarch": hard_zero_case(
         314, batch=6, observed="none", states=4, length=3, monarch=True
@@ -262,8 +268,9 @@ STRUCTURED = {
     ),
     "strong gate": random_case(317, batch=6, length=3, states=4, gate=100.0),
     "strong low rank": random_case(318, batch=6, length=3, states=4, low_rank=100.0),
+    "strong copies": random_case(321, batch=6, length=3, states=4, copies=100.0),
     "strong everything": random_case(
-        319, batch=6, length=3, **(EVERYTHING | {"context": 60.0, "gate": 60.0, "low_rank": 60.0})
+        319, batch=6, length=3, **(EVERYTHING | dict.fromkeys(CONTEXTS["all of them"], 60.0))
     ),
     "tied emissions over hundreds of nats": random_case(
         320, batch=6, length=3, states=4, tied_to_embedding=True, spread=80.0
@@ -389,6 +396,18 @@ def low_rank_underflow_case() -> Case:
     return case
 
 
+def copies_underflow_case() -> Case:
+    """The only way to where the evidence is is a copied step hundreds of nats smaller."""
+    case = low_rank_underflow_case()
+    case.before = case.after = None
+    case.weight = torch.tensor([-150.0, -300.0]).repeat(3, 3, 1)
+    case.weight[1, 1] = -500.0
+    case.earlier = torch.zeros(3, 2, 4)
+    case.later = torch.zeros(3, 2, 4)
+    case.later[0, 0] = torch.tensor([0.0, -400.0, -250.0, -100.0])
+    return case
+
+
 def small_transitions_without_low_rank_case() -> Case:
     """The low-rank term is zero where the transitions are far below one: they are all there is."""
     case = random_case(46, batch=3, length=3, vocab=2, observed="none", states=4)
@@ -409,6 +428,7 @@ AWKWARD = {
     "monarch factors that forbid what the evidence asks for": monarch_underflow_case(),
     "a gate that all but closes": gate_underflow_case(),
     "a tiny low-rank term that is the only way": low_rank_underflow_case(),
+    "a tiny copied step that is the only way": copies_underflow_case(),
     "tiny transitions and no low-rank term": small_transitions_without_low_rank_case(),
 }
 

@@ -8,7 +8,7 @@ from agreement import assert_logs_agree, assert_probabilities_agree
 from cases import ALL, CASES, STRUCTURES, TOP_K, random_case
 from test_log_partition import every_completion
 
-EVERYTHING = [name for name in STRUCTURES if "latent, gate and low rank" in name]
+EVERYTHING = [name for name in STRUCTURES if "all of them" in name]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_samples_follow_the_joint_law(name):
         "absent anywhere",
         "strong context",
         "hard zeros",
-        "dense, untied steps, tied to the embedding, latent, gate and low rank",
+        "dense, untied steps, tied to the embedding, all of them",
         "monarch, tied steps, dense emission, low rank",
         "monarch, untied steps, dense emission, gate",
         "strong everything",
@@ -51,6 +51,8 @@ def test_latent_samples_follow_their_joint_posterior(name):
     case = ALL[name]
     for row in range(min(len(case), 3)):
         exact = case.enumerate(row)
+        if not exact.positions:
+            continue
         repeated = case.rows([row] * DRAWS)
         drawn = repeated.distribution().sample_latents(torch.Generator().manual_seed(2))
         assert drawn.shape == (DRAWS, case.logits.shape[1])

@@ -115,7 +115,8 @@ class ContextMaps(nn.Module):
             self.query = nn.Linear(size, copy_size, bias=False)
             self.key = nn.Linear(context_size, copy_size, bias=False)
             self.copy_bias = nn.Parameter(torch.empty(1))
-            self.copy_prior = nn.Parameter(torch.empty(num_latents))
+            # Fixed: its gradient would cost more than all the rest of a step.
+            self.register_buffer("copy_prior", torch.empty(num_latents))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

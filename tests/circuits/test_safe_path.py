@@ -1,0 +1,135 @@
+"""The chain's fast path, taken where transitions are close together, against enumeration.
+
+Without a second look at what float32 rounds to zero, adversarial evidence must not matter as long
+as no transition is more than `SAFE_SPREAD` nats below the largest.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from agreement import assert_logs_agree
+from brute_force import Case
+
+from codd_hf.circuits import chain as chains
+
+ROWS, LENGTH, STATES = 6, 6, 4
+STRUCTURES = [
+    "dense",
+    "dense, untied",
+    "monarch",
+    "gate",
+    "low rank",
+    "copies",
+    "gate and low rank",
+]
+LIMIT = chains.SAFE_SPREAD - 0.01
+
+
+def extreme_case(seed: int, structure: str, spread: float = LIMIT) -> Case:
+    """Transitions at both ends of what is allowed; evidence at the edge of what float32 holds."""
+    g = torch.Generator().manual_seed(seed)
+
+    def either(*shape, width=spread):
+        """Largest, smallest, or in between; both ends occur."""
+        numbers = -width * torch.randint(3, shape, generator=g) / 2
+        numbers.view(-1)[0], numbers.view(-1)[1] = 0.0, -width
+        return numbers
+
+    levels = torch.tensor([0.0, -3.0, -50.0, -80.0, -86.0, -88.0, -95.0, -101.0, -104.0, -120.0])
+    context = levels[torch.randint(len(levels), (ROWS, LENGTH, STATES), generator=g)]
+    case = Case(
+        logits=torch.zeros(ROWS, LENGTH, 1),
+        initial=either(STATES, width=40.0),
+        emission=torch.zeros(1, STATES, 1),
+        options={"context": context},
+    )
+    steps = LENGTH - 1 if "untied" in structure else 1
+    room = spread
+    if "gate" in structure:
+        case.gate = 3.0 * (2 * torch.rand(ROWS, LENGTH, 2, 2, generator=g) - 1)
+        room = room - 6.0
+    if "low rank" in structure:
+        # The term itself reaches up to the limit; what is left of the room is for the matrix.
+        room = room - 1.0
+        case.before = either(ROWS, LENGTH, 1, STATES, width=9.0)
+        case.after = either(ROWS, LENGTH, 1, STATES, width=9.0)
+    if structure == "copies":
+        room = room - 3.0
+        case.weight = either(ROWS, LENGTH, 3, width=6.0)
+        case.earlier, case.later = (either(ROWS, 3, STATES, width=9.0) for _ in range(2))
+    if structure == "monarch":
+        case.left, case.right = (either(1, 2, 2, 2, width=spread / 2) for _ in range(2))
+    else:
+        case.transition = either(steps, STATES, STATES, width=room)
+    return case
+
+
+def agrees(case: Case, safe: bool) -> None:
+    ours = case.distribution()
+    assert ours._chain(ours._evidence).is_safe == safe
+    posterior, log_partition = ours.latent_posterior, ours.log_partition
+    rows = [case.enumerate(row) for row in range(len(case))]
+    assert_logs_agree(log_partition, torch.stack([row.log_partition for row in rows]))
+    exact = torch.stack([row.latent_posterior for row in rows])
+    error = (posterior.double() - exact).abs()
+    assert not posterior.isnan().any()
+    assert (error <= 1e-4 * exact + 1e-8).all()
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("seed", range(5))
+def test_just_below_the_limit_the_fast_path_is_exact(structure, seed):
+    agrees(extreme_case(seed, structure), safe=True)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_above_the_limit_the_careful_path_is_exact(structure):
+    agrees(extreme_case(10, structure, spread=80.0), safe=False)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_both_paths_agree_below_the_limit(structure, monkeypatch):
+    case = extreme_case(20, structure)
+    fast = case.distribution()
+    results = fast.log_partition, fast.latent_posterior
+    drawn = fast.sample_latents([torch.Generator().manual_seed(row) for row in range(ROWS)])
+    monkeypatch.setattr(chains, "SAFE_SPREAD", -1.0)
+    careful = case.distribution()
+    assert not careful._chain(careful._evidence).is_safe
+    assert_logs_agree(results[0], careful.log_partition)
+    assert float((results[1] - careful.latent_posterior).abs().max()) < 1e-5
+    generators = [torch.Generator().manual_seed(row) for row in range(ROWS)]
+    assert torch.equal(drawn, careful.sample_latents(generators))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_gradients_of_the_fast_path_are_finite_and_those_of_the_careful_one(structure, monkeypatch):
+    def gradients():
+        case = extreme_case(30, structure)
+        leaves = {k: leaf.clone().requires_grad_() for k, leaf in case.leaves().items()}
+        total = case.with_leaves(leaves).distribution().log_partition.sum()
+        return torch.autograd.grad(total, list(leaves.values()))
+
+    fast = gradients()
+    monkeypatch.setattr(chains, "SAFE_SPREAD", -1.0)
+    for mine, exact in zip(fast, gradients(), strict=True):
+        assert mine.isfinite().all()
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_spread_of_a_step_is_never_underestimated(structure):
+    for seed in range(10):
+        case = extreme_case(seed, structure)
+        spread = case.distribution()._steps.spread
+        for row in range(ROWS):
+            for i in range(1, LENGTH):
+                step = case.log_step(row, i)
+                assert float(step.max() - step.min()) <= spread + 1e-4
+
+
+def test_an_impossible_step_is_never_on_the_fast_path():
+    case = extreme_case(40, "dense")
+    case.transition[0, 1, 2] = -torch.inf
+    agrees(case, safe=False)

@@ -1,0 +1,669 @@
+"""Promises of `CoDDHead` in every combination of structures and conditionings."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from codd_hf import CoDDHead, CoDDHeadConfig, CoDDModel, Potentials
+from codd_hf.circuits import MonarchTransition, Preceding, TiedEmission, TopKEvidence
+from tiny import random_head, tiny_backbone
+
+MASK = 2
+IDS = torch.tensor([[5, 6, 7, MASK, 8, MASK, MASK], [9, 4, MASK, MASK, 3, MASK, 10]])
+BATCH, LENGTH, VOCAB, LATENTS, SIZE = 2, 3, 7, 4, 5
+CONDITIONINGS = {
+    "unconditioned": {},
+    "latent": {"conditioning": ["latent"]},
+    "gate": {"conditioning": ["gate"]},
+    "low rank": {"conditioning": ["low_rank"]},
+    "copy": {"conditioning": ["copy"]},
+    "all and noise": {
+        "conditioning": ["latent", "gate", "low_rank", "copy"],
+        "transition_rank": 2,
+        "noise_conditioning": True,
+    },
+}
+COMBINATIONS = {
+    f"{structure}, {emission} emission, {name}": {"structure": structure, "emission": emission}
+    | conditioning
+    for structure, emission, (name, conditioning) in product(
+        ("dense", "monarch"), ("dense", "tied"), CONDITIONINGS.items()
+    )
+} | {
+    "dense, untied steps and emissions, gate": {
+        "tie_transitions": False,
+        "tie_emissions": False,
+        "conditioning": ["gate"],
+    },
+    "monarch, untied steps, tied emission": {
+        "structure": "monarch",
+        "emission": "tied",
+        "tie_transitions": False,
+    },
+}
+EVERYTHING = COMBINATIONS["monarch, tied emission, all and noise"]
+COMBINATION = pytest.mark.parametrize("name", COMBINATIONS)
+
+
+def config_of(name: str = "", **changes) -> CoDDHeadConfig:
+    sizes = {
+        "vocab_size": VOCAB,
+        "num_latents": LATENTS,
+        "window_length": LENGTH,
+        "emission_rank": 4,
+        "num_gate_groups": 2,
+        "context_size": SIZE,
+        "mask_token_id": MASK,
+    }
+    return CoDDHeadConfig(**(sizes | COMBINATIONS.get(name, {}) | changes))
+
+
+def embedding(seed: int = 5) -> torch.Tensor:
+    return torch.randn(VOCAB, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def fresh_head(name: str = "", **changes) -> CoDDHead:
+    torch.manual_seed(0)
+    head = CoDDHead(config_of(name, **changes))
+    if head.config.emission == "tied":
+        head.bind(embedding())
+    return head
+
+
+@torch.no_grad()
+def shaken_head(name: str = "", scale: float = 0.7, seed: int = 1, **changes) -> CoDDHead:
+    """A head whose every number is random."""
+    head = fresh_head(name, **changes)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in head.parameters():
+        parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    marginal = torch.randn(head.token_marginal.shape, generator=generator).softmax(-1)
+    head.token_marginal.copy_(marginal)
+    return head
+
+
+def window(seed: int = 2, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "logits": 2 * torch.randn(BATCH, LENGTH, VOCAB, generator=g),
+        "tokens": torch.randint(3, VOCAB, (BATCH, LENGTH), generator=g),
+        "observed": torch.rand(BATCH, LENGTH, generator=g) < 0.3,
+        "last_hidden_state": scale * torch.randn(BATCH, LENGTH, SIZE, generator=g),
+        "preceding": Preceding(
+            torch.randint(VOCAB, (BATCH, 4), generator=g),
+            torch.tensor([[True, True, True, True], [False, True, True, True]]),
+            scale * torch.randn(BATCH, 4, SIZE, generator=g),
+        ),
+    }
+
+
+def row_of(given: dict, row: int) -> dict:
+    """One row of what a head is given."""
+    rows = torch.tensor([row])
+    preceding = Preceding(*(t[rows] for t in vars(given["preceding"]).values()))
+    return {k: v[rows] for k, v in given.items() if k != "preceding"} | {"preceding": preceding}
+
+
+def normalised_circuit(steps: int = 1, emissions: int = 1, seed: int = 4) -> Potentials:
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((LATENTS,), (steps, LATENTS, LATENTS), (emissions, LATENTS, VOCAB))
+    return Potentials(*(torch.randn(s, generator=g).log_softmax(-1) for s in shapes))
+
+
+def same_state(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    one, other = first.state_dict(), second.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+# A new head
+
+
+@COMBINATION
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1000.0])
+def test_an_untrained_head_changes_nothing_whatever_the_hidden_states(name, scale):
+    distribution = fresh_head(name)(**window(scale=scale))
+    factorized = distribution.factorized_logits.exp()
+    assert (distribution.marginals - factorized).abs().max() < 1e-6
+    assert distribution.coupling_gain(distribution.sample((20,))).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in COMBINATIONS if "unconditioned" not in n and "untied" not in n]
+)
+def test_fresh_conditioning_leaves_a_trained_circuit_as_it_was(name):
+    plain = shaken_head(name, conditioning=None, noise_conditioning=False).double()
+    head = fresh_head(name).double()
+    assert not head.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+    given = window(scale=9.0)
+    for name in ("logits", "last_hidden_state"):
+        given[name] = given[name].double()
+    expected, ours = plain(**given), head(**given)
+    value = expected.sample((50,), generator=torch.Generator().manual_seed(0))
+    # A low-rank term starts with a mass of exp(-16) = 1.1e-7 a row and rank; so does a copied step.
+    adds = {"low_rank", "copy"} & set(head.config.conditioning)
+    close = 2e-6 if adds else 1e-12
+    assert (ours.log_prob(value) - expected.log_prob(value)).abs().max() < close
+
+
+@COMBINATION
+def test_the_context_of_a_new_head_is_a_no_op(name):
+    context = fresh_head(name)(**window(scale=1000.0)).context
+    if context is not None and context.latent is not None:
+        assert (context.latent == 0).all()
+    if context is not None and context.steps.gate is not None:
+        assert (context.steps.gate == 0).all()
+    if context is not None and context.steps.low_rank is not None:
+        before, after = context.steps.low_rank
+        assert (before < -15).all()
+        assert torch.allclose(after.exp().sum(-1), torch.ones(()))
+
+
+def test_conditioning_can_be_added_to_a_saved_circuit(tmp_path):
+    plain = shaken_head()
+    plain.save_pretrained(tmp_path)
+    loaded = CoDDHead.from_pretrained(tmp_path, conditioning=["latent", "gate", "low_rank"])
+    assert loaded.context_maps.gate.weight.abs().max() == 0
+    value = window()["tokens"]
+    expected, ours = plain(**window()).log_prob(value), loaded(**window()).log_prob(value)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6)
+
+
+@COMBINATION
+def test_every_parameter_of_a_new_head_can_be_trained(name):
+    head = fresh_head(name)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
+    given = window()
+    given["observed"] = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    before = {k: v.clone() for k, v in head.named_parameters()}
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # from an exactly uniform circuit there is no way to tell states apart
+        for parameter in head.parameters(recurse=False):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    losses = []
+    for _ in range(10):
+        loss = -head(**given).log_prob(given["tokens"]).sum()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    unchanged = [k for k, v in head.named_parameters() if torch.equal(v, before[k])]
+    assert unchanged == []
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"structure": "sparse"}, r"`structure` must be one of dense, monarch, got 'sparse'"),
+        ({"emission": "low"}, r"`emission` must be one of dense, tied, got 'low'"),
+        ({"conditioning": ["gates"]}, r"`conditioning` must list some of latent, gate, low_rank"),
+        ({"conditioning": ["gate", "gate"]}, r"each once, got \['gate', 'gate'\]"),
+        ({"noise_conditioning": True}, r"`noise_conditioning` is an input of the conditioning"),
+        ({"conditioning": ["latent"], "context_size": None}, r"`context_size` .* is needed"),
+        ({"emission": "tied", "context_size": None}, r"`context_size` .* is needed"),
+        ({"emission": "tied", "tie_emissions": False}, r"set `tie_emissions` to true"),
+        ({"structure": "monarch", "num_latents": 12}, r"must be a square .*12: 9 and 16 are"),
+        (
+            {"conditioning": ["gate"], "num_gate_groups": 3},
+            r"`num_gate_groups` \(3\) must divide `num_latents` \(4\) evenly",
+        ),
+        (
+            {"conditioning": ["gate"], "num_gate_groups": 4, "structure": "monarch"},
+            r"`num_gate_groups` \(4\) must divide the square root of `num_latents` \(2\)",
+        ),
+        ({"context_size": 0}, r"`context_size` must be a positive integer, got 0"),
+        ({"emission_rank": 0}, r"`emission_rank` must be a positive integer, got 0"),
+        ({"transition_rank": -1}, r"`transition_rank` must be a positive integer, got -1"),
+        ({"num_gate_groups": 1.5}, r"`num_gate_groups` must be a positive integer|num_gate_groups"),
+    ],
+)
+def test_a_structure_that_cannot_be_is_an_error_that_names_the_field(changes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        config_of(**changes)
+
+
+def test_groups_need_not_divide_the_latents_of_a_head_without_a_gate():
+    assert config_of(num_gate_groups=3, conditioning=["latent"]).num_gate_groups == 3
+
+
+# Disk
+
+
+@COMBINATION
+def test_a_head_comes_back_from_disk_bit_equal(name, tmp_path):
+    head = shaken_head(name)
+    head.save_pretrained(tmp_path)
+    loaded = CoDDHead.from_pretrained(tmp_path)
+    assert same_state(head, loaded)
+    for field in ("structure", "emission", "conditioning", "transition_rank", "context_size"):
+        assert getattr(loaded.config, field) == getattr(head.config, field)
+    if loaded.config.emission == "tied":
+        loaded.bind(embedding())
+    ours, expected = loaded(**window()), head(**window())
+    torch.testing.assert_close(ours.log_partition, expected.log_partition)
+
+
+@COMBINATION
+def test_a_head_stays_in_float32_when_loaded_in_bfloat16(name, tmp_path):
+    head = shaken_head(name)
+    head.save_pretrained(tmp_path)
+    loaded = CoDDHead.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {t.dtype for t in loaded.state_dict().values()} == {torch.float32}
+    assert same_state(head, loaded)
+
+
+# Binding to a backbone
+
+
+def tied_model(**changes) -> CoDDModel:
+    sizes = {"num_latents": 4, "emission_rank": 3, "num_gate_groups": 2, "context_size": 16}
+    head = random_head(**(EVERYTHING | sizes | changes))
+    return CoDDModel.from_backbone(tiny_backbone(), head)
+
+
+def test_a_tied_head_that_is_not_bound_says_how_to_bind_it():
+    head = CoDDHead(config_of(emission="tied"))
+    for use in (lambda: head.potentials, lambda: head(**window())):
+        with pytest.raises(ValueError, match=r"tied to a backbone's output embedding: join them"):
+            use()
+    with pytest.raises(ValueError, match=r"tied to a backbone's output embedding: join them"):
+        head.set_potentials(normalised_circuit())
+
+
+@pytest.mark.parametrize("shape", [(VOCAB + 1, SIZE), (VOCAB, SIZE + 1), (SIZE, VOCAB)])
+def test_binding_to_an_embedding_of_another_shape_is_an_error_with_both_shapes(shape):
+    head = CoDDHead(config_of(emission="tied"))
+    with pytest.raises(ValueError, match=r"must have shape \(7, 5\) .* got \(\d, \d\)"):
+        head.bind(torch.zeros(shape))
+
+
+def test_a_head_for_another_hidden_size_is_refused_by_the_backbone():
+    with pytest.raises(ValueError, match=r"hidden states of size 8 .* backbone's have 16"):
+        CoDDModel.from_backbone(
+            tiny_backbone(),
+            random_head(
+                **EVERYTHING,
+                **{"num_latents": 4, "emission_rank": 3, "num_gate_groups": 2, "context_size": 8},
+            ),
+        )
+
+
+def test_a_model_with_a_tied_head_comes_back_from_disk_and_stores_the_embedding_once(tmp_path):
+    model = tied_model()
+    output = model(IDS, coupling="marginal", return_distribution=True)
+    changed = output.logits - model(IDS, coupling="none").logits
+    assert changed[:, -4:].abs().max() > 0.1
+    model.save_pretrained(tmp_path / "model")
+    model.coupling_head.save_pretrained(tmp_path / "head")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    output_embedding = model.get_output_embeddings().weight
+    assert sum(torch.equal(t, output_embedding) for t in stored.values()) == 1
+    assert all(
+        t.shape != (12, 16) for t in load_file(tmp_path / "head" / "model.safetensors").values()
+    )
+    loaded = CoDDModel.from_pretrained(tmp_path / "model")
+    assert same_state(model, loaded)
+    assert torch.equal(loaded(IDS, coupling="marginal").logits, output.logits)
+    joined = CoDDModel.from_backbone(tiny_backbone(), tmp_path / "head")
+    assert torch.equal(joined(IDS, coupling="marginal").logits, output.logits)
+
+
+def test_a_tied_head_follows_its_backbones_output_embedding():
+    model = tied_model()
+    with torch.no_grad():
+        before = model(IDS, return_distribution=True).distribution
+        old = before.potentials.emission.dense()
+        model.get_output_embeddings().weight.mul_(0.5)
+        new = model(IDS, return_distribution=True).distribution.potentials.emission.dense()
+        bias = model.coupling_head.emission_bias
+        torch.testing.assert_close(new - bias, 0.5 * (old - bias))
+
+
+def test_the_backbones_embedding_is_no_parameter_of_the_head():
+    head = shaken_head(emission="tied")
+    assert not any(p.shape == (VOCAB, SIZE) for p in head.parameters())
+    assert not any(t.shape == (VOCAB, SIZE) for t in head.state_dict().values())
+
+
+def test_a_model_in_bfloat16_keeps_all_of_its_tied_conditioned_head_in_float32(tmp_path):
+    model = tied_model()
+    model.save_pretrained(tmp_path)
+    loaded = CoDDModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.backbone.parameters()} == {torch.bfloat16}
+    assert same_state(model.coupling_head, loaded.coupling_head)
+    distribution = loaded(IDS, return_distribution=True).distribution
+    assert distribution.log_partition.dtype == torch.float32
+    assert torch.allclose(distribution.marginals.sum(-1), torch.ones(2, 4), atol=1e-5)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_autocast_does_not_reach_the_head(grad):
+    name = "monarch, tied emission, all and noise"
+    with torch.set_grad_enabled(grad):
+        expected = shaken_head(name)(**window())
+        head = shaken_head(name)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ours = head(**window())
+            assert torch.equal(ours.log_partition, expected.log_partition)
+            assert torch.equal(ours.marginals, expected.marginals)
+        assert torch.equal(head(**window()).log_partition, expected.log_partition)
+
+
+# Hidden states
+
+
+@pytest.mark.parametrize("hidden", [None, torch.zeros(BATCH, LENGTH, SIZE + 1)])
+def test_a_conditioned_head_without_fitting_hidden_states_is_an_error(hidden):
+    head = fresh_head(conditioning=["gate"])
+    given = window() | {"last_hidden_state": hidden}
+    with pytest.raises(ValueError, match=r"`last_hidden_state` must have shape \(2, 3, 5\)"):
+        head(**given)
+    listed = TopKEvidence.from_logits(given["logits"], 3, forbidden=head.forbidden)
+    with pytest.raises(ValueError, match=r"`last_hidden_state` must have shape \(2, 3, 5\)"):
+        head(**(given | {"logits": listed}))
+
+
+def test_a_head_that_copies_without_the_preceding_tokens_is_an_error():
+    head = fresh_head(conditioning=["copy"])
+    with pytest.raises(ValueError, match=r"`preceding` must be given"):
+        head(**(window() | {"preceding": None}))
+
+
+def test_an_unconditioned_head_needs_no_hidden_states():
+    given = window() | {"last_hidden_state": None}
+    assert fresh_head()(**given).log_partition.isfinite().all()
+
+
+def test_the_context_is_what_its_formulas_say():
+    head = shaken_head("dense, dense emission, all and noise", scale=3.0)
+    present = torch.tensor([[True, True, True], [True, True, False]])
+    given = window()
+    given["observed"] = torch.tensor([[True, False, False], [False, True, False]])
+    context = head(**given, present=present).context
+    hidden = given["last_hidden_state"]
+    level = torch.tensor([2 / 3, 1 / 2])[:, None, None].expand(-1, LENGTH, 1)
+    scaled = hidden / hidden.square().mean(-1, keepdim=True).sqrt()
+    x = torch.cat((scaled, level, level**2), -1)
+    maps = {
+        name: F.linear(x, getattr(head.context_maps, name).weight)
+        + getattr(head.context_maps, name).bias
+        for name in ("latent", "gate", "before", "after")
+    }
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(context.latent, maps["latent"], **close)
+    gate = 4 * (maps["gate"] / 4).tanh()
+    torch.testing.assert_close(context.steps.gate, gate.view(2, LENGTH, 2, 2), **close)
+    assert gate.abs().max() > 2
+    before, after = context.steps.low_rank
+    limited = 2 - (1 + (2 - maps["before"]).exp()).log()
+    torch.testing.assert_close(before, limited.view(2, LENGTH, 2, LATENTS), **close)
+    expected = maps["after"].view(2, LENGTH, 2, LATENTS).log_softmax(-1)
+    torch.testing.assert_close(after, expected, **close)
+
+    weight, earlier, later = context.steps.copies
+    preceding, maps = given["preceding"], head.context_maps
+    hidden = preceding.hidden
+    y = hidden / hidden.square().mean(-1, keepdim=True).sqrt()
+    queries, keys = F.linear(x, maps.query.weight), F.linear(y[:, 1:], maps.key.weight)
+    score = torch.einsum("bld,bjd->blj", queries, keys) + maps.copy_bias
+    limited = 2 - F.softplus(2 - score)
+    limited[1, :, 0] = -torch.inf  # that row's first token is absent
+    torch.testing.assert_close(weight, limited, **close)
+    marginal = head.token_marginal.clone()
+    marginal[MASK] = 0
+    law = head.emission.exp() * marginal
+    log_law = (law / law.sum(-1, keepdim=True)).log().clamp(min=-1e4)
+    columns = log_law.T[preceding.tokens]  # [B, C, H]
+    torch.testing.assert_close(earlier, columns[:, :-1], **close)
+    expected = (columns[:, 1:] + maps.copy_prior).log_softmax(-1)
+    torch.testing.assert_close(later, expected, **close)
+
+
+@COMBINATION
+def test_a_window_does_not_depend_on_its_batchmates(name):
+    head = shaken_head(name)
+    given = window()
+    for logits in (given["logits"], TopKEvidence.from_logits(given["logits"], 3)):
+        together = head(**(given | {"logits": logits}))
+        for row in range(BATCH):
+            alone = head(**row_of(given | {"logits": logits}, row))
+            torch.testing.assert_close(alone.log_partition[0], together.log_partition[row])
+            torch.testing.assert_close(alone.marginals[0], together.marginals[row])
+
+
+# The cache
+
+
+@COMBINATION
+def test_potentials_are_made_once_while_nothing_changes_and_again_when_something_does(name):
+    head = shaken_head(name)
+
+    def changed_by(change) -> bool:
+        with torch.no_grad():
+            before = head.potentials
+            assert head.potentials is before
+            old = head(**window()).log_partition
+        change()
+        with torch.no_grad():
+            fresh = CoDDHead(head.config)
+            fresh.load_state_dict(head.state_dict())
+            if head.config.emission == "tied":
+                fresh.bind(head._bound[0])
+            new = head(**window()).log_partition
+            assert torch.equal(new, fresh(**window()).log_partition)
+        return head.potentials is not before and not torch.equal(new, old)
+
+    def in_place(parameter):
+        def change():
+            with torch.no_grad():
+                parameter.mul_(1.5)
+
+        return change
+
+    def optimise():
+        optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
+        value = window()["tokens"]
+        head(**window()).log_prob(value).sum().backward()
+        optimizer.step()
+
+    for parameter in head.parameters(recurse=False):
+        assert changed_by(in_place(parameter))
+    assert changed_by(optimise)
+    other = shaken_head(name, seed=7).state_dict()
+    assert changed_by(lambda: head.load_state_dict(other))
+    if head.config.emission == "tied":
+        assert changed_by(lambda: head.bind(embedding(6)))
+    assert changed_by(lambda: head.set_potentials(normalised_circuit()))
+    assert changed_by(lambda: head.temper(0.5, 0.5))
+    assert changed_by(lambda: head.set_alpha(0.3))
+
+
+def test_a_kept_circuit_notices_new_marginals():
+    head = shaken_head()
+    listed = TopKEvidence.from_logits(window()["logits"], 2, forbidden=head.forbidden)
+    with torch.no_grad():
+        _ = head(**(window() | {"logits": listed})).log_partition
+        head.token_marginal.copy_(head.token_marginal.flip(-1))
+        ours = head(**(window() | {"logits": listed})).log_partition
+        fresh = CoDDHead(head.config)
+        fresh.load_state_dict(head.state_dict())
+        expected = fresh(**(window() | {"logits": listed})).log_partition
+    assert torch.equal(ours, expected)
+
+
+def test_a_head_made_in_inference_mode_notices_changes():
+    with torch.inference_mode():
+        head, changed = shaken_head(), shaken_head()
+        assert head(**window()).log_partition.isfinite().all()
+        for each in (head, changed):
+            each.emission[0] += 200.0
+        expected = changed(**window()).log_partition
+        assert torch.equal(head(**window()).log_partition, expected)
+
+
+@COMBINATION
+def test_the_kept_circuit_is_not_used_where_gradients_are_wanted(name):
+    head = shaken_head(name)
+    with torch.no_grad():
+        kept = head.potentials
+    made = head.potentials
+    assert made is not kept
+    assert all(leaf.requires_grad for leaf in made.leaves())
+    head(**window()).log_partition.sum().backward()
+    assert all(p.grad is not None for p in head.parameters(recurse=False))
+    with torch.no_grad():
+        assert head.potentials is kept
+        assert not any(leaf.requires_grad and leaf.grad_fn for leaf in kept.leaves())
+
+
+# Taking over a circuit
+
+
+def test_a_tied_head_takes_over_emissions_that_it_can_hold_exactly():
+    head = fresh_head(emission="tied", emission_rank=LATENTS)
+    g = torch.Generator().manual_seed(3)
+    tied = TiedEmission(
+        torch.randn(LATENTS, 3, generator=g),
+        embedding() @ torch.randn(SIZE, 3, generator=g),
+        torch.randn(VOCAB, generator=g),
+    )
+    circuit = normalised_circuit()
+    potentials = Potentials(circuit.initial, circuit.transition, tied.dense())
+    head.set_potentials(potentials, torch.full((VOCAB,), 1 / VOCAB), alpha=0.0)
+    torch.testing.assert_close(head.potentials.emission.dense(), tied.dense(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_tied_head_of_low_rank_takes_over_the_closest_emissions():
+    errors = []
+    for rank in (1, 2, 4):
+        head = fresh_head(emission="tied", emission_rank=rank)
+        circuit, uniform = normalised_circuit(), torch.full((VOCAB,), 1 / VOCAB)
+        head.set_potentials(circuit, uniform, alpha=0.0)
+        error = head.potentials.emission.dense() - circuit.emission.dense()
+        errors.append(error.square().mean().item())
+    assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize("steps", [1, LENGTH - 1])
+def test_a_monarch_head_takes_over_monarch_steps_exactly(steps):
+    g = torch.Generator().manual_seed(3)
+    factors = (torch.randn(steps, 2, 2, 2, generator=g).log_softmax(-1) for _ in range(2))
+    monarch = MonarchTransition(*factors)
+    circuit = normalised_circuit()
+    dense = Potentials(circuit.initial, monarch.dense(), circuit.emission)
+    direct = Potentials(circuit.initial, monarch, circuit.emission)
+    for potentials in (dense, direct):
+        head = fresh_head(structure="monarch", tie_transitions=steps == 1)
+        head.set_potentials(potentials)
+        torch.testing.assert_close(head.potentials.transition.dense(), monarch.dense())
+
+
+def test_a_dense_head_takes_over_monarch_steps():
+    g = torch.Generator().manual_seed(3)
+    factors = (torch.randn(1, 2, 2, 2, generator=g).log_softmax(-1) for _ in range(2))
+    circuit, monarch = normalised_circuit(), MonarchTransition(*factors)
+    head = fresh_head()
+    head.set_potentials(Potentials(circuit.initial, monarch, circuit.emission))
+    torch.testing.assert_close(head.potentials.transition.dense(), monarch.dense())
+
+
+def test_a_monarch_head_takes_over_the_laws_of_the_halves_of_dense_steps():
+    circuit = normalised_circuit()
+    head = fresh_head(structure="monarch")
+    head.set_potentials(circuit)
+    law = circuit.transition.dense()[0].exp().view(2, 2, 2, 2)  # [a, b, c, d]
+    ours = head.potentials.transition.dense()[0].exp()
+    assert torch.allclose(ours.sum(-1), torch.ones(LATENTS), atol=1e-5)
+    torch.testing.assert_close(ours.view(2, 2, 2, 2).sum(2), law.sum(2))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dense, tied emission, latent",
+        "monarch, dense emission, unconditioned",
+        "monarch, untied steps, tied emission",
+        "dense, untied steps and emissions, gate",
+    ],
+)
+def test_alpha_changes_the_power_of_the_marginal_and_nothing_else(name):
+    head = shaken_head(name)
+    head.set_potentials(normalised_circuit())
+    corrected = [tensor.clone() for tensor in head.potentials.tensors()]
+    head.set_alpha(0.25)
+    assert head.config.alpha == 0.25
+    initial, transition, emission = head.potentials.tensors()
+    shift = 0.75 * head.token_marginal.log().reshape(-1, 1, VOCAB)
+    torch.testing.assert_close(emission, (corrected[2] + shift)[: len(emission)])
+    assert torch.equal(initial, corrected[0])
+    assert torch.equal(transition, corrected[1])
+    head.set_alpha(1.0)
+    torch.testing.assert_close(head.potentials.tensors()[2], corrected[2])
+
+
+def test_alpha_can_be_changed_where_only_the_steps_are_untied():
+    head = fresh_head(tie_transitions=False)
+    circuit = normalised_circuit(steps=LENGTH - 1)
+    head.set_potentials(circuit)
+    head.set_alpha(0.0)
+    torch.testing.assert_close(head.potentials.emission.dense(), circuit.emission.dense())
+
+
+@COMBINATION
+def test_tempering_raises_emissions_to_a_power_and_normalises_steps(name):
+    head = shaken_head(name)
+    head.set_potentials(normalised_circuit())
+    before = [t.clone() for t in head.potentials.tensors()]
+    head.temper(1.0, 1.0)
+    for ours, expected in zip(head.potentials.tensors(), before, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    head.temper(0.5, 0.7)
+    initial, transition, emission = head.potentials.tensors()
+    torch.testing.assert_close(emission, 0.5 * before[2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(initial, (0.7 * before[0]).log_softmax(-1))
+    assert torch.allclose(transition.exp().sum(-1), torch.ones(()), atol=1e-5)
+    if head.config.structure == "dense":
+        torch.testing.assert_close(transition, (0.7 * before[1]).log_softmax(-1))
+
+
+# Compilation
+
+
+@pytest.mark.parametrize(
+    ("name", "k"),
+    [
+        ("dense, dense emission, unconditioned", 3),
+        ("dense, dense emission, all and noise", None),
+        ("monarch, tied emission, all and noise", 3),
+    ],
+)
+@torch.no_grad()
+def test_a_step_compiles_to_one_graph_after_one_eager_call(name, k):
+    torch.compiler.reset()
+    head = shaken_head(name)
+    given = window()
+
+    def step(logits, tokens, observed, last_hidden_state, preceding):
+        if k is not None:
+            logits = TopKEvidence.from_logits(logits, k, forbidden=head.forbidden)
+        distribution = head(logits, tokens, observed, last_hidden_state, preceding=preceding)
+        latents = distribution.sample_latents()
+        return distribution.log_partition, latents, distribution.logits_given(latents)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        torch.manual_seed(seed)
+        expected = step(**given)
+        torch.manual_seed(seed)
+        ours = compiled(**given)
+        for mine, exact in zip(ours, expected, strict=True):
+            torch.testing.assert_close(mine, exact)
+        head.initial.mul_(-1)  # and after a change, again after one eager call
