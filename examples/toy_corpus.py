@@ -184,7 +184,7 @@ def train(grammar: Grammar, num_texts: int = 8192) -> CoDDPipeline:
         validation,
         config=ConditionalConfig(
             max_steps=200,
-            tokens_per_batch=128 * (LENGTH + 1),
+            windows_per_batch=128,
             evaluation_steps=200,
             warmup_steps=20,
             **noise,

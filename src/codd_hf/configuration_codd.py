@@ -137,6 +137,8 @@ class CoDDHeadConfig(PreTrainedConfig):
             raise ValueError(
                 "`emission` 'tied' is the same at all positions: set `tie_emissions` to true."
             )
+        if self.copy_length < 2:
+            raise ValueError(f"`copy_length` must be at least 2 (a pair), got {self.copy_length}.")
         side = math.isqrt(self.num_latents)
         monarch = self.structure == "monarch"
         if monarch and side * side != self.num_latents:

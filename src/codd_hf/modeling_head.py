@@ -77,7 +77,7 @@ class CoDDHead(PreTrainedModel):
         else:
             positions = () if config.tie_emissions else (length,)
             self.emission = nn.Parameter(torch.empty(*positions, latents, vocab))
-        tied = config.tie_transitions and config.tie_emissions
+        tied = config.emission == "tied" or (config.tie_transitions and config.tie_emissions)
         self.register_buffer("token_marginal", torch.empty(*(() if tied else (length,)), vocab))
         self.context_maps = None
         if config.conditioning:
@@ -225,6 +225,8 @@ class CoDDHead(PreTrainedModel):
         self._check_bound()
         if marginal is None:
             marginal = token_marginal(potentials, self.config.window_length)
+        if marginal.ndim > self.token_marginal.ndim:
+            marginal = marginal.mean(0)
         corrected = potentials.scaled_by_marginal(marginal.log(), -alpha)
         self.token_marginal.copy_(marginal)
         self.config.alpha = alpha

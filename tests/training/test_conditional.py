@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from codd_hf import CoDDModel
+from codd_hf import CoDDHead, CoDDModel
 from codd_hf.training.checkpoint import load_checkpoint
 from codd_hf.training.conditional import evaluate_head, fit_conditional, window_gains
 from codd_hf.training.settings import ConditionalConfig
@@ -67,6 +67,40 @@ def test_fit_improves_the_held_out_gain_and_leaves_the_backbone_as_it_was(tiny_t
     after = model.backbone.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert not any(p.requires_grad for p in model.backbone.parameters())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"conditioning": ["latent"]},
+        {"conditioning": ["gate"], "num_gate_groups": 2},
+        {"conditioning": ["low_rank"], "noise_conditioning": True},
+        {"conditioning": ["copy"], "copy_length": 6},
+        {"conditioning": ["latent"], "structure": "monarch", "num_latents": 9},
+        {"conditioning": ["latent"], "emission": "tied", "emission_rank": 8},
+    ],
+    ids=str,
+)
+def test_every_kind_of_head_learns(tiny_tokenizer, changes):
+    model = new_model(tiny_tokenizer)
+    changes = {"mask_token_id": 1, "num_latents": 6, "context_size": 16} | changes
+    head = CoDDHead(head_config(len(tiny_tokenizer), **changes))
+    if head.config.emission == "tied":
+        head.bind(model.get_output_embeddings().weight)
+    if changes["num_latents"] == 6:
+        circuit = model.coupling_head.potentials
+        head.set_potentials(circuit.scaled_by_marginal(model.coupling_head.token_marginal.log(), 1))
+    else:
+        torch.manual_seed(0)
+        for parameter in head.parameters(recurse=False):
+            torch.nn.init.normal_(parameter, std=0.5)
+    head.context_maps.start(torch.full((head.config.num_latents,), 1 / head.config.num_latents))
+    model = CoDDModel.from_backbone(model.backbone, head)
+    before = {name: p.detach().clone() for name, p in head.named_parameters()}
+    config = ConditionalConfig(**(vars(CONFIG) | {"max_steps": 60, "evaluation_steps": 60}))
+    history = fit_conditional(model, tiny_tokenizer, TRAIN, VALIDATION, config=config)
+    assert history[-1]["gain"] > history[0]["gain"] + 0.3
+    assert all((p != before[name]).any() for name, p in head.named_parameters())
 
 
 def test_run_that_stopped_ends_bit_equal_to_one_that_did_not(tiny_tokenizer, tmp_path):

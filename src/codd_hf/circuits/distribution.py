@@ -321,7 +321,10 @@ class CoupledCategorical(Distribution):
         return marginals.index_put((rows, positions), mixed)
 
     def marginal_probs_of(self, value: torch.Tensor) -> torch.Tensor:
-        """`[B, L]`: what `marginals` give the tokens `[B, L]`, at no cost in the vocabulary."""
+        """`[B, L]`: what `marginals` give the tokens `[B, L]`, at no cost in the vocabulary.
+
+        What stands at absent positions has no meaning.
+        """
         self._check_value(value)
         value = torch.where(self.present, value, 0)
         positions = torch.arange(value.shape[1], device=value.device)

@@ -27,8 +27,8 @@ class Potentials:
         initial: `[H]`.
         transition: a structure, or a tensor `[1, H, H]` or `[L-1, H, H]`, row = previous state.
         emission: emissions, or a tensor `[1, H, V]` or `[L, H, V]`.
-        log_marginal: `[1 or L, V]`, log of the law by which a top-k prediction's remaining mass is
-            spread; needed with top-k evidence only.
+        log_marginal: `[1 or L, V]`, log of the (normalised) law by which a top-k prediction's
+            remaining mass is spread; needed with top-k evidence only.
     """
 
     initial: torch.Tensor
