@@ -112,6 +112,15 @@ class Filter:
     log_rows: torch.Tensor | None = None
     log_messages: torch.Tensor | None = None
 
+    def first(self, batch: int) -> Filter:
+        """What it says of the first `batch` rows."""
+        rows, log_messages = self.log_rows, self.log_messages
+        if rows is not None:
+            kept = rows < batch
+            rows = rows[kept]
+            log_messages = log_messages[kept] if len(rows) else None
+        return Filter(self.log_partition[:batch], self.messages[:batch], rows, log_messages)
+
 
 def _where(condition: torch.Tensor | None, value: torch.Tensor, other) -> torch.Tensor:
     return value if condition is None else torch.where(condition, value, other)
@@ -151,7 +160,7 @@ def _scaled_forward(chain: Chain) -> tuple[Filter, torch.Tensor]:
         predicted, moves = message, chain.moves(i)
         if i > 0:
             predicted = _where(moves, steps.push(message, i), message)
-            added = steps.log_scale(i)
+            added = steps.log_scale(i, batch)
             log_scale = log_scale + (added if moves is None else added * moves[:, 0])
         joint = _where(chain.at(i), predicted * by_position[i], message)
         scale = joint.sum(-1, keepdim=True)

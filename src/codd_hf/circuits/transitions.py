@@ -253,6 +253,9 @@ class StepContext:
 class Steps:
     """The transitions of a batch of chains, ready for use in probability space.
 
+    A batch of `B` rows of context serves any number of stacked copies of the batch: vectors
+    `[S * B, H]`, copy by copy.
+
     Args:
         transition: the structure.
         context: what rescales it.
@@ -269,6 +272,7 @@ class Steps:
         parts = (context.gate, *(context.low_rank or ()), *(context.copies or ()))
         lengths = [part.shape[1] for part in parts if part is not None]
         self.by_position = bool(lengths)
+        self.batch = next((len(part) for part in parts if part is not None), 1)
         if self.by_position:
             scale = scale[[self.step(i) for i in range(lengths[0])]]  # [L, 1]
         if context.gate is not None:
@@ -333,39 +337,49 @@ class Steps:
         """Index into the stored steps of the one that leads into `position`."""
         return min(max(position - 1, 0), self.transition.num_steps - 1)
 
-    def _gate(self, position: int) -> torch.Tensor | None:
-        return None if self.gate is None else self.gate[position]
+    def _gate(self, position: int, batch: int) -> torch.Tensor | None:
+        if self.gate is None:
+            return None
+        gate = self.gate[position]
+        return gate if len(gate) == batch else gate.repeat(batch // len(gate), 1, 1)
 
-    def log_scale(self, position: int) -> torch.Tensor:
-        """`[B]` or `[1]`: the log of what `push`, `pull` and `into` leave out."""
-        return self.scale[position if self.by_position else self.step(position)]
+    def log_scale(self, position: int, batch: int) -> torch.Tensor:
+        """`[batch]` or `[1]`: the log of what `push`, `pull` and `into` leave out."""
+        scale = self.scale[position if self.by_position else self.step(position)]
+        return scale if len(scale) in (1, batch) else scale.repeat(batch // len(scale))
 
     def push(self, message: torch.Tensor, position: int) -> torch.Tensor:
         """`sum_z message(z) A(z, .)`, `[B, H]`, up to the scale."""
         step = self.step(position)
-        moved = self.transition.push(self.factors, step, message, self._gate(position))
+        moved = self.transition.push(
+            self.factors, step, message, self._gate(position, len(message))
+        )
         return self._plus(moved, message, position, 0)
 
     def pull(self, weights: torch.Tensor, position: int) -> torch.Tensor:
         """`sum_z' A(., z') weights(z')`, `[B, H]`, up to the scale."""
         step = self.step(position)
-        moved = self.transition.pull(self.factors, step, weights, self._gate(position))
+        moved = self.transition.pull(
+            self.factors, step, weights, self._gate(position, len(weights))
+        )
         return self._plus(moved, weights, position, 1)
 
     def _plus(self, moved, vector, position: int, side: int) -> torch.Tensor:
         """`moved` with what context adds to it; `side` 0 goes forwards, 1 backwards."""
         if self.share is None:
             return moved
-        moved = moved * self.share[position][:, None]
+        # Copies of the batch side by side, so that each row's context is read once for all.
+        batch = self.batch
+        copies = vector.unflatten(0, (-1, batch)).transpose(0, 1)  # [B, S, H]
+        moved = moved.unflatten(0, (-1, batch)) * self.share[position][:, None]  # [S, B, H]
         if self.added is not None:
             near, far = self.added[side][position], self.added[1 - side][position]
-            share = (near @ vector[..., None]).transpose(1, 2)  # [B, 1, r]
-            moved = moved + (share @ far)[:, 0]
+            moved = moved + ((copies @ near.transpose(1, 2)) @ far).transpose(0, 1)
         if self.copied is not None:
             near, far = self.copied[1 + side], self.copied[2 - side]
-            share = (near @ vector[..., None]).transpose(1, 2)  # [B, 1, J]
-            moved = moved + ((share * self.copied[0][position][:, None]) @ far)[:, 0]
-        return moved
+            share = (copies @ near.transpose(1, 2)) * self.copied[0][position][:, None]
+            moved = moved + (share @ far).transpose(0, 1)
+        return moved.flatten(0, 1)
 
     def into(self, state: torch.Tensor, position: int) -> torch.Tensor:
         """`A(., state)`, `[S, B, H]`, up to the scale, of states `[S, B]`."""
@@ -405,15 +419,8 @@ class Steps:
         return matrix
 
     def select(self, rows: torch.Tensor) -> Steps:
-        """The transitions of some rows."""
-        return Steps(self.transition, self.context.map(lambda t: t[rows]))
-
-    def repeat(self, times: int) -> Steps:
-        """The transitions of `times` copies of the batch, one after the other."""
-        if times == 1 or not self.by_position:
-            return self
-        context = self.context.map(lambda t: t.repeat(times, *[1] * (t.ndim - 1)))
-        return Steps(self.transition, context)
+        """The transitions of some rows (of stacked copies of the batch)."""
+        return Steps(self.transition, self.context.map(lambda t: t[rows % self.batch]))
 
 
 def _log_plus_outer(
