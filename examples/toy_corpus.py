@@ -185,6 +185,7 @@ def train(grammar: Grammar, num_texts: int = 8192) -> CoDDPipeline:
         config=ConditionalConfig(
             max_steps=200,
             windows_per_batch=128,
+            learning_rate=1e-2,
             evaluation_steps=200,
             warmup_steps=20,
             **noise,

@@ -9,6 +9,6 @@ def default_model() -> str:
     """Path of the embedded pipeline: a 4 M-parameter diffusion LM of grade-school arithmetic.
 
     It holds `model/`, `scheduler/`, `tokenizer/`, the head before its conditional fit in `stage1/`,
-    and the problems that were held out, in `validation.jsonl` and `test.jsonl`.
+    and held-out problems, in `test.jsonl` and `demo.jsonl`.
     """
     return str(Path(__file__).parent / "default_model")

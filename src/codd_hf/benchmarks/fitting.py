@@ -155,7 +155,7 @@ def conditional_rows(options: Options) -> list[dict]:
     model.requires_grad_(False)
     model.coupling_head.requires_grad_(True)
     number = options.batch_size or (2 if options.quick else 32)
-    examples = load_examples(str(Path(default_model()) / "validation.jsonl"))[:number]
+    examples = load_examples(str(Path(default_model()) / "test.jsonl"))[:number]
     canvas = collate(
         tokenize_examples(examples, tokenizer),
         window_length=model.window_length,

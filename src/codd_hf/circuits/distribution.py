@@ -357,16 +357,22 @@ class CoupledCategorical(Distribution):
         own at absent ones and in inactive rows.
         """
         emission = emission_of_latents(self.potentials.emission, latents).to(self._dtype)
-        coupled = self.active[:, None] & self.present
-        if self._all_present and self._all_active:
-            scores = self._log_phi + emission
+        # The sum over the vocabulary is the evidence of the latent, which is known already.
+        coupled = (self.masked & self.active[:, None]).expand(latents.shape)
+        evidence = self._evidence.expand(*latents.shape, -1).gather(-1, latents[..., None])
+        impossible = evidence == -torch.inf
+        coupled = coupled[..., None] & ~impossible
+        total = evidence.masked_fill(~coupled, 0)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            scores = torch.where(coupled, self._log_phi + emission - total, self._log_phi)
+        elif isinstance(self._prediction, TopKEvidence):
+            scores = self._prediction.weighted(emission, total)
+            if not bool(coupled.all()):
+                scores = torch.where(coupled, scores, self._log_phi)
         else:
-            scores = self._log_phi + torch.where(coupled[..., None], emission, 0)
-        total = logsumexp(scores, -1).unsqueeze(-1)
-        impossible = total == -torch.inf
-        scores = scores - total.masked_fill(impossible, 0)
-        if torch.compiler.is_compiling() or bool(impossible.any()):
-            scores = torch.where(impossible, self._log_phi, scores)
+            scores = emission.sub_(total).add_(self._log_phi)
+            if not bool(coupled.all()):
+                scores = torch.where(coupled, scores, self._log_phi)
         return self._one_hot_where_observed(scores)
 
     @torch.no_grad()

@@ -118,6 +118,23 @@ class TopKEvidence:
         rest = self._log_rest_weight()[..., None] + self.log_marginal[self.marginal_rows]
         return rest.scatter(-1, self.indices, self.log_probs.to(rest.dtype))
 
+    def weighted(self, log_weights: torch.Tensor, log_total: torch.Tensor) -> torch.Tensor:
+        """`dense() + log_weights - log_total`, written into `log_weights` `[*S, *batch, V]`.
+
+        Args:
+            log_weights: what each token is weighted with; overwritten.
+            log_total: `[*S, *batch, 1]`.
+        """
+        shape = log_weights.shape[:-1]
+        indices = self.indices.expand(*shape, -1)
+        listed = log_weights.gather(-1, indices) + self.log_probs - log_total
+        if self.indices.shape[-1] == log_weights.shape[-1]:
+            return log_weights.scatter_(-1, indices, listed)
+        marginal = self.log_marginal
+        marginal = marginal[0] if len(marginal) == 1 else marginal[self.marginal_rows]
+        scores = log_weights.add_(self._log_rest_weight()[..., None] - log_total).add_(marginal)
+        return scores.scatter_(-1, indices, listed)
+
     @full_precision
     def soft_evidence(
         self,

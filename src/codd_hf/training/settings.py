@@ -92,10 +92,10 @@ class ConditionalConfig:
         seed: seed of order and noise.
     """
 
-    max_steps: int = 600
+    max_steps: int = 900
     windows_per_batch: int = 64
-    learning_rate: float = 1e-2
-    context_learning_rate: float = 2e-3
+    learning_rate: float = 6e-3
+    context_learning_rate: float = 3e-3
     warmup_steps: int = 50
     evidence_temperature: float = 1.0
     loss: str = "elbo"
