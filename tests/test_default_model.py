@@ -77,7 +77,7 @@ def test_the_demo_prints_words_of_the_training_data_side_by_side(capsys):
     assert immediate_repetitions(coupled) < immediate_repetitions(factorized)
 
 
-@pytest.mark.xfail(reason="a static circuit still repeats a word now and then", strict=False)
+@pytest.mark.xfail(reason="the text still repeats a word now and then", strict=False)
 def test_the_demo_repeats_words_no_more_often_than_real_answers(capsys):
     main(["demo"])
     _, coupled = columns(capsys.readouterr().out)

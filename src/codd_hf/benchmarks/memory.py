@@ -8,6 +8,7 @@ next step, and the buffers of the linear algebra. On CUDA it is the allocator's 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import subprocess
@@ -48,6 +49,7 @@ def extra_bytes(side: str, shape: Shape, options: Options) -> int:
         torch.cuda.reset_peak_memory_stats(options.device)
         before = torch.cuda.memory_allocated(options.device)
     else:
+        _give_back_freed_memory()  # or the step would use it again and seem to need nothing
         CLEAR_REFS.write_text("5")
         before = _resident("VmRSS")
     if side == "plain":
@@ -57,6 +59,13 @@ def extra_bytes(side: str, shape: Shape, options: Options) -> int:
     after = torch.cuda.max_memory_allocated(options.device) if cuda else _resident("VmHWM")
     del result
     return max(after - before, 0)
+
+
+def _give_back_freed_memory() -> None:
+    """Asks the C library to return what it keeps for later; not every one can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _resident(name: str) -> int:
