@@ -144,8 +144,6 @@ class ContextMaps(nn.Module):
         if self.copies:
             nn.init.constant_(self.copy_bias, COPY_START)
             self.copy_prior.copy_(occupancy.clamp(min=1e-6).log())
-            for map_ in (self.query, self.key):
-                nn.init.normal_(map_.weight, std=0.02)
 
     def forward(
         self,

@@ -199,6 +199,7 @@ def start_of_stage_three(config: TrainConfig, model: CoDDModel, stage_one: CoDDH
         "noise_conditioning": config.noise_conditioning,
         "context_size": model.config.hidden_size,
     }
+    torch.manual_seed(config.conditional.seed)  # of the maps that start at random
     head = CoDDHead(CoDDHeadConfig.from_dict(stage_one.config.to_dict() | changes))
     if config.emission == "tied":
         head.bind(model.get_output_embeddings().weight)

@@ -89,7 +89,7 @@ class ConditionalConfig:
         mixed_precision: `"no"` or `"bf16"`, for the backbone; the circuit stays in float32.
         evaluation_steps: steps between validations.
         checkpointing_steps: steps between checkpoints.
-        seed: seed of order and noise.
+        seed: seed of order, noise and what starts at random.
     """
 
     max_steps: int = 900
