@@ -16,6 +16,7 @@ from codd_hf.decoding import denoise, steps_per_block
 from codd_hf.pipelines import CoDDPipeline, CoDDPipelineOutput
 from codd_hf.schedulers import CoDDScheduler
 from codd_hf.training.tokenizers import train_tokenizer
+from tiny import random_head, tiny_backbone
 
 WINDOW = 4
 SHORT = {"gen_length": 10, "block_length": 5, "num_inference_steps": 4}
@@ -637,3 +638,25 @@ def test_prompt_without_a_real_token_is_refused_by_the_loop(pipe):
             torch.tensor([[1], [0]]),
             **SHORT,
         )
+
+
+@pytest.mark.parametrize("confidence", ["latent", "marginal"])
+def test_listed_evidence_decodes_at_any_evidence_temperature(confidence):
+    """What a large vocabulary gets by default, and all tokens listed is the exact reading."""
+    texts = {}
+    for top_k in (0, 3, 12):
+        head = random_head(12, mask_token_id=1, evidence_top_k=top_k)
+        backbone = tiny_backbone(vocab_size=12, eos_token_id=2)
+        model = CoDDModel.from_backbone(backbone, head)
+        assert model.coupling_head.evidence_top_k == top_k
+        texts[top_k] = model.generate(
+            torch.tensor([[3, 4]]),
+            gen_length=8,
+            block_length=4,
+            num_inference_steps=4,
+            evidence_temperature=0.5,
+            confidence=confidence,
+            generator=torch.Generator().manual_seed(0),
+        )
+    assert (texts[3] != 1).all()
+    assert torch.equal(texts[0], texts[12])

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .backbones import BackboneFamily, BackboneStates, family_of
-from .circuits import CoupledCategorical, Preceding, TopKEvidence
+from .circuits import CoupledCategorical, Preceding
 from .circuits.random import Generators
 from .configuration_codd import CoDDConfig, CoDDHeadConfig, check_coupling
 from .modeling_head import CoDDHead, forbidden_tokens, trivial_potentials
@@ -266,10 +266,6 @@ class CoDDModel(PreTrainedModel):
         if head is not None:
             if head.config.emission == "tied":
                 head.bind(self.get_output_embeddings().weight)
-            if head.evidence_top_k:
-                logits = TopKEvidence.from_logits(
-                    logits, head.evidence_top_k, temperature, head.forbidden
-                )
             preceding = None
             if head.context_maps is not None and head.context_maps.copies:
                 preceding = self.preceding(
@@ -284,6 +280,7 @@ class CoDDModel(PreTrainedModel):
                 temperature=temperature,
                 active=active,
                 preceding=preceding,
+                top_k=head.evidence_top_k,
             )
         return CoupledCategorical(
             logits,

@@ -289,6 +289,7 @@ class CoDDHead(PreTrainedModel):
         temperature: float = 1.0,
         active: torch.Tensor | None = None,
         preceding: Preceding | None = None,
+        top_k: int = 0,
     ) -> CoupledCategorical:
         """The coupled distribution over a window.
 
@@ -303,6 +304,7 @@ class CoDDHead(PreTrainedModel):
             temperature: the evidence temperature.
             active: `[batch]` bool, False for rows that are to stay factorized.
             preceding: the tokens before the window, needed by `"copy"` conditioning.
+            top_k: read `logits` by so many of their likeliest tokens; 0 reads all, exactly.
 
         Raises:
             ValueError: shapes do not fit, an observed token is outside the vocabulary, or hidden
@@ -321,6 +323,7 @@ class CoDDHead(PreTrainedModel):
             active=active,
             temperature=temperature,
             forbidden=self.forbidden,
+            top_k=top_k,
         )
 
     def _context(self, logits, observed, last_hidden_state, present, preceding) -> Context:

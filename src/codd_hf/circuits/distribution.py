@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch.distributions import Distribution
 
 from . import chain as chains
+from .checks import check_ids, check_shapes
 from .conditioning import Context
 from .evidence import (
     DenseEvidence,
@@ -24,7 +24,7 @@ from .numerics import logsumexp, safe_log
 from .potentials import Potentials
 from .random import Generators, draw_categorical, uniform
 from .topk import TopKEvidence
-from .transitions import MonarchTransition, Steps
+from .transitions import Steps
 
 
 class ViterbiPath(NamedTuple):
@@ -64,6 +64,8 @@ class CoupledCategorical(Distribution):
         active: `[B]` bool, False for rows that are to stay factorized; default all.
         temperature: the evidence temperature, which divides the logits.
         forbidden: `[V]` bool, tokens that get zero potential at masked positions.
+        top_k: read logits by so many of their likeliest tokens, the remaining mass spread by
+            `potentials.log_marginal`; 0 reads all, exactly.
 
     Raises:
         ValueError: shapes do not fit, or a logit is NaN.
@@ -85,19 +87,23 @@ class CoupledCategorical(Distribution):
         active: torch.Tensor | None = None,
         temperature: float = 1.0,
         forbidden: torch.Tensor | None = None,
+        top_k: int = 0,
     ):
-        listed = isinstance(logits, TopKEvidence)
-        if listed and logits.log_marginal is None and potentials.log_marginal is None:
+        given = isinstance(logits, torch.Tensor)
+        self._own_law = isinstance(logits, TopKEvidence) and logits.log_marginal is not None
+        listed = bool(top_k) if given else isinstance(logits, TopKEvidence)
+        if listed and not self._own_law and potentials.log_marginal is None:
+            what = f"`top_k` is {top_k}" if given else "`logits` is top-k evidence"
             raise ValueError(
-                "`logits` is top-k evidence, but there is no law by which its remaining mass is "
-                "spread: call its `spread_by(log_marginal)`."
+                f"{what}, but there is no law by which its remaining mass is spread: call its "
+                "`spread_by(log_marginal)`, or give the potentials a `log_marginal`."
             )
         if not isinstance(logits, torch.Tensor) and logits.temperature != temperature:
             raise ValueError(
                 f"`logits` is evidence computed at temperature {logits.temperature}, so that "
                 f"`temperature` cannot be {temperature}: compute the evidence again."
             )
-        _check_shapes(
+        check_shapes(
             logits, potentials, tokens, observed, present, context, active, temperature, forbidden
         )
         batch, length = logits.shape[:2] if isinstance(logits, torch.Tensor) else logits.batch_shape
@@ -116,8 +122,9 @@ class CoupledCategorical(Distribution):
         self.active = torch.ones(batch, **flags) if active is None else active
         self.temperature = temperature
         self.forbidden = forbidden
+        self.top_k = top_k
         super().__init__((batch,), (length,), validate_args=False)
-        _check_ids("tokens", self.tokens, potentials.vocab_size)
+        check_ids("tokens", self.tokens, potentials.vocab_size)
 
     @property
     def masked(self) -> torch.Tensor:
@@ -130,12 +137,15 @@ class CoupledCategorical(Distribution):
 
     @cached_property
     def _prediction(self) -> DenseEvidence | TopKEvidence:
-        if not isinstance(self.logits, torch.Tensor):
-            if isinstance(self.logits, TopKEvidence) and self.logits.log_marginal is None:
-                return self.logits.spread_by(self.potentials.log_marginal, self.forbidden)
-            return self.logits
-        logits = self.logits.to(self._dtype)
-        return DenseEvidence.from_logits(logits, self.temperature, self.forbidden)
+        prediction = self.logits
+        if isinstance(prediction, torch.Tensor):
+            logits, how = self.logits.to(self._dtype), (self.temperature, self.forbidden)
+            if not self.top_k:
+                return DenseEvidence.from_logits(logits, *how)
+            prediction = TopKEvidence.from_logits(logits, self.top_k, *how)
+        if isinstance(prediction, TopKEvidence) and not self._own_law:
+            return prediction.spread_by(self.potentials.log_marginal, self.forbidden)
+        return prediction
 
     @cached_property
     def _log_phi(self) -> torch.Tensor:
@@ -183,7 +193,7 @@ class CoupledCategorical(Distribution):
     def _summary(self) -> EmissionSummary:
         if not isinstance(self._prediction, TopKEvidence):
             return self.potentials.summary
-        if self.logits.log_marginal is None and not self._forbids_more:
+        if not self._own_law and not self._forbids_more:
             return self.potentials.top_k_summary
         # Another law than the circuit's: what is kept with the circuit is not for it.
         return summarise(self.potentials.emission, self._prediction.log_marginal)
@@ -363,16 +373,13 @@ class CoupledCategorical(Distribution):
         impossible = evidence == -torch.inf
         coupled = coupled[..., None] & ~impossible
         total = evidence.masked_fill(~coupled, 0)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            scores = torch.where(coupled, self._log_phi + emission - total, self._log_phi)
-        elif isinstance(self._prediction, TopKEvidence):
+        in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if in_place:
             scores = self._prediction.weighted(emission, total)
-            if not bool(coupled.all()):
-                scores = torch.where(coupled, scores, self._log_phi)
         else:
-            scores = emission.sub_(total).add_(self._log_phi)
-            if not bool(coupled.all()):
-                scores = torch.where(coupled, scores, self._log_phi)
+            scores = self._log_phi + emission - total
+        if not in_place or not bool(coupled.all()):
+            scores = torch.where(coupled, scores, self._log_phi)
         return self._one_hot_where_observed(scores)
 
     @torch.no_grad()
@@ -445,6 +452,7 @@ class CoupledCategorical(Distribution):
             "active",
             "temperature",
             "forbidden",
+            "top_k",
         ]
         kept = {name: getattr(self, name) for name in names}
         if self._all_present:
@@ -465,75 +473,4 @@ class CoupledCategorical(Distribution):
         shape = (*self.batch_shape, *self.event_shape)
         if tuple(value.shape[-2:]) != shape:
             raise ValueError(f"`value` must end with shape {shape}, got {tuple(value.shape)}.")
-        _check_ids("value", value[..., self.present], self.potentials.vocab_size)
-
-
-def _check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
-    if torch.compiler.is_compiling():
-        return  # a look at the data would break the graph
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        raise ValueError(
-            f"`{name}` must hold token ids in [0, {vocab_size}), got {int(ids.min())} to "
-            f"{int(ids.max())}."
-        )
-
-
-def _check_shapes(
-    logits, potentials, tokens, observed, present, context, active, temperature, forbidden
-):
-    shape = (
-        (*logits.batch_shape, potentials.vocab_size)
-        if isinstance(logits, TopKEvidence)
-        else tuple((logits if isinstance(logits, torch.Tensor) else logits.log_probs).shape)
-    )
-    if len(shape) != 3 or shape[-1] != potentials.vocab_size:
-        raise ValueError(
-            f"`logits` must have shape [batch, length, {potentials.vocab_size}], got {shape}."
-        )
-    batch, length, _ = shape
-    for name, held, steps in (
-        ("transition", potentials.transition.num_steps, length - 1),
-        ("emission", potentials.emission.num_positions, length),
-    ):
-        if held != 1 and held < steps:
-            raise ValueError(
-                f"`logits` cover {length} positions, but the circuit's untied {name} has {held}."
-            )
-    if isinstance(context, torch.Tensor):
-        context = Context(context)
-    latent = gate = None
-    groups = 1
-    if context is not None:
-        latent, gate = context.latent, context.steps.gate
-        groups = 1 if gate is None else gate.shape[-1]
-        divided, what = potentials.num_latents, "latent states"
-        if isinstance(potentials.transition, MonarchTransition):
-            divided, what = math.isqrt(divided), "halves of the latent states"
-        if divided % groups:
-            raise ValueError(
-                f"`context.steps.gate` has {groups} groups, which do not divide the {divided} "
-                f"{what} evenly."
-            )
-        for part in context.steps.low_rank or ():
-            rank = context.steps.low_rank[0].shape[2]
-            expected = (batch, length, rank, potentials.num_latents)
-            if tuple(part.shape) != expected:
-                raise ValueError(
-                    f"`context.steps.low_rank` must have shape {expected}, got {tuple(part.shape)}."
-                )
-    expected = {
-        "tokens": (tokens, (batch, length)),
-        "observed": (observed, (batch, length)),
-        "present": (present, (batch, length)),
-        "context": (latent, (batch, length, potentials.num_latents)),
-        "context.steps.gate": (gate, (batch, length, groups, groups)),
-        "active": (active, (batch,)),
-        "forbidden": (forbidden, (potentials.vocab_size,)),
-    }
-    for name, (value, shape) in expected.items():
-        if value is not None and tuple(value.shape) != shape:
-            raise ValueError(f"`{name}` must have shape {shape}, got {tuple(value.shape)}.")
-    if observed is not None and tokens is None and bool(observed.any()):
-        raise ValueError("`tokens` must be given where `observed` is True.")
-    if not temperature > 0:
-        raise ValueError(f"`temperature` must be positive, got {temperature}.")
+        check_ids("value", value[..., self.present], self.potentials.vocab_size)

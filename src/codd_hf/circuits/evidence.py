@@ -143,6 +143,15 @@ class DenseEvidence:
         """`[*batch, V]` log-probabilities."""
         return self.log_probs
 
+    def weighted(self, log_weights: torch.Tensor, log_total: torch.Tensor) -> torch.Tensor:
+        """`dense() + log_weights - log_total`, written into `log_weights` `[*S, *batch, V]`.
+
+        Args:
+            log_weights: what each token is weighted with; overwritten.
+            log_total: `[*S, *batch, 1]`.
+        """
+        return log_weights.sub_(log_total).add_(self.log_probs)
+
     @full_precision
     def soft_evidence(
         self,

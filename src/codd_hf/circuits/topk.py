@@ -119,12 +119,7 @@ class TopKEvidence:
         return rest.scatter(-1, self.indices, self.log_probs.to(rest.dtype))
 
     def weighted(self, log_weights: torch.Tensor, log_total: torch.Tensor) -> torch.Tensor:
-        """`dense() + log_weights - log_total`, written into `log_weights` `[*S, *batch, V]`.
-
-        Args:
-            log_weights: what each token is weighted with; overwritten.
-            log_total: `[*S, *batch, 1]`.
-        """
+        """As `DenseEvidence.weighted`."""
         shape = log_weights.shape[:-1]
         indices = self.indices.expand(*shape, -1)
         listed = log_weights.gather(-1, indices) + self.log_probs - log_total

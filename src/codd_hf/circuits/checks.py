@@ -1,0 +1,84 @@
+"""What the arguments of a coupled distribution must be; each error names the argument."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .conditioning import Context
+from .topk import TopKEvidence
+from .transitions import MonarchTransition
+
+
+def check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
+    """Raises a ValueError unless all `ids` are tokens of the vocabulary."""
+    if torch.compiler.is_compiling():
+        return  # a look at the data would break the graph
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ValueError(
+            f"`{name}` must hold token ids in [0, {vocab_size}), got {int(ids.min())} to "
+            f"{int(ids.max())}."
+        )
+
+
+def check_shapes(
+    logits, potentials, tokens, observed, present, context, active, temperature, forbidden
+):
+    """Raises a ValueError unless the arguments of `CoupledCategorical` fit together."""
+    shape = (
+        (*logits.batch_shape, potentials.vocab_size)
+        if isinstance(logits, TopKEvidence)
+        else tuple((logits if isinstance(logits, torch.Tensor) else logits.log_probs).shape)
+    )
+    if len(shape) != 3 or shape[-1] != potentials.vocab_size:
+        raise ValueError(
+            f"`logits` must have shape [batch, length, {potentials.vocab_size}], got {shape}."
+        )
+    batch, length, _ = shape
+    for name, held, steps in (
+        ("transition", potentials.transition.num_steps, length - 1),
+        ("emission", potentials.emission.num_positions, length),
+    ):
+        if held != 1 and held < steps:
+            raise ValueError(
+                f"`logits` cover {length} positions, but the circuit's untied {name} has {held}."
+            )
+    if isinstance(context, torch.Tensor):
+        context = Context(context)
+    latent = gate = None
+    groups = 1
+    if context is not None:
+        latent, gate = context.latent, context.steps.gate
+        groups = 1 if gate is None else gate.shape[-1]
+        divided, what = potentials.num_latents, "latent states"
+        if isinstance(potentials.transition, MonarchTransition):
+            divided, what = math.isqrt(divided), "halves of the latent states"
+        if divided % groups:
+            raise ValueError(
+                f"`context.steps.gate` has {groups} groups, which do not divide the {divided} "
+                f"{what} evenly."
+            )
+        for part in context.steps.low_rank or ():
+            rank = context.steps.low_rank[0].shape[2]
+            expected = (batch, length, rank, potentials.num_latents)
+            if tuple(part.shape) != expected:
+                raise ValueError(
+                    f"`context.steps.low_rank` must have shape {expected}, got {tuple(part.shape)}."
+                )
+    expected = {
+        "tokens": (tokens, (batch, length)),
+        "observed": (observed, (batch, length)),
+        "present": (present, (batch, length)),
+        "context": (latent, (batch, length, potentials.num_latents)),
+        "context.steps.gate": (gate, (batch, length, groups, groups)),
+        "active": (active, (batch,)),
+        "forbidden": (forbidden, (potentials.vocab_size,)),
+    }
+    for name, (value, shape) in expected.items():
+        if value is not None and tuple(value.shape) != shape:
+            raise ValueError(f"`{name}` must have shape {shape}, got {tuple(value.shape)}.")
+    if observed is not None and tokens is None and bool(observed.any()):
+        raise ValueError("`tokens` must be given where `observed` is True.")
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be positive, got {temperature}.")
