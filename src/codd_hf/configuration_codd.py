@@ -173,6 +173,8 @@ class CoDDConfig(PreTrainedConfig):
 
     model_type = "codd"
     has_no_defaults_at_init = True
+    # The head is left out: it has no attention, and a dtype of its own.
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
 
     text_config: dict | PreTrainedConfig | None = None
     head_config: dict | PreTrainedConfig | None = None
@@ -197,6 +199,8 @@ class CoDDConfig(PreTrainedConfig):
                     f"{found!r}: give a CoDD head's configuration."
                 )
             self.head_config = CoDDHeadConfig.from_dict(dict(self.head_config))
+        # Unset, it would unset that of a backbone which is already built.
+        kwargs.setdefault("attn_implementation", self.text_config._attn_implementation)
         super().__post_init__(**kwargs)
         check_coupling(self.coupling)
         if self.mask_token_id is None and self.head_config is not None:
@@ -241,7 +245,9 @@ def _nested_config(name: str, config: dict | PreTrainedConfig | None) -> PreTrai
     model_type = config.get("model_type")
     if model_type is None or model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"`{name}.model_type` must be a model type that transformers knows, got {model_type!r}."
+            f"`{name}.model_type` must be one that transformers knows, got {model_type!r}; "
+            "with a backbone that brings its own code, load the whole by "
+            "`CoDDModel.from_pretrained(..., trust_remote_code=True)`."
         )
     return CONFIG_MAPPING[model_type].from_dict(dict(config))
 

@@ -1,29 +1,94 @@
-"""Backbones: one short file per family, and the registry that finds the family of a model."""
+"""Backbones: one short file per family of diffusion language models, and how they are found.
 
-from __future__ import annotations
+A *family* runs models of an architecture (`DecoderFamily`, `MaskedLMFamily`, `CustomCodeFamily`).
+A *layout* reads checkpoints whose own code does not run here as models of a family (`LLaDALayout`,
+`DreamLayout`). `load_backbone` goes from a name to a model, `family_of` from a model's
+configuration to its family.
 
-from transformers import PretrainedConfig
+**Adding an architecture that transformers has.** Say which model types it covers, how to give each
+position the whole sequence (`adopt`), and how to run it (`run`: the hidden state and the logits
+computed at each position). For a decoder that heeds `is_causal`, the model type is all:
 
+    from codd_hf.backbones import FAMILIES, DecoderFamily
+
+
+    class MistralFamily(DecoderFamily):
+        model_types = ("mistral",)
+
+
+    FAMILIES.append(MistralFamily())
+
+Padding, block-causal attention (`config.block_length`) and logits that are of the next token
+(`config.logit_shift`) are common to all families, and need nothing.
+
+**Adding a checkpoint layout.** Recognise its `config.json`, translate it to a native configuration,
+and map its names of weights. Use patterns with at most one group, anchored at the start:
+
+    from transformers import LlamaConfig
+    from codd_hf.backbones import LAYOUTS, CheckpointLayout
+
+
+    class AcmeLayout(CheckpointLayout):
+        key_mapping = {
+            r"^embed\\.": "model.embed_tokens.",
+            r"^head\\.": "lm_head.",
+            r"^final_norm\\.": "model.norm.",
+            r"^layer(\\d+)\\.": r"model.layers.\\1.",
+        }
+
+        def reads(self, config):
+            return config.get("model_type") == "acme-diffusion"
+
+        def translate(self, config):
+            return LlamaConfig(
+                vocab_size=config["tokens"],
+                hidden_size=config["width"],
+                intermediate_size=4 * config["width"],
+                num_hidden_layers=config["depth"],
+                num_attention_heads=config["heads"],
+                mask_token_id=config["mask"],
+                bos_token_id=None,
+                eos_token_id=config["end"],
+            )
+
+
+    LAYOUTS.append(AcmeLayout())
+
+Then compare with logits of the original code, padded rows included, as `tests/test_backbones_*.py`
+do, and check that a causal control differs.
+
+**A model that brings its own code** needs no file: `CustomCodeFamily` reads it through `logits` and
+`hidden_states`, if the user passes `trust_remote_code=True`.
+"""
+
+from .block_causal import block_causal_mask
+from .custom_code import CustomCodeFamily, brings_code, nested_custom_config
 from .decoder import DecoderFamily
-from .family import BackboneFamily, BackboneStates
+from .dream import DreamLayout
+from .family import BackboneFamily, BackboneStates, execution_device
+from .layout import CheckpointLayout
+from .llada import LLaDALayout
+from .loading import layout_of, load_backbone, load_tokenizer
 from .masked_lm import MaskedLMFamily
+from .registry import FAMILIES, LAYOUTS, family_of
 
-FAMILIES: list[BackboneFamily] = [DecoderFamily(), MaskedLMFamily()]
-
-
-def family_of(config: PretrainedConfig) -> BackboneFamily:
-    """The family that a backbone with this configuration belongs to.
-
-    Raises:
-        ValueError: no family knows the model type.
-    """
-    for family in FAMILIES:
-        if family.matches(config):
-            return family
-    raise ValueError(
-        f"`text_config.model_type` is {config.model_type!r}, which no backbone family supports: "
-        f"use a masked language model or one of {', '.join(DecoderFamily.model_types)}."
-    )
-
-
-__all__ = ["FAMILIES", "BackboneFamily", "BackboneStates", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "LAYOUTS",
+    "BackboneFamily",
+    "BackboneStates",
+    "CheckpointLayout",
+    "CustomCodeFamily",
+    "DecoderFamily",
+    "DreamLayout",
+    "LLaDALayout",
+    "MaskedLMFamily",
+    "block_causal_mask",
+    "brings_code",
+    "execution_device",
+    "family_of",
+    "layout_of",
+    "load_backbone",
+    "load_tokenizer",
+    "nested_custom_config",
+]

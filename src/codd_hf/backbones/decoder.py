@@ -22,18 +22,23 @@ class DecoderFamily(BackboneFamily):
         self.adopt(config)
         return AutoModelForCausalLM.from_config(config, **kwargs)
 
-    def from_pretrained(self, name_or_path: str, config: PretrainedConfig, **kwargs):
+    def from_pretrained(
+        self, name_or_path: str, config: PretrainedConfig, **kwargs
+    ) -> PreTrainedModel:
         self.adopt(config)
         return AutoModelForCausalLM.from_pretrained(name_or_path, config=config, **kwargs)
 
-    def states(self, model, input_ids, attention_mask=None, position_ids=None) -> BackboneStates:
+    def run(self, model, input_ids, attention_mask, position_ids) -> BackboneStates:
         hidden = model.get_decoder()(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=False,
-        ).last_hidden_state
+        ).last_hidden_state.to(input_ids.device)
         project = model.get_output_embeddings()
-        return BackboneStates(
-            hidden, lambda index: project(hidden if index is None else hidden[index])
-        )
+
+        def read_logits(index):
+            # With a device map over several devices, the last layer is not where the tokens are.
+            return project(hidden if index is None else hidden[index]).to(input_ids.device)
+
+        return BackboneStates(hidden, read_logits)

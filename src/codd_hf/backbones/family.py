@@ -3,6 +3,11 @@
 A backbone is an ordinary `PreTrainedModel`. A family says how to build it so that every position
 sees the whole sequence, and how to read from it, for position `i`, the logits of token `i` and the
 hidden state that predicted them. Families are stateless; the model stays the user's own object.
+
+Two fields of a backbone's configuration change how any family reads it:
+
+- `block_length`: attention is block-causal in blocks of so many tokens (`block_causal.py`);
+- `logit_shift`: what the model computes at a position predicts the next one (Dream).
 """
 
 from __future__ import annotations
@@ -10,9 +15,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
+
+from .block_causal import block_causal_mask
+
+Index = tuple[torch.Tensor, ...]
 
 
 @dataclass
@@ -26,11 +36,34 @@ class BackboneStates:
     """
 
     last_hidden_state: torch.Tensor
-    read_logits: Callable[[tuple[torch.Tensor, ...] | None], torch.Tensor]
+    read_logits: Callable[[Index | None], torch.Tensor]
 
-    def logits(self, index: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
+    def logits(self, index: Index | None = None) -> torch.Tensor:
         """Logits `[..., vocab]` at `index` (as in `x[index]`); by default of all positions."""
         return self.read_logits(index)
+
+    def shifted(self, attention_mask: torch.Tensor | None = None) -> BackboneStates:
+        """The states of a next-token predictor, lined up with the tokens that they predict.
+
+        Entry `i` becomes entry `i - 1`. A row's first real position, which no other predicts, keeps
+        its own, as in Dream's code.
+
+        Args:
+            attention_mask: `[batch, length]`, 0 at padding; what follows padding is first.
+        """
+        batch, length = self.last_hidden_state.shape[:2]
+        device = self.last_hidden_state.device
+        row = torch.arange(batch, device=device)[:, None].expand(-1, length)
+        position = torch.arange(length, device=device).expand(batch, -1)
+        source = (position - 1).clamp(min=0)
+        if attention_mask is not None:
+            source = torch.where(attention_mask.gather(1, source).bool(), source, position)
+
+        def read_logits(index: Index | None) -> torch.Tensor:
+            at = (row, source) if index is None else (row[index], source[index])
+            return self.logits(at)
+
+        return BackboneStates(self.last_hidden_state[row, source], read_logits)
 
 
 class BackboneFamily(ABC):
@@ -48,10 +81,28 @@ class BackboneFamily(ABC):
         """A randomly initialised backbone."""
 
     @abstractmethod
-    def from_pretrained(self, name_or_path: str, config: PretrainedConfig, **kwargs):
+    def from_pretrained(
+        self, name_or_path: str, config: PretrainedConfig, **kwargs
+    ) -> PreTrainedModel:
         """A pretrained backbone; `kwargs` go to transformers' `from_pretrained`."""
 
     @abstractmethod
+    def run(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> BackboneStates:
+        """One forward pass of `model` on `[batch, length]` tokens.
+
+        Entry `i` of what it returns is what the model computes at position `i`. `attention_mask` is
+        `[batch, length]`, 0 at padding, or `[batch, 1, length, length]`, additive.
+        """
+
+    def save_code(self, model: PreTrainedModel, folder: str | Path) -> None:  # noqa: B027
+        """Copies into `folder` what is needed, beside weights, to load `model` from there."""
+
     def states(
         self,
         model: PreTrainedModel,
@@ -59,4 +110,39 @@ class BackboneFamily(ABC):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> BackboneStates:
-        """Runs `model` on `[batch, length]` tokens with full attention over the unpadded ones."""
+        """Runs `model` so that entry `i` of the result predicts token `i`.
+
+        Every position sees all unpadded ones or, if the configuration has a `block_length`, those
+        of its own block and of earlier ones.
+
+        Args:
+            model: the backbone.
+            input_ids: `[batch, length]`.
+            attention_mask: `[batch, length]`, 0 at padding.
+            position_ids: `[batch, length]`; default, counted from the left end.
+
+        Raises:
+            ValueError: the attention implementation cannot be block-causal.
+        """
+        visible, block_length = attention_mask, getattr(model.config, "block_length", None)
+        if block_length is not None:
+            implementation = model.config._attn_implementation or "eager"
+            if implementation.startswith(("flash", "flex", "paged")):
+                raise ValueError(
+                    f"`attn_implementation` must be 'sdpa' or 'eager' for block-causal attention "
+                    f"(`block_length={block_length}`), got {implementation!r}."
+                )
+            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            visible = block_causal_mask(real, block_length, model.dtype)
+        states = self.run(model, input_ids, visible, position_ids)
+        shift = getattr(model.config, "logit_shift", False)
+        return states.shifted(attention_mask) if shift else states
+
+
+def execution_device(model: PreTrainedModel) -> torch.device:
+    """The device that a backbone takes its tokens on, also while its weights are offloaded."""
+    embedding = model.get_input_embeddings()
+    if not hasattr(embedding, "_hf_hook"):
+        return embedding.weight.device
+    # Offloaded weights are on no device until a hook fetches them: where, the result shows.
+    return embedding(torch.zeros(1, dtype=torch.long)).device

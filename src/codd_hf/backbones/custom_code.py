@@ -1,0 +1,154 @@
+"""Models that bring their own code (LLaDA2, SDAR, ...), with the user's `trust_remote_code=True`.
+
+The code runs only if the user passes that switch, and only from the repository or folder that the
+user named. Its class is then registered with transformers' Auto class for its configuration, which
+is how the model is built again without asking a second time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
+
+from .family import BackboneFamily, BackboneStates
+from .whole_model import run_whole_model
+
+AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel)
+BLOCK_DIFFUSION = ("llada2", "sdar")
+CODE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+
+
+class CustomCodeFamily(BackboneFamily):
+    """Read through `logits` and `hidden_states`; attention is the model's own, or block-causal."""
+
+    def matches(self, config: PretrainedConfig) -> bool:
+        if type(config).__module__.startswith("transformers_modules."):
+            return True
+        if config.model_type not in CONFIG_MAPPING:
+            return True
+        known = CONFIG_MAPPING[config.model_type].__module__
+        return not known.startswith(("transformers.", "codd_hf."))
+
+    def adopt(self, config: PretrainedConfig) -> None:
+        """Asks for the block length of models that are known to be trained in blocks.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        if (
+            config.model_type.startswith(BLOCK_DIFFUSION)
+            and getattr(config, "block_length", None) is None
+        ):
+            raise ValueError(
+                f"`block_length` is missing: {config.model_type!r} is trained with block-causal "
+                "attention, so give `from_backbone` the length of its blocks."
+            )
+
+    def from_config(self, config: PretrainedConfig, **kwargs) -> PreTrainedModel:
+        return _auto_class(config).from_config(config, trust_remote_code=False, **kwargs)
+
+    def from_pretrained(
+        self, name_or_path: str, config: PretrainedConfig, **kwargs
+    ) -> PreTrainedModel:
+        hub = {name: kwargs[name] for name in CODE_ARGUMENTS if name in kwargs}
+        # Not through the Auto class: a repository that also holds an adapter's configuration would
+        # send it, and the user's consent, on to the repository that this names.
+        model_class = _registered_class(name_or_path, config, **hub)
+        return model_class.from_pretrained(name_or_path, config=config, **kwargs)
+
+    def run(self, model, input_ids, attention_mask, position_ids) -> BackboneStates:
+        return run_whole_model(model, input_ids, attention_mask, position_ids)
+
+    def save_code(self, model: PreTrainedModel, folder: str | Path) -> None:
+        if model.is_remote_code():
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            custom_object_save(model, folder, config=model.config)
+            custom_object_save(model.config, folder, config=model.config)
+
+
+def brings_code(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` with this content needs code that transformers does not have."""
+    return "AutoConfig" in config.get("auto_map", {}) and (
+        config.get("model_type") not in CONFIG_MAPPING
+    )
+
+
+def check_trust(name: str, config: dict[str, Any], trust_remote_code: bool | None) -> None:
+    """Raises unless the user allowed the code of a repository, and it is that repository's own.
+
+    Args:
+        name: the folder or id that the user named.
+        config: content of its `config.json`, or of the part that describes the backbone.
+        trust_remote_code: what the user passed.
+
+    Raises:
+        ValueError: the switch is not set, or the code is another repository's.
+    """
+    if not trust_remote_code:
+        raise ValueError(
+            f"The backbone in {name!r} (model type {config.get('model_type')!r}) brings its own "
+            "code, which may do anything: read it, then pass `trust_remote_code=True`."
+        )
+    for reference in config["auto_map"].values():
+        if isinstance(reference, str) and "--" in reference:
+            raise ValueError(
+                f"{name!r} takes the code of its backbone from another repository, "
+                f"{reference.split('--')[0]!r}, which `trust_remote_code` for {name!r} does not "
+                "cover: load that model with transformers and pass it as an object."
+            )
+
+
+def nested_custom_config(
+    name: str, config: dict[str, Any], trust_remote_code: bool | None, **hub: Any
+) -> PretrainedConfig:
+    """The configuration of a custom-code backbone inside a saved CoDD model, its class registered.
+
+    Args:
+        name: folder or id of the CoDD model, which holds the code as well.
+        config: its `text_config`.
+        trust_remote_code: what the user passed for `name`.
+        **hub: `revision`, `token` and the like, for downloads.
+
+    Raises:
+        ValueError: the user did not allow the code, or it is another repository's.
+    """
+    check_trust(name, config, trust_remote_code)
+    if Path(name).is_dir():
+        name = str(Path(name, hub.pop("subfolder", None) or ""))
+    config_class = get_class_from_dynamic_module(config["auto_map"]["AutoConfig"], name, **hub)
+    config_class.register_for_auto_class()
+    nested = config_class.from_dict(dict(config))
+    _registered_class(name, nested, **hub)
+    return nested
+
+
+def _registered_class(name: str, config: PretrainedConfig, **hub: Any) -> type[PreTrainedModel]:
+    """The model class that a repository, which the user trusts, has for its configuration."""
+    auto_class = _auto_class(config)
+    reference = config.auto_map[auto_class.__name__]
+    model_class = get_class_from_dynamic_module(reference, name, **hub)
+    model_class.register_for_auto_class(auto_class)
+    auto_class.register(type(config), model_class, exist_ok=True)
+    return model_class
+
+
+def _auto_class(config: PretrainedConfig) -> type:
+    auto_map = getattr(config, "auto_map", None) or {}
+    known = [c for c in AUTO_CLASSES if c.__name__ in auto_map]
+    known += [c for c in AUTO_CLASSES if type(config) in c._model_mapping]
+    if not known:
+        raise ValueError(
+            f"The configuration {type(config).__name__} names no model class that gives logits "
+            f"(`auto_map`): one of {', '.join(c.__name__ for c in AUTO_CLASSES)} is needed."
+        )
+    return known[0]

@@ -1,0 +1,83 @@
+"""LLaDA and LLaDA-1.5 (arXiv 2502.09992), whose weights are a bidirectional Llama's.
+
+Their code descends from OLMo's; of its many options, only those that the released models use have
+a counterpart in Llama, and others are refused. LLaDA-MoE shares the model type but not the layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import LlamaConfig, PretrainedConfig
+
+from .layout import CheckpointLayout, shared_fields
+
+BLOCK = r"^model\.transformer\.blocks\.(\d+)\."
+LLAMA_OPTIONS = {
+    "activation_type": "silu",
+    "alibi": False,
+    "attention_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "clip_qkv": None,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "rope": True,
+    "scale_logits": False,
+}
+# For a configuration of LLaDA-8B's vocabulary that does not name its mask token.
+VOCAB_SIZE_8B, MASK_TOKEN_ID_8B = 126464, 126336
+
+
+class LLaDALayout(CheckpointLayout):
+    """`model.transformer.{wte, blocks, ln_f, ff_out}` to Llama's names."""
+
+    key_mapping = {  # noqa: RUF012
+        r"^model\.transformer\.wte\.": "model.embed_tokens.",
+        r"^model\.transformer\.ln_f\.": "model.norm.",
+        r"^model\.transformer\.ff_out\.": "lm_head.",
+        BLOCK + r"attn_norm\.": r"model.layers.\1.input_layernorm.",
+        BLOCK + r"ff_norm\.": r"model.layers.\1.post_attention_layernorm.",
+        BLOCK + r"q_proj\.": r"model.layers.\1.self_attn.q_proj.",
+        BLOCK + r"k_proj\.": r"model.layers.\1.self_attn.k_proj.",
+        BLOCK + r"v_proj\.": r"model.layers.\1.self_attn.v_proj.",
+        BLOCK + r"attn_out\.": r"model.layers.\1.self_attn.o_proj.",
+        BLOCK + r"ff_proj\.": r"model.layers.\1.mlp.gate_proj.",
+        BLOCK + r"up_proj\.": r"model.layers.\1.mlp.up_proj.",
+        BLOCK + r"ff_out\.": r"model.layers.\1.mlp.down_proj.",
+    }
+
+    def reads(self, config: dict[str, Any]) -> bool:
+        return config.get("model_type") == "llada" and "d_model" in config
+
+    def translate(self, config: dict[str, Any]) -> PretrainedConfig:
+        for name, needed in LLAMA_OPTIONS.items():
+            if config.get(name, needed) != needed:
+                raise ValueError(
+                    f"`{name}` is {config[name]!r} in this LLaDA configuration; only {needed!r} "
+                    "can be loaded."
+                )
+        heads = config["n_heads"]
+        fields = shared_fields(config)
+        if fields["mask_token_id"] is None and config["vocab_size"] == VOCAB_SIZE_8B:
+            fields["mask_token_id"] = MASK_TOKEN_ID_8B
+        return LlamaConfig(
+            vocab_size=config.get("embedding_size") or config["vocab_size"],
+            hidden_size=config["d_model"],
+            intermediate_size=config.get("mlp_hidden_size")
+            or config.get("mlp_ratio", 4) * config["d_model"],
+            num_hidden_layers=config["n_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=config.get("n_kv_heads")
+            or (1 if config.get("multi_query_attention") else heads),
+            max_position_embeddings=config["max_sequence_length"],
+            rms_norm_eps=config.get("rms_norm_eps", 1e-5),
+            rope_theta=config.get("rope_theta", 10000.0),
+            attention_dropout=config.get("attention_dropout", 0.0),
+            initializer_range=config.get("init_std", 0.02),
+            tie_word_embeddings=config.get("weight_tying", True),
+            **fields,
+        )

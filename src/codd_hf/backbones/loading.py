@@ -1,0 +1,117 @@
+"""From a folder or an id on the Hub to a backbone, and to its tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .custom_code import brings_code, check_trust
+from .layout import CheckpointLayout
+from .registry import LAYOUTS, family_of, unsupported
+
+HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+
+
+def load_backbone(
+    name_or_path: str,
+    *,
+    trust_remote_code: bool | None = None,
+    block_length: int | None = None,
+    logit_shift: bool | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Loads a backbone, with transformers' own classes wherever they can hold it.
+
+    Args:
+        name_or_path: a folder or an id on the Hub.
+        trust_remote_code: allows the code in that repository, if transformers has none for the
+            model. LLaDA and Dream checkpoints load without, and their code is never run.
+        block_length: attention is block-causal in blocks of so many tokens; default, what the
+            configuration says (`block_length`), or else full attention.
+        logit_shift: whether the model's logits at a position are of the next token; default, what
+            the layout or the configuration says (`logit_shift`), or else no.
+        **kwargs: for transformers' `from_pretrained`: `dtype`, `device_map`,
+            `attn_implementation`, `quantization_config`, `revision`, `token`, `cache_dir`,
+            `local_files_only`, `subfolder`, ...
+
+    Raises:
+        ValueError: no family can hold the model, or it brings code that the user did not allow.
+        OSError: nothing is found.
+    """
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    found = PretrainedConfig.get_config_dict(name_or_path, **hub)[0]
+    model_type = found.get("model_type")
+    if model_type == "codd":
+        raise ValueError(
+            f"`backbone` {name_or_path!r} is a CoDD model already: use `CoDDModel.from_pretrained`."
+        )
+    layout = layout_of(found)
+    if layout is not None:
+        config = layout.translate(found)
+        kwargs["key_mapping"] = layout.key_mapping
+    elif brings_code(found):
+        check_trust(name_or_path, found, trust_remote_code)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=True, **hub)
+    elif model_type is not None and model_type not in CONFIG_MAPPING:
+        raise ValueError(unsupported(model_type))
+    else:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub)
+    if block_length is not None:
+        config.block_length = block_length
+    if logit_shift is not None:
+        config.logit_shift = logit_shift
+    # transformers looks for an adapter in the repository, but not in the cache that it is given.
+    cache = {name: hub[name] for name in ("cache_dir", "local_files_only") if name in hub}
+    kwargs["adapter_kwargs"] = {**cache, **kwargs.get("adapter_kwargs", {})}
+    family = family_of(config)
+    family.adopt(config)
+    model = family.from_pretrained(name_or_path, config, **kwargs)
+    if layout is not None and layout.key_mapping is not None:
+        # transformers remembers the mapping to write the old names back, which no native
+        # configuration could read.
+        model.__dict__.pop("_weight_conversions", None)
+    return model
+
+
+def layout_of(config: dict[str, Any]) -> CheckpointLayout | None:
+    """The foreign layout that the content of a `config.json` describes, if it is one."""
+    return next((layout for layout in LAYOUTS if layout.reads(config)), None)
+
+
+def load_tokenizer(
+    name_or_path: str, trust_remote_code: bool | None = None, **hub: Any
+) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a backbone; that of a known layout without the code it brings.
+
+    Args:
+        name_or_path: a folder or an id on the Hub.
+        trust_remote_code: as for `load_backbone`.
+        **hub: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`.
+
+    Raises:
+        ValueError: the tokenizer brings code that the user did not allow.
+        OSError: nothing is found.
+    """
+    layout = layout_of(PretrainedConfig.get_config_dict(name_or_path, **hub)[0])
+    if layout is not None and layout.tokenizer_class is not None:
+        return getattr(transformers, layout.tokenizer_class).from_pretrained(name_or_path, **hub)
+    return AutoTokenizer.from_pretrained(
+        name_or_path, trust_remote_code=bool(trust_remote_code), **hub
+    )
