@@ -1,4 +1,4 @@
-"""The command line: `codd-hf demo | generate | train | evaluate | bench`."""
+"""The command line: `codd-hf demo | generate | train | evaluate | convert | bench`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import bench, demo, evaluate, generate, train
+from . import bench, convert, demo, evaluate, generate, train
 
 COMMANDS = {
     "demo": demo,
     "generate": generate,
     "train": train,
     "evaluate": evaluate,
+    "convert": convert,
     "bench": bench,
 }
 FAILURES = (OSError, ValueError, TypeError, FloatingPointError)

@@ -1,0 +1,196 @@
+"""From a PyJuice circuit, on disk or on the Hub, to a head and its repository."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+
+from ..circuits import Potentials, occupancy
+from ..configuration_codd import CoDDHeadConfig
+from ..modeling_head import CoDDHead
+from .jpc import HiddenMarkovModel
+
+FILE_NAME = "model.jpc"
+RAREST = torch.finfo(torch.float32).tiny
+"""Marginal of a token that a circuit never emits: its logarithm is finite."""
+
+
+def convert_jpc(
+    source: str | Path,
+    *,
+    output: str | Path | None = None,
+    alpha: float = 0.0,
+    mask_token_id: int | None = None,
+    forbidden_token_ids: list[int] | None = None,
+    base_model_name_or_path: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> CoDDHead:
+    """Makes a head of a hidden Markov model that PyJuice saved (`.jpc`, a pickle).
+
+    Nothing in the file is run: see `codd_hf.conversion.unpickling`. The head holds the circuit's
+    log-probabilities: `initial [H]`, `transition [H, H]` or `[L-1, H, H]`, `emission [H, V]` or
+    `[L, H, V]`, as the circuit ties them. The file's arrays are read straight into the head: memory
+    for the head and little more is enough (for two heads if the pickle is of protocol 2).
+
+    Args:
+        source: a `.jpc` file, a folder with `model.jpc`, or the id of such a repository on the Hub.
+        output: a folder in which the head's repository is written too: `config.json`,
+            `model.safetensors` and a model card that says where the circuit comes from.
+        alpha: power of the circuit's own token marginal by which its emissions are divided; 0
+            leaves the circuit as it is, 1 removes the unigram law that a backbone already has.
+        mask_token_id: the backbone's mask token.
+        forbidden_token_ids: tokens that are never generated, beside the mask token.
+        base_model_name_or_path: the backbone that the circuit belongs to.
+        revision: branch, tag or commit of the repository on the Hub.
+        token: for the Hub.
+        cache_dir: of the Hub.
+        local_files_only: take the file from the cache.
+
+    Raises:
+        ValueError: the file is no such circuit, is damaged, or asks for anything that none needs;
+            or `alpha` or a token id is out of range.
+        OSError: there is no such file, folder or repository.
+    """
+    if not 0 <= alpha < math.inf:
+        raise ValueError(f"`alpha` must be 0 or a positive number, got {alpha}.")
+    found = _find(
+        source,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    with found.path.open("rb") as file:
+        try:
+            circuit = HiddenMarkovModel(file)
+            config = CoDDHeadConfig(
+                vocab_size=circuit.vocab_size,
+                num_latents=circuit.num_latents,
+                window_length=circuit.length,
+                tie_transitions=circuit.tie_transitions,
+                tie_emissions=circuit.tie_emissions,
+                alpha=0.0,
+                mask_token_id=mask_token_id,
+                forbidden_token_ids=forbidden_token_ids,
+                base_model_name_or_path=base_model_name_or_path,
+            )
+            head = CoDDHead(config).eval()
+            _fill(head, circuit)
+        except ValueError as error:
+            reason = str(error).rstrip(".")
+            raise ValueError(f"{found.name} cannot be converted: {reason}.") from error
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if alpha > 0:
+        _correct(head, alpha)
+    config.converted_from = (
+        f"{found.name} (PyJuice; SHA-256 `{digest}`; licence of the source: unknown)"
+    )
+    if output is not None:
+        (Path(output) / "README.md").unlink(missing_ok=True)  # of what was there before
+        head.save_pretrained(output)
+    return head
+
+
+def holds_circuit(source: str | Path, **hub) -> bool:
+    """Whether a file, folder or repository is a PyJuice circuit that has yet to be converted.
+
+    One that holds a head too is no such thing. The circuit of a repository on the Hub is downloaded
+    (to the cache) to find out.
+
+    Args:
+        source: as for [`convert_jpc`].
+        **hub: `revision`, `token`, `cache_dir` and `local_files_only`, as for [`convert_jpc`].
+    """
+    path = Path(source)
+    if path.is_file():
+        return path.suffix == ".jpc"
+    try:
+        circuit = _find(source, **hub).path
+    except OSError:
+        return False
+    if path.is_dir():
+        config = path / "config.json"
+    else:
+        try:
+            config = Path(hf_hub_download(str(source), "config.json", **hub))
+        except OSError:
+            config = circuit.with_name("config.json")
+    if not config.is_file():
+        return True
+    return json.loads(config.read_text()).get("model_type") != CoDDHeadConfig.model_type
+
+
+@dataclass
+class _Found:
+    """A circuit's file, and its name for people (no path of this machine)."""
+
+    path: Path
+    name: str
+
+
+def _find(source: str | Path, **hub) -> _Found:
+    path = Path(source)
+    if path.is_file():
+        return _Found(path, f"`{path.name}`")
+    if path.is_dir():
+        if not (path / FILE_NAME).is_file():
+            raise FileNotFoundError(
+                f"The folder {str(source)!r} has no `{FILE_NAME}`: give the path of the circuit."
+            )
+        return _Found(path / FILE_NAME, f"`{FILE_NAME}` of `{path.resolve().name}`")
+    try:
+        cached = Path(hf_hub_download(str(source), FILE_NAME, **hub))
+    except HFValidationError:
+        raise FileNotFoundError(
+            f"{str(source)!r} is neither a file, nor a folder, nor an id on the Hub: check it."
+        ) from None
+    except RemoteEntryNotFoundError:
+        raise FileNotFoundError(
+            f"The repository {str(source)!r} has no `{FILE_NAME}`: it holds no circuit of PyJuice."
+        ) from None
+    return _Found(cached, f"`{FILE_NAME}` of {source} at commit `{cached.parent.name}`")
+
+
+@torch.no_grad()
+def _fill(head: CoDDHead, circuit: HiddenMarkovModel) -> None:
+    """Writes a circuit's log-probabilities and its token marginal into a head, in place."""
+    config = head.config
+    states, vocab = config.num_latents, config.vocab_size
+    initial = head.initial.detach()
+    transition = head.transition.detach().view(-1, states, states)
+    emission = head.emission.detach().view(-1, states, vocab)
+    circuit.write_initial(initial)
+    initial.log_()
+    if circuit.length > 1:
+        circuit.write_transitions(transition)
+        transition.log_()
+    circuit.write_emissions(emission)
+    occupied = occupancy(Potentials(initial, transition, emission), circuit.length)
+    if config.tie_emissions:
+        head.token_marginal.copy_(occupied.mean(0) @ emission[0])
+    else:
+        for marginal, state, matrix in zip(head.token_marginal, occupied, emission, strict=True):
+            torch.mv(matrix.T, state, out=marginal)
+    head.token_marginal.div_(head.token_marginal.sum(-1, keepdim=True)).clamp_(min=RAREST)
+    emission.log_()
+
+
+@torch.no_grad()
+def _correct(head: CoDDHead, alpha: float) -> None:
+    """The marginal correction; a token that the circuit never emits gets the ratio 1."""
+    emission = head.emission.view(-1, *head.emission.shape[-2:])
+    marginals = head.token_marginal.view(-1, head.config.vocab_size)
+    for matrix, marginal in zip(emission, marginals, strict=False):
+        matrix[:, marginal <= RAREST] = math.log(RAREST)
+    head.set_alpha(alpha)

@@ -1,0 +1,97 @@
+"""Circuits that are no hidden Markov model over tokens are refused with the reason."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from jpc_files import dist, hmm_nodes, random_hmm, write
+
+from codd_hf.conversion import convert_jpc
+
+
+def change(index: int, **entries):
+    """Changes the entries of a node; None removes one."""
+
+    def apply(nodes: list[dict]) -> None:
+        for key, value in entries.items():
+            if value is None:
+                del nodes[index][key]
+            else:
+                nodes[index][key] = value
+
+    return apply
+
+
+def scaled(index: int, factor: float):
+    def apply(nodes: list[dict]) -> None:
+        nodes[index]["params"] = nodes[index]["params"] * np.float32(factor)
+
+    return apply
+
+
+# The nodes are 0, 1, 2: inputs (2 is the source); 3, 5, 7: products; 4, 6, 8: sums, 8 the root.
+TWO = np.array([[0, 0], [1, 1]])
+OTHER_CIRCUITS = [
+    (lambda nodes: nodes.clear(), "does not hold a list of nodes"),
+    (lambda nodes: nodes.append("x"), "node 9 is not a dictionary"),
+    (lambda nodes: nodes.insert(8, nodes[0]), "it has nodes beside the chain"),
+    (lambda nodes: nodes.pop(), "node 7 is not a sum over one product"),
+    (change(8, chs=(7, 7)), "node 8 is not a sum over one product"),
+    (change(8, chs=(6,)), "node 6 is a 'Sum' where a hidden Markov model has a product"),
+    (change(7, chs=(0, 1)), "node 7 is not a product of one input and at most one sum"),
+    (change(7, chs=(0, 7)), "node 7 has a child that does not precede it"),
+    (change(7, chs=(0, -1)), "node 7 has a child that does not precede it"),
+    (change(7, chs=[0, 6]), "node 7 has no 'chs' of the right type"),
+    (change(7, edge_ids=TWO[::-1].copy()), "node 7 does not join equal states"),
+    (change(7, type="External"), "node 7 is a 'External' where"),
+    (change(0, scope=[1]), "node 0 is not about position 0: tokens are out of order"),
+    (change(0, scope=[0, 1]), "node 0 is not about position 0"),
+    (change(0, source_node=0), "node 0 has no source"),
+    (change(0, source_node=9), "node 0 has no source"),
+    (change(0, source_node=4), "node 0 takes its parameters from a node of type 'Sum'"),
+    (change(0, source_node=None), "node 0 has no 'params' of the right type"),
+    (change(0, dist=dist(6)), r"vocabularies of \[5, 6\] tokens"),
+    (change(0, dist=dist(0)), "node 0 has a distribution that is none over tokens"),
+    (change(0, dist=pickle.dumps({"num_cats": 5})), "node 0 has a distribution that is none"),
+    (change(0, dist=b"\0" * 5000), "node 0 has a distribution of 5,000 bytes"),
+    (change(0, dist=None, dist_shared_with=1), "node 0 shares the distribution of a node that"),
+    (change(0, extra=1), "node 0 has the unknown entry 'extra'"),
+    (change(2, params=np.ones(19, "f4")), r"node 2 has emissions of shape \(19,\), not the 20"),
+    (change(2, params=np.ones(20, "i8")), "node 2 has 'params' of type int64"),
+    (change(4, params=np.ones((4, 2, 1), "f4")), r"has parameters of shape \(4, 2, 1\), which"),
+    (change(4, edge_ids=np.zeros((2, 3), "i8")), "node 4 has 4 tiles, but `edge_ids` of shape"),
+    (change(4, edge_ids=np.zeros((2, 4), "i8")), "outside its blocks, or the same twice"),
+    (change(4, edge_ids=2 * np.array([[0, 0, 1, 1], [0, 1, 0, 1]])), "outside its blocks, or"),
+    (change(4, edge_ids=np.zeros((2, 4), "f4")), "node 4 has 'edge_ids' of type float32"),
+    (
+        change(4, zero_param_mask=np.zeros((4, 2, 1), "?")),
+        "node 4 has a `zero_param_mask` of shape",
+    ),
+    (change(5, block_size=1), "which do not fit its blocks"),
+    (change(0, num_node_blocks=1, block_size=4), "has another number or size of blocks"),
+    (change(8, block_size=2, params=np.ones((2, 2, 2), "f4")), "is the root, but has 2 states"),
+    (change(8, num_node_blocks=0), "node 8 has 0 blocks"),
+    (change(8, block_size=True), "node 8 has no 'block_size' of the right type"),
+    (scaled(2, -1), "node 2 has parameters that are no probabilities"),
+    (scaled(4, np.nan), "node 4 has parameters that are no probabilities"),
+    (scaled(8, np.inf), "node 8 has parameters that are no probabilities"),
+]
+
+
+@pytest.mark.parametrize(("alter", "reason"), OTHER_CIRCUITS)
+def test_another_structure_is_refused_with_the_reason(alter, reason, tmp_path):
+    nodes = hmm_nodes(*random_hmm(), num_blocks=2)
+    alter(nodes)
+    with pytest.raises(ValueError, match=rf"`circuit.jpc` cannot be converted: .*({reason})"):
+        convert_jpc(write(tmp_path / "circuit.jpc", nodes))
+
+
+def test_a_circuit_that_would_be_far_larger_than_its_file_is_refused(tmp_path):
+    initial, transitions, emissions, _ = random_hmm(states=64, vocab=600)
+    nodes = hmm_nodes(initial, transitions, emissions, 300)
+    nodes[0] = {**nodes[0], "params": nodes[299]["params"]}
+    del nodes[0]["source_node"]
+    with pytest.raises(ValueError, match=r"would take 46,096,384 bytes, but the file has"):
+        convert_jpc(write(tmp_path / "circuit.jpc", nodes))
