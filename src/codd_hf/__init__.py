@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from .registration import register_when_needed
+
 __version__ = "0.1.0"
 
 _EXPORTS = {
@@ -57,3 +59,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_when_needed()

@@ -20,8 +20,6 @@ from .circuits.random import Generators
 from .schedulers import CoDDScheduler
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
-
     from .modeling_codd import CoDDModel
 
 logger = logging.get_logger(__name__)
@@ -206,97 +204,6 @@ def denoise(
 
     sequences = canvas.gather(1, start[:, None] + torch.arange(gen_length, device=device))
     return DecodingOutput(sequences=sequences, num_passes=num_passes, finished=finished)
-
-
-def generate(
-    model: CoDDModel,
-    inputs: torch.Tensor | None = None,
-    *,
-    input_ids: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    gen_length: int | None = None,
-    block_length: int | None = None,
-    num_inference_steps: int | None = None,
-    scheduler: CoDDScheduler | None = None,
-    generation_config: GenerationConfig | None = None,
-    max_new_tokens: int | None = None,
-    do_sample: bool | None = None,
-    eos_token_id: int | list[int] | None = None,
-    pad_token_id: int | None = None,
-    generator: Generators = None,
-    early_stop: bool = True,
-    on_step: OnStep | None = None,
-    **settings: Any,
-) -> torch.Tensor:
-    """`CoDDModel.generate`: the denoising loop under the names of transformers' `generate`.
-
-    Args:
-        model: the backbone, with or without a head.
-        inputs: `[batch, prompt_length]`, padded on any side.
-        input_ids: another name of `inputs`.
-        attention_mask: `[batch, prompt_length]`, 0 at padding; default no padding.
-        gen_length: number of tokens to generate; default `max_new_tokens`, or else 128.
-        block_length: default the head's window length.
-        num_inference_steps: passes of the backbone; default one for four tokens, and at least one
-            per block.
-        scheduler: default one with default settings.
-        generation_config: gives `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p` and
-            `eos_token_id` where the call does not; what else it holds has no meaning here.
-        max_new_tokens: another name of `gen_length`.
-        do_sample: False is temperature 0.
-        eos_token_id: default the model's.
-        pad_token_id: taken because transformers' pipelines pass it; finished rows are filled with
-            their end-of-text token.
-        generator: one for all rows, or a list with one per row.
-        early_stop: as in `denoise`.
-        on_step: as in `denoise`.
-        **settings: the scheduler's settings for this call.
-
-    Returns:
-        `[batch, prompt_length + gen_length]`: the prompts as they were given, and what follows.
-
-    Raises:
-        ValueError: no prompts are given, or an argument is out of range.
-    """
-    inputs = input_ids if inputs is None else inputs
-    if inputs is None:
-        raise ValueError("`inputs` is missing: give prompts as token ids [batch, length].")
-    asked = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": do_sample,
-        "eos_token_id": eos_token_id,
-        **{name: settings.pop(name, None) for name in ("temperature", "top_k", "top_p")},
-    }
-    if generation_config is not None:
-        asked = {
-            name: getattr(generation_config, name, None) if value is None else value
-            for name, value in asked.items()
-        }
-    if asked["do_sample"] is False:
-        asked["temperature"] = 0.0
-    if gen_length is None:
-        gen_length = asked["max_new_tokens"] or 128
-    block_length = model.window_length if block_length is None else block_length
-    if num_inference_steps is None:
-        num_inference_steps = max(-(-gen_length // 4), -(-gen_length // block_length))
-    output = denoise(
-        model,
-        CoDDScheduler() if scheduler is None else scheduler,
-        inputs,
-        attention_mask,
-        gen_length=gen_length,
-        block_length=block_length,
-        num_inference_steps=num_inference_steps,
-        generator=generator,
-        eos_token_id=(
-            model.config.eos_token_id if asked["eos_token_id"] is None else asked["eos_token_id"]
-        ),
-        early_stop=early_stop,
-        on_step=on_step,
-        **{name: asked[name] for name in ("temperature", "top_k", "top_p")},
-        **settings,
-    )
-    return torch.cat((inputs, output.sequences), dim=1)
 
 
 def check_decoding_arguments(

@@ -4,20 +4,44 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .backbones import BackboneFamily, BackboneStates, family_of
-from .circuits import CoupledCategorical, Preceding
+from .adapters import save_adapter, without_adapters
+from .backbones import (
+    BackboneFamily,
+    brings_code,
+    execution_device,
+    family_of,
+    load_backbone,
+    nested_custom_config,
+)
+from .circuits import CoupledCategorical
 from .circuits.random import Generators
 from .configuration_codd import CoDDConfig, CoDDHeadConfig, check_coupling
-from .modeling_head import CoDDHead, forbidden_tokens, trivial_potentials
+from .heads import DEFAULT_NAME, HeadsMixin
+from .hub.publishing import ModelPublishing
+from .loading import (
+    ADAPTER_FOLDER,
+    CACHE_ARGUMENTS,
+    existing,
+    explained,
+    find_adapter,
+    hub_arguments,
+    load_adapter,
+    load_head,
+    locate,
+    named_backbone,
+)
+from .modeling_head import CoDDHead
+from .windows import WindowsMixin
 
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+if TYPE_CHECKING:
+    from .scoring import ScoreOutput
 
 
 @dataclass
@@ -41,7 +65,7 @@ class CoDDOutput(ModelOutput):
     distribution: CoupledCategorical | None = None
 
 
-class CoDDModel(PreTrainedModel):
+class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
     """A diffusion language model (`backbone`) with a circuit (`coupling_head`).
 
     Use [`~CoDDModel.from_backbone`] to join the two, `from_pretrained` to load a saved pair,
@@ -52,6 +76,11 @@ class CoDDModel(PreTrainedModel):
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    # Attention is the backbone's, which knows what it supports.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["coupling_head"]  # noqa: RUF012
 
     def __init__(
@@ -70,6 +99,7 @@ class CoDDModel(PreTrainedModel):
             coupling_head = CoDDHead(config.head_config)
         self.backbone = backbone
         self.coupling_head = coupling_head
+        self._start_heads()
         self.post_init()
 
     @classmethod
@@ -77,99 +107,137 @@ class CoDDModel(PreTrainedModel):
         cls,
         backbone: PreTrainedModel | str | Path,
         head: CoDDHead | CoDDHeadConfig | str | Path | None = None,
+        adapter: str | Path | None = None,
+        *,
         mask_token_id: int | None = None,
         forbidden_token_ids: list[int] | None = None,
+        coupling: str = "none",
         **kwargs,
     ) -> CoDDModel:
-        """Joins a backbone and a head.
+        """Joins a backbone, a head and a LoRA.
 
         Args:
             backbone: a model, a local path or a Hub id. A decoder is switched to full attention.
-            head: a head, a local path or a Hub id; a configuration makes a new, untrained head;
-                None leaves the predictions factorized.
+                LLaDA's and Dream's checkpoints load as they were published, without their code.
+            head: a head; a local path or Hub id of one, of a model that has one, or of a PyJuice
+                circuit (`model.jpc`), which is converted; a configuration makes a new, untrained
+                head; None leaves the predictions factorized.
+            adapter: local path or Hub id of a PEFT LoRA for the backbone; default, the one beside
+                the head (`adapter/`), if there is one. One in memory is already on the backbone:
+                give that, or PEFT's wrapper around it.
             mask_token_id: the mask token; defaults to the head's, then the backbone's.
             forbidden_token_ids: tokens that are never generated; defaults to the head's.
-            **kwargs: for the backbone's `from_pretrained` (`dtype`, `device_map`, `revision`, ...).
+            coupling: what `logits` of a forward pass are, as in [`CoDDConfig`].
+            **kwargs: for loading the backbone (`dtype`, `device_map`, `revision`,
+                `trust_remote_code`, `block_length`, ...; see `backbones.load_backbone`). `token`
+                and where to cache hold for head and adapter as well; a head of another revision is
+                given as an object.
 
         Raises:
-            ValueError: backbone and head do not fit, or the backbone's family is not known.
+            ValueError: the parts do not fit, or the backbone's family is not known.
             FileNotFoundError: a local path does not exist.
         """
+        shared = {k: v for k, v in kwargs.items() if k in (*CACHE_ARGUMENTS, "token")}
         if isinstance(backbone, str | Path):
-            config_kwargs = {k: kwargs[k] for k in HUB_ARGUMENTS if k in kwargs}
-            name = _existing(backbone, "backbone")
-            config = AutoConfig.from_pretrained(name, **config_kwargs)
-            if isinstance(config, CoDDConfig):
-                raise ValueError(
-                    f"`backbone` {name!r} is a CoDD model already: use `CoDDModel.from_pretrained`."
-                )
-            backbone = family_of(config).from_pretrained(name, config, **kwargs)
-        elif kwargs:
+            name = existing(backbone, "backbone")
+            with explained(name, kwargs):
+                backbone = load_backbone(name, **kwargs)
+        elif refused := [k for k in kwargs if k not in shared]:
             raise ValueError(
-                f"{', '.join(f'`{k}`' for k in kwargs)} cannot be given with a loaded backbone: it "
-                "is for loading one by path or id."
+                f"{', '.join(f'`{k}`' for k in refused)} cannot be given with a loaded backbone: "
+                "it is for loading one by path or id."
             )
+        elif hasattr(backbone, "get_base_model"):
+            backbone = backbone.get_base_model()
         family_of(backbone.config).adopt(backbone.config)
-        if isinstance(head, str | Path):
-            head = CoDDHead.from_pretrained(_existing(head, "head"))
-        elif isinstance(head, CoDDHeadConfig):
-            head = CoDDHead(head)
-        if head is not None and head.config.vocab_size != backbone.config.vocab_size:
-            raise ValueError(
-                f"`head` has a vocabulary of {head.config.vocab_size} tokens, but the backbone's "
-                f"has {backbone.config.vocab_size}: use a head that was fitted to this backbone."
-            )
-        size = None if head is None else head.config.context_size
-        if size not in (None, backbone.config.hidden_size):
-            raise ValueError(
-                f"`head` expects hidden states of size {size} (`context_size`), but the backbone's "
-                f"have {backbone.config.hidden_size}: use a head that was fitted to this backbone."
-            )
+        if adapter is None and isinstance(head, str | Path):
+            adapter = find_adapter(existing(head, "head"), **shared)
+        if head is not None:
+            head = load_head(head, backbone, mask_token_id, **shared)
+        if adapter is not None:
+            load_adapter(backbone, adapter, DEFAULT_NAME, **shared)
         config = CoDDConfig(
             text_config=backbone.config,
             head_config=None if head is None else head.config,
             mask_token_id=mask_token_id,
             forbidden_token_ids=forbidden_token_ids,
+            coupling=coupling,
         )
         model = cls(config, backbone=backbone, coupling_head=head)
         if head is not None:
-            head.to(backbone.device)
+            head.to(execution_device(backbone))
+            model._adapted_heads.update([] if adapter is None else [DEFAULT_NAME])
         return model.eval()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs) -> CoDDModel:
         """Loads a CoDD model, or a head together with the backbone that its configuration names.
 
+        A LoRA beside either (`adapter/`) is loaded into the backbone.
+
         Args:
-            pretrained_model_name_or_path: a folder or Hub id of a model or of a head.
+            pretrained_model_name_or_path: a folder or Hub id of a model, of a pipeline (its model
+                is loaded) or of a head.
             *model_args: as in transformers.
-            **kwargs: as in transformers. For a head they concern the head's repository; of the
-                backbone, only `dtype` and `device_map` are taken from here.
+            **kwargs: as in transformers. For a head, what grants or chooses (`revision`, `token`,
+                `trust_remote_code`) concerns the head's repository alone; the backbone gets what
+                says how to load it (`dtype`, `device_map`, `attn_implementation`, `cache_dir`,
+                `local_files_only`, ...).
 
         Raises:
-            ValueError: a head names no backbone, or a downloaded one names a local path.
+            ValueError: a head names no backbone, or one that the user has to name: a local path (in
+                a downloaded head), or a repository that brings its own code.
+            OSError: nothing is found.
         """
-        name = _existing(pretrained_model_name_or_path, "pretrained_model_name_or_path")
-        hub = {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS}
-        found = {} if kwargs.get("config") else PreTrainedConfig.get_config_dict(name, **hub)[0]
-        if found.get("model_type") != CoDDHeadConfig.model_type:
-            return super().from_pretrained(name, *model_args, **kwargs)
-        head = CoDDHead.from_pretrained(name, **hub)
-        base, revision = head.config.base_model_name_or_path, head.config.base_model_revision
-        if base is None:
-            raise ValueError(
-                f"The head {name!r} names no backbone (`base_model_name_or_path`): join them with "
-                "`CoDDModel.from_backbone(backbone, head)`."
-            )
-        if Path(base).exists() and not Path(name).exists():
-            raise ValueError(
-                f"The downloaded head {name!r} names the local path {base!r} as its backbone: give "
-                "the backbone yourself, with `CoDDModel.from_backbone(backbone, head)`."
-            )
-        own = {k: kwargs[k] for k in ("dtype", "device_map") if k in kwargs}
-        if revision is not None:
-            own["revision"] = revision
-        return cls.from_backbone(base, head, **own)
+        name = existing(pretrained_model_name_or_path, "pretrained_model_name_or_path")
+        found = {}
+        if kwargs.get("config") is None:
+            found, kwargs = locate(name, kwargs)
+        hub = hub_arguments(kwargs)
+        adapter = find_adapter(name, **hub)
+        if found.get("model_type") == CoDDHeadConfig.model_type:
+            head = CoDDHead.from_pretrained(name, **hub)
+            base, own = named_backbone(name, head.config, kwargs)
+            return cls.from_backbone(base, head, adapter, **own)
+        if brings_code(text_config := found.get("text_config", {})):
+            nested = nested_custom_config(name, text_config, kwargs.get("trust_remote_code"), **hub)
+            kwargs["config"] = CoDDConfig.from_dict({**found, "text_config": nested})
+        generation_config = kwargs.pop("generation_config", None)
+        with explained(name, kwargs):
+            loaded = super().from_pretrained(name, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
+        if generation_config is None:
+            try:
+                generation_config = GenerationConfig.from_pretrained(name, **hub)
+            except OSError:  # it has none: the one made of the configuration stays
+                generation_config = model.generation_config
+        model.generation_config = generation_config
+        if adapter is not None:
+            load_adapter(model.backbone, adapter, DEFAULT_NAME)
+            model._adapted_heads.update(model.heads)
+        return loaded
+
+    def save_pretrained(
+        self, save_directory: str | Path, is_main_process: bool = True, **kwargs
+    ) -> Any:
+        """Saves the backbone and the active head, and the backbone's LoRA, if any, in `adapter/`.
+
+        Args:
+            save_directory: a folder, created if it does not exist.
+            is_main_process: whether this process is the one that writes.
+            **kwargs: as in transformers, and as for `push_to_hub`.
+        """
+        if is_main_process:
+            self.family.save_code(self.backbone, save_directory)
+            save_adapter(self, Path(save_directory, ADAPTER_FOLDER))
+        if kwargs.get("state_dict") is None:
+            kwargs["state_dict"] = without_adapters(self)
+        return super().save_pretrained(save_directory, is_main_process, **kwargs)
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """True: `generate` decodes by diffusion."""
+        return True
 
     @property
     def family(self) -> BackboneFamily:
@@ -177,9 +245,9 @@ class CoDDModel(PreTrainedModel):
         return family_of(self.config.text_config)
 
     @property
-    def window_length(self) -> int:
-        """Length of the head's window; 32 without a head."""
-        return 32 if self.coupling_head is None else self.coupling_head.config.window_length
+    def device(self) -> torch.device:
+        """The device that tokens go to, also while weights are offloaded."""
+        return execution_device(self.backbone)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -193,135 +261,6 @@ class CoDDModel(PreTrainedModel):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_output_embeddings(value)
 
-    def backbone_states(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-    ) -> BackboneStates:
-        """One backbone pass over `[batch, length]` tokens.
-
-        Real tokens are moved to the front of each row first (and the results moved back), so that
-        padding on any side leaves positions, absolute ones too, as they are without padding.
-        """
-        if attention_mask is None or position_ids is not None:
-            return self.family.states(self.backbone, input_ids, attention_mask, position_ids)
-        order = attention_mask.bool().logical_not().long().argsort(dim=1, stable=True)
-        packed = self.family.states(
-            self.backbone, input_ids.gather(1, order), attention_mask.gather(1, order)
-        )
-        place = order.argsort(dim=1)
-        all_rows = torch.arange(len(input_ids), device=input_ids.device)[:, None]
-
-        def read_logits(index: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
-            rows, columns = (all_rows, slice(None)) if index is None else index
-            columns = place[rows, columns] if index is not None else place
-            return packed.logits((rows, columns))
-
-        return BackboneStates(packed.last_hidden_state[all_rows, place], read_logits)
-
-    def window_distribution(
-        self,
-        states: BackboneStates,
-        input_ids: torch.Tensor,
-        window_start: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        rows: torch.Tensor | None = None,
-        temperature: float = 1.0,
-        active: torch.Tensor | None = None,
-        head: CoDDHead | None = None,
-    ) -> CoupledCategorical:
-        """The coupled distribution over `N` windows of a batch.
-
-        Logits are projected at masked positions only. Without a head it is factorized. Large
-        vocabularies are read by their likeliest tokens (`CoDDHead.evidence_top_k`).
-
-        Args:
-            states: the backbone's pass over `input_ids`.
-            input_ids: `[batch, length]`; mask tokens are to be predicted, others are observed.
-            window_start: `[N]`, first position of each window; what lies outside the sequence is
-                absent.
-            attention_mask: `[batch, length]`; padding is absent.
-            rows: `[N]`, the row each window lies on; default, one window per row.
-            temperature: the evidence temperature.
-            active: `[N]` bool, False for windows that are to stay factorized.
-            head: a head to use in place of the model's own.
-        """
-        if self.config.mask_token_id is None:
-            raise ValueError("`mask_token_id` is not known: give it to `from_backbone`.")
-        batch, length = input_ids.shape
-        rows = torch.arange(batch, device=input_ids.device) if rows is None else rows
-        positions = window_start[:, None] + torch.arange(self.window_length, device=rows.device)
-        inside = (positions >= 0) & (positions < length)
-        positions = positions.clamp(0, length - 1)
-        index = (rows[:, None], positions)
-        present = inside if attention_mask is None else inside & attention_mask[index].bool()
-        tokens = input_ids[index]
-        observed = tokens != self.config.mask_token_id
-        wanted = present & ~observed
-        at = wanted.nonzero(as_tuple=True)
-        known = states.logits((rows[at[0]], positions[at]))
-        logits = known.new_zeros(*positions.shape, known.shape[-1]).index_put(at, known)
-        head = self.coupling_head if head is None else head
-        if head is not None:
-            if head.config.emission == "tied":
-                head.bind(self.get_output_embeddings().weight)
-            preceding = None
-            if head.context_maps is not None and head.context_maps.copies:
-                preceding = self.preceding(
-                    states, input_ids, window_start, attention_mask, rows, head
-                )
-            return head(
-                logits,
-                tokens=tokens,
-                observed=observed,
-                last_hidden_state=states.last_hidden_state[index],
-                present=None if bool(present.all()) else present,
-                temperature=temperature,
-                active=active,
-                preceding=preceding,
-                top_k=head.evidence_top_k,
-            )
-        return CoupledCategorical(
-            logits,
-            trivial_potentials(logits.shape[-1], logits.device),
-            tokens=tokens,
-            observed=observed,
-            present=present,
-            active=torch.zeros(len(rows), dtype=torch.bool, device=rows.device),
-            temperature=temperature,
-            forbidden=forbidden_tokens(
-                logits.shape[-1],
-                self.config.mask_token_id,
-                self.config.forbidden_token_ids,
-                logits.device,
-            ),
-        )
-
-    def preceding(
-        self,
-        states: BackboneStates,
-        input_ids: torch.Tensor,
-        window_start: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        rows: torch.Tensor | None = None,
-        head: CoDDHead | None = None,
-    ) -> Preceding:
-        """The last `copy_length` tokens before each window; masked ones do not count as present.
-
-        The arguments are those of `window_distribution`.
-        """
-        length = (self.coupling_head if head is None else head).config.copy_length
-        rows = torch.arange(len(input_ids), device=input_ids.device) if rows is None else rows
-        positions = window_start[:, None] + torch.arange(-length, 0, device=rows.device)
-        present = (positions >= 0) & (positions < input_ids.shape[1])
-        index = (rows[:, None], positions.clamp(0, input_ids.shape[1] - 1))
-        tokens = input_ids[index]
-        present = present & (tokens != self.config.mask_token_id)
-        if attention_mask is not None:
-            present = present & attention_mask[index].bool()
-        return Preceding(tokens, present, states.last_hidden_state[index])
-
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -332,7 +271,10 @@ class CoDDModel(PreTrainedModel):
         coupling: str | None = None,
         return_distribution: bool = False,
         generator: Generators = None,
-        return_dict: bool = True,
+        return_dict: bool | None = None,
+        inputs_embeds: None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> CoDDOutput | tuple:
         """Predicts masked tokens.
 
@@ -347,11 +289,25 @@ class CoDDModel(PreTrainedModel):
                 `window_length` real positions of each row.
             coupling: `"none"` (logits stay factorized), `"marginal"` (the window's logits become
                 the log of the exact coupled marginals) or `"latent"` (log-probabilities given one
-                sampled latent path); default, `config.coupling`.
+                sampled latent path, of the window's observed tokens too, so that a loop that
+                revises tokens keeps what was drawn together); default, `config.coupling`.
             return_distribution: also return the window's distribution.
             generator: draws the latent path.
             return_dict: False for a tuple.
+            inputs_embeds: there for callers such as PEFT that pass None, and so are the next two.
+            output_attentions: as `inputs_embeds`; use the backbone itself to look into it.
+            output_hidden_states: as `inputs_embeds`.
+
+        Raises:
+            ValueError: one of the last three is asked for, or the coupling is unknown.
         """
+        for name, value in (
+            ("inputs_embeds", inputs_embeds),
+            ("output_attentions", output_attentions),
+            ("output_hidden_states", output_hidden_states),
+        ):
+            if value is not None and value is not False:
+                raise ValueError(f"`{name}` cannot be used: give it to `model.backbone`.")
         coupling = self.config.coupling if coupling is None else coupling
         check_coupling(coupling)
         states = self.backbone_states(input_ids, attention_mask, position_ids)
@@ -371,67 +327,34 @@ class CoDDModel(PreTrainedModel):
             last_hidden_state=states.last_hidden_state,
             distribution=distribution if return_distribution else None,
         )
-        return output if return_dict else output.to_tuple()
+        return output.to_tuple() if return_dict is False else output
 
-    def _trailing_window(self, input_ids, attention_mask) -> torch.Tensor:
-        batch, length = input_ids.shape
-        if attention_mask is None:
-            end = torch.full((batch,), length, device=input_ids.device)
-        else:
-            end = length - attention_mask.flip(1).long().argmax(1)
-        return end - self.window_length
-
-    def _coupled_logits(self, logits, distribution, window_start, coupling, generator):
-        if coupling == "marginal":
-            coupled = distribution.marginals.log()
-        else:
-            coupled = distribution.logits_given(distribution.sample_latents(generator))
-        rows, columns = distribution.masked.nonzero(as_tuple=True)
-        values = coupled[rows, columns].to(logits.dtype)
-        return logits.index_put((rows, window_start[rows] + columns), values)
-
-    def _loss(self, states, input_ids, attention_mask, labels) -> torch.Tensor:
-        supervised = (labels != -100) & (input_ids == self.config.mask_token_id)
-        first = (labels != -100).long().argmax(1)
-        window = (torch.arange(labels.shape[1], device=labels.device) - first[:, None]).div(
-            self.window_length, rounding_mode="floor"
-        )
-        rows, columns = supervised.nonzero(as_tuple=True)
-        if len(rows) == 0:
-            return 0.0 * states.last_hidden_state.sum()
-        pairs = torch.stack((rows, window[rows, columns])).unique(dim=1)
-        rows, starts = pairs[0], first[pairs[0]] + pairs[1] * self.window_length
-        distribution = self.window_distribution(
-            states, input_ids, starts, attention_mask, rows=rows
-        )
-        positions = starts[:, None] + torch.arange(self.window_length, device=labels.device)
-        padded = F.pad(labels, (0, self.window_length), value=-100)
-        targets = padded[rows[:, None], positions]
-        known = (targets != -100) & distribution.masked
-        log_prob = distribution.partial_log_prob(targets.clamp(min=0), known)
-        return -log_prob.sum() / known.sum().clamp(min=1)
-
-    @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        """Decodes by diffusion; see [`~codd_hf.decoding.generate`] for the arguments.
+        """Decodes by diffusion; see [`~codd_hf.generation.generate`] for the arguments.
 
         Args:
             inputs: `[batch, length]` prompt tokens (`input_ids` is another name for it).
-            **kwargs: `attention_mask`, `gen_length` (or `max_new_tokens`), `block_length`,
-                `num_inference_steps`, `generator`, `scheduler` and its settings.
+            **kwargs: `attention_mask`, `max_new_tokens` (or `gen_length`), `block_length`,
+                `num_inference_steps`, `do_sample`, `temperature`, `generation_config`,
+                `generator`, `scheduler` and its settings, ...
 
         Returns:
             `[batch, length + gen_length]`: the prompts, as they were given, and what follows.
         """
-        from .decoding import generate
+        from .generation import generate
 
         return generate(self, inputs, **kwargs)
 
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs) -> dict[str, Any]:
+        """The arguments of a forward pass; PEFT's models for language modelling look for it."""
+        return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
 
-def _existing(name: str | Path, argument: str) -> str:
-    """The path or id as a string; something that can only be a path must exist."""
-    text = str(name)
-    looks_local = isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1
-    if looks_local and not Path(text).expanduser().exists():
-        raise FileNotFoundError(f"`{argument}`: there is no file or folder {text!r}.")
-    return str(Path(text).expanduser()) if looks_local else text
+    def score(self, prompts, answers, **kwargs) -> ScoreOutput:
+        """Log-likelihoods of answers; see [`~codd_hf.scoring.score`] for the arguments."""
+        from .scoring import score
+
+        return score(self, prompts, answers, **kwargs)
+
+
+AutoModel.register(CoDDConfig, CoDDModel, exist_ok=True)
+AutoModelForCausalLM.register(CoDDConfig, CoDDModel, exist_ok=True)

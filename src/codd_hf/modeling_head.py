@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from .circuits import (
     Context,
@@ -25,12 +25,15 @@ from .circuits import (
 )
 from .circuits.evidence import ONE_PRODUCT
 from .configuration_codd import CoDDHeadConfig
+from .factorized import forbidden_tokens
+from .hub.publishing import HeadPublishing
+from .loading import existing, explained, head_in_model
 
 DEFAULT_TOP_K = 64
 """Tokens kept of a prediction over a large vocabulary."""
 
 
-class CoDDHead(PreTrainedModel):
+class CoDDHead(HeadPublishing, PreTrainedModel):
     """A circuit over a window of tokens: the small artifact that people train and share.
 
     Parameters are log-potentials in float32, whatever the backbone's dtype: `initial [H]`,
@@ -49,6 +52,7 @@ class CoDDHead(PreTrainedModel):
 
     config_class = CoDDHeadConfig
     base_model_prefix = "codd_head"
+    _keys_to_ignore_on_load_unexpected = [r"^backbone\."]  # noqa: RUF012  (of a whole model)
     main_input_name = "logits"
     _keep_in_fp32_modules_strict = [  # noqa: RUF012
         "initial",
@@ -93,6 +97,29 @@ class CoDDHead(PreTrainedModel):
         self._bound: list[torch.Tensor] = []  # a list, so that the backbone's weight is not ours
         self._cache: tuple[tuple, Potentials] | None = None
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs) -> CoDDHead:
+        """Loads a head, from its own folder or Hub id or out of a CoDD model's or pipeline's.
+
+        Args:
+            pretrained_model_name_or_path: a folder or Hub id.
+            *model_args: as in transformers.
+            **kwargs: as in transformers.
+
+        Raises:
+            ValueError: there is no head.
+            OSError: nothing is found.
+        """
+        name = existing(pretrained_model_name_or_path, "pretrained_model_name_or_path")
+        if kwargs.get("config") is None:
+            kwargs = head_in_model(name, kwargs)
+        with explained(name, kwargs):
+            return super().from_pretrained(name, *model_args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        # What is derived from the weights, or is the backbone's, is not copied with the head.
+        return {**self.__dict__, "_bound": [], "_cache": None}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -368,22 +395,4 @@ def _copy(parameter: torch.Tensor, value: torch.Tensor) -> None:
     parameter.copy_(value.expand(parameter.shape) if value.ndim == parameter.ndim else value[0])
 
 
-def forbidden_tokens(
-    vocab_size: int,
-    mask_token_id: int | None,
-    forbidden_token_ids: list[int] | None,
-    device: torch.device,
-) -> torch.Tensor | None:
-    """`[vocab]` bool, True for tokens that are never generated; None if there are none."""
-    ids = [*(forbidden_token_ids or [])] + ([] if mask_token_id is None else [mask_token_id])
-    if not ids:
-        return None
-    forbidden = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-    forbidden[ids] = True
-    return forbidden
-
-
-def trivial_potentials(vocab_size: int, device: torch.device) -> Potentials:
-    """A circuit of one state that changes nothing."""
-    zero = torch.zeros(1, device=device)
-    return Potentials(zero, zero[None, None], zero[None, None].expand(1, 1, vocab_size))
+AutoModel.register(CoDDHeadConfig, CoDDHead, exist_ok=True)

@@ -5,14 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..backbones import load_backbone, load_tokenizer
+from ..loading import (
+    CACHE_ARGUMENTS,
+    OWN_ARGUMENTS,
+    explained,
+    find_file,
+    hub_arguments,
+    read_config,
+)
 from ..modeling_codd import CoDDModel
 from ..schedulers import CoDDScheduler
 
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 COMPONENTS = ("model", "scheduler", "tokenizer")
 
 
@@ -35,64 +42,60 @@ def load_components(
     Raises:
         OSError: nothing is found, or nothing that a pipeline can be made of.
     """
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-    folder = Path(name_or_path)
+    hub = hub_arguments(kwargs)
+    inside = hub.pop("subfolder", None) or ""
+    folder = Path(name_or_path, inside)
     if folder.is_dir():
         if (folder / "model_index.json").is_file():
             return folder, {}
         if not (folder / "config.json").is_file():
             raise OSError(
-                f"{name_or_path!r} holds neither `model_index.json` (a pipeline) nor `config.json` "
+                f"{str(folder)!r} holds neither `model_index.json` (a pipeline) nor `config.json` "
                 "(a model, a head or a backbone): give the folder of one of these."
             )
-    else:
-        try:
-            hf_hub_download(name_or_path, "model_index.json", **hub)
-            patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-            return Path(snapshot_download(name_or_path, allow_patterns=patterns, **hub)), {}
-        except (EntryNotFoundError, RepositoryNotFoundError):
-            pass
-        except HFValidationError:
-            raise OSError(
-                f"{name_or_path!r} is neither a folder nor an id on the Hub: check the path."
-            ) from None
+    elif find_file(name_or_path, "model_index.json", subfolder=inside, **hub) is not None:
+        endings = ("json", "safetensors", "txt", "model", "jinja")
+        patterns = [Path(inside, f"*.{ending}").as_posix() for ending in endings]
+        with explained(name_or_path, hub):
+            snapshot = snapshot_download(name_or_path, allow_patterns=patterns, **hub)
+        return Path(snapshot, inside), {}
 
-    kwargs = dict(kwargs)
+    kwargs, hub = dict(kwargs), {**hub, "subfolder": inside}
     given = {name: kwargs.pop(name) for name in COMPONENTS if name in kwargs}
-    try:
-        config = PreTrainedConfig.get_config_dict(name_or_path, **hub)[0]
-    except OSError as error:
-        raise OSError(
-            f"{name_or_path!r} is not a folder and could not be read from the Hub: check the name "
-            "and the connection."
-        ) from error
+    config = read_config(name_or_path, hub)
     model_type = config.get("model_type")
 
     with_tokenizer = "tokenizer" not in given
     if with_tokenizer:
-        given["tokenizer"] = _load_tokenizer(name_or_path, hub)
+        trusted = kwargs.get("trust_remote_code")
+        given["tokenizer"] = _tokenizer_beside(name_or_path, trusted, hub)
     if "model" not in given:
         if model_type in ("codd", "codd-head"):
             given["model"] = CoDDModel.from_pretrained(name_or_path, **kwargs).eval()
         else:
-            tokens = _tokens_of_backbone(config, given["tokenizer"])
-            given["model"] = CoDDModel.from_backbone(name_or_path, **{**tokens, **kwargs})
+            parts = {k: kwargs.pop(k) for k in ("head", "adapter", *OWN_ARGUMENTS) if k in kwargs}
+            shared = {k: v for k, v in kwargs.items() if k in (*CACHE_ARGUMENTS, "token")}
+            backbone = load_backbone(name_or_path, **kwargs)
+            tokens = _tokens_of_backbone(backbone.config, given["tokenizer"])
+            given["model"] = CoDDModel.from_backbone(backbone, **{**tokens, **shared, **parts})
     if with_tokenizer and given["tokenizer"] is None and model_type == "codd-head":
-        # After the model, which refuses a downloaded head that names a local path; and without the
-        # user's token and revision, which are for the repository that the user named.
-        of_base = {name: hub[name] for name in ("cache_dir", "local_files_only") if name in hub}
+        # After the model, which refuses a head that names what only the user may name; and without
+        # what the user gave for the repository that the user named.
+        of_base = {name: hub[name] for name in CACHE_ARGUMENTS if name in hub}
         of_base["revision"] = config.get("base_model_revision")
-        given["tokenizer"] = _load_tokenizer(config["base_model_name_or_path"], of_base)
+        given["tokenizer"] = _tokenizer_beside(config["base_model_name_or_path"], False, of_base)
     return None, {"scheduler": CoDDScheduler(), **given}
 
 
-def _load_tokenizer(name_or_path: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+def _tokenizer_beside(
+    name_or_path: str, trust_remote_code: bool | None, hub: dict[str, Any]
+) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the weights, or None where there is none."""
-    folder = Path(name_or_path)
+    folder = Path(name_or_path, hub.get("subfolder") or "")
     if folder.is_dir() and not (folder / "tokenizer_config.json").is_file():
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
+        tokenizer = load_tokenizer(name_or_path, trust_remote_code, **hub)
     except (OSError, ValueError):
         return None
     # Without files that it understands, transformers makes one of special tokens alone.
@@ -100,13 +103,13 @@ def _load_tokenizer(name_or_path: str, hub: dict[str, Any]) -> PreTrainedTokeniz
 
 
 def _tokens_of_backbone(
-    config: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, Any]:
     """The mask token and the forbidden tokens of a bare backbone, as its tokenizer has them."""
     if tokenizer is None:
         return {}
-    mask_token_id = config.get("mask_token_id")
-    forbidden = list(range(len(tokenizer), config["vocab_size"]))
+    mask_token_id = getattr(config, "mask_token_id", None)
+    forbidden = list(range(len(tokenizer), config.vocab_size))
     if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
         forbidden = [tokenizer.pad_token_id, *forbidden]
     return {

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..circuits.random import Generators
 from ..decoding import check_decoding_arguments, denoise
+from ..hub.publishing import PipelinePublishing
 from ..modeling_codd import CoDDModel
 from ..schedulers import CoDDScheduler
 from .loading import load_components
@@ -21,7 +22,7 @@ from .prompts import Conversation, check_prompts, encode_prompts
 Callback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]]
 
 
-class CoDDPipeline(DiffusionPipeline):
+class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
     r"""Text generation by block-wise denoising with coupled distributions over windows of tokens.
 
     Args:

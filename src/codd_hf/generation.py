@@ -1,0 +1,177 @@
+"""`CoDDModel.generate`: the denoising loop under the names of transformers' `generate`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+
+from .circuits.random import Generators
+from .decoding import OnStep, denoise
+from .schedulers import CoDDScheduler
+from .schedulers.settings import DrawSettings
+
+if TYPE_CHECKING:
+    from .modeling_codd import CoDDModel
+
+DEFAULT_LENGTH = 128
+SETTINGS = tuple(field.name for field in fields(DrawSettings))
+CONFIGURABLE = (
+    "gen_length",
+    "max_new_tokens",
+    "max_length",
+    "block_length",
+    "num_inference_steps",
+    "do_sample",
+    "num_return_sequences",
+    "eos_token_id",
+    *SETTINGS,
+)
+"""What a call or a generation configuration may say."""
+
+WITHOUT_EFFECT = (
+    "pad_token_id",
+    "bos_token_id",
+    "decoder_start_token_id",
+    "use_cache",
+    "cache_implementation",
+    "disable_compile",
+    "transformers_version",
+)
+"""What transformers' callers pass along and what changes nothing here."""
+
+
+def generate(
+    model: CoDDModel,
+    inputs: torch.Tensor | None = None,
+    *,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
+    scheduler: CoDDScheduler | None = None,
+    generator: Generators = None,
+    early_stop: bool = True,
+    on_step: OnStep | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Decodes by diffusion.
+
+    The arguments from `max_new_tokens` on may stand in a generation configuration as well. What the
+    call says comes first, then `generation_config`, then `model.generation_config`, then the
+    scheduler's own settings. Sampling is told as in transformers: `do_sample=False` is temperature
+    0, `do_sample=True` without a temperature is temperature 1.
+
+    Args:
+        model: the backbone, with or without a head.
+        inputs: `[batch, prompt_length]`, padded on any side.
+        input_ids: another name of `inputs`.
+        attention_mask: `[batch, prompt_length]`, 0 at padding; default no padding.
+        generation_config: in place of further arguments.
+        scheduler: default one with default settings.
+        generator: one for all rows, or a list with one per row.
+        early_stop: as in `decoding.denoise`.
+        on_step: as in `decoding.denoise`.
+        **kwargs: `max_new_tokens` (or `gen_length`, default 128; or `max_length`, with the prompt),
+            `block_length` (default the head's window length), `num_inference_steps` (passes of the
+            backbone; default one for four tokens, and at least one per block), `do_sample`,
+            `num_return_sequences`, `eos_token_id` (default the model's), and the scheduler's
+            settings (`temperature`, `top_k`, `top_p`, `strategy`, `sampling`, ...).
+
+    Returns:
+        `[batch * num_return_sequences, prompt_length + gen_length]`: the prompts as they were
+        given, and what follows.
+
+    Raises:
+        ValueError: no prompts are given, an argument is out of range, or it asks for something that
+            decoding by diffusion has not (`num_beams=4`).
+        TypeError: an argument is not known.
+    """
+    inputs = input_ids if inputs is None else inputs
+    if inputs is None:
+        raise ValueError("`inputs` is missing: give prompts as token ids [batch, length].")
+    asked = _resolve(kwargs, generation_config, model.generation_config)
+    gen_length = _generated_length(asked, inputs.shape[1])
+    block_length = asked["block_length"] or model.window_length
+    num_inference_steps = asked["num_inference_steps"]
+    if num_inference_steps is None:
+        num_inference_steps = max(-(-gen_length // 4), -(-gen_length // block_length))
+    if asked["do_sample"] is False:
+        asked["temperature"] = 0.0
+    elif asked["do_sample"] and asked["temperature"] is None:
+        asked["temperature"] = 1.0
+    eos_token_id = asked["eos_token_id"]
+    copies = asked["num_return_sequences"] or 1
+    inputs = inputs.repeat_interleave(copies, 0)
+    if attention_mask is not None:
+        attention_mask = attention_mask.repeat_interleave(copies, 0)
+    output = denoise(
+        model,
+        CoDDScheduler() if scheduler is None else scheduler,
+        inputs,
+        attention_mask,
+        gen_length=gen_length,
+        block_length=block_length,
+        num_inference_steps=num_inference_steps,
+        generator=generator,
+        eos_token_id=model.config.eos_token_id if eos_token_id is None else eos_token_id,
+        early_stop=early_stop,
+        on_step=on_step,
+        **{name: asked[name] for name in SETTINGS},
+    )
+    return torch.cat((inputs, output.sequences), dim=1)
+
+
+def _resolve(
+    call: dict[str, Any], given: GenerationConfig | None, own: GenerationConfig
+) -> dict[str, Any]:
+    """What holds for a call, by name; None where nobody says anything."""
+    sources = [dict(call), {} if given is None else given.to_diff_dict(), own.to_diff_dict()]
+    known_elsewhere = {*vars(GenerationConfig()), *_parameters_of(GenerationMixin.generate)}
+    for source in sources:
+        for name, value in source.items():
+            if name in (*CONFIGURABLE, *WITHOUT_EFFECT) or name.startswith("_"):
+                continue
+            if name in known_elsewhere and not _is_off(value):
+                raise ValueError(
+                    f"`{name}={value!r}` asks for something that decoding by diffusion has not: "
+                    f"leave it out; what can be set is {', '.join(CONFIGURABLE)}."
+                )
+            if name not in known_elsewhere and source is sources[0]:
+                raise TypeError(
+                    f"`{name}` is not an argument of `generate`: use {', '.join(CONFIGURABLE)}."
+                )
+    lengths = ("gen_length", "max_new_tokens", "max_length")
+    resolved = dict.fromkeys(CONFIGURABLE)
+    for source in sources:
+        told = any(resolved[name] is not None for name in lengths)
+        for name in CONFIGURABLE:
+            if resolved[name] is None and not (told and name in lengths):
+                resolved[name] = source.get(name)
+    return resolved
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a value asks for nothing, as `num_beams=1` or `repetition_penalty=1.0`."""
+    return value is None or value is False or (type(value) in (int, float) and value in (0, 1))
+
+
+def _parameters_of(function: Callable) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def _generated_length(asked: dict[str, Any], prompt_length: int) -> int:
+    for name in ("gen_length", "max_new_tokens"):
+        if asked[name] is not None:
+            return asked[name]
+    if asked["max_length"] is None:
+        return DEFAULT_LENGTH
+    if asked["max_length"] <= prompt_length:
+        raise ValueError(
+            f"`max_length` ({asked['max_length']}) leaves nothing to generate after prompts of "
+            f"{prompt_length} tokens: raise it, or give `max_new_tokens`."
+        )
+    return asked["max_length"] - prompt_length

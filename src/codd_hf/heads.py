@@ -1,0 +1,180 @@
+"""Several heads on one backbone, one of them active; named and switched as PEFT's adapters are."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .adapters import save_adapter
+from .backbones import execution_device
+from .configuration_codd import CoDDHeadConfig
+from .loading import ADAPTER_FOLDER, find_adapter, load_adapter, load_head
+
+if TYPE_CHECKING:
+    from .modeling_head import CoDDHead
+
+DEFAULT_NAME = "default"
+
+
+class HeadsMixin:
+    """`load_head`, `set_head`, `disable_head`, `delete_head` and `save_head` of a [`CoDDModel`].
+
+    The active head is the submodule `coupling_head`, and its configuration is the model's
+    `head_config`. The others are kept aside: they are not among the model's parameters, and
+    `save_pretrained` writes the active one alone.
+    """
+
+    def _start_heads(self) -> None:
+        self._heads: dict[str, CoDDHead | None] = {}  # None stands for the active one
+        self._head_name: str | None = None
+        self._head_is_off = False
+        self._adapted_heads: set[str] = set()
+        if self.coupling_head is not None:
+            self._heads[DEFAULT_NAME] = None
+            self._head_name = DEFAULT_NAME
+
+    @property
+    def heads(self) -> list[str]:
+        """The names of the heads on this backbone, in the order in which they came."""
+        return list(self._heads)
+
+    @property
+    def active_head(self) -> str | None:
+        """The name of the head that couples predictions; None if there is none, or it is off."""
+        return None if self._head_is_off else self._head_name
+
+    @property
+    def _head_in_use(self) -> CoDDHead | None:
+        return None if self._head_is_off else self.coupling_head
+
+    def load_head(
+        self,
+        head: CoDDHead | CoDDHeadConfig | str | Path,
+        name: str = DEFAULT_NAME,
+        adapter: str | Path | None = None,
+        **hub: Any,
+    ) -> None:
+        """Adds a head; it becomes active only if the model has none.
+
+        Args:
+            head: a head; a folder or an id of one, of a model that has one, or of a PyJuice
+                circuit; a configuration makes a new one. Its window length and structure may differ
+                from the other heads'.
+            name: what to call it.
+            adapter: folder or id of a PEFT LoRA that belongs to the head and is active together
+                with it; default, the one beside the head (`adapter/`), if there is one.
+            **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            ValueError: the name is taken, or head or adapter do not fit the backbone.
+            OSError: nothing is found.
+        """
+        if name in self._heads:
+            raise ValueError(
+                f"`name` {name!r} is taken: choose another one, or `delete_head({name!r})` first."
+            )
+        loaded = load_head(head, self.backbone, self.config.mask_token_id, **hub)
+        if adapter is None and isinstance(head, str | Path):
+            adapter = find_adapter(str(head), **hub)
+        if adapter is not None:
+            load_adapter(self.backbone, adapter, name, **hub)
+            self._adapted_heads.add(name)
+        self._heads[name] = loaded
+        if self._head_name is None:
+            self.set_head(name)
+        else:
+            self._switch_adapter(self._head_name)
+
+    def set_head(self, name: str) -> None:
+        """Makes a head the active one (also after `disable_head`), with its adapter if it has one.
+
+        Raises:
+            ValueError: there is no such head, or PEFT is training the one that is active.
+        """
+        self._check_name(name)
+        if name != self._head_name:
+            self._set_aside()
+            head, self._heads[name] = self._heads[name], None
+            self.coupling_head = head.to(execution_device(self.backbone)).train(self.training)
+            self.config.head_config = head.config
+            if self.config.mask_token_id is None:
+                self.config.mask_token_id = head.config.mask_token_id
+            self._head_name = name
+        self._head_is_off = False
+        self._switch_adapter(name)
+
+    def disable_head(self) -> ExitStack:
+        """Switches the active head off: predictions are factorized until `set_head`.
+
+        As a context manager, it is switched on again at the end:
+
+            with model.disable_head():
+                baseline = model.generate(input_ids)
+
+        The window stays the head's, and so does the backbone's adapter; a model that is saved keeps
+        its head.
+        """
+        restored = ExitStack()
+        restored.callback(setattr, self, "_head_is_off", self._head_is_off)
+        self._head_is_off = True
+        return restored
+
+    def delete_head(self, name: str) -> None:
+        """Removes a head and its adapter; without an active head, predictions are factorized.
+
+        Raises:
+            ValueError: there is no such head, or PEFT is training it.
+        """
+        self._check_name(name)
+        if name == self._head_name:
+            self._set_aside()
+            self.coupling_head = self.config.head_config = self._head_name = None
+        del self._heads[name]
+        if name in self._adapted_heads:
+            self._adapted_heads.remove(name)
+            self.backbone.delete_adapter(name)
+
+    def save_head(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Saves the active head as a small repository of its own, with the backbone's LoRA if any.
+
+        `CoDDModel.from_pretrained(save_directory)` brings both back, over the backbone that the
+        head's configuration names: by default where this one was loaded from.
+
+        Args:
+            save_directory: a folder; the adapter goes into its `adapter/`.
+            **kwargs: for the head's `save_pretrained`.
+
+        Raises:
+            ValueError: the model has no head.
+        """
+        if self.coupling_head is None:
+            raise ValueError("The model has no head to save: add one with `load_head`.")
+        config = self.coupling_head.config
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = self.backbone.name_or_path or None
+        save_adapter(self, Path(save_directory, ADAPTER_FOLDER))
+        self.coupling_head.save_pretrained(save_directory, **kwargs)
+
+    def _check_name(self, name: str) -> None:
+        if name not in self._heads:
+            there = ", ".join(repr(n) for n in self._heads) or "none"
+            raise ValueError(f"There is no head {name!r}: the model's heads are {there}.")
+
+    def _set_aside(self) -> None:
+        """Takes the active head off the model."""
+        if hasattr(self.coupling_head, "modules_to_save"):
+            raise ValueError(
+                f"The head {self._head_name!r} is being trained by PEFT (`modules_to_save`): merge "
+                "or unload the adapter first."
+            )
+        if self._head_name is not None:
+            self._heads[self._head_name] = self.coupling_head
+
+    def _switch_adapter(self, name: str) -> None:
+        """Activates the adapter that belongs to a head; the user's own ones are left alone."""
+        if name in self._adapted_heads:
+            self.backbone.set_adapter(name)
+            self.backbone.enable_adapters()
+        elif self._adapted_heads:
+            self.backbone.disable_adapters()
