@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 import torch
 from torch.distributions import Distribution
+from torch.nn import functional as F
 
 from . import chain as chains
 from .checks import check_ids, check_shapes
 from .conditioning import Context
+from .copies import CopyStates, CopySteps
 from .evidence import (
     DenseEvidence,
     EmissionSummary,
@@ -157,8 +159,13 @@ class CoupledCategorical(Distribution):
         """`[B, L, V]` log-probabilities without the circuit; one-hot at observed positions."""
         return self._one_hot_where_observed(self._log_phi)
 
-    def _soft_evidence(self, evaluate) -> torch.Tensor:
-        """`[B, L, H]`: `evaluate(prediction, positions, summary)` where it is needed, else hard."""
+    def _soft_evidence(self, evaluate, log_prob_of=None) -> torch.Tensor:
+        """`[B, L, H + J]`: of what is masked, else hard.
+
+        Args:
+            evaluate: maps predictions and their positions to evidence `[N, H]`.
+            log_prob_of: what copied tokens are taken to have; default, the prediction's.
+        """
         hard = hard_evidence(self.potentials.emission, self.tokens).to(self._dtype)
         wanted = self.masked & self.active[:, None]
         if isinstance(self._prediction, TopKEvidence) or torch.compiler.is_compiling():
@@ -176,11 +183,16 @@ class CoupledCategorical(Distribution):
             rows, positions = wanted.nonzero(as_tuple=True)
             soft = evaluate(self._prediction[rows, positions], positions).to(self._dtype)
             evidence = hard.index_put((rows, positions), soft)
+        if (copies := self._copies) is not None:
+            soft = copies.soft_evidence(log_prob_of or self._prediction.log_prob_of)
+            hard = copies.hard_evidence(self.tokens)
+            copied = torch.where(wanted[..., None], soft.to(self._dtype), hard)
+            evidence = torch.cat((evidence, copied), -1)
         return torch.where(self.active[:, None, None], evidence, 0)
 
     @cached_property
     def _evidence(self) -> torch.Tensor:
-        """`[B, L, H]` log-evidence without context."""
+        """`[B, L, H + J]` log-evidence without context."""
         summary = self._summary
         emission = self.potentials.emission
         return self._soft_evidence(
@@ -206,23 +218,36 @@ class CoupledCategorical(Distribution):
         return bool((self.potentials.log_marginal > -torch.inf)[:, self.forbidden].any())
 
     @cached_property
-    def _steps(self) -> Steps:
+    def _copies(self) -> CopyStates | None:
+        copies = None if self.context is None else self.context.copies
+        return None if copies is None else copies.to(self._dtype)
+
+    @cached_property
+    def _steps(self) -> Steps | CopySteps:
         context = None if self.context is None else self.context.steps.map(self._cast)
-        return Steps(self.potentials.transition.to(self._dtype), context)
+        steps = Steps(self.potentials.transition.to(self._dtype), context)
+        return steps if self._copies is None else CopySteps(steps, self._copies)
+
+    @cached_property
+    def _initial(self) -> torch.Tensor:
+        initial = self._cast(self.potentials.initial)
+        return initial if self._copies is None else self._copies.initial(initial)
 
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._dtype)
 
     def _chain(self, evidence: torch.Tensor) -> chains.Chain:
-        """A chain over `[B, L, H]` or, for samples, `[S * B, L, H]` evidence."""
+        """A chain over `[B, L, H + J]` or, for samples, `[S * B, L, H + J]` evidence."""
         repeats = evidence.shape[0] // self.batch_shape[0]
         if self.context is not None and self.context.latent is not None:
             latent = self._cast(self.context.latent).masked_fill(~self.active[:, None, None], 0)
+            latent = F.pad(latent, (0, evidence.shape[-1] - latent.shape[-1]))
             evidence = evidence + latent.repeat(repeats, 1, 1)
         present = None if self._all_present else self.present.repeat(repeats, 1)
-        return chains.Chain.start(
-            self._cast(self.potentials.initial), self._steps, evidence, present
-        )
+        initial = self._initial
+        if initial.ndim == 3:
+            initial = initial.repeat(repeats, 1, 1)
+        return chains.Chain.start(initial, self._steps, evidence, present)
 
     @cached_property
     def _filter(self) -> chains.Filter:
@@ -255,7 +280,8 @@ class CoupledCategorical(Distribution):
             evidence = self._soft_evidence(
                 lambda prediction, positions: prediction.soft_evidence_bounds(
                     emission, positions, summary
-                )[side]
+                )[side],
+                lambda tokens: self._prediction.log_prob_bounds_of(tokens)[side],
             )
             return chains.forward_filter(self._chain(evidence)).log_partition
 
@@ -296,6 +322,10 @@ class CoupledCategorical(Distribution):
         self._check_value(value)
         tokens = torch.where(self.present, value, 0).reshape(-1, *self.event_shape)
         evidence = hard_evidence(self.potentials.emission, tokens).to(self._dtype)
+        if self._copies is not None:
+            by_row = tokens.unflatten(0, (-1, *self.batch_shape))
+            copied = self._copies.hard_evidence(by_row).flatten(0, 1)
+            evidence = torch.cat((evidence, copied), -1)
         active = self.active.repeat(len(tokens) // self.batch_shape[0])
         evidence = torch.where(active[:, None, None], evidence, 0)
         if "_filter" in self.__dict__:
@@ -317,7 +347,10 @@ class CoupledCategorical(Distribution):
 
     @cached_property
     def latent_posterior(self) -> torch.Tensor:
-        """`[B, L, H]`: the law of each latent; zeros at absent positions."""
+        """`[B, L, H + J]`: the law of each latent; zeros at absent positions.
+
+        `J` copy states come last if the context has any.
+        """
         return chains.posterior(self._chain(self._evidence), self._filter)
 
     @cached_property
@@ -330,12 +363,18 @@ class CoupledCategorical(Distribution):
         coupled = self.active & (self.log_partition > -torch.inf)
         rows, positions = (self.masked & coupled[:, None]).nonzero(as_tuple=True)
         log_phi = self._log_phi[rows, positions]
-        weights = safe_log(self.latent_posterior[rows, positions])
-        evidence = self._evidence[rows, positions]
+        number = self.potentials.num_latents
+        posterior = self.latent_posterior[rows, positions]
+        weights = safe_log(posterior[:, :number])
+        evidence = self._evidence[rows, positions, :number]
         weights = weights - torch.where(weights == -torch.inf, 0, evidence)
         mixed = mix_tokens(
             self.potentials.emission, log_phi, weights, positions, self.potentials.summary
         )
+        if self._copies is not None:
+            own = posterior[:, :number].sum(-1, keepdim=True)
+            tokens = self._copies.tokens[rows]
+            mixed = (own * mixed).scatter_add(1, tokens, posterior[:, number:].to(mixed.dtype))
         marginals = self.factorized_logits.exp()
         return marginals.index_put((rows, positions), mixed)
 
@@ -348,12 +387,17 @@ class CoupledCategorical(Distribution):
         value = torch.where(self.present, value, 0)
         positions = torch.arange(value.shape[1], device=value.device)
         columns = self.potentials.emission.columns(value, positions).to(self._dtype)
-        weights = safe_log(self.latent_posterior)
-        weights = weights - torch.where(weights == -torch.inf, 0, self._evidence)
+        number = self.potentials.num_latents
+        own, copied = self.latent_posterior.split((number, self._num_copies), -1)
+        weights = safe_log(own)
+        weights = weights - torch.where(weights == -torch.inf, 0, self._evidence[..., :number])
         log_phi = self._prediction.log_prob_of(value)
         coupled = self.active & (self.log_partition > -torch.inf)
         mixed = torch.where(coupled[:, None], logsumexp(weights + columns, -1), 0)
         probs = torch.where(self.present, log_phi + mixed, log_phi).exp()
+        if self._copies is not None:
+            emitted = copied * self._copies.emits(value)
+            probs = probs + torch.where(coupled[:, None], emitted.sum(-1), 0)
         return torch.where(self.observed, (value == self.tokens).to(probs.dtype), probs)
 
     def sample_latents(self, generator: Generators = None) -> torch.Tensor:
@@ -366,7 +410,9 @@ class CoupledCategorical(Distribution):
         Given the latents the tokens are independent. One-hot at observed positions, the backbone's
         own at absent ones and in inactive rows.
         """
-        emission = emission_of_latents(self.potentials.emission, latents).to(self._dtype)
+        number = self.potentials.num_latents
+        own = latents.clamp(max=number - 1)
+        emission = emission_of_latents(self.potentials.emission, own).to(self._dtype)
         # The sum over the vocabulary is the evidence of the latent, which is known already.
         coupled = (self.masked & self.active[:, None]).expand(latents.shape)
         evidence = self._evidence.expand(*latents.shape, -1).gather(-1, latents[..., None])
@@ -380,6 +426,11 @@ class CoupledCategorical(Distribution):
             scores = self._log_phi + emission - total
         if not in_place or not bool(coupled.all()):
             scores = torch.where(coupled, scores, self._log_phi)
+        if self._copies is not None:
+            copied = (latents >= number)[..., None] & coupled
+            places = (latents - number).clamp(min=0)
+            tokens = self._copies.tokens.expand(*latents.shape[:-1], -1).gather(-1, places)
+            scores = torch.where(copied, _one_hot(scores, tokens), scores)
         return self._one_hot_where_observed(scores)
 
     @torch.no_grad()
@@ -403,7 +454,9 @@ class CoupledCategorical(Distribution):
         log_phi = self._log_phi
         rows, positions = (self.masked & self.active[:, None]).nonzero(as_tuple=True)
         best = best_evidence(self.potentials.emission, log_phi[rows, positions], positions)
-        evidence = self._evidence.index_put((rows, positions), best.to(self._dtype))
+        number = self.potentials.num_latents
+        best = torch.cat((best.to(self._dtype), self._evidence[rows, positions, number:]), -1)
+        evidence = self._evidence.index_put((rows, positions), best)
         factorized = (self.masked & ~self.active[:, None])[..., None]
         evidence = torch.where(factorized, log_phi.amax(-1, keepdim=True), evidence)
         latents, log_weight = chains.best_path(self._chain(evidence))
@@ -464,13 +517,20 @@ class CoupledCategorical(Distribution):
     def _one_hot_where_observed(self, log_probs: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling() and not bool(self.observed.any()):
             return log_probs
-        one_hot = torch.full_like(log_probs, -torch.inf)
-        tokens = self.tokens.expand(log_probs.shape[:-1])[..., None]
-        one_hot = one_hot.scatter(-1, tokens, 0.0)
+        one_hot = _one_hot(log_probs, self.tokens.expand(log_probs.shape[:-1]))
         return torch.where(self.observed[..., None], one_hot, log_probs)
+
+    @property
+    def _num_copies(self) -> int:
+        return 0 if self._copies is None else self._copies.tokens.shape[1]
 
     def _check_value(self, value: torch.Tensor) -> None:
         shape = (*self.batch_shape, *self.event_shape)
         if tuple(value.shape[-2:]) != shape:
             raise ValueError(f"`value` must end with shape {shape}, got {tuple(value.shape)}.")
         check_ids("value", value[..., self.present], self.potentials.vocab_size)
+
+
+def _one_hot(like: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities `[..., V]` that are sure of tokens `[...]`."""
+    return torch.full_like(like, -torch.inf).scatter(-1, tokens[..., None], 0.0)
