@@ -144,9 +144,10 @@ def test_fresh_conditioning_leaves_a_trained_circuit_as_it_was(name):
         given[name] = given[name].double()
     expected, ours = plain(**given), head(**given)
     value = expected.sample((50,), generator=torch.Generator().manual_seed(0))
-    # A low-rank term starts with a mass of exp(-16) = 1.1e-7 a row and rank; so does a copied step.
-    adds = {"low_rank", "copy"} & set(head.config.conditioning)
-    close = 2e-6 if adds else 1e-12
+    # A low-rank term starts with a mass of exp(-16) = 1.1e-7 a row and rank, a copy state with
+    # exp(-16.5), times what its token is rarer than the circuit has it.
+    close = {"low_rank": 2e-6, "copy": 1e-5}
+    close = max((close.get(kind, 1e-12) for kind in head.config.conditioning), default=1e-12)
     assert (ours.log_prob(value) - expected.log_prob(value)).abs().max() < close
 
 
@@ -311,9 +312,14 @@ def test_a_model_with_a_tied_head_comes_back_from_disk_and_stores_the_embedding_
     )
     loaded = CoDDModel.from_pretrained(tmp_path / "model")
     assert same_state(model, loaded)
-    assert torch.equal(loaded(IDS, coupling="marginal").logits, output.logits)
+    # Not bit by bit: loaded tensors lie elsewhere, and products depend on how memory is aligned.
+    torch.testing.assert_close(
+        loaded(IDS, coupling="marginal").logits, output.logits, rtol=1e-4, atol=1e-4
+    )
     joined = CoDDModel.from_backbone(tiny_backbone(), tmp_path / "head")
-    assert torch.equal(joined(IDS, coupling="marginal").logits, output.logits)
+    torch.testing.assert_close(
+        joined(IDS, coupling="marginal").logits, output.logits, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_tied_head_follows_its_backbones_output_embedding():
@@ -408,23 +414,31 @@ def test_the_context_is_what_its_formulas_say():
     expected = maps["after"].view(2, LENGTH, 2, LATENTS).log_softmax(-1)
     torch.testing.assert_close(after, expected, **close)
 
-    weight, earlier, later = context.steps.copies
+    copies = context.copies
     preceding, maps = given["preceding"], head.context_maps
     hidden = preceding.hidden
     y = hidden / hidden.square().mean(-1, keepdim=True).sqrt()
-    queries, keys = F.linear(x, maps.query.weight), F.linear(y[:, 1:], maps.key.weight)
-    score = torch.einsum("bld,bjd->blj", queries, keys) + maps.copy_bias
-    limited = 2 - F.softplus(2 - score)
-    limited[1, :, 0] = -torch.inf  # that row's first token is absent
-    torch.testing.assert_close(weight, limited, **close)
+
+    def scores(query, key, bias):
+        queries, keys = F.linear(x, query.weight), F.linear(y, key.weight)
+        score = torch.einsum("bld,bjd->blj", queries, keys) + bias
+        return 4 - F.softplus(4 - score)
+
+    start = scores(maps.query, maps.key, maps.copy_bias).clamp(min=-16.5)
+    start[1, :, 0] = -torch.inf  # that row's first token is absent
+    torch.testing.assert_close(copies.start, start, **close)
+    follow = scores(maps.follow_query, maps.follow_key, maps.follow_bias)
+    follow[1, :, 1] = -torch.inf
+    torch.testing.assert_close(copies.follow[..., 1:], follow[..., 1:], **close)
     marginal = head.token_marginal.clone()
     marginal[MASK] = 0
     law = head.emission.exp() * marginal
     log_law = (law / law.sum(-1, keepdim=True)).log().clamp(min=-1e4)
     columns = log_law.T[preceding.tokens]  # [B, C, H]
-    torch.testing.assert_close(earlier, columns[:, :-1], **close)
-    expected = (columns[:, 1:] + maps.copy_prior).log_softmax(-1)
-    torch.testing.assert_close(later, expected, **close)
+    torch.testing.assert_close(copies.emitted, columns.clamp(min=-10), **close)
+    torch.testing.assert_close(copies.left, (columns + maps.copy_prior).log_softmax(-1), **close)
+    weight = -head.config.alpha * head.token_marginal.log()[preceding.tokens]
+    torch.testing.assert_close(copies.weight, weight.clamp(max=12), **close)
 
 
 @COMBINATION
@@ -638,17 +652,18 @@ def test_tempering_raises_emissions_to_a_power_and_normalises_steps(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "k"),
+    ("name", "changes", "k"),
     [
-        ("dense, dense emission, unconditioned", 3),
-        ("dense, dense emission, all and noise", None),
-        ("monarch, tied emission, all and noise", 3),
+        ("dense, dense emission, unconditioned", {}, 3),
+        ("dense, dense emission, copy", {"scale": 0.3}, None),
+        ("monarch, tied emission, copy", {"scale": 0.3}, 3),
+        ("monarch, tied emission, gate", {"conditioning": ["latent", "gate", "low_rank"]}, 3),
     ],
 )
 @torch.no_grad()
-def test_a_step_compiles_to_one_graph_after_one_eager_call(name, k):
+def test_a_step_compiles_to_one_graph_after_one_eager_call(name, changes, k):
     torch.compiler.reset()
-    head = shaken_head(name)
+    head = shaken_head(name, **changes)
     given = window()
 
     def step(logits, tokens, observed, last_hidden_state, preceding):

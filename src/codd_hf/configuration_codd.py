@@ -34,7 +34,7 @@ class CoDDHeadConfig(PreTrainedConfig):
         transition_rank (`int`, defaults to 1): rank of what `"low_rank"` adds to the transitions.
         noise_conditioning (`bool`, defaults to `False`): the share of the window that is masked is
             an input of the conditioning too.
-        copy_length (`int`, defaults to 256): how many tokens before the window `"copy"` looks at.
+        copy_length (`int`, defaults to 256): how many tokens before the window `"copy"` can copy.
         copy_size (`int`, defaults to 64): size of its queries and keys.
         context_size (`int`, *optional*): the backbone's hidden size; needed with conditioning or
             tied emissions.
@@ -137,8 +137,6 @@ class CoDDHeadConfig(PreTrainedConfig):
             raise ValueError(
                 "`emission` 'tied' is the same at all positions: set `tie_emissions` to true."
             )
-        if self.copy_length < 2:
-            raise ValueError(f"`copy_length` must be at least 2 (a pair), got {self.copy_length}.")
         side = math.isqrt(self.num_latents)
         monarch = self.structure == "monarch"
         if monarch and side * side != self.num_latents:

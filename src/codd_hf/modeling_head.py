@@ -365,7 +365,7 @@ class CoDDHead(HeadPublishing, PreTrainedModel):
         if observed is None:
             observed = torch.zeros(shape[:2], dtype=torch.bool, device=logits.device)
         masked = ~observed if present is None else ~observed & present
-        columns = None
+        columns = weight = None
         if self.context_maps.copies and preceding is None:
             raise ValueError(
                 "`preceding` must be given to a head with 'copy' conditioning: the tokens before "
@@ -374,7 +374,9 @@ class CoDDHead(HeadPublishing, PreTrainedModel):
         with torch.autocast(logits.device.type, enabled=False):
             if self.context_maps.copies:
                 columns = self._log_emitted(preceding.tokens)
-            return self.context_maps(last_hidden_state, masked, present, preceding, columns)
+                log_marginal = self.token_marginal.log().reshape(-1, self.config.vocab_size)[0]
+                weight = -self.config.alpha * log_marginal[preceding.tokens]
+            return self.context_maps(last_hidden_state, masked, present, preceding, columns, weight)
 
     @torch.no_grad()
     def _log_emitted(self, tokens: torch.Tensor) -> torch.Tensor:

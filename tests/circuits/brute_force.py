@@ -7,10 +7,16 @@ over every sequence of tokens and every path of latents, with what the circuit's
 context make of its transitions and emissions:
 
     A_i(z, z') = A(z, z') exp(gate_i[g(z), g(z')]) + \sum_r a_{i,r}(z) b_{i,r}(z')
-                 + \sum_j w_{ij} f_j(z) g_j(z')
     A[(a, b), (c, d)] = left[a, b, d] right[d, a, c]           Monarch transitions
     log E(z, v) = <U_z, P W_out(v)> + b_v                      tied emissions
     phi(v) = r u(v) / (1 - u(T))    for v outside the list T   top-k evidence
+
+Copy states are `J` more latents in each row:
+
+    A'_i(z, j) = start_{ij} \sum_z' A_i(z, z') m_j(z')
+    A'_i(j, s) = \sum_z l_j(z) A'_i(z, s) + follow_{is} [s = j + 1]
+    pi'_i(j) = start_{ij} \sum_z pi(z) m_j(z)    at the first present position i
+    E(j, v) = e_j [v = x_j]
 
 It shares no code with the package.
 """
@@ -26,6 +32,7 @@ from torch.nn.functional import one_hot
 
 from codd_hf.circuits import (
     Context,
+    CopyStates,
     CoupledCategorical,
     MonarchTransition,
     Potentials,
@@ -36,7 +43,7 @@ from codd_hf.circuits import (
 
 LEAVES = ["logits", "initial", "transition", "left", "right", "emission"]
 LEAVES += ["latents", "projection", "bias", "gate", "before", "after"]
-LEAVES += ["weight", "earlier", "later"]
+LEAVES += ["start", "follow", "emitted", "out", "copy_weight"]
 """The fields that a distribution is differentiable in (and the context, which is an option)."""
 
 
@@ -59,9 +66,13 @@ class Case:
         gate: `[B, L, G, G]`.
         before: `[B, L, r, H]`, log of the low-rank term's factor of the previous state.
         after: `[B, L, r, H]`, of the next state.
-        weight: `[B, L, J]`, log-weights of copied steps.
-        earlier: `[B, J, H]`, log of their factors of the previous state.
-        later: `[B, J, H]`, of the next state.
+        copied: `[B, J]`, the tokens of copy states.
+        start: `[B, L, J]`, log-weights of beginning to copy.
+        follow: `[B, L, J]`, of coming from the copy state before.
+        emitted: `[B, J, H]`, `log m_j`.
+        out: `[B, J, H]`, `log l_j`.
+        copy_weight: `[B, J]`, `log e_j`.
+        copy_limits: of `CopyStates`.
         top_k: how many tokens the evidence lists; None for logits.
         log_marginal: `[1 or L, V]`, by which the rest of the mass is spread, up to a constant;
             -inf for forbidden tokens.
@@ -81,9 +92,13 @@ class Case:
     gate: torch.Tensor | None = None
     before: torch.Tensor | None = None
     after: torch.Tensor | None = None
-    weight: torch.Tensor | None = None
-    earlier: torch.Tensor | None = None
-    later: torch.Tensor | None = None
+    copied: torch.Tensor | None = None
+    start: torch.Tensor | None = None
+    follow: torch.Tensor | None = None
+    emitted: torch.Tensor | None = None
+    out: torch.Tensor | None = None
+    copy_weight: torch.Tensor | None = None
+    copy_limits: tuple[float, float] | None = None
     top_k: int | None = None
     log_marginal: torch.Tensor | None = None
 
@@ -96,11 +111,12 @@ class Case:
         options = dict(self.options)
         low_rank = None if self.before is None else (cast(self.before), cast(self.after))
         copies = None
-        if self.weight is not None:
-            copies = cast(self.weight), cast(self.earlier), cast(self.later)
+        if self.copied is not None:
+            parts = (cast(getattr(self, name)) for name in LEAVES[-5:])
+            copies = CopyStates(self.copied, *parts, self.copy_limits)
         if any(part is not None for part in (self.gate, low_rank, copies)):
-            steps = StepContext(cast(self.gate), low_rank, copies)
-            options["context"] = Context(cast(options.get("context")), steps)
+            steps = StepContext(cast(self.gate), low_rank)
+            options["context"] = Context(cast(options.get("context")), steps, copies)
         elif options.get("context") is not None:
             options["context"] = cast(options["context"])
         return CoupledCategorical(self.prediction(dtype), self.circuit(dtype), **options)
@@ -165,20 +181,42 @@ class Case:
         if self.before is not None:
             ranks = zip(self.before[row, i].double(), self.after[row, i].double(), strict=True)
             step = torch.stack([step, *(a[:, None] + b for a, b in ranks)]).logsumexp(0)
-        if self.weight is not None:
-            weight, earlier, later = (
-                t.double() for t in (self.weight[row, i], self.earlier[row], self.later[row])
-            )
-            copied = weight[:, None, None] + earlier[:, :, None] + later[:, None]
-            step = torch.cat([step[None], copied]).logsumexp(0)
-        return step
+        if self.copied is None:
+            return step
+        emitted, out = self.emitted[row].double(), self.out[row].double()
+        start, follow = self.start[row, i].double(), self.follow[row, i].double()
+        to_copies = [(step + emitted[j]).logsumexp(1) + start[j] for j in range(len(start))]
+        of_states = torch.cat((step, torch.stack(to_copies, 1)), 1)  # [H, H + J]
+        of_copies = []
+        for j in range(len(start)):
+            leaving = (out[j][:, None] + of_states).logsumexp(0)
+            if j + 1 < len(start):
+                to = one_hot(torch.tensor(states + j + 1), len(leaving)).bool()
+                on = torch.where(to, follow[j + 1], -torch.inf)
+                leaving = torch.stack((leaving, on)).logsumexp(0)
+            of_copies.append(leaving)
+        return torch.cat((of_states, torch.stack(of_copies)))
 
-    def log_emission(self, i: int) -> torch.Tensor:
-        """`[H, V]` log of `E_i`."""
+    def log_initial(self, row: int, i: int) -> torch.Tensor:
+        """`[H]`, or `[H + J]` with copy states, of a row that starts at position `i`."""
+        initial = self.initial.double()
+        if self.copied is None:
+            return initial
+        entered = (initial + self.emitted[row].double()).logsumexp(1)
+        return torch.cat((initial, entered + self.start[row, i].double()))
+
+    def log_emission(self, row: int, i: int) -> torch.Tensor:
+        """`[H, V]`, or `[H + J, V]` with copy states, log of `E_i`."""
         if self.emission is not None:
-            return self.emission[i if len(self.emission) > 1 else 0].double()
-        projected = self.projection.double() @ self.embedding.double().T  # [r, V]
-        return self.latents.double() @ projected + self.bias.double()
+            emission = self.emission[i if len(self.emission) > 1 else 0].double()
+        else:
+            projected = self.projection.double() @ self.embedding.double().T  # [r, V]
+            emission = self.latents.double() @ projected + self.bias.double()
+        if self.copied is None:
+            return emission
+        emits = one_hot(self.copied[row], emission.shape[1]).bool()
+        weight = self.copy_weight[row].double()[:, None]
+        return torch.cat((emission, torch.where(emits, weight, -torch.inf)))
 
     def log_phi(self, row: int) -> torch.Tensor:
         """`[L, V]` log of the backbone's prediction."""
@@ -205,7 +243,7 @@ class Case:
         """The same with some rows only, in that order."""
         by_row = ("tokens", "observed", "present", "context", "active")
         options = {k: v[rows] if k in by_row else v for k, v in self.options.items()}
-        held = {name: getattr(self, name) for name in ("logits", *LEAVES[-6:])}
+        held = {name: getattr(self, name) for name in ("logits", "copied", *LEAVES[-8:])}
         held = {name: tensor[rows] for name, tensor in held.items() if tensor is not None}
         return replace(self, options=options, **held)
 
@@ -226,9 +264,9 @@ class Enumeration:
     """
 
     def __init__(self, case: Case, row: int):
-        initial = case.initial.double()
         length, vocab = case.logits.shape[1:]
-        states = len(initial)
+        own = len(case.initial)
+        states = own + (0 if case.copied is None else case.copied.shape[1])
 
         def option(name, default):
             value = case.options.get(name)
@@ -237,7 +275,8 @@ class Enumeration:
         present = option("present", torch.ones(length, dtype=torch.bool))
         observed = option("observed", torch.zeros(length, dtype=torch.bool))
         given = option("tokens", torch.zeros(length, dtype=torch.long))
-        context = option("context", torch.zeros(length, states)).double()
+        context = option("context", torch.zeros(length, own)).double()
+        context = torch.cat((context, torch.zeros(length, states - own)), 1)
         active = bool(option("active", torch.tensor(True)))
 
         self.log_phi = case.log_phi(row)
@@ -254,11 +293,11 @@ class Enumeration:
         for k, i in enumerate(self.positions):
             if active:
                 if k == 0:
-                    circuit = circuit + initial[z[:, 0]]
+                    circuit = circuit + case.log_initial(row, i)[z[:, 0]]
                 else:
                     circuit = circuit + case.log_step(row, i)[z[:, k - 1], z[:, k]]
                 circuit = circuit + context[i, z[:, k]]
-                circuit = circuit + case.log_emission(i)[z[:, k]][:, x[:, k]].T
+                circuit = circuit + case.log_emission(row, i)[z[:, k]][:, x[:, k]].T
             if observed[i]:
                 possible = possible & (x[:, k] == given[i])
             else:

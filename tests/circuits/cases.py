@@ -89,8 +89,10 @@ def random_case(
     if low_rank:
         case.before, case.after = (low_rank * normal(batch, length, 2, states) for _ in range(2))
     if copies:
-        case.weight = copies * normal(batch, length, 3)
-        case.earlier, case.later = (copies * normal(batch, 3, states) for _ in range(2))
+        case.copied = torch.randint(vocab, (batch, 3), generator=g)
+        case.start, case.follow = (copies * normal(batch, length, 3) for _ in range(2))
+        case.emitted, case.out = (-copies * normal(batch, 3, states).abs() for _ in range(2))
+        case.copy_weight = copies * normal(batch, 3)
     if top_k is not None:
         case.log_marginal = normal(length if untied_marginal else 1, vocab)
         if "forbidden" in options:
@@ -397,14 +399,17 @@ def low_rank_underflow_case() -> Case:
 
 
 def copies_underflow_case() -> Case:
-    """The only way to where the evidence is is a copied step hundreds of nats smaller."""
+    """The only way to where the evidence is leads through copy states hundreds of nats away."""
     case = low_rank_underflow_case()
     case.before = case.after = None
-    case.weight = torch.tensor([-150.0, -300.0]).repeat(3, 3, 1)
-    case.weight[1, 1] = -500.0
-    case.earlier = torch.zeros(3, 2, 4)
-    case.later = torch.zeros(3, 2, 4)
-    case.later[0, 0] = torch.tensor([0.0, -400.0, -250.0, -100.0])
+    case.copied = torch.tensor([0, 1]).repeat(3, 1)
+    case.start = torch.full((3, 3, 2), -150.0)
+    case.start[1, :, 0] = -500.0
+    case.follow = torch.full((3, 3, 2), -100.0)
+    case.emitted = torch.zeros(3, 2, 4)
+    case.out = torch.zeros(3, 2, 4)
+    case.out[0, 0] = torch.tensor([0.0, -400.0, -250.0, -100.0])
+    case.copy_weight = torch.zeros(3, 2)
     return case
 
 

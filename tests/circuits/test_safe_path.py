@@ -29,6 +29,7 @@ LIMIT = chains.SAFE_SPREAD - 0.01
 def extreme_case(seed: int, structure: str, spread: float = LIMIT) -> Case:
     """Transitions at both ends of what is allowed; evidence at the edge of what float32 holds."""
     g = torch.Generator().manual_seed(seed)
+    length = 4 if structure == "copies" else LENGTH  # that has twice as many states
 
     def either(*shape, width=spread):
         """Largest, smallest, or in between; both ends occur."""
@@ -37,31 +38,43 @@ def extreme_case(seed: int, structure: str, spread: float = LIMIT) -> Case:
         return numbers
 
     levels = torch.tensor([0.0, -3.0, -50.0, -80.0, -86.0, -88.0, -95.0, -101.0, -104.0, -120.0])
-    context = levels[torch.randint(len(levels), (ROWS, LENGTH, STATES), generator=g)]
+    context = levels[torch.randint(len(levels), (ROWS, length, STATES), generator=g)]
     case = Case(
-        logits=torch.zeros(ROWS, LENGTH, 1),
+        logits=torch.zeros(ROWS, length, 1),
         initial=either(STATES, width=40.0),
         emission=torch.zeros(1, STATES, 1),
         options={"context": context},
     )
-    steps = LENGTH - 1 if "untied" in structure else 1
+    steps = length - 1 if "untied" in structure else 1
     room = spread
     if "gate" in structure:
-        case.gate = 3.0 * (2 * torch.rand(ROWS, LENGTH, 2, 2, generator=g) - 1)
+        case.gate = 3.0 * (2 * torch.rand(ROWS, length, 2, 2, generator=g) - 1)
         room = room - 6.0
     if "low rank" in structure:
         # The term itself reaches up to the limit; what is left of the room is for the matrix.
         room = room - 1.0
-        case.before = either(ROWS, LENGTH, 1, STATES, width=9.0)
-        case.after = either(ROWS, LENGTH, 1, STATES, width=9.0)
+        case.before = either(ROWS, length, 1, STATES, width=9.0)
+        case.after = either(ROWS, length, 1, STATES, width=9.0)
     if structure == "copies":
-        room = room - 3.0
-        case.weight = either(ROWS, LENGTH, 3, width=6.0)
-        case.earlier, case.later = (either(ROWS, 3, STATES, width=9.0) for _ in range(2))
+        # Begun with -20 to -1 and emitted with -10 to 0: the limit, since all rows add up to 1.
+        room = spread - 12.0
+        case.logits = torch.zeros(ROWS, length, 2)
+        case.emission = torch.zeros(1, STATES, 2)
+        case.options["tokens"] = torch.randint(2, (ROWS, length), generator=g)
+        case.options["observed"] = torch.rand(ROWS, length, generator=g) < 0.3
+        case.copied = torch.randint(2, (ROWS, 4), generator=g)
+        case.start = either(ROWS, length, 4, width=19.0) - 1
+        case.follow = either(ROWS, length, 4, width=80.0) - 1
+        case.emitted = either(ROWS, 4, STATES, width=10.0)
+        case.out = either(ROWS, 4, STATES, width=80.0).log_softmax(-1)
+        case.copy_weight = 12 + either(ROWS, 4, width=100.0)
+        case.copy_limits = -30.0, -1.0
     if structure == "monarch":
         case.left, case.right = (either(1, 2, 2, 2, width=spread / 2) for _ in range(2))
     else:
         case.transition = either(steps, STATES, STATES, width=room)
+    if structure == "copies":
+        case.transition = case.transition.log_softmax(-1)
     return case
 
 
@@ -124,7 +137,7 @@ def test_the_spread_of_a_step_is_never_underestimated(structure):
         case = extreme_case(seed, structure)
         spread = case.distribution()._steps.spread
         for row in range(ROWS):
-            for i in range(1, LENGTH):
+            for i in range(1, case.logits.shape[1]):
                 step = case.log_step(row, i)
                 assert float(step.max() - step.min()) <= spread + 1e-4
 

@@ -6,6 +6,7 @@ behind the interface of `torch.distributions`; `em` fits a circuit to tokens.
 """
 
 from .conditioning import Context, ContextMaps, Preceding
+from .copies import CopyStates
 from .distribution import CoupledCategorical, ViterbiPath
 from .emissions import DenseEmission, TiedEmission, fit_tied
 from .evidence import DenseEvidence
@@ -16,6 +17,7 @@ from .transitions import DenseTransition, MonarchTransition, StepContext
 __all__ = [
     "Context",
     "ContextMaps",
+    "CopyStates",
     "CoupledCategorical",
     "DenseEmission",
     "DenseEvidence",

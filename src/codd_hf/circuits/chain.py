@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .copies import CopySteps
 from .numerics import LOST_MASS, full_precision, logsumexp, normalised_exp, safe_log, shifted_exp
 from .random import Generators, draw_categorical, uniform
 from .transitions import Steps
@@ -46,7 +47,7 @@ class Chain:
         present: `[B, L]` bool; None where all positions are.
     """
 
-    steps: Steps
+    steps: Steps | CopySteps
     evidence: torch.Tensor
     present: torch.Tensor | None = None
 
@@ -54,18 +55,18 @@ class Chain:
     def start(
         cls,
         initial: torch.Tensor,
-        steps: Steps,
+        steps: Steps | CopySteps,
         evidence: torch.Tensor,
         present: torch.Tensor | None = None,
     ) -> Chain:
-        """A chain that starts with log-potentials `initial [H]`.
+        """A chain that starts with log-potentials `initial`, `[H]` or `[B, L, H]` by position.
 
         They join the evidence of each row's first present position, so that the recursions can all
         start from the uniform law.
         """
-        start = initial + math.log(len(initial))
+        start = initial + math.log(initial.shape[-1])
         if present is None:
-            first = evidence[:, :1] + start
+            first = evidence[:, :1] + (start if start.ndim == 1 else start[:, :1])
             return cls(steps, torch.cat((first, evidence[:, 1:]), 1))
         first = present & (present.cumsum(1) == 1)
         return cls(steps, torch.where(first[..., None], evidence + start, evidence), present)

@@ -1,15 +1,14 @@
 r"""Context: how the backbone's hidden states steer the circuit (CoDD, Appendix E, future work).
 
-Every map only rescales potentials, so every query of the coupled distribution stays exact:
+Every map only rescales potentials or adds latents, so every query stays exact:
 
 - *latent*: a factor `c_i(z) = exp(W x_i + b)_z` on the latents of every position;
 - *gate*: a factor `exp(G x_i)[group(z), group(z')]` on the transitions into position `i`, within
   `exp(4)` of 1;
 - *low_rank*: a sum `sum_r a_r(x_i) b_r(x_i)^T` added to the transitions into position `i`;
-- *copy*: a sum `sum_j exp(q(x_i) . k(y_j) + b) f_j(z) g_j(z')` over the pairs of neighbouring
-  tokens before the window, added to the transitions into position `i`: what followed a token there
-  may follow it here. `f_j(z)` is the law of the pair's first token in state `z`, `g_j` the law of
-  the state given its second token, `y_j` the hidden state that predicts that one.
+- *copy*: a copy state for each token before the window (`copies.py`), begun with weight
+  `exp(q(x_i) . k(y_j) + b)` and followed by the next one with `exp(q'(x_i) . k'(y_j) + b')`; `y_j`
+  is the hidden state that predicts that token.
 
 `x_i` is the hidden state that predicts token `i`, scaled to unit root mean square, and, if asked
 for, the noise level. All maps start as no-ops.
@@ -23,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .copies import CopyStates
 from .transitions import StepContext
 
 GATE_LIMIT = 4.0
@@ -31,14 +31,23 @@ GATE_LIMIT = 4.0
 LOW_RANK_LIMIT = 2.0
 """Largest `log a_r` of a low-rank term; `b_r` is a law over the states."""
 
-COPY_LIMIT = 2.0
-"""Largest log-weight of a copied step; its two laws are at most 1."""
+COPY_LIMIT = 4.0
+"""Largest log-weight of beginning to copy, and of following."""
+
+COPY_FLOOR = -16.5
+"""Smallest log-weight of beginning to copy; with it, copying is all but a no-op."""
+
+EMITTED_FLOOR = -10.0
+"""Smallest `log p(x_j | z)` with which a copy state of `x_j` is entered."""
+
+LARGEST_WEIGHT = 12.0
+"""Largest log-potential with which a copy state emits its token."""
 
 NO_OP_LOG_SCALE = -16.0
-"""Log of the mass that an untrained low-rank term, or a copied step, adds to the transitions."""
+"""Log of the mass that an untrained low-rank term adds to the transitions."""
 
-COPY_START = -1.0
-"""Log-weight of a copied step at which a fit begins (from a no-op it would take long)."""
+COPY_START = -3.0
+"""Log-weight of beginning to copy at which a fit begins (from a no-op it would take long)."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +57,12 @@ class Context:
     Attributes:
         latent: `[B, L, H]`, log of a factor on the latents at every position.
         steps: what happens to the transitions.
+        copies: further latents that copy the tokens before the windows.
     """
 
     latent: torch.Tensor | None = None
     steps: StepContext = field(default_factory=StepContext)
-
-    def map(self, function) -> Context:
-        """The same with `function` applied to every tensor."""
-        latent = None if self.latent is None else function(self.latent)
-        return Context(latent, self.steps.map(function))
+    copies: CopyStates | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,9 @@ class ContextMaps(nn.Module):
             self.query = nn.Linear(size, copy_size, bias=False)
             self.key = nn.Linear(context_size, copy_size, bias=False)
             self.copy_bias = nn.Parameter(torch.empty(1))
+            self.follow_query = nn.Linear(size, copy_size, bias=False)
+            self.follow_key = nn.Linear(context_size, copy_size, bias=False)
+            self.follow_bias = nn.Parameter(torch.empty(1))
             # Fixed: its gradient would cost more than all the rest of a step.
             self.register_buffer("copy_prior", torch.empty(num_latents))
 
@@ -131,7 +140,8 @@ class ContextMaps(nn.Module):
         if hasattr(self, "before"):
             nn.init.constant_(self.before.bias, NO_OP_LOG_SCALE)
         if self.copies:
-            nn.init.constant_(self.copy_bias, NO_OP_LOG_SCALE)
+            nn.init.constant_(self.copy_bias, COPY_FLOOR)
+            nn.init.zeros_(self.follow_bias)
             nn.init.zeros_(self.copy_prior)
 
     @torch.no_grad()
@@ -152,6 +162,7 @@ class ContextMaps(nn.Module):
         present: torch.Tensor | None,
         preceding: Preceding | None = None,
         columns: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
     ) -> Context:
         """Context of a batch of windows.
 
@@ -161,9 +172,10 @@ class ContextMaps(nn.Module):
             present: `[B, L]` bool; None where all positions are.
             preceding: the tokens before the windows, for `"copy"`.
             columns: `[B, C, H]`, `log p(v | z)` of these tokens under the circuit.
+            weight: `[B, C]`, the log-potential with which a copy state emits its token.
         """
-        weight = next(iter(self.children())).weight
-        inputs = F.rms_norm(hidden.to(weight.dtype), hidden.shape[-1:])
+        dtype = next(self.parameters()).dtype
+        inputs = F.rms_norm(hidden.to(dtype), hidden.shape[-1:])
         if self.noise_conditioning:
             length = masked.shape[1] if present is None else present.sum(1).clamp(min=1)
             level = (masked.sum(1) / length).to(inputs.dtype)
@@ -177,17 +189,27 @@ class ContextMaps(nn.Module):
         if "before" in maps:
             low_rank = (_below(LOW_RANK_LIMIT, maps["before"]), maps["after"].log_softmax(-1))
         if self.copies:
-            copies = self._copies(inputs, preceding, columns)
-        steps = StepContext(gate, low_rank, copies, GATE_LIMIT, LOW_RANK_LIMIT, COPY_LIMIT)
-        return Context(maps.get("latent"), steps)
+            copies = self._copy_states(inputs, preceding, columns, weight)
+        steps = StepContext(gate, low_rank, GATE_LIMIT, LOW_RANK_LIMIT)
+        return Context(maps.get("latent"), steps, copies)
 
-    def _copies(self, inputs, preceding: Preceding, columns: torch.Tensor):
+    def _copy_states(self, inputs, preceding: Preceding, columns, weight) -> CopyStates:
         hidden = preceding.hidden.to(inputs.dtype)
-        keys = self.key(F.rms_norm(hidden, hidden.shape[-1:]))
-        weight = self.query(inputs) @ keys[:, 1:].transpose(1, 2) + self.copy_bias
-        pairs = preceding.present[:, :-1] & preceding.present[:, 1:]
-        weight = _below(COPY_LIMIT, weight).masked_fill(~pairs[:, None], -torch.inf)
-        return weight, columns[:, :-1], (columns[:, 1:] + self.copy_prior).log_softmax(-1)
+        hidden = F.rms_norm(hidden, hidden.shape[-1:])
+        start = self.query(inputs) @ self.key(hidden).transpose(1, 2) + self.copy_bias
+        follow = self.follow_query(inputs) @ self.follow_key(hidden).transpose(1, 2)
+        present = preceding.present
+        absent = ~present[:, None]
+        apart = ~(present & present.roll(1, 1))[:, None]
+        return CopyStates(
+            tokens=preceding.tokens,
+            start=_below(COPY_LIMIT, start).clamp(min=COPY_FLOOR).masked_fill(absent, -torch.inf),
+            follow=_below(COPY_LIMIT, follow + self.follow_bias).masked_fill(apart, -torch.inf),
+            emitted=columns.clamp(min=EMITTED_FLOOR),
+            left=(columns + self.copy_prior).log_softmax(-1),
+            weight=weight.clamp(max=LARGEST_WEIGHT),
+            limits=(COPY_FLOOR + EMITTED_FLOOR, COPY_LIMIT),
+        )
 
 
 def _below(limit: float, x: torch.Tensor) -> torch.Tensor:

@@ -12,19 +12,16 @@ from .checks import check_ids, check_shapes
 from .conditioning import Context
 from .evidence import (
     DenseEvidence,
-    EmissionSummary,
     best_evidence,
     emission_of_latents,
-    hard_evidence,
     mix_tokens,
-    summarise,
 )
+from .latent_chain import LatentChain
 from .lazy import cached_property
 from .numerics import logsumexp, safe_log
 from .potentials import Potentials
 from .random import Generators, draw_categorical, uniform
 from .topk import TopKEvidence
-from .transitions import Steps
 
 
 class ViterbiPath(NamedTuple):
@@ -41,7 +38,7 @@ class ViterbiPath(NamedTuple):
     log_prob: torch.Tensor
 
 
-class CoupledCategorical(Distribution):
+class CoupledCategorical(LatentChain, Distribution):
     r"""A joint distribution over the masked tokens of a window (CoDD, arXiv 2603.00045).
 
         p(x_M | x_O) = p_w(x_M, x_O) \prod_{i in M} phi_i(x_i) / Z
@@ -126,140 +123,10 @@ class CoupledCategorical(Distribution):
         super().__init__((batch,), (length,), validate_args=False)
         check_ids("tokens", self.tokens, potentials.vocab_size)
 
-    @property
-    def masked(self) -> torch.Tensor:
-        """`[B, L]` bool: the positions that are neither observed nor absent."""
-        return self.present & ~self.observed
-
-    @cached_property
-    def _dtype(self) -> torch.dtype:
-        return torch.promote_types(self.potentials.emission.dtype, torch.float32)
-
-    @cached_property
-    def _prediction(self) -> DenseEvidence | TopKEvidence:
-        prediction = self.logits
-        if isinstance(prediction, torch.Tensor):
-            logits, how = self.logits.to(self._dtype), (self.temperature, self.forbidden)
-            if not self.top_k:
-                return DenseEvidence.from_logits(logits, *how)
-            prediction = TopKEvidence.from_logits(logits, self.top_k, *how)
-        if isinstance(prediction, TopKEvidence) and not self._own_law:
-            return prediction.spread_by(self.potentials.log_marginal, self.forbidden)
-        return prediction
-
-    @cached_property
-    def _log_phi(self) -> torch.Tensor:
-        """`[B, L, V]` log-probabilities of the backbone; -inf for forbidden tokens."""
-        return self._prediction.dense()
-
     @cached_property
     def factorized_logits(self) -> torch.Tensor:
         """`[B, L, V]` log-probabilities without the circuit; one-hot at observed positions."""
         return self._one_hot_where_observed(self._log_phi)
-
-    def _soft_evidence(self, evaluate) -> torch.Tensor:
-        """`[B, L, H]`: `evaluate(prediction, positions, summary)` where it is needed, else hard."""
-        hard = hard_evidence(self.potentials.emission, self.tokens).to(self._dtype)
-        wanted = self.masked & self.active[:, None]
-        if isinstance(self._prediction, TopKEvidence) or torch.compiler.is_compiling():
-            # Cheap enough to be computed everywhere, which keeps all shapes fixed.
-            batch, length = wanted.shape
-            rows = torch.arange(batch, device=wanted.device).repeat_interleave(length)
-            positions = torch.arange(length, device=wanted.device).repeat(batch)
-            soft = (
-                evaluate(self._prediction[rows, positions], positions)
-                .to(self._dtype)
-                .unflatten(0, (batch, length))
-            )
-            evidence = torch.where(wanted[..., None], soft, hard)
-        else:
-            rows, positions = wanted.nonzero(as_tuple=True)
-            soft = evaluate(self._prediction[rows, positions], positions).to(self._dtype)
-            evidence = hard.index_put((rows, positions), soft)
-        return torch.where(self.active[:, None, None], evidence, 0)
-
-    @cached_property
-    def _evidence(self) -> torch.Tensor:
-        """`[B, L, H]` log-evidence without context."""
-        summary = self._summary
-        emission = self.potentials.emission
-        return self._soft_evidence(
-            lambda prediction, positions: prediction.soft_evidence(
-                emission, positions, summary, repair=summary.needs_repair
-            )
-        )
-
-    @cached_property
-    def _summary(self) -> EmissionSummary:
-        if not isinstance(self._prediction, TopKEvidence):
-            return self.potentials.summary
-        if not self._own_law and not self._forbids_more:
-            return self.potentials.top_k_summary
-        # Another law than the circuit's: what is kept with the circuit is not for it.
-        return summarise(self.potentials.emission, self._prediction.log_marginal)
-
-    @property
-    def _forbids_more(self) -> bool:
-        """Does the circuit's law of the remaining mass give some to forbidden tokens?"""
-        if self.forbidden is None or torch.compiler.is_compiling():
-            return False
-        return bool((self.potentials.log_marginal > -torch.inf)[:, self.forbidden].any())
-
-    @cached_property
-    def _steps(self) -> Steps:
-        context = None if self.context is None else self.context.steps.map(self._cast)
-        return Steps(self.potentials.transition.to(self._dtype), context)
-
-    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self._dtype)
-
-    def _chain(self, evidence: torch.Tensor) -> chains.Chain:
-        """A chain over `[B, L, H]` or, for samples, `[S * B, L, H]` evidence."""
-        repeats = evidence.shape[0] // self.batch_shape[0]
-        if self.context is not None and self.context.latent is not None:
-            latent = self._cast(self.context.latent).masked_fill(~self.active[:, None, None], 0)
-            evidence = evidence + latent.repeat(repeats, 1, 1)
-        present = None if self._all_present else self.present.repeat(repeats, 1)
-        return chains.Chain.start(
-            self._cast(self.potentials.initial), self._steps, evidence, present
-        )
-
-    @cached_property
-    def _filter(self) -> chains.Filter:
-        return self._checked(chains.forward_filter(self._chain(self._evidence)))
-
-    def _checked(self, filtered: chains.Filter) -> chains.Filter:
-        if not torch.compiler.is_compiling() and bool(filtered.log_partition.isnan().any()):
-            raise ValueError(
-                "`logits`, `context` or the potentials hold NaN: check what made them."
-            )
-        return filtered
-
-    @property
-    def log_partition(self) -> torch.Tensor:
-        """`[B]` log Z; -inf where the circuit and the backbone share no completion."""
-        return self._filter.log_partition
-
-    @cached_property
-    def log_partition_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lower and upper `log Z`, `[B]` each, whatever top-k evidence left out.
-
-        Both are `log_partition` where the evidence is exact. The log-probability of listed tokens
-        is off by no more than `log_partition` is.
-        """
-        if not isinstance(self._prediction, TopKEvidence):
-            return self.log_partition, self.log_partition
-        summary, emission = self._summary, self.potentials.emission
-
-        def bound(side: int) -> torch.Tensor:
-            evidence = self._soft_evidence(
-                lambda prediction, positions: prediction.soft_evidence_bounds(
-                    emission, positions, summary
-                )[side]
-            )
-            return chains.forward_filter(self._chain(evidence)).log_partition
-
-        return bound(0), bound(1)
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         """Log-probability `[*S, B]` of tokens `[*S, B, L]`; -inf where it is zero.
@@ -295,9 +162,7 @@ class CoupledCategorical(Distribution):
         """
         self._check_value(value)
         tokens = torch.where(self.present, value, 0).reshape(-1, *self.event_shape)
-        evidence = hard_evidence(self.potentials.emission, tokens).to(self._dtype)
-        active = self.active.repeat(len(tokens) // self.batch_shape[0])
-        evidence = torch.where(active[:, None, None], evidence, 0)
+        evidence = self._hard_evidence(tokens)
         if "_filter" in self.__dict__:
             joint = chains.forward_filter(self._chain(evidence)).log_partition
         else:  # both at once: half as many steps, and their context is read once
@@ -316,11 +181,6 @@ class CoupledCategorical(Distribution):
         return joint.reshape(value.shape[:-1]).masked_fill(~self.active, 0) - total
 
     @cached_property
-    def latent_posterior(self) -> torch.Tensor:
-        """`[B, L, H]`: the law of each latent; zeros at absent positions."""
-        return chains.posterior(self._chain(self._evidence), self._filter)
-
-    @cached_property
     def marginals(self) -> torch.Tensor:
         """`[B, L, V]`: exact marginal probabilities of the tokens.
 
@@ -330,12 +190,18 @@ class CoupledCategorical(Distribution):
         coupled = self.active & (self.log_partition > -torch.inf)
         rows, positions = (self.masked & coupled[:, None]).nonzero(as_tuple=True)
         log_phi = self._log_phi[rows, positions]
-        weights = safe_log(self.latent_posterior[rows, positions])
-        evidence = self._evidence[rows, positions]
+        number = self.potentials.num_latents
+        posterior = self.latent_posterior[rows, positions]
+        weights = safe_log(posterior[:, :number])
+        evidence = self._evidence[rows, positions, :number]
         weights = weights - torch.where(weights == -torch.inf, 0, evidence)
         mixed = mix_tokens(
             self.potentials.emission, log_phi, weights, positions, self.potentials.summary
         )
+        if self._copies is not None:
+            own = posterior[:, :number].sum(-1, keepdim=True)
+            tokens = self._copies.tokens[rows]
+            mixed = (own * mixed).scatter_add(1, tokens, posterior[:, number:].to(mixed.dtype))
         marginals = self.factorized_logits.exp()
         return marginals.index_put((rows, positions), mixed)
 
@@ -348,12 +214,17 @@ class CoupledCategorical(Distribution):
         value = torch.where(self.present, value, 0)
         positions = torch.arange(value.shape[1], device=value.device)
         columns = self.potentials.emission.columns(value, positions).to(self._dtype)
-        weights = safe_log(self.latent_posterior)
-        weights = weights - torch.where(weights == -torch.inf, 0, self._evidence)
+        number = self.potentials.num_latents
+        own, copied = self.latent_posterior.split((number, self._num_copies), -1)
+        weights = safe_log(own)
+        weights = weights - torch.where(weights == -torch.inf, 0, self._evidence[..., :number])
         log_phi = self._prediction.log_prob_of(value)
         coupled = self.active & (self.log_partition > -torch.inf)
         mixed = torch.where(coupled[:, None], logsumexp(weights + columns, -1), 0)
         probs = torch.where(self.present, log_phi + mixed, log_phi).exp()
+        if self._copies is not None:
+            emitted = copied * self._copies.emits(value)
+            probs = probs + torch.where(coupled[:, None], emitted.sum(-1), 0)
         return torch.where(self.observed, (value == self.tokens).to(probs.dtype), probs)
 
     def sample_latents(self, generator: Generators = None) -> torch.Tensor:
@@ -366,7 +237,9 @@ class CoupledCategorical(Distribution):
         Given the latents the tokens are independent. One-hot at observed positions, the backbone's
         own at absent ones and in inactive rows.
         """
-        emission = emission_of_latents(self.potentials.emission, latents).to(self._dtype)
+        number = self.potentials.num_latents
+        own = latents.clamp(max=number - 1)
+        emission = emission_of_latents(self.potentials.emission, own).to(self._dtype)
         # The sum over the vocabulary is the evidence of the latent, which is known already.
         coupled = (self.masked & self.active[:, None]).expand(latents.shape)
         evidence = self._evidence.expand(*latents.shape, -1).gather(-1, latents[..., None])
@@ -380,6 +253,11 @@ class CoupledCategorical(Distribution):
             scores = self._log_phi + emission - total
         if not in_place or not bool(coupled.all()):
             scores = torch.where(coupled, scores, self._log_phi)
+        if self._copies is not None:
+            copied = (latents >= number)[..., None] & coupled
+            places = (latents - number).clamp(min=0)
+            tokens = self._copies.tokens.expand(*latents.shape[:-1], -1).gather(-1, places)
+            scores = torch.where(copied, _one_hot(scores, tokens), scores)
         return self._one_hot_where_observed(scores)
 
     @torch.no_grad()
@@ -403,7 +281,9 @@ class CoupledCategorical(Distribution):
         log_phi = self._log_phi
         rows, positions = (self.masked & self.active[:, None]).nonzero(as_tuple=True)
         best = best_evidence(self.potentials.emission, log_phi[rows, positions], positions)
-        evidence = self._evidence.index_put((rows, positions), best.to(self._dtype))
+        number = self.potentials.num_latents
+        best = torch.cat((best.to(self._dtype), self._evidence[rows, positions, number:]), -1)
+        evidence = self._evidence.index_put((rows, positions), best)
         factorized = (self.masked & ~self.active[:, None])[..., None]
         evidence = torch.where(factorized, log_phi.amax(-1, keepdim=True), evidence)
         latents, log_weight = chains.best_path(self._chain(evidence))
@@ -464,9 +344,7 @@ class CoupledCategorical(Distribution):
     def _one_hot_where_observed(self, log_probs: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling() and not bool(self.observed.any()):
             return log_probs
-        one_hot = torch.full_like(log_probs, -torch.inf)
-        tokens = self.tokens.expand(log_probs.shape[:-1])[..., None]
-        one_hot = one_hot.scatter(-1, tokens, 0.0)
+        one_hot = _one_hot(log_probs, self.tokens.expand(log_probs.shape[:-1]))
         return torch.where(self.observed[..., None], one_hot, log_probs)
 
     def _check_value(self, value: torch.Tensor) -> None:
@@ -474,3 +352,8 @@ class CoupledCategorical(Distribution):
         if tuple(value.shape[-2:]) != shape:
             raise ValueError(f"`value` must end with shape {shape}, got {tuple(value.shape)}.")
         check_ids("value", value[..., self.present], self.potentials.vocab_size)
+
+
+def _one_hot(like: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities `[..., V]` that are sure of tokens `[...]`."""
+    return torch.full_like(like, -torch.inf).scatter(-1, tokens[..., None], 0.0)

@@ -113,6 +113,14 @@ class TopKEvidence:
         other = self._log_rest_weight() + self.log_marginal[self.marginal_rows, tokens]
         return torch.where(match.any(-1), listed, other)
 
+    def log_prob_bounds_of(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lower and upper `log_prob_of`, however the remaining mass is really spread."""
+        match = self.indices == tokens[..., None]
+        listed = torch.where(match, self.log_probs, 0).sum(-1)
+        known = match.any(-1)
+        rest = self.log_rest.expand_as(listed)
+        return listed.masked_fill(~known, -torch.inf), torch.where(known, listed, rest)
+
     def dense(self) -> torch.Tensor:
         """`[*batch, V]` log-probabilities."""
         rest = self._log_rest_weight()[..., None] + self.log_marginal[self.marginal_rows]

@@ -4,10 +4,9 @@ A chain asks four things of its transitions `A_i(z, z')`, the potential of the s
 `i`: `push` (row vector times matrix), `pull` (matrix times column vector), `into` (a column, for
 backward sampling), and `log_matrix` (all of it, in log space, where those would underflow and for
 the best path). Two structures answer them, dense and Monarch; context may rescale either between
-groups of states (a gate), add a matrix of low rank, and add copies of steps seen elsewhere.
+groups of states (a gate) and add a matrix of low rank.
 
     A_i(z, z') = A(z, z') exp(gate_i[group(z), group(z')]) + \sum_r a_{i,r}(z) b_{i,r}(z')
-                 + \sum_j w_{ij} f_j(z) g_j(z')
 
 Sources: Monarch matrices, Dao et al. (arXiv 2204.00595); CoDD, arXiv 2603.00045, Appendix E, for
 context in general.
@@ -61,6 +60,11 @@ class DenseTransition:
     def smallest(self) -> float:
         """The smallest log-potential."""
         return float(self.log_potential.detach().min())
+
+    @cached_property
+    def row_sums(self) -> tuple[float, float]:
+        """The logs of the smallest and the largest sum of a row."""
+        return _extremes(self.log_potential.detach().logsumexp(-1))
 
     @staticmethod
     def push(factors, step: int, message: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
@@ -156,6 +160,12 @@ class MonarchTransition:
         """A bound on the smallest log-potential."""
         return float(self.left.detach().min() + self.right.detach().min())
 
+    @cached_property
+    def row_sums(self) -> tuple[float, float]:
+        """Bounds on the logs of the smallest and the largest sum of a row."""
+        parts = [_extremes(t.detach().logsumexp(-1)) for t in self.tensors()]
+        return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
+
     @staticmethod
     def push(factors, step: int, message: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         left, right = factors[0][step], factors[1][step]
@@ -211,9 +221,13 @@ Transition = DenseTransition | MonarchTransition
 
 
 def _spread(x: torch.Tensor) -> float:
-    low, high = x.detach().aminmax()
-    spread = float(high - low)
-    return spread if spread == spread else float("inf")
+    low, high = _extremes(x.detach())
+    return high - low if high - low == high - low else float("inf")
+
+
+def _extremes(x: torch.Tensor) -> tuple[float, float]:
+    low, high = x.aminmax()
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -224,29 +238,22 @@ class StepContext:
         gate: `[B, L, G, G]` log-factors between groups of states (equal stretches of them, in
             order), row = group of the previous state.
         low_rank: `log a [B, L, r, H]` (previous state) and `log b [B, L, r, H]` (next state).
-        copies: `log w [B, L, J]`, `log f [B, J, H]` (previous state), `log g [B, J, H]` (next
-            state): `J` steps that may be taken again at any position, by its own weights.
         gate_limit: a number that no `abs(gate)` exceeds, if one is known (else it is looked up).
         low_rank_limit: likewise for `log a + log b`.
-        copy_limit: likewise for `log w + log f + log g`.
     """
 
     gate: torch.Tensor | None = None
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
-    copies: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     gate_limit: float | None = None
     low_rank_limit: float | None = None
-    copy_limit: float | None = None
 
     def map(self, function) -> StepContext:
         """The same with `function` applied to every tensor."""
         return StepContext(
             None if self.gate is None else function(self.gate),
             None if self.low_rank is None else tuple(function(t) for t in self.low_rank),
-            None if self.copies is None else tuple(function(t) for t in self.copies),
             self.gate_limit,
             self.low_rank_limit,
-            self.copy_limit,
         )
 
 
@@ -267,9 +274,9 @@ class Steps:
         self.factors, scale = transition.factors
         scale = scale[:, None]  # [steps, 1]
         context = self.context
-        self.gate = self.added = self.copied = None
+        self.gate = self.added = None
         self.share = None
-        parts = (context.gate, *(context.low_rank or ()), *(context.copies or ()))
+        parts = (context.gate, *(context.low_rank or ()))
         lengths = [part.shape[1] for part in parts if part is not None]
         self.by_position = bool(lengths)
         self.batch = next((len(part) for part in parts if part is not None), 1)
@@ -278,27 +285,13 @@ class Steps:
         if context.gate is not None:
             self.gate, shift = shifted_exp(context.gate, (2, 3))
             scale = scale + shift[:, :, 0, 0].T  # [L, B]
-        # Each term in units of its own largest number; then all in units of the largest of them.
-        terms = []
         if context.low_rank is not None:
             (before, shift_a), (after, shift_b) = (shifted_exp(t, (2, 3)) for t in context.low_rank)
             self.low_rank_scale = (shift_a + shift_b)[:, :, 0, 0].T  # [L, B]
-            terms.append(self.low_rank_scale)
-        if context.copies is not None:
-            weight, shift_w = shifted_exp(context.copies[0], 2)
-            (earlier, shift_f), (later, shift_g) = (
-                shifted_exp(t, (1, 2)) for t in context.copies[1:]
-            )
-            self.copy_scale = (shift_w + shift_f + shift_g)[:, :, 0].T  # [L, B]
-            terms.append(self.copy_scale)
-        if terms:
-            total = torch.stack([scale.expand_as(terms[0]), *terms]).amax(0)
-            factors = [(term - total).exp().T for term in terms]  # [B, L]
+            # Both terms in units of the larger one.
+            total = torch.maximum(scale, self.low_rank_scale)
             self.share = (scale - total).exp()  # [L, B], of the structure itself
-            if context.low_rank is not None:
-                self.added = (before * factors[0][..., None, None], after)
-            if context.copies is not None:
-                self.copied = (weight * factors[-1][..., None], earlier, later)
+            self.added = (before * (self.low_rank_scale - total).exp().T[..., None, None], after)
             scale = total
         self.scale = scale
         # By position, since the backward pass of a slice would fill the other positions with zeros.
@@ -306,32 +299,52 @@ class Steps:
             self.gate = self.gate.unbind(1)
         if self.added is not None:
             self.added = tuple(part.unbind(1) for part in self.added)
-        if self.copied is not None:
-            self.copied = (self.copied[0].unbind(1), *self.copied[1:])
+
+    @cached_property
+    def bounds(self) -> tuple[float, float]:
+        """Bounds on the logs of the smallest and the largest entry of a step."""
+        smallest = self.transition.smallest
+        largest = smallest + self.transition.spread
+        if self.context.gate is not None:
+            smallest, largest = smallest - self._gate_limit, largest + self._gate_limit
+        # What is added can only raise the smallest entry; it may raise the largest.
+        return smallest, max(largest, self._added_limit) + self._added_slack
+
+    @cached_property
+    def row_sums(self) -> tuple[float, float]:
+        """Bounds on the logs of the smallest and the largest sum of a row of a step."""
+        smallest, largest = self.transition.row_sums
+        if self.context.gate is not None:
+            smallest, largest = smallest - self._gate_limit, largest + self._gate_limit
+        added = self._added_limit + math.log(self.transition.num_latents)
+        return smallest, max(largest, added) + self._added_slack
 
     @cached_property
     def spread(self) -> float:
         """A bound on how far the entries of a step are apart, in nats."""
-        spread, smallest, context = self.transition.spread, self.transition.smallest, self.context
-        if context.gate is not None:
-            limit = context.gate_limit
-            limit = float(context.gate.detach().abs().max()) if limit is None else limit
-            spread, smallest = spread + 2 * limit, smallest - limit
-        if context.low_rank is not None:
-            # What is added can only raise the smallest entry; it may raise the largest.
-            limit = context.low_rank_limit
-            if limit is None:
-                # Not of the term itself: one that is zero throughout still sets the scale.
-                limit = float(self.low_rank_scale.detach().max())
-            rank = context.low_rank[0].shape[2]
-            spread = max(spread, limit + math.log(rank) - smallest) + math.log(2)
-        if context.copies is not None:
-            limit = context.copy_limit
-            if limit is None:
-                limit = float(self.copy_scale.detach().max())
-            steps = context.copies[0].shape[2]
-            spread = max(spread, limit + math.log(steps) - smallest) + math.log(2)
-        return spread
+        smallest, largest = self.bounds
+        return largest - smallest if smallest > -math.inf else math.inf
+
+    @cached_property
+    def _gate_limit(self) -> float:
+        limit = self.context.gate_limit
+        return float(self.context.gate.detach().abs().max()) if limit is None else limit
+
+    @cached_property
+    def _added_limit(self) -> float:
+        """A bound on the log of an entry of the low-rank term."""
+        if self.context.low_rank is None:
+            return -math.inf
+        limit = self.context.low_rank_limit
+        if limit is None:
+            # Not of the term itself: one that is zero throughout still sets the scale.
+            limit = float(self.low_rank_scale.detach().max())
+        return limit + math.log(self.context.low_rank[0].shape[2])
+
+    @property
+    def _added_slack(self) -> float:
+        """The sum of two terms is at most twice the larger one."""
+        return 0.0 if self.context.low_rank is None else math.log(2)
 
     def step(self, position: int) -> int:
         """Index into the stored steps of the one that leads into `position`."""
@@ -366,19 +379,13 @@ class Steps:
 
     def _plus(self, moved, vector, position: int, side: int) -> torch.Tensor:
         """`moved` with what context adds to it; `side` 0 goes forwards, 1 backwards."""
-        if self.share is None:
+        if self.added is None:
             return moved
         # Copies of the batch side by side, so that each row's context is read once for all.
-        batch = self.batch
-        copies = vector.unflatten(0, (-1, batch)).transpose(0, 1)  # [B, S, H]
-        moved = moved.unflatten(0, (-1, batch)) * self.share[position][:, None]  # [S, B, H]
-        if self.added is not None:
-            near, far = self.added[side][position], self.added[1 - side][position]
-            moved = moved + ((copies @ near.transpose(1, 2)) @ far).transpose(0, 1)
-        if self.copied is not None:
-            near, far = self.copied[1 + side], self.copied[2 - side]
-            share = (copies @ near.transpose(1, 2)) * self.copied[0][position][:, None]
-            moved = moved + (share @ far).transpose(0, 1)
+        copies = vector.unflatten(0, (-1, self.batch)).transpose(0, 1)  # [B, S, H]
+        moved = moved.unflatten(0, (-1, self.batch)) * self.share[position][:, None]  # [S, B, H]
+        near, far = self.added[side][position], self.added[1 - side][position]
+        moved = moved + ((copies @ near.transpose(1, 2)) @ far).transpose(0, 1)
         return moved.flatten(0, 1)
 
     def into(self, state: torch.Tensor, position: int) -> torch.Tensor:
@@ -390,16 +397,11 @@ class Steps:
             size = self.transition.num_latents // gate.shape[-1]
             factor = gate.transpose(1, 2)[rows, state.div(size, rounding_mode="floor")]
             column = column * factor.repeat_interleave(size, -1)
-        if self.share is not None:
-            column = column * self.share[position][:, None]
         if self.added is not None:
             before, after = (part[position] for part in self.added)  # [B, r, H]
             share = after.transpose(1, 2)[rows, state]  # [S, B, r]
+            column = column * self.share[position][:, None]
             column = column + torch.einsum("sbr,brz->sbz", share, before)
-        if self.copied is not None:
-            weight, before, after = self.copied
-            share = after.transpose(1, 2)[rows, state] * weight[position]  # [S, B, J]
-            column = column + torch.einsum("sbj,bjz->sbz", share, before)
         return column
 
     def log_matrix(self, position: int, rows: torch.Tensor | None = None) -> torch.Tensor:
@@ -413,9 +415,6 @@ class Steps:
         if context.low_rank is not None:
             before, after = (t[:, position] for t in context.low_rank)
             matrix = _log_plus_outer(matrix, before, after)
-        if context.copies is not None:
-            weight, before, after = context.copies
-            matrix = _log_plus_outer(matrix, before + weight[:, position, :, None], after)
         return matrix
 
     def select(self, rows: torch.Tensor) -> Steps:

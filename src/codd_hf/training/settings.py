@@ -92,14 +92,14 @@ class ConditionalConfig:
         seed: seed of order, noise and what starts at random.
     """
 
-    max_steps: int = 900
+    max_steps: int = 1600
     windows_per_batch: int = 64
-    learning_rate: float = 6e-3
-    context_learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
+    context_learning_rate: float = 2e-3
     warmup_steps: int = 50
     evidence_temperature: float = 1.0
     loss: str = "elbo"
-    num_draws: int = 3
+    num_draws: int = 4
     num_validation_draws: int = 4
     cached_top_k: int = 512
     max_extra_windows: int = 1
@@ -172,8 +172,8 @@ class TrainConfig:
     transition_rank: int = 1
     noise_conditioning: bool = False
     alpha: float = 1.0
-    emission_power: float = 0.7
-    transition_power: float = 0.8
+    emission_power: float = 0.8
+    transition_power: float = 0.9
     mask_token_id: int | None = None
     dtype: str = "bfloat16"
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)

@@ -1,0 +1,200 @@
+r"""Copy states: further latents, each of which emits one token that was seen before the window.
+
+A state of the circuit stands for a cluster of tokens; names and numbers of this text are more than
+that. So the chain gets `J` more states, one for each token `x_j` before the window, in order. State
+`j` emits `x_j` and nothing else, with potential `e_j`. Otherwise it behaves as the states that
+`x_j` suggests, except that the next copy state may follow it directly:
+
+    A'(z, z') = A(z, z')
+    A'(z, j)  = start_{ij} \sum_z' A(z, z') m_j(z')               into copying
+    A'(j, s)  = \sum_z l_j(z) A'(z, s) + follow_{is} [s = j + 1]  out of it, or on
+
+with `m_j(z) = p(x_j | z)`, `l_j(z) = p(z | x_j)` and weights that the context gives at every
+position `i`. A step costs `O(H J)` more. Pointer networks (arXiv 1506.03134) copy in this way; here
+copying is a part of the latent path, which is summed over exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .lazy import cached_property
+from .numerics import logsumexp, safe_log
+from .transitions import Steps
+
+
+@dataclass(frozen=True)
+class CopyStates:
+    """The copy states of a batch; all but `tokens` are log-potentials.
+
+    Attributes:
+        tokens: `[B, J]`, what they emit.
+        start: `[B, L, J]`, of beginning to copy there, at every position.
+        follow: `[B, L, J]`, of coming from the copy state before; entry `j = 0` has no meaning.
+        emitted: `[B, J, H]`, `log m_j(z)`, at most 0.
+        left: `[B, J, H]`, `log l_j(z)`, at most 0.
+        weight: `[B, J]`, `log e_j`.
+        limits: if known, a number that no `start + emitted` is below (where there is a token) and
+            one that neither it nor `follow` is above; they count if every `l_j` adds up to 1.
+    """
+
+    tokens: torch.Tensor
+    start: torch.Tensor
+    follow: torch.Tensor
+    emitted: torch.Tensor
+    left: torch.Tensor
+    weight: torch.Tensor
+    limits: tuple[float, float] | None = None
+
+    def __getitem__(self, rows: torch.Tensor) -> CopyStates:
+        """The copy states of some rows."""
+        return CopyStates(self.tokens[rows], *(t[rows] for t in self._floating), self.limits)
+
+    def to(self, dtype: torch.dtype) -> CopyStates:
+        return CopyStates(self.tokens, *(t.to(dtype) for t in self._floating), self.limits)
+
+    @property
+    def _floating(self) -> tuple[torch.Tensor, ...]:
+        return self.start, self.follow, self.emitted, self.left, self.weight
+
+    def initial(self, log_initial: torch.Tensor) -> torch.Tensor:
+        """`[B, L, H + J]` log-potentials of a chain that starts at a position, from `[H]`."""
+        batch, length, _ = self.start.shape
+        entered = logsumexp(log_initial + self.emitted, -1)[:, None] + self.start
+        return torch.cat((log_initial.expand(batch, length, -1), entered), -1)
+
+    def emits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`[..., B, L, J]` bool: is it what the copy state emits? Of tokens `[..., B, L]`."""
+        return tokens[..., None] == self.tokens[:, None]
+
+    def hard_evidence(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`[..., B, L, J]` log-evidence of tokens `[..., B, L]`."""
+        return torch.where(self.emits(tokens), self.weight[:, None], -torch.inf)
+
+    def soft_evidence(self, log_prob_of) -> torch.Tensor:
+        """`[B, L, J]` log-evidence of a prediction.
+
+        Args:
+            log_prob_of: maps tokens `[J, B, L]` to their log-probabilities.
+        """
+        batch, length, number = self.start.shape
+        tokens = self.tokens.T[..., None].expand(number, batch, length)
+        return log_prob_of(tokens).movedim(0, -1) + self.weight[:, None]
+
+
+class CopySteps:
+    """Transitions over `H + J` states; the interface is that of [`Steps`].
+
+    Args:
+        inner: the transitions between the states of the circuit.
+        copies: the copy states.
+    """
+
+    def __init__(self, inner: Steps, copies: CopyStates):
+        self.inner = inner
+        self.copies = copies
+        self.batch, length, _ = copies.start.shape
+        scale = torch.stack(
+            [inner.log_scale(i, self.batch).expand(self.batch) for i in range(length)]
+        )  # [L, B]
+
+        def largest(x: torch.Tensor) -> torch.Tensor:
+            return x.detach().amax(-1).T  # [L, B]
+
+        follow = copies.follow[..., 1:]
+        total = scale + largest(copies.start).clamp(min=0)
+        if follow.shape[-1]:
+            total = torch.maximum(total, largest(follow))
+        self.scale = total
+        share = (scale - total)[..., None]
+        self.share = share.exp()  # [L, B, 1], of the circuit's own transitions
+        self.start = (copies.start.transpose(0, 1) + share).exp().unbind(0)  # L times [B, J]
+        self.follow = (follow.transpose(0, 1) - total[..., None]).exp().unbind(0)  # [B, J - 1]
+        self.emitted, self.left = copies.emitted.exp(), copies.left.exp()
+        self.num_latents = copies.emitted.shape[-1]
+
+    @cached_property
+    def spread(self) -> float:
+        """As that of `Steps`, for the entries that every state has.
+
+        Following a copy state is an entry of one state alone. If that state's mass was rounded to
+        zero, the next one can still be begun anew, from any state, which is not rarer than that.
+        """
+        if self.copies.limits is None:
+            return math.inf
+        low, high = self.copies.limits
+        fewest, most = self.inner.row_sums
+        smallest, largest = self.inner.bounds
+        spread = max(largest, high + max(most, 0.0)) - min(smallest, low + fewest)
+        return spread if spread == spread else math.inf
+
+    def log_scale(self, position: int, batch: int) -> torch.Tensor:
+        scale = self.scale[position]
+        return scale if len(scale) == batch else scale.repeat(batch // len(scale))
+
+    def _split(self, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[S * B, H + J]` as `[B, S, H]` and `[B, S, J]`."""
+        parts = vector.unflatten(0, (-1, self.batch)).transpose(0, 1)
+        return parts[..., : self.num_latents], parts[..., self.num_latents :]
+
+    def _joined(self, own: torch.Tensor, copied: torch.Tensor) -> torch.Tensor:
+        return torch.cat((own, copied), -1).transpose(0, 1).flatten(0, 1)
+
+    def _through(self, move, vector: torch.Tensor, position: int) -> torch.Tensor:
+        """`inner.push` or `inner.pull` of `[B, S, H]`."""
+        moved = move(vector.transpose(0, 1).flatten(0, 1), position)
+        return moved.unflatten(0, (-1, self.batch)).transpose(0, 1)
+
+    def push(self, message: torch.Tensor, position: int) -> torch.Tensor:
+        own, copied = self._split(message)
+        moved = self._through(self.inner.push, own + copied @ self.left, position)
+        entered = (moved @ self.emitted.transpose(1, 2)) * self.start[position][:, None]
+        on = copied[..., :-1] * self.follow[position][:, None]
+        copied = entered + torch.nn.functional.pad(on, (1, 0))
+        return self._joined(moved * self.share[position][:, None], copied)
+
+    def pull(self, weights: torch.Tensor, position: int) -> torch.Tensor:
+        own, copied = self._split(weights)
+        entered = (copied * self.start[position][:, None]) @ self.emitted
+        own = own * self.share[position][:, None] + entered
+        moved = self._through(self.inner.pull, own, position)
+        on = copied[..., 1:] * self.follow[position][:, None]
+        copied = moved @ self.left.transpose(1, 2) + torch.nn.functional.pad(on, (0, 1))
+        return self._joined(moved, copied)
+
+    def into(self, state: torch.Tensor, position: int) -> torch.Tensor:
+        """`A'(., state)`, `[S, B, H + J]`, up to the scale, of states `[S, B]`."""
+        size = self.num_latents + self.copies.tokens.shape[1]
+        one_hot = torch.nn.functional.one_hot(state, size).to(self.emitted.dtype)
+        return self.pull(one_hot.flatten(0, 1), position).unflatten(0, state.shape)
+
+    def log_matrix(self, position: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """`[n, H + J, H + J]`, for `rows` or all; sums over states in float64."""
+        copies = self.copies if rows is None else self.copies[rows]
+        matrix = self.inner.log_matrix(position, rows)
+        dtype = matrix.dtype
+        matrix = matrix.expand(len(copies.tokens), -1, -1).double()
+        start, follow = (t[:, position].double() for t in (copies.start, copies.follow))
+        entered = _log_product(matrix, copies.emitted.double().transpose(1, 2))
+        rows_of_states = torch.cat((matrix, entered + start[:, None]), -1)
+        rows_of_copies = _log_product(copies.left.double(), rows_of_states)
+        on = torch.full_like(rows_of_copies, -torch.inf)
+        number, first = follow.shape[1], self.num_latents
+        before = torch.arange(number - 1, device=on.device)
+        on[:, before, first + before + 1] = follow[:, 1:]
+        rows_of_copies = logsumexp(torch.stack((rows_of_copies, on)), 0)
+        return torch.cat((rows_of_states, rows_of_copies), 1).to(dtype)
+
+    def select(self, rows: torch.Tensor) -> CopySteps:
+        """The transitions of some rows (of stacked copies of the batch)."""
+        return CopySteps(self.inner.select(rows), self.copies[rows % self.batch])
+
+
+def _log_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`log(exp(a) @ exp(b))`, `[n, I, K]`."""
+    rows, columns = (x.detach().amax(dim, keepdim=True) for x, dim in ((a, -1), (b, -2)))
+    rows, columns = (x.masked_fill(x == -torch.inf, 0) for x in (rows, columns))
+    return safe_log((a - rows).exp() @ (b - columns).exp()) + rows + columns

@@ -1,0 +1,197 @@
+"""The chain over the latents of a coupled distribution: evidence, recursions, what they say."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from . import chain as chains
+from .copies import CopyStates, CopySteps
+from .evidence import DenseEvidence, EmissionSummary, hard_evidence, summarise
+from .lazy import cached_property
+from .topk import TopKEvidence
+from .transitions import Steps
+
+
+class LatentChain:
+    """What a coupled distribution knows of its latents.
+
+    [`CoupledCategorical`] is this with a public interface over tokens; its arguments are the
+    attributes used here. `H` states of the circuit are followed by `J` copy states, if any.
+    """
+
+    @property
+    def masked(self) -> torch.Tensor:
+        """`[B, L]` bool: the positions that are neither observed nor absent."""
+        return self.present & ~self.observed
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(self.potentials.emission.dtype, torch.float32)
+
+    @cached_property
+    def _prediction(self) -> DenseEvidence | TopKEvidence:
+        prediction = self.logits
+        if isinstance(prediction, torch.Tensor):
+            logits, how = self.logits.to(self._dtype), (self.temperature, self.forbidden)
+            if not self.top_k:
+                return DenseEvidence.from_logits(logits, *how)
+            prediction = TopKEvidence.from_logits(logits, self.top_k, *how)
+        if isinstance(prediction, TopKEvidence) and not self._own_law:
+            return prediction.spread_by(self.potentials.log_marginal, self.forbidden)
+        return prediction
+
+    @cached_property
+    def _log_phi(self) -> torch.Tensor:
+        """`[B, L, V]` log-probabilities of the backbone; -inf for forbidden tokens."""
+        return self._prediction.dense()
+
+    def _soft_evidence(self, evaluate, log_prob_of=None) -> torch.Tensor:
+        """`[B, L, H + J]`: of what is masked, else hard.
+
+        Args:
+            evaluate: maps predictions and their positions to evidence `[N, H]`.
+            log_prob_of: what copied tokens are taken to have; default, the prediction's.
+        """
+        hard = hard_evidence(self.potentials.emission, self.tokens).to(self._dtype)
+        wanted = self.masked & self.active[:, None]
+        if isinstance(self._prediction, TopKEvidence) or torch.compiler.is_compiling():
+            # Cheap enough to be computed everywhere, which keeps all shapes fixed.
+            batch, length = wanted.shape
+            rows = torch.arange(batch, device=wanted.device).repeat_interleave(length)
+            positions = torch.arange(length, device=wanted.device).repeat(batch)
+            soft = (
+                evaluate(self._prediction[rows, positions], positions)
+                .to(self._dtype)
+                .unflatten(0, (batch, length))
+            )
+            evidence = torch.where(wanted[..., None], soft, hard)
+        else:
+            rows, positions = wanted.nonzero(as_tuple=True)
+            soft = evaluate(self._prediction[rows, positions], positions).to(self._dtype)
+            evidence = hard.index_put((rows, positions), soft)
+        if (copies := self._copies) is not None:
+            soft = copies.soft_evidence(log_prob_of or self._prediction.log_prob_of)
+            hard = copies.hard_evidence(self.tokens)
+            copied = torch.where(wanted[..., None], soft.to(self._dtype), hard)
+            evidence = torch.cat((evidence, copied), -1)
+        return torch.where(self.active[:, None, None], evidence, 0)
+
+    def _hard_evidence(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`[S * B, L, H + J]` log-evidence without context of tokens `[S * B, L]`."""
+        evidence = hard_evidence(self.potentials.emission, tokens).to(self._dtype)
+        if self._copies is not None:
+            by_row = tokens.unflatten(0, (-1, *self.batch_shape))
+            copied = self._copies.hard_evidence(by_row).flatten(0, 1)
+            evidence = torch.cat((evidence, copied), -1)
+        active = self.active.repeat(len(tokens) // self.batch_shape[0])
+        return torch.where(active[:, None, None], evidence, 0)
+
+    @cached_property
+    def _evidence(self) -> torch.Tensor:
+        """`[B, L, H + J]` log-evidence without context."""
+        summary = self._summary
+        emission = self.potentials.emission
+        return self._soft_evidence(
+            lambda prediction, positions: prediction.soft_evidence(
+                emission, positions, summary, repair=summary.needs_repair
+            )
+        )
+
+    @cached_property
+    def _summary(self) -> EmissionSummary:
+        if not isinstance(self._prediction, TopKEvidence):
+            return self.potentials.summary
+        if not self._own_law and not self._forbids_more:
+            return self.potentials.top_k_summary
+        # Another law than the circuit's: what is kept with the circuit is not for it.
+        return summarise(self.potentials.emission, self._prediction.log_marginal)
+
+    @property
+    def _forbids_more(self) -> bool:
+        """Does the circuit's law of the remaining mass give some to forbidden tokens?"""
+        if self.forbidden is None or torch.compiler.is_compiling():
+            return False
+        return bool((self.potentials.log_marginal > -torch.inf)[:, self.forbidden].any())
+
+    @cached_property
+    def _copies(self) -> CopyStates | None:
+        copies = None if self.context is None else self.context.copies
+        return None if copies is None else copies.to(self._dtype)
+
+    @cached_property
+    def _steps(self) -> Steps | CopySteps:
+        context = None if self.context is None else self.context.steps.map(self._cast)
+        steps = Steps(self.potentials.transition.to(self._dtype), context)
+        return steps if self._copies is None else CopySteps(steps, self._copies)
+
+    @cached_property
+    def _initial(self) -> torch.Tensor:
+        initial = self._cast(self.potentials.initial)
+        return initial if self._copies is None else self._copies.initial(initial)
+
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._dtype)
+
+    def _chain(self, evidence: torch.Tensor) -> chains.Chain:
+        """A chain over `[B, L, H + J]` or, for samples, `[S * B, L, H + J]` evidence."""
+        repeats = evidence.shape[0] // self.batch_shape[0]
+        if self.context is not None and self.context.latent is not None:
+            latent = self._cast(self.context.latent).masked_fill(~self.active[:, None, None], 0)
+            latent = F.pad(latent, (0, evidence.shape[-1] - latent.shape[-1]))
+            evidence = evidence + latent.repeat(repeats, 1, 1)
+        present = None if self._all_present else self.present.repeat(repeats, 1)
+        initial = self._initial
+        if initial.ndim == 3:
+            initial = initial.repeat(repeats, 1, 1)
+        return chains.Chain.start(initial, self._steps, evidence, present)
+
+    @cached_property
+    def _filter(self) -> chains.Filter:
+        return self._checked(chains.forward_filter(self._chain(self._evidence)))
+
+    def _checked(self, filtered: chains.Filter) -> chains.Filter:
+        if not torch.compiler.is_compiling() and bool(filtered.log_partition.isnan().any()):
+            raise ValueError(
+                "`logits`, `context` or the potentials hold NaN: check what made them."
+            )
+        return filtered
+
+    @property
+    def log_partition(self) -> torch.Tensor:
+        """`[B]` log Z; -inf where the circuit and the backbone share no completion."""
+        return self._filter.log_partition
+
+    @cached_property
+    def log_partition_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lower and upper `log Z`, `[B]` each, whatever top-k evidence left out.
+
+        Both are `log_partition` where the evidence is exact. The log-probability of listed tokens
+        is off by no more than `log_partition` is.
+        """
+        if not isinstance(self._prediction, TopKEvidence):
+            return self.log_partition, self.log_partition
+        summary, emission = self._summary, self.potentials.emission
+
+        def bound(side: int) -> torch.Tensor:
+            evidence = self._soft_evidence(
+                lambda prediction, positions: prediction.soft_evidence_bounds(
+                    emission, positions, summary
+                )[side],
+                lambda tokens: self._prediction.log_prob_bounds_of(tokens)[side],
+            )
+            return chains.forward_filter(self._chain(evidence)).log_partition
+
+        return bound(0), bound(1)
+
+    @cached_property
+    def latent_posterior(self) -> torch.Tensor:
+        """`[B, L, H + J]`: the law of each latent; zeros at absent positions.
+
+        `J` copy states come last if the context has any.
+        """
+        return chains.posterior(self._chain(self._evidence), self._filter)
+
+    @property
+    def _num_copies(self) -> int:
+        return 0 if self._copies is None else self._copies.tokens.shape[1]
