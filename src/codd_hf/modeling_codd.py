@@ -218,13 +218,19 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
         return loaded
 
     def save_pretrained(
-        self, save_directory: str | Path, is_main_process: bool = True, **kwargs
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        *,
+        max_shard_size: int | str = "50GB",
+        **kwargs,
     ) -> Any:
         """Saves the backbone and the active head, and the backbone's LoRA, if any, in `adapter/`.
 
         Args:
             save_directory: a folder, created if it does not exist.
             is_main_process: whether this process is the one that writes.
+            max_shard_size: as in transformers; named here for diffusers, which looks for the name.
             **kwargs: as in transformers, and as for `push_to_hub`.
         """
         if is_main_process:
@@ -232,7 +238,9 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
             save_adapter(self, Path(save_directory, ADAPTER_FOLDER))
         if kwargs.get("state_dict") is None:
             kwargs["state_dict"] = without_adapters(self)
-        return super().save_pretrained(save_directory, is_main_process, **kwargs)
+        return super().save_pretrained(
+            save_directory, is_main_process, max_shard_size=max_shard_size, **kwargs
+        )
 
     @classmethod
     def can_generate(cls) -> bool:

@@ -1,0 +1,250 @@
+"""`save_pretrained` with a model card, and `push_to_hub`, for heads, models and pipelines.
+
+The uploads are huggingface_hub's. The mixins of transformers and diffusers are not enough here:
+both write a placeholder over the card that `save_pretrained` made, and that of diffusers does not
+know revisions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from .cards import Artifact, complete_card, make_card
+from .export import export_code
+
+CARD = "README.md"
+FACTS = ("license", "datasets", "eval_results", "tags")
+UPLOAD = ("commit_message", "commit_description", "private", "token", "revision", "create_pr")
+
+
+class Publishing:
+    """What the mixins of heads, models and pipelines share."""
+
+    def _artifact(self) -> Artifact:
+        """What a model card is to describe."""
+        raise NotImplementedError
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        datasets: str | list[str] | None = None,
+        eval_results: list[EvalResult] | None = None,
+        tags: list[str] | None = None,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Uploads to a repository, which is created if there is none, with a model card.
+
+        A card that is there already keeps its text; what its metadata lack is added.
+
+        Args:
+            repo_id: the repository; without a namespace, one of the user's.
+            license: an identifier of the Hub (https://hf.co/docs/hub/repositories-licenses).
+            datasets: ids of the data sets that it was trained on, for the card.
+            eval_results: measured results, for the card.
+            tags: further tags for the card.
+            commit_message: of the commit.
+            commit_description: of the commit.
+            private: whether a new repository is private.
+            token: of the user; by default the one that `hf auth login` stored.
+            revision: the branch, created if there is none.
+            create_pr: open a pull request instead of committing to the branch.
+            **kwargs: for `save_pretrained`.
+
+        Returns:
+            The commit (its `pr_url` with `create_pr`).
+
+        Raises:
+            ValueError: the Hub would refuse the card, or a converted circuit would become public
+                without a licence.
+        """
+        artifact = self._artifact()
+        _check_license(artifact, license, public=not private)
+        api = HfApi(token=token, library_name="codd-hf")
+        if "/" not in repo_id:
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
+        card = make_card(
+            artifact,
+            repo_id,
+            license=license,
+            datasets=datasets,
+            eval_results=eval_results,
+            tags=tags,
+            custom_code=kwargs.get("custom_code", False) or _comes_with_code(self),
+        )
+        present = _card_of_repository(api, repo_id, revision)
+        if present is not None:
+            card = complete_card(present, card)
+        card.validate()
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private:  # which a repository that was there before may not be
+            _check_license(artifact, license, public=not api.model_info(repo_id).private)
+        if revision is not None and not revision.startswith("refs/pr/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with TemporaryDirectory() as folder:
+            card.save(Path(folder) / CARD)
+            self.save_pretrained(folder, **kwargs)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def _write_card(self, folder: Path, options: dict[str, Any], custom_code: bool = False) -> None:
+        """Adds a card to a folder that has none."""
+        if not (folder / CARD).exists():
+            facts = {name: options[name] for name in FACTS if name in options}
+            name = options.get("repo_id", folder.resolve().name)
+            make_card(self._artifact(), name, custom_code=custom_code, **facts).save(folder / CARD)
+
+
+class WeightsPublishing(Publishing):
+    """Mixin of heads and models; it comes before `PreTrainedModel`."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        *,
+        push_to_hub: bool = False,
+        custom_code: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        save_peft_format: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Saves weights and configuration, and a model card (`README.md`) if there is none.
+
+        Args:
+            save_directory: a folder, created if it does not exist.
+            is_main_process: whether this process is the one that writes.
+            push_to_hub: also push to `repo_id`, or else to a repository of the folder's name.
+            custom_code: write the code too, so that transformers' `trust_remote_code=True` loads
+                the folder where codd-hf is not installed.
+            max_shard_size: as in transformers.
+            variant: as in transformers.
+            save_peft_format: as in transformers.
+            **kwargs: as in transformers, and the keyword arguments of `push_to_hub`: of them
+                `license`, `datasets`, `eval_results` and `tags` go into a new card.
+        """
+        options = _take_options(kwargs)
+        comes_with_code = _comes_with_code(self)
+        if not comes_with_code and hasattr(self.config, "auto_map"):
+            del self.config.auto_map  # it names code beside the files that were loaded
+        super().save_pretrained(
+            save_directory,
+            is_main_process,
+            max_shard_size=max_shard_size,
+            variant=variant,
+            save_peft_format=save_peft_format,
+            **kwargs,
+        )
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        if custom_code and not comes_with_code:
+            export_code(folder, type(self))
+        self._write_card(folder, options, custom_code or comes_with_code)
+        if push_to_hub:
+            self.push_to_hub(
+                options.pop("repo_id", folder.resolve().name),
+                custom_code=custom_code,
+                max_shard_size=max_shard_size,
+                variant=variant,
+                **options,
+            )
+
+
+class HeadPublishing(WeightsPublishing):
+    """Mixin of [`CoDDHead`]."""
+
+    def _artifact(self) -> Artifact:
+        return Artifact("head", head=self)
+
+
+class ModelPublishing(WeightsPublishing):
+    """Mixin of [`CoDDModel`]."""
+
+    def _artifact(self) -> Artifact:
+        return Artifact("model", self.coupling_head, self.backbone, config=self.config)
+
+
+class PipelinePublishing(Publishing):
+    """Mixin of [`CoDDPipeline`]; it comes before `DiffusionPipeline`."""
+
+    def _artifact(self) -> Artifact:
+        model = self.model
+        return Artifact(
+            "pipeline", model.coupling_head, model.backbone, self.tokenizer, model.config
+        )
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Saves all components, and a model card (`README.md`) if there is none.
+
+        Args:
+            save_directory: a folder, created if it does not exist.
+            push_to_hub: also push to `repo_id`, or else to a repository of the folder's name.
+            **kwargs: as in diffusers, and the keyword arguments of `push_to_hub`: of them
+                `license`, `datasets`, `eval_results` and `tags` go into a new card.
+        """
+        options = _take_options(kwargs)
+        folder = Path(save_directory)
+        card_of_model = folder / "model" / CARD
+        kept = card_of_model.exists()
+        super().save_pretrained(save_directory, **kwargs)
+        if not kept:
+            card_of_model.unlink(missing_ok=True)  # a pipeline has one card, its own
+        self._write_card(folder, options)
+        if push_to_hub:
+            repo_id = options.pop("repo_id", folder.resolve().name)
+            self.push_to_hub(repo_id, **options, **kwargs)
+
+
+def _comes_with_code(part: Any) -> bool:
+    """Whether it was loaded by `trust_remote_code`: transformers then saves its code with it."""
+    return getattr(part, "_auto_class", None) is not None
+
+
+def _card_of_repository(api: HfApi, repo_id: str, revision: str | None) -> ModelCard | None:
+    """The card that is there already; a new branch starts with the main one's."""
+    for where in dict.fromkeys((revision, None)):
+        try:
+            return ModelCard.load(api.hf_hub_download(repo_id, CARD, revision=where))
+        except RevisionNotFoundError:
+            continue
+        except (EntryNotFoundError, RepositoryNotFoundError):
+            break
+    return None
+
+
+def _take_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {k: kwargs.pop(k) for k in ("repo_id", *FACTS, *UPLOAD) if k in kwargs}
+
+
+def _check_license(artifact: Artifact, license: str | None, public: bool) -> None:
+    if public and artifact.source is not None and license is None:
+        raise ValueError(
+            f"The circuit was converted from {artifact.source}: to make it public give its licence "
+            "(`license=...`), or push with `private=True` to a private repository."
+        )
