@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_checkpoint_is_safetensors_and_json_alone(tmp_path):
     save_checkpoint(tmp_path / "run", {"a": torch.ones(1)}, {"step": 1})
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"state.safetensors", "state.json"}
     assert load_file(tmp_path / "run" / "state.safetensors")["a"].item() == 1
-    assert json.loads((tmp_path / "run" / "state.json").read_text()) == {"step": 1}
+    assert json.loads((tmp_path / "run" / "state.json").read_text())["step"] == 1
 
 
 def test_new_checkpoint_replaces_the_old_one_and_leaves_nothing_else(tmp_path):
@@ -84,3 +85,31 @@ def test_optimisers_go_on_bit_equal_after_their_states_were_restored():
     restore_optimizers(second, {k: v.clone() for k, v in optimizer_tensors(first).items()})
     advance(resumed, second, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(parameters, resumed, strict=True))
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "bit", "gone"])
+def test_damaged_checkpoint_is_an_error_that_says_what_to_do(tmp_path, name, damage):
+    save_checkpoint(tmp_path / "run", {"a": torch.arange(9)}, {"step": 1})
+    file = tmp_path / "run" / name
+    held = bytearray(file.read_bytes())
+    held[-3] ^= 2 if name == "state.safetensors" else 0x80
+    damaged = {"cut": bytes(held[: len(held) // 2]), "bit": bytes(held)}
+    file.unlink()
+    if damage != "gone":
+        file.write_bytes(damaged[damage])
+    with pytest.raises(ValueError, match=r"run' is damaged: delete it to begin this stage again"):
+        load_checkpoint(tmp_path / "run")
+
+
+def test_lack_of_room_keeps_the_old_checkpoint_and_says_what_to_do(tmp_path):
+    save_checkpoint(tmp_path / "run", {"a": torch.zeros(9)}, {"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"could not be written: .* Make room and start again"):
+            save_checkpoint(tmp_path / "run", {"a": torch.zeros(9000)}, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load_checkpoint(tmp_path / "run")[1] == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from codd_hf import CoDDHead, CoDDModel
 from codd_hf.training.checkpoint import load_checkpoint
-from codd_hf.training.conditional import evaluate_head, fit_conditional, window_gains
-from codd_hf.training.settings import ConditionalConfig
+from codd_hf.training.conditional import evaluate_head, fit_conditional, fit_head, window_gains
+from codd_hf.training.data import TokenizedExample
+from codd_hf.training.settings import ConditionalConfig, EvidenceConfig
 from codd_hf.training.window_cache import cache_windows, draw_windows
 from tiny import correlated_examples, head_config, random_head, tiny_backbone
 
@@ -116,7 +119,9 @@ def test_run_that_stopped_ends_bit_equal_to_one_that_did_not(tiny_tokenizer, tmp
 
 def test_untrained_head_gains_nothing(tiny_tokenizer):
     model = new_model(tiny_tokenizer, untrained=True)
-    cache = cache_windows(model, tiny_tokenizer, VALIDATION, num_draws=2, progress=False)
+    cache = cache_windows(
+        model, tiny_tokenizer, VALIDATION, EvidenceConfig(num_draws=2), progress=False
+    )
     measured = evaluate_head(model.coupling_head, cache)
     assert all(abs(value) < 1e-5 for value in measured.values())
     assert "gain_0.75-1.00" in measured
@@ -126,9 +131,8 @@ def test_untrained_head_gains_nothing(tiny_tokenizer):
 def test_measured_gain_is_the_likelihood_over_the_factorized_one(tiny_tokenizer, top_k):
     model = new_model(tiny_tokenizer)
     for seed, example in enumerate(VALIDATION[:6]):
-        cache = cache_windows(
-            model, tiny_tokenizer, [example], top_k=top_k, seed=seed, progress=False
-        )
+        config = EvidenceConfig(top_k=top_k, seed=seed)
+        cache = cache_windows(model, tiny_tokenizer, [example], config, progress=False)
         gain, masked = window_gains(model.coupling_head, cache, torch.tensor([0]))
         generator = torch.Generator().manual_seed(seed * 1_000_003)
         canvas, noise, starts = draw_windows([example], tiny_tokenizer, 4, 1, generator)
@@ -146,15 +150,18 @@ def test_measured_gain_is_the_likelihood_over_the_factorized_one(tiny_tokenizer,
 
 def test_cache_keeps_hidden_states_for_a_conditioned_head_only(tiny_tokenizer):
     model = new_model(tiny_tokenizer)
-    cache = cache_windows(model, tiny_tokenizer, VALIDATION, num_draws=2, progress=False)
-    assert cache.hidden is None
+    cache = cache_windows(
+        model, tiny_tokenizer, VALIDATION, EvidenceConfig(num_draws=2), progress=False
+    )
+    windows = cache.take(torch.arange(len(cache)))
+    assert windows.hidden is None
     assert len(cache) == 40
-    assert len(cache.log_rest) == cache.masked.sum()
+    assert len(windows.log_rest) == windows.masked.sum()
     changes = {"mask_token_id": 1, "conditioning": ["latent"], "context_size": 16}
     head = random_head(len(tiny_tokenizer), **changes)
     model = CoDDModel.from_backbone(model.backbone, head)
     cache = cache_windows(model, tiny_tokenizer, VALIDATION, progress=False)
-    assert cache.hidden.shape == (20, 4, model.config.hidden_size)
+    assert cache.take(torch.arange(20)).hidden.shape == (20, 4, model.config.hidden_size)
 
 
 def test_windows_start_where_decoding_starts_them(tiny_tokenizer):
@@ -181,3 +188,78 @@ def test_backbone_that_gives_nan_is_an_error_that_says_so(tiny_tokenizer):
 def test_unknown_precision_is_an_error_that_names_the_setting():
     with pytest.raises(ValueError, match="`mixed_precision` must be 'no' or 'bf16', got 'fp16'"):
         ConditionalConfig(mixed_precision="fp16")
+
+
+def test_checkpoint_of_another_run_is_refused_and_the_setting_named(tiny_tokenizer, tmp_path):
+    run(tiny_tokenizer, TRAIN, tmp_path, max_steps=4)
+    with pytest.raises(
+        ValueError, match=r"made with `learning_rate` 0\.1, not 0\.2: continue with"
+    ):
+        run(tiny_tokenizer, TRAIN, tmp_path, learning_rate=0.2)
+
+
+@pytest.mark.parametrize("kind", ["nan", "impossible"])
+def test_loss_that_is_not_finite_stops_the_run_and_names_the_windows(tiny_tokenizer, kind):
+    model = new_model(tiny_tokenizer)
+    config = EvidenceConfig(top_k=1000)
+    train, validation = (
+        cache_windows(model, tiny_tokenizer, examples, config, progress=False)
+        for examples in ([*TRAIN, TokenizedExample([18], [19] * 7)], VALIDATION)
+    )
+    windows = train.parts[0]
+    if kind == "nan":
+        bad = [int(windows.offsets.diff().argmax())]
+        windows.log_probs[windows.offsets[bad[0]]] = torch.nan
+    else:
+        bad = (windows.tokens == 19).any(1).nonzero()[:, 0].tolist()
+        model.coupling_head.emission.data[:, 19] = -torch.inf
+    settings = ConditionalConfig(**(vars(CONFIG) | {"windows_per_batch": 41}))
+    with pytest.raises(
+        FloatingPointError, match=r"The loss is .* at step 0, from the windows"
+    ) as e:
+        fit_head(model.coupling_head, train, validation, config=settings)
+    named = {int(number) for number in re.findall(r"\d+", str(e.value).split("[")[1].split("]")[0])}
+    assert named == set(bad)
+    assert len(bad) == 1
+
+
+def test_every_step_is_told(tiny_tokenizer):
+    told = []
+    model = new_model(tiny_tokenizer)
+    history = fit_conditional(
+        model, tiny_tokenizer, TRAIN, VALIDATION, config=CONFIG, log=lambda *step: told.append(step)
+    )
+    assert [step for step, _ in told] == list(range(1, 13))
+    losses = [values["loss"] for _, values in told]
+    assert history[-1]["loss"] == pytest.approx(sum(losses[8:]) / 4)
+
+
+@pytest.mark.parametrize("loss", ["token", "elbo"])
+def test_step_by_chunks_is_the_step_of_the_whole_batch(tiny_tokenizer, loss):
+    model = new_model(tiny_tokenizer)
+    head = model.coupling_head
+    cache = cache_windows(model, tiny_tokenizer, TRAIN, progress=False)
+    losses = []
+    config = ConditionalConfig(
+        max_steps=1, warmup_steps=1, windows_per_batch=40, windows_per_chunk=7, loss=loss
+    )
+    gains, masked = window_gains(head, cache, torch.arange(40))
+    weight = 1 / cache.level if loss == "elbo" else 1
+    norm = 4 * 40 if loss == "elbo" else masked.sum()
+    expected = torch.autograd.grad(-(gains * weight).sum() / norm, list(head.parameters()))
+    steps = []
+    optimizer_step = torch.optim.AdamW.step
+
+    def watched(optimizer, *args):
+        steps.append([p.grad.clone() for g in optimizer.param_groups for p in g["params"]])
+        return optimizer_step(optimizer, *args)
+
+    torch.optim.AdamW.step = watched
+    try:
+        fit_head(head, cache, cache, config=config, log=lambda _, v: losses.append(v["loss"]))
+    finally:
+        torch.optim.AdamW.step = optimizer_step
+    assert losses == [pytest.approx((-(gains * weight).sum() / norm).item(), rel=1e-5)]
+    norm = torch.cat([g.flatten() for g in expected]).norm().clamp(min=1)
+    for ours, theirs in zip(steps[0], expected, strict=True):
+        assert torch.allclose(ours, theirs / norm, atol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from codd_hf.noise import span_uniforms
 from codd_hf.training.data import CanvasBatch, TokenizedExample, collate
 from codd_hf.training.noise import Noise, sample_noise
 
@@ -79,3 +80,51 @@ def test_same_generator_seed_draws_the_same_noise():
     canvas = canvases(20)
     assert torch.equal(draw(canvas, 3).masked, draw(canvas, 3).masked)
     assert not torch.equal(draw(canvas, 3).masked, draw(canvas, 4).masked)
+
+
+@pytest.mark.parametrize("mean", [1.0, 3.0, 8.0])
+def test_spans_mask_each_token_with_the_probability_of_the_level_and_have_their_mean_length(mean):
+    draws = span_uniforms((4000, 40), mean, torch.Generator().manual_seed(0))
+    for level in (0.1, 0.5, 0.9):
+        shares = (draws < level).float().mean(0)
+        assert (shares - level).abs().max() < 5 * (level * (1 - level) / 4000) ** 0.5
+    begins = draws[:, 1:] != draws[:, :-1]
+    assert begins.float().mean().item() == pytest.approx(1 / mean, rel=0.02)
+    # The runs of masked tokens that a level leaves are what parallel decoding meets.
+    masked = draws < 0.25
+    runs = (masked[:, 1:] & ~masked[:, :-1]).sum() + masked[:, 0].sum()
+    assert (masked.sum() / runs).item() > 0.95 * mean
+
+
+def test_spans_of_length_one_are_the_independent_draws():
+    one, other = (torch.Generator().manual_seed(3) for _ in range(2))
+    assert torch.equal(span_uniforms((5, 7), 1.0, one), torch.rand(5, 7, generator=other))
+    canvas = canvases(20)
+    assert torch.equal(draw(canvas).masked, draw(canvas, mean_span_length=1.0).masked)
+
+
+def test_rows_with_generators_of_their_own_get_the_same_spans_in_any_batch():
+    def generators(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    both = span_uniforms((2, 30), 4.0, generators(5, 6))
+    assert torch.equal(both[1:], span_uniforms((1, 30), 4.0, generators(6)))
+
+
+def test_noise_in_spans_leaves_longer_runs_at_the_same_level():
+    canvas = canvases(2000)
+    runs = []
+    for mean in (1.0, 3.0):
+        noise = draw(canvas, window_probability=1.0, mean_span_length=mean)
+        expected = noise.level[:, None] * noise.span
+        assert noise.target.sum().item() == pytest.approx(expected.sum().item(), rel=0.05)
+        assert torch.equal(noise.target, noise.masked & noise.span)
+        starts = noise.target[:, 1:] & ~noise.target[:, :-1]
+        runs.append((noise.target.sum() / starts.sum()).item())
+    assert runs[1] > 1.2 * runs[0]
+
+
+@pytest.mark.parametrize("mean", [0.5, float("nan")])
+def test_spans_shorter_than_a_token_are_an_error_that_gives_the_number(mean):
+    with pytest.raises(ValueError, match=f"`mean_span_length` must be at least 1.*got {mean}"):
+        draw(canvases(2), mean_span_length=mean)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from .files import explained_lack_of_room, make_durable
 
 
 def save_checkpoint(path: str | Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]):
@@ -19,33 +21,79 @@ def save_checkpoint(path: str | Path, tensors: dict[str, torch.Tensor], state: d
         path: the folder; an existing checkpoint there is replaced.
         tensors: everything that is a tensor.
         state: everything else, as JSON.
+
+    Raises:
+        OSError: there is no room; the old checkpoint is still whole.
     """
     path = Path(path)
     new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    save_file(
-        {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new / "state.safetensors"
-    )
-    (new / "state.json").write_text(json.dumps(state, indent=2))
-    for file in new.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(old, ignore_errors=True)
+    with explained_lack_of_room(path):
+        try:
+            file = new / "state.safetensors"
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
+            text = json.dumps(state | {"tensors_crc32": _checksum(file)}, indent=2)
+            (new / "state.json").write_text(text)
+            for written in (*new.iterdir(), new):
+                make_durable(written)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)  # what a full disk could not take is in the way
+            raise
     if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
     new.rename(path)
+    make_durable(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """Reads what `save_checkpoint` wrote, or None where there is no checkpoint."""
+    """Reads what `save_checkpoint` wrote, or None where there is no checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
     path = Path(path)
     if not path.exists():
         path = path.with_name(path.name + ".old")
     if not path.exists():
         return None
-    return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text())
+    file = path / "state.safetensors"
+    try:
+        state = json.loads((path / "state.json").read_text())
+        whole = state.pop("tensors_crc32") == _checksum(file)
+    except (OSError, ValueError, KeyError):
+        whole = False
+    if not whole:
+        raise ValueError(
+            f"The checkpoint {str(path)!r} is damaged: delete it to begin this stage again."
+        )
+    return load_file(file), state
+
+
+def check_same_run(
+    path: Path, theirs: dict[str, Any], ours: dict[str, Any], may_change: tuple[str, ...]
+) -> None:
+    """Refuses to continue a run with other settings, except those that `may_change`.
+
+    Raises:
+        ValueError: a setting differs; the message names it.
+    """
+    for name, value in ours.items():
+        if name not in may_change and theirs.get(name) != value:
+            raise ValueError(
+                f"The checkpoint {str(path)!r} was made with `{name}` {theirs.get(name)!r}, not "
+                f"{value!r}: continue with that, or delete the checkpoint to begin again."
+            )
+
+
+def _checksum(file: Path) -> int:
+    checksum = 0
+    with open(file, "rb") as handle:
+        while block := handle.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:

@@ -1,29 +1,42 @@
 """Stage 1: fit a circuit to windows of text, as a generative model.
 
 Clusters of tokens give the start (from a random one EM stalls, from a uniform one it never moves);
-minibatch EM with running averages of the counts does the rest (stepwise EM: Liang and Klein, 2009).
+minibatch EM does the rest. Two updates mix the counts of a batch with something steadier, with a
+share `s` that falls from step to step:
+
+- *stepwise* EM with a running average of the counts (Liang and Klein, 2009);
+- *anemone* with the counts `m(theta)` that the circuit itself expects of as many windows (Liu, Shao
+  and Van den Broeck, arXiv 2505.19982): `theta' = normalise((1 - s) m(theta) + s counts)`. It
+  maximises `s` times the linearised log-likelihood minus `(1 - s) KL(p_theta || p_theta')` over
+  tokens and latents, so that a state that a batch says little about is hardly moved by it.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from tqdm.auto import tqdm
 
 from ..circuits import DenseTransition, MonarchTransition, Potentials
-from ..circuits.em import Counts, expected_counts, log_likelihood, maximise
-from .checkpoint import load_checkpoint, save_checkpoint
+from ..circuits.em import Counts, log_likelihood, maximise
+from .checkpoint import check_same_run, load_checkpoint, save_checkpoint
+from .counting import batch_counts, model_counts, summing_dtype
 from .data import TokenizedExample, collate
+from .fingerprint import tensor_fingerprint
 from .settings import GenerativeConfig
 
-logger = logging.getLogger(__name__)
-
 STRUCTURES = {"dense": DenseTransition, "monarch": MonarchTransition}
+MAY_CHANGE = ("num_epochs", "checkpointing_steps")
+"""Settings that a run may be continued with other values of."""
+
+Log = Callable[[int, dict[str, float]], None]
+"""Told of every step: its number, from 1, and the `log_likelihood` per token of its batch."""
 
 
 def text_windows(
@@ -114,74 +127,140 @@ def fit_generative(
     config: GenerativeConfig | None = None,
     checkpoint_dir: str | Path | None = None,
     structure: str = "dense",
+    log: Log | None = None,
 ) -> tuple[Potentials, list[dict[str, float]]]:
     """Fits a circuit with shared transitions and emissions to windows of tokens.
 
     Args:
-        windows: `[N, L]` tokens.
+        windows: `[N, L]` tokens; several processes share each batch of them.
         validation: `[M, L]` tokens.
         embeddings: `[V, d]`, for the clustering.
         num_latents: number of states `H`.
         config: how to fit.
         checkpoint_dir: a run that stopped is continued from `checkpoint_dir/generative`.
         structure: of the transitions, `"dense"` or `"monarch"`.
+        log: told of every step.
 
     Returns:
         The circuit, and per epoch the log-likelihood per token of training and validation windows.
+
+    Raises:
+        FloatingPointError: the likelihood is no longer finite; the message names the windows.
+        OSError: the disk has no room for a checkpoint.
+        ValueError: there are fewer different tokens than states, or the checkpoint is another
+            run's, or damaged.
     """
     config = config or GenerativeConfig()
-    vocab_size = len(embeddings)
-    unigrams = windows.flatten().bincount(minlength=vocab_size).float()
+    accelerator = Accelerator()
+    device = accelerator.device
+    unigrams = windows.flatten().bincount(minlength=len(embeddings)).float()
     spread = (unigrams + 0.1) / (unigrams + 0.1).sum()
     path = None if checkpoint_dir is None else Path(checkpoint_dir) / "generative"
+    made_of = asdict(config) | {
+        "num_latents": num_latents,
+        "structure": structure,
+        "windows": tensor_fingerprint(windows),
+    }
     found = None if path is None else load_checkpoint(path)
-    potentials = None
     if found is None:
-        clusters = cluster_tokens(embeddings, unigrams, num_latents, config.seed)
+        clusters = torch.zeros(len(embeddings), dtype=torch.long)
+        if accelerator.is_main_process:
+            clusters = cluster_tokens(embeddings, unigrams, num_latents, config.seed)
+        # They are zero elsewhere, so the sum is the main process's.
+        clusters = accelerator.reduce(clusters.to(device), "sum").cpu()
         potentials = initial_potentials(windows, clusters, num_latents, config, structure)
-        counts, step, history = None, 0, []
+        counts, step, history, total = None, 0, [], 0.0
     else:
         tensors, state = found
-        potentials = Potentials(
-            tensors["potentials.0"],
-            STRUCTURES[structure](
-                *(tensors[f"potentials.{i}"] for i in range(1, state["num_leaves"] - 1))
-            ),
-            tensors[f"potentials.{state['num_leaves'] - 1}"],
-        )
-        counts = Counts(tuple(tensors[f"counts.{i}"] for i in range(state["num_leaves"])))
-        step, history = state["step"], state["history"]
+        check_same_run(path, state["config"], made_of, MAY_CHANGE)
+        potentials, counts = _restored(tensors, structure, device)
+        step, history, total = state["step"], state["history"], state["total"]
+    potentials = potentials.with_leaves([leaf.to(device) for leaf in potentials.leaves()])
     pseudo = [torch.ones(1)]
     pseudo += [
         torch.full((leaf.shape[-1],), config.transition_prior / leaf.shape[-1])
         for leaf in potentials.transition.tensors()
     ]
-    prior = Counts((*pseudo, config.emission_prior * spread))
+    prior = Counts(tuple(p.to(device) for p in (*pseudo, config.emission_prior * spread)))
 
-    for epoch in range(len(history), config.num_epochs):
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-        batches = torch.randperm(len(windows), generator=generator).split(config.windows_per_batch)
-        total, tokens = 0.0, 0
-        progress = tqdm(batches, desc=f"EM epoch {epoch + 1}/{config.num_epochs}", unit="batch")
-        for batch in progress:
-            new, scores = expected_counts(potentials, windows[batch])
-            new = new.scaled(len(windows) / len(batch))
-            share = (step + 2) ** -config.step_decay
+    per_epoch = -(-len(windows) // config.windows_per_batch)
+    progress, epoch, batches = None, None, []
+    while step < config.num_epochs * per_epoch:
+        if epoch != step // per_epoch:
+            epoch = step // per_epoch
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(windows), generator=generator)
+            batches = order.split(config.windows_per_batch)
+            progress = tqdm(
+                total=per_epoch,
+                initial=step % per_epoch,
+                desc=f"EM epoch {epoch + 1}/{config.num_epochs}",
+                unit="batch",
+                disable=not accelerator.is_local_main_process,
+            )
+        batch = batches[step % per_epoch]
+        new, score = batch_counts(potentials, windows[batch], config.windows_per_chunk, accelerator)
+        if not math.isfinite(score):
+            raise FloatingPointError(
+                f"The log-likelihood is {score} at step {step}, from some of the windows "
+                f"{batch[:8].tolist()} and so on: raise `emission_prior` or `transition_prior`."
+            )
+        new = new.scaled(len(windows) / len(batch))
+        share = (step + 2) ** -config.step_decay
+        if config.update == "anemone":
+            own = model_counts(potentials, windows.shape[1]).scaled(len(windows))
+            potentials = maximise(potentials, own.mixed_with(new, share), prior.scaled(share))
+        else:
             counts = new if counts is None else counts.mixed_with(new, share)
             potentials = maximise(potentials, counts, prior)
-            step += 1
-            total, tokens = total + scores.sum().item(), tokens + windows[batch].numel()
-            progress.set_postfix(nats=f"{-total / tokens:.3f}")
-        with torch.no_grad():
-            scores = [log_likelihood(potentials, part) for part in validation.split(512)]
-        heldout = torch.cat(scores).sum().item() / validation.numel()
-        history.append({"epoch": epoch + 1, "train": total / tokens, "validation": heldout})
-        tqdm.write(str(history[-1]))
-        if path is not None:
-            leaves = potentials.leaves()
-            tensors = {f"potentials.{i}": leaf for i, leaf in enumerate(leaves)}
-            tensors |= {f"counts.{i}": leaf for i, leaf in enumerate(counts.leaves)}
-            state = {"step": step, "history": history, "config": asdict(config)}
-            state["num_leaves"] = len(leaves)
-            save_checkpoint(path, tensors, state)
-    return potentials, history
+        step, total = step + 1, total + score
+        progress.update()
+        seen = min((step - epoch * per_epoch) * config.windows_per_batch, len(windows))
+        per_token = total / (seen * windows.shape[1])
+        progress.set_postfix(nats=f"{-per_token:.3f}")
+        if log is not None:
+            log(step, {"log_likelihood": score / windows[batch].numel()})
+        ended = step % per_epoch == 0
+        if ended:
+            progress.close()
+            heldout = _mean_log_likelihood(potentials, validation, accelerator)
+            history.append({"epoch": epoch + 1, "train": per_token, "validation": heldout})
+            total = 0.0
+            if accelerator.is_main_process:
+                tqdm.write(str(history[-1]))
+        if path is not None and (ended or step % config.checkpointing_steps == 0):
+            if accelerator.is_main_process:
+                tensors = {f"potentials.{i}": leaf for i, leaf in enumerate(potentials.leaves())}
+                if counts is not None:
+                    tensors |= {f"counts.{i}": leaf for i, leaf in enumerate(counts.leaves)}
+                state = {"step": step, "history": history, "total": total, "config": made_of}
+                save_checkpoint(path, tensors, state)
+            accelerator.wait_for_everyone()
+    return potentials.with_leaves([leaf.cpu() for leaf in potentials.leaves()]), history
+
+
+def _restored(
+    tensors: dict[str, torch.Tensor], structure: str, device: torch.device
+) -> tuple[Potentials, Counts | None]:
+    """The circuit and the running counts of a checkpoint."""
+
+    def leaves(kind: str) -> list[torch.Tensor]:
+        number = sum(name.startswith(f"{kind}.") for name in tensors)
+        return [tensors[f"{kind}.{i}"].to(device) for i in range(number)]
+
+    initial, *steps, emission = leaves("potentials")
+    counts = leaves("counts")
+    potentials = Potentials(initial, STRUCTURES[structure](*steps), emission)
+    return potentials, Counts(tuple(counts)) if counts else None
+
+
+@torch.no_grad()
+def _mean_log_likelihood(
+    potentials: Potentials, windows: torch.Tensor, accelerator: Accelerator
+) -> float:
+    """Nats per token of windows `[M, L]`, which the processes share."""
+    device = accelerator.device
+    total = torch.zeros((), dtype=summing_dtype(device), device=device)
+    for part in windows.split(512)[accelerator.process_index :: accelerator.num_processes]:
+        total += log_likelihood(potentials, part.to(device)).to(total.dtype).sum()
+    return accelerator.reduce(total, "sum").item() / windows.numel()

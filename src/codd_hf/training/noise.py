@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..noise import span_uniforms
 from .data import CanvasBatch
 
 
@@ -35,6 +36,7 @@ def sample_noise(
     window_probability: float = 0.5,
     prompt_probability: float = 0.15,
     minimum_level: float = 1e-2,
+    mean_span_length: float = 1.0,
 ) -> Noise:
     """Draws masks for a batch, one noise level `t ~ U(0, 1)` a row (stratified over the batch).
 
@@ -49,6 +51,11 @@ def sample_noise(
         window_probability: share of rows with window noise.
         prompt_probability: share of the other rows in which the prompt is noised as well.
         minimum_level: the smallest `t`; the loss weight is `1/t`.
+        mean_span_length: mean length of the spans of tokens that are masked together; 1 masks each
+            token on its own.
+
+    Raises:
+        ValueError: `mean_span_length` is below 1.
     """
     batch, length = canvas.input_ids.shape
     start, end = canvas.answer_start[:, None], canvas.answer_end[:, None]
@@ -68,6 +75,7 @@ def sample_noise(
     in_canvas = (position < end) & (with_prompt | (position >= start))
     span = torch.where(by_window, in_window, in_canvas)
 
-    target = span & (uniform(batch, length) < level[:, None])
+    draws = span_uniforms((batch, length), mean_span_length, generator)
+    target = span & (draws < level[:, None])
     later = by_window & (position >= window_start + window_length) & (position < end)
     return Noise(masked=target | later, target=target, span=span, level=level)

@@ -49,23 +49,66 @@ class GenerativeConfig:
 
     Attributes:
         num_epochs: passes over the windows.
-        windows_per_batch: windows an EM step.
-        step_decay: the share of a new batch in the running counts is `(step + 2) ** -step_decay`.
+        windows_per_batch: windows an EM step, over all processes.
+        windows_per_chunk: windows that a process counts at once; counts of chunks are summed in
+            float64, so that they are the same whatever the number of processes.
+        update: `"stepwise"` (running averages of the counts; Liang and Klein, 2009) or
+            `"anemone"` (each batch against the circuit's own counts; arXiv 2505.19982).
+        step_decay: the share of a new batch in the counts is `(step + 2) ** -step_decay`.
         emission_prior: pseudo-tokens per state, spread as the text's unigrams.
         transition_prior: pseudo-transitions per state, spread evenly.
         concentration: share of a state's initial emissions that goes to its cluster.
         noise: log-scale of the noise on the initial parameters.
+        checkpointing_steps: EM steps between checkpoints; there is one after each epoch as well.
         seed: seed of clustering, noise and order.
     """
 
     num_epochs: int = 10
     windows_per_batch: int = 512
+    windows_per_chunk: int = 128
+    update: str = "stepwise"
     step_decay: float = 0.6
     emission_prior: float = 30.0
     transition_prior: float = 30.0
     concentration: float = 0.9
     noise: float = 0.1
+    checkpointing_steps: int = 100
     seed: int = 0
+
+    def __post_init__(self):
+        _check_one_of("update", self.update, ("stepwise", "anemone"))
+
+
+@dataclass
+class EvidenceConfig:
+    """What is kept of a frozen backbone's predictions, and of which noised windows.
+
+    Attributes:
+        num_draws: how often each example is drawn, every time with another window and other noise.
+        max_extra_windows: canvases end with up to this many windows of end-of-text.
+        mean_span_length: mean length of the spans that are masked together; 1: each token alone.
+        top_k: likeliest tokens kept of a prediction; all if the vocabulary has no more.
+        temperature: the evidence temperature `tau`.
+        tokens_per_batch: tokens that the backbone reads at once.
+        mixed_precision: `"no"` or `"bf16"`, for the backbone.
+        precision: `"half"` keeps log-probabilities in float16 (each is off by at most 1/2048 of
+            itself) and hidden states in bfloat16; `"single"` keeps both in float32.
+        seed: of windows and noise.
+    """
+
+    num_draws: int = 1
+    max_extra_windows: int = 1
+    mean_span_length: float = 1.0
+    top_k: int = 512
+    temperature: float = 1.0
+    tokens_per_batch: int = 8192
+    mixed_precision: str = "no"
+    precision: str = "half"
+    seed: int = 0
+
+    def __post_init__(self):
+        _check_precision(self.mixed_precision)
+        _check_one_of("precision", self.precision, ("half", "single"))
 
 
 @dataclass
@@ -74,7 +117,9 @@ class ConditionalConfig:
 
     Attributes:
         max_steps: optimiser steps.
-        windows_per_batch: windows a step.
+        windows_per_batch: windows a step, over all processes.
+        windows_per_chunk: windows that a process computes at once; gradients of chunks are summed
+            in float64, so that a step is the same whatever the number of processes.
         learning_rate: AdamW's peak on log-potentials (no weight decay); falls to zero as a cosine.
         context_learning_rate: likewise on the conditioning.
         warmup_steps: linear warm-up.
@@ -84,6 +129,9 @@ class ConditionalConfig:
         num_draws: how often each example is drawn, with another window and other noise.
         num_validation_draws: likewise for validation examples.
         cached_top_k: likeliest tokens kept of a prediction; all if the vocabulary has no more.
+        evidence_precision: `"half"` or `"single"`, of what is kept.
+        evidence_dir: where it is kept; `evidence` in the output directory if not given.
+        mean_span_length: mean length of the spans that are masked together; 1: each token alone.
         max_extra_windows: canvases end with up to this many windows of end-of-text.
         tokens_per_batch: tokens that the backbone reads at once.
         mixed_precision: `"no"` or `"bf16"`, for the backbone; the circuit stays in float32.
@@ -94,6 +142,7 @@ class ConditionalConfig:
 
     max_steps: int = 1600
     windows_per_batch: int = 64
+    windows_per_chunk: int = 32
     learning_rate: float = 5e-3
     context_learning_rate: float = 2e-3
     warmup_steps: int = 50
@@ -102,6 +151,9 @@ class ConditionalConfig:
     num_draws: int = 4
     num_validation_draws: int = 4
     cached_top_k: int = 512
+    evidence_precision: str = "half"
+    evidence_dir: str | None = None
+    mean_span_length: float = 1.0
     max_extra_windows: int = 1
     tokens_per_batch: int = 8192
     mixed_precision: str = "no"
@@ -110,7 +162,22 @@ class ConditionalConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _check_precision(self.mixed_precision)
+        _check_one_of("loss", self.loss, ("elbo", "token"))
+        self.evidence(self.num_draws, self.seed)
+
+    def evidence(self, num_draws: int, seed: int) -> EvidenceConfig:
+        """What is kept of the backbone, for so many draws with this seed."""
+        return EvidenceConfig(
+            num_draws=num_draws,
+            max_extra_windows=self.max_extra_windows,
+            mean_span_length=self.mean_span_length,
+            top_k=self.cached_top_k,
+            temperature=self.evidence_temperature,
+            tokens_per_batch=self.tokens_per_batch,
+            mixed_precision=self.mixed_precision,
+            precision=self.evidence_precision,
+            seed=seed,
+        )
 
 
 @dataclass
@@ -182,5 +249,10 @@ class TrainConfig:
 
 
 def _check_precision(mixed_precision: str) -> None:
-    if mixed_precision not in ("no", "bf16"):
-        raise ValueError(f"`mixed_precision` must be 'no' or 'bf16', got {mixed_precision!r}.")
+    _check_one_of("mixed_precision", mixed_precision, ("no", "bf16"))
+
+
+def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        choices = " or ".join(repr(choice) for choice in known)
+        raise ValueError(f"`{name}` must be {choices}, got {value!r}.")

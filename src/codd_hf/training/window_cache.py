@@ -4,107 +4,94 @@ The backbone is by far the dearest part of a step and does not change, so it run
 few times, each with other noise. Kept of a window are its tokens, which of them were hidden, the
 hidden states that predicted them, and of each masked position the `k` likeliest tokens with the log
 of the remaining mass.
+
+With a folder the evidence is an Arrow dataset there (`evidence_store`), written in shards by all
+processes and read by memory mapping. Batches, windows and noise are a function of the settings
+alone, so the shards are the same whoever writes them, and a run that stopped writes only those that
+are missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..circuits import CoupledCategorical, DenseEvidence, Preceding, TopKEvidence
+from ..circuits import CoupledCategorical, TopKEvidence
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead, forbidden_tokens
 from .data import CanvasBatch, TokenizedExample, batch_indices, collate
+from .evidence_store import FINGERPRINT, finish, open_shards, shard_path, write_shard
+from .files import replacing
+from .fingerprint import check_fingerprint, evidence_fingerprint
 from .noise import Noise, sample_noise
+from .noised_windows import NoisedWindows
+from .settings import EvidenceConfig
 
-DENSE_VOCABULARY = 16384
-"""Up to this many tokens evidence is laid out in full: one product is faster than many gathers."""
+SHARD_BYTES = 128 * 2**20
+MAX_SHARDS = 1024
+DTYPES = {"half": (torch.float16, torch.bfloat16), "single": (torch.float32, torch.float32)}
 
 
-@dataclass
 class WindowCache:
-    """`N` noised windows of length `L`, with `M` masked positions in all.
+    """Evidence about `N` noised windows, in memory or on disk.
 
-    Attributes:
-        tokens: `[N, L]` int32, the true tokens.
-        masked: `[N, L]` bool, the positions that were hidden from the backbone.
-        level: `[N]`, the probability with which they were.
-        hidden: `[N, L, d]` bfloat16, the hidden states that predict the window's tokens; None for
-            a head without conditioning.
-        preceding_tokens: `[N, C]` int32, the visible tokens before the window, -1 where there is
-            none; None for a head without "copy" conditioning.
-        preceding_hidden: `[N, C, d]` bfloat16, the hidden states that predict them.
-        indices: `[M, k]` int32, likeliest tokens of the masked positions, window by window.
-        log_probs: `[M, k]` half precision, their log-probabilities.
-        log_rest: `[M]`, log of the remaining mass.
+    Args:
+        parts: the windows; several parts count as one after the other.
         temperature: the evidence temperature of the predictions.
     """
 
-    tokens: torch.Tensor
-    masked: torch.Tensor
-    level: torch.Tensor
-    hidden: torch.Tensor | None
-    preceding_tokens: torch.Tensor | None
-    preceding_hidden: torch.Tensor | None
-    indices: torch.Tensor
-    log_probs: torch.Tensor
-    log_rest: torch.Tensor
-    temperature: float = 1.0
+    def __init__(self, parts: Sequence[NoisedWindows], temperature: float = 1.0):
+        self.parts = list(parts)
+        self.temperature = temperature
+        self._ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
 
-    def __post_init__(self):
-        counts = self.masked.sum(1)
-        self.first = counts.cumsum(0) - counts
+    @classmethod
+    def open(cls, folder: str | Path) -> WindowCache:
+        """Evidence that `cache_windows` wrote; needs no backbone.
+
+        Raises:
+            FileNotFoundError: the folder holds no complete evidence.
+            ValueError: it is damaged.
+        """
+        parts = open_shards(Path(folder))
+        fingerprint = json.loads((Path(folder) / FINGERPRINT).read_text())
+        return cls(parts, fingerprint["temperature"])
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return int(self._ends[-1])
 
     @property
     def size(self) -> int:
-        """Bytes held."""
-        held = (getattr(self, f.name) for f in fields(self))
-        return sum(t.nbytes for t in held if isinstance(t, torch.Tensor))
+        """Bytes held, in memory or on disk."""
+        return sum(part.size for part in self.parts)
+
+    @property
+    def level(self) -> torch.Tensor:
+        """`[N]`, the probability with which each window's tokens were masked."""
+        return torch.cat([part.level for part in self.parts])
+
+    def take(self, rows: torch.Tensor) -> NoisedWindows:
+        """Some windows, `rows [B]`, in that order; fastest if that is ascending."""
+        owner = torch.searchsorted(self._ends, rows, right=True)
+        order = owner.argsort(stable=True)
+        owners, counts = owner[order].unique_consecutive(return_counts=True)
+        parts = [self.parts[part] for part in owners.tolist()]
+        firsts = self._ends[owners] - torch.tensor([len(part) for part in parts])
+        local = (rows[order] - firsts.repeat_interleave(counts)).split(counts.tolist())
+        windows = NoisedWindows.gathered(parts, local)
+        in_order = bool((order.diff() > 0).all())
+        return windows if in_order else windows.take(order.argsort())
 
     def distribution(self, head: CoDDHead, rows: torch.Tensor) -> CoupledCategorical:
         """The coupled distributions of some windows `rows [B]`, on the head's device."""
-        device = head.device
-        masked = self.masked[rows]
-        window, column = masked.nonzero(as_tuple=True)
-        order = masked.cumsum(1) - 1  # the how-manieth masked position of its window
-        at = self.first[rows][window] + order[window, column]
-        shape = (*masked.shape, self.indices.shape[1])
-        indices = torch.zeros(shape, dtype=torch.long)
-        log_probs = torch.zeros(shape)
-        log_rest = torch.full(masked.shape, -torch.inf)
-        # Half precision costs a prediction its normalisation.
-        kept = torch.cat((self.log_probs[at], self.log_rest[at, None]), -1).float().log_softmax(-1)
-        indices[window, column] = self.indices[at].long()
-        log_probs[window, column] = kept[:, :-1]
-        log_rest[window, column] = kept[:, -1]
-        evidence = TopKEvidence(
-            indices.to(device), log_probs.to(device), log_rest.to(device), self.temperature
-        )
-        if head.config.vocab_size <= DENSE_VOCABULARY:
-            dense = evidence.spread_by(head.log_spread).dense()
-            evidence = DenseEvidence(dense, self.temperature)
-        hidden = None if self.hidden is None else self.hidden[rows].to(device)
-        preceding = None
-        if self.preceding_tokens is not None:
-            before = self.preceding_tokens[rows].long().to(device)
-            preceding = Preceding(
-                before.clamp(min=0), before >= 0, self.preceding_hidden[rows].to(device)
-            )
-        return head(
-            evidence,
-            tokens=self.tokens[rows].long().to(device),
-            observed=~masked.to(device),
-            last_hidden_state=hidden,
-            temperature=self.temperature,
-            preceding=preceding,
-        )
+        return self.take(rows).distribution(head, self.temperature)
 
 
 def draw_windows(
@@ -113,6 +100,7 @@ def draw_windows(
     window_length: int,
     max_extra_windows: int,
     generator: torch.Generator,
+    mean_span_length: float = 1.0,
 ) -> tuple[CanvasBatch, Noise, torch.Tensor]:
     """Canvases with one noised window a row, earlier ones visible and later ones masked.
 
@@ -128,104 +116,224 @@ def draw_windows(
         extra_windows=extra.tolist(),
     )
     noise = sample_noise(
-        canvas, window_length=window_length, generator=generator, window_probability=1.0
+        canvas,
+        window_length=window_length,
+        generator=generator,
+        window_probability=1.0,
+        mean_span_length=mean_span_length,
     )
     return canvas, noise, noise.span.long().argmax(1)
 
 
-@torch.no_grad()
+def bytes_per_window(model: CoDDModel, config: EvidenceConfig) -> float:
+    """Bytes that the evidence about a window takes, as expected over the noise levels."""
+    length, top_k = model.window_length, min(config.top_k, model.config.vocab_size)
+    number, state = (dtype.itemsize for dtype in DTYPES[config.precision])
+    masked = 0.5 * length  # the mean of `t ~ U(0, 1)`
+    size = length * (4 + 1) + 4 + 2 * 4 + masked * (top_k * (4 + number) + number)
+    head = model.coupling_head
+    if head is not None and head.context_maps is not None:
+        states = length
+        if head.context_maps.copies:
+            states += head.config.copy_length
+            size += 4 * head.config.copy_length
+        size += state * states * model.config.hidden_size
+    return size
+
+
 def cache_windows(
     model: CoDDModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[TokenizedExample],
-    *,
-    num_draws: int = 1,
-    max_extra_windows: int = 1,
-    top_k: int = 512,
-    temperature: float = 1.0,
-    tokens_per_batch: int = 8192,
-    mixed_precision: str = "no",
-    seed: int = 0,
+    config: EvidenceConfig | None = None,
+    folder: str | Path | None = None,
     progress: bool = True,
 ) -> WindowCache:
     """Runs the backbone over noised examples, one window of each a draw.
+
+    With several processes and a folder, which must be on a disk that they share, each process
+    writes its part of the shards; without a folder each computes all of it for itself.
 
     Args:
         model: the backbone; hidden states are kept if its head is conditioned.
         tokenizer: its tokenizer.
         examples: the examples.
-        num_draws: how often each example is drawn, every time with another window and other noise.
-        max_extra_windows: canvases end with up to this many windows of end-of-text.
-        top_k: tokens kept of a prediction; all of them if the vocabulary has no more.
-        temperature: the evidence temperature.
-        tokens_per_batch: tokens that the backbone reads at once.
-        mixed_precision: `"no"` or `"bf16"`, for the backbone.
-        seed: of windows and noise.
-        progress: show a progress bar.
+        config: which windows and noise, and what to keep.
+        folder: where the evidence is written, or taken from if it is there; without one it is held
+            in memory.
+        progress: say how large it will be, and show a progress bar.
+
+    Raises:
+        OSError: the disk has no room for it.
+        ValueError: the folder holds evidence that something else made.
     """
-    device, config = model.device, model.config
-    length, vocab_size = model.window_length, config.vocab_size
-    maps = None if model.coupling_head is None else model.coupling_head.context_maps
-    copies = maps is not None and maps.copies
-    forbidden = forbidden_tokens(
-        vocab_size, config.mask_token_id, config.forbidden_token_ids, device
-    )
+    config = config or EvidenceConfig()
+    length = model.window_length
     lengths = [len(e.prompt_ids) + -(-len(e.answer_ids) // length) * length for e in examples]
-    offsets = torch.arange(length)
-    parts: list[tuple[torch.Tensor | None, ...]] = []
+    batches = [
+        (draw, batch)
+        for draw in range(config.num_draws)
+        for batch in _one_epoch(lengths, config.tokens_per_batch, config.seed + draw)
+    ]
+    state, number = PartialState(), config.num_draws * len(examples)
+    each = bytes_per_window(model, config)
+    progress = progress and state.is_local_main_process
+    if folder is None:
+        wanted = set(range(len(batches)))
+        made = _noised_windows(model, tokenizer, examples, config, batches, wanted, progress)
+        parts = [windows for _, windows in made]
+        return WindowCache([NoisedWindows.joined(parts)], config.temperature)
+
+    folder = Path(folder)
+    fingerprint = evidence_fingerprint(model, tokenizer, examples, config)
+    if state.is_main_process and not (folder / FINGERPRINT).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / FINGERPRINT) as new:
+            new.write_text(json.dumps(fingerprint, indent=2))
+    state.wait_for_everyone()
+    check_fingerprint(folder, json.loads((folder / FINGERPRINT).read_text()), fingerprint)
+
+    shards = _shards(batches, max(SHARD_BYTES, number * each / MAX_SHARDS) / each)
+    missing = [i for i in range(len(shards)) if not shard_path(folder, i, len(shards)).exists()]
+    state.wait_for_everyone()  # all have looked before the first one writes
+    if missing:
+        left = sum(len(batches[i][1]) for shard in missing for i in shards[shard])
+        if progress:
+            tqdm.write(_announcement(folder, left, number, length, each))
+        _check_room(folder, left * each)
+        own = missing[state.process_index :: state.num_processes]
+        last = {shards[shard][-1]: shard for shard in own}
+        wanted = {i for shard in own for i in shards[shard]}
+        parts: list[NoisedWindows] = []
+        made = _noised_windows(model, tokenizer, examples, config, batches, wanted, progress)
+        for i, windows in made:
+            parts.append(windows)
+            if i in last:
+                path = shard_path(folder, last[i], len(shards))
+                write_shard(path, NoisedWindows.joined(parts))
+                parts = []
+    state.wait_for_everyone()
+    if state.is_main_process and not (folder / "state.json").exists():
+        finish(folder, len(shards), fingerprint["data"])
+    state.wait_for_everyone()
+    return WindowCache.open(folder)
+
+
+@torch.no_grad()
+def _noised_windows(
+    model: CoDDModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[TokenizedExample],
+    config: EvidenceConfig,
+    batches: Sequence[tuple[int, list[int]]],
+    wanted: set[int],
+    progress: bool,
+) -> Iterator[tuple[int, NoisedWindows]]:
+    """The backbone's evidence about the wanted ones of all batches, each with its number.
+
+    The noise of the other batches is drawn too, so that nobody's depends on who does which.
+    """
+    device, length, vocab_size = model.device, model.window_length, model.config.vocab_size
+    maps = None if model.coupling_head is None else model.coupling_head.context_maps
+    forbidden = forbidden_tokens(
+        vocab_size, model.config.mask_token_id, model.config.forbidden_token_ids, device
+    )
+    top_k, offsets = min(config.top_k, vocab_size), torch.arange(length)
+    number, kept_state = DTYPES[config.precision]
     bar = tqdm(
-        total=num_draws * len(examples),
+        total=sum(len(batches[i][1]) for i in wanted),
         desc="running the backbone",
         unit="window",
         disable=not progress,
     )
-    for draw in range(num_draws):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
-        seen = 0
-        for batch in batch_indices(lengths, tokens_per_batch, seed + draw):
-            canvas, noise, starts = draw_windows(
-                [examples[i] for i in batch], tokenizer, length, max_extra_windows, generator
-            )
-            ids = canvas.input_ids.masked_fill(noise.masked, config.mask_token_id)
-            with torch.autocast(device.type, torch.bfloat16, mixed_precision == "bf16"):
-                states = model.backbone_states(ids.to(device), canvas.attention_mask.to(device))
-                rows, columns = torch.arange(len(ids))[:, None], starts[:, None] + offsets
-                masked = noise.masked[rows, columns]
-                window, column = masked.nonzero(as_tuple=True)
-                logits = states.logits((window.to(device), columns[window, column].to(device)))
-            kept = TopKEvidence.from_logits(logits, min(top_k, vocab_size), temperature, forbidden)
-            hidden = before = before_hidden = None
-            if maps is not None:
-                hidden = _kept(states.last_hidden_state[rows.to(device), columns.to(device)])
-            if copies:
+    current = generator = None
+    for i, (draw, batch) in enumerate(batches):
+        if draw != current:
+            current, generator = draw, torch.Generator()
+            generator.manual_seed(config.seed * 1_000_003 + draw)
+        canvas, noise, starts = draw_windows(
+            [examples[j] for j in batch],
+            tokenizer,
+            length,
+            config.max_extra_windows,
+            generator,
+            config.mean_span_length,
+        )
+        if i not in wanted:
+            continue
+        ids = canvas.input_ids.masked_fill(noise.masked, model.config.mask_token_id)
+        with torch.autocast(device.type, torch.bfloat16, config.mixed_precision == "bf16"):
+            states = model.backbone_states(ids.to(device), canvas.attention_mask.to(device))
+            rows, columns = torch.arange(len(ids))[:, None], starts[:, None] + offsets
+            masked = noise.masked[rows, columns]
+            window, column = masked.nonzero(as_tuple=True)
+            logits = states.logits((window.to(device), columns[window, column].to(device)))
+        kept = TopKEvidence.from_logits(logits, top_k, config.temperature, forbidden)
+        hidden = before = before_hidden = None
+        if maps is not None:
+            hidden = states.last_hidden_state[rows.to(device), columns.to(device)]
+            hidden = hidden.to("cpu", kept_state)
+            if maps.copies:
                 preceding = model.preceding(
                     states, ids.to(device), starts.to(device), canvas.attention_mask.to(device)
                 )
                 before = preceding.tokens.masked_fill(~preceding.present, -1).int().cpu()
-                before_hidden = _kept(preceding.hidden)
-            parts.append(
-                (
-                    canvas.input_ids[rows, columns].int(),
-                    masked,
-                    noise.level,
-                    hidden,
-                    before,
-                    before_hidden,
-                    kept.indices.int().cpu(),
-                    kept.log_probs.half().cpu(),
-                    kept.log_rest.half().cpu(),
-                )
-            )
-            bar.update(len(batch))
-            seen += len(batch)
-            if seen >= len(examples):
-                break
+                before_hidden = preceding.hidden.to("cpu", kept_state)
+        counts = masked.sum(1)
+        bar.update(len(batch))
+        yield (
+            i,
+            NoisedWindows(
+                canvas.input_ids[rows, columns].int(),
+                masked,
+                noise.level,
+                torch.cat((counts.new_zeros(1), counts.cumsum(0))),
+                hidden,
+                before,
+                before_hidden,
+                kept.indices.int().cpu(),
+                kept.log_probs.to("cpu", number),
+                kept.log_rest.to("cpu", number),
+            ),
+        )
     bar.close()
-    columns = zip(*parts, strict=True)
-    return WindowCache(
-        *(None if column[0] is None else torch.cat(column) for column in columns), temperature
+
+
+def _one_epoch(lengths: list[int], tokens_per_batch: int, seed: int) -> Iterator[list[int]]:
+    seen = 0
+    for batch in batch_indices(lengths, tokens_per_batch, seed):
+        yield batch
+        seen += len(batch)
+        if seen >= len(lengths):
+            return
+
+
+def _shards(batches: Sequence[tuple[int, list[int]]], windows: float) -> list[list[int]]:
+    """The numbers of the batches in each shard, of about so many windows."""
+    shards: list[list[int]] = [[]]
+    held = 0
+    for i, (_, batch) in enumerate(batches):
+        if shards[-1] and held + len(batch) > windows:
+            shards.append([])
+            held = 0
+        shards[-1].append(i)
+        held += len(batch)
+    return shards
+
+
+def _announcement(folder: Path, left: int, number: int, length: int, each: float) -> str:
+    some = "" if left == number else f"{left:,} of "
+    return (
+        f"Evidence about {some}{number:,} windows of {length} tokens: about "
+        f"{left * each / 1e9:.2f} GB ({each / length / 1e3:.2f} GB per million tokens) in {folder}."
     )
 
 
-def _kept(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden.to("cpu", torch.bfloat16)
+def _check_room(folder: Path, size: float) -> None:
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(
+            f"The evidence takes about {size / 1e9:.2f} GB and the disk of {str(folder)!r} has "
+            f"{free / 1e9:.2f} GB left: make room, give another `evidence_dir`, or lower "
+            "`cached_top_k` or `num_draws`."
+        )

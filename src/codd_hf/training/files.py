@@ -1,0 +1,60 @@
+"""Files that are whole or not there: written beside their place, made durable, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than the limit on this machine",
+}
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path to write to, which takes the place of `path` when the block ends well."""
+    new = path.with_name(path.name + ".new")
+    with explained_lack_of_room(path):
+        try:
+            yield new
+            make_durable(new)
+        except BaseException:
+            new.unlink(missing_ok=True)  # what a full disk could not take is in the way
+            raise
+    new.rename(path)
+    make_durable(path.parent)
+
+
+def make_durable(path: Path) -> None:
+    """Returns when a file, or what a folder lists, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def explained_lack_of_room(path: Path) -> Iterator[None]:
+    """Turns the many errors of a full disk into one that says what to do.
+
+    Raises:
+        OSError: there is no room for what the block writes.
+    """
+    try:
+        yield
+    except Exception as error:
+        for number, reason in NO_ROOM.items():
+            # safetensors and Arrow wrap the system's error and keep its text.
+            if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+                raise OSError(
+                    number,
+                    f"{path} could not be written: {reason}. Make room and start again: the run "
+                    "goes on from what is complete",
+                ) from error
+        raise

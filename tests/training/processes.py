@@ -1,0 +1,168 @@
+"""Runs of training in processes of their own: several that work together, or one to be killed.
+
+The processes are forked from a server that has imported the package once, so that they start in
+no time; what they run must be a function that can be imported.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from hmm_cases import random_hmm, sample_windows
+from safetensors.torch import save_file
+
+from codd_hf import CoDDModel
+from codd_hf.training.conditional import fit_conditional
+from codd_hf.training.generative import fit_generative
+from codd_hf.training.settings import ConditionalConfig, GenerativeConfig
+from codd_hf.training.tokenizers import train_tokenizer
+from tiny import SENTENCES, correlated_examples, random_head, tiny_backbone
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        "codd_hf.training.conditional",
+        "codd_hf.training.generative",
+        "codd_hf.training.tokenizers",
+        *(f"transformers.models.{name}.modeling_{name}" for name in ("bert", "llama", "qwen2")),
+        "transformers.models.roberta.modeling_roberta",
+    ]
+)
+
+
+def start(
+    function: Callable, *args, processes: int = 1, fsdp: bool = False
+) -> list[multiprocessing.Process]:
+    """Starts `function(*args)` in so many processes, as `accelerate launch --cpu` would.
+
+    With `fsdp` they also have the variables of a launch with an FSDP2 configuration.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        if fsdp:
+            variables |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+        if processes > 1:
+            variables |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+        process = CONTEXT.Process(target=_run, args=(variables, function, args), daemon=True)
+        process.start()
+        started.append(process)
+    return started
+
+
+def run(function: Callable, *args, processes: int = 1, fsdp: bool = False) -> None:
+    """Runs it to the end, and fails if one of the processes does."""
+    started = start(function, *args, processes=processes, fsdp=fsdp)
+    for process in started:
+        process.join(120)
+    assert [process.exitcode for process in started] == [0] * processes
+
+
+def _run(variables: dict[str, str], function: Callable, args: tuple) -> None:
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    function(*args)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def main_process_saves(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        save_file(tensors, path)
+
+
+def em(folder: Path, checkpoint_dir: Path | None, update: str, epochs: int) -> None:
+    """An EM run; writes its parameters, and the log-likelihoods of its steps."""
+    windows = sample_windows(random_hmm(4, 24, 2.0), 120, 6)
+    embeddings = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+    config = GenerativeConfig(
+        num_epochs=epochs,
+        windows_per_batch=40,
+        windows_per_chunk=8,
+        update=update,
+        checkpointing_steps=1,
+    )
+    scores = []
+
+    def log(_: int, values: dict[str, float]) -> None:
+        scores.append(values["log_likelihood"])
+
+    potentials, _ = fit_generative(
+        windows[:100], windows[100:], embeddings, 4, config, checkpoint_dir, log=log
+    )
+    leaves = {str(i): leaf.exp() for i, leaf in enumerate(potentials.leaves())}
+    scores = torch.tensor(scores, dtype=torch.float64)
+    main_process_saves(leaves | {"scores": scores}, folder / "em.safetensors")
+
+
+def conditional(folder: Path, checkpoint_dir: Path | None, loss: str, stop_at: int = 0) -> None:
+    """A conditional fit; writes the head and the losses of its steps, unless it is to stop."""
+    config = ConditionalConfig(
+        max_steps=12,
+        tokens_per_batch=128,
+        windows_per_batch=10,
+        windows_per_chunk=4,
+        learning_rate=0.1,
+        context_learning_rate=0.02,
+        warmup_steps=2,
+        loss=loss,
+        num_draws=2,
+        num_validation_draws=1,
+        evaluation_steps=4,
+        checkpointing_steps=1,
+    )
+    tokenizer = train_tokenizer(SENTENCES, vocab_size=300)
+    backbone = tiny_backbone(
+        vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=2, initializer_range=0.1
+    )
+    changes = {"conditioning": ["latent", "copy"], "context_size": 16, "copy_length": 6}
+    head = random_head(len(tokenizer), mask_token_id=1, num_latents=6, **changes)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(0.3)
+    losses, gains = [], []
+
+    def log(step: int, values: dict[str, float]) -> None:
+        if step == stop_at:
+            os._exit(0)
+        losses.append(values["loss"])
+        gains.append(values["gain"])
+
+    history = fit_conditional(
+        CoDDModel.from_backbone(backbone, head),
+        tokenizer,
+        correlated_examples(41),
+        correlated_examples(13, seed=1),
+        checkpoint_dir,
+        config,
+        log,
+    )
+    curves = {
+        "losses": torch.tensor(losses),
+        "gains": torch.tensor(gains),
+        "validation": torch.tensor([entry["gain"] for entry in history]),
+    }
+    tensors = {k: v.detach() for k, v in head.named_parameters()}
+    main_process_saves(tensors | curves, folder / "conditional.safetensors")
+
+
+def whole_run(folder: Path) -> None:
+    """EM, the evidence and the conditional fit, each continued from where it stopped."""
+    em(folder, folder, "stepwise", 4)
+    conditional(folder, folder, "elbo")
+    (folder / "done").touch()

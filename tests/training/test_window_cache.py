@@ -1,0 +1,272 @@
+"""Promises of the evidence cache: it stands for the backbone, and for nothing else."""
+
+from __future__ import annotations
+
+import json
+import resource
+from dataclasses import replace
+
+import datasets
+import pytest
+import torch
+
+from codd_hf import CoDDModel
+from codd_hf.training import window_cache
+from codd_hf.training.conditional import evaluate_head, fit_conditional, fit_head, window_gains
+from codd_hf.training.data import TokenizedExample, batch_indices
+from codd_hf.training.settings import ConditionalConfig, EvidenceConfig
+from codd_hf.training.window_cache import (
+    WindowCache,
+    bytes_per_window,
+    cache_windows,
+    draw_windows,
+)
+from tiny import correlated_examples, random_head, tiny_backbone
+
+EXAMPLES = correlated_examples(24)
+CONFIG = EvidenceConfig(num_draws=2, tokens_per_batch=64)
+FIT = ConditionalConfig(max_steps=3, tokens_per_batch=64, windows_per_batch=8, warmup_steps=1)
+
+
+def new_model(tokenizer, conditioning=("latent", "copy"), **backbone) -> CoDDModel:
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 2}
+    head = random_head(
+        len(tokenizer),
+        mask_token_id=1,
+        num_latents=6,
+        conditioning=list(conditioning),
+        context_size=16,
+        copy_length=6,
+        copy_size=8,
+    )
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(0.3)
+    return CoDDModel.from_backbone(tiny_backbone(**(sizes | backbone)), head)
+
+
+def write(model, tokenizer, folder, config=CONFIG, examples=EXAMPLES) -> WindowCache:
+    return cache_windows(model, tokenizer, examples, config, folder, progress=False)
+
+
+def equal(one: WindowCache, other: WindowCache) -> bool:
+    rows = torch.arange(len(one))
+    pairs = zip(vars(one.take(rows)).values(), vars(other.take(rows)).values(), strict=True)
+    return all(a is b is None or torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(window_cache, "SHARD_BYTES", 4096)
+
+
+@pytest.mark.parametrize("precision", ["half", "single"])
+@pytest.mark.parametrize("conditioning", [(), ("latent",), ("latent", "copy")])
+def test_evidence_on_disk_is_that_in_memory(
+    tiny_tokenizer, tmp_path, conditioning, precision, small_shards
+):
+    model = new_model(tiny_tokenizer, conditioning)
+    config = replace(CONFIG, precision=precision, temperature=0.7)
+    held = write(model, tiny_tokenizer, None, config)
+    made = write(model, tiny_tokenizer, tmp_path, config)
+    found = WindowCache.open(tmp_path)
+    assert len(held) == len(made) == len(found) == 48
+    assert len(held.parts) == 1
+    assert len(found.parts) > 3
+    assert equal(held, made)
+    assert equal(held, found)
+    assert found.temperature == 0.7
+    assert torch.equal(held.level, found.level)
+    rows = torch.tensor([47, 0, 13, 13, 30])
+    gains = [window_gains(model.coupling_head, cache, rows)[0] for cache in (held, found)]
+    assert torch.equal(*gains)
+
+
+def test_evidence_on_disk_is_an_arrow_dataset(tiny_tokenizer, tmp_path, small_shards):
+    write(new_model(tiny_tokenizer), tiny_tokenizer, tmp_path)
+    rows = datasets.load_from_disk(str(tmp_path))
+    assert len(rows) == 48
+    row = rows[5]
+    assert len(row["indices"]) == len(row["log_probs"]) == len(row["log_rest"])
+    assert len(row["indices"]) == sum(row["masked"])
+    assert len(row["tokens"]) == 4
+
+
+def test_size_is_said_before_anything_is_written(tiny_tokenizer, tmp_path, capsys):
+    model = new_model(tiny_tokenizer)
+    config = replace(CONFIG, num_draws=8)
+    cache = cache_windows(model, tiny_tokenizer, EXAMPLES, config, tmp_path)
+    printed = capsys.readouterr().out
+    assert "Evidence about 192 windows of 4 tokens" in printed
+    each = bytes_per_window(model, config)
+    assert f"{each / 4 / 1e3:.2f} GB per million tokens" in printed
+    assert each * 192 == pytest.approx(cache.size, rel=0.1)
+    on_disk = sum(file.stat().st_size for file in tmp_path.glob("*.arrow"))
+    assert each * 192 == pytest.approx(on_disk, rel=0.1)
+
+
+CHANGES = {
+    "temperature": 0.5,
+    "top_k": 3,
+    "seed": 1,
+    "num_draws": 3,
+    "precision": "single",
+    "mean_span_length": 2.0,
+    "max_extra_windows": 0,
+    "mixed_precision": "bf16",
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_evidence_made_with_another_setting_is_refused_and_the_setting_named(
+    tiny_tokenizer, tmp_path, name
+):
+    model = new_model(tiny_tokenizer)
+    write(model, tiny_tokenizer, tmp_path)
+    with pytest.raises(ValueError, match=f"made with another `{name}`: .*{CHANGES[name]!r}"):
+        write(model, tiny_tokenizer, tmp_path, replace(CONFIG, **{name: CHANGES[name]}))
+
+
+def test_evidence_of_another_model_or_text_is_refused_and_the_field_named(tiny_tokenizer, tmp_path):
+    model = new_model(tiny_tokenizer)
+    write(model, tiny_tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="another `data`"):
+        write(model, tiny_tokenizer, tmp_path, examples=EXAMPLES[::-1])
+    with pytest.raises(ValueError, match="another `data`"):
+        write(model, tiny_tokenizer, tmp_path, examples=EXAMPLES[:-1])
+    with pytest.raises(ValueError, match="another `hidden_states`: True instead of False"):
+        write(new_model(tiny_tokenizer, ()), tiny_tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="another `copy_length`: 6 instead of 0"):
+        write(new_model(tiny_tokenizer, ("latent",)), tiny_tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="another `model_settings`"):
+        write(new_model(tiny_tokenizer, rms_norm_eps=1e-3), tiny_tokenizer, tmp_path)
+    with torch.no_grad():
+        model.backbone.model.norm.weight[3] += 1e-3
+    with pytest.raises(ValueError, match=r"another `model_weights`.*Give another `evidence_dir`"):
+        write(model, tiny_tokenizer, tmp_path)
+
+
+def test_shards_that_a_kill_left_out_are_written_and_the_others_kept(
+    tiny_tokenizer, tmp_path, small_shards
+):
+    model = new_model(tiny_tokenizer)
+    whole = write(model, tiny_tokenizer, None)
+    write(model, tiny_tokenizer, tmp_path)
+    shards = sorted(tmp_path.glob("*.arrow"))
+    (tmp_path / "state.json").unlink()
+    (tmp_path / (shards[2].name + ".new")).write_bytes(shards[2].read_bytes()[:100])
+    for shard in shards[2:]:
+        shard.unlink()
+    with pytest.raises(FileNotFoundError, match="no complete evidence"):
+        WindowCache.open(tmp_path)
+    before = [shard.stat().st_mtime_ns for shard in shards[:2]]
+    assert equal(write(model, tiny_tokenizer, tmp_path), whole)
+    assert [shard.stat().st_mtime_ns for shard in shards[:2]] == before
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_damaged_shard_is_an_error_that_says_what_to_do(tiny_tokenizer, tmp_path):
+    write(new_model(tiny_tokenizer), tiny_tokenizer, tmp_path)
+    shard = next(tmp_path.glob("*.arrow"))
+    shard.write_bytes(shard.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"is damaged .* delete the folder"):
+        WindowCache.open(tmp_path)
+
+
+def test_lack_of_room_is_an_error_that_says_so_and_the_run_goes_on_later(tiny_tokenizer, tmp_path):
+    model = new_model(tiny_tokenizer)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"could not be written: .* Make room and start again"):
+            write(model, tiny_tokenizer, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.glob("*.arrow*"))
+    assert equal(write(model, tiny_tokenizer, tmp_path), write(model, tiny_tokenizer, None))
+
+
+def test_disk_that_is_too_small_is_an_error_before_the_backbone_runs(
+    tiny_tokenizer, tmp_path, monkeypatch
+):
+    model = new_model(tiny_tokenizer)
+    monkeypatch.setattr(window_cache, "bytes_per_window", lambda *_: 1e18)
+    model.backbone.forward = None
+    with pytest.raises(OSError, match=r"takes about .* GB left: make room"):
+        write(model, tiny_tokenizer, tmp_path)
+
+
+def test_fit_from_evidence_needs_no_backbone(tiny_tokenizer, tmp_path):
+    model = new_model(tiny_tokenizer)
+    fit_conditional(model, tiny_tokenizer, EXAMPLES, EXAMPLES[:4], tmp_path, FIT)
+    head = new_model(tiny_tokenizer).coupling_head
+    caches = [WindowCache.open(tmp_path / "evidence" / name) for name in ("train", "validation")]
+    fit_head(head, *caches, config=FIT)
+    states = model.coupling_head.state_dict(), head.state_dict()
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_run_that_is_continued_does_not_run_the_backbone_again(tiny_tokenizer, tmp_path):
+    fit_conditional(
+        new_model(tiny_tokenizer), tiny_tokenizer, EXAMPLES, EXAMPLES[:4], tmp_path, FIT
+    )
+    model = new_model(tiny_tokenizer)
+    model.backbone.forward = None
+    config = replace(FIT, max_steps=5)
+    history = fit_conditional(model, tiny_tokenizer, EXAMPLES, EXAMPLES[:4], tmp_path, config)
+    assert history[-1]["step"] == 5
+
+
+def gradients(head, loss) -> list[torch.Tensor]:
+    return torch.autograd.grad(loss, list(head.parameters()))
+
+
+def live_gradients(model, tokenizer, examples, config) -> list[torch.Tensor]:
+    """Those of the windows that the cache draws, from the backbone itself."""
+    lengths = [len(e.prompt_ids) + -(-len(e.answer_ids) // 4) * 4 for e in examples]
+    batch = next(batch_indices(lengths, config.tokens_per_batch, config.seed))
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003)
+    canvas, noise, starts = draw_windows(
+        [examples[i] for i in batch], tokenizer, 4, config.max_extra_windows, generator
+    )
+    ids = canvas.input_ids.masked_fill(noise.masked, 1)
+    states = model.backbone_states(ids, canvas.attention_mask)
+    distribution = model.window_distribution(states, ids, starts, canvas.attention_mask)
+    truth = canvas.input_ids.gather(1, starts[:, None] + torch.arange(4))
+    loss = -(distribution.coupling_gain(truth) / noise.level).sum()
+    return gradients(model.coupling_head, loss)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("single", 1e-5), ("half", 1e-2)])
+def test_gradients_from_the_cache_are_those_of_the_live_backbone(
+    tiny_tokenizer, tmp_path, precision, tolerance
+):
+    model = new_model(tiny_tokenizer).requires_grad_(False)
+    head = model.coupling_head.requires_grad_(True)
+    config = EvidenceConfig(precision=precision, top_k=10_000, tokens_per_batch=10_000)
+    cache = write(model, tiny_tokenizer, tmp_path, config)
+    windows = cache.take(torch.arange(len(cache)))
+    gain = window_gains(head, cache, torch.arange(len(cache)))[0]
+    cached = gradients(head, -(gain / windows.level).sum())
+    live = live_gradients(model, tiny_tokenizer, EXAMPLES, config)
+    largest = max(g.abs().max() for g in live)
+    assert largest > 1
+    for ours, theirs in zip(cached, live, strict=True):
+        assert (ours - theirs).abs().max() <= tolerance * largest
+
+
+def test_untrained_conditioning_and_all_windows_are_measured_from_disk(tiny_tokenizer, tmp_path):
+    model = new_model(tiny_tokenizer)
+    cache = write(model, tiny_tokenizer, tmp_path)
+    held = write(model, tiny_tokenizer, None)
+    head = model.coupling_head
+    assert evaluate_head(head, cache) == evaluate_head(head, held)
+
+
+def test_empty_prompts_have_evidence_too(tiny_tokenizer, tmp_path):
+    model = new_model(tiny_tokenizer)
+    examples = [TokenizedExample([], e.answer_ids) for e in EXAMPLES]
+    cache = write(model, tiny_tokenizer, tmp_path, examples=examples)
+    windows = cache.take(torch.arange(len(cache)))
+    assert (windows.preceding_tokens == -1).all(1).any()
+    assert json.loads((tmp_path / "fingerprint.json").read_text())["num_examples"] == 24
