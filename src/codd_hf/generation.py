@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
 from .circuits.random import Generators
 from .decoding import OnStep, denoise
+from .decoding_arguments import ForcedTokens
 from .schedulers import CoDDScheduler
 from .schedulers.settings import DrawSettings
+from .streaming import BlockStream, DiffusionStreamer
 
 if TYPE_CHECKING:
     from .modeling_codd import CoDDModel
@@ -29,6 +36,7 @@ CONFIGURABLE = (
     "do_sample",
     "num_return_sequences",
     "eos_token_id",
+    "min_new_tokens",
     *SETTINGS,
 )
 """What a call or a generation configuration may say."""
@@ -56,6 +64,9 @@ def generate(
     generator: Generators = None,
     early_stop: bool = True,
     on_step: OnStep | None = None,
+    streamer: DiffusionStreamer | None = None,
+    forced_tokens: ForcedTokens | None = None,
+    logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Decodes by diffusion.
@@ -75,11 +86,17 @@ def generate(
         generator: one for all rows, or a list with one per row.
         early_stop: as in `decoding.denoise`.
         on_step: as in `decoding.denoise`.
+        streamer: hears the prompts, a draft after every step and the blocks as they are completed
+            (see `streaming.BlockStream`), for example `transformers.TextDiffusionStreamer`, which
+            takes one row.
+        forced_tokens: as in `decoding.denoise`.
+        logits_processor: as in `decoding.denoise`.
         **kwargs: `max_new_tokens` (or `gen_length`, default 128; or `max_length`, with the prompt),
             `block_length` (default the head's window length), `num_inference_steps` (passes of the
             backbone; default one for four tokens, and at least one per block), `do_sample`,
-            `num_return_sequences`, `eos_token_id` (default the model's), and the scheduler's
-            settings (`temperature`, `top_k`, `top_p`, `strategy`, `sampling`, ...).
+            `num_return_sequences`, `eos_token_id` (default the model's), `min_new_tokens`, and the
+            scheduler's settings (`temperature`, `top_k`, `top_p`, `strategy`, `sampling`,
+            `repetition_penalty`, ...).
 
     Returns:
         `[batch * num_return_sequences, prompt_length + gen_length]`: the prompts as they were
@@ -108,6 +125,12 @@ def generate(
     inputs = inputs.repeat_interleave(copies, 0)
     if attention_mask is not None:
         attention_mask = attention_mask.repeat_interleave(copies, 0)
+    if isinstance(forced_tokens, Sequence):
+        forced_tokens = [tokens for tokens in forced_tokens for _ in range(copies)]
+    if streamer is not None:
+        stream = BlockStream(streamer, model.config.mask_token_id, block_length)
+        stream.begin(inputs)
+        on_step = stream.after(on_step)
     output = denoise(
         model,
         CoDDScheduler() if scheduler is None else scheduler,
@@ -119,9 +142,14 @@ def generate(
         generator=generator,
         eos_token_id=model.config.eos_token_id if eos_token_id is None else eos_token_id,
         early_stop=early_stop,
+        min_new_tokens=asked["min_new_tokens"],
+        forced_tokens=forced_tokens,
+        logits_processor=logits_processor,
         on_step=on_step,
         **{name: asked[name] for name in SETTINGS},
     )
+    if streamer is not None:
+        stream.finish(output.sequences)
     return torch.cat((inputs, output.sequences), dim=1)
 
 

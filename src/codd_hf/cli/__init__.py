@@ -1,4 +1,4 @@
-"""The command line: `codd-hf demo | generate | train | evaluate | convert | bench`."""
+"""The command line: `codd-hf demo | generate | chat | train | evaluate | convert | bench`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import bench, convert, demo, evaluate, generate, train
+from . import bench, chat, convert, demo, evaluate, generate, train
 
 COMMANDS = {
     "demo": demo,
     "generate": generate,
+    "chat": chat,
     "train": train,
     "evaluate": evaluate,
     "convert": convert,
@@ -35,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(subparser)
-        subparser.set_defaults(run=module.run)
+        subparser.set_defaults(run=module.run, usage_error=subparser.error)
     return parser
 
 

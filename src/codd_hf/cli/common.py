@@ -9,18 +9,28 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from ..pipelines.pipeline_codd import CoDDPipeline
 
 DECODING = {
-    "strategy": (str, "which positions to commit: low_confidence, margin, entropy, random"),
-    "sampling": (str, "what is drawn: factorized, latent, marginal"),
+    "strategy": (
+        str,
+        "which positions to commit: low_confidence, margin, entropy, random, left_to_right, or as "
+        "many as are sure enough: threshold, joint",
+    ),
+    "sampling": (str, "what is drawn: factorized, latent, any_order, marginal, viterbi"),
     "temperature": (float, "of the final draw; 0 takes the most probable token"),
     "evidence_temperature": (float, "divides the backbone's logits before the circuit"),
     "top_k": (int, "draw from so many tokens"),
     "top_p": (float, "draw from the tokens that reach this mass"),
+    "threshold": (float, "least probability, for the strategies threshold and joint"),
     "activation_ratio": (float, "largest mask ratio under which the circuit is applied"),
     "activation_scope": (str, "whose mask ratio: window or row"),
     "confidence": (str, "what ranks positions: marginal or latent"),
+    "repetition_penalty": (float, "above 1: tokens that have occurred become less probable"),
+    "remask_threshold": (float, "tokens less probable than this are predicted again"),
+    "min_new_tokens": (int, "tokens before the text may end"),
 }
 
 
@@ -42,8 +52,10 @@ def decoding_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def load_pipeline(name: str | None, **kwargs: Any) -> CoDDPipeline:
-    """The pipeline of a path or id, or the embedded default."""
+def load_pipeline(
+    name: str | None, device: torch.device | None = None, **kwargs: Any
+) -> CoDDPipeline:
+    """The pipeline of a path or id, or the embedded default, on a device (default: a GPU's)."""
     import torch
     from safetensors import SafetensorError
 
@@ -56,9 +68,9 @@ def load_pipeline(name: str | None, **kwargs: Any) -> CoDDPipeline:
         pipeline = CoDDPipeline.from_pretrained(name, **kwargs)
     except SafetensorError as error:
         raise OSError(f"The weights of {name!r} are damaged, fetch them anew: {error}.") from error
-    if torch.cuda.is_available():
-        pipeline.to("cuda")
-    return pipeline
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return pipeline.to(device)
 
 
 def quiet_loading() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from .common import quiet_loading
 
@@ -46,22 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..conversion import convert_jpc
 
-    output = Path(args.output)
     if args.push_to_hub is not None and args.license is None:
         raise ValueError(
             "`--push-to-hub` needs `--license`: a circuit's file does not say under which licence "
             "it may be shared, so say it (ask its authors)."
         )
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"OUTPUT {args.output!r} is a file: give a folder.")
-    if output.is_dir() and any(output.iterdir()) and not args.overwrite:
-        raise ValueError(
-            f"OUTPUT {args.output!r} is not empty: give a new folder, or pass `--overwrite`."
-        )
     quiet_loading()
     head = convert_jpc(
         args.source,
-        output=output,
+        output=args.output,
         alpha=args.alpha,
         mask_token_id=args.mask_token_id,
         forbidden_token_ids=args.forbidden_token_ids,
@@ -69,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
         revision=args.revision,
         cache_dir=args.cache_dir,
         local_files_only=args.local_files_only,
+        overwrite=args.overwrite,
     )
     config = head.config
     print(

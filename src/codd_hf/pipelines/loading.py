@@ -5,19 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from diffusers import PipelineQuantizationConfig
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..backbones import load_backbone, load_tokenizer
-from ..loading import (
+from ..loading import BACKBONE_ARGUMENTS, OWN_ARGUMENTS
+from ..modeling_codd import CoDDModel
+from ..repositories import (
     CACHE_ARGUMENTS,
-    OWN_ARGUMENTS,
+    ask_once,
     explained,
-    find_file,
+    first_file,
     hub_arguments,
     read_config,
 )
-from ..modeling_codd import CoDDModel
 from ..schedulers import CoDDScheduler
 
 COMPONENTS = ("model", "scheduler", "tokenizer")
@@ -36,31 +38,33 @@ def load_components(
         kwargs: the arguments of `from_pretrained`.
 
     Returns:
-        The folder of a pipeline and no components, or no folder and `model`, `scheduler` and
-        `tokenizer`.
+        The folder of a pipeline and the arguments for diffusers, its model among them; or no folder
+        and `model`, `scheduler` and `tokenizer`.
 
     Raises:
         OSError: nothing is found, or nothing that a pipeline can be made of.
     """
     hub = hub_arguments(kwargs)
     inside = hub.pop("subfolder", None) or ""
-    folder = Path(name_or_path, inside)
+    folder, in_folder = Path(name_or_path, inside), {**hub, "subfolder": inside}
     if folder.is_dir():
         if (folder / "model_index.json").is_file():
-            return folder, {}
+            return folder, _with_model(folder, kwargs)
         if not (folder / "config.json").is_file():
             raise OSError(
                 f"{str(folder)!r} holds neither `model_index.json` (a pipeline) nor `config.json` "
                 "(a model, a head or a backbone): give the folder of one of these."
             )
-    elif find_file(name_or_path, "model_index.json", subfolder=inside, **hub) is not None:
-        endings = ("json", "safetensors", "txt", "model", "jinja")
-        patterns = [Path(inside, f"*.{ending}").as_posix() for ending in endings]
+    else:
         with explained(name_or_path, hub):
-            snapshot = snapshot_download(name_or_path, allow_patterns=patterns, **hub)
-        return Path(snapshot, inside), {}
+            found = first_file(name_or_path, ("model_index.json", "config.json"), **in_folder)
+            if found == "model_index.json":
+                trusted = kwargs.get("trust_remote_code")
+                folder = Path(_download(name_or_path, inside, trusted, hub), inside)
+        if found == "model_index.json":
+            return folder, _with_model(folder, kwargs)
 
-    kwargs, hub = dict(kwargs), {**hub, "subfolder": inside}
+    kwargs, hub = dict(kwargs), in_folder
     given = {name: kwargs.pop(name) for name in COMPONENTS if name in kwargs}
     config = read_config(name_or_path, hub)
     model_type = config.get("model_type")
@@ -75,7 +79,8 @@ def load_components(
         else:
             parts = {k: kwargs.pop(k) for k in ("head", "adapter", *OWN_ARGUMENTS) if k in kwargs}
             shared = {k: v for k, v in kwargs.items() if k in (*CACHE_ARGUMENTS, "token")}
-            backbone = load_backbone(name_or_path, **kwargs)
+            with explained(name_or_path, hub):
+                backbone = load_backbone(name_or_path, **kwargs)
             tokens = _tokens_of_backbone(backbone.config, given["tokenizer"])
             given["model"] = CoDDModel.from_backbone(backbone, **{**tokens, **shared, **parts})
     if with_tokenizer and given["tokenizer"] is None and model_type == "codd-head":
@@ -87,13 +92,43 @@ def load_components(
     return None, {"scheduler": CoDDScheduler(), **given}
 
 
+def _download(name: str, inside: str, trusted: bool | None, hub: dict[str, Any]) -> str:
+    """The snapshot of a repository: JSON, weights, tokenizer, and code that the user trusts."""
+    endings = ("json", "safetensors", "txt", "model", "jinja", *(["py"] if trusted else []))
+    patterns = [Path(inside, f"*.{ending}").as_posix() for ending in endings]
+    return snapshot_download(name, allow_patterns=patterns, **hub)
+
+
+def _with_model(folder: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments for diffusers, the pipeline's model loaded.
+
+    diffusers would pass on to a model neither names of dtypes, nor `attn_implementation`,
+    `trust_remote_code` and most of what else transformers knows.
+    """
+    if "model" in kwargs or isinstance(
+        kwargs.get("quantization_config"), PipelineQuantizationConfig
+    ):
+        return kwargs
+    names = (*BACKBONE_ARGUMENTS, *OWN_ARGUMENTS, "variant", "use_safetensors")
+    own = {name: kwargs[name] for name in names if name in kwargs}
+    rest = {name: value for name, value in kwargs.items() if name not in own}
+    trusted = kwargs.get("trust_remote_code")
+    dtype = own.pop("torch_dtype", None) or own.get("dtype")
+    own["dtype"] = dtype.get("model", dtype.get("default")) if isinstance(dtype, dict) else dtype
+    model = CoDDModel.from_pretrained(folder / "model", trust_remote_code=trusted, **own)
+    return {**rest, "model": model.eval()}
+
+
 def _tokenizer_beside(
     name_or_path: str, trust_remote_code: bool | None, hub: dict[str, Any]
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the weights, or None where there is none."""
     folder = Path(name_or_path, hub.get("subfolder") or "")
-    if folder.is_dir() and not (folder / "tokenizer_config.json").is_file():
-        return None
+    if folder.is_dir():
+        if not (folder / "tokenizer_config.json").is_file():
+            return None
+    elif ask_once(name_or_path, "tokenizer_config.json", hub) is None:
+        hub = {**hub, "local_files_only": True}  # else transformers tries for minutes
     try:
         tokenizer = load_tokenizer(name_or_path, trust_remote_code, **hub)
     except (OSError, ValueError):

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from transformers import PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from ..circuits.random import Generators
-from ..decoding import check_decoding_arguments, denoise
+from ..decoding import denoise
+from ..decoding_arguments import ForcedTokens, check_decoding_arguments
 from ..hub.publishing import PipelinePublishing
 from ..modeling_codd import CoDDModel
+from ..names import existing
 from ..schedulers import CoDDScheduler
 from .loading import load_components
 from .pipeline_output import CoDDPipelineOutput
@@ -89,11 +91,13 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
 
         Raises:
             OSError: there is no such folder or repository, or it holds none of these.
+            TypeError: the name is neither a path nor an id.
         """
-        folder, components = load_components(str(pretrained_model_name_or_path), kwargs)
+        name = existing(pretrained_model_name_or_path, "pretrained_model_name_or_path")
+        folder, arguments = load_components(name, kwargs)
         if folder is None:
-            return cls(**components)
-        return super().from_pretrained(str(folder), **kwargs)
+            return cls(**arguments)
+        return super().from_pretrained(str(folder), **arguments)
 
     @property
     def num_timesteps(self) -> int:
@@ -150,9 +154,16 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
         evidence_temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        threshold: float | None = None,
         activation_ratio: float | None = None,
         activation_scope: str | None = None,
         confidence: str | None = None,
+        repetition_penalty: float | None = None,
+        forbidden_token_ids: list[int] | None = None,
+        remask_threshold: float | None = None,
+        min_new_tokens: int | Sequence[int] | None = None,
+        forced_tokens: ForcedTokens | None = None,
+        logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
         early_stop: bool = True,
         eos_token_id: int | list[int] | None = None,
         generator: Generators = None,
@@ -178,20 +189,36 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
             gen_length (`int`, defaults to 128): Number of tokens to generate.
             block_length (`int`, defaults to 32): Tokens that are decoded together.
             num_inference_steps (`int`, defaults to 32):
-                Number of backbone passes for the whole generation, at least one per block; the
-                remainder of an uneven share goes to the first blocks.
-            strategy (`str`, *optional*): This and the next eight are settings of
-                [`CoDDScheduler`] for this call; None takes the scheduler's.
-            sampling (`str`, *optional*): `factorized`, `latent` or `marginal`.
+                The most backbone passes for the whole generation, at least one per block; the
+                remainder of an uneven share goes to the first blocks. The strategies `threshold`
+                and `joint` need fewer where they are sure.
+            strategy (`str`, *optional*): How positions are ranked. This and what follows up to
+                `remask_threshold` are settings of [`CoDDScheduler`], which says what they do, for
+                this call; None takes the scheduler's.
+            sampling (`str`, *optional*): `factorized`, `latent`, `any_order`, `marginal` or
+                `viterbi`.
             temperature (`float`, *optional*): Of the final draw; 0 takes the most probable token.
             evidence_temperature (`float`, *optional*): Divides the backbone's logits before the
                 circuit sees them.
             top_k (`int`, *optional*): Draw from so many tokens; 0: from all.
             top_p (`float`, *optional*): Draw from the tokens that reach this mass; 1: from all.
+            threshold (`float`, *optional*): For the strategies `threshold` and `joint`.
             activation_ratio (`float`, *optional*): Largest mask ratio under which the circuit is
                 applied; 1: always.
             activation_scope (`str`, *optional*): Whose mask ratio: `window` or `row`.
             confidence (`str`, *optional*): `marginal` or `latent`.
+            repetition_penalty (`float`, *optional*): Above 1, tokens of the prompt and of the text
+                so far become less probable.
+            forbidden_token_ids (`list[int]`, *optional*): Tokens that are never generated.
+            remask_threshold (`float`, *optional*): Tokens of a block that the others make less
+                probable than this are predicted again.
+            min_new_tokens (`int` or `list[int]`, *optional*): Tokens before the first end-of-text
+                token, for all prompts or for each; `gen_length`: no end-of-text token at all.
+            forced_tokens (`dict[int, int]` or `list[dict[int, int]]`, *optional*): Tokens by their
+                place among the generated ones, for all prompts or for each; all others are
+                predicted given them.
+            logits_processor (`LogitsProcessorList`, *optional*): transformers' processors; what
+                they see is said at [`~CoDDScheduler.step`].
             early_stop (`bool`, defaults to `True`): Whether a row ends at its end-of-text token.
             eos_token_id (`int` or `list[int]`, *optional*): The end-of-text token; by default the
                 tokenizer's, or else the model's.
@@ -236,9 +263,13 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
             "evidence_temperature": evidence_temperature,
             "top_k": top_k,
             "top_p": top_p,
+            "threshold": threshold,
             "activation_ratio": activation_ratio,
             "activation_scope": activation_scope,
             "confidence": confidence,
+            "repetition_penalty": repetition_penalty,
+            "forbidden_token_ids": forbidden_token_ids,
+            "remask_threshold": remask_threshold,
         }
 
         # 2. Encode the prompts.
@@ -262,6 +293,9 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
             num_inference_steps,
             generator,
             settings,
+            min_new_tokens,
+            forced_tokens,
+            self.model.config,
         )
         if eos_token_id is None and self.tokenizer is not None:
             eos_token_id = self.tokenizer.eos_token_id
@@ -297,6 +331,9 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
                 generator=generator,
                 eos_token_id=eos_token_id,
                 early_stop=early_stop,
+                min_new_tokens=min_new_tokens,
+                forced_tokens=forced_tokens,
+                logits_processor=logits_processor,
                 on_step=on_step,
                 **settings,
             )
@@ -310,7 +347,7 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
         self.maybe_free_model_hooks()
         if not return_dict:
             return output.sequences, texts
-        return CoDDPipelineOutput(output.sequences, texts, output.num_passes)
+        return CoDDPipelineOutput(output.sequences, texts, output.num_passes, output.passes_per_row)
 
     def _decode(self, tokens: list[int], eos_token_id: int | Sequence[int] | None) -> str:
         """The text of a row up to its first end-of-text token, without what cannot be decoded."""

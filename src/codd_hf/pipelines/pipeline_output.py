@@ -18,9 +18,13 @@ class CoDDPipelineOutput(BaseOutput):
         texts (`list[str]`, *optional*):
             The generated texts up to their end; None with `output_type="seq"`.
         num_passes (`int`, *optional*):
-            How often the backbone was run: `num_inference_steps`, or fewer when texts ended early.
+            How often the backbone was run: `num_inference_steps`, or fewer when texts ended early
+            or the strategy was sure of many tokens at once.
+        passes_per_row (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            The passes that each prompt took part in.
     """
 
     sequences: torch.LongTensor
     texts: list[str] | None = None
     num_passes: int | None = None
+    passes_per_row: torch.LongTensor | None = None

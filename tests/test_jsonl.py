@@ -1,0 +1,380 @@
+"""Promises of `codd-hf generate --input`: every line once and in order, whatever is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from codd_hf import CoDDPipeline
+from codd_hf.cli import main
+from codd_hf.pipelines.jsonl import JSONLRows, RunFiles, answer_jsonl
+from tiny_pipeline import save_tiny_pipeline
+
+LENGTHS = {"gen_length": 8, "block_length": 4, "num_inference_steps": 4}
+OPTIONS = [part for name, n in LENGTHS.items() for part in (f"--{name.replace('_', '-')}", str(n))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    pipe = CoDDPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def write_questions(path: Path, number: int) -> Path:
+    lines = [
+        json.dumps({"id": i, "question": f"How many eggs? {'Tom has 3. ' * (i % 3)}", "n": [i]})
+        for i in range(number)
+    ]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_questions(tmp_path / "questions.jsonl", 7)
+
+
+def expected(pipe, source: Path, seed: int = 0) -> bytes:
+    """The answers one by one, written by hand."""
+    lines = []
+    for row, line in enumerate(source.read_text().splitlines()):
+        generator = torch.Generator().manual_seed(seed + row)
+        text = pipe(json.loads(line)["question"], **LENGTHS, generator=generator).texts[0]
+        lines.append(f'{line[:-1]}, "generated_text": {json.dumps(text, ensure_ascii=False)}}}\n')
+    return "".join(lines).encode()
+
+
+def process(index: int, count: int) -> SimpleNamespace:
+    """A process of several, in a test that runs them one after the other."""
+    return SimpleNamespace(process_index=index, num_processes=count, wait_for_everyone=lambda: None)
+
+
+class Killed(Exception):
+    pass
+
+
+class Stopping:
+    """A pipeline that is stopped after so many batches."""
+
+    def __init__(self, pipe, batches: int):
+        self.pipe, self.left = pipe, batches
+
+    def __getattr__(self, name):
+        return getattr(self.pipe, name)
+
+    def __call__(self, *args, **kwargs):
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+        return self.pipe(*args, **kwargs)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_rows_get_the_answer_they_get_alone_and_keep_their_order(
+    pipe, source, tmp_path, batch_size
+):
+    output = tmp_path / "answers.jsonl"
+    number = answer_jsonl(pipe, source, output, batch_size=batch_size, seed=4, **LENGTHS)
+    assert number == 7
+    assert output.read_bytes() == expected(pipe, source, seed=4)
+    texts = [json.loads(line)["generated_text"] for line in output.read_text().splitlines()]
+    assert len(set(texts)) == 7
+    assert not (tmp_path / "answers.jsonl.parts").exists()
+
+
+def test_other_columns_stay_as_they_are_written(pipe, tmp_path):
+    source, output = tmp_path / "odd.jsonl", tmp_path / "answers.jsonl"
+    lines = [
+        b'{"p": "How many?", "x": 1.10, "y": 12345678901234567890123, "s": "\\ud800\\u00e9"} ',
+        b"",
+        b'\t{"x": {"y": [1, null]}, "p": "Wo? \xc3\xa9" }\r',
+        b'{"p":"Last","p2":NaN}',
+    ]
+    source.write_bytes(b"\n".join(lines))
+    options = {"prompt_column": "p", "output_column": "a b", **LENGTHS}
+    assert answer_jsonl(pipe, source, output, **options) == 3
+    written = output.read_bytes().splitlines()
+    starts = [lines[0][:-2], lines[2][:-3], lines[3][:-1]]
+    for line, start in zip(written, starts, strict=True):
+        assert line.startswith(start + b', "a b": "')
+        assert isinstance(json.loads(line)["a b"], str)
+
+
+def test_stopped_run_goes_on_where_it_was_with_any_batch_size(pipe, source, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    with pytest.raises(Killed):
+        answer_jsonl(Stopping(pipe, 2), source, output, batch_size=2, **LENGTHS)
+    assert not output.exists()
+    assert answer_jsonl(pipe, source, output, batch_size=3, **LENGTHS) == 3
+    assert output.read_bytes() == expected(pipe, source)
+
+
+def test_line_torn_anywhere_is_done_again_and_the_others_are_not(pipe, source, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    with pytest.raises(Killed):
+        answer_jsonl(Stopping(pipe, 3), source, output, batch_size=1, **LENGTHS)
+    [part] = (tmp_path / "answers.jsonl.parts").iterdir()
+    whole = part.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    files = RunFiles(output, {})
+    for cut in range(len(whole) + 1):
+        part.write_bytes(whole[:cut])
+        assert list(files.answers()) == list(range(sum(end - 1 <= cut for end in ends)))
+        files.part(0).file.close()
+        assert list(files.answers()) == list(range(sum(end - 1 <= cut for end in ends)))
+    for cut, left in ((ends[1] + 9, 5), (ends[1] - 1, 5), (ends[1] - 2, 6)):
+        part.parent.mkdir(exist_ok=True)
+        output.unlink(missing_ok=True)
+        part.write_bytes(whole[:cut])
+        assert answer_jsonl(pipe, source, output, batch_size=2, **LENGTHS) == left
+        assert output.read_bytes() == expected(pipe, source)
+
+
+def test_several_processes_share_the_rows_and_another_number_may_go_on(pipe, source, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    assert answer_jsonl(pipe, source, output, state=process(0, 3), **LENGTHS) == 3
+    assert not output.exists()
+    with pytest.raises(Killed):
+        answer_jsonl(
+            Stopping(pipe, 1), source, output, state=process(1, 3), batch_size=1, **LENGTHS
+        )
+    assert answer_jsonl(pipe, source, output, state=process(1, 2), **LENGTHS) == 1
+    assert not output.exists()
+    assert answer_jsonl(pipe, source, output, state=process(0, 2), **LENGTHS) == 2
+    assert output.read_bytes() == expected(pipe, source)
+
+
+def test_process_that_outlived_its_launcher_does_no_harm(pipe, source, tmp_path):
+    output = tmp_path / "answers.jsonl"
+
+    class Overtaken(Stopping):
+        """While it decodes its last batch, the same command is run again, to the end."""
+
+        def __call__(self, *args, **kwargs):
+            self.left -= 1
+            if self.left == 0:
+                assert answer_jsonl(pipe, source, output, batch_size=2, **LENGTHS) == 3
+            return self.pipe(*args, **kwargs)
+
+    assert answer_jsonl(Overtaken(pipe, 3), source, output, batch_size=2, **LENGTHS) == 7
+    assert output.read_bytes() == expected(pipe, source)
+    assert not (tmp_path / "answers.jsonl.parts").exists()
+
+
+def test_processes_that_are_last_at_once_write_the_same(pipe, source, tmp_path, monkeypatch):
+    output = tmp_path / "answers.jsonl"
+    read = RunFiles.answers
+
+    def overtaken(files):
+        found = read(files)
+        if len(found) == 7:
+            monkeypatch.setattr(RunFiles, "answers", read)
+            files.finish(JSONLRows.read(source, None, "generated_text"))
+            assert not files.folder.exists()
+        return found
+
+    monkeypatch.setattr(RunFiles, "answers", overtaken)
+    assert answer_jsonl(pipe, source, output, **LENGTHS) == 7
+    assert output.read_bytes() == expected(pipe, source)
+
+
+def test_complete_run_is_left_alone(pipe, source, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    answer_jsonl(pipe, source, output, **LENGTHS)
+    before = output.stat()
+    assert answer_jsonl(Stopping(pipe, 0), source, output, **LENGTHS) == 0
+    assert output.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_kill_between_the_result_and_the_end_of_the_parts_loses_nothing(pipe, source, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    answer_jsonl(pipe, source, output, **LENGTHS)
+    parts = tmp_path / "answers.jsonl.parts"
+    parts.mkdir()
+    assert answer_jsonl(Stopping(pipe, 0), source, output, **LENGTHS) == 0
+    assert output.read_bytes() == expected(pipe, source)
+
+
+def test_parts_of_an_unknown_run_are_not_taken_for_this_one(pipe, source, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    with pytest.raises(Killed):
+        answer_jsonl(Stopping(pipe, 2), source, output, batch_size=2, seed=9, **LENGTHS)
+    (tmp_path / "answers.jsonl.run.json").unlink()
+    assert answer_jsonl(pipe, source, output, **LENGTHS) == 7
+    assert output.read_bytes() == expected(pipe, source)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "`seed` 0, not 1"),
+        ({"gen_length": 12}, "`gen_length` 8, not 12"),
+        ({"temperature": 0.5}, "`temperature` None, not 0.5"),
+        ({"prompt_column": "id_text"}, "`prompt_column` 'question', not 'id_text'"),
+        ({}, "`input_sha256`"),
+    ],
+)
+def test_run_is_not_continued_with_other_settings_or_another_input(
+    pipe, source, tmp_path, change, named
+):
+    output = tmp_path / "answers.jsonl"
+    text = source.read_text().replace('"id":', '"id_text": "x", "id":')
+    source.write_text(text)
+    with pytest.raises(Killed):
+        answer_jsonl(Stopping(pipe, 1), source, output, batch_size=1, **LENGTHS)
+    if not change:
+        source.write_text(text.replace("eggs", "egg"))
+    with pytest.raises(ValueError, match=r"answers.jsonl.*was begun with") as error:
+        answer_jsonl(pipe, source, output, **(LENGTHS | change))
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "said"),
+    [
+        ('{"question": "a"}\n{"question": "b\n', {}, "Line 2 of .* is no JSON object"),
+        ('{"question": "a"}\n\n["b"]\n', {}, "Line 3 of .* is no JSON object"),
+        ('{"question": ""}\n', {}, "Line 1 .* text in column 'question', got ''"),
+        ('{"question": "a"}\n{"prompt": "b"}\n', {}, "Line 2 .* column 'question', got None"),
+        ('{"text": "a"}\n', {}, "neither question nor prompt is among"),
+        ('{"q": 3}\n', {"prompt_column": "q"}, "text in column 'q', got 3"),
+        ('{"question": "a", "generated_text": ""}\n', {}, "has a column 'generated_text' already"),
+        ("\n", {}, "has no rows"),
+        ('{"question": "a"}\n{"question": "<|mask|>"}\n', {}, "Line 2 .* must not hold the mask"),
+        ('{"question": "%s"}\n' % ("egg " * 200), {}, "Line 1 .* exceed the 128 positions"),
+        ('{"question": "a"}\n', {"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ('{"question": "a"}\n', {"strategy": "luck"}, "`strategy`"),
+    ],
+)
+def test_what_cannot_be_answered_is_one_sentence_that_gives_the_line(
+    pipe, tmp_path, content, options, said
+):
+    source = tmp_path / "bad.jsonl"
+    source.write_text(content)
+    with pytest.raises(ValueError, match=said):
+        answer_jsonl(pipe, source, tmp_path / "answers.jsonl", **LENGTHS, **options)
+    assert not (tmp_path / "answers.jsonl").exists()
+    if "strategy" not in options:
+        assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_run_that_failed_before_its_first_answer_leaves_nothing_behind(pipe, source, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    with pytest.raises(ValueError, match="`strategy`"):
+        answer_jsonl(pipe, source, output, strategy="luck", **LENGTHS)
+    assert answer_jsonl(pipe, source, output, **LENGTHS) == 7
+    assert json.loads((tmp_path / "answers.jsonl.run.json").read_text())["seed"] == 0
+    assert output.read_bytes() == expected(pipe, source)
+
+
+def test_file_of_another_origin_is_not_written_over(pipe, source, tmp_path, capsys, folder):
+    output = tmp_path / "answers.jsonl"
+    output.write_text("mine\n")
+    argv = ["--input", str(source), "--output", str(output), "--model", str(folder), *OPTIONS]
+    assert main(["generate", *argv]) == 1
+    assert f"`output` '{output}' exists: remove it" in capsys.readouterr().err
+    assert output.read_text() == "mine\n"
+
+
+def command(folder: Path, source: Path, output: Path, num_processes: int) -> list[str]:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launch += ["--num_processes", str(num_processes), "--main_process_port", "0", "-m"]
+    start = launch if num_processes > 1 else [sys.executable, "-m"]
+    files = ["--input", str(source), "--output", str(output), "--batch-size", "2"]
+    return [*start, "codd_hf.cli", "generate", "--model", str(folder), *files, *OPTIONS]
+
+
+def without_gpus() -> dict[str, str]:
+    return os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def test_accelerate_launch_runs_two_processes_that_give_what_one_gives(
+    folder, pipe, source, tmp_path
+):
+    output = tmp_path / "answers.jsonl"
+    done = subprocess.run(
+        command(folder, source, output, 2),
+        env=without_gpus(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "process 0: 4 rows answered now" in done.stdout
+    assert "process 1: 3 rows answered now" in done.stdout
+    assert output.read_bytes() == expected(pipe, source)
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_runs_killed_at_random_moments_lose_and_repeat_nothing(
+    folder, pipe, tmp_path, num_processes
+):
+    """Kills the launcher alone, one worker or all of them; whoever is left over goes on."""
+    source = write_questions(tmp_path / "questions.jsonl", 150)
+    answers = expected(pipe, source)
+    draw = random.Random(num_processes)
+    workers: list[psutil.Process] = []
+    kills = completed = 0
+    while kills < 12 or completed == 0:
+        output = tmp_path / f"answers-{completed}.jsonl"
+        parts = tmp_path / f"answers-{completed}.jsonl.parts"
+        # Not a pipe, which workers that outlive the launcher would hold open.
+        with (tmp_path / "log").open("ab") as log:
+            launcher = subprocess.Popen(
+                command(folder, source, output, num_processes), env=without_gpus(), stderr=log
+            )
+        before, began = bytes_in(parts), time.monotonic()
+        early = draw.uniform(0, 10) if draw.random() < 0.25 else 600
+        while launcher.poll() is None and time.monotonic() - began < early:
+            time.sleep(0.01)
+            if bytes_in(parts) != before:
+                time.sleep(draw.uniform(0, 1))
+                break
+        alive = descendants(launcher.pid)
+        workers += alive
+        if kills < 12 and launcher.poll() is None:
+            victims = [[launcher], alive[-1:], [launcher, *alive]]
+            for victim in victims[draw.randrange(3) if num_processes > 1 else 0]:
+                os.kill(victim.pid, signal.SIGKILL)
+            kills += 1
+        code = launcher.wait(timeout=600)
+        print(f"{kills} kills: code {code}, {bytes_in(parts)} bytes of answers", flush=True)
+        if code == 0:
+            assert output.read_bytes() == answers
+            assert not parts.exists()
+            completed += 1
+    for worker in workers:
+        if worker.is_running():
+            worker.kill()
+    for path in tmp_path.glob("answers-*.jsonl"):
+        assert path.read_bytes() == answers
+    assert "codd-hf generate: error" not in (tmp_path / "log").read_text()
+
+
+def bytes_in(parts: Path) -> int:
+    return sum(path.stat().st_size for path in parts.glob("part-*"))
