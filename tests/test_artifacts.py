@@ -213,3 +213,14 @@ def test_circuit_is_converted_on_the_way_with_the_mask_token_of_the_backbone(tmp
         assert torch.equal(model.coupling_head.emission, convert_jpc(source).emission)
     model.load_head(tmp_path / "circuit", "again")
     assert model.heads == ["default", "again"]
+
+
+@pytest.mark.parametrize("artifact", ["head", "model", "pipeline", "backbone"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "auto", torch.bfloat16])
+def test_arguments_for_the_model_reach_it_through_a_pipeline(artifact, dtype, folders):
+    pipe = CoDDPipeline.from_pretrained(
+        folders / artifact, dtype=dtype, attn_implementation="eager", coupling="latent"
+    )
+    assert pipe.model.dtype == (torch.float32 if dtype == "auto" else torch.bfloat16)
+    assert pipe.model.backbone.config._attn_implementation == "eager"
+    assert pipe.model.config.coupling == "latent"

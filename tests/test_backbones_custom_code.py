@@ -285,6 +285,14 @@ def test_saved_pipeline_with_code_loads_from_its_own_folder(repository, tmp_path
         tmp_path / "pipeline", subfolder="model", trust_remote_code=True
     )
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    with pytest.raises(ValueError, match="own code"):
+        CoDDPipeline.from_pretrained(tmp_path / "pipeline")
+    arguments = {"trust_remote_code": True, "dtype": "bfloat16"}
+    pipe = CoDDPipeline.from_pretrained(tmp_path / "pipeline", **arguments)
+    assert pipe.model.dtype == torch.bfloat16
+    pipe.save_pretrained(tmp_path / "again")
+    pipe = CoDDPipeline.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert torch.allclose(pipe.model(IDS).logits.float(), model(IDS).logits, atol=0.5)
 
 
 def test_configuration_without_a_model_class_is_an_error(tmp_path):

@@ -23,6 +23,28 @@ def test_bad_size_is_an_error_that_names_the_field_and_the_value(field, value):
     assert str(value) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_latents", True),
+        ("window_length", 10**9),
+        ("alpha", "1"),
+        ("alpha", float("nan")),
+        ("alpha", -1.0),
+        ("tie_emissions", "yes"),
+        ("evidence_top_k", "all"),
+        ("mask_token_id", 1.0),
+        ("forbidden_token_ids", "123"),
+        ("forbidden_token_ids", ["1"]),
+        ("conditioning", "latent"),
+        ("base_model_name_or_path", 3),
+    ],
+)
+def test_value_of_the_wrong_kind_is_an_error_that_names_the_field(field, value):
+    with pytest.raises(ValueError, match=f"^`{field}` must be .*got .*\\.$"):
+        CoDDHeadConfig(**{"vocab_size": 12, "context_size": 16, field: value})
+
+
 def test_head_without_vocabulary_size_is_an_error_that_names_it():
     with pytest.raises(ValueError, match="`vocab_size` is missing"):
         CoDDHeadConfig(num_latents=4)
@@ -53,6 +75,13 @@ def test_saved_configuration_without_a_nested_one_is_an_error_that_names_it(fiel
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"`{field}` is missing"):
         CoDDConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["text_config", "head_config"])
+@pytest.mark.parametrize("value", [[], "llama", 3])
+def test_nested_configuration_that_is_none_is_an_error_that_names_the_field(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be a configuration or a dict, got"):
+        CoDDConfig(**{"text_config": text_config(), name: value})
 
 
 @pytest.mark.parametrize("nested", [{"vocab_size": 12}, {"model_type": "not-a-model"}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 from codd_hf import CoDDHead, CoDDModel
 from tiny import head_config, random_head, tiny_backbone
@@ -150,3 +151,49 @@ def test_head_that_does_not_know_the_mask_token_learns_it_from_the_model(model):
 def test_model_without_a_head_has_none_to_save(tmp_path):
     with pytest.raises(ValueError, match="no head to save"):
         CoDDModel.from_backbone(tiny_backbone()).save_head(tmp_path)
+
+
+@pytest.mark.parametrize("name", [3, "", None])
+def test_name_of_a_head_must_be_a_text(model, name):
+    with pytest.raises(TypeError, match="`name` must be a text that is not empty"):
+        model.load_head(random_head(), name)
+
+
+@pytest.mark.parametrize("head", ["tied", "conditioned"])
+def test_head_couples_while_the_weights_of_the_backbone_are_offloaded(head):
+    expected = coupled(CoDDModel.from_backbone(tiny_backbone(), random_head(**OTHERS[head])))
+    model = CoDDModel.from_backbone(tiny_backbone(), random_head(**OTHERS[head]))
+    cpu_offload(model.backbone, execution_device=torch.device("cpu"))
+    assert model.get_output_embeddings().weight.is_meta
+    for _ in range(2):
+        assert torch.equal(coupled(model), expected)
+
+
+def test_head_of_another_vocabulary_than_a_resized_backbone_is_an_error(model):
+    plain = CoDDModel.from_backbone(tiny_backbone(), mask_token_id=MASK)
+    before = plain(IDS).logits
+    model.resize_token_embeddings(16)
+    assert torch.allclose(model(IDS).logits[..., :12], before, atol=1e-6)
+    for call in (
+        lambda: model(IDS, coupling="marginal"),
+        lambda: model(IDS, labels=IDS),
+        lambda: model.score([[5]], [[6, 7]]),
+    ):
+        with pytest.raises(ValueError, match=r"of 12 tokens, .* now of 16: .*`disable_head\(\)`"):
+            call()
+    with model.disable_head():
+        assert model(IDS, coupling="marginal").logits.shape[-1] == 16
+    model.load_head(random_head(16), "fitting")
+    model.set_head("fitting")
+    assert coupled(model).shape[-1] == 16
+
+
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])
+def test_circuit_stays_in_float32_whatever_the_model_is_cast_to(lower):
+    model = CoDDModel.from_backbone(tiny_backbone(), random_head(**OTHERS["conditioned"]))
+    expected = {k: v.clone() for k, v in model.coupling_head.state_dict().items()}
+    model.to(lower)
+    assert {p.dtype for p in model.backbone.parameters()} == {lower}
+    state = model.coupling_head.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert {p.dtype for p in model.double().coupling_head.parameters()} == {torch.float64}

@@ -518,7 +518,7 @@ def test_head_folder_loads_with_the_backbone_and_tokenizer_it_names(tokenizer, t
 def test_folders_that_hold_no_pipeline_get_one_clear_sentence(tmp_path):
     with pytest.raises(OSError, match="holds neither `model_index"):
         CoDDPipeline.from_pretrained(tmp_path)
-    with pytest.raises(OSError, match="neither a folder nor an id on the Hub"):
+    with pytest.raises(OSError, match="there is no file or folder"):
         CoDDPipeline.from_pretrained(tmp_path / "not" / "there")
     with pytest.raises(OSError, match="is not a folder and could not be read from the Hub"):
         CoDDPipeline.from_pretrained("not/there", local_files_only=True)

@@ -331,7 +331,7 @@ def test_output_can_be_a_tuple():
     distribution, sample = make_distribution()
     output = make_scheduler().step(distribution, 1.0, sample, return_dict=False)
     assert isinstance(output, tuple)
-    assert len(output) == 6
+    assert len(output) == 7
 
 
 def test_add_noise_masks_each_row_at_its_own_rate():
@@ -362,7 +362,7 @@ def test_scheduler_saves_and_loads_its_settings(tmp_path):
     ("name", "value", "said"),
     [
         ("strategy", "best", "one of low_confidence, margin, entropy, random"),
-        ("sampling", "exact", "one of factorized, latent, marginal"),
+        ("sampling", "exact", "one of factorized, latent, any_order, marginal, viterbi"),
         ("temperature", -1.0, "0 (the most probable token) or more"),
         ("temperature", float("nan"), "0 (the most probable token) or more"),
         ("evidence_temperature", 0, "above 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from pathlib import Path
 
 import torch
@@ -61,17 +62,24 @@ def without_adapters(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Writes the backbone's active adapter in PEFT's format, or removes one written before."""
+def save_adapter(model: nn.Module, folder: str | Path, base: str | None) -> None:
+    """Writes the backbone's active adapter in PEFT's format, or removes one written before.
+
+    Args:
+        model: a [`CoDDModel`].
+        folder: of the adapter.
+        base: the path or id of the backbone, for the adapter's configuration.
+    """
     folder, found = Path(folder), adapter_of(model)
     if found is None:
         for file in ADAPTER_FILES:
             (folder / file).unlink(missing_ok=True)
         return
-    from peft import get_peft_model_state_dict
-
+    # An import statement would make transformers ask for PEFT where this code is loaded as part of
+    # a repository (`hub.export`), adapter or not.
+    peft = importlib.import_module("peft")
     owner, name = found
-    state = get_peft_model_state_dict(owner, adapter_name=name)
+    state = peft.get_peft_model_state_dict(owner, adapter_name=name)
     if owner is model:
         state = {
             key.removeprefix("backbone."): tensor
@@ -82,7 +90,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     config.modules_to_save = [
         m for m in config.modules_to_save or [] if m != "coupling_head"
     ] or None
-    config.base_model_name_or_path = model.backbone.name_or_path or None
+    config.base_model_name_or_path = base
     config.inference_mode = True
     config.save_pretrained(folder)
     weights = {f"base_model.model.{key}": t.contiguous() for key, t in state.items()}

@@ -7,10 +7,50 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from .names import is_local
+
 COUPLINGS = ("none", "marginal", "latent")
 STRUCTURES = ("dense", "monarch")
 EMISSIONS = ("dense", "tied")
 CONDITIONINGS = ("latent", "gate", "low_rank", "copy")
+MAX_WINDOW_LENGTH = 1 << 16
+"""A tied circuit has no weights for its positions: only this bounds what a window may take."""
+FIELDS_OF_TYPE = {
+    (int,): (
+        "vocab_size",
+        "num_latents",
+        "window_length",
+        "emission_rank",
+        "num_gate_groups",
+        "transition_rank",
+        "copy_length",
+        "copy_size",
+        "context_size",
+        "evidence_top_k",
+        "mask_token_id",
+        "format_version",
+    ),
+    (int, float): ("alpha",),
+    (bool,): ("tie_transitions", "tie_emissions", "noise_conditioning"),
+    (str,): (
+        "structure",
+        "emission",
+        "base_model_name_or_path",
+        "base_model_revision",
+        "converted_from",
+    ),
+    (list, tuple): ("conditioning", "forbidden_token_ids"),
+}
+OPTIONAL = (
+    "context_size",
+    "evidence_top_k",
+    "mask_token_id",
+    "base_model_name_or_path",
+    "base_model_revision",
+    "converted_from",
+    "conditioning",
+    "forbidden_token_ids",
+)
 
 
 class CoDDHeadConfig(PreTrainedConfig):
@@ -49,6 +89,8 @@ class CoDDHeadConfig(PreTrainedConfig):
             mask token.
         base_model_name_or_path (`str`, *optional*): the backbone that the head was fitted to.
         base_model_revision (`str`, *optional*): its revision.
+        converted_from (`str`, *optional*): what a converted circuit was made of, for people to
+            read: its file, repository and commit, and the file's digest.
         format_version (`int`, defaults to 1): version of the layout on disk.
 
     Raises:
@@ -79,19 +121,28 @@ class CoDDHeadConfig(PreTrainedConfig):
     forbidden_token_ids: list[int] | None = None
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
+    converted_from: str | None = None
     format_version: int = 1
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.vocab_size is None:
             raise ValueError("`vocab_size` is missing from the head's configuration.")
+        self._check_types()
         self.conditioning = list(self.conditioning or [])
         positive = ["vocab_size", "num_latents", "window_length", "emission_rank"]
         positive += ["num_gate_groups", "transition_rank", "copy_length", "copy_size"]
         positive += [] if self.context_size is None else ["context_size"]
         for name in positive:
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
+            if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {getattr(self, name)}.")
+        if self.window_length > MAX_WINDOW_LENGTH:
+            raise ValueError(
+                f"`window_length` must be at most {MAX_WINDOW_LENGTH:,}, got "
+                f"{self.window_length:,}."
+            )
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"`alpha` must be 0 or a positive number, got {self.alpha}.")
         if self.evidence_top_k is not None and self.evidence_top_k < 0:
             raise ValueError(
                 f"`evidence_top_k` must be 0 (exact) or positive, got {self.evidence_top_k}."
@@ -110,6 +161,21 @@ class CoDDHeadConfig(PreTrainedConfig):
                 f"`mask_token_id` and `forbidden_token_ids` must lie in [0, {self.vocab_size}), "
                 f"got {beyond}."
             )
+
+    def _check_types(self) -> None:
+        for kinds, names in FIELDS_OF_TYPE.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is None and name in OPTIONAL:
+                    continue
+                if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                    wanted = " or ".join(kind.__name__ for kind in kinds)
+                    raise ValueError(f"`{name}` must be of type {wanted}, got {value!r}.")
+        for name, kind in (("conditioning", str), ("forbidden_token_ids", int)):
+            if any(type(value) is not kind for value in getattr(self, name) or []):
+                raise ValueError(
+                    f"`{name}` must be a list of {kind.__name__}, got {getattr(self, name)!r}."
+                )
 
     def _check_structure(self) -> None:
         for name, known in (("structure", STRUCTURES), ("emission", EMISSIONS)):
@@ -189,6 +255,10 @@ class CoDDConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.text_config = _nested_config("text_config", self.text_config)
+        if not isinstance(self.head_config, dict | PreTrainedConfig | None):
+            raise ValueError(
+                f"`head_config` must be a configuration or a dict, got {self.head_config!r}."
+            )
         if isinstance(self.head_config, dict):
             found = self.head_config.get("model_type", CoDDHeadConfig.model_type)
             if found != CoDDHeadConfig.model_type:
@@ -208,6 +278,15 @@ class CoDDConfig(PreTrainedConfig):
         if self.forbidden_token_ids is None and self.head_config is not None:
             self.forbidden_token_ids = self.head_config.forbidden_token_ids
         self.tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, without where on this machine the parts were loaded from."""
+        fields = super().to_dict()
+        for part in (fields["text_config"], fields["head_config"] or {}):
+            for name in ("_name_or_path", "base_model_name_or_path"):
+                if part.get(name) and is_local(part[name]):
+                    del part[name]
+        return fields
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         return self.text_config
@@ -240,6 +319,8 @@ def _nested_config(name: str, config: dict | PreTrainedConfig | None) -> PreTrai
         raise ValueError(f"`{name}` is missing: give the backbone's configuration.")
     if isinstance(config, PreTrainedConfig):
         return config
+    if not isinstance(config, dict):
+        raise ValueError(f"`{name}` must be a configuration or a dict, got {config!r}.")
     model_type = config.get("model_type")
     if model_type is None or model_type not in CONFIG_MAPPING:
         raise ValueError(

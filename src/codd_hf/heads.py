@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from .adapters import save_adapter
 from .backbones import execution_device
 from .configuration_codd import CoDDHeadConfig
-from .loading import ADAPTER_FOLDER, find_adapter, load_adapter, load_head
+from .loading import ADAPTER_FILES, ADAPTER_FOLDER, find_adapter, load_adapter, load_head
+from .names import existing
 
 if TYPE_CHECKING:
     from .modeling_head import CoDDHead
@@ -67,16 +68,19 @@ class HeadsMixin:
             **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
 
         Raises:
+            TypeError: the head is none of these, or the name is no text.
             ValueError: the name is taken, or head or adapter do not fit the backbone.
             OSError: nothing is found.
         """
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"`name` must be a text that is not empty, got {name!r}.")
         if name in self._heads:
             raise ValueError(
                 f"`name` {name!r} is taken: choose another one, or `delete_head({name!r})` first."
             )
         loaded = load_head(head, self.backbone, self.config.mask_token_id, **hub)
         if adapter is None and isinstance(head, str | Path):
-            adapter = find_adapter(str(head), **hub)
+            adapter = find_adapter(existing(head, "head"), **hub)
         if adapter is not None:
             load_adapter(self.backbone, adapter, name, **hub)
             self._adapted_heads.add(name)
@@ -143,17 +147,20 @@ class HeadsMixin:
 
         Args:
             save_directory: a folder; the adapter goes into its `adapter/`.
-            **kwargs: for the head's `save_pretrained`.
+            **kwargs: for the head's `save_pretrained`; with `push_to_hub=True` and a `repo_id` both
+                are uploaded.
 
         Raises:
             ValueError: the model has no head.
         """
         if self.coupling_head is None:
             raise ValueError("The model has no head to save: add one with `load_head`.")
-        config = self.coupling_head.config
+        config, base = self.coupling_head.config, self.backbone.name_or_path or None
         if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = self.backbone.name_or_path or None
-        save_adapter(self, Path(save_directory, ADAPTER_FOLDER))
+            config.base_model_name_or_path = base
+        adapter = Path(save_directory, ADAPTER_FOLDER)
+        save_adapter(self, adapter, base)
+        kwargs["adapter"] = adapter if (adapter / ADAPTER_FILES[0]).exists() else None
         self.coupling_head.save_pretrained(save_directory, **kwargs)
 
     def _check_name(self, name: str) -> None:

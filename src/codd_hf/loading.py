@@ -7,31 +7,20 @@ arguments it gets those that say how to load and where to cache, none that grant
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .backbones import brings_code
 from .backbones.loading import layout_of
 from .configuration_codd import CoDDConfig, CoDDHeadConfig
+from .names import existing, is_local
+from .repositories import CACHE_ARGUMENTS, HUB_ARGUMENTS, find_file, locate, read_config
 
 if TYPE_CHECKING:
     from .modeling_head import CoDDHead
 
-CACHE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only")
-HUB_ARGUMENTS = (*CACHE_ARGUMENTS, "revision", "token", "subfolder")
 OWN_ARGUMENTS = ("coupling", "mask_token_id", "forbidden_token_ids")
 BACKBONE_ARGUMENTS = (
     *CACHE_ARGUMENTS,
@@ -45,136 +34,17 @@ BACKBONE_ARGUMENTS = (
 )
 ADAPTER_FOLDER = "adapter"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-NOT_FOUND = (
-    EntryNotFoundError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 
-def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments of a `from_pretrained` that say where and how to download."""
-    return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+def head_in_model(name: str, kwargs: dict[str, Any]) -> tuple[CoDDHeadConfig, dict[str, Any], str]:
+    """How transformers loads a head alone out of what a name holds.
 
-
-def existing(name: str | Path, argument: str) -> str:
-    """The path or id as a string.
-
-    Raises:
-        FileNotFoundError: it can only be a path, and there is nothing.
-    """
-    text = str(name)
-    local = isinstance(name, Path) or can_only_be_a_path(text)
-    if local and not Path(text).expanduser().exists():
-        raise FileNotFoundError(f"`{argument}`: there is no file or folder {text!r}.")
-    return str(Path(text).expanduser()) if local else text
-
-
-def can_only_be_a_path(text: str) -> bool:
-    """Whether a name cannot be an id on the Hub (`name` or `owner/name`)."""
-    return text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
-
-
-def find_file(name: str, filename: str, **hub: Any) -> str | None:
-    """Path of a file of a folder or a repository; None if it has no such file."""
-    if Path(name).is_dir():
-        path = Path(name, hub.get("subfolder") or "", filename)
-        return str(path) if path.is_file() else None
-    try:
-        return hf_hub_download(name, filename, **hub)
-    except NOT_FOUND:
-        return None
-
-
-@contextmanager
-def explained(name: str, kwargs: dict[str, Any]) -> Iterator[None]:
-    """Says in one sentence what is wrong where loading `name` with `kwargs` fails."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(_explanation(name, kwargs, error)) from error
-
-
-def _explanation(name: str, kwargs: dict[str, Any], error: OSError) -> str:
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
-
-    def has(*kinds: type) -> bool:
-        return any(isinstance(link, kinds) for link in chain)
-
-    if has(HFValidationError):
-        return f"{name!r} is neither a folder nor an id on the Hub: check the path."
-    if has(RevisionNotFoundError):
-        return (
-            f"{name!r} has no revision {kwargs.get('revision')!r}: give a branch, a tag or a "
-            "commit of that repository."
-        )
-    if has(RepositoryNotFoundError, GatedRepoError):
-        return (
-            f"{name!r} is neither a folder nor a repository on the Hub that can be read: check "
-            "the name, or give the `token` of somebody who may read it."
-        )
-    if has(LocalEntryNotFoundError):
-        start = f"{name!r} is not a folder and could not be read from the Hub"
-        if kwargs.get("local_files_only"):
-            return f"{start}: `local_files_only` is set, but it is not in the cache."
-        return f"{start}, and it is not in the cache: check the connection."
-    if has(EntryNotFoundError):
-        return _nothing_in(name)
-    first_line = str(error).partition("\n")[0].rstrip(". ")
-    return f"{name!r} cannot be loaded: {first_line}."
-
-
-def _nothing_in(name: str) -> str:
-    return (
-        f"{name!r} holds no CoDD head or model, nor a backbone: its configuration (`config.json`) "
-        "or its weights are missing."
-    )
-
-
-def read_config(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The content of `config.json`.
-
-    Raises:
-        OSError: there is none, or it cannot be read.
-    """
-    with explained(name, kwargs):
-        found = PreTrainedConfig.get_config_dict(name, **hub_arguments(kwargs))[0]
-    if not found:  # what transformers gives where there is no such file
-        raise OSError(_nothing_in(name))
-    return found
-
-
-def locate(name: str, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Finds what a name holds; of a pipeline, its model.
-
-    Args:
-        name: a folder or an id on the Hub.
-        kwargs: the arguments of a `from_pretrained`.
+    A head's own repository needs nothing special. Of a model's or a pipeline's, only the head's
+    tensors are read.
 
     Returns:
-        The content of `config.json`, and the arguments, with the `subfolder` of a pipeline's model.
-
-    Raises:
-        OSError: there is no configuration.
-    """
-    try:
-        return read_config(name, kwargs), kwargs
-    except OSError:
-        if find_file(name, "model_index.json", **hub_arguments(kwargs)) is None:
-            raise
-    folder = Path(kwargs.get("subfolder") or "", "model")
-    kwargs = {**kwargs, "subfolder": folder.as_posix()}
-    return read_config(name, kwargs), kwargs
-
-
-def head_in_model(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with which transformers loads a head alone out of what a name holds.
-
-    A head's own repository needs none. Of a model's or a pipeline's, only the head's tensors are
-    read.
+        The head's configuration, the arguments for transformers, and the prefix of the names of the
+        head's weights.
 
     Raises:
         OSError: there is no configuration.
@@ -182,7 +52,7 @@ def head_in_model(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     found, kwargs = locate(name, kwargs)
     if found.get("model_type") == CoDDHeadConfig.model_type:
-        return kwargs
+        return CoDDHeadConfig.from_dict(dict(found)), kwargs, ""
     head_config = found.get("head_config")
     if found.get("model_type") != CoDDConfig.model_type or head_config is None:
         raise ValueError(
@@ -190,7 +60,8 @@ def head_in_model(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
             "the folder or id of a head, or of a CoDD model that has one."
         )
     config = CoDDHeadConfig.from_dict(dict(head_config))
-    return {**kwargs, "config": config, "key_mapping": {r"^coupling_head\.": ""}}
+    prefix = "coupling_head."
+    return config, {**kwargs, "config": config, "key_mapping": {r"^coupling_head\.": ""}}, prefix
 
 
 def load_head(
@@ -209,6 +80,7 @@ def load_head(
         **hub: `revision`, `token`, `cache_dir`, `local_files_only`, for a folder or an id.
 
     Raises:
+        TypeError: it is none of these.
         ValueError: it does not fit the backbone.
         OSError: nothing is found.
     """
@@ -220,10 +92,10 @@ def load_head(
     if isinstance(head, CoDDHeadConfig):
         head = CoDDHead(head)
     elif isinstance(head, str | Path):
-        name = existing(head, "head")
-        if _is_circuit(name, hub):
-            from .conversion import convert_jpc
+        from .conversion import convert_jpc, holds_circuit
 
+        name = existing(head, "head")
+        if holds_circuit(name, **hub):
             head = convert_jpc(
                 name,
                 mask_token_id=mask_token_id,
@@ -232,6 +104,11 @@ def load_head(
             )
         else:
             head = CoDDHead.from_pretrained(name, **hub)
+    if getattr(getattr(head, "config", None), "model_type", None) != CoDDHeadConfig.model_type:
+        raise TypeError(
+            "`head` must be a CoDD head, its configuration, or the folder or id of one, got "
+            f"{type(head).__name__}."
+        )
     if head.config.vocab_size != config.vocab_size:
         raise ValueError(
             f"`head` has a vocabulary of {head.config.vocab_size} tokens, but the backbone's has "
@@ -248,24 +125,19 @@ def load_head(
     return head
 
 
-def _is_circuit(name: str, hub: dict[str, Any]) -> bool:
-    if Path(name).is_file():
-        return True
-    if any(find_file(name, file, **hub) for file in ("config.json", "model_index.json")):
-        return False
-    from .conversion import holds_circuit
-
-    return holds_circuit(name, **hub)
-
-
 def find_adapter(name: str, **hub: Any) -> str | None:
     """Folder of the LoRA beside a head or a model (`adapter/`); None if there is none."""
     folder = Path(hub.pop("subfolder", None) or "", ADAPTER_FOLDER).as_posix()
-    found = find_file(name, ADAPTER_FILES[0], subfolder=folder, **hub)
-    if found is None or Path(name).is_dir():
-        return None if found is None else str(Path(found).parent)
-    patterns = [f"{folder}/{file}" for file in ADAPTER_FILES]
-    return str(Path(snapshot_download(name, allow_patterns=patterns, **hub), folder))
+    return _adapter_in(name, subfolder=folder, **hub)
+
+
+def _adapter_in(name: str, **hub: Any) -> str | None:
+    """The local folder of an adapter's files; of a repository, they are downloaded."""
+    found = find_file(name, ADAPTER_FILES[0], **hub)
+    if found is None:
+        return None
+    find_file(name, ADAPTER_FILES[1], **hub)
+    return str(Path(found).parent)
 
 
 def load_adapter(
@@ -284,10 +156,7 @@ def load_adapter(
         ValueError: it was not trained on a backbone like this one.
     """
     name = existing(adapter, "adapter")
-    folder = find_adapter(name, **hub)
-    if folder is None and find_file(name, ADAPTER_FILES[0], **hub) is not None:
-        local = Path(name).is_dir()
-        folder = name if local else snapshot_download(name, allow_patterns=ADAPTER_FILES, **hub)
+    folder = find_adapter(name, **hub) or _adapter_in(name, **hub)
     if folder is None or not Path(folder, ADAPTER_FILES[1]).is_file():
         raise OSError(
             f"`adapter` {name!r} holds no PEFT adapter: `{ADAPTER_FILES[0]}` and "
@@ -331,7 +200,7 @@ def named_backbone(
             f"The head {name!r} names no backbone (`base_model_name_or_path`): join them with "
             f"{advice}."
         )
-    if not Path(name).exists() and (can_only_be_a_path(base) or Path(base).exists()):
+    if not Path(name).exists() and is_local(base):
         raise ValueError(
             f"The downloaded head {name!r} names the local path {base!r} as its backbone: give "
             f"the backbone yourself, with {advice}."

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import ModelOutput
 
 from .adapters import save_adapter, without_adapters
@@ -25,19 +31,11 @@ from .circuits.random import Generators
 from .configuration_codd import CoDDConfig, CoDDHeadConfig, check_coupling
 from .heads import DEFAULT_NAME, HeadsMixin
 from .hub.publishing import ModelPublishing
-from .loading import (
-    ADAPTER_FOLDER,
-    CACHE_ARGUMENTS,
-    existing,
-    explained,
-    find_adapter,
-    hub_arguments,
-    load_adapter,
-    load_head,
-    locate,
-    named_backbone,
-)
+from .loading import ADAPTER_FOLDER, find_adapter, load_adapter, load_head, named_backbone
 from .modeling_head import CoDDHead
+from .names import existing, is_local
+from .repositories import CACHE_ARGUMENTS, explained, hub_arguments, locate
+from .stored_weights import check_weights
 from .windows import WindowsMixin
 
 if TYPE_CHECKING:
@@ -134,6 +132,7 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
                 given as an object.
 
         Raises:
+            TypeError: a part is nothing of what it may be.
             ValueError: the parts do not fit, or the backbone's family is not known.
             FileNotFoundError: a local path does not exist.
         """
@@ -149,6 +148,11 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
             )
         elif hasattr(backbone, "get_base_model"):
             backbone = backbone.get_base_model()
+        if not isinstance(getattr(backbone, "config", None), PreTrainedConfig):
+            raise TypeError(
+                "`backbone` must be a transformers model, or the folder or id of one, got "
+                f"{type(backbone).__name__}."
+            )
         family_of(backbone.config).adopt(backbone.config)
         if adapter is None and isinstance(head, str | Path):
             adapter = find_adapter(existing(head, "head"), **shared)
@@ -186,8 +190,9 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
 
         Raises:
             ValueError: a head names no backbone, or one that the user has to name: a local path (in
-                a downloaded head), or a repository that brings its own code.
-            OSError: nothing is found.
+                a downloaded head), or a repository that brings its own code; or the weights are not
+                what the configuration describes.
+            OSError: nothing is found, or the weights are damaged.
         """
         name = existing(pretrained_model_name_or_path, "pretrained_model_name_or_path")
         found = {}
@@ -199,11 +204,15 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
             head = CoDDHead.from_pretrained(name, **hub)
             base, own = named_backbone(name, head.config, kwargs)
             return cls.from_backbone(base, head, adapter, **own)
-        if brings_code(text_config := found.get("text_config", {})):
+        text_config = found.get("text_config")
+        if isinstance(text_config, dict) and brings_code(text_config):
             nested = nested_custom_config(name, text_config, kwargs.get("trust_remote_code"), **hub)
             kwargs["config"] = CoDDConfig.from_dict({**found, "text_config": nested})
         generation_config = kwargs.pop("generation_config", None)
         with explained(name, kwargs):
+            if found.get("head_config") is not None:
+                head_config = CoDDHeadConfig.from_dict(dict(found["head_config"]))
+                check_weights(name, head_config, kwargs, "coupling_head.")
             loaded = super().from_pretrained(name, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
         if generation_config is None:
@@ -235,7 +244,9 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
         """
         if is_main_process:
             self.family.save_code(self.backbone, save_directory)
-            save_adapter(self, Path(save_directory, ADAPTER_FOLDER))
+            base = self.backbone.name_or_path
+            base = None if not base or is_local(base) else base  # the weights are here
+            save_adapter(self, Path(save_directory, ADAPTER_FOLDER), base)
         if kwargs.get("state_dict") is None:
             kwargs["state_dict"] = without_adapters(self)
         return super().save_pretrained(
@@ -352,10 +363,6 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
         from .generation import generate
 
         return generate(self, inputs, **kwargs)
-
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs) -> dict[str, Any]:
-        """The arguments of a forward pass; PEFT's models for language modelling look for it."""
-        return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
 
     def score(self, prompts, answers, **kwargs) -> ScoreOutput:
         """Log-likelihoods of answers; see [`~codd_hf.scoring.score`] for the arguments."""

@@ -20,20 +20,22 @@ from .circuits import (
     Preceding,
     TiedEmission,
     TopKEvidence,
-    fit_tied,
-    token_marginal,
 )
 from .circuits.evidence import ONE_PRODUCT
 from .configuration_codd import CoDDHeadConfig
 from .factorized import forbidden_tokens
+from .fitted_circuit import FittedCircuit
 from .hub.publishing import HeadPublishing
-from .loading import existing, explained, head_in_model
+from .loading import head_in_model
+from .names import existing
+from .repositories import explained
+from .stored_weights import check_weights
 
 DEFAULT_TOP_K = 64
 """Tokens kept of a prediction over a large vocabulary."""
 
 
-class CoDDHead(HeadPublishing, PreTrainedModel):
+class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
     """A circuit over a window of tokens: the small artifact that people train and share.
 
     Parameters are log-potentials in float32, whatever the backbone's dtype: `initial [H]`,
@@ -108,14 +110,26 @@ class CoDDHead(HeadPublishing, PreTrainedModel):
             **kwargs: as in transformers.
 
         Raises:
-            ValueError: there is no head.
-            OSError: nothing is found.
+            ValueError: there is no head, or its weights are not what its configuration describes.
+            OSError: nothing is found, or the weights are damaged.
         """
         name = existing(pretrained_model_name_or_path, "pretrained_model_name_or_path")
-        if kwargs.get("config") is None:
-            kwargs = head_in_model(name, kwargs)
+        described = kwargs.get("config") is None
+        if described:
+            config, kwargs, prefix = head_in_model(name, kwargs)
         with explained(name, kwargs):
+            if described:
+                check_weights(name, config, kwargs, prefix)
             return super().from_pretrained(name, *model_args, **kwargs)
+
+    def _apply(self, fn, recurse: bool = True) -> CoDDHead:
+        # `model.to(torch.bfloat16)` is about the backbone: the circuit needs its float32.
+        def keeping_precision(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            lost = moved.dtype in (torch.bfloat16, torch.float16)
+            return tensor.to(moved.device) if lost else moved
+
+        return super()._apply(keeping_precision, recurse)
 
     def __getstate__(self) -> dict:
         # What is derived from the weights, or is the backbone's, is not copied with the head.
@@ -235,77 +249,6 @@ class CoDDHead(HeadPublishing, PreTrainedModel):
             emission = DenseEmission(stacked(self.emission, config.tie_emissions))
         return Potentials(self.initial, structure(*matrices), emission, self.log_spread)
 
-    @torch.no_grad()
-    def set_potentials(
-        self, potentials: Potentials, marginal: torch.Tensor | None = None, alpha: float = 1.0
-    ) -> None:
-        """Takes over a fitted circuit.
-
-        A head with another structure takes over what of it fits: Monarch transitions the closest
-        law of the two halves of a step, tied emissions the least-squares fit of the logarithms.
-
-        Args:
-            potentials: a normalised circuit, before any correction.
-            marginal: its token marginal `u`, `[V]` or `[L, V]`; computed from it if not given.
-            alpha: the emissions are divided by `u ** alpha`.
-        """
-        self._check_bound()
-        if marginal is None:
-            marginal = token_marginal(potentials, self.config.window_length)
-        if marginal.ndim > self.token_marginal.ndim:
-            marginal = marginal.mean(0)
-        corrected = potentials.scaled_by_marginal(marginal.log(), -alpha)
-        self.token_marginal.copy_(marginal)
-        self.config.alpha = alpha
-        self.initial.copy_(corrected.initial)
-        transition = corrected.transition
-        if self.config.structure == "monarch" and isinstance(transition, DenseTransition):
-            transition = MonarchTransition.from_dense(transition.log_potential)
-        elif self.config.structure == "dense":
-            transition = DenseTransition(transition.dense())
-        for parameter, value in zip(
-            self._transition_parameters(), transition.tensors(), strict=True
-        ):
-            _copy(parameter, value)
-        if self.config.emission == "tied":
-            fitted = fit_tied(
-                corrected.emission.dense()[0],
-                self._bound[0].to(self.emission_projection.dtype),
-                marginal,
-                self.config.emission_rank,
-            )
-            self.emission_latents.copy_(fitted[0])
-            self.emission_projection.copy_(fitted[1])
-            self.emission_bias.copy_(fitted[2])
-        else:
-            _copy(self.emission, corrected.emission.dense())
-
-    @torch.no_grad()
-    def set_alpha(self, alpha: float) -> None:
-        """Changes the power of the marginal correction (0 gives the raw product back)."""
-        shift = (self.config.alpha - alpha) * self.token_marginal.log()
-        if self.config.tie_emissions:
-            shift = shift.reshape(-1, shift.shape[-1])[0]
-        if self.config.emission == "tied":
-            self.emission_bias.add_(shift)
-        else:
-            self.emission.add_(shift if shift.ndim == 1 else shift[:, None])
-        self.config.alpha = alpha
-
-    @torch.no_grad()
-    def temper(self, emission_power: float, transition_power: float) -> None:
-        """Flattens the circuit: its emissions and its transitions to a power below 1.
-
-        The backbone has already seen the observed tokens, whose dependencies a static circuit
-        counts again; flattening gives some of that back at low mask ratios. Transitions and the
-        initial law are normalised again, emissions are not (they are ratios).
-        """
-        tied = self.config.emission == "tied"
-        for parameter in (self.emission_latents, self.emission_bias) if tied else (self.emission,):
-            parameter.mul_(emission_power)
-        for parameter in (self.initial, *self._transition_parameters()):
-            parameter.copy_((parameter * transition_power).log_softmax(-1))
-
     def forward(
         self,
         logits: torch.Tensor | DenseEvidence | TopKEvidence,
@@ -390,11 +333,6 @@ class CoDDHead(HeadPublishing, PreTrainedModel):
         log_marginal = potentials.log_marginal[0][tokens]
         log_emitted = columns + log_marginal[..., None] - potentials.top_k_summary.log_mean[0]
         return log_emitted.clamp(-1e4, 0)  # forbidden tokens (roles) occur in prompts too
-
-
-def _copy(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Copies a value with a leading axis for positions into a parameter with or without one."""
-    parameter.copy_(value.expand(parameter.shape) if value.ndim == parameter.ndim else value[0])
 
 
 AutoModel.register(CoDDHeadConfig, CoDDHead, exist_ok=True)

@@ -101,9 +101,9 @@ def _register_models() -> None:
         @classmethod
         def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
             raise ValueError(
-                f"{pretrained_model_name_or_path!r} holds a CoDD head alone, which is no language "
-                "model: load it with its backbone by `CoDDModel.from_pretrained`, or by itself by "
-                "`AutoModel.from_pretrained`."
+                f"{str(pretrained_model_name_or_path)!r} holds a CoDD head alone, which is no "
+                "language model: load it with its backbone by `CoDDModel.from_pretrained`, or by "
+                "itself by `AutoModel.from_pretrained`."
             )
 
         @classmethod

@@ -90,8 +90,14 @@ class WindowsMixin:
         logits = known.new_zeros(*positions.shape, known.shape[-1]).index_put(at, known)
         head = self._head_in_use if head is None else head
         if head is not None:
+            if head.config.vocab_size != logits.shape[-1]:
+                raise ValueError(
+                    f"The head has a vocabulary of {head.config.vocab_size} tokens, but the "
+                    f"backbone's is now of {logits.shape[-1]}: a head cannot be resized, so use "
+                    "one that was fitted to this vocabulary, or `disable_head()`."
+                )
             if head.config.emission == "tied":
-                head.bind(self.get_output_embeddings().weight)
+                self._bind(head)
             preceding = None
             if head.context_maps is not None and head.context_maps.copies:
                 preceding = self.preceding(
@@ -147,6 +153,16 @@ class WindowsMixin:
         if attention_mask is not None:
             present = present & attention_mask[index].bool()
         return Preceding(tokens, present, states.last_hidden_state[index])
+
+    def _bind(self, head: CoDDHead) -> None:
+        """Gives tied emissions the output embedding; where that is offloaded, a copy, once."""
+        embedding = self.get_output_embeddings()
+        if not embedding.weight.is_meta:
+            head.bind(embedding.weight)
+        elif not head._bound:
+            embedding._hf_hook.pre_forward(embedding)  # accelerate's, which fetches the weight
+            head.bind(embedding.weight)
+            embedding._hf_hook.post_forward(embedding, None)
 
     def _trailing_window(self, input_ids, attention_mask) -> torch.Tensor:
         batch, length = input_ids.shape

@@ -15,9 +15,10 @@ import torch
 from jpc_files import FIXTURES, NAMES, dist, hmm_nodes, oracle_nodes, random_hmm, tiles_of, write
 from safetensors.torch import load_file
 
-from codd_hf import CoDDHead
+from codd_hf import CoDDHead, CoDDModel, CoDDPipeline, CoDDScheduler
 from codd_hf.conversion import convert_jpc, holds_circuit
 from codd_hf.conversion.jpc import HiddenMarkovModel
+from tiny import tiny_backbone
 
 ORACLES = {name: load_file(FIXTURES / f"{name}.safetensors") for name in NAMES}
 BOTH_VERSIONS = pytest.mark.parametrize("version", ["pyjuice241", "pyjuice263"])
@@ -345,11 +346,51 @@ def test_what_holds_a_circuit_is_recognised(hub_cache, tmp_path):
     assert_same_circuit(convert_jpc(folder), convert_jpc(circuit))
     (folder / "config.json").write_text(json.dumps({"model_type": "other"}))
     assert holds_circuit(folder)
-    convert_jpc(folder, output=folder)
+    convert_jpc(folder, output=folder, overwrite=True)
     assert not holds_circuit(folder)
     assert holds_circuit("someone/math-pc", **hub_cache)
     assert not holds_circuit("someone/else", **hub_cache)
     assert not holds_circuit(tmp_path / "nowhere")
+
+
+def test_what_is_in_the_output_folder_is_kept_unless_it_may_be_overwritten(tmp_path):
+    (tmp_path / "README.md").write_text("My own words.")
+    for output in (tmp_path, tmp_path / "README.md"):
+        with pytest.raises(FileExistsError, match=r"^`output` '.*' is (not empty|a file): "):
+            convert_jpc(FIXTURES / "cat_hmm.jpc", output=output)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "My own words."
+    convert_jpc(FIXTURES / "cat_hmm.jpc", output=tmp_path, overwrite=True)
+    assert "cat_hmm.jpc" in (tmp_path / "README.md").read_text()
+    assert CoDDHead.from_pretrained(tmp_path).config.converted_from.startswith("`cat_hmm.jpc`")
+
+
+@pytest.mark.parametrize("where", ["file", "other name", "folder", "subfolder", "other model"])
+def test_what_holds_a_circuit_can_be_given_as_a_head(where, tmp_path):
+    circuit, hub = FIXTURES / "cat_hmm.jpc", {}
+    source = tmp_path / {"file": "a.jpc", "other name": "circuit"}.get(where, "model.jpc")
+    if where == "subfolder":
+        (tmp_path / "inside").mkdir()
+        source, hub = tmp_path / "inside" / "model.jpc", {"subfolder": "inside"}
+    shutil.copy(circuit, source)
+    if where == "other model":
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    name = source if where in ("file", "other name") else tmp_path
+    assert holds_circuit(name, **hub)
+    model = CoDDModel.from_backbone(tiny_backbone(vocab_size=20), mask_token_id=19)
+    model.load_head(name, **hub)
+    assert_same_circuit(model.coupling_head, convert_jpc(circuit))
+
+
+@pytest.mark.parametrize("kind", ["head", "model", "pipeline"])
+def test_what_is_converted_already_is_no_circuit(kind, tmp_path):
+    head = convert_jpc(FIXTURES / "cat_hmm.jpc", mask_token_id=19)
+    model = CoDDModel.from_backbone(tiny_backbone(vocab_size=20), head)
+    parts = {"head": head, "model": model, "pipeline": CoDDPipeline(model, CoDDScheduler())}
+    parts[kind].save_pretrained(tmp_path)
+    (tmp_path / "model.jpc").write_bytes(b"changed since")
+    assert not holds_circuit(tmp_path)
+    assert_same_circuit(CoDDModel.from_backbone(model.backbone, tmp_path).coupling_head, head)
 
 
 def test_what_is_not_there_is_an_error_that_says_so(hub_cache, tmp_path):

@@ -88,6 +88,27 @@ def check_adapter_with_its_head_comes_back(work):
     assert torch.equal(tuned(PROMPT, coupling="marginal").logits, expected)
 
 
+def check_head_with_its_lora_comes_back_with_the_backbone_that_it_names(work):
+    expected = torch.load(work / "expected_lora.pt")
+    for name in ("tester/with-lora", "tester/with-lora-2"):
+        for model in (
+            CoDDModel.from_pretrained(name),
+            CoDDPipeline.from_pretrained(name).model,
+            CoDDModel.from_backbone("tester/backbone", name),
+        ):
+            assert torch.equal(model(PROMPT, coupling="marginal").logits, expected)
+    assert_same(CoDDModel.from_pretrained("tester/head"), work)
+
+
+def check_pipeline_with_code_comes_back_for_those_who_trust_it(work):
+    name = "tester/pipeline-with-code"
+    error = refusal(CoDDPipeline.from_pretrained, name)
+    assert_one_sentence(error, "brings its own code", "trust_remote_code=True")
+    pipe = CoDDPipeline.from_pretrained(name, trust_remote_code=True)
+    found = pipe.model(PROMPT, coupling="marginal").logits
+    assert torch.equal(found, torch.load(work / "expected_code.pt"))
+
+
 def check_lines_of_code_in_the_cards_run(work):
     for name in ("tester/head", "tester/model", "tester/pipeline"):
         text = Path(hf_hub_download(name, "README.md")).read_text()
@@ -169,12 +190,16 @@ def check_head_is_refused_that_names_code_a_path_or_nothing(work):
 def check_without_network_what_is_cached_loads_and_what_is_not_says_so(work):
     stop = urllib.request.Request(os.environ["HF_ENDPOINT"] + "/stop", method="POST")
     urllib.request.urlopen(stop).close()
-    with mock.patch("time.sleep"):  # between huggingface_hub's attempts
+    # huggingface_hub sleeps between attempts.
+    with mock.patch("time.sleep", side_effect=AssertionError("what is cached need not wait")):
         for switches in ({}, {"local_files_only": True}):
-            assert_same(CoDDModel.from_pretrained("tester/model", **switches), work)
-            assert_same(CoDDModel.from_pretrained("tester/head", **switches), work)
-            pipe = CoDDPipeline.from_pretrained("tester/pipeline", **switches)
-            assert say(pipe) == (work / "expected.txt").read_text()
+            for name in ("tester/model", "tester/head", "tester/pipeline"):
+                assert_same(CoDDModel.from_pretrained(name, **switches), work)
+                pipe = CoDDPipeline.from_pretrained(name, **switches)
+                pipe.scheduler.register_to_config(temperature=0.7)
+                assert say(pipe) == (work / "expected.txt").read_text()
+            assert_same(CoDDModel.from_backbone("tester/backbone", "tester/head", **switches), work)
+    with mock.patch("time.sleep"):
         for name, loader in LOADERS.items():
             error = refusal(loader, name, cache_dir=work / "empty-cache")
             assert_one_sentence(error, repr(name), "connection")

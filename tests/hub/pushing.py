@@ -7,12 +7,13 @@ from pathlib import Path
 
 import checks
 import torch
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, create_repo, upload_folder
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
+from test_backbones_custom_code import custom_repository
 from tiny import random_head, tiny_backbone
 
 PROMPT = torch.tensor([[5, 6, 7, 8]])
@@ -135,11 +136,47 @@ def check_converted_circuit_becomes_public_with_a_licence_only(work):
     assert "converted from" in message
 
 
+def check_paths_of_this_machine_are_not_pushed(work):
+    coupled(work).backbone.save_pretrained(work / "local-backbone")
+    head = coupled(work).coupling_head
+    head.config.base_model_name_or_path = str(work / "local-backbone")
+    head.save_pretrained(work / "local-head")
+    local = CoDDModel.from_backbone(work / "local-backbone", work / "local-head")
+    torch.manual_seed(0)
+    tuned = get_peft_model(local, LoraConfig(r=2, target_modules=["q_proj"])).get_base_model()
+    tuned.coupling_head.push_to_hub("tester/clean-head")
+    tuned.push_to_hub("tester/clean-model")
+    CoDDPipeline(tuned, CoDDScheduler()).save_pretrained(work / "local-pipeline")
+    CoDDPipeline.from_pretrained(work / "local-pipeline").push_to_hub("tester/clean-pipeline")
+    named = CoDDModel.from_pretrained("tester/head")
+    CoDDPipeline(named, CoDDScheduler()).push_to_hub("tester/named-pipeline")
+
+
+def check_head_and_the_lora_that_belongs_to_it_are_pushed_together(work):
+    model = CoDDModel.from_pretrained("tester/head")
+    torch.manual_seed(5)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(model.backbone, lora).save_pretrained(work / "lora-of-backbone")
+    model = CoDDModel.from_backbone("tester/backbone", "tester/head", work / "lora-of-backbone")
+    model.save_head(work / "with-lora", push_to_hub=True, repo_id="tester/with-lora")
+    model.coupling_head.push_to_hub("tester/with-lora-2", adapter=work / "lora-of-backbone")
+    torch.save(model(PROMPT, coupling="marginal").logits.detach(), work / "expected_lora.pt")
+
+
+def check_pipeline_with_code_is_pushed(work):
+    backbone = custom_repository(work / "code-backbone")
+    model = CoDDModel.from_backbone(backbone, random_head(), trust_remote_code=True)
+    torch.save(model(PROMPT, coupling="marginal").logits.detach(), work / "expected_code.pt")
+    CoDDPipeline(model, CoDDScheduler()).push_to_hub("tester/pipeline-with-code")
+
+
 def check_head_names_backbones_that_a_stranger_must_not_reach(work):
     name = "tester/with-code"
     random_head(base_model_name_or_path=name).push_to_hub("tester/head-of-code")
     here = str(work / "tokenizer")
-    random_head(base_model_name_or_path=here).push_to_hub("tester/head-of-path")
+    random_head(base_model_name_or_path=here).save_pretrained(work / "head-of-path")
+    create_repo("tester/head-of-path")
+    upload_folder(repo_id="tester/head-of-path", folder_path=work / "head-of-path")
     random_head(base_model_name_or_path="tester/nowhere").push_to_hub("tester/head-of-nothing")
 
 

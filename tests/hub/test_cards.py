@@ -94,6 +94,21 @@ def test_path_of_a_backbone_on_this_machine_stays_out_of_the_card(tmp_path):
         assert card.data.base_model is None
 
 
+def test_what_is_saved_of_a_model_or_a_pipeline_holds_no_path_of_this_machine(tmp_path):
+    tiny_backbone().save_pretrained(tmp_path / "backbone")
+    random_head(base_model_name_or_path=str(tmp_path / "backbone")).save_pretrained(
+        tmp_path / "head"
+    )
+    for folder in ("one", "two"):
+        model = CoDDModel.from_pretrained(tmp_path / "head")
+        assert model.backbone.name_or_path == str(tmp_path / "backbone")
+        CoDDPipeline(model, CoDDScheduler()).save_pretrained(tmp_path / folder)
+        CoDDPipeline.from_pretrained(tmp_path / folder).save_pretrained(tmp_path / f"{folder}-2")
+    for name in ("one", "one-2", "two", "two-2"):
+        for file in (tmp_path / name).rglob("*"):
+            assert file.is_dir() or str(tmp_path).encode() not in file.read_bytes(), file
+
+
 def test_card_of_a_converted_circuit_says_from_what():
     head = random_head()
     head.config.converted_from = "someone/circuit (PyJuice)"

@@ -95,6 +95,18 @@ def test_cards_say_what_was_said_of_licence_data_and_results(round_trip):
     assert card_of(hub, "tester/pipeline").data.license is None
 
 
+def test_paths_of_a_machine_are_not_shared_and_ids_are(round_trip, tmp_path_factory):
+    hub, _ = round_trip
+    machine = str(tmp_path_factory.getbasetemp()).encode()
+    for repo_id in ("tester/clean-head", "tester/clean-model", "tester/clean-pipeline"):
+        for path, content in hub.files(repo_id).items():
+            assert machine not in content, (repo_id, path)
+    assert "adapter/adapter_config.json" in hub.files("tester/clean-model")
+    config = json.loads(hub.files("tester/named-pipeline")["model/config.json"])
+    assert config["text_config"]["_name_or_path"] == "tester/backbone"
+    assert config["head_config"]["base_model_name_or_path"] == "tester/backbone"
+
+
 def test_private_heads_are_private_and_others_are_not(round_trip):
     repositories = round_trip[0].repositories
     private = {repo_id for repo_id, repository in repositories.items() if repository.private}

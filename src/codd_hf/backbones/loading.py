@@ -57,6 +57,8 @@ def load_backbone(
     """
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     found = PretrainedConfig.get_config_dict(name_or_path, **hub)[0]
+    if not found:
+        raise ValueError(f"{name_or_path!r} has no `config.json`: give a backbone's folder or id.")
     model_type = found.get("model_type")
     if model_type == "codd":
         raise ValueError(

@@ -30,6 +30,10 @@ def family_of(config: PretrainedConfig) -> BackboneFamily:
 
 def unsupported(model_type: str) -> str:
     """The error message for a model type that no family knows."""
+    if model_type == "codd":
+        return "`backbone` is a CoDD model already: use its `backbone`, or its `load_head`."
+    if model_type == "codd-head":
+        return "`backbone` is a CoDD head: give the backbone first, and the head as `head`."
     return (
         f"`text_config.model_type` is {model_type!r}, which no backbone family supports: "
         f"use a masked language model or one of {', '.join(DecoderFamily.model_types)}, a LLaDA or "

@@ -5,19 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+)
 
 from ..circuits import Potentials, occupancy
 from ..configuration_codd import CoDDHeadConfig
 from ..modeling_head import CoDDHead
+from ..repositories import find_file, first_file
 from .jpc import HiddenMarkovModel
 
 FILE_NAME = "model.jpc"
+CODD = ("codd", "codd-head")
+"""Model types of what is converted already."""
+PICKLE = re.compile(rb"\x80[\x02-\x05]")
+"""How a pickle of protocol 2 to 5 begins."""
 RAREST = torch.finfo(torch.float32).tiny
 """Marginal of a token that a circuit never emits: its logarithm is finite."""
 
@@ -34,6 +44,9 @@ def convert_jpc(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
+    subfolder: str | None = None,
+    overwrite: bool = False,
 ) -> CoDDHead:
     """Makes a head of a hidden Markov model that PyJuice saved (`.jpc`, a pickle).
 
@@ -44,8 +57,9 @@ def convert_jpc(
 
     Args:
         source: a `.jpc` file, a folder with `model.jpc`, or the id of such a repository on the Hub.
-        output: a folder in which the head's repository is written too: `config.json`,
-            `model.safetensors` and a model card that says where the circuit comes from.
+        output: a new or empty folder, in which the head's repository is written too:
+            `config.json`, `model.safetensors` and a model card that says where the circuit comes
+            from.
         alpha: power of the circuit's own token marginal by which its emissions are divided; 0
             leaves the circuit as it is, 1 removes the unigram law that a backbone already has.
         mask_token_id: the backbone's mask token.
@@ -55,20 +69,28 @@ def convert_jpc(
         token: for the Hub.
         cache_dir: of the Hub.
         local_files_only: take the file from the cache.
+        force_download: even if the file is in the cache.
+        subfolder: where in the folder or repository `model.jpc` is.
+        overwrite: write into `output` though it has files; its model card is replaced as well.
 
     Raises:
+        FileExistsError: `output` has files, or is one.
         ValueError: the file is no such circuit, is damaged, or asks for anything that none needs;
             or `alpha` or a token id is out of range.
         OSError: there is no such file, folder or repository.
     """
     if not 0 <= alpha < math.inf:
         raise ValueError(f"`alpha` must be 0 or a positive number, got {alpha}.")
+    if output is not None:
+        _check_output(Path(output), overwrite)
     found = _find(
         source,
         revision=revision,
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
+        force_download=force_download,
+        subfolder=subfolder,
     )
     with found.path.open("rb") as file:
         try:
@@ -97,7 +119,7 @@ def convert_jpc(
         f"{found.name} (PyJuice; SHA-256 `{digest}`; licence of the source: unknown)"
     )
     if output is not None:
-        (Path(output) / "README.md").unlink(missing_ok=True)  # of what was there before
+        (Path(output) / "README.md").unlink(missing_ok=True)  # only there with `overwrite`
         head.save_pretrained(output)
     return head
 
@@ -105,30 +127,46 @@ def convert_jpc(
 def holds_circuit(source: str | Path, **hub) -> bool:
     """Whether a file, folder or repository is a PyJuice circuit that has yet to be converted.
 
-    One that holds a head too is no such thing. The circuit of a repository on the Hub is downloaded
-    (to the cache) to find out.
+    A file is one if it is named `.jpc` or begins as a pickle does; a folder or repository, if it
+    has `model.jpc` and is not a CoDD head, model or pipeline as well. The circuit of a repository
+    on the Hub is downloaded (to the cache) to find out.
 
     Args:
         source: as for [`convert_jpc`].
-        **hub: `revision`, `token`, `cache_dir` and `local_files_only`, as for [`convert_jpc`].
+        **hub: `revision`, `token`, `subfolder`, `cache_dir` and the like, as for [`convert_jpc`].
     """
-    path = Path(source)
+    path, name = Path(source), str(source)
     if path.is_file():
-        return path.suffix == ".jpc"
+        with path.open("rb") as file:
+            return path.suffix == ".jpc" or PICKLE.match(file.read(2)) is not None
     try:
-        circuit = _find(source, **hub).path
-    except OSError:
+        first_file(name, ("config.json", FILE_NAME), **hub)
+    except LocalEntryNotFoundError:
         return False
-    if path.is_dir():
-        config = path / "config.json"
-    else:
-        try:
-            config = Path(hf_hub_download(str(source), "config.json", **hub))
-        except OSError:
-            config = circuit.with_name("config.json")
-    if not config.is_file():
-        return True
-    return json.loads(config.read_text()).get("model_type") != CoDDHeadConfig.model_type
+    config = find_file(name, "config.json", **hub)
+    if config is not None and _model_type(Path(config)) in CODD:
+        return False
+    if find_file(name, FILE_NAME, **hub) is None:
+        return False
+    return find_file(name, "model_index.json", **hub) is None
+
+
+def _model_type(config: Path) -> str | None:
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return content.get("model_type") if isinstance(content, dict) else None
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"`output` {str(output)!r} is a file: give a folder.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"`output` {str(output)!r} is not empty: give a new folder, or pass `overwrite=True` "
+            "(`--overwrite`)."
+        )
 
 
 @dataclass
@@ -144,6 +182,7 @@ def _find(source: str | Path, **hub) -> _Found:
     if path.is_file():
         return _Found(path, f"`{path.name}`")
     if path.is_dir():
+        path = path / (hub.get("subfolder") or "")
         if not (path / FILE_NAME).is_file():
             raise FileNotFoundError(
                 f"The folder {str(source)!r} has no `{FILE_NAME}`: give the path of the circuit."

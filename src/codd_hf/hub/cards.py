@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..names import is_local
 
 TAGS = ("codd", "coupled-discrete-diffusion", "diffusion-language-model", "probabilistic-circuit")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -54,13 +55,13 @@ class Artifact:
         """The id of the backbone on the Hub, if it is known; a local path is none."""
         names = [] if self.head is None else [self.head.config.base_model_name_or_path]
         names += [] if self.backbone is None else [self.backbone.config._name_or_path]
-        ids = (n for n in names if n and HUB_ID.fullmatch(n) and not Path(n).exists())
+        ids = (n for n in names if n and HUB_ID.fullmatch(n) and not is_local(n))
         return next(ids, None)
 
     @property
     def source(self) -> str | None:
         """What the head was converted from, if it was."""
-        return None if self.head is None else getattr(self.head.config, "converted_from", None)
+        return None if self.head is None else self.head.config.converted_from
 
 
 def make_card(

@@ -7,6 +7,8 @@ know revisions.
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,12 +20,16 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..loading import ADAPTER_FILES
+from ..names import is_local
 from .cards import Artifact, complete_card, make_card
 from .export import export_code
 
 CARD = "README.md"
 FACTS = ("license", "datasets", "eval_results", "tags")
+PATHS = ("_name_or_path", "base_model_name_or_path")
 UPLOAD = ("commit_message", "commit_description", "private", "token", "revision", "create_pr")
+BESIDE = ("adapter",)
 
 
 class Publishing:
@@ -51,7 +57,9 @@ class Publishing:
     ) -> CommitInfo:
         """Uploads to a repository, which is created if there is none, with a model card.
 
-        A card that is there already keeps its text; what its metadata lack is added.
+        A card that is there already keeps its text; what its metadata lack is added. Where the
+        parts were loaded from stays if it is an id on the Hub, and is left out if it is a path of
+        this machine.
 
         Args:
             repo_id: the repository; without a namespace, one of the user's.
@@ -100,6 +108,7 @@ class Publishing:
         with TemporaryDirectory() as folder:
             card.save(Path(folder) / CARD)
             self.save_pretrained(folder, **kwargs)
+            _forget_paths(Path(folder))
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -177,6 +186,32 @@ class WeightsPublishing(Publishing):
 class HeadPublishing(WeightsPublishing):
     """Mixin of [`CoDDHead`]."""
 
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        *,
+        adapter: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As for a model, with the LoRA that belongs to the head, if there is one.
+
+        Args:
+            save_directory: a folder, created if it does not exist.
+            is_main_process: whether this process is the one that writes.
+            adapter: folder of a PEFT LoRA of the backbone, which goes into `adapter/` (also of
+                what `push_to_hub` uploads).
+            **kwargs: as for a model.
+        """
+        if adapter is not None and is_main_process:
+            beside = Path(save_directory, "adapter")
+            beside.mkdir(parents=True, exist_ok=True)
+            for file in ADAPTER_FILES if Path(adapter).resolve() != beside.resolve() else ():
+                shutil.copy(Path(adapter, file), beside / file)
+            if kwargs.get("push_to_hub"):
+                kwargs["adapter"] = beside
+        super().save_pretrained(save_directory, is_main_process, **kwargs)
+
     def _artifact(self) -> Artifact:
         return Artifact("head", head=self)
 
@@ -215,6 +250,7 @@ class PipelinePublishing(Publishing):
         super().save_pretrained(save_directory, **kwargs)
         if not kept:
             card_of_model.unlink(missing_ok=True)  # a pipeline has one card, its own
+        _forget_paths(folder)
         self._write_card(folder, options)
         if push_to_hub:
             repo_id = options.pop("repo_id", folder.resolve().name)
@@ -238,8 +274,20 @@ def _card_of_repository(api: HfApi, repo_id: str, revision: str | None) -> Model
     return None
 
 
+def _forget_paths(folder: Path) -> None:
+    """Takes out of what was saved where on this machine its parts were loaded from."""
+    for name in ("config.json", "model_index.json", "adapter/adapter_config.json"):
+        path = folder / name
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        paths = [k for k in PATHS if content.get(k) and is_local(content[k])]
+        if paths:
+            content |= dict.fromkeys(paths)
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def _take_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {k: kwargs.pop(k) for k in ("repo_id", *FACTS, *UPLOAD) if k in kwargs}
+    known = ("repo_id", *FACTS, *UPLOAD, *BESIDE)
+    return {k: kwargs.pop(k) for k in known if k in kwargs}
 
 
 def _check_license(artifact: Artifact, license: str | None, public: bool) -> None:
