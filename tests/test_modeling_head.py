@@ -430,13 +430,15 @@ def test_the_context_is_what_its_formulas_say():
     follow = scores(maps.follow_query, maps.follow_key, maps.follow_bias)
     follow[1, :, 1] = -torch.inf
     torch.testing.assert_close(copies.follow[..., 1:], follow[..., 1:], **close)
-    marginal = head.token_marginal.clone()
-    marginal[MASK] = 0
-    law = head.emission.exp() * marginal
-    log_law = (law / law.sum(-1, keepdim=True)).log().clamp(min=-1e4)
-    columns = log_law.T[preceding.tokens]  # [B, C, H]
-    torch.testing.assert_close(copies.emitted, columns.clamp(min=-10), **close)
-    torch.testing.assert_close(copies.left, (columns + maps.copy_prior).log_softmax(-1), **close)
+    left = torch.full((*preceding.tokens.shape, LATENTS), -torch.inf)
+    for row, place in product(range(2), range(preceding.tokens.shape[1])):
+        token = preceding.tokens[row, place]
+        states = maps.suggested[token].long()
+        left[row, place, states] = maps.log_suggested[token]
+    torch.testing.assert_close(copies.left, left, **close)
+    log_marginal = head.token_marginal.log()[preceding.tokens][..., None]
+    emitted = left + log_marginal - maps.log_occupancy
+    torch.testing.assert_close(copies.emitted, emitted.clamp(-10, 0), **close)
     weight = -head.config.alpha * head.token_marginal.log()[preceding.tokens]
     torch.testing.assert_close(copies.weight, weight.clamp(max=12), **close)
 
@@ -682,3 +684,19 @@ def test_a_step_compiles_to_one_graph_after_one_eager_call(name, changes, k):
         for mine, exact in zip(ours, expected, strict=True):
             torch.testing.assert_close(mine, exact)
         head.initial.mul_(-1)  # and after a change, again after one eager call
+
+
+@torch.no_grad()
+def test_what_a_copied_token_suggests_is_bayes_rule_on_the_generative_circuit():
+    head = fresh_head(conditioning=["copy"], num_latents=12)
+    generator = torch.Generator().manual_seed(3)
+    law = torch.randn(12, VOCAB, generator=generator).mul(3).log_softmax(-1)
+    occupancy = torch.randn(12, generator=generator).softmax(-1)
+    head.context_maps.start(law, occupancy)
+    joint = law.exp() * occupancy[:, None]
+    posterior = (joint / joint.sum(0)).T  # [V, H]
+    for token in range(VOCAB):
+        states = head.context_maps.suggested[token].long()
+        assert set(states.tolist()) == set(posterior[token].topk(8).indices.tolist())
+        expected = posterior[token, states] / posterior[token, states].sum()
+        torch.testing.assert_close(head.context_maps.log_suggested[token].exp(), expected)

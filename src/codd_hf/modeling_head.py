@@ -95,6 +95,7 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
                 transition_rank=config.transition_rank,
                 noise_conditioning=config.noise_conditioning,
                 copy_size=config.copy_size,
+                vocab_size=vocab,
             )
         self._bound: list[torch.Tensor] = []  # a list, so that the backbone's weight is not ours
         self._cache: tuple[tuple, Potentials] | None = None
@@ -308,31 +309,16 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
         if observed is None:
             observed = torch.zeros(shape[:2], dtype=torch.bool, device=logits.device)
         masked = ~observed if present is None else ~observed & present
-        columns = weight = None
         if self.context_maps.copies and preceding is None:
             raise ValueError(
                 "`preceding` must be given to a head with 'copy' conditioning: the tokens before "
                 "the window and their hidden states."
             )
         with torch.autocast(logits.device.type, enabled=False):
-            if self.context_maps.copies:
-                columns = self._log_emitted(preceding.tokens)
-                log_marginal = self.token_marginal.log().reshape(-1, self.config.vocab_size)[0]
-                weight = -self.config.alpha * log_marginal[preceding.tokens]
-            return self.context_maps(last_hidden_state, masked, present, preceding, columns, weight)
-
-    @torch.no_grad()
-    def _log_emitted(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`log p(v | z)` `[B, C, H]` of tokens `[B, C]`: the emissions, correction undone.
-
-        Taken as given: gradients do not flow through it.
-        """
-        potentials = self.potentials
-        positions = torch.zeros_like(tokens)
-        columns = potentials.emission.columns(tokens, positions)
-        log_marginal = potentials.log_marginal[0][tokens]
-        log_emitted = columns + log_marginal[..., None] - potentials.top_k_summary.log_mean[0]
-        return log_emitted.clamp(-1e4, 0)  # forbidden tokens (roles) occur in prompts too
+            log_marginal = self.token_marginal.log().reshape(-1, self.config.vocab_size)[0]
+            return self.context_maps(
+                last_hidden_state, masked, present, preceding, log_marginal, self.config.alpha
+            )
 
 
 AutoModel.register(CoDDHeadConfig, CoDDHead, exist_ok=True)

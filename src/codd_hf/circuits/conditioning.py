@@ -16,6 +16,7 @@ for, the noise level. All maps start as no-ops.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +40,9 @@ COPY_FLOOR = -16.5
 
 EMITTED_FLOOR = -10.0
 """Smallest `log p(x_j | z)` with which a copy state of `x_j` is entered."""
+
+SUGGESTED_STATES = 8
+"""How many states a copied token suggests; their share of `p(z | x)` is nearly all of it."""
 
 LARGEST_WEIGHT = 12.0
 """Largest log-potential with which a copy state emits its token."""
@@ -91,6 +95,7 @@ class ContextMaps(nn.Module):
         transition_rank: rank `r` of the low-rank term.
         noise_conditioning: the share of the window that is masked is an input as well.
         copy_size: size of the queries and keys of `"copy"`.
+        vocab_size: number of tokens, for `"copy"`.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class ContextMaps(nn.Module):
         transition_rank: int,
         noise_conditioning: bool,
         copy_size: int = 64,
+        vocab_size: int = 0,
     ):
         super().__init__()
         self.noise_conditioning = noise_conditioning
@@ -124,8 +130,12 @@ class ContextMaps(nn.Module):
             self.follow_query = nn.Linear(size, copy_size, bias=False)
             self.follow_key = nn.Linear(context_size, copy_size, bias=False)
             self.follow_bias = nn.Parameter(torch.empty(1))
-            # Fixed: its gradient would cost more than all the rest of a step.
-            self.register_buffer("copy_prior", torch.empty(num_latents))
+            # Fixed, as the generative circuit has them: the conditional fit bends the emissions
+            # away from laws, and its gradient would cost more than all the rest of a step.
+            shape = (vocab_size, min(SUGGESTED_STATES, num_latents))
+            self.register_buffer("suggested", torch.empty(shape, dtype=torch.int32))
+            self.register_buffer("log_suggested", torch.empty(shape))
+            self.register_buffer("log_occupancy", torch.empty(num_latents))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -142,18 +152,27 @@ class ContextMaps(nn.Module):
         if self.copies:
             nn.init.constant_(self.copy_bias, COPY_FLOOR)
             nn.init.zeros_(self.follow_bias)
-            nn.init.zeros_(self.copy_prior)
+            number, states = self.suggested.shape[1], len(self.log_occupancy)
+            self.suggested.copy_(torch.arange(number))
+            nn.init.constant_(self.log_suggested, -math.log(number))
+            nn.init.constant_(self.log_occupancy, -math.log(states))
 
     @torch.no_grad()
-    def start(self, occupancy: torch.Tensor) -> None:
+    def start(self, log_emitted: torch.Tensor, occupancy: torch.Tensor) -> None:
         """Where a fit begins if it is not to take long: copying is a little more than a no-op.
 
         Args:
-            occupancy: `[H]`, how often the circuit is in each state.
+            log_emitted: `[H, V]`, `log p(v | z)` of the generative circuit.
+            occupancy: `[H]`, how often it is in each state.
         """
-        if self.copies:
-            nn.init.constant_(self.copy_bias, COPY_START)
-            self.copy_prior.copy_(occupancy.clamp(min=1e-6).log())
+        if not self.copies:
+            return
+        nn.init.constant_(self.copy_bias, COPY_START)
+        self.log_occupancy.copy_(occupancy.clamp(min=1e-6).log())
+        joint = log_emitted.T + self.log_occupancy
+        likeliest = joint.log_softmax(-1).topk(self.suggested.shape[1], -1)
+        self.suggested.copy_(likeliest.indices)
+        self.log_suggested.copy_(likeliest.values.log_softmax(-1))
 
     def forward(
         self,
@@ -161,8 +180,8 @@ class ContextMaps(nn.Module):
         masked: torch.Tensor,
         present: torch.Tensor | None,
         preceding: Preceding | None = None,
-        columns: torch.Tensor | None = None,
-        weight: torch.Tensor | None = None,
+        log_marginal: torch.Tensor | None = None,
+        alpha: float = 1.0,
     ) -> Context:
         """Context of a batch of windows.
 
@@ -171,8 +190,8 @@ class ContextMaps(nn.Module):
             masked: `[B, L]` bool, the masked positions; only their share matters.
             present: `[B, L]` bool; None where all positions are.
             preceding: the tokens before the windows, for `"copy"`.
-            columns: `[B, C, H]`, `log p(v | z)` of these tokens under the circuit.
-            weight: `[B, C]`, the log-potential with which a copy state emits its token.
+            log_marginal: `[V]`, log of the token marginal, for `"copy"`.
+            alpha: the power of it that the emissions were divided by.
         """
         dtype = next(self.parameters()).dtype
         inputs = F.rms_norm(hidden.to(dtype), hidden.shape[-1:])
@@ -189,11 +208,11 @@ class ContextMaps(nn.Module):
         if "before" in maps:
             low_rank = (_below(LOW_RANK_LIMIT, maps["before"]), maps["after"].log_softmax(-1))
         if self.copies:
-            copies = self._copy_states(inputs, preceding, columns, weight)
+            copies = self._copy_states(inputs, preceding, log_marginal, alpha)
         steps = StepContext(gate, low_rank, GATE_LIMIT, LOW_RANK_LIMIT)
         return Context(maps.get("latent"), steps, copies)
 
-    def _copy_states(self, inputs, preceding: Preceding, columns, weight) -> CopyStates:
+    def _copy_states(self, inputs, preceding: Preceding, log_marginal, alpha) -> CopyStates:
         hidden = preceding.hidden.to(inputs.dtype)
         hidden = F.rms_norm(hidden, hidden.shape[-1:])
         start = self.query(inputs) @ self.key(hidden).transpose(1, 2) + self.copy_bias
@@ -201,13 +220,18 @@ class ContextMaps(nn.Module):
         present = preceding.present
         absent = ~present[:, None]
         apart = ~(present & present.roll(1, 1))[:, None]
+        states = self.suggested[preceding.tokens].long()
+        left = inputs.new_full((*preceding.tokens.shape, len(self.log_occupancy)), -torch.inf)
+        left = left.scatter(-1, states, self.log_suggested[preceding.tokens].to(left.dtype))
+        log_marginal = log_marginal[preceding.tokens]
+        emitted = left + log_marginal[..., None] - self.log_occupancy  # p(x | z) by Bayes' rule
         return CopyStates(
             tokens=preceding.tokens,
             start=_below(COPY_LIMIT, start).clamp(min=COPY_FLOOR).masked_fill(absent, -torch.inf),
             follow=_below(COPY_LIMIT, follow + self.follow_bias).masked_fill(apart, -torch.inf),
-            emitted=columns.clamp(min=EMITTED_FLOOR),
-            left=(columns + self.copy_prior).log_softmax(-1),
-            weight=weight.clamp(max=LARGEST_WEIGHT),
+            emitted=emitted.clamp(EMITTED_FLOOR, 0),
+            left=left,
+            weight=(-alpha * log_marginal).clamp(max=LARGEST_WEIGHT),
             limits=(COPY_FLOOR + EMITTED_FLOOR, COPY_LIMIT),
         )
 

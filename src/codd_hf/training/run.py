@@ -207,7 +207,8 @@ def start_of_stage_three(config: TrainConfig, model: CoDDModel, stage_one: CoDDH
     head.set_potentials(fitted, stage_one.token_marginal, alpha=config.alpha)
     head.temper(config.emission_power, config.transition_power)
     if head.context_maps is not None:
-        head.context_maps.start(occupancy(fitted, config.window_length).mean(0))
+        law = fitted.emission.dense().log_softmax(-1).mean(0)
+        head.context_maps.start(law, occupancy(fitted, config.window_length).mean(0))
     return head
 
 
@@ -231,7 +232,9 @@ def save_pipeline(
         # One copy of a tensor with several names, so that tied weights are stored once.
         copies: dict[int, torch.Tensor] = {}
         stored = {
-            name: copies.setdefault(tensor.data_ptr(), tensor.to(dtype))
+            name: copies.setdefault(
+                tensor.data_ptr(), tensor.to(dtype) if tensor.is_floating_point() else tensor
+            )
             for name, tensor in part.state_dict().items()
         }
         part.save_pretrained(target, state_dict=stored)
