@@ -5,19 +5,29 @@ from left to right; a block is filled in a number of steps, each one pass of the
 whole canvas `[prompt][generated][padding]`. The circuit's windows tile the generated part as well:
 they start at the row's first generated token, whatever the length of its prompt, and a block is
 decoded under all the windows that overlap it. Nothing that happens in a row depends on the others.
+
+The number of steps is a ceiling. A row whose block is full costs no more passes in that block;
+steps that are not needed there are not passed on to later blocks, whose share stays the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import logging
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from .circuits.random import Generators
-from .schedulers import CoDDScheduler
+from .decoding_arguments import (
+    ForcedTokens,
+    check_decoding_arguments,
+    for_each_row,
+    steps_per_block,
+)
+from .schedulers import CoDDScheduler, CommitMemory, RowText
 
 if TYPE_CHECKING:
     from .modeling_codd import CoDDModel
@@ -34,13 +44,15 @@ class DecodingOutput:
     Attributes:
         sequences: `[batch, gen_length]`, the generated tokens; after the end of a row's text, its
             end-of-text token.
-        num_passes: passes of the backbone that were run.
+        num_passes: passes of the backbone that were run, each over the rows that needed it.
         finished: `[batch]` bool, the rows that ended with an end-of-text token.
+        passes_per_row: `[batch]`, the passes that each row took part in.
     """
 
     sequences: torch.Tensor
     num_passes: int
     finished: torch.Tensor
+    passes_per_row: torch.Tensor
 
 
 @torch.no_grad()
@@ -56,6 +68,9 @@ def denoise(
     generator: Generators = None,
     eos_token_id: int | list[int] | None = None,
     early_stop: bool = True,
+    min_new_tokens: int | Sequence[int] | None = None,
+    forced_tokens: ForcedTokens | None = None,
+    logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
     on_step: OnStep | None = None,
     **settings: Any,
 ) -> DecodingOutput:
@@ -68,13 +83,22 @@ def denoise(
         attention_mask: `[batch, prompt_length]`, 0 at padding; default no padding.
         gen_length: number of tokens to generate in each row.
         block_length: number of tokens in a block (fewer in the last one).
-        num_inference_steps: passes of the backbone for the whole generation, shared evenly by the
-            blocks, the remainder by the first ones. Steps beyond a block's tokens are not run.
+        num_inference_steps: the most passes of the backbone for the whole generation, shared evenly
+            by the blocks, the remainder by the first ones. Steps that a block does not need, since
+            it has fewer tokens or the strategy commits more at once, are not run.
         generator: one for all rows, or a list with one per row: a row's tokens then do not depend
             on the rest of the batch.
         eos_token_id: the end-of-text token, or several.
         early_stop: whether a row that holds an end-of-text token once a block is complete is
             finished: the rest of it becomes that token, and no more passes are spent on it.
+        min_new_tokens: how many generated tokens come before the first end-of-text token, for all
+            rows or one number for each; `gen_length` means that there is none. The backbone's
+            prediction rules it out before the circuit sees it.
+        forced_tokens: tokens by their place among the generated ones (from 0), for all rows or one
+            mapping for each. They stand on the canvas from the start, so that everything else is
+            predicted given them, and are never remasked.
+        logits_processor: transformers' processors of the scores that candidates are drawn from;
+            what they see is said at `CoDDScheduler.step`.
         on_step: called after each step with its number, its timestep, and a dict with `canvas`
             (`[batch, length]`, all the tokens of all the rows), `generated` (bool, which of them
             are not prompt or padding), `transfer_index` (bool, committed in this step),
@@ -94,6 +118,9 @@ def denoise(
         num_inference_steps,
         generator,
         settings,
+        min_new_tokens,
+        forced_tokens,
+        model.config,
     )
     batch, device = len(input_ids), input_ids.device
     mask_token_id, window_length = model.config.mask_token_id, model.window_length
@@ -105,60 +132,80 @@ def denoise(
         [] if eos_token_id is None else eos_token_id, dtype=torch.long, device=device
     ).reshape(-1)
 
+    for row, tokens in enumerate(for_each_row(forced_tokens, batch)):
+        for place, token in tokens.items():
+            canvas[row, start[row] + place] = token
+    fewest = torch.as_tensor(min_new_tokens or 0, device=device).expand(batch)
+
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
+    passes_per_row = torch.zeros(batch, dtype=torch.long, device=device)
     num_passes, warned = 0, False
     block_steps = steps_per_block(num_inference_steps, gen_length, block_length)
     for block, num_steps in enumerate(block_steps):
-        rows = (~finished).nonzero()[:, 0]
-        if len(rows) == 0:
+        if bool(finished.all()):
             break
-        row_generator = generator
-        if generator is not None and not isinstance(generator, torch.Generator):
-            row_generator = [generator[row] for row in rows.tolist()]
 
         # 1. The windows that overlap the block, and where they lie on the canvas.
         block_start, block_end = block * block_length, min((block + 1) * block_length, gen_length)
         first = block_start // window_length * window_length
         num_windows = -(-(block_end - first) // window_length)
         column = torch.arange(first, first + num_windows * window_length, device=device)
-        eligible = ((column >= block_start) & (column < block_end)).expand(len(rows), -1)
-        position = start[rows, None] + column  # [rows, num_windows * window_length]
-        inside = position.clamp(max=length - 1)
-        window_start = position[:, ::window_length].reshape(-1)
-        window_row = torch.arange(len(rows), device=device).repeat_interleave(num_windows)
+        in_block = (column >= block_start) & (column < block_end)
+        memory = CommitMemory()
 
         scheduler.set_timesteps(num_steps, device=device)
         for timestep in scheduler.timesteps:
-            current = canvas[rows]
-            sample = current.gather(1, inside)
-            if not bool(((sample == mask_token_id) & eligible).any()):
+            place = start[:, None] + column  # [batch, num_windows * window_length]
+            tokens = canvas.gather(1, place.clamp(max=length - 1))
+            unfilled = ((tokens == mask_token_id) & in_block).any(-1) & ~finished
+            rows = unfilled.nonzero()[:, 0]
+            if len(rows) == 0:
                 break
+            current, sample, position = canvas[rows], tokens[rows], place[rows]
+            row_generator = generator
+            if generator is not None and not isinstance(generator, torch.Generator):
+                row_generator = [generator[row] for row in rows.tolist()]
 
             # 2. One pass of the backbone, and the distribution over the windows.
             states = model.backbone_states(current, canvas_mask[rows])
             distribution = model.window_distribution(
                 states,
                 current,
-                window_start,
+                position[:, ::window_length].reshape(-1),
                 attention_mask=canvas_mask[rows],
-                rows=window_row,
+                rows=torch.arange(len(rows), device=device).repeat_interleave(num_windows),
                 temperature=scheduler.draw_settings(**settings).evidence_temperature,
             )
+            too_early = column < fewest[rows, None]
+            if len(eos_ids) and bool(too_early.any()):
+                distribution = distribution.without(
+                    eos_ids, too_early.view_as(distribution.present)
+                )
 
             # 3. Some of the masked tokens are committed.
             undecided = (current == mask_token_id) & generated[rows]
+            known = canvas_mask[rows].bool() & (current != mask_token_id)
+            memory_of_rows = memory.of_rows(rows)
             step = scheduler.step(
                 distribution,
                 timestep,
                 sample,
                 generator=row_generator,
-                eligible=eligible,
+                eligible=in_block.expand_as(sample),
                 mask_ratio=undecided.sum(-1) / gen_length,
+                mask_token_id=mask_token_id,
+                logits_processor=logits_processor,
+                text=RowText(current, known, position),
+                memory=memory_of_rows,
                 **settings,
             )
+            memory.write(rows, memory_of_rows, batch)
+            passes_per_row[rows] += 1
             committed_row, committed_column = step.transfer_index.nonzero(as_tuple=True)
             committed = rows[committed_row], position[committed_row, committed_column]
             canvas[committed] = step.prev_sample[committed_row, committed_column]
+            back_row, back_column = step.remasked.nonzero(as_tuple=True)
+            canvas[rows[back_row], position[back_row, back_column]] = mask_token_id
             if not warned and bool(step.fallback.any()):
                 warned = True
                 logger.warning(
@@ -203,59 +250,7 @@ def denoise(
             canvas = torch.where(after & finished[:, None], canvas.gather(1, first_end), canvas)
 
     sequences = canvas.gather(1, start[:, None] + torch.arange(gen_length, device=device))
-    return DecodingOutput(sequences=sequences, num_passes=num_passes, finished=finished)
-
-
-def check_decoding_arguments(
-    scheduler: CoDDScheduler,
-    batch: int,
-    gen_length: int,
-    block_length: int,
-    num_inference_steps: int,
-    generator: Generators,
-    settings: dict[str, Any],
-) -> None:
-    """Raises for what cannot be decoded, before anything expensive is done.
-
-    Raises:
-        ValueError: a length or the number of steps is below 1, there are fewer steps than blocks,
-            `generator` is a list whose length is not `batch`, or a setting is out of range.
-        TypeError: a number is not an integer, or a setting is unknown.
-    """
-    numbers = {
-        "gen_length": gen_length,
-        "block_length": block_length,
-        "num_inference_steps": num_inference_steps,
-    }
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"`{name}` must be an integer, got {value!r}.")
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    num_blocks = -(-gen_length // block_length)
-    if num_inference_steps < num_blocks:
-        raise ValueError(
-            f"`num_inference_steps` must be at least the number of blocks, {num_blocks} for "
-            f"`gen_length={gen_length}` and `block_length={block_length}`, got "
-            f"{num_inference_steps}: take more steps or longer blocks."
-        )
-    if (
-        generator is not None
-        and not isinstance(generator, torch.Generator)
-        and (len(generator) != batch)
-    ):
-        raise ValueError(
-            f"`generator` must be one generator or a list with one per prompt ({batch}), got "
-            f"{len(generator)}."
-        )
-    scheduler.draw_settings(**settings)
-
-
-def steps_per_block(num_inference_steps: int, gen_length: int, block_length: int) -> list[int]:
-    """Shares the steps evenly over the blocks; the remainder goes to the first ones."""
-    num_blocks = -(-gen_length // block_length)
-    each, remainder = divmod(num_inference_steps, num_blocks)
-    return [each + (block < remainder) for block in range(num_blocks)]
+    return DecodingOutput(sequences, num_passes, finished, passes_per_row)
 
 
 def pack_canvas(

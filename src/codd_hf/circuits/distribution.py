@@ -9,14 +9,13 @@ from torch.distributions import Distribution
 
 from . import chain as chains
 from .checks import check_ids, check_shapes
+from .conditionals import Conditionals
 from .conditioning import Context
 from .evidence import (
     DenseEvidence,
     best_evidence,
     emission_of_latents,
-    mix_tokens,
 )
-from .latent_chain import LatentChain
 from .lazy import cached_property
 from .numerics import logsumexp, safe_log
 from .potentials import Potentials
@@ -38,7 +37,7 @@ class ViterbiPath(NamedTuple):
     log_prob: torch.Tensor
 
 
-class CoupledCategorical(LatentChain, Distribution):
+class CoupledCategorical(Conditionals, Distribution):
     r"""A joint distribution over the masked tokens of a window (CoDD, arXiv 2603.00045).
 
         p(x_M | x_O) = p_w(x_M, x_O) \prod_{i in M} phi_i(x_i) / Z
@@ -142,18 +141,6 @@ class CoupledCategorical(LatentChain, Distribution):
         agrees = ((value == self.tokens) | ~self.observed).all(-1)
         return torch.where(agrees, gain + factorized, -torch.inf)
 
-    def partial_log_prob(self, value: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-        """Log-probability `[B]` of the tokens at some masked positions, the others summed out.
-
-        Args:
-            value: `[B, L]` tokens.
-            known: `[B, L]` bool, the positions that count; masked ones.
-        """
-        conditioned = self.condition(value, known)
-        token = self._prediction.log_prob_of(torch.where(known, value, 0))
-        gain = conditioned.log_partition - self.log_partition
-        return gain + token.masked_fill(~known, 0).sum(-1)
-
     def coupling_gain(self, value: torch.Tensor) -> torch.Tensor:
         """`log p_w(x) - log Z`, `[*S, B]`: what the circuit adds to the factorized log-likelihood.
 
@@ -189,19 +176,7 @@ class CoupledCategorical(LatentChain, Distribution):
         """
         coupled = self.active & (self.log_partition > -torch.inf)
         rows, positions = (self.masked & coupled[:, None]).nonzero(as_tuple=True)
-        log_phi = self._log_phi[rows, positions]
-        number = self.potentials.num_latents
-        posterior = self.latent_posterior[rows, positions]
-        weights = safe_log(posterior[:, :number])
-        evidence = self._evidence[rows, positions, :number]
-        weights = weights - torch.where(weights == -torch.inf, 0, evidence)
-        mixed = mix_tokens(
-            self.potentials.emission, log_phi, weights, positions, self.potentials.summary
-        )
-        if self._copies is not None:
-            own = posterior[:, :number].sum(-1, keepdim=True)
-            tokens = self._copies.tokens[rows]
-            mixed = (own * mixed).scatter_add(1, tokens, posterior[:, number:].to(mixed.dtype))
+        mixed = self.marginals_at(rows, positions)
         marginals = self.factorized_logits.exp()
         return marginals.index_put((rows, positions), mixed)
 
@@ -304,7 +279,38 @@ class CoupledCategorical(LatentChain, Distribution):
             if tuple(value.shape) != shape:
                 raise ValueError(f"`{name}` must have shape {shape}, got {tuple(value.shape)}.")
         known = torch.where(self.observed, self.tokens, tokens)
-        return self._replace(tokens=known, observed=self.observed | observed)
+        conditioned = self._replace(tokens=known, observed=self.observed | observed)
+        if "_evidence" in self.__dict__:  # the products with the vocabulary stay as they are
+            kept = ("_prediction", "_log_phi", "_copies", "_steps", "_initial")
+            for name in kept:
+                if name in self.__dict__:
+                    conditioned.__dict__[name] = self.__dict__[name]
+            hard = conditioned._hard_evidence(conditioned.tokens)
+            further = (self.masked & observed)[..., None]
+            conditioned._evidence = torch.where(further, hard, self._evidence)
+        return conditioned
+
+    def without(
+        self, token_ids: torch.Tensor, where: torch.Tensor | None = None
+    ) -> CoupledCategorical:
+        """The same distribution with no potential for some tokens.
+
+        Args:
+            token_ids: `[n]` tokens that the backbone's prediction shall rule out.
+            where: `[B, L]` bool, at which positions; default all.
+
+        Raises:
+            ValueError: the distribution was made of evidence, which holds no logits.
+        """
+        if not isinstance(self.logits, torch.Tensor):
+            raise ValueError(
+                "The distribution holds evidence in place of logits, of which no token can be "
+                "taken out: give `forbidden` when the evidence is made."
+            )
+        where = torch.ones_like(self.present) if where is None else where
+        chosen = self.logits[..., token_ids].masked_fill(where[..., None], -torch.inf)
+        logits = self.logits.index_copy(-1, token_ids, chosen)
+        return self._replace(logits=logits)
 
     def with_temperature(self, temperature: float) -> CoupledCategorical:
         """The same distribution at another evidence temperature."""

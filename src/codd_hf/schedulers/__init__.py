@@ -1,5 +1,7 @@
 """Schedulers: which tokens a denoising step commits, and what they are drawn from."""
 
+from .controls import RowText
+from .remasking import CommitMemory
 from .scheduling_codd import CoDDScheduler, CoDDSchedulerOutput
 
-__all__ = ["CoDDScheduler", "CoDDSchedulerOutput"]
+__all__ = ["CoDDScheduler", "CoDDSchedulerOutput", "CommitMemory", "RowText"]

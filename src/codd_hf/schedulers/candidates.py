@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,15 +19,25 @@ class Confidence(NamedTuple):
     Attributes:
         of: maps tokens `[batch, length]` to their probabilities `[batch, length]`.
         law: gives all probabilities `[batch, length, vocab]`.
+        log_joint: maps tokens `[batch, length]` and sets of positions `[n, batch, length]` (bool)
+            to the exact log-probabilities `[n, batch]` of the tokens in each set together.
     """
 
     of: Callable[[torch.Tensor], torch.Tensor]
     law: Callable[[], torch.Tensor]
+    log_joint: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
     @classmethod
-    def from_law(cls, law: Callable[[], torch.Tensor]) -> Confidence:
-        """Reads single probabilities off the whole law."""
-        return cls(lambda tokens: law().gather(-1, tokens[..., None])[..., 0], law)
+    def factorized(cls, law: Callable[[], torch.Tensor]) -> Confidence:
+        """Reads everything off the laws of single positions."""
+
+        def of(tokens: torch.Tensor) -> torch.Tensor:
+            return law().gather(-1, tokens[..., None])[..., 0]
+
+        def log_joint(tokens: torch.Tensor, sets: torch.Tensor) -> torch.Tensor:
+            return torch.where(sets, of(tokens).log(), 0).sum(-1)
+
+        return cls(of, law, log_joint)
 
 
 class CandidateSource(NamedTuple):
@@ -45,80 +56,146 @@ class CandidateSource(NamedTuple):
     fallback: torch.Tensor
 
 
-def read_distribution(
-    distribution: CoupledCategorical,
-    sample: torch.Tensor,
-    settings: DrawSettings,
-    generator: Generators = None,
-    mask_ratio: torch.Tensor | None = None,
-) -> CandidateSource:
-    """Reads a coupled distribution over windows, those of a row in succession.
+@dataclass
+class CoupledWindows:
+    """A coupled distribution over the windows of some rows, those of a row in succession.
 
-    Args:
-        distribution: over `batch * W` windows of `L` positions.
-        sample: `[batch, W * L]`, the windows' tokens.
-        settings: what shapes the draw.
-        generator: one for all, or one per row of `sample`, for the latents.
-        mask_ratio: `[batch]`, each row's, for `activation_scope="row"`; default that of `sample`.
+    The circuit is applied where the settings activate it and where it shares a completion with
+    the backbone.
 
-    Raises:
-        ValueError: `sample` or `generator` does not fit the windows.
+    Attributes:
+        sharpened: at the settings' evidence temperature: what tokens are drawn from.
+        plain: at evidence temperature 1: what confidence is read from.
+        batch: the number of rows.
+        fallback: `[batch]` bool, rows with a window in which circuit and backbone exclude each
+            other.
     """
-    (num_windows,), (window_length,) = distribution.batch_shape, distribution.event_shape
-    batch, length = sample.shape
-    if num_windows * window_length != batch * length or length % window_length:
-        raise ValueError(
-            f"`sample` must hold the tokens of {num_windows} windows of {window_length}, the "
-            f"windows of a row in succession, got shape {tuple(sample.shape)}."
-        )
-    per_row = length // window_length
 
-    shape = (batch, length, -1)
-    active = _active_windows(distribution, batch, settings, mask_ratio)
-    fallback = torch.zeros_like(distribution.active)
-    if settings.sampling == "factorized" or not bool(active.any()):
-        sharpened = distribution.with_temperature(settings.evidence_temperature)
-        plain = distribution.with_temperature(1.0)
-        log_probs = sharpened.factorized_logits
-        if settings.sampling == "latent" and distribution.potentials.num_latents > 1:
-            # A row uses up the same numbers whether or not others of its batch are coupled.
-            numbers = (num_windows, 1, window_length)
-            uniform(numbers, _per_window(generator, batch, per_row), sample.device)
-        confidence = Confidence.from_law(lambda: plain.factorized_logits.exp().reshape(shape))
-    else:
+    sharpened: CoupledCategorical
+    plain: CoupledCategorical
+    batch: int
+    fallback: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        distribution: CoupledCategorical,
+        sample: torch.Tensor,
+        settings: DrawSettings,
+        mask_ratio: torch.Tensor | None = None,
+    ) -> CoupledWindows:
+        """Applies the settings to a distribution.
+
+        Args:
+            distribution: over `batch * W` windows of `L` positions.
+            sample: `[batch, W * L]`, the windows' tokens.
+            settings: what shapes the draw.
+            mask_ratio: `[batch]`, each row's, for `activation_scope="row"`; default that of
+                `sample`.
+
+        Raises:
+            ValueError: `sample` does not fit the windows.
+        """
+        (num_windows,), (window_length,) = distribution.batch_shape, distribution.event_shape
+        batch, length = sample.shape
+        if num_windows * window_length != batch * length or length % window_length:
+            raise ValueError(
+                f"`sample` must hold the tokens of {num_windows} windows of {window_length}, the "
+                f"windows of a row in succession, got shape {tuple(sample.shape)}."
+            )
+        if settings.forbidden_token_ids:
+            ids = torch.tensor(settings.forbidden_token_ids, device=sample.device)
+            distribution = distribution.without(ids)
+        active = _active_windows(distribution, batch, settings, mask_ratio)
+        if settings.sampling == "factorized":
+            active = torch.zeros_like(active)
         if not bool(active.all()):
             distribution = distribution.with_active(active)
         plain = distribution.with_temperature(1.0)
         sharpened = distribution.with_temperature(settings.evidence_temperature)
-        impossible = sharpened.log_partition.isneginf()
-        if settings.confidence != "latent":
-            impossible = impossible | plain.log_partition.isneginf()
-        fallback = active & impossible
-        if bool(fallback.any()):
-            plain = plain.with_active(active & ~fallback)
-            sharpened = sharpened.with_active(active & ~fallback)
+        fallback = torch.zeros_like(active)
+        if bool(active.any()):
+            impossible = sharpened.log_partition.isneginf()
+            only_given_latents = settings.confidence == "latent" and settings.strategy != "joint"
+            if not only_given_latents or settings.remask_threshold:
+                impossible = impossible | plain.log_partition.isneginf()
+            fallback = active & impossible
+            if bool(fallback.any()):
+                plain = plain.with_active(active & ~fallback)
+                sharpened = sharpened.with_active(active & ~fallback)
+        return cls(sharpened, plain, batch, fallback.view(batch, -1).any(-1))
+
+    @property
+    def masked(self) -> torch.Tensor:
+        """`[batch, length]` bool."""
+        return self.plain.masked.view(self.batch, -1)
+
+    def windows(self, of_rows: torch.Tensor) -> torch.Tensor:
+        """`[*S, batch * W, L]` of `[*S, batch, length]`."""
+        return of_rows.reshape(*of_rows.shape[:-2], *self.plain.masked.shape)
+
+    def rows(self, of_windows: torch.Tensor) -> torch.Tensor:
+        """`[batch, length, ...]` of `[batch * W, L, ...]`."""
+        return of_windows.reshape(*self.masked.shape, *of_windows.shape[2:])
+
+    def read(self, settings: DrawSettings, generator: Generators = None) -> CandidateSource:
+        """Reads laws from which the candidates of all positions are drawn independently.
+
+        Args:
+            settings: `sampling` and `confidence` count.
+            generator: one for all, or one per row, for the latents.
+
+        Raises:
+            ValueError: `generator` is a list of another length.
+        """
+        sharpened, plain = self.sharpened, self.plain
+        per_window = self._per_window(generator) if settings.sampling == "latent" else None
+        latents = None
+        if not bool(plain.active.any()):
+            log_probs = sharpened.factorized_logits
+            if settings.sampling == "latent" and plain.potentials.num_latents > 1:
+                # A row uses up the same numbers whether or not others of its batch are coupled.
+                num_windows, length = self.plain.masked.shape
+                uniform((num_windows, 1, length), per_window, self.masked.device)
+            confidence = Confidence.factorized(lambda: self.rows(plain.factorized_logits.exp()))
+            return CandidateSource(self.masked, self.rows(log_probs), confidence, self.fallback)
         if settings.sampling == "latent":
-            latents = sharpened.sample_latents(_per_window(generator, batch, per_row))
-            log_probs = sharpened.logits_given(latents)
-        else:
-            log_probs = sharpened.marginals.log()
+            latents = sharpened.sample_latents(per_window)
+        elif settings.sampling == "viterbi":
+            latents = sharpened.viterbi().latents
+        log_probs = (
+            sharpened.marginals.log() if latents is None else sharpened.logits_given(latents)
+        )
+
+        def log_joint(tokens: torch.Tensor, sets: torch.Tensor) -> torch.Tensor:
+            log_prob = plain.partial_log_prob(self.windows(tokens), self.windows(sets))
+            return log_prob.unflatten(-1, (self.batch, -1)).sum(-1)
+
         if settings.confidence == "latent":
             same = plain is sharpened
-            confidence = Confidence.from_law(
-                lambda: (log_probs if same else plain.logits_given(latents)).exp().reshape(shape)
+            given = Confidence.factorized(
+                lambda: self.rows((log_probs if same else plain.logits_given(latents)).exp())
             )
+            confidence = given._replace(log_joint=log_joint)
         else:
-            windows = (num_windows, window_length)
             confidence = Confidence(
-                lambda tokens: plain.marginal_probs_of(tokens.reshape(windows)).view(batch, length),
-                lambda: plain.marginals.reshape(shape),
+                lambda tokens: self.rows(plain.marginal_probs_of(self.windows(tokens))),
+                lambda: self.rows(plain.marginals),
+                log_joint,
             )
-    return CandidateSource(
-        masked=(distribution.present & ~distribution.observed).view(batch, length),
-        log_probs=log_probs.reshape(shape),
-        confidence=confidence,
-        fallback=fallback.view(batch, per_row).any(-1),
-    )
+        return CandidateSource(self.masked, self.rows(log_probs), confidence, self.fallback)
+
+    def _per_window(self, generator: Generators) -> Generators:
+        """Each row's generator for each of its windows."""
+        if generator is None or isinstance(generator, torch.Generator):
+            return generator
+        if len(generator) != self.batch:
+            raise ValueError(
+                f"`generator` must have one entry per row ({self.batch}), got {len(generator)} "
+                "generators."
+            )
+        per_row = len(self.plain.masked) // self.batch
+        return [row_generator for row_generator in generator for _ in range(per_row)]
 
 
 def read_logits(
@@ -126,7 +203,6 @@ def read_logits(
     sample: torch.Tensor,
     settings: DrawSettings,
     mask_token_id: int | None,
-    forbidden_token_ids: Sequence[int] = (),
 ) -> CandidateSource:
     """Reads plain logits, which are factorized whatever the settings' `sampling` says.
 
@@ -134,8 +210,7 @@ def read_logits(
         logits: `[batch, length, vocab]`.
         sample: `[batch, length]`, the current tokens.
         settings: what shapes the draw.
-        mask_token_id: the mask token.
-        forbidden_token_ids: tokens that are never drawn, besides the mask token.
+        mask_token_id: the mask token, which is never drawn.
 
     Raises:
         ValueError: the shapes do not fit, or the mask token is None.
@@ -150,14 +225,15 @@ def read_logits(
             "`mask_token_id` must be given here or in the scheduler's config to step with logits."
         )
     masked = sample == mask_token_id
-    never = torch.tensor([mask_token_id, *forbidden_token_ids], device=logits.device)
+    forbidden = settings.forbidden_token_ids or []
+    never = torch.tensor([mask_token_id, *forbidden], device=logits.device)
     logits = logits.float().index_fill(-1, never, -torch.inf)
     known = torch.full_like(logits, -torch.inf).scatter(-1, sample[..., None], 0.0)
     logits = torch.where(masked[..., None], logits, known)
     return CandidateSource(
         masked=masked,
         log_probs=(logits / settings.evidence_temperature).log_softmax(-1),
-        confidence=Confidence.from_law(lambda: logits.softmax(-1)),
+        confidence=Confidence.factorized(lambda: logits.softmax(-1)),
         fallback=masked.new_zeros(len(sample)),
     )
 
@@ -215,14 +291,3 @@ def _active_windows(
     else:
         ratio = num_masked / num_present.clamp(min=1)
     return distribution.active & (ratio <= settings.activation_ratio)
-
-
-def _per_window(generator: Generators, batch: int, per_row: int) -> Generators:
-    """Each row's generator for each of its windows."""
-    if generator is None or isinstance(generator, torch.Generator):
-        return generator
-    if len(generator) != batch:
-        raise ValueError(
-            f"`generator` must have one entry per row ({batch}), got {len(generator)} generators."
-        )
-    return [row_generator for row_generator in generator for _ in range(per_row)]

@@ -9,10 +9,15 @@ import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..circuits import CoupledCategorical
 from ..circuits.random import Generators, draw_categorical, uniform
-from .candidates import Confidence, read_distribution, read_logits, shape_logits
+from .any_order import AnyOrder, Drawn
+from .candidates import CoupledWindows, read_logits, shape_logits
+from .controls import Controls, RowText
+from .positions import choose, fixed_scores
+from .remasking import CommitMemory, take_back
 from .settings import DrawSettings
 
 
@@ -22,20 +27,24 @@ class CoDDSchedulerOutput(BaseOutput):
 
     Args:
         prev_sample (`torch.LongTensor` of shape `(batch_size, length)`):
-            The sample with the step's tokens committed.
+            The sample with the step's tokens committed, and masked again where tokens went back.
         transfer_index (`torch.BoolTensor` of shape `(batch_size, length)`):
-            Where they were committed.
+            Where tokens were committed and stayed.
         sampled_tokens (`torch.LongTensor` of shape `(batch_size, length)`):
-            The candidate of every position; at positions that are not masked, their token.
+            The candidate of every position; at positions that are not masked, their token. With
+            `any_order` sampling only what is committed is drawn, and the others keep their mask.
         sampled_probs (`torch.Tensor` of shape `(batch_size, length)`):
             The candidate's probability under the distribution that confidence is read from, at
-            evidence temperature 1; it is what `low_confidence` ranks by.
+            evidence temperature 1; it is what `low_confidence` ranks by. 0 where `any_order` drew
+            nothing.
         pred_logits (`torch.Tensor` of shape `(batch_size, length, vocab_size)`):
             Normalised log-probabilities that the candidates were really drawn from, after
-            temperature, top-k and top-p.
+            processors, temperature, top-k and top-p.
         fallback (`torch.BoolTensor` of shape `(batch_size,)`):
             Rows with a window in which circuit and backbone exclude each other (no completion has
             a positive probability), so that it was drawn factorized.
+        remasked (`torch.BoolTensor` of shape `(batch_size, length)`):
+            Tokens committed in an earlier step that went back to being masked.
     """
 
     prev_sample: torch.LongTensor
@@ -44,6 +53,7 @@ class CoDDSchedulerOutput(BaseOutput):
     sampled_probs: torch.Tensor
     pred_logits: torch.Tensor
     fallback: torch.BoolTensor
+    remasked: torch.BoolTensor
 
 
 class CoDDScheduler(SchedulerMixin, ConfigMixin):
@@ -53,44 +63,70 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
     commits the `ceil(m / k)` that the strategy ranks highest, so that the remainder falls on the
     first steps and the last one commits everything. Ties go to the leftmost position.
 
-    A candidate is drawn from the factorized `phi_i` (`factorized`), from the exact coupled marginal
-    (`marginal`), or, with `z` drawn from its exact posterior, from
-    `p(x_i | z_i) \propto phi_i(x_i) E(z_i, x_i)` (`latent`, section 5.1 of
-    [CoDD](https://arxiv.org/abs/2603.00045)): the tokens are then coupled through `z`, and at
-    temperature 1 and with all positions committed they are an exact joint sample.
+    The strategies `threshold` and `joint` commit more where they are sure: `threshold` every
+    candidate whose confidence reaches the threshold, `joint` the longest run of candidates, in
+    order of confidence, whose exact joint probability under the coupled distribution stays at or
+    above it. Never fewer than `ceil(m / k)`: the number of steps is a ceiling, which is kept
+    without a rush at the end, and with a step for each token the floor is one token. Steps that a
+    block does not need are not run.
+
+    | `sampling` | a token is drawn from | exact sample of the joint |
+    | --- | --- | --- |
+    | `factorized` | `phi_i`, the backbone's prediction | no |
+    | `latent` | `p(x_i \| z_i)`, `z` from its posterior | at temperature 1, if all is committed |
+    | `any_order` | its exact conditional, one by one | at temperature 1, but for `joint` |
+    | `marginal` | its exact coupled marginal | no |
+    | `viterbi` | the best path of latents and tokens together; no randomness | no |
+
+    The paper's are `latent` and `any_order` ([CoDD](https://arxiv.org/abs/2603.00045), section
+    5.1). `any_order` draws only what it commits: the next position is the one that the strategy
+    ranks first by its law given all tokens revealed so far.
 
     Confidence is always read at evidence temperature 1, since a sharpened distribution saturates
     and cannot rank.
 
-    Every setting but the token ids can be overridden in a call of [`~CoDDScheduler.step`].
+    With `remask_threshold`, tokens of the present block that the others make improbable go back to
+    being masked (see `remasking.py`).
+
+    Every setting but the mask token can be overridden in a call of [`~CoDDScheduler.step`].
 
     Args:
         strategy (`str`, defaults to `"low_confidence"`):
-            How positions are ranked: by the candidate's probability (`low_confidence`), by the
-            distance of the two best probabilities (`margin`), by the smallest entropy (`entropy`)
-            or in a random order (`random`).
-        sampling (`str`, defaults to `"latent"`):
-            What candidates are drawn from: `factorized`, `latent` or `marginal`.
+            How positions are ranked: by the candidate's probability (`low_confidence`, `threshold`,
+            `joint`), by the distance of the two best probabilities (`margin`), by the smallest
+            entropy (`entropy`), in a random order (`random`) or from left to right
+            (`left_to_right`).
+        sampling (`str`, defaults to `"latent"`): One of the table above.
         temperature (`float`, defaults to 0.0):
             Of the final draw; 0 takes the most probable token (of those given `z`, in the
-            `latent` mode, where `z` is still drawn).
+            `latent` mode, where `z` is still drawn). `viterbi` has none.
         evidence_temperature (`float`, defaults to 1.0):
             Divides the backbone's logits before the circuit sees them (the paper's tau).
         top_k (`int`, *optional*): Draw from the `top_k` most probable tokens; 0 or None: from all.
         top_p (`float`, *optional*):
             Draw from the fewest tokens whose probabilities reach `top_p`; 1 or None: from all.
+        threshold (`float`, defaults to 0.9):
+            For `threshold`, the least confidence of a token; for `joint`, the least probability of
+            all tokens of a step together.
         activation_ratio (`float`, defaults to 1.0):
             The circuit is applied while the mask ratio is at most this (the paper's gamma); 1
             means always.
         activation_scope (`str`, defaults to `"window"`): Whose mask ratio: `window` or `row`.
         confidence (`str`, defaults to `"marginal"`):
             Whether confidence is the candidate's coupled `marginal` probability or its probability
-            given the sampled `latent` path (only with `sampling="latent"`).
-        mask_token_id (`int`, *optional*):
-            The mask token; needed to step with plain logits and to add noise, unless given there.
+            given the `latent` path (only with `latent` and `viterbi` sampling).
+        repetition_penalty (`float`, defaults to 1.0):
+            Multiplies the log-probability of tokens that the row holds already, prompt included;
+            above 1 they become less probable.
         forbidden_token_ids (`list[int]`, *optional*):
-            Tokens never drawn when stepping with plain logits, besides the mask token (a coupled
-            distribution carries its own).
+            Tokens never drawn, besides those that the model forbids: they get no potential before
+            the circuit sees them.
+        remask_threshold (`float`, *optional*):
+            Tokens of the present block whose probability given all other tokens is below this go
+            back; 0 or None: none.
+        mask_token_id (`int`, *optional*):
+            The mask token; needed to step with plain logits, to remask and to add noise, unless
+            given there.
     """
 
     order = 1
@@ -104,11 +140,14 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         evidence_temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        threshold: float = 0.9,
         activation_ratio: float = 1.0,
         activation_scope: str = "window",
         confidence: str = "marginal",
-        mask_token_id: int | None = None,
+        repetition_penalty: float = 1.0,
         forbidden_token_ids: list[int] | None = None,
+        remask_threshold: float | None = None,
+        mask_token_id: int | None = None,
     ) -> None:
         self.draw_settings()
         self.num_inference_steps: int | None = None
@@ -157,6 +196,9 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         eligible: torch.BoolTensor | None = None,
         mask_ratio: torch.Tensor | None = None,
         mask_token_id: int | None = None,
+        logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
+        text: RowText | None = None,
+        memory: CommitMemory | None = None,
         return_dict: bool = True,
         **overrides: Any,
     ) -> CoDDSchedulerOutput | tuple:
@@ -176,7 +218,19 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             mask_ratio (`torch.Tensor` of shape `(batch_size,)`, *optional*):
                 Each row's mask ratio, for `activation_scope="row"` when `sample` is not the whole
                 row; by default, that of `sample`.
-            mask_token_id (`int`, *optional*): The mask token; only used with plain logits.
+            mask_token_id (`int`, *optional*):
+                The mask token; used with plain logits and to remask.
+            logits_processor (`LogitsProcessorList`, *optional*):
+                transformers' processors of the scores that candidates are drawn from, before
+                temperature. Called for each row with the row's known tokens in order as
+                `input_ids`, masks and padding left out, the same in every line, and with a line of
+                log-probabilities for each masked position.
+            text (`RowText`, *optional*):
+                The whole rows, for the repetition penalty and processors; by default `sample` is
+                all they see.
+            memory (`CommitMemory`, *optional*):
+                What earlier steps of the block committed, for remasking; it is brought up to date.
+                Without it only the step's own tokens are judged.
             return_dict (`bool`, defaults to `True`): Whether to return an output or a tuple.
             **overrides: Settings of this call in place of the configured ones.
 
@@ -186,49 +240,82 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         """
         settings = self.draw_settings(**overrides)
         steps_left = self._steps_left(timestep)
+        if mask_token_id is None:
+            mask_token_id = self.config.mask_token_id
+        controls = Controls.of(settings, logits_processor)
 
-        # 1. What candidates and confidence are read from, and where a token may be committed.
+        # 1. What is drawn from, and where a token may be committed.
+        windows = None
         if isinstance(model_output, CoupledCategorical):
-            source = read_distribution(model_output, sample, settings, generator, mask_ratio)
+            windows = CoupledWindows.of(model_output, sample, settings, mask_ratio)
+            masked, fallback = windows.masked, windows.fallback
         else:
-            source = read_logits(
-                model_output,
-                sample,
-                settings,
-                self.config.mask_token_id if mask_token_id is None else mask_token_id,
-                self.config.forbidden_token_ids or [],
-            )
-        masked, confidence = source.masked, source.confidence
+            source = read_logits(model_output, sample, settings, mask_token_id)
+            masked, fallback = source.masked, source.fallback
         committable = masked if eligible is None else masked & eligible
+        if text is None:
+            every = torch.arange(sample.shape[1], device=sample.device).expand_as(sample)
+            text = RowText(sample, ~masked, every)
 
-        # 2. One candidate per position.
-        pred_logits = shape_logits(
-            source.log_probs, settings.temperature, top_k=settings.top_k, top_p=settings.top_p
-        )
-        if settings.temperature == 0:
-            candidates = pred_logits.argmax(-1)
+        # 2. Candidates, and those of them that are committed.
+        if windows is not None and settings.sampling == "any_order":
+            uniforms = self._uniforms(settings, sample, generator)
+            step = AnyOrder(windows, sample, settings, committable, uniforms, controls, text)
+            scores = fixed_scores(settings.strategy, step.probs, generator)
+            if scores is None:
+                drawn = step.draw_one_by_one(steps_left)
+            else:
+                drawn = step.draw_at_once(scores, steps_left)
+            candidates = drawn.tokens
         else:
-            uniforms = uniform(sample.shape, generator, sample.device)
-            candidates = draw_categorical(pred_logits.exp(), uniforms)
-        sampled_tokens = torch.where(masked, candidates, sample)
-        sampled_probs = confidence.of(sampled_tokens)
+            if windows is not None:
+                source = windows.read(settings, generator)
+            log_probs = source.log_probs
+            if not controls.change_nothing:
+                at = masked.nonzero(as_tuple=True)
+                log_probs = log_probs.index_put(at, controls.apply(log_probs[at], at[0], text))
+            pred_logits = shape_logits(
+                log_probs,
+                0.0 if settings.sampling == "viterbi" else settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+            )
+            uniforms = self._uniforms(settings, sample, generator)
+            if uniforms is None:
+                candidates = pred_logits.argmax(-1)
+            else:
+                candidates = draw_categorical(pred_logits.exp(), uniforms)
+            candidates = torch.where(masked, candidates, sample)
+            probs = source.confidence.of(candidates)
+            where = choose(
+                settings, source.confidence, candidates, probs, committable, steps_left, generator
+            )
+            tokens = torch.where(where, candidates, sample)
+            drawn = Drawn(tokens, where, probs, pred_logits)
 
-        # 3. The best-ranked ones are committed.
-        score = _rank_scores(settings.strategy, confidence, sampled_probs, generator)
-        score = score.masked_fill(~committable, -torch.inf)
-        order = score.argsort(dim=-1, descending=True, stable=True)
-        rank = order.argsort(dim=-1)
-        num_committed = (committable.sum(-1, keepdim=True) + steps_left - 1) // steps_left
-        transfer_index = committable & (rank < num_committed)
-        prev_sample = torch.where(transfer_index, sampled_tokens, sample)
+        # 3. Tokens that the others make improbable go back.
+        prev_sample, transfer_index = drawn.tokens, drawn.where
+        remasked = torch.zeros_like(masked)
+        if settings.remask_threshold and windows is not None and steps_left > 1:
+            if mask_token_id is None:
+                raise ValueError(
+                    "`mask_token_id` must be given here or in the scheduler's config to remask."
+                )
+            memory = CommitMemory() if memory is None else memory
+            back = take_back(
+                windows, prev_sample, transfer_index, settings.remask_threshold, memory
+            )
+            prev_sample = prev_sample.masked_fill(back, mask_token_id)
+            transfer_index, remasked = transfer_index & ~back, back & ~transfer_index
 
         output = CoDDSchedulerOutput(
             prev_sample=prev_sample,
             transfer_index=transfer_index,
-            sampled_tokens=sampled_tokens,
-            sampled_probs=sampled_probs,
-            pred_logits=pred_logits,
-            fallback=source.fallback,
+            sampled_tokens=candidates,
+            sampled_probs=drawn.probs,
+            pred_logits=drawn.pred_logits,
+            fallback=fallback,
+            remasked=remasked,
         )
         return output if return_dict else output.to_tuple()
 
@@ -267,6 +354,15 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             masked = masked & maskable
         return original_samples.masked_fill(masked, mask_token_id)
 
+    @staticmethod
+    def _uniforms(
+        settings: DrawSettings, sample: torch.Tensor, generator: Generators
+    ) -> torch.Tensor | None:
+        """A number in [0, 1) for each position; None where nothing is random."""
+        if settings.temperature == 0 or settings.sampling == "viterbi":
+            return None
+        return uniform(sample.shape, generator, sample.device)
+
     def _steps_left(self, timestep: float | torch.Tensor) -> int:
         """How many steps remain at `timestep`, itself included."""
         if self.num_inference_steps is None:
@@ -278,17 +374,3 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
                 f"{self.num_inference_steps} inference steps."
             )
         return round(steps)
-
-
-def _rank_scores(
-    strategy: str, confidence: Confidence, candidate_probs: torch.Tensor, generator: Generators
-) -> torch.Tensor:
-    """Scores `[B, S]`, the position with the highest of which is committed first."""
-    if strategy == "low_confidence":
-        return candidate_probs
-    if strategy == "margin":
-        best, second = confidence.law().topk(2, dim=-1).values.unbind(-1)
-        return best - second
-    if strategy == "entropy":
-        return -torch.special.entr(confidence.law()).sum(-1)
-    return uniform(candidate_probs.shape, generator, candidate_probs.device)

@@ -7,12 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+ADAPTIVE = ("threshold", "joint")
+"""Strategies that commit as many tokens as are sure enough."""
+
 CHOICES = {
-    "strategy": ("low_confidence", "margin", "entropy", "random"),
-    "sampling": ("factorized", "latent", "marginal"),
+    "strategy": ("low_confidence", "margin", "entropy", "random", "left_to_right", *ADAPTIVE),
+    "sampling": ("factorized", "latent", "any_order", "marginal", "viterbi"),
     "activation_scope": ("window", "row"),
     "confidence": ("marginal", "latent"),
 }
+
+WITH_LATENTS = ("latent", "viterbi")
+"""Sampling modes that draw tokens given a path of latents."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +36,13 @@ class DrawSettings:
     evidence_temperature: float
     top_k: int | None
     top_p: float | None
+    threshold: float
     activation_ratio: float
     activation_scope: str
     confidence: str
+    repetition_penalty: float
+    forbidden_token_ids: list[int] | None
+    remask_threshold: float | None
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -41,6 +51,8 @@ class DrawSettings:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
         self._check_number("temperature", "0 (the most probable token) or more", lambda x: x >= 0)
         self._check_number("evidence_temperature", "above 0 (1 changes nothing)", lambda x: x > 0)
+        self._check_number("threshold", "a probability from 0 to 1", lambda x: 0 <= x <= 1)
+        self._check_number("repetition_penalty", "above 0 (1: off)", lambda x: x > 0)
         self._check_number(
             "activation_ratio", "from 0 to 1 (1: always apply the circuit)", lambda x: 0 <= x <= 1
         )
@@ -52,11 +64,24 @@ class DrawSettings:
                 raise ValueError(
                     f"`top_k` must be an integer of at least 0 (0: off), got {self.top_k}."
                 )
-        if self.confidence == "latent" and self.sampling != "latent":
+        if self.confidence == "latent" and self.sampling not in WITH_LATENTS:
             raise ValueError(
-                "`confidence='latent'` ranks by the latents that only `sampling='latent'` draws, "
-                f"got `sampling={self.sampling!r}`: use `confidence='marginal'`."
+                "`confidence='latent'` ranks by the latents that only `sampling='latent'` and "
+                f"`sampling='viterbi'` have, got `sampling={self.sampling!r}`: use "
+                "`confidence='marginal'`."
             )
+        if self.remask_threshold is not None:
+            self._check_number(
+                "remask_threshold", "a probability from 0 (off) to 1", lambda x: 0 <= x <= 1
+            )
+            if self.remask_threshold > 0 and self.sampling == "factorized":
+                raise ValueError(
+                    "`remask_threshold` judges tokens by the circuit, which "
+                    "`sampling='factorized'` leaves out: use another `sampling`, or 0."
+                )
+        ids = self.forbidden_token_ids
+        if ids is not None and not all(type(token) is int and token >= 0 for token in ids):
+            raise ValueError(f"`forbidden_token_ids` must be a list of token ids, got {ids!r}.")
 
     def _check_number(self, name: str, wanted: str, holds) -> None:
         value = getattr(self, name)
@@ -69,8 +94,9 @@ class DrawSettings:
     def resolve(cls, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> DrawSettings:
         """The settings of one call: those given in `overrides`, the others from `config`.
 
-        A configured `confidence="latent"` holds for latent sampling; a call that asks for another
-        sampling alone is ranked by marginals.
+        A configured `confidence="latent"` holds for sampling with latents, and a configured
+        `remask_threshold` for sampling with the circuit; a call that asks for another sampling
+        alone is ranked by marginals and, if factorized, remasks nothing.
 
         Args:
             config: a scheduler's configuration.
@@ -86,6 +112,8 @@ class DrawSettings:
                 f"`{unknown[0]}` is not a setting of the scheduler: use one of {', '.join(names)}."
             )
         given = {name: value for name, value in overrides.items() if value is not None}
-        if given.get("sampling", "latent") != "latent":
+        if given.get("sampling", "latent") not in WITH_LATENTS:
             given.setdefault("confidence", "marginal")
+        if given.get("sampling") == "factorized":
+            given.setdefault("remask_threshold", 0.0)
         return cls(**{name: given.get(name, config[name]) for name in names})

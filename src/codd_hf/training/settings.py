@@ -140,7 +140,7 @@ class ConditionalConfig:
         seed: seed of order, noise and what starts at random.
     """
 
-    max_steps: int = 1600
+    max_steps: int = 800
     windows_per_batch: int = 64
     windows_per_chunk: int = 32
     learning_rate: float = 5e-3
@@ -148,7 +148,7 @@ class ConditionalConfig:
     warmup_steps: int = 50
     evidence_temperature: float = 1.0
     loss: str = "elbo"
-    num_draws: int = 4
+    num_draws: int = 2
     num_validation_draws: int = 4
     cached_top_k: int = 512
     evidence_precision: str = "half"
