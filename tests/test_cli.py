@@ -166,7 +166,7 @@ def test_damaged_weights_are_one_line(capsys, tmp_path, trained_pipeline):
     weights = tmp_path / "copy" / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     line = failure(capsys, "generate", "hello", "--model", str(tmp_path / "copy"), *SHORT)
-    assert "copy' are damaged" in line
+    assert "copy/model' are damaged" in line
 
 
 @pytest.mark.parametrize(

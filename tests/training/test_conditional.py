@@ -97,7 +97,9 @@ def test_every_kind_of_head_learns(tiny_tokenizer, changes):
         torch.manual_seed(0)
         for parameter in head.parameters(recurse=False):
             torch.nn.init.normal_(parameter, std=0.5)
-    head.context_maps.start(torch.full((head.config.num_latents,), 1 / head.config.num_latents))
+    latents, vocab = head.config.num_latents, head.config.vocab_size
+    law = torch.randn(latents, vocab).log_softmax(-1)
+    head.context_maps.start(law, torch.full((latents,), 1 / latents))
     model = CoDDModel.from_backbone(model.backbone, head)
     before = {name: p.detach().clone() for name, p in head.named_parameters()}
     config = ConditionalConfig(**(vars(CONFIG) | {"max_steps": 60, "evaluation_steps": 60}))

@@ -60,7 +60,8 @@ def test_last_examples_are_held_out_in_order_beside_the_model(trained_pipeline, 
 
 def test_weights_are_stored_in_the_dtype_asked_for_and_tied_ones_once(trained_pipeline):
     stored = load_file(trained_pipeline / "model" / "model.safetensors")
-    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    numbers = [tensor for tensor in stored.values() if tensor.is_floating_point()]
+    assert {tensor.dtype for tensor in numbers} == {torch.bfloat16}
     vocabulary = CoDDModel.from_pretrained(trained_pipeline / "model").config.vocab_size
     assert sum(tensor.shape == (vocabulary, 64) for tensor in stored.values()) == 1
 
@@ -104,7 +105,10 @@ def test_head_is_fitted_to_a_given_backbone_which_it_names(
         replace(trained_config, backbone=backbone, output_dir=str(tmp_path), conditional=short)
     )
     model = CoDDModel.from_pretrained(folder / "model")
-    assert model.coupling_head.config.base_model_name_or_path == backbone
+    head = CoDDHead.from_pretrained(tmp_path / "stage1")
+    assert head.config.base_model_name_or_path == backbone
+    # A pipeline has its own backbone and names no path of this machine.
+    assert model.coupling_head.config.base_model_name_or_path is None
     assert not (tmp_path / "backbone").exists()
     given = CoDDModel.from_backbone(backbone).backbone.state_dict()
     kept = model.backbone.state_dict()
