@@ -53,11 +53,13 @@ def columns(printed: str) -> tuple[list[str], list[str]]:
 
 def test_it_is_small_and_stored_in_bf16():
     sizes = {path: path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()}
-    assert sum(sizes.values()) <= 15_000_000
+    data = sum(size for path, size in sizes.items() if path.suffix == ".jsonl")  # held-out problems
+    assert sum(sizes.values()) - data <= 15_000_000
     for path in sizes:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}  # noqa: SIM118
+                dtypes = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+                assert dtypes - {"I16"} == {"BF16"}  # which states a token suggests are indices
 
 
 def test_it_loads_as_float32_so_that_batches_do_not_change_a_row(pipe):
@@ -77,7 +79,6 @@ def test_the_demo_prints_words_of_the_training_data_side_by_side(capsys):
     assert immediate_repetitions(coupled) < immediate_repetitions(factorized)
 
 
-@pytest.mark.xfail(reason="the text still repeats a word now and then", strict=False)
 def test_the_demo_repeats_words_no_more_often_than_real_answers(capsys):
     main(["demo"])
     _, coupled = columns(capsys.readouterr().out)

@@ -133,7 +133,8 @@ class ContextMaps(nn.Module):
             # Fixed, as the generative circuit has them: the conditional fit bends the emissions
             # away from laws, and its gradient would cost more than all the rest of a step.
             shape = (vocab_size, min(SUGGESTED_STATES, num_latents))
-            self.register_buffer("suggested", torch.empty(shape, dtype=torch.int32))
+            states = torch.int16 if num_latents < 1 << 15 else torch.int32
+            self.register_buffer("suggested", torch.empty(shape, dtype=states))
             self.register_buffer("log_suggested", torch.empty(shape))
             self.register_buffer("log_occupancy", torch.empty(num_latents))
 
