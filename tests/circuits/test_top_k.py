@@ -199,3 +199,33 @@ def test_a_row_does_not_depend_on_its_batchmates(name):
         bounds = zip(alone.log_partition_bounds, together.log_partition_bounds, strict=True)
         for mine, theirs in bounds:
             assert_logs_agree(mine, theirs[row : row + 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [5 * 64 * 4 + 7, 64 * 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_listing_in_slices_equals_a_plain_sort(monkeypatch, dtype, vocab_size, temperature):
+    monkeypatch.setattr("codd_hf.circuits.listing.SLICE_IN_CACHE", 3 * vocab_size)
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = 30 * torch.randn(2, 4, vocab_size, generator=generator)
+    logits[0, 0, :4] += 300  # the rest is far below what is listed
+    logits[0, 1] = -torch.inf
+    logits[0, 2, 7:] = -torch.inf
+    logits = logits.to(dtype)
+    forbidden = torch.zeros(vocab_size, dtype=torch.bool)
+    forbidden[logits[1, 1].topk(3).indices] = True
+    forbidden[-1] = True
+
+    k = 4
+    kept = TopKEvidence.from_logits(logits, k, temperature, forbidden)
+
+    law = (logits.double() / temperature).masked_fill(forbidden, -torch.inf).log_softmax(-1)
+    law[0, 1] = -torch.inf
+    expected, order = law.sort(dim=-1, descending=True, stable=True)
+    torch.testing.assert_close(kept.log_probs.double(), expected[..., :k], atol=1e-4, rtol=1e-5)
+    rest = expected[..., k:].logsumexp(-1)
+    torch.testing.assert_close(kept.log_rest.double(), rest, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(law.gather(-1, kept.indices), expected[..., :k])
+    assert (kept.indices.sort(dim=-1).values.diff(dim=-1) > 0).all()
+    if dtype == torch.float64:
+        assert (kept.indices[1] == order[1, :, :k]).all()

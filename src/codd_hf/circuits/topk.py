@@ -22,6 +22,7 @@ import torch
 
 from .emissions import DenseEmission, Emission
 from .evidence import DenseEvidence, EmissionSummary, scaled_logits, summarise, working_dtype
+from .listing import list_likeliest, slice_size
 from .numerics import full_precision, logsumexp, safe_log
 
 
@@ -66,10 +67,16 @@ class TopKEvidence:
         """
         if not 1 <= k <= logits.shape[-1]:
             raise ValueError(f"`k` must be in [1, {logits.shape[-1]}], got {k}.")
-        logits = scaled_logits(logits, temperature, forbidden)
-        listed, indices = logits.topk(k, -1)
-        # Summed over the others: 1 minus the sum of the listed is rounding error when that is 1.
-        rest = logsumexp(logits.scatter(-1, indices, -torch.inf), -1)[..., None]
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and logits.requires_grad):
+            logits = scaled_logits(logits, temperature, forbidden)
+            listed, indices = logits.topk(k, -1)
+            rest = logsumexp(logits.scatter(-1, indices, -torch.inf), -1)[..., None]
+        else:
+            batch = logits.shape[:-1]
+            flat = logits.reshape(-1, logits.shape[-1])
+            listed, indices, rest = list_likeliest(flat, k, temperature, forbidden)
+            listed, indices = listed.view(*batch, k), indices.view(*batch, k)
+            rest = rest.view(*batch, 1)
         total = logsumexp(torch.cat((listed, rest), -1), -1)[..., None]
         total = total.masked_fill(total == -torch.inf, 0)
         return cls(indices, listed - total, (rest - total)[..., 0], temperature)
@@ -183,14 +190,23 @@ class TopKEvidence:
     ) -> torch.Tensor:
         """The same where sums cannot underflow: one exponential and two small products."""
         scale = summary.scale(0)
-        factors = emission.log_potential[0].index_select(1, self.indices.flatten())
-        factors = factors.to(scale.dtype).sub_(scale[:, None]).exp_()
-        factors = factors.unflatten(1, self.indices.shape).transpose(0, 1)  # [N, H, k]
-        weights = self.log_probs.to(scale.dtype).exp()[..., None]
-        if self.indices.shape[-1] == emission.vocab_size:
-            return (factors @ weights)[..., 0].log() + scale
-        shares = self._log_marginal_listed().to(scale.dtype).exp()[..., None]
-        listed, part = (factors @ torch.cat((weights, shares), -1)).unbind(-1)
+        whole = self.indices.shape[-1] == emission.vocab_size
+        weights = [self.log_probs] if whole else [self.log_probs, self._log_marginal_listed()]
+        weights = torch.stack(weights, -1).to(scale.dtype).exp()  # [N, k, 1 or 2]
+        # In the order of their tokens, a state's numbers are read from memory one after the other.
+        tokens, order = self.indices.flatten().sort()
+        place = order.argsort()
+        sums = []
+        number = max(slice_size(self.device) // max(len(tokens), 1), 1)
+        states = emission.log_potential[0].split(number), scale.split(number)
+        for matrix, largest in zip(*states, strict=True):
+            factors = matrix.gather(1, tokens.expand(len(matrix), -1)).to(scale.dtype)
+            factors = factors.sub_(largest[:, None]).exp_().index_select(1, place)
+            sums.append(factors.unflatten(1, self.indices.shape).transpose(0, 1) @ weights)
+        sums = torch.cat(sums, 1)  # [N, H, 1 or 2]
+        if whole:
+            return sums[..., 0].log() + scale
+        listed, part = sums.unbind(-1)
         mean = (summary.log_mean[self.marginal_rows].to(scale.dtype) - scale).exp()
         rest = self._log_rest_weight().to(scale.dtype).exp()[:, None]
         return (listed + rest * (mean - part).clamp(min=0)).log() + scale
