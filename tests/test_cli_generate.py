@@ -220,6 +220,7 @@ def test_lines_are_never_wider_than_the_terminal():
         ["--output", "b.jsonl"],
         ["--input", "a.jsonl", "--output", "b.jsonl", "--stream"],
         ["How many?", "--input", "a.jsonl", "--output", "b.jsonl"],
+        ["How <|mask|>?", "--infill", "--stream"],
     ],
 )
 def test_options_that_do_not_go_together_are_bad_usage(argv, capsys):
@@ -227,6 +228,17 @@ def test_options_that_do_not_go_together_are_bad_usage(argv, capsys):
         main(["generate", *argv])
     assert leaving.value.code == 2
     assert "usage: codd-hf generate" in capsys.readouterr().err
+
+
+def test_infill_prints_the_prompts_with_their_gaps_filled(folder, pipe, capsys):
+    template = f"Tom has {2 * pipe.tokenizer.mask_token} eggs."
+    argv = ["generate", template, "--infill", "--model", str(folder), *SHORT]
+    assert main([*argv, "--paradigm", "full", "--forbidden-token-ids", "40", "41"]) == 0
+    settings = {"paradigm": "full", "forbidden_token_ids": [40, 41], "infill": True}
+    text = pipe(template, **LENGTHS, **settings, generator=seeded(0)).texts[0]
+    assert text.startswith("Tom has ")
+    assert text.endswith(" eggs.")
+    assert capsys.readouterr().out == f"{printable(text)}\n"
 
 
 def test_chat_remembers_what_was_said_until_it_is_cleared(folder, pipe, capsys, monkeypatch):

@@ -117,6 +117,61 @@ def test_other_columns_stay_as_they_are_written(pipe, tmp_path):
         assert isinstance(json.loads(line)["a b"], str)
 
 
+def test_line_may_have_lengths_steps_and_a_seed_of_its_own(pipe, tmp_path):
+    source, output = tmp_path / "own.jsonl", tmp_path / "answers.jsonl"
+    lines = [
+        {"prompt": "How many?"},
+        {"prompt": "How many?", "gen_length": 12, "num_inference_steps": 3},
+        {"prompt": "How many?", "seed": 4},
+        {"prompt": "How many?", "seed": 4, "gen_length": 3, "num_inference_steps": 1},
+    ]
+    source.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert answer_jsonl(pipe, source, output, seed=2, **LENGTHS) == 4
+    usual = [2, 3, 4, 5]
+    for line, answered, seed in zip(lines, output.read_text().splitlines(), usual, strict=True):
+        own = {name: line[name] for name in LENGTHS if name in line}
+        generator = torch.Generator().manual_seed(line.get("seed", seed))
+        expected = pipe(line["prompt"], generator=generator, **(LENGTHS | own)).texts[0]
+        assert json.loads(answered) == line | {"generated_text": expected}
+
+
+def test_templates_of_a_file_are_filled_in(pipe, tmp_path):
+    source, output = tmp_path / "gaps.jsonl", tmp_path / "answers.jsonl"
+    mask = pipe.tokenizer.mask_token
+    prompts = [f"Tom has {3 * mask} eggs.", f"Ann {mask} apples{mask}"]
+    source.write_text("".join(f"{json.dumps({'prompt': prompt})}\n" for prompt in prompts))
+    answer_jsonl(pipe, source, output, infill=True, **LENGTHS)
+    texts = [json.loads(line)["generated_text"] for line in output.read_text().splitlines()]
+    for prompt, text in zip(prompts, texts, strict=True):
+        first, *_, last = prompt.split(mask)
+        assert text.startswith(first)
+        assert text.endswith(last)
+        assert mask not in text
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "said"),
+    [
+        ({"seed": 1.5}, {}, "must have an integer in column 'seed', which is a setting of its row"),
+        ({"gen_length": True}, {}, "an integer in column 'gen_length'"),
+        ({"gen_length": 0}, {}, "`gen_length` must be at least 1, got 0"),
+        ({"gen_length": 40}, {}, "at least the number of blocks that are decoded, 10 in row 0"),
+        ({}, {"infill": True}, "`infill` fills mask tokens, of which there is none"),
+    ],
+)
+def test_line_that_cannot_be_decoded_is_named_before_anything_is_done(
+    pipe, tmp_path, line, options, said
+):
+    source, output = tmp_path / "bad.jsonl", tmp_path / "answers.jsonl"
+    good = {"prompt": f"How {pipe.tokenizer.mask_token}?" if options else "How many?"}
+    lines = [good, {"prompt": "How many?"} | line]
+    source.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with pytest.raises(ValueError, match="Line 2 of") as error:
+        answer_jsonl(pipe, source, output, **LENGTHS, **options)
+    assert said in str(error.value)
+    assert not (tmp_path / "answers.jsonl.parts").exists()
+
+
 def test_stopped_run_goes_on_where_it_was_with_any_batch_size(pipe, source, tmp_path):
     output = tmp_path / "answers.jsonl"
     with pytest.raises(Killed):

@@ -12,7 +12,8 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 from codd_hf import CoDDHead, CoDDModel
 from codd_hf.configuration_codd import CoDDHeadConfig
-from codd_hf.decoding import denoise, steps_per_block
+from codd_hf.decoding import denoise
+from codd_hf.decoding_plan import share_steps
 from codd_hf.pipelines import CoDDPipeline, CoDDPipelineOutput
 from codd_hf.schedulers import CoDDScheduler
 from codd_hf.training.tokenizers import train_tokenizer
@@ -196,8 +197,8 @@ def test_every_position_is_filled_whatever_the_lengths(pipe, gen_length, block_l
 
 
 def test_steps_are_shared_by_the_blocks_and_the_first_take_the_remainder():
-    assert steps_per_block(11, 128, 32) == [3, 3, 3, 2]
-    assert steps_per_block(4, 100, 32) == [1, 1, 1, 1]
+    assert share_steps(11, 4) == [3, 3, 3, 2]
+    assert share_steps(4, 4) == [1, 1, 1, 1]
 
 
 def test_num_inference_steps_is_the_number_of_backbone_passes(pipe, passes):
@@ -415,6 +416,37 @@ def test_prompts_messages_and_ids_mean_the_same(pipe, tokenizer):
     )
 
 
+def test_text_with_mask_tokens_is_filled_in_and_the_rest_stays(pipe, tokenizer):
+    mask = tokenizer.mask_token
+    templates = [f"two and {3 * mask} four, and", f"{mask} + 4 = {2 * mask}"]
+    output = pipe(templates, infill=True, sampling="marginal", num_inference_steps=3)
+    for template, text, sequence in zip(templates, output.texts, output.sequences, strict=True):
+        ids = torch.tensor(tokenizer(template)["input_ids"])
+        given = ids != tokenizer.mask_token_id
+        assert int((~given).sum()) == template.count(mask)
+        assert torch.equal(sequence[: len(ids)][given], ids[given])
+        first, *_, last = template.split(mask)
+        assert text.startswith(first)
+        assert text.endswith(last)
+    messages = [
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": f"3 {mask} 4"},
+    ]
+    said = pipe(messages=messages, infill=True, add_generation_prompt=False, sampling="marginal")
+    assert said.texts[0].split("3 ")[1].endswith(" 4")
+
+
+def test_prompts_may_have_lengths_and_steps_of_their_own(pipe):
+    kwargs = {"sampling": "marginal", "block_length": 4, "early_stop": False}
+    output = pipe(input_ids=PROMPTS, gen_length=[4, 9, 1], num_inference_steps=[1, 3, 2], **kwargs)
+    assert output.sequences.shape == (3, 9)
+    assert output.passes_per_row.tolist() == [1, 3, 1]
+    assert pipe.num_timesteps == 3
+    for row, (length, steps) in enumerate([(4, 1), (9, 3), (1, 2)]):
+        alone = pipe(input_ids=PROMPTS[row], gen_length=length, num_inference_steps=steps, **kwargs)
+        assert output.texts[row] == alone.texts[0]
+
+
 def test_ids_beyond_the_tokenizer_do_not_break_decoding(pipe, monkeypatch):
     monkeypatch.setattr(pipe.model.config, "forbidden_token_ids", None)
     beyond = len(pipe.tokenizer) + 2
@@ -573,14 +605,14 @@ MESSAGES = [{"role": "user", "content": "two"}]
         ({"prompt": "two", "num_inference_steps": 0}, "`num_inference_steps` must be at least 1"),
         (
             {"prompt": "two", "num_inference_steps": 1},
-            "at least the number of blocks, 2 for `gen_length=10` and `block_length=5`, got 1",
+            "that are decoded, 2 in row 0 with `block_length=5`, got 1: take more steps",
         ),
         ({"prompt": "two", "strategy": "best"}, "`strategy` must be one of"),
         ({"prompt": "two", "top_p": 0.0}, "`top_p` must be above 0"),
         ({"prompt": "two", "output_type": "pt"}, "`output_type` must be 'text' or 'seq'"),
         (
             {"prompt": ["two", "four"], "generator": [torch.Generator()] * 3},
-            "a list with one per prompt (2), got 3",
+            "`generator` must have one entry per prompt (2), got 3",
         ),
         (
             {"prompt": "two", "callback_on_step_end_tensor_inputs": ["latents"]},

@@ -72,6 +72,33 @@ def test_blocks_are_the_result_however_tokens_are_committed(pipe, settings):
             assert torch.equal(draft, block)
 
 
+@pytest.mark.parametrize("paradigm", ["block", "full"])
+def test_rows_of_different_lengths_stream_what_is_returned(pipe, paradigm):
+    streamer = Recorder()
+    ids, mask = torch.tensor([[40, 41, 42], [0, 50, 51]]), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    output = pipe.model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=[3, 9],
+        num_inference_steps=[1, 4],
+        block_length=4,
+        paradigm=paradigm,
+        generator=seed(),
+        streamer=streamer,
+    )
+    assert output.shape == (2, 12)
+    assert (output[0, 6:] == pipe.model.config.eos_token_id).all()
+    assert torch.equal(torch.cat(streamer.values("put"), dim=1), output)
+    blocks = [4, 4, 1] if paradigm == "block" else [9]
+    assert [block.shape[1] for block in streamer.values("put")[1:]] == blocks
+    assert all(draft.shape[1] in blocks for draft in streamer.values("draft"))
+
+
+def test_gaps_are_not_streamed(pipe):
+    with pytest.raises(ValueError, match="`streamer` is told what follows a prompt"):
+        pipe.model.generate(PROMPTS, infill=True, streamer=Recorder())
+
+
 def test_drafts_are_the_block_in_work_with_masks_where_nothing_is_committed(pipe):
     streamer, canvases = Recorder(), []
 

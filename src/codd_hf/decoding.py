@@ -1,13 +1,16 @@
 """The denoising loop: from prompts to tokens, shared by `CoDDPipeline` and `CoDDModel.generate`.
 
-Decoding is semi-autoregressive. The generated part of a row is cut into blocks, which are filled
-from left to right; a block is filled in a number of steps, each one pass of the backbone over the
-whole canvas `[prompt][generated][padding]`. The circuit's windows tile the generated part as well:
-they start at the row's first generated token, whatever the length of its prompt, and a block is
-decoded under all the windows that overlap it. Nothing that happens in a row depends on the others.
+A canvas is filled stage by stage, a stage in a number of steps, each one pass of the backbone over
+the whole canvas `[prompt][generated][padding]`. In the block paradigm (semi-autoregressive) the
+stages are blocks, filled from left to right; in the full paradigm there is one stage, everything.
+A block is decoded under all the windows of the circuit that overlap it; in the full paradigm the
+windows are placed in each step (`decoding_plan.py`). Windows lie on a grid that begins at the row's
+first generated token, whatever the length of its prompt. Instead of a prompt, a row can be a
+template, whose gaps are generated given the text on both sides (infilling).
 
-The number of steps is a ceiling. A row whose block is full costs no more passes in that block;
-steps that are not needed there are not passed on to later blocks, whose share stays the same.
+Nothing that happens in a row depends on the others. Rows have their own lengths and numbers of
+steps. The number of steps is a ceiling: a row whose block is full costs no more passes in that
+block, and steps that are not needed there are not passed on to later blocks.
 """
 
 from __future__ import annotations
@@ -17,22 +20,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.utils import logging
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from .canvas import Canvas, filler
+from .canvas_reader import CanvasReader
 from .circuits.random import Generators
-from .decoding_arguments import (
-    ForcedTokens,
-    check_decoding_arguments,
-    for_each_row,
-    steps_per_block,
-)
-from .schedulers import CoDDScheduler, CommitMemory, RowText
+from .decoding_arguments import DecodingArguments, ForcedTokens, PerRow
+from .decoding_plan import Stage, plan_stages, windows_end
+from .decoding_step import DecodingStep, StepRecord
+from .schedulers import CoDDScheduler
+from .schedulers.remasking import CanvasMemory
 
 if TYPE_CHECKING:
     from .modeling_codd import CoDDModel
-
-logger = logging.get_logger(__name__)
 
 OnStep = Callable[[int, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor | None]
 
@@ -42,14 +42,20 @@ class DecodingOutput:
     """What the denoising loop returns.
 
     Attributes:
-        sequences: `[batch, gen_length]`, the generated tokens; after the end of a row's text, its
-            end-of-text token.
-        num_passes: passes of the backbone that were run, each over the rows that needed it.
+        sequences: `[batch, n]`, the generated tokens or, with `infill`, the whole templates; after
+            the end of a row's text (or of a gap), its end-of-text token. Rows that are shorter than
+            the longest one end with end-of-text tokens, or padding if there are none.
+        is_text: `[batch, n]` bool, the tokens that are text: not an end-of-text token that was
+            generated, nor what follows it.
+        num_passes: passes of the backbone that were run, each over the rows that needed it. Rows
+            begin their blocks together, so that it may exceed the steps of each of them where they
+            share their steps over their blocks differently.
         finished: `[batch]` bool, the rows that ended with an end-of-text token.
         passes_per_row: `[batch]`, the passes that each row took part in.
     """
 
     sequences: torch.Tensor
+    is_text: torch.Tensor
     num_passes: int
     finished: torch.Tensor
     passes_per_row: torch.Tensor
@@ -62,35 +68,54 @@ def denoise(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     *,
-    gen_length: int,
+    gen_length: PerRow,
     block_length: int,
-    num_inference_steps: int,
+    num_inference_steps: PerRow | None = None,
+    paradigm: str = "block",
+    windowing: str = "aligned",
+    infill: bool = False,
+    free_length: bool = False,
     generator: Generators = None,
     eos_token_id: int | list[int] | None = None,
     early_stop: bool = True,
-    min_new_tokens: int | Sequence[int] | None = None,
+    min_new_tokens: PerRow | None = None,
     forced_tokens: ForcedTokens | None = None,
     logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
     on_step: OnStep | None = None,
+    cache: str | None = None,
+    guidance_scale: float | Sequence[float] | None = None,
     **settings: Any,
 ) -> DecodingOutput:
-    """Generates `gen_length` tokens after each prompt.
+    """Generates tokens after each prompt, or in the gaps of each template.
 
     Args:
         model: the backbone, with or without a head.
-        scheduler: decides what is committed; its timesteps are set here, block by block.
+        scheduler: decides what is committed; its timesteps are set here, stage by stage.
         input_ids: `[batch, prompt_length]`, padded on any side.
         attention_mask: `[batch, prompt_length]`, 0 at padding; default no padding.
-        gen_length: number of tokens to generate in each row.
-        block_length: number of tokens in a block (fewer in the last one).
-        num_inference_steps: the most passes of the backbone for the whole generation, shared evenly
-            by the blocks, the remainder by the first ones. Steps that a block does not need, since
-            it has fewer tokens or the strategy commits more at once, are not run.
+        gen_length: number of tokens to generate in each row, or one number for each; not used with
+            `infill`.
+        block_length: number of tokens in a block (fewer in the last one). The blocks of a
+            block-causal backbone are counted from the beginning of the row, as its attention counts
+            them, so that the first one may be shorter; `block_length` divides its own.
+        num_inference_steps: the most passes of the backbone for the whole generation, for all rows
+            or for each, shared evenly by a row's blocks that hold masks, the remainder by the first
+            ones. Steps that a block does not need, since it has fewer tokens or the strategy
+            commits more at once, are not run. Default: one for four masks, and at least one for
+            each block.
+        paradigm: `block`, or `full` for no block order (`block_length` then has no effect).
+        windowing: how windows are placed in the full paradigm, `aligned` or `centred`; see
+            `decoding_plan.dynamic_windows`.
+        infill: whether the rows of `input_ids` are templates, in which every mask token is a
+            position to fill. Mask tokens in succession are a gap.
+        free_length: whether a gap may hold fewer tokens than masks: it then ends at the first
+            end-of-text or padding token that is drawn in it. Without, none is drawn. A backbone
+            that never saw a text end in the middle will hardly end a gap early.
         generator: one for all rows, or a list with one per row: a row's tokens then do not depend
             on the rest of the batch.
         eos_token_id: the end-of-text token, or several.
-        early_stop: whether a row that holds an end-of-text token once a block is complete is
-            finished: the rest of it becomes that token, and no more passes are spent on it.
+        early_stop: whether nothing more is decoded behind an end-of-text token: once all before it
+            is decided, the rest becomes that token, and the row costs no more passes.
         min_new_tokens: how many generated tokens come before the first end-of-text token, for all
             rows or one number for each; `gen_length` means that there is none. The backbone's
             prediction rules it out before the circuit sees it.
@@ -99,203 +124,121 @@ def denoise(
             predicted given them, and are never remasked.
         logits_processor: transformers' processors of the scores that candidates are drawn from;
             what they see is said at `CoDDScheduler.step`.
-        on_step: called after each step with its number, its timestep, and a dict with `canvas`
-            (`[batch, length]`, all the tokens of all the rows), `generated` (bool, which of them
-            are not prompt or padding), `transfer_index` (bool, committed in this step),
-            `sampled_tokens` and `sampled_probs` (the candidates; mask token and 0 where there was
-            none), all of the same shape. A tensor that it returns becomes the canvas.
+        on_step: called after each step with its number, its timestep (of the row with the most
+            steps), and a dict with `canvas` (`[batch, length]`, all the tokens of all the rows),
+            `generated` (bool, which of them are not given or padding), `transfer_index` (bool,
+            committed in this step), `sampled_tokens` and `sampled_probs` (the candidates; mask
+            token and 0 where there was none), all of the same shape. A tensor that it returns
+            becomes the canvas.
+        cache: `"prefix"` or `"dual"`: after the first step of a block (or of the whole, in the full
+            paradigm) the backbone computes only the block and what follows it, or only the block,
+            and reuses the keys and values of the rest; see `canvas_reader`. An approximation, for
+            decoders that transformers runs. A pass over a part counts as one pass.
+        guidance_scale: strength of classifier-free guidance, for all rows or for each, as LLaDA
+            counts it: 0 or None is off, and `s` here is `s + 1` for those of transformers'
+            and diffusers' models whose scale 1 is off. A guided pass is one over twice the rows.
         **settings: the scheduler's settings for this call (`strategy`, `sampling`, ...).
 
     Raises:
-        ValueError: an argument is out of range (see `check_decoding_arguments`), a prompt is empty,
-            or prompt and generated tokens exceed the positions that the backbone has.
+        ValueError: an argument is out of range (see `DecodingArguments`; `CanvasReader` for `cache`
+            and `guidance_scale`), a prompt is empty, a template has no mask token, a row has fewer
+            steps than blocks, or the canvas exceeds the positions that the backbone has.
     """
-    check_decoding_arguments(
+    arguments = DecodingArguments.check(
         scheduler,
-        len(input_ids),
-        gen_length,
-        block_length,
-        num_inference_steps,
-        generator,
-        settings,
-        min_new_tokens,
-        forced_tokens,
         model.config,
+        len(input_ids),
+        gen_length=gen_length,
+        block_length=block_length,
+        num_inference_steps=num_inference_steps,
+        paradigm=paradigm,
+        windowing=windowing,
+        infill=infill,
+        free_length=free_length,
+        generator=generator,
+        min_new_tokens=min_new_tokens,
+        forced_tokens=forced_tokens,
+        settings=settings,
     )
-    batch, device = len(input_ids), input_ids.device
-    mask_token_id, window_length = model.config.mask_token_id, model.window_length
-    canvas, canvas_mask, start = pack_canvas(model, input_ids, attention_mask, gen_length)
-    length = canvas.shape[1]
-    offset = torch.arange(length, device=device) - start[:, None]  # [batch, length]
-    generated = (offset >= 0) & (offset < gen_length)
-    eos_ids = torch.tensor(
-        [] if eos_token_id is None else eos_token_id, dtype=torch.long, device=device
-    ).reshape(-1)
-
-    for row, tokens in enumerate(for_each_row(forced_tokens, batch)):
-        for place, token in tokens.items():
-            canvas[row, start[row] + place] = token
-    fewest = torch.as_tensor(min_new_tokens or 0, device=device).expand(batch)
-
-    finished = torch.zeros(batch, dtype=torch.bool, device=device)
-    passes_per_row = torch.zeros(batch, dtype=torch.long, device=device)
-    num_passes, warned = 0, False
-    block_steps = steps_per_block(num_inference_steps, gen_length, block_length)
-    for block, num_steps in enumerate(block_steps):
-        if bool(finished.all()):
-            break
-
-        # 1. The windows that overlap the block, and where they lie on the canvas.
-        block_start, block_end = block * block_length, min((block + 1) * block_length, gen_length)
-        first = block_start // window_length * window_length
-        num_windows = -(-(block_end - first) // window_length)
-        column = torch.arange(first, first + num_windows * window_length, device=device)
-        in_block = (column >= block_start) & (column < block_end)
-        memory = CommitMemory()
-
-        scheduler.set_timesteps(num_steps, device=device)
-        for timestep in scheduler.timesteps:
-            place = start[:, None] + column  # [batch, num_windows * window_length]
-            tokens = canvas.gather(1, place.clamp(max=length - 1))
-            unfilled = ((tokens == mask_token_id) & in_block).any(-1) & ~finished
-            rows = unfilled.nonzero()[:, 0]
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+    canvas, stages = lay_out(model, input_ids, attention_mask, ends, arguments)
+    decoding_step = DecodingStep(model, scheduler, paradigm, windowing, logits_processor, settings)
+    reader = CanvasReader(model, canvas.attention_mask, canvas.generated, cache, guidance_scale)
+    passes_per_row = torch.zeros_like(canvas.start)
+    num_passes = 0
+    for stage in stages:
+        memory = CanvasMemory()
+        reader.open_block(stage.within, windows_end(canvas, stage, model.window_length))
+        most_steps = int(stage.num_steps.max())
+        for number in range(most_steps):
+            wanted = canvas.open(early_stop) & stage.within
+            rows = (wanted.any(-1) & (number < stage.num_steps)).nonzero()[:, 0]
             if len(rows) == 0:
                 break
-            current, sample, position = canvas[rows], tokens[rows], place[rows]
-            row_generator = generator
-            if generator is not None and not isinstance(generator, torch.Generator):
-                row_generator = [generator[row] for row in rows.tolist()]
-
-            # 2. One pass of the backbone, and the distribution over the windows.
-            states = model.backbone_states(current, canvas_mask[rows])
-            distribution = model.window_distribution(
-                states,
-                current,
-                position[:, ::window_length].reshape(-1),
-                attention_mask=canvas_mask[rows],
-                rows=torch.arange(len(rows), device=device).repeat_interleave(num_windows),
-                temperature=scheduler.draw_settings(**settings).evidence_temperature,
+            states = reader.read(rows, canvas.tokens[rows])
+            record = StepRecord.of(canvas)
+            decoding_step.run(
+                canvas, rows, states, stage, number, wanted, generator, memory, record
             )
-            too_early = column < fewest[rows, None]
-            if len(eos_ids) and bool(too_early.any()):
-                distribution = distribution.without(
-                    eos_ids, too_early.view_as(distribution.present)
-                )
-
-            # 3. Some of the masked tokens are committed.
-            undecided = (current == mask_token_id) & generated[rows]
-            known = canvas_mask[rows].bool() & (current != mask_token_id)
-            memory_of_rows = memory.of_rows(rows)
-            step = scheduler.step(
-                distribution,
-                timestep,
-                sample,
-                generator=row_generator,
-                eligible=in_block.expand_as(sample),
-                mask_ratio=undecided.sum(-1) / gen_length,
-                mask_token_id=mask_token_id,
-                logits_processor=logits_processor,
-                text=RowText(current, known, position),
-                memory=memory_of_rows,
-                **settings,
-            )
-            memory.write(rows, memory_of_rows, batch)
             passes_per_row[rows] += 1
-            committed_row, committed_column = step.transfer_index.nonzero(as_tuple=True)
-            committed = rows[committed_row], position[committed_row, committed_column]
-            canvas[committed] = step.prev_sample[committed_row, committed_column]
-            back_row, back_column = step.remasked.nonzero(as_tuple=True)
-            canvas[rows[back_row], position[back_row, back_column]] = mask_token_id
-            if not warned and bool(step.fallback.any()):
-                warned = True
-                logger.warning(
-                    "The circuit and the backbone share no completion of a window "
-                    "(`log_partition` is -inf), so the rows concerned are decoded factorized."
-                )
-
             if on_step is not None:
-                on_canvas = torch.zeros_like(canvas, dtype=torch.bool)
-                on_canvas[committed] = True
-                tokens = torch.full_like(canvas, mask_token_id)
-                probs = torch.zeros(canvas.shape, device=device)
-                known_row, known_column = distribution.present.view_as(sample).nonzero(
-                    as_tuple=True
-                )
-                known = rows[known_row], position[known_row, known_column]
-                tokens[known] = step.sampled_tokens[known_row, known_column]
-                probs[known] = step.sampled_probs[known_row, known_column].to(probs.dtype)
-                state = {
-                    "canvas": canvas.clone(),
-                    "generated": generated,
-                    "transfer_index": on_canvas,
-                    "sampled_tokens": tokens,
-                    "sampled_probs": probs,
-                }
-                returned = on_step(num_passes, timestep, state)
+                timestep = torch.tensor(1 - number / most_steps)
+                returned = on_step(num_passes, timestep, record.state(canvas))
                 if returned is not None:
-                    if returned.shape != canvas.shape:
+                    if returned.shape != canvas.tokens.shape:
                         raise ValueError(
                             f"`canvas` returned by the callback must keep its shape "
-                            f"{tuple(canvas.shape)}, got {tuple(returned.shape)}."
+                            f"{tuple(canvas.tokens.shape)}, got {tuple(returned.shape)}."
                         )
-                    canvas = returned.clone()
+                    canvas.tokens = returned.clone()
             num_passes += 1
+            if early_stop:
+                canvas.close()
 
-        # 4. Rows whose text has ended are frozen.
-        if early_stop:
-            ends = generated & torch.isin(canvas, eos_ids)
-            finished = ends.any(-1)
-            first_end = ends.long().argmax(-1, keepdim=True)
-            after = generated & (torch.arange(length, device=device) > first_end)
-            canvas = torch.where(after & finished[:, None], canvas.gather(1, first_end), canvas)
-
-    sequences = canvas.gather(1, start[:, None] + torch.arange(gen_length, device=device))
-    return DecodingOutput(sequences, num_passes, finished, passes_per_row)
+    finished = canvas.close() if early_stop else torch.zeros_like(passes_per_row, dtype=torch.bool)
+    begin = torch.zeros_like(canvas.start) if infill else canvas.start
+    sequences, is_text = canvas.result(begin, filler(model.config, ends))
+    return DecodingOutput(sequences, is_text, num_passes, finished, passes_per_row)
 
 
-def pack_canvas(
+def lay_out(
     model: CoDDModel,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    gen_length: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Lays each row out as `[prompt][gen_length masks][padding]`.
-
-    With its padding at the end, a row meets the same absolute positions however it was padded.
+    end_ids: list[int],
+    arguments: DecodingArguments,
+) -> tuple[Canvas, list[Stage]]:
+    """What will be decoded, before anything is.
 
     Args:
         model: gives the token ids and the number of positions.
-        input_ids: `[batch, prompt_length]`.
+        input_ids: `[batch, prompt_length]`, padded on any side.
         attention_mask: `[batch, prompt_length]`, 0 at padding, or None.
-        gen_length: number of tokens to generate.
-
-    Returns:
-        The canvas and its attention mask, both `[batch, length]`, and the start of each row's
-        generated part, `[batch]`.
+        end_ids: end-of-text tokens.
+        arguments: of the call.
 
     Raises:
-        ValueError: a prompt is empty, or the canvas exceeds the positions of the backbone.
+        ValueError: as `denoise` says of prompts, templates, steps and positions.
     """
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    is_prompt = attention_mask.bool()
-    start = is_prompt.sum(-1)
-    if not bool((start > 0).all()):
-        raise ValueError(
-            "`input_ids` must hold at least one token that is not padding in each row."
+    config = model.config
+    if arguments.infill:
+        canvas = Canvas.of_templates(
+            config, input_ids, attention_mask, end_ids, model.window_length, arguments.free_length
         )
-    length = int(start.max()) + gen_length
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and length > most:
-        raise ValueError(
-            f"A prompt of {int(start.max())} tokens and `gen_length={gen_length}` exceed the "
-            f"{most} positions of the backbone: shorten one of them."
+    else:
+        canvas = Canvas.of_prompts(
+            config,
+            input_ids,
+            attention_mask,
+            end_ids,
+            arguments.gen_length,
+            arguments.min_new_tokens,
+            arguments.forced_tokens,
         )
-    pad_token_id = model.config.pad_token_id
-    filler = model.config.mask_token_id if pad_token_id is None else pad_token_id
-    column = torch.arange(length, device=input_ids.device)
-    canvas = torch.full((len(input_ids), length), filler, device=input_ids.device)
-    canvas[column < start[:, None]] = input_ids[is_prompt].long()
-    end = start[:, None] + gen_length
-    canvas[(column >= start[:, None]) & (column < end)] = model.config.mask_token_id
-    return canvas, (column < end).long(), start
+    stages = plan_stages(
+        canvas,
+        arguments.num_inference_steps,
+        None if arguments.paradigm == "full" else arguments.block_length,
+        from_position_0=getattr(config.text_config, "block_length", None) is not None,
+    )
+    return canvas, stages

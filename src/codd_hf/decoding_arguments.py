@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
+from transformers import PretrainedConfig
 
 from .circuits.random import Generators
 from .configuration_codd import CoDDConfig
@@ -14,85 +15,140 @@ from .schedulers import CoDDScheduler
 ForcedTokens = Mapping[int, int] | Sequence[Mapping[int, int]]
 """Tokens by their place among the generated ones, for all rows or for each."""
 
+PerRow = int | Sequence[int]
+"""A number for all rows, or one for each."""
 
-def check_decoding_arguments(
-    scheduler: CoDDScheduler,
-    batch: int,
-    gen_length: int,
-    block_length: int,
-    num_inference_steps: int,
-    generator: Generators,
-    settings: dict[str, Any],
-    min_new_tokens: int | Sequence[int] | None,
-    forced_tokens: ForcedTokens | None,
-    config: CoDDConfig,
-) -> None:
-    """Raises for what cannot be decoded.
+CHOICES = {"paradigm": ("block", "full"), "windowing": ("aligned", "centred")}
 
-    Raises:
-        ValueError: a length or the number of steps is below 1, there are fewer steps than blocks,
-            a list has not one entry for each of the `batch` rows, a forced token or its place does
-            not exist, or a setting is out of range.
-        TypeError: a number is not an integer, or a setting is unknown.
+
+@dataclass(frozen=True)
+class DecodingArguments:
+    """The checked arguments of a call, with an entry for each row where rows may differ.
+
+    The fields are the arguments of `decoding.denoise` of these names.
     """
-    _check_integer("gen_length", gen_length, 1)
-    _check_integer("block_length", block_length, 1)
-    _check_integer("num_inference_steps", num_inference_steps, 1)
-    num_blocks = -(-gen_length // block_length)
-    if num_inference_steps < num_blocks:
-        raise ValueError(
-            f"`num_inference_steps` must be at least the number of blocks, {num_blocks} for "
-            f"`gen_length={gen_length}` and `block_length={block_length}`, got "
-            f"{num_inference_steps}: take more steps or longer blocks."
-        )
-    if (
-        generator is not None
-        and not isinstance(generator, torch.Generator)
-        and (len(generator) != batch)
-    ):
-        raise ValueError(
-            f"`generator` must be one generator or a list with one per prompt ({batch}), got "
-            f"{len(generator)}."
-        )
-    for name, value in (("min_new_tokens", min_new_tokens), ("forced_tokens", forced_tokens)):
-        if isinstance(value, Sequence) and len(value) != batch:
-            raise ValueError(
-                f"`{name}` must have one entry per prompt ({batch}), got {len(value)}."
-            )
-    each = min_new_tokens if isinstance(min_new_tokens, Sequence) else [min_new_tokens or 0]
-    for number in each:
-        _check_integer("min_new_tokens", number, 0)
-        if number > gen_length:
-            raise ValueError(
-                f"`min_new_tokens` must be at most `gen_length` ({gen_length}), got {number}."
-            )
-    for tokens in for_each_row(forced_tokens, batch):
-        for place, token in tokens.items():
-            if not 0 <= place < gen_length:
+
+    gen_length: list[int]
+    block_length: int
+    num_inference_steps: list[int] | None
+    paradigm: str
+    windowing: str
+    infill: bool
+    free_length: bool
+    min_new_tokens: list[int]
+    forced_tokens: Sequence[Mapping[int, int]]
+
+    @classmethod
+    def check(
+        cls,
+        scheduler: CoDDScheduler,
+        config: CoDDConfig,
+        batch: int,
+        *,
+        settings: dict[str, Any],
+        gen_length: PerRow,
+        block_length: int = 32,
+        num_inference_steps: PerRow | None = None,
+        paradigm: str = "block",
+        windowing: str = "aligned",
+        infill: bool = False,
+        free_length: bool = False,
+        min_new_tokens: PerRow | None = None,
+        forced_tokens: ForcedTokens | None = None,
+        generator: Generators = None,
+    ) -> DecodingArguments:
+        """Raises for what cannot be decoded.
+
+        Raises:
+            ValueError: a length or the number of steps is below 1, a list has not one entry for
+                each of the `batch` rows, a forced token or its place does not exist, arguments or
+                the backbone's attention do not go together, or a setting is out of range.
+            TypeError: a number is not an integer, or a setting is unknown.
+        """
+        for name, value in (("paradigm", paradigm), ("windowing", windowing)):
+            if value not in CHOICES[name]:
                 raise ValueError(
-                    f"`forced_tokens` must have places below `gen_length` ({gen_length}), got "
-                    f"{place}."
+                    f"`{name}` must be one of {', '.join(CHOICES[name])}, got {value!r}."
                 )
-            if not 0 <= token < config.vocab_size or token == config.mask_token_id:
+        lengths = _per_row("gen_length", gen_length, batch, 1)
+        _check_integer("block_length", block_length, 1)
+        steps = num_inference_steps
+        if steps is not None:
+            steps = _per_row("num_inference_steps", steps, batch, 1)
+        fewest = _per_row("min_new_tokens", min_new_tokens or 0, batch, 0)
+        _check_attention(config.text_config, paradigm, block_length)
+        _check_entries("generator", generator, batch)
+        _check_entries("forced_tokens", forced_tokens, batch)
+        if infill and (any(fewest) or forced_tokens):
+            name = "forced_tokens" if forced_tokens else "min_new_tokens"
+            raise ValueError(
+                f"`{name}` is for text after a prompt, not for `infill`: leave it out and write "
+                "what is given into the template."
+            )
+        if free_length and not infill:
+            raise ValueError("`free_length` is about the gaps of `infill`: give both or neither.")
+        for number, length in zip(fewest, lengths, strict=True):
+            if number > length:
                 raise ValueError(
-                    f"`forced_tokens` must hold token ids below {config.vocab_size} other than the "
-                    f"mask token, got {token} at {place}."
+                    f"`min_new_tokens` must be at most `gen_length` ({length}), got {number}."
                 )
-    scheduler.draw_settings(**settings)
+        forced = forced_tokens or {}
+        forced = [forced] * batch if isinstance(forced, Mapping) else forced
+        for tokens, length in zip(forced, lengths, strict=True):
+            for place, token in tokens.items():
+                if not 0 <= place < length:
+                    raise ValueError(
+                        f"`forced_tokens` must have places below `gen_length` ({length}), got "
+                        f"{place}."
+                    )
+                if not 0 <= token < config.vocab_size or token == config.mask_token_id:
+                    raise ValueError(
+                        f"`forced_tokens` must hold token ids below {config.vocab_size} other than "
+                        f"the mask token, got {token} at {place}."
+                    )
+        scheduler.draw_settings(**settings)
+        return cls(
+            lengths,
+            block_length,
+            steps,
+            paradigm,
+            windowing,
+            infill,
+            free_length,
+            fewest,
+            forced,
+        )
 
 
-def for_each_row(forced_tokens: ForcedTokens | None, batch: int) -> Sequence[Mapping[int, int]]:
-    """The forced tokens of each row."""
-    if forced_tokens is None or isinstance(forced_tokens, Mapping):
-        return [forced_tokens or {}] * batch
-    return forced_tokens
+def _check_attention(config: PretrainedConfig, paradigm: str, block_length: int) -> None:
+    """A block-causal backbone sees nothing beyond a block: positions must be filled in order."""
+    attended = getattr(config, "block_length", None)
+    if attended is None:
+        return
+    if paradigm == "full":
+        raise ValueError(
+            f"`paradigm` must be 'block' for a backbone with block-causal attention (blocks of "
+            f"{attended}), got {paradigm!r}."
+        )
+    if attended % block_length:
+        raise ValueError(
+            f"`block_length` must divide the backbone's blocks of {attended} tokens, beyond which "
+            f"it sees nothing, got {block_length}: give {attended}."
+        )
 
 
-def steps_per_block(num_inference_steps: int, gen_length: int, block_length: int) -> list[int]:
-    """Shares the steps evenly over the blocks; the remainder goes to the first ones."""
-    num_blocks = -(-gen_length // block_length)
-    each, remainder = divmod(num_inference_steps, num_blocks)
-    return [each + (block < remainder) for block in range(num_blocks)]
+def _per_row(name: str, value: PerRow, batch: int, least: int) -> list[int]:
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    _check_entries(name, values, batch)
+    values = values if isinstance(values, list) else [values] * batch
+    for number in values:
+        _check_integer(name, number, least)
+    return values
+
+
+def _check_entries(name: str, value: Any, batch: int) -> None:
+    if isinstance(value, Sequence) and len(value) != batch:
+        raise ValueError(f"`{name}` must have one entry per prompt ({batch}), got {len(value)}.")
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:

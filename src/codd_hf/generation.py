@@ -15,9 +15,10 @@ from transformers import (
     LogitsProcessorList,
 )
 
+from .canvas import filler
 from .circuits.random import Generators
 from .decoding import OnStep, denoise
-from .decoding_arguments import ForcedTokens
+from .decoding_arguments import ForcedTokens, PerRow
 from .schedulers import CoDDScheduler
 from .schedulers.settings import DrawSettings
 from .streaming import BlockStream, DiffusionStreamer
@@ -33,6 +34,10 @@ CONFIGURABLE = (
     "max_length",
     "block_length",
     "num_inference_steps",
+    "paradigm",
+    "windowing",
+    "infill",
+    "free_length",
     "do_sample",
     "num_return_sequences",
     "eos_token_id",
@@ -67,6 +72,8 @@ def generate(
     streamer: DiffusionStreamer | None = None,
     forced_tokens: ForcedTokens | None = None,
     logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
+    cache: str | None = None,
+    guidance_scale: float | Sequence[float] | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Decodes by diffusion.
@@ -78,7 +85,8 @@ def generate(
 
     Args:
         model: the backbone, with or without a head.
-        inputs: `[batch, prompt_length]`, padded on any side.
+        inputs: `[batch, prompt_length]`, padded on any side; with `infill`, templates with mask
+            tokens where a token is to be found.
         input_ids: another name of `inputs`.
         attention_mask: `[batch, prompt_length]`, 0 at padding; default no padding.
         generation_config: in place of further arguments.
@@ -91,16 +99,23 @@ def generate(
             takes one row.
         forced_tokens: as in `decoding.denoise`.
         logits_processor: as in `decoding.denoise`.
+        cache: as in `decoding.denoise`; `use_cache`, which callers pass along, has no effect.
+        guidance_scale: as in `decoding.denoise`. Not read from a generation configuration, where
+            1 is off and 0 is not.
         **kwargs: `max_new_tokens` (or `gen_length`, default 128; or `max_length`, with the prompt),
-            `block_length` (default the head's window length), `num_inference_steps` (passes of the
-            backbone; default one for four tokens, and at least one per block), `do_sample`,
-            `num_return_sequences`, `eos_token_id` (default the model's), `min_new_tokens`, and the
-            scheduler's settings (`temperature`, `top_k`, `top_p`, `strategy`, `sampling`,
-            `repetition_penalty`, ...).
+            `block_length` (default the head's window length, or the blocks of a block-causal
+            backbone), `num_inference_steps` (passes of the backbone; default one for four tokens,
+            and at least one per block), `paradigm`, `windowing`, `infill`, `free_length`,
+            `do_sample`, `num_return_sequences`, `eos_token_id` (default the model's),
+            `min_new_tokens`, and the scheduler's settings (`temperature`, `top_k`, `top_p`,
+            `strategy`, `sampling`, `repetition_penalty`, ...). Lengths and steps are one number, or
+            a list with one for each row.
 
     Returns:
-        `[batch * num_return_sequences, prompt_length + gen_length]`: the prompts as they were
-        given, and what follows.
+        `[batch * num_return_sequences, prompt_length + n]`: the prompts as they were given, and
+        what follows, `n` tokens in the longest row; shorter ones are filled up with end-of-text
+        tokens. With `infill`, `[batch * num_return_sequences, length]`: the templates with their
+        gaps filled.
 
     Raises:
         ValueError: no prompts are given, an argument is out of range, or it asks for something that
@@ -111,24 +126,34 @@ def generate(
     if inputs is None:
         raise ValueError("`inputs` is missing: give prompts as token ids [batch, length].")
     asked = _resolve(kwargs, generation_config, model.generation_config)
-    gen_length = _generated_length(asked, inputs.shape[1])
-    block_length = asked["block_length"] or model.window_length
-    num_inference_steps = asked["num_inference_steps"]
-    if num_inference_steps is None:
-        num_inference_steps = max(-(-gen_length // 4), -(-gen_length // block_length))
+    infill = bool(asked["infill"])
+    if infill and streamer is not None:
+        raise ValueError(
+            "`streamer` is told what follows a prompt, which `infill` has not: leave it out."
+        )
+    gen_length = 1 if infill else _generated_length(asked, inputs.shape[1])
+    attended = getattr(model.config.text_config, "block_length", None)
+    block_length = asked["block_length"] or attended or model.window_length
+    paradigm = asked["paradigm"] or "block"
     if asked["do_sample"] is False:
         asked["temperature"] = 0.0
     elif asked["do_sample"] and asked["temperature"] is None:
         asked["temperature"] = 1.0
     eos_token_id = asked["eos_token_id"]
+    if eos_token_id is None:
+        eos_token_id = model.config.eos_token_id
     copies = asked["num_return_sequences"] or 1
     inputs = inputs.repeat_interleave(copies, 0)
     if attention_mask is not None:
         attention_mask = attention_mask.repeat_interleave(copies, 0)
-    if isinstance(forced_tokens, Sequence):
-        forced_tokens = [tokens for tokens in forced_tokens for _ in range(copies)]
     if streamer is not None:
-        stream = BlockStream(streamer, model.config.mask_token_id, block_length)
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
+        stream = BlockStream(
+            streamer,
+            model.config.mask_token_id,
+            None if paradigm == "full" else block_length,
+            filler(model.config, ends),
+        )
         stream.begin(inputs)
         on_step = stream.after(on_step)
     output = denoise(
@@ -136,21 +161,37 @@ def generate(
         CoDDScheduler() if scheduler is None else scheduler,
         inputs,
         attention_mask,
-        gen_length=gen_length,
+        gen_length=_of_copies(gen_length, copies),
         block_length=block_length,
-        num_inference_steps=num_inference_steps,
+        num_inference_steps=_of_copies(asked["num_inference_steps"], copies),
+        paradigm=paradigm,
+        windowing=asked["windowing"] or "aligned",
+        infill=infill,
+        free_length=bool(asked["free_length"]),
         generator=generator,
-        eos_token_id=model.config.eos_token_id if eos_token_id is None else eos_token_id,
+        eos_token_id=eos_token_id,
         early_stop=early_stop,
-        min_new_tokens=asked["min_new_tokens"],
-        forced_tokens=forced_tokens,
+        min_new_tokens=_of_copies(asked["min_new_tokens"], copies),
+        forced_tokens=_of_copies(forced_tokens, copies),
         logits_processor=logits_processor,
+        cache=cache,
+        guidance_scale=_of_copies(guidance_scale, copies),
         on_step=on_step,
         **{name: asked[name] for name in SETTINGS},
     )
     if streamer is not None:
         stream.finish(output.sequences)
-    return torch.cat((inputs, output.sequences), dim=1)
+    if not infill:
+        return torch.cat((inputs, output.sequences), dim=1)
+    given = torch.ones_like(inputs) if attention_mask is None else attention_mask
+    number = torch.arange(output.sequences.shape[1], device=inputs.device)
+    packed = number < given.bool().sum(-1, keepdim=True)
+    return inputs.masked_scatter(given.bool(), output.sequences[packed])
+
+
+def _of_copies(value: Any, copies: int) -> Any:
+    """Of a list with an entry for each prompt, one with an entry for each copy of it."""
+    return [v for v in value for _ in range(copies)] if isinstance(value, Sequence) else value
 
 
 def _resolve(
@@ -191,7 +232,7 @@ def _parameters_of(function: Callable) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def _generated_length(asked: dict[str, Any], prompt_length: int) -> int:
+def _generated_length(asked: dict[str, Any], prompt_length: int) -> PerRow:
     for name in ("gen_length", "max_new_tokens"):
         if asked[name] is not None:
             return asked[name]

@@ -36,13 +36,21 @@ class BlockStream:
     Args:
         streamer: the receiver.
         mask_token_id: what a position holds before it is committed.
-        block_length: tokens in a block.
+        block_length: tokens in a block; None for one block, everything.
+        behind: what stands behind the end of rows that are shorter than the longest one.
     """
 
-    def __init__(self, streamer: DiffusionStreamer, mask_token_id: int, block_length: int) -> None:
+    def __init__(
+        self,
+        streamer: DiffusionStreamer,
+        mask_token_id: int,
+        block_length: int | None,
+        behind: int,
+    ) -> None:
         self.streamer = streamer
         self.mask_token_id = mask_token_id
         self.block_length = block_length
+        self.behind = behind
         self._complete = 0
         self._begun = 0
 
@@ -61,23 +69,28 @@ class BlockStream:
         return report
 
     def finish(self, sequences: torch.Tensor) -> None:
-        """Puts the blocks that are still open, from the result `[batch, gen_length]`, and ends."""
+        """Puts the blocks that are still open, from the result `[batch, n]`, and ends."""
         self._put_until(self._begun, sequences)
         self.streamer.end()
 
     def _step(self, state: dict[str, torch.Tensor]) -> None:
         generated = state["generated"]
-        tokens = state["canvas"][generated].view(len(generated), -1)  # [batch, gen_length]
-        changed = state["transfer_index"][generated].view_as(tokens)
+        size = generated.sum(-1, keepdim=True)
+        number = torch.arange(int(size.max()), device=generated.device)
+        place = generated.long().argmax(-1, keepdim=True) + number
+        place = place.clamp(max=generated.shape[1] - 1)
+        tokens = torch.where(number < size, state["canvas"].gather(1, place), self.behind)
+        changed = state["transfer_index"].gather(1, place) & (number < size)
         in_work = ((tokens == self.mask_token_id) | changed).any(0).nonzero()[:, 0].tolist()
-        start = in_work[0] // self.block_length * self.block_length
+        block_length = self.block_length or tokens.shape[1]
+        start = in_work[0] // block_length * block_length
         self._put_until(start, tokens)
-        self._begun = start + self.block_length
+        self._begun = start + block_length
         if hasattr(self.streamer, "put_draft"):
             self.streamer.put_draft(tokens[:, start : self._begun].cpu())
 
     def _put_until(self, end: int, tokens: torch.Tensor) -> None:
         while self._complete < min(end, tokens.shape[1]):
-            following = self._complete + self.block_length
+            following = self._complete + (self.block_length or tokens.shape[1])
             self.streamer.put(tokens[:, self._complete : following].cpu())
             self._complete = following

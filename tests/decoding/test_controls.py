@@ -181,7 +181,7 @@ def test_forced_tokens_stand_where_they_were_put_and_condition_the_rest(pipe, sa
     assert all(int(canvas[0, 3]) == 9 for canvas in first)
 
 
-def test_block_of_forced_tokens_costs_no_pass(pipe):
+def test_block_of_forced_tokens_costs_no_pass_and_leaves_its_steps_to_the_others(pipe):
     output = pipe(
         input_ids=[[3, 4, 5], [3, 4, 5]],
         forced_tokens=[dict.fromkeys(range(4), 9), {}],
@@ -189,8 +189,8 @@ def test_block_of_forced_tokens_costs_no_pass(pipe):
         output_type="seq",
         early_stop=False,
     )
-    assert output.passes_per_row.tolist() == [2, 4]
-    assert output.num_passes == 4
+    assert output.passes_per_row.tolist() == [4, 4]
+    assert output.num_passes == 6  # four for a block of each, and two for the second of one
 
 
 @pytest.mark.parametrize(

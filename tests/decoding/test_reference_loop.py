@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import one_hot
 
 from codd_hf import CoDDPipeline, CoDDScheduler
 from codd_hf.circuits.random import draw_categorical
 from codd_hf.schedulers.candidates import shape_logits
 from tiny import tiny_model
 
+MASK, W, LENGTH, STEPS = 2, 4, 8, 4
 PROMPT = [3, 4, 5, 6, 7]
-WINDOW, LENGTH, STEPS = 4, 8, 4
+TEMPLATE = [3, 4, 5, MASK, 6, 7, MASK, MASK, 8, MASK, 9, 10, 11]
 SAMPLING = ["factorized", "latent", "any_order", "marginal", "viterbi"]
 STRATEGIES = ["low_confidence", "margin", "entropy", "left_to_right", "threshold", "joint"]
 
@@ -21,83 +23,153 @@ def model():
     return tiny_model()
 
 
-def plain_loop(model, generator, *, sampling, strategy, temperature, threshold, tau):
-    """Blocks are windows; one row; no library code but the distribution's own queries."""
-    mask, row, passes = model.config.mask_token_id, list(PROMPT) + [2] * LENGTH, 0
-    assert mask == 2
-    for start in range(len(PROMPT), len(row), WINDOW):
-        for steps_left in range(STEPS * WINDOW // LENGTH, 0, -1):
-            canvas = torch.tensor([row])
-            at, passes = canvas[:, start : start + WINDOW], passes + 1
-            logits = model(canvas).logits[:, start : start + WINDOW]
-            plain = model.coupling_head(logits, tokens=at, observed=at != mask)
+def ranks(strategy, law, sure):
+    """The higher, the sooner; `law` `[n, vocab]`, `sure` `[n]`."""
+    first, second = law.topk(2).values.unbind(-1)
+    return {
+        "margin": first - second,
+        "entropy": -torch.special.entr(law).sum(-1),
+        "left_to_right": -torch.arange(len(law)).float(),
+    }.get(strategy, sure)
+
+
+def placed(row, logits, begin, steps_left, windowing, strategy, threshold):
+    """The full paradigm: the chosen positions, the windows over them, and where to commit."""
+    phi = logits.index_fill(-1, torch.tensor([MASK]), -torch.inf).softmax(-1)
+    score, best = ranks(strategy, phi, phi.amax(-1)).tolist(), phi.amax(-1).tolist()
+    left = [i for i in range(len(row)) if row[i] == MASK]
+    chosen = sorted(left, key=lambda i: -score[i])[: -(-len(left) // steps_left)]
+    sure = [i for i in left if strategy in ("threshold", "joint") and best[i] >= threshold]
+    chosen, count = sorted({*chosen, *sure}), len(chosen)
+    starts = sorted({i - (i - begin) % W for i in chosen})
+    if windowing == "centred" and steps_left > 1:
+        held = max(([j for j in chosen if i <= j < i + W] for i in chosen), key=len)
+        starts = [min(max((held[0] + held[-1] + 1 - W) // 2, 0), len(row) - W)]
+    where = left if strategy in ("threshold", "joint") else chosen
+    where = [i for i in where if any(s <= i < s + W for s in starts)]
+    return starts, where, count
+
+
+def plain_loop(model, row, blocks, begin, generator, windowing=None, **settings):
+    """One row; no library code but the distribution's own queries."""
+    sampling, strategy, threshold = (settings[k] for k in ("sampling", "strategy", "threshold"))
+    row, passes = list(row), 0
+    for block, steps in blocks:
+        for steps_left in range(steps, 0, -1):
+            where = [i for i in block if row[i] == MASK]
+            if not where:
+                break
+            logits, passes = model(torch.tensor([row])).logits[0], passes + 1
+            starts, count = sorted({i - (i - begin) % W for i in block}), len(where)
+            count = -(-count // steps_left)
+            if windowing:
+                starts, where, count = placed(
+                    row, logits, begin, steps_left, windowing, strategy, threshold
+                )
+            place = [s + i for s in starts for i in range(W)]
+            present = torch.tensor(place).view(-1, W) < len(row)
+            at = torch.tensor([row[i] if i < len(row) else 0 for i in place]).view(-1, W)
+            padded = torch.cat((logits, logits[:W]))
+            plain = model.coupling_head(
+                padded[place].view(*at.shape, -1), tokens=at, observed=at != MASK, present=present
+            )
             if sampling == "factorized":
-                plain = plain.with_active(torch.tensor([False]))
-            hot, left = plain.with_temperature(tau), (at != mask)[0].logical_not()
-            given = plain
-            fewest, taken, joint = -(-int(left.sum()) // steps_left), 0, 1.0
-            if sampling == "latent":
-                z = hot.sample_latents(generator)
-            in_order = sampling == "any_order"
-            numbers = torch.rand(WINDOW, generator=generator) if sampling != "viterbi" else None
+                plain = plain.with_active(torch.zeros(len(at), dtype=torch.bool))
+            hot, given = plain.with_temperature(settings["tau"]), plain
+            left = torch.tensor([i in where for i in place])
+            taken, joint, in_order = 0, 1.0, sampling == "any_order"
+            z = hot.sample_latents(generator) if sampling == "latent" else None
+            numbers = torch.rand(len(place), generator=generator) if sampling != "viterbi" else None
             while bool(left.any()):
                 if in_order or taken == 0:
-                    laws = hot.marginals.log() if sampling != "latent" else hot.logits_given(z)
+                    laws = hot.marginals.log() if z is None else hot.logits_given(z)
                     if sampling == "viterbi":
-                        tokens = hot.viterbi().tokens[0]
+                        tokens = hot.viterbi().tokens.flatten()
                     else:
-                        shaped = shape_logits(laws[0], temperature)
+                        shaped = shape_logits(laws.flatten(0, 1), settings["temperature"])
                         tokens = draw_categorical(shaped.exp(), numbers)
-                    law = plain.marginals[0]
+                    law = plain.marginals.flatten(0, 1)
                     sure = law.amax(-1) if in_order else law.gather(-1, tokens[:, None])[:, 0]
-                    rank = {
-                        "margin": (lambda best: best[:, 0] - best[:, 1])(law.topk(2).values),
-                        "entropy": -torch.special.entr(law).sum(-1),
-                        "left_to_right": -torch.arange(WINDOW).float(),
-                    }.get(strategy, sure)
-                best = int(rank.masked_fill(~left, -9).argmax())
-                one = torch.nn.functional.one_hot(torch.tensor([best]), WINDOW).bool()
-                joint *= float(given.marginals[0, best, tokens[best]])
+                best = int(ranks(strategy, law, sure).masked_fill(~left, -9).argmax())
+                one = one_hot(torch.tensor(best), len(place)).bool().view_as(at)
+                joint *= float(given.marginals.flatten(0, 1)[best, tokens[best]])
                 enough = {"threshold": float(sure[best]), "joint": joint}.get(strategy, -1.0)
-                if taken >= fewest and enough < threshold:
+                if taken >= count and enough < threshold:
                     break
-                row[start + best], taken, left[best] = int(tokens[best]), taken + 1, False
-                given = given.condition(tokens[None], one)
+                row[place[best]], taken, left[best] = int(tokens[best]), taken + 1, False
+                given = given.condition(tokens.view_as(at), one)
                 if in_order:
-                    plain, hot = given, hot.condition(tokens[None], one)
-            if mask not in row[start : start + WINDOW]:
-                break
-    return row[len(PROMPT) :], passes
+                    plain, hot = given, hot.condition(tokens.view_as(at), one)
+    return row, passes
+
+
+FROM, EVERYTHING = len(PROMPT), range(len(PROMPT), len(PROMPT) + LENGTH)
+# Of free length, so that the law of a gap has no token ruled out.
+FREE = {"infill": True, "free_length": True}
+CASES = {
+    "block": (
+        {"block_length": W},
+        [(range(FROM, FROM + W), 2), (range(FROM + W, FROM + LENGTH), 2)],
+        FROM,
+        None,
+    ),
+    "aligned": ({"paradigm": "full"}, [(EVERYTHING, STEPS)], FROM, "aligned"),
+    "centred": (
+        {"paradigm": "full", "windowing": "centred"},
+        [(EVERYTHING, STEPS)],
+        FROM,
+        "centred",
+    ),
+    # The gaps span positions 3 to 9, two windows with one position to spare: none on the left.
+    "infill": ({**FREE, "block_length": 4}, [([3, 6], 2), ([7, 9], 2)], 3, None),
+    "infill_full": (
+        {**FREE, "paradigm": "full", "windowing": "centred"},
+        [([3, 6, 7, 9], STEPS)],
+        3,
+        "centred",
+    ),
+}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("sampling", SAMPLING)
-def test_generate_the_pipeline_and_a_plain_loop_give_the_same_tokens(model, sampling, strategy):
+@pytest.mark.parametrize("case", CASES)
+def test_generate_the_pipeline_and_a_plain_loop_give_the_same_tokens(
+    model, case, sampling, strategy
+):
+    arguments, blocks, begin, windowing = CASES[case]
     settings = {"sampling": sampling, "strategy": strategy, "temperature": 0.8, "threshold": 0.6}
     pipe = CoDDPipeline(model=model, scheduler=CoDDScheduler(evidence_temperature=0.7))
     pipe.set_progress_bar_config(disable=True)
-    kwargs = {"block_length": WINDOW, "num_inference_steps": STEPS, "early_stop": False}
-    with torch.no_grad():
-        for seed in range(1 + (strategy == "low_confidence")):
+    kwargs = {**arguments, "num_inference_steps": STEPS, "early_stop": False, **settings}
+    infill = "infill" in arguments
+    given = TEMPLATE if infill else PROMPT
+    for seed in range(1 + (strategy == "low_confidence")):
+        with torch.no_grad():
             expected, passes = plain_loop(
-                model, torch.Generator().manual_seed(seed), tau=0.7, **settings
-            )
-            output = pipe(
-                input_ids=PROMPT,
-                gen_length=LENGTH,
-                output_type="seq",
-                generator=torch.Generator().manual_seed(seed),
-                **kwargs,
+                model,
+                given if infill else given + [MASK] * LENGTH,
+                blocks,
+                begin,
+                torch.Generator().manual_seed(seed),
+                windowing,
+                tau=0.7,
                 **settings,
             )
-            assert output.sequences[0].tolist() == expected
-            assert output.num_passes == passes == int(output.passes_per_row[0])
-            generated = model.generate(
-                torch.tensor([PROMPT]),
-                max_new_tokens=LENGTH,
-                generator=torch.Generator().manual_seed(seed),
-                evidence_temperature=0.7,
-                **kwargs,
-                **settings,
-            )
-            assert generated[0, len(PROMPT) :].tolist() == expected
+        output = pipe(
+            input_ids=given,
+            gen_length=LENGTH,
+            output_type="seq",
+            generator=torch.Generator().manual_seed(seed),
+            **kwargs,
+        )
+        assert output.sequences[0].tolist() == expected[0 if infill else len(PROMPT) :]
+        assert output.num_passes == passes == int(output.passes_per_row[0])
+        generated = model.generate(
+            torch.tensor([given]),
+            max_new_tokens=LENGTH,
+            generator=torch.Generator().manual_seed(seed),
+            evidence_temperature=0.7,
+            **kwargs,
+        )
+        assert generated[0].tolist() == expected

@@ -5,13 +5,32 @@ from __future__ import annotations
 import pytest
 import torch
 
-from codd_hf import CoDDPipeline, CoDDScheduler
-from tiny import tiny_model
+from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
+from tiny import random_head, tiny_backbone, tiny_model
 
+MASK, EOS = 2, 1
 PROMPTS = [[3, 4], [5, 6, 7, 8, 9, 10, 3], [4, 5, 6]]
+TEMPLATES = [
+    [3, MASK, MASK, MASK, 5],
+    [5, 6, 7, MASK, 8, 9, 3, 4, MASK, MASK, MASK, MASK, MASK, 11],
+    [MASK, 4, 5, MASK, 6, MASK],
+]
 SHORT = {"gen_length": 10, "block_length": 5, "num_inference_steps": 6, "output_type": "seq"}
 SAMPLING = ["latent", "any_order", "marginal", "viterbi", "factorized"]
 STRATEGIES = ["low_confidence", "random", "left_to_right", "threshold", "joint"]
+CONTROLS = {
+    "temperature": 0.9,
+    "threshold": 0.4,
+    "activation_ratio": 0.8,
+    "repetition_penalty": 1.2,
+    "eos_token_id": EOS,
+}
+TASKS = {
+    "block": {},
+    "aligned": {"paradigm": "full"},
+    "centred": {"paradigm": "full", "windowing": "centred"},
+}
+ROW_KEYS = ("gen_length", "num_inference_steps", "min_new_tokens")
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +42,35 @@ def pipe():
 
 def seeds() -> list[torch.Generator]:
     return [torch.Generator().manual_seed(10 + row) for row in range(len(PROMPTS))]
+
+
+def padded(rows: list[list[int]], side: str) -> dict[str, torch.Tensor]:
+    """The rows padded with token 7 to more than the longest."""
+    width = max(map(len, rows)) + 2
+    gaps = [width - len(row) for row in rows]
+    left = side == "left"
+    ids = [[7] * n + row if left else row + [7] * n for row, n in zip(rows, gaps, strict=True)]
+    mask = [
+        [0] * n + [1] * len(row) if left else [1] * len(row) + [0] * n
+        for row, n in zip(rows, gaps, strict=True)
+    ]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def assert_rows_are_independent(pipe, rows: list[list[int]], side: str, **kwargs) -> torch.Tensor:
+    """Each row alone, with its own entry of per-row arguments, and the batch padded."""
+    batched = pipe(input_ids=rows, generator=seeds(), **kwargs)
+    for row, prompt in enumerate(rows):
+        own = {name: kwargs[name][row] for name in ROW_KEYS if isinstance(kwargs.get(name), list)}
+        alone = pipe(input_ids=prompt, generator=[seeds()[row]], **(kwargs | own))
+        length = alone.sequences.shape[1]
+        assert torch.equal(alone.sequences[0], batched.sequences[row, :length])
+        assert (batched.sequences[row, length:] == EOS).all()
+        assert alone.num_passes == int(batched.passes_per_row[row])
+    with_padding = pipe(**padded(rows, side), generator=seeds(), **kwargs)
+    assert torch.equal(with_padding.sequences, batched.sequences)
+    assert not (batched.sequences == MASK).any()
+    return batched.sequences
 
 
 @pytest.mark.parametrize(
@@ -38,15 +86,11 @@ def test_row_alone_and_in_a_batch_with_every_mode_strategy_and_remasking(
 ):
     kwargs = {
         **SHORT,
+        **CONTROLS,
         "sampling": sampling,
         "strategy": strategy,
         "remask_threshold": remask_threshold,
-        "temperature": 0.9,
-        "threshold": 0.4,
-        "activation_ratio": 0.8,
-        "repetition_penalty": 1.2,
         "min_new_tokens": 3,
-        "eos_token_id": 1,
     }
     batched = pipe(input_ids=PROMPTS, generator=seeds(), **kwargs)
     for row, prompt in enumerate(PROMPTS):
@@ -54,6 +98,74 @@ def test_row_alone_and_in_a_batch_with_every_mode_strategy_and_remasking(
         assert torch.equal(alone.sequences[0], batched.sequences[row])
         assert alone.num_passes == int(batched.passes_per_row[row])
     assert batched.num_passes >= int(batched.passes_per_row.max())
+
+
+@pytest.mark.parametrize("number", range(len(STRATEGIES)))
+@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize("task", TASKS)
+def test_row_with_lengths_of_its_own_alone_in_a_batch_and_padded(pipe, task, sampling, number):
+    """Remasking and the padded side change with the strategy, so that all of them meet."""
+    remask = 0.3 if number % 2 and sampling != "factorized" else 0.0
+    assert_rows_are_independent(
+        pipe,
+        PROMPTS,
+        "left" if number % 2 else "right",
+        **CONTROLS,
+        **TASKS[task],
+        sampling=sampling,
+        strategy=STRATEGIES[number],
+        remask_threshold=remask,
+        gen_length=[9, 3, 6],
+        min_new_tokens=[3, 0, 2],
+        num_inference_steps=[5, 2, 4],
+        block_length=3,
+        output_type="seq",
+    )
+
+
+@pytest.mark.parametrize("number", range(len(STRATEGIES)))
+@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize("task", TASKS)
+def test_template_alone_in_a_batch_and_padded(pipe, task, sampling, number):
+    filled = assert_rows_are_independent(
+        pipe,
+        TEMPLATES,
+        "right" if number % 2 else "left",
+        **CONTROLS,
+        **TASKS[task],
+        sampling=sampling,
+        strategy=STRATEGIES[number],
+        infill=True,
+        free_length=number > 1,
+        num_inference_steps=[2, 4, 3],
+        block_length=4,
+        output_type="seq",
+    )
+    for row, template in enumerate(TEMPLATES):
+        for token, given in zip(filled[row].tolist(), template, strict=False):
+            assert given in (token, MASK)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("kind", ["bert", "qwen2"])
+@pytest.mark.parametrize("window", [3, 16])
+def test_other_backbones_and_windows_shorter_and_longer_than_blocks(task, kind, window):
+    """`qwen2` has Dream's shift: what it computes at a position predicts the next one."""
+    backbone = tiny_backbone(kind, **({"logit_shift": True} if kind == "qwen2" else {}))
+    head = random_head(window_length=window)
+    pipe = CoDDPipeline(CoDDModel.from_backbone(backbone, head), CoDDScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    assert_rows_are_independent(
+        pipe,
+        PROMPTS,
+        "left",
+        **CONTROLS,
+        **TASKS[task],
+        gen_length=[13, 4, 7],
+        num_inference_steps=[4, 2, 2],
+        block_length=5,
+        output_type="seq",
+    )
 
 
 @pytest.mark.parametrize("strategy", ["threshold", "joint"])
@@ -75,4 +187,4 @@ def test_number_of_steps_is_a_ceiling(pipe, sampling):
             input_ids=PROMPTS, strategy=strategy, sampling=sampling, threshold=1.0, **SHORT
         )
         assert output.num_passes <= SHORT["num_inference_steps"]
-        assert (output.sequences != 2).all()
+        assert (output.sequences != MASK).all()

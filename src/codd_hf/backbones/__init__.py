@@ -62,6 +62,7 @@ do, and check that a causal control differs.
 """
 
 from .block_causal import block_causal_mask
+from .canvas_cache import CanvasCache
 from .custom_code import CustomCodeFamily, brings_code, nested_custom_config
 from .decoder import DecoderFamily
 from .dream import DreamLayout
@@ -77,6 +78,7 @@ __all__ = [
     "LAYOUTS",
     "BackboneFamily",
     "BackboneStates",
+    "CanvasCache",
     "CheckpointLayout",
     "CustomCodeFamily",
     "DecoderFamily",

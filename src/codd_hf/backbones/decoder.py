@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from .family import BackboneFamily, BackboneStates
+from .canvas_cache import CanvasCache
+from .family import BackboneFamily, BackboneStates, execution_device
 
 
 class DecoderFamily(BackboneFamily):
@@ -28,13 +30,36 @@ class DecoderFamily(BackboneFamily):
         self.adopt(config)
         return AutoModelForCausalLM.from_pretrained(name_or_path, config=config, **kwargs)
 
-    def run(self, model, input_ids, attention_mask, position_ids) -> BackboneStates:
+    def make_cache(self, model: PreTrainedModel, num_rows: int) -> CanvasCache:
+        implementation = model.config._attn_implementation or "eager"
+        if implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                "`cache` needs `attn_implementation` 'sdpa' or 'eager', got "
+                f"{implementation!r}: load the backbone with one of them, or leave `cache` out."
+            )
+        if getattr(model.config, "sliding_window", None) is not None:
+            raise ValueError(
+                "`cache` needs attention to the whole sequence, got a backbone with "
+                f"`sliding_window={model.config.sliding_window}`: leave `cache` out."
+            )
+        return CanvasCache(num_rows, execution_device(model))
+
+    def run(self, model, input_ids, attention_mask, position_ids, cache=None) -> BackboneStates:
+        if cache is not None and cache.positions is not None:
+            position_ids = cache.positions
+            input_ids = input_ids.gather(1, position_ids)
+        elif cache is not None:
+            # Left out, they would be counted from the end of what is kept.
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         hidden = model.get_decoder()(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            use_cache=False,
+            past_key_values=cache,
+            use_cache=cache is not None,
         ).last_hidden_state.to(input_ids.device)
+        if cache is not None:
+            hidden = cache.keep(hidden)
         project = model.get_output_embeddings()
 
         def read_logits(index):

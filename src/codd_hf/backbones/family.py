@@ -21,6 +21,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .block_causal import block_causal_mask
+from .canvas_cache import CanvasCache
 
 Index = tuple[torch.Tensor, ...]
 
@@ -100,6 +101,21 @@ class BackboneFamily(ABC):
         `[batch, length]`, 0 at padding, or `[batch, 1, length, length]`, additive.
         """
 
+    def make_cache(self, model: PreTrainedModel, num_rows: int) -> CanvasCache:
+        """An empty cache for passes over parts of a canvas; `run` then takes it as `cache`.
+
+        Args:
+            model: the backbone.
+            num_rows: rows of the batch.
+
+        Raises:
+            ValueError: the model cannot be read in parts.
+        """
+        raise ValueError(
+            f"`cache` needs a decoder that transformers runs (as llama and qwen2), got the model "
+            f"type {model.config.model_type!r}: leave `cache` out."
+        )
+
     def save_code(self, model: PreTrainedModel, folder: str | Path) -> None:  # noqa: B027
         """Copies into `folder` what is needed, beside weights, to load `model` from there."""
 
@@ -109,6 +125,7 @@ class BackboneFamily(ABC):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        cache: CanvasCache | None = None,
     ) -> BackboneStates:
         """Runs `model` so that entry `i` of the result predicts token `i`.
 
@@ -120,6 +137,8 @@ class BackboneFamily(ABC):
             input_ids: `[batch, length]`.
             attention_mask: `[batch, length]`, 0 at padding.
             position_ids: `[batch, length]`; default, counted from the left end.
+            cache: from `make_cache`, with a pass announced: what it does not compute is as it was
+                when it was last computed.
 
         Raises:
             ValueError: the attention implementation cannot be block-causal.
@@ -134,7 +153,11 @@ class BackboneFamily(ABC):
                 )
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             visible = block_causal_mask(real, block_length, model.dtype)
-        states = self.run(model, input_ids, visible, position_ids)
+            if cache is not None and cache.positions is not None:
+                row = torch.arange(len(real), device=real.device)[:, None]
+                visible = visible[row, :, cache.positions].transpose(1, 2)
+        cached = {} if cache is None else {"cache": cache}
+        states = self.run(model, input_ids, visible, position_ids, **cached)
         shift = getattr(model.config, "logit_shift", False)
         return states.shifted(attention_mask) if shift else states
 

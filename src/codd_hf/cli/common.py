@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import re
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +12,8 @@ if TYPE_CHECKING:
     from ..pipelines.pipeline_codd import CoDDPipeline
 
 DECODING = {
+    "paradigm": (str, "block, from left to right, or full: any position in any step"),
+    "windowing": (str, "of the full paradigm's windows: aligned or centred"),
     "strategy": (
         str,
         "which positions to commit: low_confidence, margin, entropy, random, left_to_right, or as "
@@ -44,11 +44,16 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of all draws")
     for name, (kind, text) in DECODING.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    parser.set_defaults(paradigm="block", windowing="aligned")
+    parser.add_argument(
+        "--forbidden-token-ids", type=int, nargs="+", metavar="ID", help="never generated"
+    )
 
 
 def decoding_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The pipeline's arguments from the command line's."""
-    names = ("gen_length", "block_length", "num_inference_steps", *DECODING)
+    lengths = ("gen_length", "block_length", "num_inference_steps")
+    names = (*lengths, *DECODING, "forbidden_token_ids")
     return {name: getattr(args, name) for name in names}
 
 
@@ -88,18 +93,3 @@ def quiet_loading() -> None:
 def printable(text: str) -> str:
     """Text without terminal control sequences (newline and tab stay)."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)
-
-
-def environment() -> dict[str, Any]:
-    """Machine and versions, to stand beside a figure."""
-    import torch
-
-    packages = ("torch", "transformers", "diffusers")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "codd-hf": version("codd-hf"),
-    }

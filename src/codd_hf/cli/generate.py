@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from .common import add_decoding_arguments, decoding_arguments, load_pipeline, printable
 
@@ -15,11 +16,14 @@ EXAMPLE = """example:
   codd-hf generate --input questions.jsonl --output answers.jsonl --batch-size 16
   accelerate launch --multi_gpu --num_processes 4 -m codd_hf.cli generate \\
       --input questions.jsonl --output answers.jsonl
+  codd-hf generate --infill "Tom has 3<|mask|><|mask|><|mask|> and eats 2."
 
 prompts on standard input, one per line, when none is given. With `--input`, row i (from 0) is drawn
 with seed SEED + i, so that its answer depends neither on `--batch-size` nor on the number of
-processes; a run that was killed is continued by the same command. `--multi_gpu` starts several
-processes without a GPU as well."""
+processes; a run that was killed is continued by the same command. A line may have columns
+gen_length, num_inference_steps and seed of its own. `--multi_gpu` starts several processes without
+a GPU as well. With `--infill` a prompt is a text with mask tokens (here of the embedded model),
+printed with the gaps filled."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--stream", action="store_true", help="show the canvas as it resolves (in a terminal)"
+    )
+    parser.add_argument(
+        "--infill", action="store_true", help="fill the mask tokens in the prompts, add nothing"
+    )
+    parser.add_argument(
+        "--free-length", action="store_true", help="a run of mask tokens may get fewer tokens"
     )
     add_decoding_arguments(parser)
     group = parser.add_argument_group("files")
@@ -43,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if (args.input is None) != (args.output is None):
         args.usage_error("`--input` and `--output` go together: give both or neither.")
+    if args.infill and args.stream:
+        args.usage_error("`--infill` fills gaps, of which `--stream` shows nothing: leave one out.")
     if args.input is not None:
         if args.prompt or args.stream:
             args.usage_error("`--input` takes neither prompts nor `--stream`: leave them out.")
@@ -56,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     if not prompts:
         raise ValueError("`prompt` is empty: give a prompt, or lines on standard input.")
     pipeline = load_pipeline(args.model)
-    call = {"use_chat_template": not args.no_chat_template, **decoding_arguments(args)}
+    call = _call(args)
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(prompts))]
     if args.stream and can_redraw(sys.stdout):
         pipeline.set_progress_bar_config(disable=True)
@@ -66,6 +78,16 @@ def run(args: argparse.Namespace) -> None:
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty())
     for text in pipeline(prompts, generator=generators, **call).texts:
         print(printable(text))
+
+
+def _call(args: argparse.Namespace) -> dict[str, Any]:
+    """The pipeline's arguments."""
+    return {
+        "use_chat_template": not args.no_chat_template,
+        "infill": args.infill,
+        "free_length": args.free_length,
+        **decoding_arguments(args),
+    }
 
 
 def _run_on_file(args: argparse.Namespace) -> None:
@@ -88,8 +110,7 @@ def _run_on_file(args: argparse.Namespace) -> None:
         seed=args.seed,
         state=state,
         progress=sys.stderr.isatty(),
-        use_chat_template=not args.no_chat_template,
-        **decoding_arguments(args),
+        **_call(args),
     )
     state.destroy_process_group()
     who = f"process {state.process_index}: " if state.num_processes > 1 else ""

@@ -11,14 +11,12 @@ that it is continued by the same settings only.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import uuid
-from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -26,13 +24,13 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..decoding import pack_canvas
+from ..decoding import lay_out
+from ..decoding_arguments import DecodingArguments
+from .jsonl_rows import JSONLRows, line_at, parsed
 from .prompts import encode_prompts
 
 if TYPE_CHECKING:
     from .pipeline_codd import CoDDPipeline
-
-USUAL_PROMPTS = ("question", "prompt")
 
 
 def answer_jsonl(
@@ -45,6 +43,7 @@ def answer_jsonl(
     batch_size: int = 8,
     seed: int = 0,
     gen_length: int = 128,
+    num_inference_steps: int = 32,
     state: PartialState | None = None,
     progress: bool = False,
     use_chat_template: bool = True,
@@ -54,6 +53,9 @@ def answer_jsonl(
 
     A killed run is continued by the same call, with any batch size and number of processes.
 
+    The columns `gen_length`, `num_inference_steps` and `seed`, where a line has them, stand for the
+    arguments in its row.
+
     Args:
         pipeline: on this process's device, with a tokenizer.
         source: a JSONL file, an object a line (blank lines are passed over).
@@ -61,19 +63,22 @@ def answer_jsonl(
         prompt_column: the column with the prompt, a text; default `question` or else `prompt`.
         output_column: the new column.
         batch_size: rows decoded together; it changes the speed, not the answers.
-        seed: row `i`, counted from 0, is drawn with a generator of seed `seed + i`.
+        seed: row `i`, counted from 0, is drawn with a generator of seed `seed + i`; a line's own
+            seed is taken as it is.
         gen_length: tokens to generate in each row.
+        num_inference_steps: the most backbone passes for a row.
         state: accelerate's, when there are several processes; they need one file system.
         progress: whether the main process shows a bar of its rows.
         use_chat_template: as in the pipeline.
-        **settings: arguments of the pipeline's call (`block_length`, `sampling`, ...).
+        **settings: arguments of the pipeline's call (`block_length`, `infill`, `sampling`, ...).
 
     Returns:
         The number of rows that this process answered now.
 
     Raises:
-        ValueError: a line is no JSON object, has no prompt or has `output_column` already, a prompt
-            cannot be decoded, `batch_size` is below 1, or another run has begun to write `output`.
+        ValueError: a line is no JSON object, has no prompt, has `output_column` already or a column
+            `gen_length`, `num_inference_steps` or `seed` that is no integer, a prompt cannot be
+            decoded, `batch_size` is below 1, or another run has begun to write `output`.
         OSError: a file cannot be read or written, or `output` exists and is of no such run.
     """
     if batch_size < 1:
@@ -89,13 +94,15 @@ def answer_jsonl(
         "model": pipeline.model.config._name_or_path,
         "use_chat_template": use_chat_template,
         "gen_length": gen_length,
+        "num_inference_steps": num_inference_steps,
         **settings,
         "scheduler": {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")},
     }
+    lengths = {"gen_length": gen_length, "num_inference_steps": num_inference_steps}
     files = RunFiles(Path(output), run)
     complete = files.is_complete()
     for row in range(index, 0 if complete else len(rows), count):
-        _check_prompt(pipeline, rows, row, use_chat_template, gen_length)
+        _check_row(pipeline, rows, row, use_chat_template, lengths | settings)
     if state is not None:
         # Nothing is begun, and no process may be done already, before all have looked.
         state.wait_for_everyone()
@@ -114,11 +121,13 @@ def answer_jsonl(
     ):
         for start in range(0, len(own), batch_size):
             batch = own[start : start + batch_size]
+            values = [rows.values(row) for row in batch]
+            seeds = [v.get("seed", seed + row) for v, row in zip(values, batch, strict=True)]
             texts = pipeline(
-                [rows.prompt(row) for row in batch],
+                [v[rows.prompt_column] for v in values],
                 use_chat_template=use_chat_template,
-                gen_length=gen_length,
-                generator=[torch.Generator().manual_seed(seed + row) for row in batch],
+                generator=[torch.Generator().manual_seed(s) for s in seeds],
+                **{name: [v.get(name, usual) for v in values] for name, usual in lengths.items()},
                 **settings,
             ).texts
             part.append(zip(batch, texts, strict=True))
@@ -127,18 +136,28 @@ def answer_jsonl(
     return len(own)
 
 
-def _check_prompt(
+def _check_row(
     pipeline: CoDDPipeline,
     rows: JSONLRows,
     row: int,
     use_chat_template: bool,
-    gen_length: int,
+    call: dict[str, Any],
 ) -> None:
-    """Finds a prompt that cannot be decoded before hours have been spent on others."""
-    config = pipeline.model.config
+    """Finds a row that cannot be decoded before hours have been spent on others.
+
+    Args:
+        pipeline: with a tokenizer.
+        rows: the file.
+        row: which one.
+        use_chat_template: as in the pipeline.
+        call: other arguments of the pipeline.
+    """
+    config, values = pipeline.model.config, rows.values(row)
+    task = {f.name: call[f.name] for f in fields(DecodingArguments) if f.name in call}
+    task |= {name: values.get(name, task[name]) for name in ("gen_length", "num_inference_steps")}
     try:
         ids, mask = encode_prompts(
-            [rows.prompt(row)],
+            [values[rows.prompt_column]],
             None,
             None,
             None,
@@ -148,72 +167,12 @@ def _check_prompt(
             use_chat_template=use_chat_template,
             add_generation_prompt=True,
             chat_template_kwargs={},
+            infill=call.get("infill", False),
         )
-        pack_canvas(pipeline.model, ids, mask, gen_length)
+        arguments = DecodingArguments.check(pipeline.scheduler, config, 1, settings={}, **task)
+        lay_out(pipeline.model, ids, mask, [], arguments)
     except ValueError as error:
         raise ValueError(f"Line {rows.numbers[row]} of {str(rows.path)!r}: {error}") from error
-
-
-@dataclass
-class JSONLRows:
-    """The rows of a JSONL file, of which only the places are kept in memory.
-
-    Attributes:
-        path: the file.
-        prompt_column: the column of the prompts.
-        offsets: where each row's line begins, in bytes.
-        numbers: the number of each row's line, from 1.
-        sha256: of the file.
-    """
-
-    path: Path
-    prompt_column: str
-    offsets: array
-    numbers: array
-    sha256: str
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    @classmethod
-    def read(cls, path: Path, prompt_column: str | None, output_column: str) -> JSONLRows:
-        """Reads and checks all lines; see `answer_jsonl` for what is raised."""
-        offsets, numbers, digest, offset = array("q"), array("q"), hashlib.sha256(), 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                digest.update(line)
-                if line.strip():
-                    values = _object(line)
-                    where = f"Line {number} of {str(path)!r}"
-                    if values is None:
-                        raise ValueError(f"{where} is no JSON object.")
-                    if prompt_column is None:
-                        prompt_column = next((c for c in USUAL_PROMPTS if c in values), None)
-                        if prompt_column is None:
-                            raise ValueError(
-                                f"`prompt_column` must be given: neither question nor prompt is "
-                                f"among the columns {list(values)} of {str(path)!r}."
-                            )
-                    prompt = values.get(prompt_column)
-                    if not isinstance(prompt, str) or not prompt:
-                        raise ValueError(
-                            f"{where} must have a text in column {prompt_column!r}, got {prompt!r}."
-                        )
-                    if output_column in values:
-                        raise ValueError(
-                            f"{where} has a column {output_column!r} already: give another "
-                            "`output_column`."
-                        )
-                    offsets.append(offset)
-                    numbers.append(number)
-                offset += len(line)
-        if not offsets:
-            raise ValueError(f"`source` {str(path)!r} has no rows.")
-        return cls(path, prompt_column, offsets, numbers, digest.hexdigest())
-
-    def prompt(self, row: int) -> str:
-        with self.path.open("rb") as file:
-            return _object(_line_at(file, self.offsets[row]))[self.prompt_column]
 
 
 @dataclass
@@ -281,7 +240,7 @@ class RunFiles:
             offset = 0
             with path.open("rb") as file:
                 for line in file:
-                    record = _object(line)
+                    record = parsed(line)
                     if record is not None:
                         found.setdefault(record["row"], (path, offset))
                     offset += len(line)
@@ -356,27 +315,13 @@ def _merged_lines(
                 path, offset = answers[row]
                 if path not in opened:
                     opened[path] = path.open("rb")
-                text = _object(_line_at(opened[path], offset))["text"]
-                line = _line_at(source, rows.offsets[row]).rstrip()
+                text = parsed(line_at(opened[path], offset))["text"]
+                line = line_at(source, rows.offsets[row]).rstrip()
                 added = f", {json.dumps(column)}: {json.dumps(text, ensure_ascii=False)}}}\n"
                 yield line.removesuffix(b"}").rstrip() + added.encode()
     finally:
         for file in opened.values():
             file.close()
-
-
-def _line_at(file: BinaryIO, offset: int) -> bytes:
-    file.seek(offset)
-    return file.readline()
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    """The JSON object of a line, or None if it holds none."""
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 
 from ..circuits.random import Generators
 from ..decoding import denoise
-from ..decoding_arguments import ForcedTokens, check_decoding_arguments
+from ..decoding_arguments import DecodingArguments, ForcedTokens, PerRow
 from ..hub.publishing import PipelinePublishing
 from ..modeling_codd import CoDDModel
 from ..names import existing
@@ -25,7 +25,7 @@ Callback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]]
 
 
 class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
-    r"""Text generation by block-wise denoising with coupled distributions over windows of tokens.
+    r"""Text generation by denoising with coupled distributions over windows of tokens.
 
     Args:
         model ([`CoDDModel`]): A diffusion language model, with a head or without one (then it
@@ -43,6 +43,8 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
         >>> pipe = CoDDPipeline.from_pretrained("path/to/pipeline")
         >>> output = pipe("What is 3 + 4?", gen_length=64, block_length=32, num_inference_steps=8)
         >>> print(output.texts[0])
+        >>> mask = pipe.tokenizer.mask_token
+        >>> print(pipe(f"Tom has 3{4 * mask} and eats 2.", infill=True).texts[0])
         ```
     """
 
@@ -145,9 +147,13 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
         use_chat_template: bool = True,
         add_generation_prompt: bool = True,
         chat_template_kwargs: dict[str, Any] | None = None,
-        gen_length: int = 128,
+        gen_length: PerRow = 128,
         block_length: int = 32,
-        num_inference_steps: int = 32,
+        num_inference_steps: PerRow = 32,
+        paradigm: str = "block",
+        windowing: str = "aligned",
+        infill: bool = False,
+        free_length: bool = False,
         strategy: str | None = None,
         sampling: str | None = None,
         temperature: float | None = None,
@@ -161,9 +167,11 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
         repetition_penalty: float | None = None,
         forbidden_token_ids: list[int] | None = None,
         remask_threshold: float | None = None,
-        min_new_tokens: int | Sequence[int] | None = None,
+        min_new_tokens: PerRow | None = None,
         forced_tokens: ForcedTokens | None = None,
         logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
+        cache: str | None = None,
+        guidance_scale: float | list[float] | None = None,
         early_stop: bool = True,
         eos_token_id: int | list[int] | None = None,
         generator: Generators = None,
@@ -172,7 +180,7 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
         callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> CoDDPipelineOutput | tuple:
-        """Generates text after each prompt.
+        """Generates text after each prompt, or in the gaps of each.
 
         Args:
             prompt (`str` or `list[str]`, *optional*): One prompt or several, of any lengths.
@@ -186,12 +194,24 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
                 Whether a `prompt` becomes a user's message where the tokenizer has a chat template.
             add_generation_prompt (`bool`, defaults to `True`): As in `apply_chat_template`.
             chat_template_kwargs (`dict`, *optional*): Passed to `apply_chat_template`.
-            gen_length (`int`, defaults to 128): Number of tokens to generate.
-            block_length (`int`, defaults to 32): Tokens that are decoded together.
-            num_inference_steps (`int`, defaults to 32):
-                The most backbone passes for the whole generation, at least one per block; the
-                remainder of an uneven share goes to the first blocks. The strategies `threshold`
-                and `joint` need fewer where they are sure.
+            gen_length (`int` or `list[int]`, defaults to 128): Number of tokens to generate, for
+                all prompts or for each; with `infill` the mask tokens say it.
+            block_length (`int`, defaults to 32): Tokens that are decoded together. It divides the
+                blocks of a block-causal backbone, and is counted from the first token with one.
+            num_inference_steps (`int` or `list[int]`, defaults to 32):
+                The most backbone passes for the whole generation, for all prompts or for each, at
+                least one per block; the remainder of an uneven share goes to the first blocks. The
+                strategies `threshold` and `joint` need fewer where they are sure.
+            paradigm (`str`, defaults to `"block"`): `block`, from left to right, or `full`: any
+                position of the whole text in any step; needs no `block_length`.
+            windowing (`str`, defaults to `"aligned"`): How the `full` paradigm lays the circuit's
+                windows over the positions of a step: the fewest `aligned` ones, or one that is
+                `centred` over as many as it can cover; the others then wait.
+            infill (`bool`, defaults to `False`): Whether each prompt holds mask tokens, which are
+                filled in given the text on both sides; nothing is generated after it, and there is
+                no chat template but for `messages`. `sequences` and `texts` are the whole texts.
+            free_length (`bool`, defaults to `False`): Whether a run of mask tokens may be filled
+                by fewer tokens: it then ends at the first end-of-text or padding token drawn there.
             strategy (`str`, *optional*): How positions are ranked. This and what follows up to
                 `remask_threshold` are settings of [`CoDDScheduler`], which says what they do, for
                 this call; None takes the scheduler's.
@@ -219,6 +239,12 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
                 predicted given them.
             logits_processor (`LogitsProcessorList`, *optional*): transformers' processors; what
                 they see is said at [`~CoDDScheduler.step`].
+            cache (`str`, *optional*): `prefix` or `dual`: within a block, keys and values of what
+                is before it, or of all the rest, are computed once and reused: faster, and an
+                approximation. For Llama-like backbones.
+            guidance_scale (`float` or `list[float]`, *optional*):
+                Classifier-free guidance by the prompt, for all prompts or for each, as LLaDA counts
+                it: 0 is off, and `s` is what diffusers' image models call `s + 1`.
             early_stop (`bool`, defaults to `True`): Whether a row ends at its end-of-text token.
             eos_token_id (`int` or `list[int]`, *optional*): The end-of-text token; by default the
                 tokenizer's, or else the model's.
@@ -284,18 +310,22 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
             use_chat_template=use_chat_template,
             add_generation_prompt=add_generation_prompt,
             chat_template_kwargs=chat_template_kwargs or {},
+            infill=infill,
         )
-        check_decoding_arguments(
-            self.scheduler,
-            len(ids),
-            gen_length,
-            block_length,
-            num_inference_steps,
-            generator,
-            settings,
-            min_new_tokens,
-            forced_tokens,
-            self.model.config,
+        task = {
+            "gen_length": gen_length,
+            "block_length": block_length,
+            "num_inference_steps": num_inference_steps,
+            "paradigm": paradigm,
+            "windowing": windowing,
+            "infill": infill,
+            "free_length": free_length,
+            "generator": generator,
+            "min_new_tokens": min_new_tokens,
+            "forced_tokens": forced_tokens,
+        }
+        checked = DecodingArguments.check(
+            self.scheduler, self.model.config, len(ids), settings=settings, **task
         )
         if eos_token_id is None and self.tokenizer is not None:
             eos_token_id = self.tokenizer.eos_token_id
@@ -303,8 +333,8 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
             eos_token_id = self.model.config.eos_token_id
 
         # 3. Denoise, one block after the other.
-        self._num_timesteps = num_inference_steps
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
+        self._num_timesteps = max(checked.num_inference_steps)
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
 
             def on_step(step, timestep, state):
                 progress_bar.update()
@@ -325,33 +355,27 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
                 self.scheduler,
                 ids.to(device),
                 mask.to(device),
-                gen_length=gen_length,
-                block_length=block_length,
-                num_inference_steps=num_inference_steps,
-                generator=generator,
                 eos_token_id=eos_token_id,
                 early_stop=early_stop,
-                min_new_tokens=min_new_tokens,
-                forced_tokens=forced_tokens,
                 logits_processor=logits_processor,
+                cache=cache,
+                guidance_scale=guidance_scale,
                 on_step=on_step,
+                **task,
                 **settings,
             )
-            progress_bar.update(num_inference_steps - output.num_passes)
+            progress_bar.update(max(self._num_timesteps - output.num_passes, 0))
 
         # 4. Decode the text.
         texts = None
         if output_type == "text":
-            texts = [self._decode(row, eos_token_id) for row in output.sequences.tolist()]
+            known = output.is_text & (output.sequences < len(self.tokenizer))
+            texts = [
+                self.tokenizer.decode(row[keep], skip_special_tokens=True)
+                for row, keep in zip(output.sequences, known, strict=True)
+            ]
 
         self.maybe_free_model_hooks()
         if not return_dict:
             return output.sequences, texts
         return CoDDPipelineOutput(output.sequences, texts, output.num_passes, output.passes_per_row)
-
-    def _decode(self, tokens: list[int], eos_token_id: int | Sequence[int] | None) -> str:
-        """The text of a row up to its first end-of-text token, without what cannot be decoded."""
-        ends = [eos_token_id] if isinstance(eos_token_id, int) else (eos_token_id or [])
-        end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-        known = [token for token in tokens[:end] if token < len(self.tokenizer)]
-        return self.tokenizer.decode(known, skip_special_tokens=True)

@@ -13,8 +13,9 @@ class CoDDPipelineOutput(BaseOutput):
     """Output of a generation.
 
     Args:
-        sequences (`torch.LongTensor` of shape `(batch_size, gen_length)`):
-            The generated tokens, without the prompt; filled up with the end-of-text token.
+        sequences (`torch.LongTensor` of shape `(batch_size, longest)`):
+            The generated tokens, without the prompt; filled up with the end-of-text token. With
+            `infill`, the whole texts.
         texts (`list[str]`, *optional*):
             The generated texts up to their end; None with `output_type="seq"`.
         num_passes (`int`, *optional*):

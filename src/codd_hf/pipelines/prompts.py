@@ -79,6 +79,7 @@ def encode_prompts(
     use_chat_template: bool,
     add_generation_prompt: bool,
     chat_template_kwargs: dict[str, Any],
+    infill: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts as token ids.
 
@@ -89,10 +90,12 @@ def encode_prompts(
         attention_mask: of the shape of a tensor of `input_ids`.
         tokenizer: for prompts and messages.
         vocab_size: of the model.
-        mask_token_id: of the model; prompts cannot hold it, since only what follows is generated.
+        mask_token_id: of the model; only what is to be filled in can hold it.
         use_chat_template: whether a prompt becomes a user's message.
         add_generation_prompt: whether the template opens the answer.
         chat_template_kwargs: for the template.
+        infill: whether mask tokens among the tokens are to be filled in; a `prompt` is then taken
+            as it is, without a chat template.
 
     Returns:
         `input_ids` and `attention_mask`, both `[batch, length]`, padded on the right.
@@ -106,7 +109,8 @@ def encode_prompts(
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else prompt
             conversations = [[{"role": "user", "content": text}] for text in prompts]
-            templated = use_chat_template and bool(getattr(tokenizer, "chat_template", None))
+            has_template = bool(getattr(tokenizer, "chat_template", None))
+            templated = use_chat_template and has_template and not infill
         else:
             conversations = [messages] if isinstance(messages[0], dict) else messages
             templated = True
@@ -136,10 +140,10 @@ def encode_prompts(
                 f"`{name}` must hold ids of the model's vocabulary, 0 to {vocab_size - 1}, got "
                 f"{outside[0]} in row {index}."
             )
-        if mask_token_id in row:
+        if mask_token_id in row and not infill:
             raise ValueError(
                 f"`{name}` must not hold the mask token ({mask_token_id}), got it in row {index}: "
-                "leave it out, `gen_length` mask tokens follow each prompt."
+                "leave it out, `gen_length` mask tokens follow each prompt, or say `infill=True`."
             )
     longest = max(len(row) for row in rows)
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])

@@ -2,6 +2,7 @@
 
 from .controls import RowText
 from .remasking import CommitMemory
-from .scheduling_codd import CoDDScheduler, CoDDSchedulerOutput
+from .scheduler_output import CoDDSchedulerOutput
+from .scheduling_codd import CoDDScheduler
 
 __all__ = ["CoDDScheduler", "CoDDSchedulerOutput", "CommitMemory", "RowText"]

@@ -22,7 +22,7 @@ from ..circuits import CoupledCategorical
 from ..circuits.random import draw_categorical
 from .candidates import CoupledWindows, shape_logits
 from .controls import Controls, RowText
-from .positions import fewest, first_in_order, order_scores
+from .positions import first_in_order, order_scores
 from .settings import DrawSettings
 
 
@@ -80,14 +80,14 @@ class AnyOrder:
         self.pred_logits = self.probs.new_full((*sample.shape, vocab_size), -torch.inf)
         self.pred_logits.scatter_(-1, sample[..., None], 0.0)
 
-    def draw_at_once(self, scores: torch.Tensor, steps_left: int) -> Drawn:
+    def draw_at_once(self, scores: torch.Tensor, count: torch.Tensor) -> Drawn:
         """Draws the best-scored positions, from left to right, in one pass over the chain.
 
         Args:
             scores: `[batch, length]`.
-            steps_left: steps that remain, this one included.
+            count: `[batch]`, how many to draw.
         """
-        where = first_in_order(scores, self.committable, fewest(self.committable, steps_left))
+        where = first_in_order(scores, self.committable, count)
         in_windows = self.windows.windows(where)
         same = self.windows.sharpened is self.windows.plain
         per_row = len(in_windows) // self.windows.batch
@@ -117,15 +117,14 @@ class AnyOrder:
             self.windows.plain.draw_left_to_right(in_windows, rate)
         return Drawn(self.tokens, where, self.probs, self.pred_logits)
 
-    def draw_one_by_one(self, steps_left: int) -> Drawn:
+    def draw_one_by_one(self, count: torch.Tensor) -> Drawn:
         """Draws the position that ranks first, learns from it, and goes on.
 
         Args:
-            steps_left: steps that remain, this one included.
+            count: `[batch]`, the fewest to draw, if there are so many.
         """
         settings, batch = self.settings, self.windows.batch
         plain, sharpened, text = self.windows.plain, self.windows.sharpened, self.text
-        count = fewest(self.committable, steps_left)
         log_threshold = math.log(settings.threshold) if settings.threshold else -math.inf
         log_joint = self.probs.new_zeros(batch)
         going = torch.ones(batch, dtype=torch.bool, device=count.device)

@@ -9,7 +9,7 @@ import torch
 
 from ..circuits.random import Generators, uniform
 from .candidates import Confidence
-from .settings import DrawSettings
+from .settings import ADAPTIVE, DrawSettings
 
 
 def fewest(committable: torch.Tensor, steps_left: int) -> torch.Tensor:
@@ -63,7 +63,7 @@ def choose(
     tokens: torch.Tensor,
     probs: torch.Tensor,
     committable: torch.Tensor,
-    steps_left: int,
+    at_least: torch.Tensor,
     generator: Generators,
 ) -> torch.Tensor:
     """`[batch, length]` bool: the positions whose candidates are committed.
@@ -74,13 +74,13 @@ def choose(
         tokens: `[batch, length]`, the candidates.
         probs: `[batch, length]`, their confidence.
         committable: `[batch, length]` bool, where a token may be committed.
-        steps_left: steps that remain, this one included.
+        at_least: `[batch]`, the fewest to commit, if there are so many.
         generator: for `random`.
     """
     scores = fixed_scores(settings.strategy, probs, generator)
     if scores is None:
         scores = order_scores(settings.strategy, confidence.law, lambda: probs)
-    count = fewest(committable, steps_left)
+    count = at_least
     if settings.strategy == "threshold":
         sure = (committable & (probs >= settings.threshold)).sum(-1)
         count = torch.maximum(count, sure)
@@ -94,3 +94,31 @@ def choose(
         above = above & (lengths[..., 0] <= committable.sum(-1))
         count = torch.maximum(count, above.long().cumprod(0).sum(0))
     return first_in_order(scores, committable, count)
+
+
+def select(
+    settings: DrawSettings,
+    log_probs: torch.Tensor,
+    committable: torch.Tensor,
+    steps_left: int,
+    generator: Generators,
+) -> torch.Tensor:
+    """`[batch, length]` bool: the positions that a prediction is surest of, at an even pace.
+
+    With an adaptive strategy, also all others whose best token reaches the threshold.
+
+    Args:
+        settings: the strategy and its threshold.
+        log_probs: `[batch, length, vocab]`, of independent tokens.
+        committable: `[batch, length]` bool, where a token may be committed.
+        steps_left: steps that remain, this one included.
+        generator: for `random`.
+    """
+    best = log_probs.amax(-1).exp()
+    scores = fixed_scores(settings.strategy, best, generator)
+    if scores is None:
+        scores = order_scores(settings.strategy, log_probs.exp, lambda: best)
+    selected = first_in_order(scores, committable, fewest(committable, steps_left))
+    if settings.strategy in ADAPTIVE:
+        selected = selected | (committable & (best >= settings.threshold))
+    return selected

@@ -26,7 +26,7 @@ class CommitMemory:
     All are None until a step has written to it.
 
     Attributes:
-        tokens: `[batch, length]`, the canvas after the last step.
+        tokens: `[batch, length]`, the tokens after the last step.
         held: `[batch, length]` bool, committed while the circuit was applied.
         returned: `[batch, length]` bool, positions that went back once.
         soft_evidence: `[batch, length, H + J]`, what the prediction of the pass that committed the
@@ -40,22 +40,6 @@ class CommitMemory:
     soft_evidence: torch.Tensor | None = None
     log_probs: torch.Tensor | None = None
 
-    def of_rows(self, rows: torch.Tensor) -> CommitMemory:
-        """A memory of some rows `[n]`, apart from this one."""
-        if self.held is None:
-            return CommitMemory()
-        return CommitMemory(*(t[rows] for t in self._tensors))
-
-    def write(self, rows: torch.Tensor, part: CommitMemory, batch: int) -> None:
-        """Takes over what a memory of some rows `[n]`, of `batch` in all, has become."""
-        if part.held is None:
-            return
-        if self.held is None:
-            empty = [t.new_zeros(batch, *t.shape[1:]) for t in part._tensors]
-            self._remember(*empty)
-        for own, new in zip(self._tensors, part._tensors, strict=True):
-            own[rows] = new
-
     def _remember(self, tokens, held, returned, soft_evidence, log_probs) -> None:
         self.tokens, self.held, self.returned = tokens, held, returned
         self.soft_evidence, self.log_probs = soft_evidence, log_probs
@@ -63,6 +47,58 @@ class CommitMemory:
     @property
     def _tensors(self) -> tuple[torch.Tensor, ...]:
         return self.tokens, self.held, self.returned, self.soft_evidence, self.log_probs
+
+
+class CanvasMemory:
+    """A memory by position on a canvas `[batch, T]`, on which windows may lie anew in each step.
+
+    What a prediction gave to the latents of one window says nothing about those of another, so that
+    a token is judged again only under the window that it was committed under.
+    """
+
+    def __init__(self) -> None:
+        self.memory = CommitMemory()
+        self.window_start: torch.Tensor | None = None
+
+    def read(
+        self, rows: torch.Tensor, position: torch.Tensor, window_start: torch.Tensor
+    ) -> CommitMemory:
+        """The memory of some windows.
+
+        Args:
+            rows: `[n]`, of the canvas.
+            position: `[n, length]`, of the windows' positions; those past the end are absent.
+            window_start: `[n, length]`, where the window of each position begins.
+        """
+        if self.window_start is None:
+            return CommitMemory()
+        last = self.window_start.shape[1] - 1
+        at = rows[:, None], position.clamp(max=last)
+        memory = CommitMemory(*(t[at] for t in self.memory._tensors))
+        same = (position <= last) & (self.window_start[at] == window_start)
+        memory.held = memory.held & same
+        return memory
+
+    def write(
+        self,
+        rows: torch.Tensor,
+        position: torch.Tensor,
+        window_start: torch.Tensor,
+        memory: CommitMemory,
+        canvas: torch.Tensor,
+    ) -> None:
+        """Takes over what the memory of some windows of a `canvas` `[batch, T]` has become."""
+        if memory.held is None:
+            return
+        if self.window_start is None:
+            self.window_start = torch.full_like(canvas, -1)
+            empty = (t.new_zeros(*canvas.shape, *t.shape[2:]) for t in memory._tensors)
+            self.memory._remember(*empty)
+        row, column = (position < canvas.shape[1]).nonzero(as_tuple=True)
+        at = rows[row], position[row, column]
+        self.window_start[at] = window_start[row, column]
+        for own, new in zip(self.memory._tensors, memory._tensors, strict=True):
+            own[at] = new[row, column]
 
 
 def take_back(

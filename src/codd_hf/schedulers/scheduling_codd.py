@@ -2,58 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..circuits import CoupledCategorical
 from ..circuits.random import Generators, draw_categorical, uniform
+from ..noise import span_uniforms
 from .any_order import AnyOrder, Drawn
 from .candidates import CoupledWindows, read_logits, shape_logits
 from .controls import Controls, RowText
-from .positions import choose, fixed_scores
+from .positions import choose, fewest, fixed_scores, select
 from .remasking import CommitMemory, take_back
+from .scheduler_output import CoDDSchedulerOutput
 from .settings import DrawSettings
-
-
-@dataclass
-class CoDDSchedulerOutput(BaseOutput):
-    """Output of a denoising step.
-
-    Args:
-        prev_sample (`torch.LongTensor` of shape `(batch_size, length)`):
-            The sample with the step's tokens committed, and masked again where tokens went back.
-        transfer_index (`torch.BoolTensor` of shape `(batch_size, length)`):
-            Where tokens were committed and stayed.
-        sampled_tokens (`torch.LongTensor` of shape `(batch_size, length)`):
-            The candidate of every position; at positions that are not masked, their token. With
-            `any_order` sampling only what is committed is drawn, and the others keep their mask.
-        sampled_probs (`torch.Tensor` of shape `(batch_size, length)`):
-            The candidate's probability under the distribution that confidence is read from, at
-            evidence temperature 1; it is what `low_confidence` ranks by. 0 where `any_order` drew
-            nothing.
-        pred_logits (`torch.Tensor` of shape `(batch_size, length, vocab_size)`):
-            Normalised log-probabilities that the candidates were really drawn from, after
-            processors, temperature, top-k and top-p.
-        fallback (`torch.BoolTensor` of shape `(batch_size,)`):
-            Rows with a window in which circuit and backbone exclude each other (no completion has
-            a positive probability), so that it was drawn factorized.
-        remasked (`torch.BoolTensor` of shape `(batch_size, length)`):
-            Tokens committed in an earlier step that went back to being masked.
-    """
-
-    prev_sample: torch.LongTensor
-    transfer_index: torch.BoolTensor
-    sampled_tokens: torch.LongTensor
-    sampled_probs: torch.Tensor
-    pred_logits: torch.Tensor
-    fallback: torch.BoolTensor
-    remasked: torch.BoolTensor
 
 
 class CoDDScheduler(SchedulerMixin, ConfigMixin):
@@ -194,6 +159,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         *,
         generator: Generators = None,
         eligible: torch.BoolTensor | None = None,
+        at_least: torch.LongTensor | None = None,
         mask_ratio: torch.Tensor | None = None,
         mask_token_id: int | None = None,
         logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
@@ -215,6 +181,9 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
                 One generator, or one per row: a row's draws then depend on its own alone.
             eligible (`torch.BoolTensor` of shape `(batch_size, length)`, *optional*):
                 Where tokens may be committed in this step; by default, everywhere.
+            at_least (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                The fewest tokens that each row commits, if so many are eligible; by default, those
+                of an even pace, `ceil(m / k)`.
             mask_ratio (`torch.Tensor` of shape `(batch_size,)`, *optional*):
                 Each row's mask ratio, for `activation_scope="row"` when `sample` is not the whole
                 row; by default, that of `sample`.
@@ -253,6 +222,8 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             source = read_logits(model_output, sample, settings, mask_token_id)
             masked, fallback = source.masked, source.fallback
         committable = masked if eligible is None else masked & eligible
+        if at_least is None:
+            at_least = fewest(committable, steps_left)
         if text is None:
             every = torch.arange(sample.shape[1], device=sample.device).expand_as(sample)
             text = RowText(sample, ~masked, every)
@@ -263,9 +234,9 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             step = AnyOrder(windows, sample, settings, committable, uniforms, controls, text)
             scores = fixed_scores(settings.strategy, step.probs, generator)
             if scores is None:
-                drawn = step.draw_one_by_one(steps_left)
+                drawn = step.draw_one_by_one(at_least)
             else:
-                drawn = step.draw_at_once(scores, steps_left)
+                drawn = step.draw_at_once(scores, at_least)
             candidates = drawn.tokens
         else:
             if windows is not None:
@@ -288,7 +259,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             candidates = torch.where(masked, candidates, sample)
             probs = source.confidence.of(candidates)
             where = choose(
-                settings, source.confidence, candidates, probs, committable, steps_left, generator
+                settings, source.confidence, candidates, probs, committable, at_least, generator
             )
             tokens = torch.where(where, candidates, sample)
             drawn = Drawn(tokens, where, probs, pred_logits)
@@ -319,6 +290,40 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         )
         return output if return_dict else output.to_tuple()
 
+    @torch.no_grad()
+    def select_positions(
+        self,
+        logits: torch.Tensor,
+        timestep: float | torch.Tensor,
+        eligible: torch.BoolTensor,
+        *,
+        generator: Generators = None,
+        **overrides: Any,
+    ) -> torch.BoolTensor:
+        """Chooses what a step of the full paradigm commits, by the backbone's prediction alone.
+
+        With `k` steps left and `m` eligible positions these are the `ceil(m / k)` that the strategy
+        ranks highest by their best tokens; the strategies `threshold` and `joint` add all others
+        whose best token reaches the threshold. The windows of the circuit are laid over them.
+
+        Args:
+            logits (`torch.Tensor` of shape `(batch_size, length, vocab_size)`):
+                Of the backbone, -inf for tokens that must not be drawn.
+            timestep (`float` or `torch.Tensor`): One of `timesteps`.
+            eligible (`torch.BoolTensor` of shape `(batch_size, length)`): Masked positions.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): As in `step`.
+            **overrides: Settings of this call in place of the configured ones.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch_size, length)`.
+        """
+        settings = self.draw_settings(**overrides)
+        if settings.forbidden_token_ids:
+            never = torch.tensor(settings.forbidden_token_ids, device=logits.device)
+            logits = logits.index_fill(-1, never, -torch.inf)
+        log_probs = logits.float().log_softmax(-1)
+        return select(settings, log_probs, eligible, self._steps_left(timestep), generator)
+
     def add_noise(
         self,
         original_samples: torch.LongTensor,
@@ -326,8 +331,12 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         generator: Generators = None,
         mask_token_id: int | None = None,
         maskable: torch.BoolTensor | None = None,
+        mean_span_length: float = 1.0,
     ) -> torch.LongTensor:
         """The forward process: replaces each token by the mask token with probability `t`.
+
+        Independently of each other, or in spans: then a row is cut into spans of geometric length
+        and each is masked as a whole or not at all (`noise.py`, the law that training draws from).
 
         Args:
             original_samples (`torch.LongTensor` of shape `(batch_size, length)`): Clean tokens.
@@ -338,9 +347,12 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             mask_token_id (`int`, *optional*): The mask token; by default the configured one.
             maskable (`torch.BoolTensor` of shape `(batch_size, length)`, *optional*): Where tokens
                 may be masked; by default, everywhere.
+            mean_span_length (`float`, defaults to 1.0): Mean length of the spans of tokens that
+                are masked together; 1 masks each token on its own.
 
         Raises:
-            ValueError: a timestep is outside [0, 1], or the mask token is not known.
+            ValueError: a timestep is outside [0, 1], `mean_span_length` is below 1, or the mask
+                token is not known.
         """
         mask_token_id = self.config.mask_token_id if mask_token_id is None else mask_token_id
         if mask_token_id is None:
@@ -348,7 +360,9 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         levels = torch.as_tensor(timesteps, dtype=torch.float32, device=original_samples.device)
         if not bool(((levels >= 0) & (levels <= 1)).all()):
             raise ValueError(f"`timesteps` must be in [0, 1], got {levels.tolist()}.")
-        uniforms = uniform(original_samples.shape, generator, original_samples.device)
+        uniforms = span_uniforms(
+            original_samples.shape, mean_span_length, generator, original_samples.device
+        )
         masked = uniforms < levels.reshape(-1, 1)
         if maskable is not None:
             masked = masked & maskable
