@@ -64,6 +64,7 @@ def measure_gap(
     ratios: Sequence[float] = RATIOS,
     sequential: bool = True,
     batch_size: int = 32,
+    evidence_temperature: float = 1.0,
     seed: int = 0,
     progress: bool = True,
 ) -> list[GapRow]:
@@ -77,6 +78,8 @@ def measure_gap(
         ratios: mask ratios in (0, 1].
         sequential: also run the sequential ideal, which takes a pass per masked token.
         batch_size: windows at once.
+        evidence_temperature: divides the backbone's logits before the circuits see them; neither
+            the factorized nor the sequential column has one.
         seed: chooses windows and masks.
         progress: show a progress bar.
 
@@ -99,7 +102,8 @@ def measure_gap(
         for batch in batches:
             masked = order[batch] < count
             part = _select(canvas, batch)
-            for name, value in _one_step(model, heads, part, starts[batch], masked).items():
+            one_step = _one_step(model, heads, part, starts[batch], masked, evidence_temperature)
+            for name, value in one_step.items():
                 scores.setdefault(name, []).append(value)
             bar.update()
             if sequential:
@@ -169,7 +173,7 @@ def _log_phi(model: CoDDModel, logits: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _one_step(model, heads, canvas, starts, masked) -> dict[str, torch.Tensor]:
+def _one_step(model, heads, canvas, starts, masked, temperature) -> dict[str, torch.Tensor]:
     """Log-likelihood `[n]` of the masked tokens under the factorized and the coupled models."""
     ids, attention_mask = _noised(model, canvas, starts, masked)
     states = model.backbone_states(ids, attention_mask)
@@ -182,7 +186,12 @@ def _one_step(model, heads, canvas, starts, masked) -> dict[str, torch.Tensor]:
     scores = {"factorized": log_phi.masked_fill(observed, 0).sum(1)}
     for name, head in heads.items():
         distribution = model.window_distribution(
-            states, ids, starts.to(ids.device), attention_mask, head=head
+            states,
+            ids,
+            starts.to(ids.device),
+            attention_mask,
+            temperature=temperature,
+            head=head,
         )
         scores[name] = distribution.log_prob(truth)
     return scores
@@ -226,13 +235,16 @@ def _mean_and_error(values: torch.Tensor) -> tuple[float, float]:
 def gap_table(rows: Sequence[GapRow]) -> str:
     """The rows as a table in Markdown."""
     methods = list(rows[0].nats)
-    heads = list(rows[0].gap_closed)
-    header = ["mask ratio", *methods, *(f"gap closed, {head}" for head in heads)]
+    closed_by = list(rows[0].gap_closed)
+    heads = list(rows[0].gains)
+    header = ["mask ratio", *methods, *(f"gain, {head}" for head in heads)]
+    header += [f"gap closed, {head}" for head in closed_by]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for row in rows:
         cells = [f"{row.ratio:g}"]
         cells += [f"{row.nats[m]:.3f} ± {row.standard_errors[m]:.3f}" for m in methods]
-        closed = [row.gap_closed[head] for head in heads]
+        cells += [f"{row.gains[h]:+.3f} ± {row.gain_errors[h]:.3f}" for h in heads]
+        closed = [row.gap_closed[head] for head in closed_by]
         cells += ["-" if share is None else f"{100 * share:.0f} %" for share in closed]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
