@@ -186,10 +186,12 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
             return self._cache[1]  # as of the last call that was not compiled
         parameters = [*self.parameters(recurse=False), *self._bound]
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+            self._cache = None  # a fused optimiser's step does not tell that it changes them
             return self._make_potentials()
         # Between changes of the parameters, what is derived from them is computed once.
         kept = [*parameters, self.token_marginal]
-        if any(tensor.is_inference() for tensor in kept):  # these do not tell when they change
+        about_to_change = any(p.grad is not None for p in self.parameters(recurse=False))
+        if about_to_change or any(tensor.is_inference() for tensor in kept):  # nor do these tell
             return self._make_potentials()
         key = tuple((tensor.data_ptr(), tensor._version) for tensor in kept)
         if self._cache is None or self._cache[0] != key:

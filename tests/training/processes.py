@@ -17,18 +17,29 @@ from hmm_cases import random_hmm, sample_windows
 from safetensors.torch import save_file
 
 from codd_hf import CoDDModel
+from codd_hf.cli import main
+from codd_hf.training import window_cache
 from codd_hf.training.conditional import fit_conditional
 from codd_hf.training.generative import fit_generative
-from codd_hf.training.settings import ConditionalConfig, GenerativeConfig
+from codd_hf.training.run import train
+from codd_hf.training.settings import (
+    ConditionalConfig,
+    EvidenceConfig,
+    GenerativeConfig,
+    TrainConfig,
+)
+from codd_hf.training.sharding import shard_backbone
 from codd_hf.training.tokenizers import train_tokenizer
+from codd_hf.training.window_cache import cache_windows
 from tiny import SENTENCES, correlated_examples, random_head, tiny_backbone
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
-        "codd_hf.training.conditional",
-        "codd_hf.training.generative",
-        "codd_hf.training.tokenizers",
+        "codd_hf.cli",
+        "codd_hf.pipelines.pipeline_codd",
+        "codd_hf.training.run",
+        "datasets",
         *(f"transformers.models.{name}.modeling_{name}" for name in ("bert", "llama", "qwen2")),
         "transformers.models.roberta.modeling_roberta",
     ]
@@ -36,18 +47,19 @@ CONTEXT.set_forkserver_preload(
 
 
 def start(
-    function: Callable, *args, processes: int = 1, fsdp: bool = False
+    function: Callable, *args, processes: int = 1, fsdp: bool = False, told_cpu: bool = True
 ) -> list[multiprocessing.Process]:
-    """Starts `function(*args)` in so many processes, as `accelerate launch --cpu` would.
+    """Starts `function(*args)` in so many processes, as `torchrun` would.
 
-    With `fsdp` they also have the variables of a launch with an FSDP2 configuration.
+    With `fsdp` they also have the variables of a launch with an FSDP2 configuration. Unless
+    `told_cpu`, Accelerate is not told to use the CPU.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = []
     for rank in range(processes):
-        variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        variables = {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_CPU": "true"} if told_cpu else {})
         if fsdp:
             variables |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         if processes > 1:
@@ -65,9 +77,9 @@ def start(
     return started
 
 
-def run(function: Callable, *args, processes: int = 1, fsdp: bool = False) -> None:
+def run(function: Callable, *args, processes: int = 1, **launch: bool) -> None:
     """Runs it to the end, and fails if one of the processes does."""
-    started = start(function, *args, processes=processes, fsdp=fsdp)
+    started = start(function, *args, processes=processes, **launch)
     for process in started:
         process.join(120)
     assert [process.exitcode for process in started] == [0] * processes
@@ -166,3 +178,38 @@ def whole_run(folder: Path) -> None:
     em(folder, folder, "stepwise", 4)
     conditional(folder, folder, "elbo")
     (folder / "done").touch()
+
+
+def whole_training(config: TrainConfig) -> None:
+    """All stages of a run."""
+    train(config)
+
+
+def command(arguments: list[str]) -> None:
+    """The console command."""
+    if main(["train", *arguments]) != 0:
+        raise SystemExit(1)
+
+
+def sharded_evidence(folder: Path, kind: str, sharded: bool) -> None:
+    """The evidence of a backbone about a few examples, in many shards, on disk."""
+    tokenizer = train_tokenizer(SENTENCES, vocab_size=300)
+    backbone = tiny_backbone(
+        kind, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=2, tie_word_embeddings=True
+    )
+    changes = {"conditioning": ["latent"], "context_size": 16, "emission": "tied"}
+    head = random_head(len(tokenizer), mask_token_id=1, emission_rank=4, **changes)
+    model = CoDDModel.from_backbone(backbone, head)
+    head.bind(model.get_output_embeddings().weight)
+    if sharded:
+        shard_backbone(model)
+    window_cache.SHARD_BYTES = 1024
+    examples, config = correlated_examples(21), EvidenceConfig(tokens_per_batch=64)
+    cache = cache_windows(model, tokenizer, examples, config, folder / "evidence", progress=False)
+    windows = cache.take(torch.arange(len(cache)))
+    gains = windows.distribution(model.coupling_head, 1.0).coupling_gain(windows.tokens.long())
+    kept = torch.tensor([part.numel() for part in backbone.parameters()]).sum()
+    held = sum(getattr(p, "_local_tensor", p).numel() for p in backbone.parameters())
+    tensors = {k: v for k, v in vars(windows).items() if v is not None}
+    tensors |= {"gains": gains.detach(), "share_held": held / kept}
+    main_process_saves(tensors, folder / "evidence.safetensors")

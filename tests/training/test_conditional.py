@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from codd_hf import CoDDHead, CoDDModel
-from codd_hf.training.checkpoint import load_checkpoint
-from codd_hf.training.conditional import evaluate_head, fit_conditional, fit_head, window_gains
+from codd_hf.training.checkpoint import Checkpoints
+from codd_hf.training.conditional import fit_conditional, fit_head
 from codd_hf.training.data import TokenizedExample
+from codd_hf.training.gains import evaluate_head, window_gains
 from codd_hf.training.settings import ConditionalConfig, EvidenceConfig
 from codd_hf.training.window_cache import cache_windows, draw_windows
 from tiny import correlated_examples, head_config, random_head, tiny_backbone
@@ -112,7 +113,7 @@ def test_run_that_stopped_ends_bit_equal_to_one_that_did_not(tiny_tokenizer, tmp
     whole, history = run(tiny_tokenizer, TRAIN)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_tokenizer, TRAIN, tmp_path, stop_after=12)
-    assert 0 < load_checkpoint(tmp_path / "conditional")[1]["step"] < 12
+    assert 0 < Checkpoints(tmp_path / "conditional").steps()[-1] < 12
     resumed, resumed_history = run(tiny_tokenizer, TRAIN, tmp_path)
     assert gains(resumed_history) == gains(history)
     states = whole.state_dict(), resumed.state_dict()

@@ -19,6 +19,7 @@ from codd_hf.training.data import (
 )
 from codd_hf.training.run import split_examples
 from codd_hf.training.tokenizers import train_tokenizer
+from tiny import SENTENCES
 
 ROWS = [{"question": "2 + 2?", "answer": "4 <<2+2=4>>!"}, {"question": "3 + 4?", "answer": "7"}]
 
@@ -117,6 +118,53 @@ def test_long_answer_is_cut_and_an_example_whose_prompt_is_too_long_is_left_out(
     assert len(cut.prompt_ids) + len(cut.answer_ids) == 20
     assert cut.answer_ids == whole.answer_ids[: len(cut.answer_ids)]
     assert cut.answer_ids[-1] != tiny_tokenizer.eos_token_id
+
+
+def test_what_truncation_costs_is_said(tiny_tokenizer, capsys):
+    long, too_long = Example("Tom?", "3 eggs and more " * 10), Example("Tom? " * 30, "3")
+    examples = [Example("Tom?", "3 eggs"), long, too_long]
+    tokenize_examples(examples[:1], tiny_tokenizer, max_length=20)
+    assert capsys.readouterr().out == ""
+    tokenize_examples(examples, tiny_tokenizer, max_length=20)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("Of 3 examples, 1 lose the end of their answer to `max_length` (20")
+    assert "and 1 with a prompt of that length are left out" in said
+
+
+@pytest.mark.parametrize("spare", [-1, 0])
+def test_answer_is_cut_where_its_end_of_text_no_longer_fits(spare, tiny_tokenizer, capsys):
+    example = Example("Tom?", "3 eggs")
+    (whole,) = tokenize_examples([example], tiny_tokenizer)
+    length = len(whole.prompt_ids) + len(whole.answer_ids) + spare
+    (cut,) = tokenize_examples([example], tiny_tokenizer, max_length=length)
+    assert (cut == whole) == (spare == 0)
+    assert ("1 lose the end" in capsys.readouterr().out) == (spare < 0)
+
+
+def test_prompts_that_leave_no_room_at_all_are_an_error(tiny_tokenizer):
+    with pytest.raises(
+        ValueError, match=r"`max_length` \(3\) leaves nothing: the prompts of all 2"
+    ):
+        tokenize_examples([Example("Tom? " * 5, "3")] * 2, tiny_tokenizer, max_length=3)
+
+
+@pytest.mark.parametrize("max_length", [1, 7, 32, 10_000])
+def test_packed_pieces_are_the_texts_with_end_of_text_after_each(max_length, tiny_tokenizer):
+    texts = [" ".join(SENTENCES[: i % 3 + 1]) for i in range(12)]
+    pieces = tokenize_examples(
+        [Example("", text) for text in texts], tiny_tokenizer, max_length, packing=True
+    )
+    joined = [token for piece in pieces for token in piece.answer_ids]
+    assert tiny_tokenizer.decode(joined) == "".join(f"{text}<|end|>" for text in texts)
+    assert all(len(piece.answer_ids) == max_length for piece in pieces[:-1])
+    assert 0 < len(pieces[-1].answer_ids) <= max_length
+    assert not any(piece.prompt_ids for piece in pieces)
+
+
+def test_packing_of_anything_with_a_prompt_is_an_error(tiny_tokenizer):
+    for example in (Example("Tom?", "3"), Example("", "3", (("system", "Count."),))):
+        with pytest.raises(ValueError, match="`packing` is for plain text"):
+            tokenize_examples([Example("", "a"), example], tiny_tokenizer, packing=True)
 
 
 def test_tokenizer_without_end_of_text_is_an_error(tiny_tokenizer):

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from codd_hf import CoDDModel
-from codd_hf.training.checkpoint import load_checkpoint
+from codd_hf.training.checkpoint import Checkpoints
 from codd_hf.training.data import Example, collate, tokenize_examples
 from codd_hf.training.noise import Noise, sample_noise
 from codd_hf.training.pretraining import (
     diffusion_loss,
+    finetune_backbone,
+    finetuning_config,
     pretrain_backbone,
     small_backbone_config,
 )
 from codd_hf.training.settings import PretrainingConfig
-from tiny import SENTENCES, Interrupted
+from tiny import SENTENCES, Interrupted, tiny_backbone
 
 CONFIG = PretrainingConfig(
     max_steps=12,
@@ -71,7 +76,7 @@ def test_run_that_stopped_ends_bit_equal_to_one_that_did_not(tiny_tokenizer, exa
     whole, history = run(tiny_tokenizer, examples, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(tiny_tokenizer, Interrupted(examples, 40), tmp_path / "stopped")
-    assert 0 < load_checkpoint(tmp_path / "stopped" / "checkpoint")[1]["step"] < 12
+    assert Checkpoints(tmp_path / "stopped").steps() == [4, 8]
     assert not (tmp_path / "stopped" / "config.json").exists()
     resumed, resumed_history = run(tiny_tokenizer, examples, tmp_path / "stopped")
     states = whole.state_dict(), resumed.state_dict()
@@ -86,7 +91,7 @@ def test_loss_that_is_no_longer_finite_is_an_error_that_says_what_to_lower(
     model.model.norm.weight.data.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 0: lower `learning_rate`"):
         pretrain_backbone(model, tiny_tokenizer, examples, examples[:4], tmp_path, CONFIG)
-    assert not (tmp_path / "checkpoint").exists()
+    assert Checkpoints(tmp_path).steps() == []
 
 
 def test_loss_is_the_cross_entropy_of_masked_tokens_weighted_by_one_over_t(
@@ -116,3 +121,91 @@ def test_loss_of_a_position_depends_on_later_tokens(tiny_tokenizer, examples):
     canvas.input_ids[0, -1] = 40
     _, after = diffusion_loss(model, canvas, noise, 1)
     assert not torch.equal(before, after)
+
+
+def finetune(tokenizer, examples, folder, backbone, lora=None, **changes):
+    settings = {"learning_rate": 1e-2, "weight_decay": 0.0, "evaluation_steps": 6}
+    options = {k: changes.pop(k) for k in ("mean_span_length", "log") if k in changes}
+    config = PretrainingConfig(**(vars(CONFIG) | settings | changes))
+    return finetune_backbone(
+        backbone, tokenizer, examples, examples[:4], folder, config, lora=lora, **options
+    )
+
+
+def lora(**changes) -> LoraConfig:
+    return LoraConfig(r=2, target_modules="all-linear", **changes)
+
+
+def test_given_backbone_is_trained_further_from_its_folder(tiny_tokenizer, examples, tmp_path):
+    run(tiny_tokenizer, examples, tmp_path / "first", max_steps=6, learning_rate=1e-2)
+    folder = str(tmp_path / "first")
+    untouched = (tmp_path / "first" / "model.safetensors").read_bytes()
+    told = []
+    history = finetune(
+        tiny_tokenizer,
+        examples,
+        tmp_path / "more",
+        folder,
+        max_steps=20,
+        log=lambda _, values: told.append(values["loss"]),
+    )
+    assert (tmp_path / "first" / "model.safetensors").read_bytes() == untouched
+    assert len(told) == 20
+    assert history[-1]["nats"] < history[0]["nats"] - 0.2
+    before, after = (CoDDModel.from_backbone(tmp_path / name) for name in ("first", "more"))
+    ids = torch.tensor([examples[0].prompt_ids])
+    assert (before(ids).logits - after(ids).logits).abs().max() > 0.1
+
+
+def test_lora_of_a_given_backbone_is_all_that_is_trained_and_written(
+    tiny_tokenizer, examples, tmp_path
+):
+    given = tiny_backbone(vocab_size=len(tiny_tokenizer))
+    given.save_pretrained(tmp_path / "first")
+    backbone = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    history = finetune(tiny_tokenizer, examples, tmp_path / "lora", backbone, lora(), max_steps=24)
+    assert history[-1]["nats"] < history[0]["nats"] - 0.5
+    assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "lora" / "model.safetensors").exists()
+    ids = torch.tensor([examples[0].prompt_ids])
+    joined = CoDDModel.from_backbone(tmp_path / "first", adapter=tmp_path / "lora")
+    assert torch.allclose(joined(ids).logits, CoDDModel.from_backbone(backbone)(ids).logits)
+    joined.backbone.disable_adapters()
+    plain = CoDDModel.from_backbone(tmp_path / "first")
+    assert torch.equal(joined(ids).logits, plain(ids).logits)
+
+
+def test_fine_tuning_that_stopped_ends_bit_equal_to_one_that_did_not(
+    tiny_tokenizer, examples, tmp_path
+):
+    options = {"lora": lora(lora_dropout=0.2), "mean_span_length": 2.0}
+    whole, resumed = new_backbone(tiny_tokenizer), new_backbone(tiny_tokenizer)
+    history = finetune(tiny_tokenizer, examples, tmp_path / "whole", whole, **options)
+
+    def interrupt(step, _):
+        if step == 7:
+            raise KeyboardInterrupt
+
+    folder, model = tmp_path / "stopped", new_backbone(tiny_tokenizer)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tiny_tokenizer, examples, folder, model, log=interrupt, **options)
+    torch.manual_seed(5)
+    again = finetune(tiny_tokenizer, examples, folder, resumed, **options)
+    assert steps_and_losses(again) == steps_and_losses(history)
+    states = whole.state_dict(), resumed.state_dict()
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    model = new_backbone(tiny_tokenizer)
+    with pytest.raises(ValueError, match=r"made with `mean_span_length` 2\.0, not 1\.0"):
+        finetune(tiny_tokenizer, examples, folder, model, lora=options["lora"])
+
+
+def test_given_backbone_gets_lower_rates_by_default():
+    new, lora_rate, full = PretrainingConfig(), finetuning_config(True), finetuning_config(False)
+    assert full.learning_rate < lora_rate.learning_rate < new.learning_rate / 5
+
+
+def test_backbone_without_a_mask_token_needs_one_named(tiny_tokenizer, examples, tmp_path):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.mask_token = None
+    with pytest.raises(ValueError, match="`mask_token_id` must be given"):
+        finetune(tokenizer, examples, tmp_path, new_backbone(tiny_tokenizer))

@@ -12,8 +12,9 @@ import torch
 
 from codd_hf import CoDDModel
 from codd_hf.training import window_cache
-from codd_hf.training.conditional import evaluate_head, fit_conditional, fit_head, window_gains
+from codd_hf.training.conditional import fit_conditional, fit_head
 from codd_hf.training.data import TokenizedExample, batch_indices
+from codd_hf.training.gains import evaluate_head, window_gains
 from codd_hf.training.settings import ConditionalConfig, EvidenceConfig
 from codd_hf.training.window_cache import (
     WindowCache,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from .files import explained_lack_of_room, make_durable
@@ -70,6 +73,129 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str
             f"The checkpoint {str(path)!r} is damaged: delete it to begin this stage again."
         )
     return load_file(file), state
+
+
+class Checkpoints:
+    """The numbered checkpoints of a stage: `folder/checkpoint-100`, `folder/checkpoint-200`, ...
+
+    Args:
+        folder: receives them.
+        total_limit: how many are kept, the newest ones; all if None.
+    """
+
+    def __init__(self, folder: str | Path, total_limit: int | None = None):
+        self.folder = Path(folder)
+        self.total_limit = total_limit
+
+    def path(self, step: int) -> Path:
+        """The folder of the checkpoint after so many steps."""
+        return self.folder / f"checkpoint-{step}"
+
+    def steps(self) -> list[int]:
+        """The steps of which there are checkpoints, in order."""
+        if not self.folder.exists():
+            return []
+        names = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in self.folder.iterdir())
+        return sorted(int(name[1]) for name in names if name)
+
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, torch.Tensor],
+        state: dict[str, Any],
+        keep: Iterable[int] = (),
+    ) -> None:
+        """Writes a checkpoint, then deletes those that are too many and what a kill left over.
+
+        Args:
+            step: how many steps were made.
+            tensors: everything that is a tensor.
+            state: everything else, as JSON; its `step` is `step`.
+            keep: steps whose checkpoints stay, whatever the limit.
+
+        Raises:
+            OSError: there is no room; the older checkpoints are still whole.
+        """
+        save_checkpoint(self.path(step), tensors, {"step": step} | state)
+        steps = self.steps()
+        surplus = 0 if self.total_limit is None else max(len(steps) - self.total_limit, 0)
+        for old in steps[:surplus]:
+            if old not in keep:
+                self._delete(old)
+        for rest in (*self.folder.glob("*.old"), *self.folder.glob("*.new")):
+            shutil.rmtree(rest)
+
+    def load(
+        self, resume_from_checkpoint: str | Path = "latest"
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """What a run goes on from, or None where it begins; the main process deletes.
+
+        Args:
+            resume_from_checkpoint: `"latest"`, the newest checkpoint, if there is one; `"none"`,
+                all checkpoints are deleted; or the folder of a checkpoint, here or elsewhere: the
+                later ones here are deleted.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: the checkpoint is damaged; the message names an older one that is whole.
+        """
+        if resume_from_checkpoint == "none":
+            self._delete_after(-1)
+            return None
+        steps = self.steps()
+        if resume_from_checkpoint == "latest":
+            if not steps:
+                return None
+            path = self.path(steps[-1])
+        else:
+            path = Path(resume_from_checkpoint)
+        try:
+            found = load_checkpoint(path)
+        except ValueError as error:
+            older = [self.path(s) for s in reversed(steps) if self.path(s) != path]
+            whole = next((str(other) for other in older if _is_whole(other)), None)
+            remedy = "there is no other that is whole: begin this stage again with 'none'"
+            if whole is not None:
+                remedy = f"go on from {whole!r}, or begin this stage again with 'none'"
+            raise ValueError(
+                f"The checkpoint {str(path)!r} is damaged. For `resume_from_checkpoint`, {remedy}."
+            ) from error
+        if found is None:
+            raise FileNotFoundError(
+                f"`resume_from_checkpoint`: there is no checkpoint {str(path)!r}; the steps in "
+                f"{str(self.folder)!r} are {steps}."
+            )
+        if resume_from_checkpoint != "latest":
+            self._delete_after(found[1]["step"])
+        return found
+
+    def identity(self) -> list[int] | None:
+        """What tells the newest checkpoint from any other, or None where there is none."""
+        steps = self.steps()
+        if not steps:
+            return None
+        state = json.loads((self.path(steps[-1]) / "state.json").read_text())
+        return [steps[-1], state["tensors_crc32"]]
+
+    def _delete_after(self, step: int) -> None:
+        if PartialState().is_main_process:
+            for later in self.steps():
+                if later > step:
+                    self._delete(later)
+
+    def _delete(self, step: int) -> None:
+        # What a kill leaves of it must not look like a checkpoint.
+        gone = self.path(step).with_name(f"checkpoint-{step}.old")
+        shutil.rmtree(gone, ignore_errors=True)
+        self.path(step).rename(gone)
+        shutil.rmtree(gone)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return load_checkpoint(path) is not None
+    except ValueError:
+        return False
 
 
 def check_same_run(

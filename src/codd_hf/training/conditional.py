@@ -26,16 +26,16 @@ from transformers import PreTrainedTokenizerBase
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
 from .checkpoint import (
+    Checkpoints,
     check_same_run,
     load_checkpoint,
     optimizer_tensors,
     restore_optimizers,
-    save_checkpoint,
 )
-from .counting import summing_dtype
 from .data import TokenizedExample
-from .noised_windows import NoisedWindows
+from .gains import evaluate_head, not_finite, step_gradients
 from .settings import ConditionalConfig
+from .watch import Log, Speedometer
 from .window_cache import WindowCache, cache_windows
 
 logger = logging.getLogger(__name__)
@@ -44,13 +44,11 @@ MAY_CHANGE = (
     "max_steps",
     "evaluation_steps",
     "checkpointing_steps",
+    "keep",
     "evidence_dir",
     "num_validation_draws",
 )
 """Settings that a run may be continued with other values of."""
-
-Log = Callable[[int, dict[str, float]], None]
-"""Told of every step: its number, from 1, and its `loss` and `gain`."""
 
 
 def fit_conditional(
@@ -61,20 +59,28 @@ def fit_conditional(
     checkpoint_dir: str | Path | None = None,
     config: ConditionalConfig | None = None,
     log: Log | None = None,
+    *,
+    resume_from_checkpoint: str | Path = "latest",
+    checkpoints_total_limit: int | None = 2,
 ) -> list[dict[str, float]]:
     """Trains `model.coupling_head` in place; the backbone is frozen (and stays so).
 
     The backbone runs over the data first; its evidence is kept in `config.evidence_dir`, by default
-    `checkpoint_dir/evidence`, and in memory if there is neither.
+    `checkpoint_dir/evidence`, and in memory if there is neither. Where all steps were made already,
+    it does not run, and the evidence may be gone.
 
     Args:
         model: a backbone with a head, best from stages 1 and 2.
         tokenizer: its tokenizer.
         train: what the head learns from.
         validation: what it is measured on, with fixed noise.
-        checkpoint_dir: a run that stopped is continued from `checkpoint_dir/conditional`.
+        checkpoint_dir: receives the checkpoints, in `checkpoint_dir/conditional`.
         config: how to fit.
         log: told of every step.
+        resume_from_checkpoint: `"latest"` goes on from the newest checkpoint there, if there is
+            one; `"none"` deletes them and begins; a checkpoint's folder goes on from that, and
+            deletes later ones.
+        checkpoints_total_limit: how many checkpoints are kept, the newest ones; all if None.
 
     Returns:
         As `fit_head`.
@@ -93,20 +99,26 @@ def fit_conditional(
     folder = config.evidence_dir
     if folder is None and checkpoint_dir is not None:
         folder = Path(checkpoint_dir) / "evidence"
-    caches = [
-        cache_windows(
-            model,
-            tokenizer,
-            examples,
-            config.evidence(draws, seed),
-            None if folder is None else Path(folder) / name,
-        )
-        for name, examples, draws, seed in (
-            ("train", train, config.num_draws, config.seed),
-            ("validation", validation, config.num_validation_draws, 1234),
-        )
-    ]
-    return fit_head(model.coupling_head, *caches, checkpoint_dir, config, log)
+
+    def evidence() -> list[WindowCache]:
+        return [
+            cache_windows(
+                model,
+                tokenizer,
+                examples,
+                config.evidence(draws, seed),
+                None if folder is None else Path(folder) / name,
+            )
+            for name, examples, draws, seed in (
+                ("train", train, config.num_draws, config.seed),
+                ("validation", validation, config.num_validation_draws, 1234),
+            )
+        ]
+
+    checkpoints = _checkpoints(checkpoint_dir, checkpoints_total_limit)
+    number = config.num_draws * len(train)
+    head = model.coupling_head
+    return _fit(head, evidence, number, checkpoints, config, log, resume_from_checkpoint)
 
 
 def fit_head(
@@ -116,6 +128,9 @@ def fit_head(
     checkpoint_dir: str | Path | None = None,
     config: ConditionalConfig | None = None,
     log: Log | None = None,
+    *,
+    resume_from_checkpoint: str | Path = "latest",
+    checkpoints_total_limit: int | None = 2,
 ) -> list[dict[str, float]]:
     """Trains a head in place on evidence alone; no backbone is there.
 
@@ -123,9 +138,13 @@ def fit_head(
         head: the head, bound to an output embedding if its emissions are tied.
         train: evidence that it learns from.
         validation: evidence that it is measured on.
-        checkpoint_dir: a run that stopped is continued from `checkpoint_dir/conditional`.
+        checkpoint_dir: receives the checkpoints, in `checkpoint_dir/conditional`.
         config: how to fit.
         log: told of every step.
+        resume_from_checkpoint: `"latest"` goes on from the newest checkpoint there, if there is
+            one; `"none"` deletes them and begins; a checkpoint's folder goes on from that, and
+            deletes later ones.
+        checkpoints_total_limit: how many checkpoints are kept, the newest ones; all if None.
 
     Returns:
         The validation history: `step`, `gain` (nats per masked token over factorized, all and by
@@ -137,6 +156,30 @@ def fit_head(
         ValueError: the checkpoint is another run's, or damaged.
     """
     config = config or ConditionalConfig()
+    checkpoints = _checkpoints(checkpoint_dir, checkpoints_total_limit)
+    number = len(train)
+    return _fit(
+        head, lambda: [train, validation], number, checkpoints, config, log, resume_from_checkpoint
+    )
+
+
+def _checkpoints(folder: str | Path | None, total_limit: int | None) -> Checkpoints | None:
+    return None if folder is None else Checkpoints(Path(folder) / "conditional", total_limit)
+
+
+def _fit(
+    head: CoDDHead,
+    evidence: Callable[[], list[WindowCache]],
+    num_windows: int,
+    checkpoints: Checkpoints | None,
+    config: ConditionalConfig,
+    log: Log | None,
+    resume_from_checkpoint: str | Path,
+) -> list[dict[str, float]]:
+    """`fit_head` with evidence that is made when it is known to be needed."""
+    config = config.with_steps(num_windows)
+    if checkpoints is None and config.keep == "best":
+        raise ValueError("`keep='best'` needs a `checkpoint_dir`, where the best one is kept.")
     accelerator = Accelerator()
     head.to(accelerator.device)
     head.requires_grad_(True)
@@ -147,24 +190,41 @@ def fit_head(
         groups.append({"params": context, "peak": config.context_learning_rate})
     # Gradients of a low-rank term that is still a no-op are tiny: hence the tiny `eps`.
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-15, weight_decay=0.0)
-    path = None if checkpoint_dir is None else Path(checkpoint_dir) / "conditional"
-    made_of = asdict(config) | {"num_windows": len(train)}
+    made_of = asdict(config) | {"num_windows": num_windows}
     step, history, seconds, losses = 0, [], 0.0, 0.0
-    found = None if path is None else load_checkpoint(path)
+    show = tqdm.write if accelerator.is_main_process else logger.debug
+    found = None if checkpoints is None else checkpoints.load(resume_from_checkpoint)
     if found is not None:
         tensors, state = found
-        check_same_run(path, state["config"], made_of, MAY_CHANGE)
-        restored = {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")}
-        head.load_state_dict(restored, strict=False)
+        check_same_run(checkpoints.folder, state["config"], made_of, MAY_CHANGE)
+        _restore(head, tensors)
         restore_optimizers([optimizer], tensors)
         step, history, seconds = state["step"], state["history"], state["seconds"]
         losses = state["losses"]
-        logger.info("Continuing from step %d.", step)
-    show = tqdm.write if accelerator.is_main_process else logger.debug
+        steps = config.max_steps
+        going_on = f"goes on from step {step} of {steps}" if step < steps else "is complete"
+        show(f"The conditional fit {going_on}.")
+    if found is None or step < config.max_steps:
+        train, validation = evidence()
+    started = time.monotonic()
+
+    def save() -> None:
+        nonlocal seconds, started
+        now = time.monotonic()
+        seconds, started = seconds + now - started, now
+        if accelerator.is_main_process:
+            tensors = {f"head.{k}": v for k, v in head.named_parameters()}
+            state = {"step": step, "history": history, "seconds": seconds, "losses": losses}
+            state["config"] = made_of
+            keep = [_best(history)["step"]] if config.keep == "best" else []
+            checkpoints.save(step, tensors | optimizer_tensors([optimizer]), state, keep)
+        accelerator.wait_for_everyone()
+
     if found is None:
         history.append({"step": 0, **evaluate_head(head, validation)})
         show(str(history[-1]))
-
+        if config.keep == "best":
+            save()
     progress = tqdm(
         total=config.max_steps,
         initial=step,
@@ -172,15 +232,17 @@ def fit_head(
         unit="step",
         disable=not accelerator.is_local_main_process,
     )
-    started, running = time.monotonic(), None
+    running, speed = None, Speedometer(accelerator.device)
     while step < config.max_steps:
+        speed.start()
         rows = _rows_of_step(len(train), step, config)
+        rate = _schedule(step, config)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * _schedule(step, config)
-        loss, gain = _step_gradients(head, train, rows, config, accelerator)
+            group["lr"] = group["peak"] * rate
+        loss, gain = step_gradients(head, train, rows, config, accelerator)
         norm = torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            bad, reason = _not_finite(head, train, rows)
+            bad, reason = not_finite(head, train, rows)
             raise FloatingPointError(
                 f"The loss is {loss} and its gradient's norm {norm} at step {step}, from the "
                 f"windows {bad[:8] or rows.tolist()} of the evidence: lower `learning_rate` (now "
@@ -190,12 +252,13 @@ def fit_head(
         optimizer.zero_grad()
         step += 1
         losses += loss
+        told = {"loss": loss, "gain": gain, "learning_rate": config.learning_rate * rate}
+        told |= speed.read(len(rows) * head.config.window_length)
         running = gain if running is None else 0.95 * running + 0.05 * gain
         progress.update()
         progress.set_postfix(gain=f"{running:+.3f} nats/token")
-        if log is not None:
-            log(step, {"loss": loss, "gain": gain})
         last = step == config.max_steps
+        due = last or step % config.checkpointing_steps == 0
         if last or step % config.evaluation_steps == 0:
             measured = evaluate_head(head, validation)
             elapsed = seconds + time.monotonic() - started
@@ -203,110 +266,28 @@ def fit_head(
             history.append({"step": step, **measured, "loss": mean, "seconds": elapsed})
             losses = 0.0
             show(str(history[-1]))
-        if path is not None and (last or step % config.checkpointing_steps == 0):
-            now = time.monotonic()
-            seconds, started = seconds + now - started, now
-            if accelerator.is_main_process:
-                tensors = {f"head.{k}": v for k, v in head.named_parameters()}
-                state = {"step": step, "history": history, "seconds": seconds, "losses": losses}
-                state["config"] = made_of
-                save_checkpoint(path, tensors | optimizer_tensors([optimizer]), state)
-            accelerator.wait_for_everyone()
+            told |= {f"validation_{name}": value for name, value in measured.items()}
+            due |= config.keep == "best" and _best(history) is history[-1]
+        if log is not None:
+            log(step, told)
+        if checkpoints is not None and due:
+            save()
     progress.close()
+    if config.keep == "best":
+        best = _best([entry for entry in history if entry["step"] in checkpoints.steps()])
+        show(f"The best head is that of step {best['step']}: {best['gain']:+.3f} nats per token.")
+        _restore(head, load_checkpoint(checkpoints.path(best["step"]))[0])
     return history
 
 
-def window_gains(
-    head: CoDDHead, cache: WindowCache, rows: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`log p_w(x) - log Z` `[B]` of some windows, and their numbers of masked tokens `[B]`."""
-    return _gains(head, cache.take(rows), cache.temperature)
+def _restore(head: CoDDHead, tensors: dict[str, torch.Tensor]) -> None:
+    own = {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")}
+    head.load_state_dict(own, strict=False)
 
 
-def _gains(
-    head: CoDDHead, windows: NoisedWindows, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    distribution = windows.distribution(head, temperature)
-    truth = windows.tokens.long().to(head.device)
-    return distribution.coupling_gain(truth), distribution.masked.sum(1)
-
-
-@torch.no_grad()
-def evaluate_head(head: CoDDHead, cache: WindowCache, batch_size: int = 64) -> dict[str, float]:
-    """Mean gain in nats per masked token over factorized, all and by mask ratio.
-
-    Several processes share the windows, and all get the result.
-    """
-    accelerator = Accelerator()
-    processes, gains, masked = accelerator.num_processes, [], []
-    rows = torch.arange(-(-len(cache) // processes) * processes) % len(cache)  # equal parts
-    for batch in rows.split(batch_size * processes):
-        own = batch[accelerator.process_index :: processes]
-        for kept, part in zip((gains, masked), window_gains(head, cache, own), strict=True):
-            whole = accelerator.gather(part).view(processes, -1).T.flatten()
-            kept.append(whole.cpu())
-    gain, count = (torch.cat(kept)[: len(cache)] for kept in (gains, masked))
-    level = cache.level
-    result = {"gain": (gain.sum() / count.sum()).item()}
-    for low, high in ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.01)):
-        rows = (level >= low) & (level < high)
-        total = count[rows].sum().clamp(min=1)
-        result[f"gain_{low:.2f}-{min(high, 1):.2f}"] = (gain[rows].sum() / total).item()
-    return result
-
-
-def _step_gradients(
-    head: CoDDHead,
-    cache: WindowCache,
-    rows: torch.Tensor,
-    config: ConditionalConfig,
-    accelerator: Accelerator,
-) -> tuple[float, float]:
-    """Sets the gradients of the mean loss of a step's windows `rows [B]`.
-
-    Returns:
-        The loss, and the gain in nats per masked token.
-    """
-    parameters = list(head.parameters())
-    device = head.device
-    kind = {"device": device, "dtype": summing_dtype(device)}
-    sums = torch.zeros(sum(p.numel() for p in parameters), **kind)
-    totals = torch.zeros(3, **kind)  # loss, gain, masked tokens
-    chunks = rows.split(config.windows_per_chunk)
-    for chunk in chunks[accelerator.process_index :: accelerator.num_processes]:
-        windows = cache.take(chunk.sort().values)  # shards are read in order
-        try:
-            gains, masked = _gains(head, windows, cache.temperature)
-        except ValueError:
-            totals += torch.nan  # all processes must learn of it, not this one alone
-            continue
-        weighted = gains / windows.level.to(device) if config.loss == "elbo" else gains
-        loss = -weighted.sum()
-        gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-        sums += torch.cat([gradient.flatten() for gradient in gradients])
-        totals += torch.stack((loss.detach(), gains.detach().sum(), masked.sum()))
-    sums, totals = accelerator.reduce(sums, "sum"), accelerator.reduce(totals, "sum")
-    loss, gain, masked = totals.tolist()
-    masked = max(masked, 1)
-    norm = masked if config.loss == "token" else head.config.window_length * len(rows)
-    parts = sums.div_(norm).split([p.numel() for p in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad = part.view_as(parameter).to(parameter.dtype)
-    return loss / norm, gain / masked
-
-
-@torch.no_grad()
-def _not_finite(head: CoDDHead, cache: WindowCache, rows: torch.Tensor) -> tuple[list[int], str]:
-    """Which windows have no finite gain, and what the distribution said of the last one."""
-    bad, reason = [], ""
-    for row in rows:
-        try:
-            finite = bool(window_gains(head, cache, row[None])[0].isfinite())
-        except ValueError as error:
-            finite, reason = False, f" {error}"
-        if not finite:
-            bad.append(int(row))
-    return bad, reason
+def _best(history: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The entry with the largest validation gain, the first of equals."""
+    return max(history, key=lambda entry: entry["gain"])
 
 
 def _rows_of_step(number: int, step: int, config: ConditionalConfig) -> torch.Tensor:

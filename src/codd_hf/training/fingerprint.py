@@ -17,6 +17,7 @@ from .. import __version__
 from ..modeling_codd import CoDDModel
 from .data import TokenizedExample
 from .settings import EvidenceConfig
+from .sharding import whole
 
 FORMAT_VERSION = 1
 NAMES_ONLY = ("model", "model_revision")
@@ -58,12 +59,17 @@ def evidence_fingerprint(
 
 
 def weights_fingerprint(module: torch.nn.Module) -> str:
-    """A digest of a module's parameters and buffers: names, types, shapes and bytes."""
+    """A digest of a module's parameters and buffers: names, types, shapes and bytes.
+
+    Of a sharded module it is that of the whole one, and all processes call it together.
+    """
 
     def parts() -> Iterable[bytes]:
         for name, tensor in sorted(module.state_dict().items()):
             yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            yield (
+                whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            )
 
     return _digest(parts())
 

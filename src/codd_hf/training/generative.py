@@ -14,7 +14,7 @@ share `s` that falls from step to step:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,18 +25,16 @@ from tqdm.auto import tqdm
 
 from ..circuits import DenseTransition, MonarchTransition, Potentials
 from ..circuits.em import Counts, log_likelihood, maximise
-from .checkpoint import check_same_run, load_checkpoint, save_checkpoint
+from .checkpoint import Checkpoints, check_same_run
 from .counting import batch_counts, model_counts, summing_dtype
 from .data import TokenizedExample, collate
 from .fingerprint import tensor_fingerprint
 from .settings import GenerativeConfig
+from .watch import Log, Speedometer
 
 STRUCTURES = {"dense": DenseTransition, "monarch": MonarchTransition}
 MAY_CHANGE = ("num_epochs", "checkpointing_steps")
 """Settings that a run may be continued with other values of."""
-
-Log = Callable[[int, dict[str, float]], None]
-"""Told of every step: its number, from 1, and the `log_likelihood` per token of its batch."""
 
 
 def text_windows(
@@ -128,6 +126,9 @@ def fit_generative(
     checkpoint_dir: str | Path | None = None,
     structure: str = "dense",
     log: Log | None = None,
+    *,
+    resume_from_checkpoint: str | Path = "latest",
+    checkpoints_total_limit: int | None = 2,
 ) -> tuple[Potentials, list[dict[str, float]]]:
     """Fits a circuit with shared transitions and emissions to windows of tokens.
 
@@ -137,9 +138,13 @@ def fit_generative(
         embeddings: `[V, d]`, for the clustering.
         num_latents: number of states `H`.
         config: how to fit.
-        checkpoint_dir: a run that stopped is continued from `checkpoint_dir/generative`.
+        checkpoint_dir: receives the checkpoints, in `checkpoint_dir/generative`.
         structure: of the transitions, `"dense"` or `"monarch"`.
         log: told of every step.
+        resume_from_checkpoint: `"latest"` goes on from the newest checkpoint there, if there is
+            one; `"none"` deletes them and begins; a checkpoint's folder goes on from that, and
+            deletes later ones.
+        checkpoints_total_limit: how many checkpoints are kept, the newest ones; all if None.
 
     Returns:
         The circuit, and per epoch the log-likelihood per token of training and validation windows.
@@ -155,13 +160,15 @@ def fit_generative(
     device = accelerator.device
     unigrams = windows.flatten().bincount(minlength=len(embeddings)).float()
     spread = (unigrams + 0.1) / (unigrams + 0.1).sum()
-    path = None if checkpoint_dir is None else Path(checkpoint_dir) / "generative"
+    checkpoints = None
+    if checkpoint_dir is not None:
+        checkpoints = Checkpoints(Path(checkpoint_dir) / "generative", checkpoints_total_limit)
     made_of = asdict(config) | {
         "num_latents": num_latents,
         "structure": structure,
         "windows": tensor_fingerprint(windows),
     }
-    found = None if path is None else load_checkpoint(path)
+    found = None if checkpoints is None else checkpoints.load(resume_from_checkpoint)
     if found is None:
         clusters = torch.zeros(len(embeddings), dtype=torch.long)
         if accelerator.is_main_process:
@@ -172,7 +179,7 @@ def fit_generative(
         counts, step, history, total = None, 0, [], 0.0
     else:
         tensors, state = found
-        check_same_run(path, state["config"], made_of, MAY_CHANGE)
+        check_same_run(checkpoints.folder, state["config"], made_of, MAY_CHANGE)
         potentials, counts = _restored(tensors, structure, device)
         step, history, total = state["step"], state["history"], state["total"]
     potentials = potentials.with_leaves([leaf.to(device) for leaf in potentials.leaves()])
@@ -184,8 +191,13 @@ def fit_generative(
     prior = Counts(tuple(p.to(device) for p in (*pseudo, config.emission_prior * spread)))
 
     per_epoch = -(-len(windows) // config.windows_per_batch)
-    progress, epoch, batches = None, None, []
+    if found is not None and accelerator.is_main_process:
+        steps = config.num_epochs * per_epoch
+        going_on = f"goes on from step {step} of {steps}" if step < steps else "is complete"
+        tqdm.write(f"The generative fit {going_on}.")
+    progress, epoch, batches, speed = None, None, [], Speedometer(device)
     while step < config.num_epochs * per_epoch:
+        speed.start()
         if epoch != step // per_epoch:
             epoch = step // per_epoch
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
@@ -218,23 +230,26 @@ def fit_generative(
         seen = min((step - epoch * per_epoch) * config.windows_per_batch, len(windows))
         per_token = total / (seen * windows.shape[1])
         progress.set_postfix(nats=f"{-per_token:.3f}")
-        if log is not None:
-            log(step, {"log_likelihood": score / windows[batch].numel()})
+        told = {"log_likelihood": score / windows[batch].numel(), "step_size": share}
+        told |= speed.read(windows[batch].numel())
         ended = step % per_epoch == 0
         if ended:
             progress.close()
             heldout = _mean_log_likelihood(potentials, validation, accelerator)
             history.append({"epoch": epoch + 1, "train": per_token, "validation": heldout})
             total = 0.0
+            told["validation_log_likelihood"] = heldout
             if accelerator.is_main_process:
                 tqdm.write(str(history[-1]))
-        if path is not None and (ended or step % config.checkpointing_steps == 0):
+        if log is not None:
+            log(step, told)
+        if checkpoints is not None and (ended or step % config.checkpointing_steps == 0):
             if accelerator.is_main_process:
                 tensors = {f"potentials.{i}": leaf for i, leaf in enumerate(potentials.leaves())}
                 if counts is not None:
                     tensors |= {f"counts.{i}": leaf for i, leaf in enumerate(counts.leaves)}
                 state = {"step": step, "history": history, "total": total, "config": made_of}
-                save_checkpoint(path, tensors, state)
+                checkpoints.save(step, tensors, state)
             accelerator.wait_for_everyone()
     return potentials.with_leaves([leaf.cpu() for leaf in potentials.leaves()]), history
 

@@ -1,4 +1,4 @@
-"""Masked-diffusion pretraining (or fine-tuning) of a backbone.
+"""Masked-diffusion training of a backbone: a new one, or a given one further.
 
 The loss is the diffusion ELBO: the cross-entropy of masked tokens, weighted by `1/t`, over the
 number of tokens that could have been masked (LLaDA, arXiv 2502.09992, Eq. 3).
@@ -6,26 +6,30 @@ number of tokens that could have been masked (LLaDA, arXiv 2502.09992, Eq. 3).
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..backbones import family_of
-from .checkpoint import load_checkpoint, optimizer_tensors, restore_optimizers, save_checkpoint
+from ..backbones import family_of, load_backbone
+from .checkpoint import Checkpoints, check_same_run, optimizer_tensors, restore_optimizers
 from .data import CanvasBatch, TokenizedExample, batch_indices, collate
+from .fingerprint import data_fingerprint
+from .lora import add_lora, trained_in_float32
 from .noise import Noise, sample_noise
 from .settings import PretrainingConfig
+from .watch import Log, Speedometer
 
-logger = logging.getLogger(__name__)
+MAY_CHANGE = ("max_steps", "evaluation_steps", "checkpointing_steps")
+"""Settings that a run may be continued with other values of."""
 
 
 def small_backbone_config(
@@ -54,13 +58,15 @@ def diffusion_loss(
     model: PreTrainedModel, canvas: CanvasBatch, noise: Noise, mask_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The ELBO-weighted loss of a batch (a scalar) and the unweighted loss of its targets `[n]`."""
-    input_ids = canvas.input_ids.masked_fill(noise.masked, mask_token_id)
+    truth, device = canvas.input_ids, canvas.input_ids.device
+    input_ids = truth.masked_fill(noise.masked.to(device), mask_token_id)
     states = family_of(model.config).states(model, input_ids, canvas.attention_mask)
-    rows, columns = noise.target.nonzero(as_tuple=True)
+    rows, columns = noise.target.to(device).nonzero(as_tuple=True)
     losses = F.cross_entropy(
-        states.logits((rows, columns)).float(), canvas.input_ids[rows, columns], reduction="none"
+        states.logits((rows, columns)).float(), truth[rows, columns], reduction="none"
     )
-    return (losses / noise.level[rows]).sum() / noise.span.sum().clamp(min=1), losses
+    weighted = losses / noise.level.to(device)[rows]
+    return weighted.sum() / noise.span.sum().clamp(min=1), losses
 
 
 def pretrain_backbone(
@@ -70,18 +76,27 @@ def pretrain_backbone(
     validation: Sequence[TokenizedExample],
     output_dir: str | Path,
     config: PretrainingConfig | None = None,
+    log: Log | None = None,
+    *,
+    mean_span_length: float = 1.0,
+    resume_from_checkpoint: str | Path = "latest",
+    checkpoints_total_limit: int | None = 2,
 ) -> list[dict[str, float]]:
-    """Trains `model` in place and writes it to `output_dir`.
-
-    A run that stopped is continued from `output_dir/checkpoint`.
+    """Trains a new `model` in place and writes it to `output_dir`.
 
     Args:
         model: a backbone whose family is known.
         tokenizer: its tokenizer, with mask, padding and end-of-text tokens.
         train: what it learns from.
         validation: what it is measured on, with fixed noise.
-        output_dir: receives the checkpoint, the model and the tokenizer.
+        output_dir: receives the checkpoints, the model and the tokenizer.
         config: how to train.
+        log: told of every step.
+        mean_span_length: mean length of the spans that are masked together; 1: each token alone.
+        resume_from_checkpoint: `"latest"` goes on from the newest checkpoint there, if there is
+            one; `"none"` deletes them and begins; a checkpoint's folder goes on from that, and
+            deletes later ones.
+        checkpoints_total_limit: how many checkpoints are kept, the newest ones; all if None.
 
     Returns:
         The validation history: `step`, `elbo` (nats per token, an upper bound), `nats` (nats per
@@ -89,135 +104,252 @@ def pretrain_backbone(
 
     Raises:
         FloatingPointError: the loss is no longer finite.
+        OSError: the disk has no room for a checkpoint.
+        ValueError: the checkpoint is another run's, or damaged.
     """
     config = config or PretrainingConfig()
-    output_dir = Path(output_dir)
+    noise = _Noise(config, tokenizer, tokenizer.mask_token_id, mean_span_length)
+    optimizers = _make_optimizers(model, config)
+    checkpoints = Checkpoints(output_dir, checkpoints_total_limit)
+    history = _train(
+        model, optimizers, noise, train, validation, checkpoints, resume_from_checkpoint, log
+    )
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    return history
+
+
+def finetuning_config(lora: bool) -> PretrainingConfig:
+    """How a given backbone is trained further: with lower rates and for fewer steps."""
+    return PretrainingConfig(
+        max_steps=1000, learning_rate=2e-4 if lora else 5e-5, weight_decay=0.0, warmup_steps=50
+    )
+
+
+def finetune_backbone(
+    backbone: PreTrainedModel | str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[TokenizedExample],
+    validation: Sequence[TokenizedExample],
+    output_dir: str | Path,
+    config: PretrainingConfig | None = None,
+    log: Log | None = None,
+    *,
+    lora: LoraConfig | None = None,
+    mask_token_id: int | None = None,
+    mean_span_length: float = 1.0,
+    resume_from_checkpoint: str | Path = "latest",
+    checkpoints_total_limit: int | None = 2,
+) -> list[dict[str, float]]:
+    """Trains a given backbone further, with AdamW, and writes the result to `output_dir`.
+
+    That is the whole backbone or, with `lora`, the adapter alone, for
+    `CoDDModel.from_backbone(backbone, head, adapter=output_dir)`.
+
+    Args:
+        backbone: a model, which is trained in place, or the folder or id of one; an autoregressive
+            decoder becomes a bidirectional one by it.
+        tokenizer: its tokenizer, with padding and end-of-text tokens.
+        train: what it learns from.
+        validation: what it is measured on, with fixed noise.
+        output_dir: receives the checkpoints, the result and the tokenizer. A run that goes on is
+            given the backbone as it was before the first step.
+        config: how to train; default, `finetuning_config`.
+        log: told of every step.
+        lora: PEFT's options of a new adapter that is trained in place of the backbone.
+        mask_token_id: the mask token; default, the backbone's or the tokenizer's.
+        mean_span_length: as in `pretrain_backbone`, and so are the next two.
+        resume_from_checkpoint: what to go on from.
+        checkpoints_total_limit: how many checkpoints are kept.
+
+    Returns:
+        As `pretrain_backbone`.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+        OSError: there is no such backbone, or the disk has no room for a checkpoint.
+        ValueError: the mask token is not known, the backbone's family is not, or the checkpoint is
+            another run's, or damaged.
+    """
+    config = config or finetuning_config(lora is not None)
+    if isinstance(backbone, str | Path):
+        backbone = load_backbone(str(backbone))
+    family_of(backbone.config).adopt(backbone.config)
+    for known in (getattr(backbone.config, "mask_token_id", None), tokenizer.mask_token_id):
+        mask_token_id = known if mask_token_id is None else mask_token_id
+    if mask_token_id is None:
+        raise ValueError("`mask_token_id` must be given: neither backbone nor tokenizer has one.")
+    if lora is not None:
+        add_lora(backbone, lora, "default", config.seed)
+    noise = _Noise(config, tokenizer, mask_token_id, mean_span_length)
+    trained = trained_in_float32(backbone)
+    optimizer = torch.optim.AdamW(
+        trained, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
+    )
+    checkpoints = Checkpoints(output_dir, checkpoints_total_limit)
+    history = _train(
+        backbone, [optimizer], noise, train, validation, checkpoints, resume_from_checkpoint, log
+    )
+    backbone.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    return history
+
+
+@dataclass
+class _Noise:
+    """Draws noised canvases of examples."""
+
+    config: PretrainingConfig
+    tokenizer: PreTrainedTokenizerBase
+    mask_token_id: int
+    mean_span_length: float
+
+    def draw(
+        self,
+        examples: Sequence[TokenizedExample],
+        generator: torch.Generator,
+        **options: float,
+    ) -> tuple[CanvasBatch, Noise]:
+        config, tokenizer = self.config, self.tokenizer
+        extra = torch.randint(config.max_extra_windows + 1, (len(examples),), generator=generator)
+        canvas = collate(
+            examples,
+            window_length=config.window_length,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            extra_windows=extra.tolist(),
+        )
+        options = {"window_probability": config.window_probability} | options
+        noise = sample_noise(
+            canvas,
+            window_length=config.window_length,
+            generator=generator,
+            mean_span_length=self.mean_span_length,
+            **options,
+        )
+        return canvas, noise
+
+
+def _train(
+    model: PreTrainedModel,
+    optimizers: list[torch.optim.Optimizer],
+    noise: _Noise,
+    train: Sequence[TokenizedExample],
+    validation: Sequence[TokenizedExample],
+    checkpoints: Checkpoints,
+    resume_from_checkpoint: str | Path,
+    log: Log | None,
+) -> list[dict[str, float]]:
+    """The steps; the model is on its device and in evaluation mode at the end."""
+    config = noise.config
     accelerator = Accelerator()
     device = accelerator.device
     # Not the accelerator's own, which is one for the whole process: each stage has its precision.
     autocast = torch.autocast(device.type, torch.bfloat16, config.mixed_precision == "bf16")
     model.to(device).train()
-    optimizers = _make_optimizers(model, config)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     windows = config.window_length
     lengths = [len(e.prompt_ids) + -(-len(e.answer_ids) // windows) * windows for e in train]
 
+    made_of = asdict(config) | {
+        "mean_span_length": noise.mean_span_length,
+        "mask_token_id": noise.mask_token_id,
+        "num_trained": sum(p.numel() for p in trained.values()),
+        "data": data_fingerprint(train),
+    }
     step, history, tokens, seconds = 0, [], 0, 0.0
-    if (found := load_checkpoint(output_dir / "checkpoint")) is not None:
+    if (found := checkpoints.load(resume_from_checkpoint)) is not None:
         tensors, state = found
-        restored = {k.removeprefix("model."): v for k, v in tensors.items() if "model." in k[:6]}
-        model.load_state_dict(restored, strict=False)
+        check_same_run(checkpoints.folder, state["config"], made_of, MAY_CHANGE)
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(tensors[f"model.{name}"])
         restore_optimizers(optimizers, tensors)
         step, history = state["step"], state["history"]
         tokens, seconds = state["tokens"], state["seconds"]
-        logger.info("Continuing from step %d.", step)
-
-    def save() -> None:
-        parameters = {f"model.{k}": v for k, v in model.named_parameters()}
-        state = {"step": step, "history": history, "tokens": tokens, "seconds": seconds}
-        state["config"] = asdict(config)
-        tensors = parameters | optimizer_tensors(optimizers)
-        save_checkpoint(output_dir / "checkpoint", tensors, state)
+        tqdm.write(f"The training of the backbone goes on from step {step} of {config.max_steps}.")
 
     batches = batch_indices(lengths, config.tokens_per_batch, config.seed, first_batch=step)
     progress = tqdm(total=config.max_steps, initial=step, desc="pretraining", unit="step")
-    started = time.monotonic()
+    started, speed = time.monotonic(), Speedometer(device)
     while step < config.max_steps:
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        canvas, noise = _draw([train[i] for i in next(batches)], tokenizer, config, generator)
+        speed.start()
+        seed = config.seed * 1_000_003 + step
+        canvas, drawn = noise.draw(
+            [train[i] for i in next(batches)], torch.Generator().manual_seed(seed)
+        )
         rate = config.learning_rate * _schedule(step, config)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        with autocast:
-            loss, losses = diffusion_loss(model, canvas.to(device), noise, tokenizer.mask_token_id)
+        with autocast, torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)  # of dropout
+            loss, losses = diffusion_loss(model, canvas.to(device), drawn, noise.mask_token_id)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {step}: lower `learning_rate` (now "
                 f"{config.learning_rate}) or use `mixed_precision='no'`."
             )
         accelerator.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         step += 1
-        tokens += int(canvas.attention_mask.sum())
+        read = int(canvas.attention_mask.sum())
+        tokens += read
+        told = {"loss": loss.item(), "nats": losses.mean().item(), "learning_rate": rate}
+        told |= speed.read(read)
         progress.update()
-        progress.set_postfix(nats=f"{losses.mean().item():.3f}", lr=f"{rate:.1e}")
+        progress.set_postfix(nats=f"{told['nats']:.3f}", lr=f"{rate:.1e}")
         last = step == config.max_steps
         if last or step % config.evaluation_steps == 0:
-            measured = evaluate_backbone(model, tokenizer, validation, config)
+            measured = _evaluate(model, validation, noise)
             elapsed = seconds + time.monotonic() - started
             history.append({"step": step, **measured, "tokens": tokens, "seconds": elapsed})
             tqdm.write(str(history[-1]))
+            told |= {f"validation_{name}": value for name, value in measured.items()}
+        if log is not None:
+            log(step, told)
         if last or step % config.checkpointing_steps == 0:
             now = time.monotonic()
             seconds, started = seconds + now - started, now
-            save()
+            tensors = {f"model.{name}": p for name, p in trained.items()}
+            state = {"step": step, "history": history, "tokens": tokens, "seconds": seconds}
+            state["config"] = made_of
+            checkpoints.save(step, tensors | optimizer_tensors(optimizers), state)
     progress.close()
     model.eval()
-    model.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
     return history
 
 
 @torch.no_grad()
-def evaluate_backbone(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[TokenizedExample],
-    config: PretrainingConfig,
+def _evaluate(
+    model: PreTrainedModel, examples: Sequence[TokenizedExample], noise: _Noise
 ) -> dict[str, float]:
     """ELBO per token over whole answers, and nats per masked token under window noise."""
-    was_training = model.training
     model.eval()
+    device, bf16 = model.device, noise.config.mixed_precision == "bf16"
     examples = sorted(examples, key=lambda e: len(e.prompt_ids) + len(e.answer_ids))
     result = {}
     for name, window_probability in (("elbo", 0.0), ("nats", 1.0)):
         generator = torch.Generator().manual_seed(1234)
         total, count = 0.0, 0
         for first in range(0, len(examples), 32):
-            canvas, noise = _draw(
+            canvas, drawn = noise.draw(
                 examples[first : first + 32],
-                tokenizer,
-                config,
                 generator,
                 window_probability=window_probability,
                 prompt_probability=0.0,
             )
-            canvas = canvas.to(model.device)
-            with torch.autocast(
-                model.device.type, torch.bfloat16, config.mixed_precision == "bf16"
-            ):
-                loss, losses = diffusion_loss(model, canvas, noise, tokenizer.mask_token_id)
-            size = int(noise.span.sum()) if name == "elbo" else len(losses)
+            with torch.autocast(device.type, torch.bfloat16, bf16):
+                loss, losses = diffusion_loss(model, canvas.to(device), drawn, noise.mask_token_id)
+            size = int(drawn.span.sum()) if name == "elbo" else len(losses)
             total += (loss if name == "elbo" else losses.mean()).item() * size
             count += size
         result[name] = total / count
-    model.train(was_training)
+    model.train()
     return result
-
-
-def _draw(
-    examples: Sequence[TokenizedExample],
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainingConfig,
-    generator: torch.Generator,
-    **noise_options: float,
-) -> tuple[CanvasBatch, Noise]:
-    extra = torch.randint(config.max_extra_windows + 1, (len(examples),), generator=generator)
-    canvas = collate(
-        examples,
-        window_length=config.window_length,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        extra_windows=extra.tolist(),
-    )
-    noise_options.setdefault("window_probability", config.window_probability)
-    noise = sample_noise(
-        canvas, window_length=config.window_length, generator=generator, **noise_options
-    )
-    return canvas, noise
 
 
 def _schedule(step: int, config: PretrainingConfig) -> float:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from .joint_settings import JointConfig
+
+STAGES = ("pretraining", "generative", "conditional", "joint")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass
@@ -116,10 +121,12 @@ class ConditionalConfig:
     """How a head is fitted to a frozen backbone.
 
     Attributes:
-        max_steps: optimiser steps.
+        max_steps: optimiser steps; default, so many that each window is read 3.2 times, but 200
+            at least and 2,000 at most.
         windows_per_batch: windows a step, over all processes.
-        windows_per_chunk: windows that a process computes at once; gradients of chunks are summed
-            in float64, so that a step is the same whatever the number of processes.
+        windows_per_chunk: windows that a process computes at once; gradients of a step's chunks are
+            accumulated in float64, so that a step is the same whatever the number of processes
+            and the memory is that of one chunk.
         learning_rate: AdamW's peak on log-potentials (no weight decay); falls to zero as a cosine.
         context_learning_rate: likewise on the conditioning.
         warmup_steps: linear warm-up.
@@ -137,18 +144,20 @@ class ConditionalConfig:
         mixed_precision: `"no"` or `"bf16"`, for the backbone; the circuit stays in float32.
         evaluation_steps: steps between validations.
         checkpointing_steps: steps between checkpoints.
+        keep: `"last"`, the head of the last step; or `"best"`, that of the validation with the
+            largest gain, whose checkpoint is then kept as well.
         seed: seed of order, noise and what starts at random.
     """
 
-    max_steps: int = 800
+    max_steps: int | None = None
     windows_per_batch: int = 64
     windows_per_chunk: int = 32
-    learning_rate: float = 5e-3
-    context_learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
+    context_learning_rate: float = 6e-4
     warmup_steps: int = 50
     evidence_temperature: float = 1.0
     loss: str = "elbo"
-    num_draws: int = 2
+    num_draws: int = 4
     num_validation_draws: int = 4
     cached_top_k: int = 512
     evidence_precision: str = "half"
@@ -159,11 +168,20 @@ class ConditionalConfig:
     mixed_precision: str = "no"
     evaluation_steps: int = 200
     checkpointing_steps: int = 100
+    keep: str = "last"
     seed: int = 0
 
     def __post_init__(self):
+        _check_one_of("keep", self.keep, ("last", "best"))
         _check_one_of("loss", self.loss, ("elbo", "token"))
         self.evidence(self.num_draws, self.seed)
+
+    def with_steps(self, num_windows: int) -> ConditionalConfig:
+        """These settings with the number of steps for so many windows, if it is not set."""
+        if self.max_steps is not None:
+            return self
+        steps = round(3.2 * num_windows / self.windows_per_batch)
+        return replace(self, max_steps=min(max(steps, 200), 2000))
 
     def evidence(self, num_draws: int, seed: int) -> EvidenceConfig:
         """What is kept of the backbone, for so many draws with this seed."""
@@ -187,13 +205,38 @@ class TrainConfig:
     Attributes:
         dataset: a JSONL, Parquet or text file, or a Hub dataset id.
         output_dir: receives everything; a run that stopped is continued from it.
-        backbone: a path or Hub id; without one, a small backbone is trained on the data first.
+        dataset_config: configuration of a Hub dataset, such as main.
+        split: split of the dataset, or a part of one, such as train[:1000].
+        sample_by: what is one text of a text file: line, paragraph or document.
+        backbone: a path or Hub id of a backbone, or of a CoDD model or pipeline, whose own head is
+            left out; without one, a small backbone is trained on the data first.
+        stages: what to run, any of pretraining (of a small backbone, or of the given one further,
+            then with lower rates and fewer steps by default), generative (EM and the marginal
+            correction), conditional, and joint (a LoRA, or all of the backbone, with the head). A
+            stage that is left out is taken from the output folder. By default generative and
+            conditional, and pretraining without a backbone.
+        resume_from_checkpoint: `"latest"`: each stage goes on from its newest checkpoint in the
+            output folder, if there is one, and a complete one is not run again. `"none"`: the
+            stages to run begin anew, and their earlier results are deleted. Or a checkpoint's
+            folder, such as OUTPUT/conditional/checkpoint-200: its stage goes on from there (later
+            checkpoints are deleted), and the stages after it begin anew.
+        checkpoints_total_limit: checkpoints that a stage keeps, the newest ones; all if None.
+        report_to: trackers, any of tensorboard (in OUTPUT/logs), wandb, trackio; or none.
+        shard_backbone: share the backbone's layers among the processes (FSDP2) while it runs over
+            the data; always so under an FSDP configuration of Accelerate.
+        push_to_hub: push the pipeline when it is done, without the held-out examples.
+        hub_model_id: the repository; default, one of your own with the output folder's name.
+        hub_private: let the repository be private.
         prompt_column: column that is given; found by its usual name if not set.
-        answer_column: column that is generated; likewise.
+        answer_column: column that is generated, or of conversations (messages); likewise.
         remove_pattern: regular expression whose matches are deleted from the text.
         num_validation: examples held out for choices made while training.
         num_test: examples held out at the very end, for figures only.
+        num_gap_problems: held-out examples on which the gap is measured at the end, for the model
+            card; 0: not measured.
         max_length: tokens of an example.
+        packing: join plain texts, end-of-text after each, and cut them into pieces of `max_length`
+            tokens; `max_extra_windows` is then 0.
         vocab_size: of the tokenizer trained with a new backbone.
         hidden_size: of a new backbone.
         num_layers: of a new backbone.
@@ -215,17 +258,31 @@ class TrainConfig:
         pretraining: stage 0.
         generative: stage 1.
         conditional: stage 3.
+        joint: stage 4.
     """
 
     dataset: str
     output_dir: str
+    dataset_config: str | None = None
+    split: str = "train"
+    sample_by: str = "line"
     backbone: str | None = None
+    stages: list[str] | None = None
+    resume_from_checkpoint: str = "latest"
+    checkpoints_total_limit: int | None = 2
+    report_to: list[str] = field(default_factory=list)
+    shard_backbone: bool = False
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private: bool = False
     prompt_column: str | None = None
     answer_column: str | None = None
     remove_pattern: str | None = None
     num_validation: int = 100
     num_test: int = 0
+    num_gap_problems: int = 32
     max_length: int = 512
+    packing: bool = False
     vocab_size: int = 3072
     hidden_size: int = 256
     num_layers: int = 4
@@ -246,6 +303,41 @@ class TrainConfig:
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     generative: GenerativeConfig = field(default_factory=GenerativeConfig)
     conditional: ConditionalConfig = field(default_factory=ConditionalConfig)
+    joint: JointConfig = field(default_factory=JointConfig)
+
+    def __post_init__(self):
+        for stage in self.stages or []:
+            _check_one_of("stages", stage, STAGES)
+        for tracker in self.report_to:
+            _check_one_of("report_to", tracker, (*TRACKERS, "none"))
+        if self.stages is not None and not self.stages:
+            raise ValueError(f"`stages` must name one of {', '.join(STAGES)} at least.")
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            raise ValueError(
+                f"`checkpoints_total_limit` must be at least 1, got {self.checkpoints_total_limit}."
+            )
+        if self.packing and self.max_length % self.window_length:
+            raise ValueError(
+                f"With `packing`, `max_length` ({self.max_length}) must be a multiple of "
+                f"`window_length` ({self.window_length})."
+            )
+        if self.packing:  # a piece may end within a text, and no end-of-text follows there
+            for name in ("pretraining", "conditional", "joint"):
+                setattr(self, name, replace(getattr(self, name), max_extra_windows=0))
+
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether the backbone is that of the output folder, and not the given one."""
+        return self.backbone is None or "pretraining" in self.chosen_stages
+
+    @property
+    def chosen_stages(self) -> list[str]:
+        """The stages to run, in order."""
+        chosen = self.stages
+        if chosen is None:
+            chosen = ["generative", "conditional"]
+            chosen += ["pretraining"] if self.backbone is None else []
+        return [stage for stage in STAGES if stage in chosen]
 
 
 def _check_precision(mixed_precision: str) -> None:

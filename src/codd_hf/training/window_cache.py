@@ -33,6 +33,7 @@ from .fingerprint import check_fingerprint, evidence_fingerprint
 from .noise import Noise, sample_noise
 from .noised_windows import NoisedWindows
 from .settings import EvidenceConfig
+from .sharding import is_sharded
 
 SHARD_BYTES = 128 * 2**20
 MAX_SHARDS = 1024
@@ -79,7 +80,7 @@ class WindowCache:
 
     def take(self, rows: torch.Tensor) -> NoisedWindows:
         """Some windows, `rows [B]`, in that order; fastest if that is ascending."""
-        owner = torch.searchsorted(self._ends, rows, right=True)
+        owner = torch.searchsorted(self._ends, rows.contiguous(), right=True)
         order = owner.argsort(stable=True)
         owners, counts = owner[order].unique_consecutive(return_counts=True)
         parts = [self.parts[part] for part in owners.tolist()]
@@ -152,7 +153,8 @@ def cache_windows(
     """Runs the backbone over noised examples, one window of each a draw.
 
     With several processes and a folder, which must be on a disk that they share, each process
-    writes its part of the shards; without a folder each computes all of it for itself.
+    writes its part of the shards; without a folder each computes all of it for itself. The backbone
+    may be sharded over the processes (`sharding.shard_backbone`): the evidence is the same.
 
     Args:
         model: the backbone; hidden states are kept if its head is conditioned.
@@ -201,7 +203,8 @@ def cache_windows(
         if progress:
             tqdm.write(_announcement(folder, left, number, length, each))
         _check_room(folder, left * each)
-        own = missing[state.process_index :: state.num_processes]
+        parts_of_work = [missing[i :: state.num_processes] for i in range(state.num_processes)]
+        own = parts_of_work[state.process_index]
         last = {shards[shard][-1]: shard for shard in own}
         wanted = {i for shard in own for i in shards[shard]}
         parts: list[NoisedWindows] = []
@@ -212,6 +215,9 @@ def cache_windows(
                 path = shard_path(folder, last[i], len(shards))
                 write_shard(path, NoisedWindows.joined(parts))
                 parts = []
+        if is_sharded(model):
+            most = max(sum(len(shards[i]) for i in part) for part in parts_of_work)
+            _pass_idly(model, most - len(wanted))
     state.wait_for_everyone()
     if state.is_main_process and not (folder / "state.json").exists():
         finish(folder, len(shards), fingerprint["data"])
@@ -297,6 +303,14 @@ def _noised_windows(
             ),
         )
     bar.close()
+
+
+@torch.no_grad()
+def _pass_idly(model: CoDDModel, times: int) -> None:
+    """Passes over a single token: a process's part in the passes of others with more work."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    for _ in range(times):
+        model.backbone_states(token)
 
 
 def _one_epoch(lengths: list[int], tokens_per_batch: int, seed: int) -> Iterator[list[int]]:

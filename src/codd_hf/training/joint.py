@@ -1,0 +1,309 @@
+"""Stage 4: train backbone and head together (CoDD, arXiv 2603.00045, Eq. 7 with phi trainable).
+
+The loss is the coupled conditional likelihood `-log p(x_M | x_O)` of noised windows, of which
+`sum_M log phi_i(x_i)` now depends on what is trained, as does `log p_w(x) - log Z`. The backbone
+runs at every step, on windows and noise that are a function of the step alone.
+
+As in the conditional fit, the processes share the chunks of a step's windows, and gradients of
+chunks are summed in float64, so that a step does not depend on who computed what.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..adapters import adapter_of
+from ..modeling_codd import CoDDModel
+from .checkpoint import Checkpoints, check_same_run, optimizer_tensors, restore_optimizers
+from .counting import summing_dtype
+from .data import TokenizedExample
+from .fingerprint import data_fingerprint
+from .joint_settings import JointConfig
+from .live_windows import LiveWindows, window_scores
+from .lora import add_lora, trained_in_float32
+from .watch import Log, Speedometer
+
+logger = logging.getLogger(__name__)
+
+MAY_CHANGE = (
+    "max_steps",
+    "evaluation_steps",
+    "checkpointing_steps",
+    "num_validation_draws",
+    "gradient_checkpointing",
+)
+"""Settings that a run may be continued with other values of."""
+
+
+def fit_joint(
+    model: CoDDModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[TokenizedExample],
+    validation: Sequence[TokenizedExample],
+    checkpoint_dir: str | Path | None = None,
+    config: JointConfig | None = None,
+    log: Log | None = None,
+    *,
+    resume_from_checkpoint: str | Path = "latest",
+    checkpoints_total_limit: int | None = 2,
+) -> list[dict[str, float]]:
+    """Trains a backbone, or a LoRA on it, and its head together, in place.
+
+    The head should come from the conditional fit: a LoRA starts as a no-op and the rates warm up,
+    so that training goes on from what is there. What is trained is held in float32. A LoRA belongs
+    to the head: `model.save_pretrained` and `model.save_head` write it beside what they write.
+
+    Args:
+        model: a backbone with a head.
+        tokenizer: its tokenizer.
+        train: what both learn from.
+        validation: what they are measured on, with fixed noise.
+        checkpoint_dir: receives the checkpoints, in `checkpoint_dir/joint`. A run that goes on is
+            given the model as it was before the first step.
+        config: how to train.
+        log: told of every step.
+        resume_from_checkpoint: `"latest"` goes on from the newest checkpoint there, if there is
+            one; `"none"` deletes them and begins; a checkpoint's folder goes on from that, and
+            deletes later ones.
+        checkpoints_total_limit: how many checkpoints are kept, the newest ones; all if None.
+
+    Returns:
+        The validation history: `step`, `factorized_nats` and `coupled_nats` (per masked token),
+        `gain` (their difference, all and by mask ratio), `loss` (the mean since the last entry) and
+        `seconds`.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite; the message names the examples.
+        OSError: the disk has no room for a checkpoint.
+        ValueError: the model has no head, or the checkpoint is another run's, or damaged.
+    """
+    config = config or JointConfig()
+    if model.active_head is None:
+        raise ValueError("`model` has no head to fit: load one, or switch it on with `set_head`.")
+    accelerator = Accelerator()
+    model.to(accelerator.device)
+    groups = _trained(model, config)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    made_of = asdict(config) | {"num_examples": len(train), "data": data_fingerprint(train)}
+    step, history, seconds, losses = 0, [], 0.0, 0.0
+    found = checkpoints = None
+    if checkpoint_dir is not None:
+        checkpoints = Checkpoints(Path(checkpoint_dir) / "joint", checkpoints_total_limit)
+        found = checkpoints.load(resume_from_checkpoint)
+    show = tqdm.write if accelerator.is_main_process else logger.debug
+    if found is not None:
+        tensors, state = found
+        check_same_run(checkpoints.folder, state["config"], made_of, MAY_CHANGE)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[f"model.{name}"])
+        restore_optimizers([optimizer], tensors)
+        step, history, seconds = state["step"], state["history"], state["seconds"]
+        losses = state["losses"]
+        show(f"The joint fit goes on from step {step} of {config.max_steps}.")
+
+    def measure() -> dict[str, float]:
+        draws = config.num_validation_draws
+        return window_scores(model, tokenizer, validation, config, draws).summary()
+
+    started = time.monotonic()
+    if found is None:
+        history.append({"step": 0, **measure()})
+        show(str(history[-1]))
+    if config.gradient_checkpointing:
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    lengths = torch.tensor([len(e.prompt_ids) + len(e.answer_ids) for e in train])
+    progress = tqdm(
+        total=config.max_steps,
+        initial=step,
+        desc="joint fit",
+        unit="step",
+        disable=not accelerator.is_local_main_process,
+    )
+    speed = Speedometer(accelerator.device)
+    while step < config.max_steps:
+        speed.start()
+        chunks, rate = _chunks_of_step(lengths, step, config), _schedule(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        seed = (config.seed * 1_000_003 + step) * 100_003
+
+        def draw(number: int, chunks=chunks, seed=seed) -> LiveWindows:
+            examples = [train[i] for i in chunks[number].tolist()]
+            length = model.window_length
+            return LiveWindows.drawn(examples, tokenizer, length, config, seed + number)
+
+        model.backbone.train(config.backbone != "frozen")
+        told = _step_gradients(model, list(parameters.values()), draw, len(chunks), config, seed)
+        norms = [
+            torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0).item()
+            for part in (model.coupling_head, model.backbone)
+        ]
+        if not all(math.isfinite(value) for value in (told["loss"], *norms)):
+            bad, reason = _not_finite(model, draw, chunks, config)
+            raise FloatingPointError(
+                f"The loss is {told['loss']} and its gradient's norms {norms} at step {step}, from "
+                f"the windows of the examples {bad[:8] or torch.cat(chunks).tolist()} of `train`: "
+                f"lower `backbone_learning_rate` (now {config.backbone_learning_rate}) and "
+                f"`learning_rate` (now {config.learning_rate}).{reason}"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        losses += told["loss"]
+        told["learning_rate"] = config.learning_rate * rate
+        told |= speed.read(sum(len(chunk) for chunk in chunks) * model.window_length)
+        progress.update()
+        progress.set_postfix(nats=f"{told['coupled_nats']:.3f}", gain=f"{told['gain']:+.3f}")
+        last = step == config.max_steps
+        if last or step % config.evaluation_steps == 0:
+            measured = measure()
+            elapsed = seconds + time.monotonic() - started
+            mean = losses / (step - history[-1]["step"])
+            history.append({"step": step, **measured, "loss": mean, "seconds": elapsed})
+            losses = 0.0
+            show(str(history[-1]))
+            told |= {f"validation_{name}": value for name, value in measured.items()}
+        if log is not None:
+            log(step, told)
+        if checkpoints is not None and (last or step % config.checkpointing_steps == 0):
+            now = time.monotonic()
+            seconds, started = seconds + now - started, now
+            if accelerator.is_main_process:
+                tensors = {f"model.{name}": p for name, p in parameters.items()}
+                state = {"step": step, "history": history, "seconds": seconds, "losses": losses}
+                state["config"] = made_of
+                checkpoints.save(step, tensors | optimizer_tensors([optimizer]), state)
+            accelerator.wait_for_everyone()
+    progress.close()
+    if config.gradient_checkpointing:
+        model.backbone.gradient_checkpointing_disable()
+    model.eval()
+    return history
+
+
+def _trained(model: CoDDModel, config: JointConfig) -> list[dict]:
+    """What the optimiser trains, with its peak rates: first the head's, then the backbone's."""
+    head = model.coupling_head
+    model.requires_grad_(False)
+    if config.backbone == "lora":
+        found = adapter_of(model)
+        if found is None:
+            add_lora(model.backbone, config.lora_config(), model.active_head, config.seed)
+            model._adapted_heads.add(model.active_head)
+        model.backbone.set_adapter(model.active_head if found is None else found[1])
+        model.backbone.enable_adapters()
+    if config.backbone == "full":
+        model.backbone.requires_grad_(True)
+    head.requires_grad_(True)
+    context = [] if head.context_maps is None else list(head.context_maps.parameters())
+    circuit = [p for n, p in head.named_parameters() if not n.startswith("context_maps.")]
+    backbone = trained_in_float32(model.backbone)
+    # Gradients of a low-rank term that is still a no-op are tiny: hence the tiny `eps`.
+    groups = [
+        {"params": circuit, "peak": config.learning_rate, "eps": 1e-15},
+        {"params": context, "peak": config.context_learning_rate, "eps": 1e-15},
+        {"params": backbone, "peak": config.backbone_learning_rate, "eps": 1e-8},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _step_gradients(
+    model: CoDDModel,
+    parameters: list[torch.nn.Parameter],
+    draw: Callable[[int], LiveWindows],
+    num_chunks: int,
+    config: JointConfig,
+    seed: int,
+) -> dict[str, float]:
+    """Sets the gradients of the mean loss of a step's windows.
+
+    Args:
+        model: the model.
+        parameters: what is trained.
+        draw: gives a chunk of the step's windows.
+        num_chunks: how many there are, for all processes.
+        config: how to train.
+        seed: of the step's dropout.
+
+    Returns:
+        The loss, and the gain and the coupled nats per masked token.
+    """
+    accelerator, device = Accelerator(), model.device
+    kind = {"device": device, "dtype": summing_dtype(device)}
+    sums = [torch.zeros(p.shape, **kind) for p in parameters]
+    totals = torch.zeros(5, **kind)  # loss, gain, log-likelihood, masked tokens, windows
+    for number in range(accelerator.process_index, num_chunks, accelerator.num_processes):
+        windows = draw(number)
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(seed + number)
+                factorized, gain, masked = windows.log_probs(model, config)
+                log_prob = factorized + gain
+                weight = 1 / windows.level.to(device) if config.loss == "elbo" else 1
+                loss = -(weight * log_prob).sum()
+                gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        except ValueError:
+            totals += torch.nan  # all processes must learn of it, not this one alone
+            continue
+        for mine, new in zip(sums, gradients, strict=True):
+            mine += new
+        found = (loss, gain.sum(), log_prob.sum(), masked.sum(), masked.new_tensor(len(masked)))
+        totals += torch.stack([value.detach().to(totals.dtype) for value in found])
+    sums, totals = accelerator.reduce(sums, "sum"), accelerator.reduce(totals, "sum")
+    loss, gain, log_prob, masked, windows = totals.tolist()
+    masked = max(masked, 1)
+    norm = masked if config.loss == "token" else model.window_length * windows
+    for parameter, total in zip(parameters, sums, strict=True):
+        parameter.grad = total.div_(norm).to(parameter.dtype)
+    return {"loss": loss / norm, "gain": gain / masked, "coupled_nats": -log_prob / masked}
+
+
+@torch.no_grad()
+def _not_finite(
+    model: CoDDModel,
+    draw: Callable[[int], LiveWindows],
+    chunks: Sequence[torch.Tensor],
+    config: JointConfig,
+) -> tuple[list[int], str]:
+    """The examples whose windows have no finite likelihood, and what was said of the last one."""
+    bad, reason = [], ""
+    for number, chunk in enumerate(chunks):
+        windows = draw(number)
+        for row, example in enumerate(chunk.tolist()):
+            try:
+                factorized, gain, _ = windows.row(row).log_probs(model, config)
+                finite = bool((factorized + gain).isfinite())
+            except ValueError as error:
+                finite, reason = False, f" {error}"
+            if not finite:
+                bad.append(example)
+    return bad, reason
+
+
+def _chunks_of_step(
+    lengths: torch.Tensor, step: int, config: JointConfig
+) -> tuple[torch.Tensor, ...]:
+    """The examples of a step in chunks of like length; every epoch is a new permutation."""
+    size = min(config.windows_per_batch * config.gradient_accumulation_steps, len(lengths))
+    epoch, place = divmod(step, len(lengths) // size)
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+    rows = torch.randperm(len(lengths), generator=generator)[place * size : (place + 1) * size]
+    return rows[lengths[rows].argsort(stable=True)].split(config.windows_per_chunk)
+
+
+def _schedule(step: int, config: JointConfig) -> float:
+    """Warm-up, then a cosine to zero."""
+    falling = 0.5 + 0.5 * math.cos(math.pi * step / config.max_steps)
+    return min((step + 1) / config.warmup_steps, 1.0) * falling

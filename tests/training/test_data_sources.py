@@ -1,0 +1,180 @@
+"""Promises of what data may look like: conversations, folders of datasets, rows that are wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from codd_hf.training.data import Example, load_examples, tokenize_examples
+from codd_hf.training.tokenizers import train_tokenizer
+from tiny import SENTENCES
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "and 3?"},
+    {"role": "assistant", "content": "7"},
+]
+CHAT_EXAMPLE = Example(
+    "and 3?", "7", (("system", "Be brief."), ("user", "2 + 2?"), ("assistant", "4"))
+)
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_jsonl(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_last_turn_of_the_assistant_is_the_answer_and_all_before_it_the_prompt(suffix, tmp_path):
+    path, rows = tmp_path / f"a.{suffix}", [{"prompt": "no", "messages": CHAT}] * 2
+    if suffix == "jsonl":
+        write_jsonl(path, rows)
+    else:
+        Dataset.from_list(rows).to_parquet(path)
+    assert load_examples(str(path)) == [CHAT_EXAMPLE] * 2
+
+
+def test_turns_after_the_last_answer_are_left_out(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT[:4]}])
+    assert load_examples(source) == [Example("2 + 2?", "4", (("system", "Be brief."),))]
+
+
+def test_conversations_in_the_from_and_value_form_are_the_same(tmp_path):
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    turns = [{"from": names[m["role"]], "value": m["content"]} for m in CHAT]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"conversations": turns}])
+    assert load_examples(source) == [CHAT_EXAMPLE]
+
+
+def test_conversations_are_found_in_a_column_that_is_named(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "no", "dialogue": CHAT}])
+    assert load_examples(source, answer_column="dialogue") == [CHAT_EXAMPLE]
+    with pytest.raises(ValueError, match=r"`prompt_column` cannot be given with conversations"):
+        load_examples(source, answer_column="dialogue", prompt_column="text")
+
+
+def test_pattern_is_removed_from_every_message(tmp_path):
+    chat = [{**message, "content": f"{message['content']}<<x>>"} for message in CHAT]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"messages": chat}])
+    assert load_examples(source, remove_pattern="<<.*?>>") == [CHAT_EXAMPLE]
+
+
+def test_only_the_last_answer_is_learnt_and_the_template_renders_the_rest(tiny_tokenizer):
+    (example,) = tokenize_examples([CHAT_EXAMPLE], tiny_tokenizer)
+    prompt = "<|system|>Be brief.<|user|>2 + 2?<|assistant|>4<|end|><|user|>and 3?<|assistant|>"
+    assert tiny_tokenizer.decode(example.prompt_ids) == prompt
+    assert tiny_tokenizer.decode(example.answer_ids) == "7<|end|>"
+
+
+def test_conversation_without_a_user_keeps_what_is_before_the_answer(tmp_path, tiny_tokenizer):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"messages": [CHAT[0], CHAT[2]]}])
+    (example,) = tokenize_examples(load_examples(source), tiny_tokenizer)
+    assert tiny_tokenizer.decode(example.prompt_ids) == "<|system|>Be brief.<|assistant|>"
+
+
+def test_conversation_needs_a_chat_template():
+    tokenizer = train_tokenizer(SENTENCES, vocab_size=300)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="needs a chat template"):
+        tokenize_examples([CHAT_EXAMPLE], tokenizer)
+
+
+def test_template_that_refuses_the_roles_is_an_error_that_names_them():
+    tokenizer = train_tokenizer(SENTENCES, vocab_size=300)
+    tokenizer.chat_template = "{{ raise_exception('no system, please') }}"
+    with pytest.raises(ValueError, match=r"system, user, assistant, user: no system, please"):
+        tokenize_examples([CHAT_EXAMPLE], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a"}, {"text": 3}], r"Row 2 of '.*' must hold a text in column 'text', got 3\."),
+        ([{"text": "a"}, {"text": None}], "Row 2 .* got None"),
+        ([{"question": "a", "answer": "b"}, {"answer": "b"}], "Row 2 .* column 'question', got N"),
+        ([{"messages": CHAT}, {"messages": None}], "Row 2 .* list of messages .* got None"),
+        ([{"messages": CHAT}, {"messages": "hi"}], "Row 2 .* list of messages .* got 'hi'"),
+        ([{"messages": "hi"}], "Row 1 .* list of messages"),
+        ([{"messages": CHAT}, {"messages": [{"role": "user"}]}], "Row 2 .* text `content`"),
+        ([{"messages": CHAT}, {"messages": ["hi"]}], "Row 2 .* text `content` .* got 'hi'"),
+        ([{"messages": CHAT}, {"messages": CHAT[:2]}], "Row 2 .* no message of the role 'assis"),
+    ],
+)
+def test_row_that_does_not_hold_what_it_should_is_named(rows, message, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ValueError, match=message):
+        load_examples(source)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": }', "line 3 is not JSON"),
+        ("[1, 2]", "line 3 is not a JSON object"),
+        ('{"text": "\udce9"}', "line 3 is not JSON .*utf-8"),
+    ],
+)
+def test_line_of_a_jsonl_file_that_is_broken_is_named(line, message, tmp_path):
+    text = f'{{"text": "a"}}\n\n{line}\n{{"text": "b"}}\n'
+    (tmp_path / "a.jsonl").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=f"cannot be read: {message}"):
+        load_examples(str(tmp_path / "a.jsonl"))
+
+
+def test_text_file_is_cut_into_lines_paragraphs_or_not_at_all(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree")
+    source = str(tmp_path / "a.txt")
+    texts = {
+        by: [e.answer for e in load_examples(source, sample_by=by)]
+        for by in ("line", "paragraph", "document")
+    }
+    assert texts["line"] == ["one", "two", "three"]
+    assert texts["paragraph"] == ["one\ntwo", "three"]
+    assert texts["document"] == ["one\ntwo\n\nthree"]
+    with pytest.raises(ValueError, match="`sample_by` must be one of line, paragraph, document"):
+        load_examples(source, sample_by="word")
+
+
+def test_configuration_and_split_of_a_dataset_are_chosen(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("main", "other"):
+        for split in ("train", "test"):
+            rows = [{"question": name, "answer": f"{split} {i}"} for i in range(3)]
+            write_jsonl(folder / f"{name}_{split}.jsonl", rows)
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n"
+        + "".join(
+            f"- config_name: {name}\n  data_files:\n"
+            + "".join(
+                f"  - split: {split}\n    path: {name}_{split}.jsonl\n"
+                for split in ("train", "test")
+            )
+            for name in ("main", "other")
+        )
+        + "---\n"
+    )
+    examples = load_examples(str(folder), dataset_config="other", split="test[1:]")
+    assert examples == [Example("other", "test 1"), Example("other", "test 2")]
+    with pytest.raises(ValueError, match="Config name is missing"):
+        load_examples(str(folder))
+
+
+def test_part_of_a_file_is_a_split(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": str(i)} for i in range(5)])
+    assert [e.answer for e in load_examples(source, split="train[:2]")] == ["0", "1"]
+
+
+def test_file_of_another_kind_is_an_error_that_lists_the_kinds(tmp_path):
+    (tmp_path / "a.csv").write_text("text\na\n")
+    with pytest.raises(ValueError, match=r"must be a file that ends in \.jsonl.*a\.csv"):
+        load_examples(str(tmp_path / "a.csv"))

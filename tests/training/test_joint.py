@@ -1,0 +1,324 @@
+"""Promises of the joint fit of backbone and head."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from codd_hf import CoDDModel
+from codd_hf.training.checkpoint import Checkpoints
+from codd_hf.training.conditional import fit_conditional
+from codd_hf.training.data import CanvasBatch, TokenizedExample
+from codd_hf.training.joint import fit_joint
+from codd_hf.training.joint_settings import JointConfig
+from codd_hf.training.live_windows import LiveWindows, WindowScores, window_scores
+from codd_hf.training.settings import ConditionalConfig
+from tiny import correlated_examples, enumerate_window, random_head, tiny_backbone, tiny_model
+
+SETTINGS = {
+    "max_steps": 10,
+    "windows_per_batch": 6,
+    "windows_per_chunk": 4,
+    "backbone_learning_rate": 0.01,
+    "learning_rate": 0.05,
+    "context_learning_rate": 0.02,
+    "warmup_steps": 2,
+    "num_validation_draws": 1,
+    "evaluation_steps": 5,
+    "checkpointing_steps": 3,
+    "lora_rank": 2,
+}
+TRAIN, VALIDATION = correlated_examples(40), correlated_examples(20, seed=1)
+
+
+def new_model(tokenizer, **changes) -> CoDDModel:
+    backbone = tiny_backbone(
+        vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=2, initializer_range=0.1
+    )
+    head = random_head(len(tokenizer), **({"mask_token_id": 1, "num_latents": 6} | changes))
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(0.3)
+    return CoDDModel.from_backbone(backbone, head)
+
+
+def run(tokenizer, folder=None, model=None, train=TRAIN, log=None, **changes):
+    model = new_model(tokenizer) if model is None else model
+    config = JointConfig(**(SETTINGS | changes))
+    return model, fit_joint(model, tokenizer, train, VALIDATION, folder, config, log)
+
+
+def untimed(history) -> list[dict]:
+    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in history]
+
+
+def backbone_weights(model) -> dict[str, torch.Tensor]:
+    state = model.backbone.state_dict()
+    return {k.replace("base_layer.", ""): v.clone() for k, v in state.items() if "lora" not in k}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "loss"), [("lora", "elbo"), ("full", "token"), ("frozen", "elbo")]
+)
+def test_held_out_likelihood_rises_and_only_what_is_asked_for_changes(
+    tiny_tokenizer, backbone, loss
+):
+    before = backbone_weights(new_model(tiny_tokenizer))
+    model, history = run(
+        tiny_tokenizer, backbone=backbone, loss=loss, max_steps=40, evaluation_steps=20
+    )
+    assert [entry["step"] for entry in history] == [0, 20, 40]
+    assert history[-1]["coupled_nats"] < history[0]["coupled_nats"] - 0.5
+    nats = history[-1]["factorized_nats"] - history[-1]["gain"]
+    assert history[-1]["coupled_nats"] == pytest.approx(nats)
+    after = backbone_weights(model)
+    same = all(torch.equal(after[name], value) for name, value in before.items())
+    assert same == (backbone != "full")
+    if backbone == "frozen":
+        assert history[-1]["factorized_nats"] == history[0]["factorized_nats"]
+        assert not any(p.requires_grad for p in model.backbone.parameters())
+    else:
+        assert history[-1]["factorized_nats"] < history[0]["factorized_nats"] - 0.3
+
+
+def test_window_likelihoods_are_those_of_enumeration():
+    model = tiny_model(conditioning=["latent"], context_size=16)
+    text = torch.tensor([[5, 6, 7, 8, 9, 3, 4, 1], [9, 8, 7, 6, 5, 4, 3, 0]])
+    mask = torch.tensor([[1] * 8, [1] * 7 + [0]])
+    starts = torch.tensor([4, 2])
+    masked = torch.zeros_like(text, dtype=torch.bool)
+    masked[0, 5:7] = masked[1, 2] = masked[1, 4:6] = True
+    windows = LiveWindows(CanvasBatch(text, mask, starts, starts), masked, torch.ones(2), starts)
+    factorized, gain, count = windows.log_probs(model, JointConfig(evidence_temperature=0.7))
+    assert count.tolist() == [2, 3]
+    ids = text.masked_fill(masked, 2)
+    for row in range(2):
+        output = model(
+            ids[row : row + 1, : mask[row].sum()],
+            window_start=starts[row : row + 1],
+            return_distribution=True,
+        )
+        one, place = windows.row(row), slice(starts[row], starts[row] + 4)
+        plain = output.distribution.with_temperature(0.7)
+        chosen = plain.factorized_logits[0].gather(1, text[row, place, None])[:, 0]
+        assert factorized[row].item() == pytest.approx(chosen.sum().item(), abs=1e-4)
+        alone = one.log_probs(model, JointConfig(evidence_temperature=0.7))
+        assert (factorized + gain)[row].item() == pytest.approx(
+            (alone[0] + alone[1]).item(), abs=1e-4
+        )
+    model = tiny_model()
+    factorized, gain, _ = windows.log_probs(model, JointConfig())
+    for row in range(2):
+        place = slice(starts[row], starts[row] + 4)
+        logits = model(ids[row : row + 1, : mask[row].sum()]).logits[0, place]
+        texts, probabilities = enumerate_window(model.coupling_head, logits, ids[row, place], 2)
+        expected = probabilities[(texts == text[row, place]).all(1)].log().item()
+        assert (factorized + gain)[row].item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["elbo", "token"])
+def test_accumulated_step_is_the_gradient_of_the_models_own_loss(tiny_tokenizer, loss, monkeypatch):
+    steps, told, drawn = [], [], []
+    optimizer_step, draw = torch.optim.AdamW.step, LiveWindows.drawn.__func__
+
+    def watched(optimizer, *args):
+        steps.append([p.grad.clone() for g in optimizer.param_groups for p in g["params"]])
+        return optimizer_step(optimizer, *args)
+
+    def recorded(cls, *args):
+        drawn.append(draw(cls, *args))
+        return drawn[-1]
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    monkeypatch.setattr(LiveWindows, "drawn", classmethod(recorded))
+    changes = {"backbone": "full", "loss": loss, "max_steps": 1, "gradient_accumulation_steps": 2}
+    model = new_model(tiny_tokenizer)
+    run(tiny_tokenizer, None, model, log=lambda _, v: told.append(v), **changes)
+    chunks = drawn[1:-1]  # the first and the last are of the validation
+    assert [len(c.level) for c in chunks] == [4, 4, 4]
+
+    model = new_model(tiny_tokenizer)
+    total, count = 0.0, 0
+    for chunk in chunks:
+        ids = chunk.canvas.input_ids.masked_fill(chunk.masked, 1)
+        for row, start in enumerate(chunk.starts.tolist()):
+            labels = torch.full_like(ids[row : row + 1], -100)
+            labels[0, start : start + 4] = chunk.canvas.input_ids[row, start : start + 4]
+            masked = int((ids[row, start : start + 4] == 1).sum())
+            mean = model(
+                ids[row : row + 1], chunk.canvas.attention_mask[row : row + 1], labels=labels
+            ).loss
+            weight = 1 / chunk.level[row] if loss == "elbo" else 1
+            total, count = total + weight * masked * mean, count + masked
+    expected_loss = total / (4 * 12 if loss == "elbo" else count)
+    assert told[0]["loss"] == pytest.approx(expected_loss.item(), rel=1e-5)
+    head, body = list(model.coupling_head.parameters()), list(model.backbone.parameters())
+    expected = torch.autograd.grad(expected_loss, head + body)
+    ours = steps[0]
+    for theirs in (expected[: len(head)], expected[len(head) :]):
+        norm = torch.cat([g.flatten() for g in theirs]).norm().clamp(min=1)
+        for gradient in theirs:
+            assert torch.allclose(ours.pop(0), gradient / norm, atol=1e-5)
+    assert not ours
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"backbone": "lora", "lora_dropout": 0.3}, {"backbone": "full", "mean_span_length": 2.0}],
+    ids=["lora", "full"],
+)
+def test_run_that_stopped_ends_bit_equal_to_one_that_did_not(tiny_tokenizer, tmp_path, changes):
+    whole, history = run(tiny_tokenizer, tmp_path / "whole", **changes)
+    reached = []
+
+    def interrupt(step, _):
+        reached.append(step)
+        if step == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_tokenizer, tmp_path / "stopped", log=interrupt, **changes)
+    assert Checkpoints(tmp_path / "stopped" / "joint").steps() == [3, 6]
+    torch.manual_seed(99)
+    resumed, resumed_history = run(tiny_tokenizer, tmp_path / "stopped", **changes)
+    assert untimed(resumed_history) == untimed(history)
+    states = whole.state_dict(), resumed.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_gradient_checkpointing_changes_no_step(tiny_tokenizer):
+    losses = {}
+    for on in (False, True):
+        told = losses[on] = []
+        model, _ = run(
+            tiny_tokenizer,
+            gradient_checkpointing=on,
+            lora_dropout=0.3,
+            max_steps=4,
+            log=lambda _, v, told=told: told.append(v["loss"]),
+        )
+        assert not model.backbone.is_gradient_checkpointing
+    assert losses[True] == pytest.approx(losses[False], abs=1e-6)
+
+
+def test_bf16_backbone_is_trained_in_float32(tiny_tokenizer):
+    for backbone in ("lora", "full"):
+        model = new_model(tiny_tokenizer)
+        model.backbone.to(torch.bfloat16)
+        changes = {"max_steps": 20, "evaluation_steps": 20, "mixed_precision": "bf16"}
+        model, history = run(tiny_tokenizer, None, model, backbone=backbone, **changes)
+        assert history[-1]["coupled_nats"] < history[0]["coupled_nats"] - 0.3
+        kinds = {p.dtype for p in model.parameters() if p.requires_grad}
+        assert kinds == {torch.float32}
+
+
+def test_lora_is_saved_and_loaded_with_its_head(tiny_tokenizer, tmp_path):
+    model, _ = run(tiny_tokenizer)
+    config = JointConfig(**SETTINGS)
+
+    def coupled(other):
+        scores = window_scores(other, tiny_tokenizer, VALIDATION, config, 1)
+        return scores.factorized + scores.gain
+
+    expected = coupled(model)
+    model.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "adapter" / "adapter_model.safetensors").exists()
+    assert torch.equal(coupled(CoDDModel.from_pretrained(tmp_path / "model")), expected)
+    model.save_head(tmp_path / "head")
+    stored = load_file(tmp_path / "head" / "model.safetensors")
+    assert sorted(stored) == ["emission", "initial", "token_marginal", "transition"]
+    plain = new_model(tiny_tokenizer).backbone
+    joined = CoDDModel.from_backbone(plain, tmp_path / "head")
+    assert torch.equal(coupled(joined), expected)
+    lone = PeftModel.from_pretrained(
+        new_model(tiny_tokenizer).backbone, tmp_path / "head" / "adapter"
+    )
+    ids = torch.tensor([[18, 10, 1, 1]])
+    assert torch.allclose(lone(ids).logits, model.backbone(ids).logits, atol=1e-5)
+    _, history = run(tiny_tokenizer, None, joined, max_steps=1)  # its adapter is trained further
+    assert history[0]["coupled_nats"] == pytest.approx(
+        window_scores(model, tiny_tokenizer, VALIDATION, config, 1).summary()["coupled_nats"]
+    )
+    assert list(joined.backbone.peft_config) == ["default"]
+    assert any("lora" in n for n, p in joined.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("backbone", ["lora", "full"])
+def test_first_steps_do_not_harm_a_head_that_was_fitted(tiny_tokenizer, backbone):
+    model = new_model(tiny_tokenizer)
+    fitted = ConditionalConfig(
+        max_steps=100,
+        tokens_per_batch=512,
+        windows_per_batch=32,
+        learning_rate=0.1,
+        warmup_steps=5,
+        num_validation_draws=1,
+        evaluation_steps=100,
+    )
+    fit_conditional(model, tiny_tokenizer, TRAIN, VALIDATION, config=fitted)
+    config = JointConfig(backbone=backbone, max_steps=40, evaluation_steps=5)
+    history = fit_joint(model, tiny_tokenizer, TRAIN, VALIDATION, config=config)
+    start = history[0]["coupled_nats"]
+    assert all(entry["coupled_nats"] < start + 0.005 for entry in history)
+    assert history[-1]["coupled_nats"] < start
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_names_the_examples(tiny_tokenizer):
+    train = [*TRAIN[:11], TokenizedExample([18], [19] * 7)]
+    for kind in ("impossible", "nan"):
+        model, named = new_model(tiny_tokenizer), [11]
+        if kind == "impossible":
+            model.coupling_head.emission.data[:, 19] = -torch.inf
+        else:
+            model.backbone.model.embed_tokens.weight.data[19] = torch.nan
+        with pytest.raises(FloatingPointError, match=r"The loss is nan .* at step 0") as error:
+            run(
+                tiny_tokenizer,
+                None,
+                model,
+                train,
+                windows_per_batch=12,
+                max_extra_windows=0,
+                seed=3,
+            )
+        inside = re.search(r"examples \[([\d, ]*)\]", str(error.value))[1]
+        assert [int(number) for number in inside.split(", ")] == named
+
+
+def test_difference_of_two_models_has_the_error_of_resampled_examples():
+    generator = torch.Generator().manual_seed(0)
+    example = torch.arange(60).repeat(3)
+    masked = torch.randint(1, 33, (180,), generator=generator).double()
+    noise = torch.randn(2, 180, generator=generator, dtype=torch.float64) * masked
+    shared = torch.randn(60, generator=generator, dtype=torch.float64)[example] * masked
+    zero = torch.zeros(180)
+    ours = WindowScores(example, zero, masked, noise[0] + 0.5 * shared, 0.1 * masked)
+    theirs = WindowScores(example, zero, masked, noise[1], zero.double())
+    mean, error = ours.better_than(theirs)
+    surplus = noise[0] + 0.5 * shared + 0.1 * masked - noise[1]
+    assert mean == pytest.approx((surplus.sum() / masked.sum()).item())
+    means = []
+    for _ in range(2000):
+        chosen = torch.randint(60, (60,), generator=generator)
+        rows = (chosen[:, None] + torch.tensor([0, 60, 120])).flatten()
+        means.append((surplus[rows].sum() / masked[rows].sum()).item())
+    assert error == pytest.approx(torch.tensor(means).std().item(), rel=0.08)
+
+
+def test_other_settings_text_or_model_are_refused(tiny_tokenizer, tmp_path):
+    run(tiny_tokenizer, tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match=r"made with `lora_rank` 2, not 3: continue with"):
+        run(tiny_tokenizer, tmp_path, lora_rank=3)
+    with pytest.raises(ValueError, match="made with `data`"):
+        run(tiny_tokenizer, tmp_path, train=TRAIN[::-1])
+    with pytest.raises(ValueError, match="`model` has no head to fit"):
+        run(tiny_tokenizer, None, CoDDModel.from_backbone(tiny_backbone()))
+    with pytest.raises(
+        ValueError, match="`backbone` must be one of 'lora', 'full', 'frozen', got 'all'"
+    ):
+        JointConfig(backbone="all")

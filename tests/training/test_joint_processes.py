@@ -1,0 +1,75 @@
+"""Promises of the joint fit over processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from codd_hf import CoDDModel
+from codd_hf.training.joint import fit_joint
+from codd_hf.training.joint_settings import JointConfig
+from codd_hf.training.tokenizers import train_tokenizer
+from tiny import SENTENCES, correlated_examples, random_head, tiny_backbone
+
+
+def joint(folder: Path, backbone: str) -> None:
+    """A joint fit; writes what was trained and the losses of its steps."""
+    config = JointConfig(
+        backbone=backbone,
+        lora_dropout=0.2,
+        max_steps=6,
+        windows_per_batch=5,
+        gradient_accumulation_steps=2,
+        windows_per_chunk=4,
+        backbone_learning_rate=0.01,
+        learning_rate=0.05,
+        warmup_steps=2,
+        num_validation_draws=2,
+        evaluation_steps=3,
+        checkpointing_steps=2,
+    )
+    tokenizer = train_tokenizer(SENTENCES, vocab_size=300)
+    changes = {"conditioning": ["latent", "copy"], "context_size": 16, "copy_length": 6}
+    head = random_head(len(tokenizer), mask_token_id=1, num_latents=6, **changes)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(0.3)
+    model = CoDDModel.from_backbone(
+        tiny_backbone(vocab_size=len(tokenizer), eos_token_id=2, initializer_range=0.1), head
+    )
+    losses = []
+    history = fit_joint(
+        model,
+        tokenizer,
+        correlated_examples(23),
+        correlated_examples(35, seed=1),
+        folder,
+        config,
+        lambda _, values: losses.append(values["loss"]),
+    )
+    curves = {
+        "losses": torch.tensor(losses),
+        "validation": torch.tensor([entry["coupled_nats"] for entry in history]),
+    }
+    tensors = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    processes.main_process_saves(tensors | curves, folder / "joint.safetensors")
+
+
+@pytest.mark.parametrize("backbone", ["lora", "full"])
+def test_two_processes_have_the_curve_of_one(tmp_path, backbone):
+    results = []
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        processes.run(joint, folder, backbone, processes=number)
+        results.append(load_file(folder / "joint.safetensors"))
+    alone, together = results
+    assert len(alone["losses"]) == 6
+    assert alone["validation"][-1] < alone["validation"][0] - 0.01
+    assert alone.keys() == together.keys()
+    for name, tensor in alone.items():
+        assert torch.allclose(together[name], tensor, rtol=0, atol=1e-4), name

@@ -1,0 +1,153 @@
+"""Promises of whole training runs over processes, and of commands that are killed."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from codd_hf.training.checkpoint import Checkpoints, load_checkpoint
+from codd_hf.training.launching import ONE_PROCESS, join_processes
+from codd_hf.training.settings import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def short_config(trained_config) -> TrainConfig:
+    """All stages, a few steps of each."""
+    return replace(
+        trained_config,
+        pretraining=replace(trained_config.pretraining, max_steps=6, mixed_precision="no"),
+        generative=replace(trained_config.generative, num_epochs=3, windows_per_chunk=8),
+        conditional=replace(
+            trained_config.conditional,
+            max_steps=8,
+            windows_per_batch=24,
+            windows_per_chunk=8,
+            learning_rate=0.02,
+            evaluation_steps=1,
+        ),
+    )
+
+
+def last_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoints = Checkpoints(folder)
+    return load_checkpoint(checkpoints.path(checkpoints.steps()[-1]))[0]
+
+
+@pytest.fixture(scope="module")
+def one_process(short_config, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    processes.run(processes.whole_training, replace(short_config, output_dir=str(folder)))
+    return folder
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_run_over_two_processes_is_that_of_one(short_config, one_process, tmp_path, sharded):
+    config = replace(short_config, output_dir=str(tmp_path), shard_backbone=sharded)
+    # Without a GPU nobody has to tell Accelerate that CPUs are meant.
+    processes.run(processes.whole_training, config, processes=2, told_cpu=sharded)
+    alone, together = (last_checkpoint(f / "generative") for f in (one_process, tmp_path))
+    counts = [name for name in alone if name.startswith("counts.")]
+    assert len(counts) == 3
+    for name in counts:
+        assert torch.allclose(together[name], alone[name], rtol=1e-6, atol=0)
+    curves = [
+        json.loads((folder / "conditional_history.json").read_text())
+        for folder in (one_process, tmp_path)
+    ]
+    assert [entry["step"] for entry in curves[0]] == list(range(9))
+    for ours, theirs in zip(*curves, strict=True):
+        for name in ours.keys() - {"seconds"}:
+            assert theirs[name] == pytest.approx(ours[name], abs=1e-4)
+    for name in ("backbone/model", "stage1/model", "stage3/model"):
+        files = [load_file(f / f"{name}.safetensors") for f in (one_process, tmp_path)]
+        assert files[0].keys() == files[1].keys()
+        for key, tensor in files[0].items():
+            assert torch.allclose(files[1][key], tensor, atol=1e-4), key
+    written = [
+        sorted(str(p.relative_to(f)) for p in (f / "pipeline").rglob("*") if p.is_file())
+        for f in (one_process, tmp_path)
+    ]
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_evidence_of_a_sharded_backbone_is_that_of_a_whole_one(tmp_path, kind):
+    folders = [tmp_path / name for name in ("whole", "sharded")]
+    for folder in folders:
+        folder.mkdir()
+    processes.run(processes.sharded_evidence, folders[0], kind, False)
+    processes.run(processes.sharded_evidence, folders[1], kind, True, processes=2)
+    whole, sharded = (load_file(folder / "evidence.safetensors") for folder in folders)
+    assert whole.pop("share_held") == 1
+    assert sharded.pop("share_held") < (0.75 if kind == "llama" else 0.55)
+    assert len(list((folders[1] / "evidence").glob("*.arrow"))) > 2
+    for name, tensor in whole.items():
+        assert torch.equal(sharded[name], tensor), name
+    prints = [json.loads((f / "evidence" / "fingerprint.json").read_text()) for f in folders]
+    assert prints[0] == prints[1]
+
+
+@pytest.mark.parametrize("enough", [2, pytest.param(25, marks=pytest.mark.slow)])
+def test_command_killed_at_random_moments_ends_bit_equal_to_an_undisturbed_one(
+    cities_jsonl, tmp_path, enough
+):
+    arguments = ["--dataset", str(cities_jsonl), "--num-validation", "16", "--vocab-size", "300"]
+    arguments += ["--hidden-size", "64", "--num-layers", "1", "--num-latents", "8"]
+    arguments += ["--window-length", "4", "--keep", "best", "--generative-windows-per-batch", "32"]
+    for stage, steps in (("pretraining", 12), ("conditional", 24)):
+        arguments += [f"--{stage}-max-steps", str(steps), f"--{stage}-checkpointing-steps", "1"]
+        arguments += [f"--{stage}-evaluation-steps", "4", f"--{stage}-tokens-per-batch", "512"]
+    arguments += ["--generative-checkpointing-steps", "1", "--generative-num-epochs", "3"]
+    processes.run(time.sleep, 0)  # so that the time is that of the run
+    began = time.monotonic()
+    processes.run(processes.command, [*arguments, "--output", str(tmp_path / "undisturbed")])
+    longest = time.monotonic() - began
+    draw, kills, rounds, exit_code = random.Random(0), 0, 0, 0
+    while kills < enough:
+        rounds += 1
+        exit_code = None
+        while exit_code != 0:
+            argv = [*arguments, "--output", str(tmp_path / f"round{rounds}")]
+            (process,) = processes.start(processes.command, argv)
+            process.join(draw.uniform(0.2, 0.8) * longest)
+            if process.is_alive():
+                process.kill()
+                kills += 1
+            process.join()
+            exit_code = process.exitcode
+            assert exit_code in (0, -9)
+        for name in ("backbone", "stage1", "stage3", "pipeline/model"):
+            ours, theirs = (
+                load_file(tmp_path / run / name / "model.safetensors")
+                for run in ("undisturbed", f"round{rounds}")
+            )
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+
+
+def test_launch_that_asked_for_more_processes_than_it_started_is_told_how(monkeypatch, capsys):
+    join_processes()
+    assert capsys.readouterr().out == ""
+    # What `accelerate launch --cpu --num_processes 2` gives its only process.
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    join_processes()
+    assert ONE_PROCESS in capsys.readouterr().out
+
+
+def test_processes_that_accelerate_cannot_join_are_an_error(monkeypatch):
+    join_processes()  # as one process, which Accelerate remembers
+    for name in ("LOCAL_RANK", "RANK"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ValueError, match="Several processes were started, and Accelerate joins"):
+        join_processes()

@@ -1,0 +1,72 @@
+"""Promises of what is told of a run: figures of every step, and trackers through Accelerate."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+
+from codd_hf.training.run import train
+from codd_hf.training.watch import Speedometer, check_trackers
+
+BUCKETS = ["0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00"]
+
+
+def test_tensorboard_gets_the_curves_of_every_stage(trained_config, trained_pipeline, tmp_path):
+    module = "tensorboard.backend.event_processing.event_accumulator"
+    accumulator = pytest.importorskip(module)
+    config = replace(
+        trained_config,
+        backbone=str(trained_pipeline.parent / "backbone"),
+        output_dir=str(tmp_path),
+        report_to=["tensorboard", "none"],
+        generative=replace(trained_config.generative, num_epochs=2),
+        conditional=replace(trained_config.conditional, max_steps=4, evaluation_steps=2),
+    )
+    train(config)
+
+    def curves(stage: str) -> dict[str, list[tuple[int, float]]]:
+        events = accumulator.EventAccumulator(str(tmp_path / "logs" / f"codd-hf-{stage}")).Reload()
+        return {
+            tag: [(event.step, event.value) for event in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"]
+        }
+
+    speed = {"tokens_per_second", "memory_gb"}
+    generative, conditional = curves("generative"), curves("conditional")
+    assert generative.keys() >= speed | {"log_likelihood", "validation_log_likelihood", "step_size"}
+    assert conditional.keys() >= speed | {"loss", "gain", "learning_rate", "validation_gain"}
+    assert [step for step, _ in conditional["loss"]] == [1, 2, 3, 4]
+    for bucket in BUCKETS:
+        assert [step for step, _ in conditional[f"validation_gain_{bucket}"]] == [2, 4]
+    rates = [rate for _, rate in conditional["learning_rate"]]
+    assert rates[0] == pytest.approx(config.conditional.learning_rate / 2)  # of two to warm up
+    assert 0 < rates[-1] < rates[1]
+    for stage in (generative, conditional):
+        assert all(value > 0 for tag in speed for _, value in stage[tag])
+    assert 0.05 < conditional["memory_gb"][0][1] < 30
+
+
+def test_tracker_that_is_not_installed_is_one_clear_sentence(trained_config, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    missing = {"trackio"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name in missing else found(name, *a)
+    )
+    config = replace(trained_config, output_dir=str(tmp_path / "run"), report_to=["trackio"])
+    with pytest.raises(ValueError, match=r"'trackio', but .* not installed: `pip install trackio`"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+    check_trackers(["none"])
+
+
+def test_speed_is_tokens_over_the_seconds_of_the_step(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    speed = Speedometer(torch.device("cpu"))
+    now[0] = 103.0
+    speed.start()
+    now[0] = 105.0
+    assert speed.read(50)["tokens_per_second"] == 25
