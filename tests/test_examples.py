@@ -76,3 +76,31 @@ def test_third_party_checkpoint_completes_reactions_and_an_untrained_head_change
     for name in ("esterification of benzoic acid", "Suzuki coupling"):
         completed, truth = completions[name]
         assert completed == truth
+
+
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def test_head_is_fitted_stage_by_stage_to_a_backbone(
+    trained_pipeline, cities_jsonl, datasets_cache, tmp_path, capsys
+):
+    from codd_hf import CoDDModel
+
+    command = ["--backbone", str(trained_pipeline), "--dataset", str(cities_jsonl)]
+    command += ["--output", str(tmp_path), "--num-validation", "8", "--num-latents", "8"]
+    gains = load_example("fit_a_head").main(
+        [*command, "--epochs", "2", "--draws", "1", "--steps", "2"]
+    )
+    assert set(gains) >= {"gain", "gain_0.00-0.25", "gain_0.75-1.00"}
+    assert f"{gains['gain']:+.3f} nats per masked token" in capsys.readouterr().out
+    model = CoDDModel.from_backbone(trained_pipeline.parent / "backbone", tmp_path / "head")
+    assert model.coupling_head.config.conditioning == ["latent", "copy"]
+
+
+def test_text_file_becomes_a_pipeline(datasets_cache, tmp_path):
+    command = ["--output", str(tmp_path), "--pretraining-steps", "4", "--steps", "2"]
+    texts = load_example("text_to_pipeline").main(command)
+    assert len(texts) == 2
+    assert "packed" in (tmp_path / "pipeline" / "README.md").read_text()

@@ -76,7 +76,7 @@ def test_table_has_a_line_for_each_ratio_and_a_dash_where_there_is_no_gap(rows):
     lines = gap_table(rows).splitlines()
     assert lines[0] == (
         "| mask ratio | factorized | raw product | fitted | sequential "
-        "| gap closed, raw product | gap closed, fitted |"
+        "| gain, raw product | gain, fitted | gap closed, raw product | gap closed, fitted |"
     )
     assert len(lines) == 5
     assert lines[2].endswith("| - |")

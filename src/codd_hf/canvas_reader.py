@@ -71,14 +71,14 @@ class CanvasReader:
         if cache is not None:
             self.cache = model.family.make_cache(model.backbone, len(self.attention_mask))
 
-    def open_block(self, block: torch.Tensor, end: int) -> None:
+    def open_block(self, block: torch.Tensor, end: int | None = None) -> None:
         """Says what the next steps fill; what they read first is read whole.
 
         Args:
             block: `[batch, length]` bool, columns in which tokens may be committed.
-            end: columns from this one on are not asked for.
+            end: columns from this one on are not asked for; None: all may be.
         """
-        self.end = end if self.is_block_causal else block.shape[1]
+        self.end = end if self.is_block_causal else None
         if self.cache is None:
             return
         self.cache.reset()

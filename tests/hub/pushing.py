@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import checks
@@ -13,9 +15,12 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
+from codd_hf.training.run import train
+from codd_hf.training.settings import ConditionalConfig, GenerativeConfig, TrainConfig
 from test_backbones_custom_code import custom_repository
 from tiny import random_head, tiny_backbone
 
+SECRET = {"role": "assistant", "content": "Tom has 3 boxes of secret eggs."}
 PROMPT = torch.tensor([[5, 6, 7, 8]])
 TEXT = "Tom has"
 
@@ -168,6 +173,43 @@ def check_pipeline_with_code_is_pushed(work):
     model = CoDDModel.from_backbone(backbone, random_head(), trust_remote_code=True)
     torch.save(model(PROMPT, coupling="marginal").logits.detach(), work / "expected_code.pt")
     CoDDPipeline(model, CoDDScheduler()).push_to_hub("tester/pipeline-with-code")
+
+
+def training_config(work: Path, name: str, **changes) -> TrainConfig:
+    """A run of seconds on the shared backbone."""
+    rows = [{"messages": [{"role": "user", "content": TEXT}, SECRET]}] * 12
+    (work / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "num_validation": 4,
+        "num_latents": 3,
+        "window_length": 4,
+        "generative": GenerativeConfig(num_epochs=1),
+        "conditional": ConditionalConfig(max_steps=1, num_draws=1, num_validation_draws=1),
+        "push_to_hub": True,
+    }
+    return TrainConfig(
+        str(work / "data.jsonl"),
+        str(work / name),
+        backbone="tester/backbone",
+        **settings | changes,
+    )
+
+
+def check_training_ends_on_the_hub(work):
+    config = training_config(work, "trained")
+    train(config)
+    train(replace(config, num_gap_problems=0))  # which writes the card anew
+    private = replace(config, num_gap_problems=0, hub_model_id="tester/private-run")
+    train(replace(private, hub_private=True))
+    random_head().push_to_hub("tester/own-card")
+    ModelCard("---\nlicense: mit\n---\n\nMy own words.\n").push_to_hub("tester/own-card")
+    train(replace(config, num_gap_problems=0, hub_model_id="tester/own-card"))
+
+
+def check_private_run_is_not_pushed_to_a_public_repository(work):
+    config = training_config(work, "never", hub_model_id="tester/trained", hub_private=True)
+    assert "is public" in refusal(train, config)
+    assert not (work / "never").exists()
 
 
 def check_head_names_backbones_that_a_stranger_must_not_reach(work):

@@ -185,6 +185,16 @@ def test_card_of_somebody_is_completed_and_a_placeholder_given_up():
         assert complete_card(placeholder, new) is placeholder
 
 
+def test_card_of_a_training_gives_way_to_that_of_the_next_one_only():
+    first, second = (head_card(random_head(), training=f"Run {i}.") for i in (1, 2))
+    assert "## Training\n\nRun 1." in first.text
+    assert "Training data: see below." in first.text
+    assert not errors_in_card(str(first))
+    assert complete_card(first, second) is second
+    assert "Run 1." in complete_card(first, head_card(random_head(), license="mit")).text
+    assert complete_card(ModelCard("---\ntags: []\n---\nMine.\n"), second).text == "Mine.\n"
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

@@ -107,10 +107,40 @@ def test_paths_of_a_machine_are_not_shared_and_ids_are(round_trip, tmp_path_fact
     assert config["head_config"]["base_model_name_or_path"] == "tester/backbone"
 
 
-def test_private_heads_are_private_and_others_are_not(round_trip):
+def test_trained_pipeline_is_pushed_with_its_figures_and_without_the_data(
+    round_trip, tmp_path_factory
+):
+    hub, _ = round_trip
+    machine = str(tmp_path_factory.getbasetemp()).encode()
+    files = hub.files("tester/trained")
+    assert {"model_index.json", "model/model.safetensors", "stage1/config.json"} <= set(files)
+    assert {"training/run.json", "training/conditional_history.json"} <= set(files)
+    for path, content in files.items():
+        assert not path.endswith((".jsonl", "/README.md"))
+        assert b"secret eggs" not in content or path.startswith("tokenizer/"), path
+        assert machine not in content, path
+
+
+def test_card_of_a_trained_pipeline_is_written_anew_and_that_of_somebody_kept(round_trip):
+    hub, _ = round_trip
+    card = card_of(hub, "tester/trained")
+    assert not errors_in_card(str(card))
+    assert card.data.base_model == "tester/backbone"
+    assert card.text.strip().startswith("# trained")
+    assert 'from_pretrained("tester/trained")' in card.text
+    shas = list(hub.repositories["tester/trained"].commits)
+    texts = [hub.repositories["tester/trained"].commits[sha]["README.md"].data for sha in shas[1:]]
+    assert [b"Measured gap" in text for text in texts] == [True, False]
+    own = card_of(hub, "tester/own-card")
+    assert own.text.strip() == "My own words."
+    assert own.data.base_model == "tester/backbone"
+    assert "training/run.json" in hub.files("tester/own-card")
+
+
+def test_what_is_private_is_private_and_the_rest_is_not(round_trip):
     repositories = round_trip[0].repositories
     private = {repo_id for repo_id, repository in repositories.items() if repository.private}
-    assert private == {"tester/private", "tester/converted-private"}
+    assert private == {"tester/private", "tester/converted-private", "tester/private-run"}
 
 
 def test_refused_pushes_leave_nothing(round_trip):

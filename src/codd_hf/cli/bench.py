@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 from ..benchmarks import BENCHMARKS, Options, run_benchmark
-from .common import environment, quiet_loading
+from ..environment import environment
+from .common import quiet_loading
 
 HELP = "Measure speed and memory on this machine."
 EXAMPLE = """example:

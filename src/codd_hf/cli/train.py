@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..training.settings import TrainConfig
 
 HELP = "Fit a head to a backbone's predictions (or train a small backbone and its head)."
 EXAMPLE = """example:
@@ -11,9 +15,14 @@ EXAMPLE = """example:
   codd-hf train --dataset my.jsonl --backbone path/to/backbone --output runs/mine
 
 The result, runs/mine/pipeline, is for `codd-hf generate --model runs/mine/pipeline "..."`. A run
-that stopped is continued by the same command."""
+that stopped is continued by the same command.
 
-STAGES = ("pretraining", "generative", "conditional")
+several processes (the result is the same; examples/accelerate_configs/ has more):
+  ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m codd_hf.cli train ...
+  accelerate launch --multi_gpu --num_processes 2 -m codd_hf.cli train ..."""
+
+SHORT = {"conditional_keep": "--keep"}
+"""Second names of options."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,13 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     docs = _attribute_docs(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
-        if field.name in STAGES:
+        if _is_stage(field):
             _add_stage(parser, field)
             continue
         name = "output" if field.name == "output_dir" else field.name
         missing = dataclasses.MISSING
         required = field.default is missing and field.default_factory is missing
         _add_field(parser, name, field, field.name, docs, required)
+
+
+def _is_stage(field: dataclasses.Field) -> bool:
+    return dataclasses.is_dataclass(field.default_factory)
 
 
 def _add_stage(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
@@ -44,19 +57,27 @@ def _add_field(parser, name, field, dest, docs, required) -> None:
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
     text = docs.get(dest, "").replace("%", "%%")
-    if not required and default is not None:
+    if not required and default not in (None, []):
         shown = " ".join(default) if isinstance(default, list) else default
         text += f" (default {shown})"
     kind = field.type.split(" |")[0]
-    options: dict = {"dest": dest, "help": text}
+    options: dict = {"dest": dest}
     if kind == "bool":
         options["action"] = argparse.BooleanOptionalAction
     elif kind == "list[str]":
         options["nargs"] = "*"
     else:
         options["type"] = {"int": int, "float": float, "str": str}[kind]
-    options |= {"required": True} if required else {"default": default}
-    parser.add_argument(f"--{name.replace('_', '-')}", **options)
+    dashed = f"--{name.replace('_', '-')}"
+    names = [SHORT[name], dashed] if name in SHORT else [dashed]
+    parser.add_argument(
+        *names, **options, help=text, **({"required": True} if required else {"default": default})
+    )
+    if "_" in name:
+        # The Trainer's and Accelerate's spelling of the same.
+        parser.add_argument(
+            f"--{name}", **options, help=argparse.SUPPRESS, default=argparse.SUPPRESS
+        )
 
 
 def _attribute_docs(config: type) -> dict[str, str]:
@@ -74,19 +95,34 @@ def _attribute_docs(config: type) -> dict[str, str]:
 
 
 def run(args: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
     from ..training.run import train
-    from ..training.settings import TrainConfig
     from .common import quiet_loading
 
     quiet_loading()
+    try:
+        config = _config(args)
+    except ValueError as error:
+        args.usage_error(str(error))
+    folder = train(config)
+    processes = PartialState()
+    if processes.is_main_process:
+        print(f"The result is in {folder}.")
+        if folder.name == "pipeline":
+            print(f'Try: codd-hf generate --model {folder} "..."')
+    processes.destroy_process_group()
+
+
+def _config(args: argparse.Namespace) -> TrainConfig:
+    from ..training.settings import TrainConfig
+
     values = {}
     for field in dataclasses.fields(TrainConfig):
-        if field.name in STAGES:
+        if _is_stage(field):
             stage = field.default_factory
             parts = [part.name for part in dataclasses.fields(stage)]
             values[field.name] = stage(**{p: getattr(args, f"{field.name}_{p}") for p in parts})
         else:
             values[field.name] = getattr(args, field.name)
-    folder = train(TrainConfig(**values))
-    print(f"The coupled model is in {folder}.")
-    print(f'Try: codd-hf generate --model {folder} "..."')
+    return TrainConfig(**values)

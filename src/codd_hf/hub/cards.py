@@ -30,6 +30,10 @@ COUPLED = (
     "an exact joint distribution over a window of tokens, so that tokens decoded in the same step "
     "agree with one another."
 )
+REWRITTEN = (
+    "<!-- `codd-hf train` wrote this card, and writes it anew when it has trained again: delete "
+    "this line to keep your own text. -->"
+)
 
 
 @dataclass
@@ -73,6 +77,7 @@ def make_card(
     eval_results: list[EvalResult] | None = None,
     tags: list[str] | None = None,
     custom_code: bool = False,
+    training: str | None = None,
 ) -> ModelCard:
     """The card of a repository.
 
@@ -84,6 +89,8 @@ def make_card(
         eval_results: measured results, if there are any.
         tags: further tags.
         custom_code: whether the repository holds its own code.
+        training: what is to be said of the training, in Markdown; the card is then marked as one
+            that the next training may replace.
     """
     data = ModelCardData(
         license=license,
@@ -110,7 +117,8 @@ def make_card(
             f'model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)\n```'
         )
     parts.append(f"## What it holds\n\n{_table(artifact)}")
-    parts.append(f"## Where it comes from\n\n{_origin(artifact, license, datasets)}")
+    unknown = "not recorded" if training is None else "see below"
+    parts.append(f"## Where it comes from\n\n{_origin(artifact, license, datasets, unknown)}")
     if eval_results:
         lines = [
             f"- {result.dataset_name}: {result.metric_name or result.metric_type} "
@@ -118,6 +126,8 @@ def make_card(
             for result in eval_results
         ]
         parts.append("## Results\n\n" + "\n".join(lines))
+    if training is not None:
+        parts.append(f"## Training\n\n{training}\n\n{REWRITTEN}")
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
@@ -125,9 +135,10 @@ def complete_card(card: ModelCard, new: ModelCard) -> ModelCard:
     """A card that somebody wrote, with its text kept and missing metadata filled in.
 
     What `new` says of licence, data sets and results was given by the user now, and replaces what
-    was there. A placeholder that transformers or diffusers made is given up for `new`.
+    was there. A placeholder that transformers or diffusers made is given up for `new`, and so is
+    what a training wrote for what a later one says.
     """
-    if _is_placeholder(card):
+    if _is_placeholder(card) or (REWRITTEN in card.text and REWRITTEN in new.text):
         return new
     for name in ("license", "datasets", "eval_results", "model_name"):
         if getattr(new.data, name) is not None:
@@ -207,17 +218,19 @@ def _parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _origin(artifact: Artifact, license: str | None, datasets: str | list[str] | None) -> str:
+def _origin(
+    artifact: Artifact, license: str | None, datasets: str | list[str] | None, unknown: str
+) -> str:
     lines = []
     if artifact.base_model is not None:
         link = f"[{artifact.base_model}](https://huggingface.co/{artifact.base_model})"
         revision = None if artifact.head is None else artifact.head.config.base_model_revision
         lines.append(f"- Backbone: {link}" + (f", revision `{revision}`." if revision else "."))
     else:
-        lines.append("- Backbone: not recorded.")
+        lines.append(f"- Backbone: {unknown}.")
     if artifact.source is not None:
         lines.append(f"- The circuit was converted from {artifact.source}.")
     named = [datasets] if isinstance(datasets, str) else datasets
-    lines.append(f"- Training data: {', '.join(named) if named else 'not recorded'}.")
+    lines.append(f"- Training data: {', '.join(named) if named else unknown}.")
     lines.append(f"- Licence: {license or 'not stated'}.")
     return "\n".join(lines)

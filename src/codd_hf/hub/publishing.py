@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -255,6 +256,44 @@ class PipelinePublishing(Publishing):
         if push_to_hub:
             repo_id = options.pop("repo_id", folder.resolve().name)
             self.push_to_hub(repo_id, **options, **kwargs)
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    ignore_patterns: Sequence[str] = (),
+    commit_message: str,
+) -> CommitInfo:
+    """Uploads a folder, with the model card in it, as it is.
+
+    A card that somebody wrote in the repository keeps its text, and replaces the folder's.
+
+    Args:
+        folder: what `save_pretrained` has written.
+        repo_id: the repository, with its namespace; created if there is none.
+        private: whether a new repository is private.
+        ignore_patterns: files that stay here.
+        commit_message: of the commit.
+
+    Raises:
+        ValueError: the Hub would refuse the card.
+    """
+    api = HfApi(library_name="codd-hf")
+    card = ModelCard.load(folder / CARD)
+    present = _card_of_repository(api, repo_id, None)
+    if present is not None:
+        card = complete_card(present, card)
+        card.save(folder / CARD)
+    card.validate()
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        ignore_patterns=list(ignore_patterns),
+        commit_message=commit_message,
+    )
 
 
 def _comes_with_code(part: Any) -> bool:

@@ -7,23 +7,26 @@ windows in training are cut exactly as decoding cuts them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from jinja2 import TemplateError
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+from .sources import Example, load_examples
 
-
-@dataclass(frozen=True)
-class Example:
-    """One text to learn: `answer` is generated, `prompt` (may be empty) is given."""
-
-    prompt: str
-    answer: str
+__all__ = [
+    "CanvasBatch",
+    "Example",
+    "TokenizedExample",
+    "batch_indices",
+    "collate",
+    "load_examples",
+    "tokenize_examples",
+]
 
 
 @dataclass(frozen=True)
@@ -54,101 +57,81 @@ class CanvasBatch:
         return CanvasBatch(*(getattr(self, f).to(device) for f in self.__dataclass_fields__))
 
 
-def load_examples(
-    source: str,
-    *,
-    prompt_column: str | None = None,
-    answer_column: str | None = None,
-    remove_pattern: str | None = None,
-    split: str = "train",
-) -> list[Example]:
-    """Reads a JSONL, Parquet or text file, or a dataset of the Hub.
-
-    Args:
-        source: a path that ends in .jsonl, .json, .parquet or .txt, or a Hub dataset id.
-        prompt_column: the column that is given; without it texts have no prompt.
-        answer_column: the column that is generated; found by its usual name if not given.
-        remove_pattern: a regular expression whose matches are deleted from both columns.
-        split: the split of a Hub dataset.
-
-    Raises:
-        FileNotFoundError: `source` looks like a file and is not there.
-        ValueError: the file cannot be read, a column is missing or no text, or nothing is left.
-    """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    suffix = Path(source).suffix
-    if suffix in FILE_FORMATS:
-        if not Path(source).is_file():
-            raise FileNotFoundError(f"`source`: there is no file {source!r}.")
-        try:
-            table = load_dataset(FILE_FORMATS[suffix], data_files=str(source), split="train")
-        except DatasetGenerationError as error:
-            raise ValueError(f"`source` {source!r} cannot be read: {error.__cause__}") from error
-    else:
-        table = load_dataset(source, split=split)
-    columns = table.column_names
-    if answer_column is None:
-        answer_column = next((c for c in ("answer", "completion", "text") if c in columns), None)
-        if answer_column is None:
-            raise ValueError(
-                f"`answer_column` must be given: none of answer, completion, text is among the "
-                f"columns {columns} of {source!r}."
-            )
-        if prompt_column is None and answer_column != "text":
-            prompt_column = next((c for c in ("question", "prompt") if c in columns), None)
-    for name, column in (("prompt_column", prompt_column), ("answer_column", answer_column)):
-        if column is not None and column not in columns:
-            raise ValueError(
-                f"`{name}` is {column!r}, but the columns of {source!r} are {columns}."
-            )
-
-    def clean(text: str) -> str:
-        return re.sub(remove_pattern, "", text) if remove_pattern else text
-
-    answers = table[answer_column]
-    prompts = table[prompt_column] if prompt_column else [""] * len(table)
-    for column, texts in ((prompt_column, prompts), (answer_column, answers)):
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"Column {column!r} of {source!r} must hold a text in every row.")
-    examples = [
-        Example(clean(p), clean(a)) for p, a in zip(prompts, answers, strict=True) if a.strip()
-    ]
-    if not examples:
-        raise ValueError(f"`source` {source!r} has no text in column {answer_column!r}.")
-    return examples
-
-
 def tokenize_examples(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int = 512
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int = 512,
+    *,
+    packing: bool = False,
 ) -> list[TokenizedExample]:
     """Tokenizes with the chat template where there is one; answers end with end-of-text.
 
     An example longer than `max_length` tokens loses the end of its answer (and its end-of-text);
-    one whose prompt alone is that long is left out.
+    one whose prompt alone is that long is left out. How many these are is said.
+
+    Args:
+        examples: the examples.
+        tokenizer: with an end-of-text token, and a chat template if there are messages.
+        max_length: tokens of an example.
+        packing: join texts without prompts, end-of-text after each, and cut all of it into pieces
+            of `max_length` tokens (the last one may be shorter). A piece may begin and end within a
+            text: let `max_length` be a multiple of the window, and `max_extra_windows` be 0.
+
+    Raises:
+        ValueError: the tokenizer lacks what is needed, all prompts are too long, or there is a
+            prompt where texts are to be packed.
     """
-    if tokenizer.eos_token_id is None:
+    eos = tokenizer.eos_token_id
+    if eos is None:
         raise ValueError("`tokenizer` needs an `eos_token`, so that answers can end.")
-    prompts = [encode_prompt(e.prompt, tokenizer) for e in examples]
     answers = tokenizer([e.answer for e in examples], add_special_tokens=False)["input_ids"]
-    tokenized = []
-    for prompt, answer in zip(prompts, answers, strict=True):
+    if packing:
+        if any(e.messages for e in examples):
+            raise ValueError("`packing` is for plain text, but there are examples with a prompt.")
+        joined = [token for answer in answers for token in (*answer, eos)]
+        pieces = (joined[first : first + max_length] for first in range(0, len(joined), max_length))
+        return [TokenizedExample([], piece) for piece in pieces]
+    tokenized, cut = [], 0
+    for example, answer in zip(examples, answers, strict=True):
+        prompt = _encode_prompt(example, tokenizer)
         if len(prompt) < max_length:
             room = max_length - len(prompt)
-            tokenized.append(TokenizedExample(prompt, [*answer, tokenizer.eos_token_id][:room]))
+            cut += len(answer) >= room
+            tokenized.append(TokenizedExample(prompt, [*answer, eos][:room]))
+    left_out = len(examples) - len(tokenized)
+    if examples and not tokenized:
+        raise ValueError(
+            f"`max_length` ({max_length}) leaves nothing: the prompts of all {left_out} examples "
+            "are that long."
+        )
+    if (cut or left_out) and PartialState().is_main_process:
+        tqdm.write(
+            f"Of {len(examples)} examples, {cut} lose the end of their answer to `max_length` "
+            f"({max_length} tokens), and {left_out} with a prompt of that length are left out."
+        )
     return tokenized
 
 
-def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a user's prompt, in the chat template where there is one."""
-    if not prompt:
+def _encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of what is before the answer, in the chat template where there is one."""
+    if not example.messages:
         return []
     if tokenizer.chat_template is None:
-        return tokenizer(prompt, add_special_tokens=True)["input_ids"]
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
-    )["input_ids"]
+        if example.history:
+            raise ValueError(
+                "`tokenizer` needs a chat template for messages: set `tokenizer.chat_template`, or "
+                "use a prompt column and an answer column."
+            )
+        return tokenizer(example.prompt, add_special_tokens=True)["input_ids"]
+    try:
+        return tokenizer.apply_chat_template(
+            example.messages, add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in example.messages)
+        raise ValueError(
+            f"The tokenizer's chat template refuses messages of the roles {roles}: {error}"
+        ) from error
 
 
 def collate(

@@ -1,85 +1,182 @@
 """The whole way from a data source to a coupled model that can be loaded and shared.
 
 `train` is what `codd-hf train` calls. Each stage is a function of its own that can be called alone.
+All processes of a launch call it; the main one writes and prints, but for shards of evidence.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from ..circuits import Potentials, occupancy, token_marginal
-from ..configuration_codd import CoDDHeadConfig
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
+from .checkpoint import Checkpoints
 from .conditional import fit_conditional
-from .data import Example, TokenizedExample, load_examples, tokenize_examples
-from .generative import fit_generative, text_windows
-from .pretraining import pretrain_backbone, small_backbone_config
+from .data import Example, load_examples
+from .files import replacing
+from .joint import fit_joint
+from .launching import join_processes
+from .result import save_held_out, save_pipeline
 from .settings import TrainConfig
-from .tokenizers import train_tokenizer
+from .sharding import shard_backbone, wants_shards
+from .sharing import measure_final_gap, open_repository, push_pipeline, write_card
+from .stages import (
+    PRETRAINED,
+    fit_stage_one,
+    load_start,
+    pretrain,
+    start_of_stage_three,
+    tokenize_parts,
+)
+from .watch import check_trackers, tracking
 
-logger = logging.getLogger(__name__)
+RESULTS = {
+    "pretraining": ["backbone"],
+    "generative": ["generative", "stage1"],
+    "conditional": ["conditional", "stage3"],
+    "joint": ["joint"],
+}
+"""What each stage leaves in the output folder, checkpoints first."""
 
 
 def train(config: TrainConfig) -> Path:
-    """Runs all stages and writes a pipeline folder.
+    """Runs the stages that `config` chooses, and writes a pipeline folder.
+
+    Every process of a launch calls it. A stage that is complete in the output folder is not run
+    again, and one that stopped goes on, unless `config.resume_from_checkpoint` says otherwise.
 
     Returns:
-        `output_dir/pipeline`: `model/`, `scheduler/`, `tokenizer/`, the stage-1 head in `stage1/`
-        and the held-out examples as `validation.jsonl` and `test.jsonl`; `demo.jsonl` holds the
-        ten of the latter (or else the former) with the most familiar words.
+        `output_dir/pipeline`: `model/` with the head of the last stage, `scheduler/`, `tokenizer/`,
+        the stage-1 head in `stage1/` and the held-out examples as `validation.jsonl` and
+        `test.jsonl`; `demo.jsonl` holds the ten of the latter (or else the former) with the most
+        familiar words. `README.md` and `training/` say how it was made. `output_dir/backbone` if
+        pretraining alone was to run.
 
     Raises:
-        FileNotFoundError: the dataset or the backbone is not there.
-        ValueError: the data cannot be used; the message says why.
+        OSError: the Hub, which is asked before anything is trained, refuses what is to be pushed.
+        FileNotFoundError: the dataset, the backbone or a checkpoint is not there.
+        ValueError: the data cannot be used, the settings are not those of the run in the output
+            folder, a stage lacks the result of an earlier one, a checkpoint is damaged, or a
+            tracker is not installed.
     """
-    output = Path(config.output_dir)
-    examples = load_examples(
-        config.dataset,
-        prompt_column=config.prompt_column,
-        answer_column=config.answer_column,
-        remove_pattern=config.remove_pattern,
-    )
+    accelerator = join_processes()
+    output, chosen = Path(config.output_dir), config.chosen_stages
+    check_trackers(config.report_to)
+    resume = resume_choices(config)
+    with accelerator.main_process_first():  # the others find what it has converted
+        examples = load_examples(
+            config.dataset,
+            prompt_column=config.prompt_column,
+            answer_column=config.answer_column,
+            remove_pattern=config.remove_pattern,
+            dataset_config=config.dataset_config,
+            split=config.split,
+            sample_by=config.sample_by,
+        )
     train_part, validation, test = split_examples(examples, config.num_validation, config.num_test)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "train_config.json").write_text(json.dumps(asdict(config), indent=2))
+    repo_id = open_repository(config) if accelerator.is_main_process else None
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "train_config.json").write_text(json.dumps(asdict(config), indent=2))
+        for stage in (s for s in chosen if resume[s] == "none"):
+            for folder in (output / name for name in RESULTS[stage] if (output / name).exists()):
+                tqdm.write(f"The stage {stage!r} begins anew: {folder} is deleted.")
+                shutil.rmtree(folder)
+    accelerator.wait_for_everyone()
 
-    if config.backbone is None:
-        _pretrain(config, train_part, validation, output / "backbone")
-    source = config.backbone or str(output / "backbone")
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = CoDDModel.from_backbone(source, dtype=torch.float32)
-    mask_token_id = config.mask_token_id
-    if mask_token_id is None:
-        mask_token_id = model.config.mask_token_id
-    if mask_token_id is None:
-        mask_token_id = tokenizer.mask_token_id
-    if mask_token_id is None:
-        raise ValueError("`mask_token_id` must be given: the tokenizer has no mask token.")
-    parts = [tokenize_examples(p, tokenizer, config.max_length) for p in (train_part, validation)]
+    if "pretraining" in chosen:
+        if accelerator.is_main_process:
+            if accelerator.num_processes > 1:
+                tqdm.write("The backbone is trained by the main process; the others wait.")
+            with tracking(config, "pretraining") as log:
+                where, begin = output / "backbone", resume["pretraining"]
+                pretrain(config, train_part, validation, where, begin, log)
+        accelerator.wait_for_everyone()
+        if chosen == ["pretraining"]:
+            return output / "backbone"
+    source = config.backbone
+    if config.trains_backbone:
+        source = str(_result(output / "backbone", "pretraining", PRETRAINED))
+    model, tokenizer = load_start(source)
+    mask_token_id = _mask_token_id(config, model, tokenizer)
+    parts = tokenize_parts(config, tokenizer, train_part, validation)
 
-    head = fit_stage_one(config, model, tokenizer, *parts, mask_token_id)
-    head.save_pretrained(output / "stage1")
-    head = start_of_stage_three(config, model, head)
-    model = CoDDModel.from_backbone(model.backbone, head)
-    history = fit_conditional(model, tokenizer, *parts, output, config.conditional)
-    (output / "conditional_history.json").write_text(json.dumps(history, indent=2))
+    if "generative" in chosen:
+        with tracking(config, "generative") as log:
+            head = fit_stage_one(
+                config, model, tokenizer, *parts, mask_token_id, resume["generative"], log
+            )
+        _save_head(head, output / "stage1", accelerator)
+    stage_one = CoDDHead.from_pretrained(_result(output / "stage1", "generative"))
+    model = CoDDModel.from_backbone(model.backbone, stage_one)
 
-    stage_one = CoDDHead.from_pretrained(output / "stage1")
+    sharded = config.shard_backbone or wants_shards(accelerator)
+    if "conditional" in chosen:
+        _check_start(output, "conditional", "generative", resume, accelerator)
+        head = start_of_stage_three(config, model, stage_one)
+        model = CoDDModel.from_backbone(model.backbone, head)
+        if sharded:
+            shard_backbone(model)
+        with tracking(config, "conditional") as log:
+            history = fit_conditional(
+                model,
+                tokenizer,
+                *parts,
+                output,
+                config.conditional,
+                log,
+                resume_from_checkpoint=resume["conditional"],
+                checkpoints_total_limit=config.checkpoints_total_limit,
+            )
+        _save_head(head, output / "stage3", accelerator)
+        _save_history(history, "conditional", output, accelerator)
+        if sharded:
+            model = CoDDModel.from_backbone(load_start(source)[0].backbone, head.cpu())
+
+    if "joint" in chosen:
+        if "conditional" not in chosen:
+            head = CoDDHead.from_pretrained(_result(output / "stage3", "conditional"))
+            model = CoDDModel.from_backbone(model.backbone, head)
+        _check_start(output, "joint", "conditional", resume, accelerator)
+        with tracking(config, "joint") as log:
+            history = fit_joint(
+                model,
+                tokenizer,
+                *parts,
+                output,
+                config.joint,
+                log,
+                resume_from_checkpoint=resume["joint"],
+                checkpoints_total_limit=config.checkpoints_total_limit,
+            )
+        _save_history(history, "joint", output, accelerator)
+
     pipeline = output / "pipeline"
-    save_pipeline(pipeline, model, stage_one, tokenizer, getattr(torch, config.dtype))
-    demo = familiar_examples(test or validation, tokenizer)[:10]
-    for name, part in (("validation", validation), ("test", test), ("demo", demo)):
-        lines = [json.dumps({"question": e.prompt, "answer": e.answer}) for e in part]
-        (pipeline / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    if accelerator.is_main_process:
+        stage_one = CoDDHead.from_pretrained(output / "stage1")
+        describe = partial(write_card, config, pipeline, model, tokenizer, repo_id)
+        sizes = {"training": train_part, "validation": validation, "test": test}
+        sizes = {name: len(part) for name, part in sizes.items()}
+        describe(sizes, None)
+        save_pipeline(pipeline, model, stage_one, tokenizer, getattr(torch, config.dtype))
+        save_held_out(pipeline, validation, test, tokenizer)
+        if config.num_gap_problems and not sharded:
+            (held_out,) = tokenize_parts(config, tokenizer, test or validation)
+            describe(sizes, measure_final_gap(config, model, tokenizer, held_out))
+        if repo_id is not None:
+            pushed = push_pipeline(pipeline, repo_id, config.hub_private)
+            tqdm.write(f"The pipeline is on the Hub: {pushed.repo_url}")
+    accelerator.wait_for_everyone()
     return pipeline
 
 
@@ -101,140 +198,87 @@ def split_examples(
     return examples[:first], examples[first:last], examples[last:]
 
 
-def familiar_examples(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
-) -> list[Example]:
-    """The examples by the share of their words that are not one token, the smallest first."""
+def resume_choices(config: TrainConfig) -> dict[str, str]:
+    """What `config.resume_from_checkpoint` means for each stage to run.
 
-    def share(example: Example) -> float:
-        words = re.findall(r"[A-Za-z]+", f"{example.prompt} {example.answer}")
-        pieces = tokenizer([f" {word}" for word in words], add_special_tokens=False)["input_ids"]
-        return sum(len(ids) > 1 for ids in pieces) / max(len(words), 1)
-
-    return sorted(examples, key=share)
-
-
-def _pretrain(
-    config: TrainConfig, train_part: Sequence[Example], validation: Sequence[Example], folder: Path
-) -> None:
-    """Stage 0: a tokenizer and a small backbone, unless a finished one is there."""
-    if (folder / "config.json").exists():
-        logger.info("The backbone in %s is complete.", folder)
-        return
-    texts = [e.prompt for e in train_part] + [e.answer for e in train_part]
-    tokenizer = train_tokenizer(texts, config.vocab_size)
-    backbone_config = small_backbone_config(tokenizer, config.hidden_size, config.num_layers)
-    backbone_config.is_causal = False
-    torch.manual_seed(config.pretraining.seed)
-    # The eager path's backward pass is the faster one in bf16 on CPUs.
-    attention = "eager" if not torch.cuda.is_available() else None
-    model = AutoModelForCausalLM.from_config(backbone_config, attn_implementation=attention)
-    history = pretrain_backbone(
-        model,
-        tokenizer,
-        tokenize_examples(train_part, tokenizer, config.max_length),
-        tokenize_examples(validation, tokenizer, config.max_length),
-        folder,
-        config.pretraining,
-    )
-    (folder / "pretraining_history.json").write_text(json.dumps(history, indent=2))
-
-
-def fit_stage_one(
-    config: TrainConfig,
-    model: CoDDModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train_part: Sequence[TokenizedExample],
-    validation: Sequence[TokenizedExample],
-    mask_token_id: int,
-) -> CoDDHead:
-    """Stages 1 and 2: a head from EM on the answers' windows, marginally corrected."""
-    embeddings = model.get_output_embeddings().weight.detach().float()
-    windows = text_windows(train_part, config.window_length, tokenizer.eos_token_id)
-    potentials, _ = fit_generative(
-        windows,
-        text_windows(validation, config.window_length, tokenizer.eos_token_id),
-        embeddings,
-        config.num_latents,
-        config.generative,
-        config.output_dir,
-        config.structure,
-    )
-    marginal = token_marginal(potentials, config.window_length)
-    # A token that the circuit has never seen gets the ratio 1: it says nothing about it.
-    unseen = windows.flatten().bincount(minlength=len(embeddings)) == 0
-    emission = torch.where(unseen, marginal.log(), potentials.emission.dense())
-    forbidden = {tokenizer.pad_token_id, *tokenizer.all_special_ids} - {
-        tokenizer.eos_token_id,
-        None,
-    }
-    beyond = range(len(tokenizer), model.config.vocab_size)
-    head_config = CoDDHeadConfig(
-        vocab_size=model.config.vocab_size,
-        num_latents=config.num_latents,
-        window_length=config.window_length,
-        structure=config.structure,
-        mask_token_id=mask_token_id,
-        forbidden_token_ids=sorted({*forbidden, *beyond} - {mask_token_id}),
-        base_model_name_or_path=config.backbone,
-    )
-    head = CoDDHead(head_config)
-    fitted = Potentials(potentials.initial, potentials.transition, emission)
-    head.set_potentials(fitted, marginal, alpha=config.alpha)
-    return head
-
-
-@torch.no_grad()
-def start_of_stage_three(config: TrainConfig, model: CoDDModel, stage_one: CoDDHead) -> CoDDHead:
-    """The head that the conditional fit begins with: stage 1's, flattened, with conditioning.
-
-    Tied emissions start as the least-squares fit of stage 1's dense ones.
+    Raises:
+        ValueError: it is the folder of no stage that is to run.
     """
-    changes = {
-        "emission": config.emission,
-        "emission_rank": config.emission_rank,
-        "conditioning": config.conditioning,
-        "num_gate_groups": config.num_gate_groups,
-        "transition_rank": config.transition_rank,
-        "noise_conditioning": config.noise_conditioning,
-        "context_size": model.config.hidden_size,
-    }
-    torch.manual_seed(config.conditional.seed)  # of the maps that start at random
-    head = CoDDHead(CoDDHeadConfig.from_dict(stage_one.config.to_dict() | changes))
-    if config.emission == "tied":
-        head.bind(model.get_output_embeddings().weight)
-    fitted = stage_one.potentials.scaled_by_marginal(stage_one.token_marginal.log(), config.alpha)
-    head.set_potentials(fitted, stage_one.token_marginal, alpha=config.alpha)
-    head.temper(config.emission_power, config.transition_power)
-    if head.context_maps is not None:
-        law = fitted.emission.dense().log_softmax(-1).mean(0)
-        head.context_maps.start(law, occupancy(fitted, config.window_length).mean(0))
-    return head
+    choice, chosen = config.resume_from_checkpoint, config.chosen_stages
+    if choice in ("latest", "none"):
+        return dict.fromkeys(chosen, choice)
+    folder = Path(choice).parent.name
+    stage = next((stage for stage in chosen if RESULTS[stage][0] == folder), None)
+    if stage is None:
+        raise ValueError(
+            "`resume_from_checkpoint` must be 'latest', 'none' or a checkpoint of a stage that is "
+            f"to run, such as OUTPUT/conditional/checkpoint-200, got {choice!r} (to run: "
+            f"{', '.join(chosen)})."
+        )
+    place = chosen.index(stage)
+    before, after = chosen[:place], chosen[place + 1 :]
+    return dict.fromkeys(before, "latest") | {stage: choice} | dict.fromkeys(after, "none")
 
 
-def save_pipeline(
-    folder: Path,
-    model: CoDDModel,
-    stage_one: CoDDHead,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
+def _result(folder: Path, stage: str, witness: str = "config.json") -> Path:
+    """The finished result of a stage, which has a file `witness` in it.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if not (folder / witness).exists():
+        raise ValueError(
+            f"{str(folder)!r} holds no finished result of the stage {stage!r}: add {stage!r} to "
+            "`stages`."
+        )
+    return folder
+
+
+def _mask_token_id(
+    config: TrainConfig, model: CoDDModel, tokenizer: PreTrainedTokenizerBase
+) -> int:
+    known = (config.mask_token_id, model.config.mask_token_id, tokenizer.mask_token_id)
+    found = next((token for token in known if token is not None), None)
+    if found is None:
+        raise ValueError("`mask_token_id` must be given: the tokenizer has no mask token.")
+    return found
+
+
+def _save_head(head: CoDDHead, folder: Path, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process:
+        new = folder.with_name(folder.name + ".new")
+        shutil.rmtree(new, ignore_errors=True)
+        head.save_pretrained(new)
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+    accelerator.wait_for_everyone()
+
+
+def _save_history(
+    history: list[dict[str, float]], stage: str, output: Path, accelerator: Accelerator
 ) -> None:
-    """Writes a pipeline folder with weights stored in `dtype` (computation stays in float32)."""
-    from ..pipelines.pipeline_codd import CoDDPipeline
-    from ..schedulers.scheduling_codd import CoDDScheduler
+    if accelerator.is_main_process:
+        (output / f"{stage}_history.json").write_text(json.dumps(history, indent=2))
 
-    if Path(model.config.text_config._name_or_path).exists():
-        model.config.text_config._name_or_path = ""  # a path on this machine says nothing elsewhere
-    CoDDPipeline(model=model, scheduler=CoDDScheduler(), tokenizer=tokenizer).save_pretrained(
-        folder
-    )
-    for part, target in ((model, folder / "model"), (stage_one, folder / "stage1")):
-        # One copy of a tensor with several names, so that tied weights are stored once.
-        copies: dict[int, torch.Tensor] = {}
-        stored = {
-            name: copies.setdefault(
-                tensor.data_ptr(), tensor.to(dtype) if tensor.is_floating_point() else tensor
-            )
-            for name, tensor in part.state_dict().items()
-        }
-        part.save_pretrained(target, state_dict=stored)
+
+def _check_start(
+    output: Path, stage: str, before: str, resume: dict[str, str], accelerator: Accelerator
+) -> None:
+    """Refuses to continue a stage if the one before it was run on, or anew, since it began.
+
+    Raises:
+        ValueError: it was.
+    """
+    path = output / "began_with.json"
+    began = json.loads(path.read_text()) if path.exists() else {}
+    now = Checkpoints(output / before).identity()
+    continued = (output / stage).exists() and resume[stage] != "none"
+    if continued and now is not None and began.get(stage, now) != now:
+        raise ValueError(
+            f"The checkpoints in {str(output / stage)!r} began with another result of the stage "
+            f"{before!r}: begin again with `stages` {stage!r} and `resume_from_checkpoint` 'none'."
+        )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with replacing(path) as new:
+            new.write_text(json.dumps(began | {stage: now}))
