@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+
+# One process a core: threads beside them would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
