@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..defaults import default_model
 from ..modeling_codd import CoDDModel
@@ -125,14 +126,14 @@ def generators(
 
 
 def count_passes(model: CoDDModel, run: Callable[[], torch.Tensor]) -> tuple[int, torch.Tensor]:
-    """Passes of the backbone's decoder in one run, and what it generated."""
-    passes = 0
+    """Passes of the backbone's decoder, or of a copy of it, in one run, and what it generated."""
+    passes, decoder = 0, type(model.backbone.get_decoder())
 
-    def on_pass(module, args, kwargs) -> None:
+    def on_pass(module, args) -> None:
         nonlocal passes
-        passes += 1
+        passes += isinstance(module, decoder)
 
-    hook = model.backbone.get_decoder().register_forward_pre_hook(on_pass, with_kwargs=True)
+    hook = register_module_forward_pre_hook(on_pass)
     try:
         tokens = run()
     finally:
