@@ -34,6 +34,7 @@ from .checkpoint import (
 )
 from .data import TokenizedExample
 from .gains import evaluate_head, not_finite, step_gradients
+from .rates import head_groups, warmup_then_cosine
 from .settings import ConditionalConfig
 from .watch import Log, Speedometer
 from .window_cache import WindowCache, cache_windows
@@ -183,13 +184,7 @@ def _fit(
     accelerator = Accelerator()
     head.to(accelerator.device)
     head.requires_grad_(True)
-    context = [] if head.context_maps is None else list(head.context_maps.parameters())
-    circuit = [p for n, p in head.named_parameters() if not n.startswith("context_maps.")]
-    groups = [{"params": circuit, "peak": config.learning_rate}]
-    if context:
-        groups.append({"params": context, "peak": config.context_learning_rate})
-    # Gradients of a low-rank term that is still a no-op are tiny: hence the tiny `eps`.
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-15, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(head_groups(head, config), betas=(0.9, 0.98), weight_decay=0.0)
     made_of = asdict(config) | {"num_windows": num_windows}
     step, history, seconds, losses = 0, [], 0.0, 0.0
     show = tqdm.write if accelerator.is_main_process else logger.debug
@@ -236,7 +231,7 @@ def _fit(
     while step < config.max_steps:
         speed.start()
         rows = _rows_of_step(len(train), step, config)
-        rate = _schedule(step, config)
+        rate = warmup_then_cosine(step, config.warmup_steps, config.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         loss, gain = step_gradients(head, train, rows, config, accelerator)
@@ -296,9 +291,3 @@ def _rows_of_step(number: int, step: int, config: ConditionalConfig) -> torch.Te
     epoch, batch = divmod(step, number // size)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
     return torch.randperm(number, generator=generator)[batch * size : (batch + 1) * size]
-
-
-def _schedule(step: int, config: ConditionalConfig) -> float:
-    """Warm-up, then a cosine to zero."""
-    progress = torch.tensor(step / config.max_steps * torch.pi)
-    return min((step + 1) / config.warmup_steps, 1.0) * (0.5 + 0.5 * progress.cos().item())

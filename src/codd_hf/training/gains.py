@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from accelerate import Accelerator
 
@@ -10,6 +12,9 @@ from .counting import summing_dtype
 from .noised_windows import NoisedWindows
 from .settings import ConditionalConfig
 from .window_cache import WindowCache
+
+LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Bounds of the noise levels that gains are told for."""
 
 
 def window_gains(
@@ -42,12 +47,24 @@ def evaluate_head(head: CoDDHead, cache: WindowCache, batch_size: int = 64) -> d
             whole = accelerator.gather(part).view(processes, -1).T.flatten()
             kept.append(whole.cpu())
     gain, count = (torch.cat(kept)[: len(cache)] for kept in (gains, masked))
-    level = cache.level
-    result = {"gain": (gain.sum() / count.sum()).item()}
-    for low, high in ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.01)):
-        rows = (level >= low) & (level < high)
-        total = count[rows].sum().clamp(min=1)
-        result[f"gain_{low:.2f}-{min(high, 1):.2f}"] = (gain[rows].sum() / total).item()
+    return gains_by_level(gain, count, cache.level)
+
+
+def gains_by_level(
+    gain: torch.Tensor, masked: torch.Tensor, level: torch.Tensor
+) -> dict[str, float]:
+    """Mean gain in nats per masked token, of all windows and of those of each range of levels.
+
+    Args:
+        gain: `[N]`, nats of each window.
+        masked: `[N]`, masked tokens of each window.
+        level: `[N]`, the probability with which they were masked.
+    """
+    result = {"gain": (gain.sum() / masked.sum()).item()}
+    for low, high in itertools.pairwise(LEVELS):
+        inside = (level >= low) & ((level < high) | (high == LEVELS[-1]))
+        count = masked[inside].sum().clamp(min=1)
+        result[f"gain_{low:.2f}-{high:.2f}"] = (gain[inside].sum() / count).item()
     return result
 
 

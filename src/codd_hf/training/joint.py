@@ -31,6 +31,7 @@ from .fingerprint import data_fingerprint
 from .joint_settings import JointConfig
 from .live_windows import LiveWindows, window_scores
 from .lora import add_lora, trained_in_float32
+from .rates import head_groups, warmup_then_cosine
 from .watch import Log, Speedometer
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,10 @@ def fit_joint(
     speed = Speedometer(accelerator.device)
     while step < config.max_steps:
         speed.start()
-        chunks, rate = _chunks_of_step(lengths, step, config), _schedule(step, config)
+        chunks, rate = (
+            _chunks_of_step(lengths, step, config),
+            warmup_then_cosine(step, config.warmup_steps, config.max_steps),
+        )
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         seed = (config.seed * 1_000_003 + step) * 100_003
@@ -207,16 +211,10 @@ def _trained(model: CoDDModel, config: JointConfig) -> list[dict]:
     if config.backbone == "full":
         model.backbone.requires_grad_(True)
     head.requires_grad_(True)
-    context = [] if head.context_maps is None else list(head.context_maps.parameters())
-    circuit = [p for n, p in head.named_parameters() if not n.startswith("context_maps.")]
-    backbone = trained_in_float32(model.backbone)
-    # Gradients of a low-rank term that is still a no-op are tiny: hence the tiny `eps`.
-    groups = [
-        {"params": circuit, "peak": config.learning_rate, "eps": 1e-15},
-        {"params": context, "peak": config.context_learning_rate, "eps": 1e-15},
-        {"params": backbone, "peak": config.backbone_learning_rate, "eps": 1e-8},
-    ]
-    return [group for group in groups if group["params"]]
+    groups = head_groups(head, config)
+    if backbone := trained_in_float32(model.backbone):
+        groups.append({"params": backbone, "peak": config.backbone_learning_rate, "eps": 1e-8})
+    return groups
 
 
 def _step_gradients(
@@ -301,9 +299,3 @@ def _chunks_of_step(
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
     rows = torch.randperm(len(lengths), generator=generator)[place * size : (place + 1) * size]
     return rows[lengths[rows].argsort(stable=True)].split(config.windows_per_chunk)
-
-
-def _schedule(step: int, config: JointConfig) -> float:
-    """Warm-up, then a cosine to zero."""
-    falling = 0.5 + 0.5 * math.cos(math.pi * step / config.max_steps)
-    return min((step + 1) / config.warmup_steps, 1.0) * falling

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,12 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from ..modeling_codd import CoDDModel
 from .counting import summing_dtype
 from .data import CanvasBatch, TokenizedExample
+from .gains import gains_by_level
 from .joint_settings import JointConfig
 from .window_cache import draw_windows
 
 EVALUATION_CHUNK = 32
-LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Bounds of the noise levels that gains are told for."""
 
 
 @dataclass
@@ -111,16 +109,11 @@ class WindowScores:
     def summary(self) -> dict[str, float]:
         """Nats per masked token, factorized and coupled; their difference, all and by level."""
         total = self.masked.sum()
-        result = {
+        nats = {
             "factorized_nats": -(self.factorized.sum() / total).item(),
             "coupled_nats": -((self.factorized + self.gain).sum() / total).item(),
-            "gain": (self.gain.sum() / total).item(),
         }
-        for low, high in itertools.pairwise(LEVELS):
-            inside = (self.level >= low) & ((self.level < high) | (high == LEVELS[-1]))
-            count = self.masked[inside].sum().clamp(min=1)
-            result[f"gain_{low:.2f}-{high:.2f}"] = (self.gain[inside].sum() / count).item()
-        return result
+        return nats | gains_by_level(self.gain, self.masked, self.level)
 
     def better_than(self, other: WindowScores) -> tuple[float, float]:
         """By how many nats per masked token the coupled likelihood is better than another model's.
