@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from codd_hf.benchmarks import BENCHMARKS, Options
+from codd_hf.benchmarks.end_to_end import BLOCK, BLOCK_CAUSAL, FACTORIZED, measure
 from codd_hf.benchmarks.head_step import QUICK, random_head, random_window
 from codd_hf.benchmarks.plain_paper import plain_step
 from codd_hf.benchmarks.timing import Rates, measure_rates, median_seconds
@@ -61,6 +62,16 @@ def test_benchmark_runs_and_its_figures_are_sane(name, capsys, tmp_path):
         numbers = [v for v in row.values() if isinstance(v, float)]
         assert all(math.isfinite(v) and v >= 0 for v in numbers)
         assert row[COLUMNS[name]] > 0
+
+
+def test_where_both_pipelines_read_the_same_they_find_the_same_tokens():
+    options = Options(quick=True, repeats=1, batch_size=2)
+    rows = {(row["block"], row["pipeline"]): row for row in measure(options).rows}
+    for block, name in ((64, FACTORIZED), (BLOCK, "CoDDPipeline" + BLOCK_CAUSAL)):
+        row = rows[block, name]
+        assert row["tokens as LLaDA2Pipeline's, %"] == 100
+        assert row["passes"] == 4
+    assert rows[BLOCK, FACTORIZED]["tokens as LLaDA2Pipeline's, %"] < 100  # it reads more
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

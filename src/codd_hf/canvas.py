@@ -176,7 +176,9 @@ class Canvas:
         return torch.where(inside, self.tokens.gather(1, place), behind), is_text
 
     def rows(self, index: torch.Tensor) -> Canvas:
-        """A canvas of some rows `[n]`, apart from this one."""
+        """A canvas of some rows, given by ascending numbers `[n]`; of all of them, this one."""
+        if len(index) == len(self.tokens):
+            return self
         of_batch = {
             name: value[index]
             for name, value in vars(self).items()

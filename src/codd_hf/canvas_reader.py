@@ -113,7 +113,7 @@ class CanvasReader:
         family, backbone = self.model.family, self.model.backbone
         mask = self.attention_mask[rows]
         if self.cache is None:
-            return self.model.backbone_states(canvas[:, : self.end], mask[:, : self.end])
+            return family.states(backbone, canvas[:, : self.end], mask[:, : self.end])
         # Rows come here in a later step of a block, and tokens outside it change, only by the hand
         # of a caller who edits the canvas.
         outdated = self.cache.outdated(rows, canvas, self.read_again[rows])

@@ -1,11 +1,16 @@
 """Measure 8: tokens per second of the whole pipeline against diffusers' `LLaDA2Pipeline`.
 
 Both drive the embedded model's backbone for the same number of passes, greedily, committing the
-same number of tokens a pass. With a single block they see the same canvas `[prompt][generated]`.
-With shorter blocks, which the caches need, the stock pipeline cuts the canvas after the block at
-hand, so that its early passes are cheaper and see less. Ours does so where attention is
-block-causal, as in the models that the stock pipeline is made for, and that side of the table is
-the like of it; with full attention, as the backbone was trained, it reads the whole canvas.
+same number of tokens a pass. The stock pipeline cuts the canvas after the block at hand:
+
+- with a single block, which ends where the canvas does, both read the same;
+- with shorter blocks, which the caches need, the stock pipeline's early passes are cheaper and see
+  less. With full attention, as the backbone was trained, ours reads the whole canvas.
+- With block-causal attention, as in the models that the stock pipeline is made for, ours cuts the
+  canvas too, and both read the same again.
+
+Where both read the same they find the same tokens. Neither may say a token that is never generated,
+nor the end of the text, behind which everything is more of it.
 
 What the caches do to the text is measured on held-out questions: the share of tokens that stay what
 they are without a cache, the log-likelihood of the answers as the backbone scores them without a
@@ -16,11 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
 from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import PreTrainedModel
 
 from ..defaults import default_model
 from ..modeling_codd import CoDDModel
@@ -34,8 +41,9 @@ ALWAYS_TOP_K = 2.0
 """A threshold above any probability: the stock scheduler then commits by count alone."""
 
 BLOCK = 32
-FACTORIZED = "CoDDPipeline, factorized"
+STOCK, FACTORIZED = "LLaDA2Pipeline", "CoDDPipeline, factorized"
 CACHES = {None: FACTORIZED, "prefix": "with prefix cache", "dual": "with dual cache"}
+BLOCK_CAUSAL = ", block-causal"
 
 
 def text_prompts(pipeline: CoDDPipeline, batch: int, length: int, seed: int) -> torch.Tensor:
@@ -48,9 +56,9 @@ def text_prompts(pipeline: CoDDPipeline, batch: int, length: int, seed: int) -> 
     return text[first + torch.arange(length)]
 
 
-def stock_pipeline(model: CoDDModel) -> LLaDA2Pipeline:
-    """diffusers' pipeline on the model's backbone."""
-    pipeline = LLaDA2Pipeline(model=model.backbone, scheduler=BlockRefinementScheduler())
+def stock_pipeline(model: PreTrainedModel) -> LLaDA2Pipeline:
+    """diffusers' pipeline on a model."""
+    pipeline = LLaDA2Pipeline(model=model, scheduler=BlockRefinementScheduler())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -85,16 +93,18 @@ def generators(
     block: int,
 ) -> dict[str, Callable[[], torch.Tensor]]:
     """By name, what generates `[batch, length]` tokens in `steps` passes, in blocks of `block`."""
-    stock, bare = stock_pipeline(model), bare_pipeline(model)
+    bare = bare_pipeline(model)
     with_head = CoDDPipeline(model, scheduler)
     with_head.set_progress_bar_config(disable=True)
 
-    def run_stock() -> torch.Tensor:
-        return stock(
+    def run_stock(pipeline: LLaDA2Pipeline) -> torch.Tensor:
+        # Its blocks are counted from the beginning: a single one holds the prompt as well.
+        stock_block = block if block < length else prompts.shape[1] + length
+        return pipeline(
             input_ids=prompts,
             gen_length=length,
-            block_length=block,
-            num_inference_steps=steps * block // length,  # of a block
+            block_length=stock_block,
+            num_inference_steps=steps * stock_block // length,  # of a block
             threshold=ALWAYS_TOP_K,
             editing_threshold=None,
             eos_early_stop=False,
@@ -114,15 +124,24 @@ def generators(
             output_type="seq",
         ).sequences
 
-    sides: dict[str, Callable[[], torch.Tensor]] = {"LLaDA2Pipeline": run_stock}
+    sides = {STOCK: partial(run_stock, stock_pipeline(model.backbone))}
     for cache, name in CACHES.items():
         if cache is None or block < length:
-            sides[name] = lambda cache=cache: run_ours(bare, cache)
+            sides[name] = partial(run_ours, bare, cache)
+    sides["CoDDPipeline, with the head"] = partial(run_ours, with_head, None)
     if block < length:
         causal = bare_pipeline(model, block)
-        sides["CoDDPipeline, block-causal"] = lambda: run_ours(causal, None)
-    sides["CoDDPipeline, with the head"] = lambda: run_ours(with_head, None)
+        sides[STOCK + BLOCK_CAUSAL] = partial(run_stock, stock_pipeline(causal.model))
+        sides["CoDDPipeline" + BLOCK_CAUSAL] = partial(run_ours, causal, None)
     return sides
+
+
+def rule_out(model: CoDDModel, token_ids: list[int]) -> None:
+    """Makes the backbone give tokens no probability, whoever runs it."""
+    ids = torch.tensor(token_ids, device=model.device)
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, args, logits: logits.index_fill(-1, ids.to(logits.device), -torch.inf)
+    )
 
 
 def count_passes(model: CoDDModel, run: Callable[[], torch.Tensor]) -> tuple[int, torch.Tensor]:
@@ -182,6 +201,11 @@ def measure(options: Options) -> Report:
     pipeline = CoDDPipeline.from_pretrained(default_model()).to(options.device)
     model = pipeline.model
     quality = cache_quality(pipeline, questions, length // 2, steps // 2)
+    config = model.config
+    rule_out(
+        model,
+        [pipeline.tokenizer.eos_token_id, config.mask_token_id, *config.forbidden_token_ids],
+    )
     rows = []
     for batch in [options.batch_size] if options.batch_size else [1, 4]:
         prompts = text_prompts(pipeline, batch, 2 * BLOCK, options.seed).to(options.device)
@@ -189,8 +213,8 @@ def measure(options: Options) -> Report:
             sides = generators(model, pipeline.scheduler, prompts, length, steps, block)
             counted = {name: count_passes(model, run) for name, run in sides.items()}
             seconds = median_seconds(sides, repeats, options.device, warmups=0)
-            reference = counted["LLaDA2Pipeline"][1]
             for name, (passes, tokens) in counted.items():
+                stock = STOCK + BLOCK_CAUSAL * name.endswith(BLOCK_CAUSAL)
                 rows.append(
                     {
                         "batch": batch,
@@ -198,10 +222,10 @@ def measure(options: Options) -> Report:
                         "pipeline": name,
                         "passes": passes,
                         "tokens/s": batch * length / seconds[name],
-                        "over LLaDA2Pipeline": seconds["LLaDA2Pipeline"] / seconds[name],
+                        "over LLaDA2Pipeline": seconds[stock] / seconds[name],
                         "over no cache": seconds[FACTORIZED] / seconds[name],
                         "tokens as LLaDA2Pipeline's, %": 100
-                        * (tokens == reference).float().mean().item(),
+                        * (tokens == counted[stock][1]).float().mean().item(),
                         **(quality.get(name, {}) if block < length else {}),
                     }
                 )

@@ -28,16 +28,16 @@ class Confidence(NamedTuple):
     log_joint: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
     @classmethod
-    def factorized(cls, law: Callable[[], torch.Tensor]) -> Confidence:
-        """Reads everything off the laws of single positions."""
+    def factorized(cls, log_law: Callable[[], torch.Tensor]) -> Confidence:
+        """Reads everything off the laws of single positions, given by their logarithms."""
 
-        def of(tokens: torch.Tensor) -> torch.Tensor:
-            return law().gather(-1, tokens[..., None])[..., 0]
+        def log_of(tokens: torch.Tensor) -> torch.Tensor:
+            return log_law().gather(-1, tokens[..., None])[..., 0]
 
         def log_joint(tokens: torch.Tensor, sets: torch.Tensor) -> torch.Tensor:
-            return torch.where(sets, of(tokens).log(), 0).sum(-1)
+            return torch.where(sets, log_of(tokens), 0).sum(-1)
 
-        return cls(of, law, log_joint)
+        return cls(lambda tokens: log_of(tokens).exp(), lambda: log_law().exp(), log_joint)
 
 
 class CandidateSource(NamedTuple):
@@ -109,7 +109,7 @@ class CoupledWindows:
         active = _active_windows(distribution, batch, settings, mask_ratio)
         if settings.sampling == "factorized":
             active = torch.zeros_like(active)
-        if not bool(active.all()):
+        if not torch.equal(active, distribution.active):
             distribution = distribution.with_active(active)
         plain = distribution.with_temperature(1.0)
         sharpened = distribution.with_temperature(settings.evidence_temperature)
@@ -157,7 +157,7 @@ class CoupledWindows:
                 # A row uses up the same numbers whether or not others of its batch are coupled.
                 num_windows, length = self.plain.masked.shape
                 uniform((num_windows, 1, length), per_window, self.masked.device)
-            confidence = Confidence.factorized(lambda: self.rows(plain.factorized_logits.exp()))
+            confidence = Confidence.factorized(lambda: self.rows(plain.factorized_logits))
             return CandidateSource(self.masked, self.rows(log_probs), confidence, self.fallback)
         if settings.sampling == "latent":
             latents = sharpened.sample_latents(per_window)
@@ -174,7 +174,7 @@ class CoupledWindows:
         if settings.confidence == "latent":
             same = plain is sharpened
             given = Confidence.factorized(
-                lambda: self.rows((log_probs if same else plain.logits_given(latents)).exp())
+                lambda: self.rows(log_probs if same else plain.logits_given(latents))
             )
             confidence = given._replace(log_joint=log_joint)
         else:
@@ -233,7 +233,7 @@ def read_logits(
     return CandidateSource(
         masked=masked,
         log_probs=(logits / settings.evidence_temperature).log_softmax(-1),
-        confidence=Confidence.factorized(lambda: logits.softmax(-1)),
+        confidence=Confidence.factorized(lambda: logits.log_softmax(-1)),
         fallback=masked.new_zeros(len(sample)),
     )
 
