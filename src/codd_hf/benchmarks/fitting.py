@@ -1,9 +1,9 @@
 """Measure 7: tokens per second of fitting, and what a conditional step costs.
 
 EM: one iteration (expected counts, then new parameters) from one start on the same windows, for
-this library and for the peers that are installed. The nats per token that each reports for the
-start show that they do the same work. Conditional: a training step of the embedded model's head
-against the forward pass of its frozen backbone that the step contains.
+this library and for the peers that are installed, right after another one, as in a fit. The nats
+per token that each reports for the start show that they do the same work. Conditional: a training
+step of the embedded model's head against the forward pass of its frozen backbone that it contains.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def em_rows(options: Options, rates: Rates) -> tuple[list[dict], list[str]]:
     rows = []
     for group, tokens in ((sides, windows.numel()), (own_only, many.numel())):
         nats = {name: run() for name, run in group.items()}
-        seconds = median_seconds(group, options.repeats_or(3), warmups=0)
+        seconds = median_seconds(group, options.repeats_or(3), warmups=0, settling=1)
         for name in group:
             rows.append(
                 {
