@@ -230,6 +230,16 @@ def test_options_that_do_not_go_together_are_bad_usage(argv, capsys):
     assert "usage: codd-hf generate" in capsys.readouterr().err
 
 
+def test_cache_and_guidance_reach_the_pipeline(folder, pipe, capsys):
+    prompt, given = "Tom has 3 eggs.", {"cache": "dual", "guidance_scale": 2.0}
+    argv = ["generate", "--model", str(folder), *SHORT, "--cache", "dual", "--guidance-scale", "2"]
+    assert main([*argv, prompt]) == 0
+    (expected,) = pipe(prompt, generator=seeded(0), **LENGTHS, **given).texts
+    (plain,) = pipe(prompt, generator=seeded(0), **LENGTHS).texts
+    assert capsys.readouterr().out == f"{printable(expected)}\n"
+    assert expected != plain
+
+
 def test_infill_prints_the_prompts_with_their_gaps_filled(folder, pipe, capsys):
     template = f"Tom has {2 * pipe.tokenizer.mask_token} eggs."
     argv = ["generate", template, "--infill", "--model", str(folder), *SHORT]

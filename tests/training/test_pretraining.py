@@ -125,7 +125,7 @@ def test_loss_of_a_position_depends_on_later_tokens(tiny_tokenizer, examples):
 
 def finetune(tokenizer, examples, folder, backbone, lora=None, **changes):
     settings = {"learning_rate": 1e-2, "weight_decay": 0.0, "evaluation_steps": 6}
-    options = {k: changes.pop(k) for k in ("mean_span_length", "log") if k in changes}
+    options = {k: changes.pop(k) for k in ("log",) if k in changes}
     config = PretrainingConfig(**(vars(CONFIG) | settings | changes))
     return finetune_backbone(
         backbone, tokenizer, examples, examples[:4], folder, config, lora=lora, **options

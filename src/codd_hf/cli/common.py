@@ -31,6 +31,8 @@ DECODING = {
     "repetition_penalty": (float, "above 1: tokens that have occurred become less probable"),
     "remask_threshold": (float, "tokens less probable than this are predicted again"),
     "min_new_tokens": (int, "tokens before the text may end"),
+    "guidance_scale": (float, "of classifier-free guidance by the prompt; 0 is off"),
+    "cache": (str, "prefix or dual: what the backbone need not read again within a block"),
 }
 
 

@@ -78,7 +78,6 @@ def pretrain_backbone(
     config: PretrainingConfig | None = None,
     log: Log | None = None,
     *,
-    mean_span_length: float = 1.0,
     resume_from_checkpoint: str | Path = "latest",
     checkpoints_total_limit: int | None = 2,
 ) -> list[dict[str, float]]:
@@ -92,7 +91,6 @@ def pretrain_backbone(
         output_dir: receives the checkpoints, the model and the tokenizer.
         config: how to train.
         log: told of every step.
-        mean_span_length: mean length of the spans that are masked together; 1: each token alone.
         resume_from_checkpoint: `"latest"` goes on from the newest checkpoint there, if there is
             one; `"none"` deletes them and begins; a checkpoint's folder goes on from that, and
             deletes later ones.
@@ -108,7 +106,7 @@ def pretrain_backbone(
         ValueError: the checkpoint is another run's, or damaged.
     """
     config = config or PretrainingConfig()
-    noise = _Noise(config, tokenizer, tokenizer.mask_token_id, mean_span_length)
+    noise = _Noise(config, tokenizer, tokenizer.mask_token_id)
     optimizers = _make_optimizers(model, config)
     checkpoints = Checkpoints(output_dir, checkpoints_total_limit)
     history = _train(
@@ -137,7 +135,6 @@ def finetune_backbone(
     *,
     lora: LoraConfig | None = None,
     mask_token_id: int | None = None,
-    mean_span_length: float = 1.0,
     resume_from_checkpoint: str | Path = "latest",
     checkpoints_total_limit: int | None = 2,
 ) -> list[dict[str, float]]:
@@ -158,8 +155,7 @@ def finetune_backbone(
         log: told of every step.
         lora: PEFT's options of a new adapter that is trained in place of the backbone.
         mask_token_id: the mask token; default, the backbone's or the tokenizer's.
-        mean_span_length: as in `pretrain_backbone`, and so are the next two.
-        resume_from_checkpoint: what to go on from.
+        resume_from_checkpoint: as in `pretrain_backbone`.
         checkpoints_total_limit: how many checkpoints are kept.
 
     Returns:
@@ -181,7 +177,7 @@ def finetune_backbone(
         raise ValueError("`mask_token_id` must be given: neither backbone nor tokenizer has one.")
     if lora is not None:
         add_lora(backbone, lora, "default", config.seed)
-    noise = _Noise(config, tokenizer, mask_token_id, mean_span_length)
+    noise = _Noise(config, tokenizer, mask_token_id)
     trained = trained_in_float32(backbone)
     optimizer = torch.optim.AdamW(
         trained, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
@@ -202,7 +198,6 @@ class _Noise:
     config: PretrainingConfig
     tokenizer: PreTrainedTokenizerBase
     mask_token_id: int
-    mean_span_length: float
 
     def draw(
         self,
@@ -224,7 +219,7 @@ class _Noise:
             canvas,
             window_length=config.window_length,
             generator=generator,
-            mean_span_length=self.mean_span_length,
+            mean_span_length=config.mean_span_length,
             **options,
         )
         return canvas, noise
@@ -252,7 +247,6 @@ def _train(
     lengths = [len(e.prompt_ids) + -(-len(e.answer_ids) // windows) * windows for e in train]
 
     made_of = asdict(config) | {
-        "mean_span_length": noise.mean_span_length,
         "mask_token_id": noise.mask_token_id,
         "num_trained": sum(p.numel() for p in trained.values()),
         "data": data_fingerprint(train),

@@ -23,6 +23,7 @@ class PretrainingConfig:
         decay_fraction: share of the steps, at the end, in which the rate falls linearly to zero.
         window_length: windows of the noise and of the canvases.
         window_probability: share of rows with window noise.
+        mean_span_length: mean length of the spans that are masked together; 1: each token alone.
         max_extra_windows: canvases end with up to this many windows of end-of-text.
         mixed_precision: `"no"` or `"bf16"`.
         evaluation_steps: steps between validations.
@@ -38,6 +39,7 @@ class PretrainingConfig:
     decay_fraction: float = 0.4
     window_length: int = 32
     window_probability: float = 0.5
+    mean_span_length: float = 1.0
     max_extra_windows: int = 1
     mixed_precision: str = "bf16"
     evaluation_steps: int = 200
