@@ -220,7 +220,6 @@ def test_lines_are_never_wider_than_the_terminal():
         ["--output", "b.jsonl"],
         ["--input", "a.jsonl", "--output", "b.jsonl", "--stream"],
         ["How many?", "--input", "a.jsonl", "--output", "b.jsonl"],
-        ["How <|mask|>?", "--infill", "--stream"],
     ],
 )
 def test_options_that_do_not_go_together_are_bad_usage(argv, capsys):
@@ -249,6 +248,30 @@ def test_infill_prints_the_prompts_with_their_gaps_filled(folder, pipe, capsys):
     assert text.startswith("Tom has ")
     assert text.endswith(" eggs.")
     assert capsys.readouterr().out == f"{printable(text)}\n"
+
+
+def test_stream_of_gaps_shows_the_text_around_them(folder, pipe, screen, monkeypatch):
+    resized(monkeypatch, screen, 60, 24)
+    template = f"Tom has {3 * pipe.tokenizer.mask_token} eggs."
+    drawn = []
+    monkeypatch.setattr(CanvasView, "_write", keeping(drawn, CanvasView._write))
+    argv = ["generate", template, "--infill", "--free-length", "--stream", "--model", str(folder)]
+    run_on(screen, *argv, *SHORT, "--paradigm", "full", "--num-inference-steps", "3")
+    lengths = LENGTHS | {"num_inference_steps": 3, "paradigm": "full", "free_length": True}
+    text = pipe(template, **lengths, infill=True, generator=seeded(0)).texts[0]
+    assert screen.terminal.text.rstrip() == printable(text).rstrip()
+    frames = [OWN.sub("", frame) for frame in drawn]
+    assert len(frames) > 2
+    assert all(frame.startswith("Tom has ") and frame.endswith(" eggs.") for frame in frames)
+    assert frames[0].count("_") == 2
+
+
+def keeping(drawn, write):
+    def kept(view, text):
+        drawn.append(text)
+        write(view, text)
+
+    return kept
 
 
 def test_chat_remembers_what_was_said_until_it_is_cleared(folder, pipe, capsys, monkeypatch):

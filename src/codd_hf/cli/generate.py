@@ -53,8 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if (args.input is None) != (args.output is None):
         args.usage_error("`--input` and `--output` go together: give both or neither.")
-    if args.infill and args.stream:
-        args.usage_error("`--infill` fills gaps, of which `--stream` shows nothing: leave one out.")
     if args.input is not None:
         if args.prompt or args.stream:
             args.usage_error("`--input` takes neither prompts nor `--stream`: leave them out.")

@@ -48,7 +48,7 @@ def write_answer(pipeline: CoDDPipeline, **call: Any) -> str:
         text = pipeline(**call).texts[0]
         print(printable(text), flush=True)
         return text
-    with CanvasView(pipeline, sys.stdout) as view:
+    with CanvasView(pipeline, sys.stdout, whole=call.get("infill", False)) as view:
         output = pipeline(
             callback_on_step_end=view.on_step_end,
             callback_on_step_end_tensor_inputs=["canvas", "generated", "transfer_index"],
@@ -67,11 +67,14 @@ class CanvasView:
     Args:
         pipeline: gives tokenizer, mask token and end of text, and the number of steps.
         stream: a terminal.
+        whole: draw what is given as well, of a template whose gaps are filled. An end token then
+            ends no more than its gap.
     """
 
-    def __init__(self, pipeline: CoDDPipeline, stream: TextIO) -> None:
+    def __init__(self, pipeline: CoDDPipeline, stream: TextIO, whole: bool = False) -> None:
         self.pipeline = pipeline
         self.stream = stream
+        self.whole = whole
         self.mask_token_id = pipeline.model.config.mask_token_id
         self._committed_in: dict[int, int] = {}
         self._lines_drawn = 0
@@ -88,10 +91,10 @@ class CanvasView:
         self, pipeline: CoDDPipeline, step: int, timestep: Any, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """The pipeline's callback, for a batch of one row."""
-        generated = kwargs["generated"][0]
-        committed = kwargs["transfer_index"][0][generated].nonzero()[:, 0].tolist()
+        shown = kwargs["generated"][0] | self.whole
+        committed = kwargs["transfer_index"][0][shown].nonzero()[:, 0].tolist()
         self._committed_in.update(dict.fromkeys(committed, step))
-        tokens = kwargs["canvas"][0][generated].tolist()
+        tokens = kwargs["canvas"][0][shown].tolist()
         size = shutil.get_terminal_size()
         lines = wrapped(self._styled(tokens), size.columns - 1)[-max(size.lines - 1, 1) :]
         self._write("\x1b[K\n".join(lines) + "\x1b[J")
@@ -113,11 +116,8 @@ class CanvasView:
         self.stream.flush()
 
     def _styled(self, tokens: Sequence[int]) -> list[tuple[str, str]]:
-        """Control sequence and text of each token up to the end of the text."""
-        ends = {self.pipeline.tokenizer.eos_token_id}
-        if self.pipeline.tokenizer.eos_token_id is None:
-            known = self.pipeline.model.config.eos_token_id
-            ends = set(known) if isinstance(known, list) else {known}
+        """Control sequence and text of each token, up to the end of the text unless `whole`."""
+        ends = set() if self.whole else self._end_ids()
         end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
         parts = token_texts(self.pipeline.tokenizer, tokens[:end], self.mask_token_id)
         last = max(self.pipeline.num_timesteps - 1, 1)
@@ -130,6 +130,13 @@ class CanvasView:
                 style = f"\x1b[38;5;{colour}m"
             styled.append((style, printable(part)))
         return styled
+
+    def _end_ids(self) -> set[int | None]:
+        ends = {self.pipeline.tokenizer.eos_token_id}
+        if self.pipeline.tokenizer.eos_token_id is None:
+            known = self.pipeline.model.config.eos_token_id
+            ends = set(known) if isinstance(known, list) else {known}
+        return ends
 
 
 def token_texts(
