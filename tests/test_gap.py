@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from codd_hf import CoDDHead, CoDDModel, CoDDPipeline
-from codd_hf.evaluation.gap import SMALLEST_GAP, gap_table, measure_gap
+from codd_hf.evaluation.gap import SMALLEST_GAP, TEMPERED, gap_table, measure_gap
 from codd_hf.training.data import TokenizedExample, load_examples, tokenize_examples
 from tiny import correlated_examples, enumerate_window, head_config, random_head, tiny_backbone
 
@@ -81,6 +81,31 @@ def test_table_has_a_line_for_each_ratio_and_a_dash_where_there_is_no_gap(rows):
     assert len(lines) == 5
     assert lines[2].endswith("| - |")
     assert lines[4].endswith(" % |")
+
+
+def test_evidence_temperature_reaches_the_heads_and_is_shown_beside_them(tiny_tokenizer):
+    backbone = tiny_backbone(vocab_size=len(tiny_tokenizer), initializer_range=0.3)
+    new = head_config(len(tiny_tokenizer), mask_token_id=1)  # changes nothing
+    model = CoDDModel.from_backbone(backbone, new)
+
+    def measured(temperature: float):
+        (row,) = measure_gap(
+            model,
+            {"head": model.coupling_head},
+            tiny_tokenizer,
+            EXAMPLES,
+            ratios=[0.5],
+            evidence_temperature=temperature,
+            sequential=False,
+            progress=False,
+        )
+        return row.nats
+
+    plain, tempered = measured(1.0), measured(2.0)
+    assert set(plain) == {"factorized", "head"}
+    assert tempered["factorized"] == plain["factorized"]
+    assert tempered["head"] == pytest.approx(tempered[TEMPERED], abs=1e-5)
+    assert abs(tempered["head"] - plain["head"]) > 1e-2
 
 
 def test_nats_are_those_of_enumeration_on_a_visible_window(tiny_tokenizer):

@@ -29,6 +29,9 @@ RATIOS = tuple(i / 10 for i in range(1, 11))
 SMALLEST_GAP = 0.05
 """Gap closed is not given where the gap is smaller than this, in nats."""
 
+TEMPERED = "factorized, tempered"
+"""The backbone at the evidence temperature, without a circuit: what the temperature alone does."""
+
 
 @dataclass
 class GapRow:
@@ -36,7 +39,8 @@ class GapRow:
 
     Attributes:
         ratio: share of the window that is masked.
-        nats: mean per method; the methods are `factorized`, the heads' names and `sequential`.
+        nats: mean per method; the methods are `factorized`, the heads' names and `sequential`, and
+            `factorized, tempered` where there is an evidence temperature.
         standard_errors: of those means.
         gains: per head, mean of `factorized - head`.
         gain_errors: standard errors of these paired differences.
@@ -78,8 +82,8 @@ def measure_gap(
         ratios: mask ratios in (0, 1].
         sequential: also run the sequential ideal, which takes a pass per masked token.
         batch_size: windows at once.
-        evidence_temperature: divides the backbone's logits before the circuits see them; neither
-            the factorized nor the sequential column has one.
+        evidence_temperature: divides the backbone's logits before the circuits see them; the
+            factorized column is without, and one more shows what it does there.
         seed: chooses windows and masks.
         progress: show a progress bar.
 
@@ -182,8 +186,12 @@ def _one_step(model, heads, canvas, starts, masked, temperature) -> dict[str, to
     rows = torch.arange(len(ids), device=ids.device)[:, None]
     logits = states.logits((rows, columns))
     observed = ~masked.to(ids.device)
-    log_phi = _log_phi(model, logits).gather(-1, truth[..., None])[..., 0]
-    scores = {"factorized": log_phi.masked_fill(observed, 0).sum(1)}
+    scores = {}
+    for name, divisor in {"factorized": 1.0, TEMPERED: temperature}.items():
+        if name == TEMPERED and temperature == 1:
+            continue
+        log_phi = _log_phi(model, logits / divisor).gather(-1, truth[..., None])[..., 0]
+        scores[name] = log_phi.masked_fill(observed, 0).sum(1)
     for name, head in heads.items():
         distribution = model.window_distribution(
             states,
