@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import sqlite3
 from dataclasses import replace
 
 import pytest
 import torch
 
 from codd_hf.training.run import train
-from codd_hf.training.watch import Speedometer, check_trackers
+from codd_hf.training.watch import Speedometer, check_trackers, tracking
 
 BUCKETS = ["0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00"]
 
@@ -47,6 +49,30 @@ def test_tensorboard_gets_the_curves_of_every_stage(trained_config, trained_pipe
     for stage in (generative, conditional):
         assert all(value > 0 for tag in speed for _, value in stage[tag])
     assert 0.05 < conditional["memory_gb"][0][1] < 30
+
+
+@pytest.mark.parametrize(
+    ("tracker", "written"), [("wandb", "wandb/offline-run-*/*.wandb"), ("trackio", "trackio/*.db")]
+)
+def test_other_trackers_keep_a_run_per_stage(
+    tracker, written, trained_config, tmp_path, monkeypatch
+):
+    variables = {"WANDB_MODE": "offline", "WANDB_DIR": tmp_path, "WANDB_SILENT": "true"}
+    for name, value in (variables | {"TRACKIO_DIR": tmp_path / "trackio"}).items():
+        monkeypatch.setenv(name, str(value))
+    pytest.importorskip(tracker)
+    config = replace(trained_config, output_dir=str(tmp_path / "mine"), report_to=[tracker])
+    for stage in ("generative", "conditional"):
+        with tracking(config, stage) as log:
+            for step in (1, 2):
+                log(step, {"loss": 0.5 / step, "gain": 0.25})
+    files = sorted(tmp_path.glob(written))
+    assert len(files) == 2
+    if tracker == "trackio":
+        with sqlite3.connect(files[0]) as database:
+            told = database.execute("select run_name, step, metrics from metrics order by step")
+            rows = [(run, step, json.loads(values)["loss"]) for run, step, values in told]
+        assert rows == [("mine", 1, 0.5), ("mine", 2, 0.25)]
 
 
 def test_tracker_that_is_not_installed_is_one_clear_sentence(trained_config, tmp_path, monkeypatch):
