@@ -443,6 +443,20 @@ def test_the_context_is_what_its_formulas_say():
     torch.testing.assert_close(copies.weight, weight.clamp(max=12), **close)
 
 
+def test_gaps_before_a_window_are_packed_without_joining_what_they_part():
+    head, given = shaken_head("copy"), window()
+    present = torch.tensor([[True, False, False, True], [True, True, False, False]])
+    preceding = Preceding(given["preceding"].tokens, present, given["preceding"].hidden)
+    packed = preceding.packed()
+    assert packed.present.tolist() == [[True, False, True], [True, True, False]]
+    expected, found = (
+        head(**(given | {"preceding": p})).log_partition for p in (preceding, packed)
+    )
+    torch.testing.assert_close(found, expected)
+    nothing = Preceding(preceding.tokens, torch.zeros_like(present), preceding.hidden)
+    assert nothing.packed().tokens.shape == (BATCH, 1)
+
+
 @COMBINATION
 def test_a_window_does_not_depend_on_its_batchmates(name):
     head = shaken_head(name)

@@ -83,17 +83,16 @@ def bert_pipe(tokenizer):
 
 
 @pytest.fixture
-def passes(pipe, monkeypatch):
+def passes(pipe):
     """The batch sizes of the backbone passes that `pipe` runs."""
     sizes = []
-    run = pipe.model.backbone_states
 
-    def count(input_ids, *args, **kwargs):
-        sizes.append(len(input_ids))
-        return run(input_ids, *args, **kwargs)
+    def count(module, args, kwargs):
+        sizes.append(len(kwargs["input_ids"]))
 
-    monkeypatch.setattr(pipe.model, "backbone_states", count)
-    return sizes
+    hook = pipe.model.backbone.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
+    yield sizes
+    hook.remove()
 
 
 def favour(pipe, monkeypatch, token: int, at: int | None = None):

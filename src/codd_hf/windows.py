@@ -103,6 +103,8 @@ class WindowsMixin:
                 preceding = self.preceding(
                     states, input_ids, window_start, attention_mask, rows, head
                 )
+                if not torch.compiler.is_compiling():
+                    preceding = preceding.packed()
             return head(
                 logits,
                 tokens=tokens,

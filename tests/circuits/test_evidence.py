@@ -13,6 +13,8 @@ from codd_hf.circuits.evidence import (
     hard_evidence,
     mix_tokens,
     summarise,
+    with_emission_by_token,
+    with_factors,
 )
 from codd_hf.circuits.topk import TopKEvidence
 
@@ -71,6 +73,20 @@ def test_exact_evidence_is_the_sum_over_the_vocabulary(kind, impossible):
     expected = plain(emission, (logits_of() / 0.7).log_softmax(-1))
     for options in ({}, {"repair": False}, {"summary": summarise(emission)}):
         assert_logs_agree(soft(prediction, emission, **options), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_factors_that_are_held_change_nothing(kind):
+    emission, prediction = emission_of(kind), DenseEvidence.from_logits(logits_of())
+    if emission.num_positions > 1:
+        pytest.skip("held for tied emissions only")
+    made = summarise(emission)
+    held = with_factors(made, emission)
+    found = [soft(prediction, emission, summary=summary) for summary in (made, held)]
+    assert torch.equal(*found)
+    log_phi, weights = flat(prediction).dense(), found[0].flatten(0, 1)
+    laws = [mix_tokens(emission, log_phi, weights, POSITIONS, s) for s in (made, held)]
+    assert torch.equal(*laws)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -184,6 +200,47 @@ def test_the_rest_is_spread_in_proportion_to_the_marginal(kind, rows, k):
     summary = summarise(emission, listed.log_marginal)
     assert_logs_agree(soft(listed, emission), expected, 1e-4)
     assert_logs_agree(soft(listed, emission, summary=summary, repair=False), expected, 1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, LENGTH])
+@pytest.mark.parametrize("k", [1, 3, VOCAB])
+@torch.no_grad()
+def test_without_gradients_and_by_token_a_list_adds_up_to_the_same(kind, rows, k, monkeypatch):
+    monkeypatch.setattr("codd_hf.circuits.listing.SLICE_IN_CACHE", 2 * BATCH * LENGTH * k)
+    emission = emission_of(kind)
+    listed = TopKEvidence.from_logits(logits_of(), k).spread_by(marginal_of(rows))
+    expected = plain(emission, listed.dense())
+    summary = summarise(emission, listed.log_marginal)
+    assert_logs_agree(soft(listed, emission, summary=summary), expected, 1e-5)
+    if kind == "dense":
+        summary = with_emission_by_token(summary, emission)
+        assert_logs_agree(soft(listed, emission, summary=summary), expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, LENGTH])
+@pytest.mark.parametrize("k", [None, 1, 3, VOCAB])
+@pytest.mark.parametrize("samples", [(), (2,)])
+@torch.no_grad()
+def test_what_is_given_latents_is_a_sum_however_few_rows_are_made_at_once(
+    kind, rows, k, samples, monkeypatch
+):
+    monkeypatch.setattr("codd_hf.circuits.listing.SLICE_IN_CACHE", 5 * VOCAB)
+    emission = emission_of(kind)
+    latents = torch.randint(LATENTS, (*samples, BATCH, LENGTH))
+    total = torch.randn(*samples, BATCH, LENGTH)
+    forbidden = torch.arange(VOCAB) == 4
+    if k is None:
+        prediction = DenseEvidence.from_logits(logits_of(), forbidden=forbidden)
+    else:
+        prediction = TopKEvidence.from_logits(logits_of(), k, forbidden=forbidden)
+        prediction = prediction.spread_by(marginal_of(rows), forbidden)
+    expected = prediction.dense() + emission_of_latents(emission, latents) - total[..., None]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = prediction.given_latents(emission, latents, total)
+    assert (found[..., 4] == -torch.inf).all()
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_rest_with_nothing_to_be_spread_over_is_dropped():

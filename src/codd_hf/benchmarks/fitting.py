@@ -89,8 +89,11 @@ def hmmlearn_iteration(start: Start, windows: torch.Tensor) -> Iteration:
 
 def pomegranate_iteration(start: Start, windows: torch.Tensor) -> Iteration:
     """`DenseHMM` (PyTorch, all windows at once)."""
+    threads = torch.get_num_threads()
     from pomegranate.distributions import Categorical
     from pomegranate.hmm import DenseHMM
+
+    torch.set_num_threads(threads)  # importing it takes all cores
 
     symbols = windows[..., None]
 

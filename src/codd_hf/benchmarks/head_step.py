@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,6 +99,9 @@ def mean_entropy(logits: torch.Tensor) -> float:
 
 EVIDENCE = ("exact", "topk")
 
+BY_TOKEN = "topk, emission held by token"
+"""Top-k evidence of a head that holds its emission twice (`CoDDHead.hold_emission_by_token`)."""
+
 
 @torch.no_grad()
 def head_step(
@@ -117,15 +121,15 @@ def head_step(
         tokens: `[B, L]`, used where `observed`.
         observed: `[B, L]` bool.
         hidden: `[B, L, d]`, for a conditioned head.
-        evidence: `exact`, or `topk` for lists of the `DEFAULT_TOP_K` best tokens, which is what a
-            model's decoding takes for a large vocabulary.
+        evidence: `exact`, or `topk` (or `BY_TOKEN`) for lists of the `DEFAULT_TOP_K` best tokens,
+            which is what a model's decoding takes for a large vocabulary.
         confidence: `marginal` also computes the exact marginals of the candidates, which rank
             positions.
 
     Returns:
         `[B, L, V]` log-probabilities given the sampled latents.
     """
-    if evidence == "topk":
+    if evidence != "exact":
         k = min(DEFAULT_TOP_K, logits.shape[-1])
         logits = circuits.TopKEvidence.from_logits(logits, k, forbidden=head.forbidden)
     distribution = head(logits, tokens=tokens, observed=observed, last_hidden_state=hidden)
@@ -161,7 +165,9 @@ def measure(options: Options) -> Report:
     shape = QUICK if options.quick else LLADA_8B
     repeats = options.repeats_or(5)
     rates = measure_rates(options.device, options.quick)
-    head = random_head(shape, options)
+    head, twice = random_head(shape, options), random_head(shape, options)
+    twice.hold_emission_by_token()
+    heads = dict.fromkeys(EVIDENCE, head) | {BY_TOKEN: twice}
     circuit = (head.initial, head.transition, head.emission)
     rows = []
     for batch in [options.batch_size] if options.batch_size else [1, 8]:
@@ -169,10 +175,10 @@ def measure(options: Options) -> Report:
         window = random_window(sized, options)
         given = (window.logits, window.tokens, window.observed)
         sides = {"plain": lambda given=given: plain_step(circuit, *given)}
-        for mode in EVIDENCE:
-            sides[mode] = lambda given=given, mode=mode: head_step(head, *given, evidence=mode)
+        for mode, own in heads.items():
+            sides[mode] = partial(head_step, own, *given, evidence=mode)
         seconds = median_seconds(sides, repeats, options.device)
-        for mode in EVIDENCE:
+        for mode in heads:
             rows.append(
                 {
                     "batch": batch,

@@ -80,6 +80,11 @@ class Chain:
         """Can no row need log space?"""
         return self.steps.spread <= SAFE_SPREAD
 
+    @property
+    def smallest(self) -> float:
+        """Mass up to here counts as lost in a step."""
+        return 0.0 if self.is_safe else LOST_MASS
+
     def select(self, rows: torch.Tensor) -> Chain:
         """The chains of some rows."""
         present = None if self.present is None else self.present[rows]
@@ -113,14 +118,15 @@ class Filter:
     log_rows: torch.Tensor | None = None
     log_messages: torch.Tensor | None = None
 
-    def first(self, batch: int) -> Filter:
-        """What it says of the first `batch` rows."""
-        rows, log_messages = self.log_rows, self.log_messages
+    def copy(self, number: int, batch: int) -> Filter:
+        """What it says of one of the copies of a batch that were stacked."""
+        first = number * batch
+        part, rows, log_messages = slice(first, first + batch), self.log_rows, self.log_messages
         if rows is not None:
-            kept = rows < batch
-            rows = rows[kept]
+            kept = (rows >= first) & (rows < first + batch)
+            rows = rows[kept] - first
             log_messages = log_messages[kept] if len(rows) else None
-        return Filter(self.log_partition[:batch], self.messages[:batch], rows, log_messages)
+        return Filter(self.log_partition[part], self.messages[part], rows, log_messages)
 
 
 def _where(condition: torch.Tensor | None, value: torch.Tensor, other) -> torch.Tensor:
@@ -153,25 +159,56 @@ def _scaled_forward(chain: Chain) -> tuple[Filter, torch.Tensor]:
     evidence, shift = shifted_exp(chain.evidence, 2)
     batch, length, latents = evidence.shape
     by_position = evidence.unbind(1)  # the backward pass of a slice would fill all positions
-    smallest = 0.0 if chain.is_safe else LOST_MASS
     message = evidence.new_full((batch, latents), 1 / latents)
     log_scale = _where(chain.present, shift[..., 0], 0).sum(1)
     messages, scales = [], []
     for i in range(length):
-        predicted, moves = message, chain.moves(i)
         if i > 0:
-            predicted = _where(moves, steps.push(message, i), message)
-            added = steps.log_scale(i, batch)
+            added, moves = steps.log_scale(i, batch), chain.moves(i)
             log_scale = log_scale + (added if moves is None else added * moves[:, 0])
-        joint = _where(chain.at(i), predicted * by_position[i], message)
-        scale = joint.sum(-1, keepdim=True)
-        message = joint / scale.masked_fill(scale <= smallest, 1)
+        message, scale = step_right(chain, message, by_position[i], i)
         messages.append(message)
         scales.append(scale)
     scales = torch.cat(scales, 1)
-    lost = (scales <= smallest).any(1)
+    lost = (scales <= chain.smallest).any(1)
     log_partition = log_scale + safe_log(scales).sum(1)
     return Filter(log_partition, torch.stack(messages, 1)), lost
+
+
+def step_right(
+    chain: Chain, message: torch.Tensor, weights: torch.Tensor, position: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The forward message of a position, and the scale `[B, 1]` that was taken out of it.
+
+    Args:
+        chain: the chain.
+        message: `[B, H]` of the position before; at position 0, the uniform law.
+        weights: `[B, H]`, the evidence in probability space, up to a factor.
+        position: where to.
+    """
+    predicted = message
+    if position > 0:
+        predicted = _where(chain.moves(position), chain.steps.push(message, position), message)
+    joint = _where(chain.at(position), predicted * weights, message)
+    scale = joint.sum(-1, keepdim=True)
+    return joint / scale.masked_fill(scale <= chain.smallest, 1), scale
+
+
+def step_left(
+    chain: Chain, future: torch.Tensor, weights: torch.Tensor, position: int
+) -> torch.Tensor:
+    """`[B, H]`: what `position` and those to its right say of the latent before it, scaled.
+
+    Args:
+        chain: the chain.
+        future: `[B, H]`, what the positions to the right say of the latent at `position`.
+        weights: `[B, H]`, the evidence there in probability space, up to a factor.
+        position: where from, not 0.
+    """
+    past = chain.steps.pull(weights * future, position)
+    largest = past.amax(-1, keepdim=True)
+    past = past / largest.masked_fill(largest <= chain.smallest, 1)
+    return _where(chain.moves(position), past, future)
 
 
 def _log_forward(chain: Chain) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,21 +247,17 @@ def posterior(chain: Chain, filtered: Filter) -> torch.Tensor:
 def _scaled_backward(chain: Chain, messages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     evidence = shifted_exp(chain.evidence, 2)[0].unbind(1)
     past_laws = messages.unbind(1)
-    smallest = 0.0 if chain.is_safe else LOST_MASS
     future = torch.ones_like(past_laws[0])
     fragile = torch.zeros(len(messages), dtype=torch.bool, device=messages.device)
     smoothed = []
     for i in reversed(range(messages.shape[1])):
         joint = past_laws[i] * future
         total = joint.sum(-1, keepdim=True)
-        lost = total <= smallest
+        lost = total <= chain.smallest
         fragile = fragile | lost[:, 0]
         smoothed.append(_where(chain.at(i), joint / total.masked_fill(lost, 1), 0))
         if i > 0:
-            past = chain.steps.pull(evidence[i] * future, i)
-            largest = past.amax(-1, keepdim=True)
-            past = past / largest.masked_fill(largest <= smallest, 1)
-            future = _where(chain.moves(i), past, future)
+            future = step_left(chain, future, evidence[i], i)
     return torch.stack(smoothed[::-1], 1), fragile
 
 

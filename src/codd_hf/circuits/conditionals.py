@@ -65,7 +65,7 @@ class Conditionals(LatentChain):
                 return evidence
             positions = torch.full_like(rows, i)
             posterior = normalised_exp(around[chosen] + evidence[chosen])
-            tokens[rows, i] = draw(i, self._token_laws(rows, positions, posterior), rows)
+            tokens[rows, i] = draw(i, self.token_laws(rows, positions, posterior), rows)
             drawn = self._hard_evidence_at(rows, positions, tokens[rows, i])
             return evidence.index_put((chosen,), drawn + outside[rows, i])
 
@@ -116,10 +116,6 @@ class Conditionals(LatentChain):
         sweep(chain, visit)
         return result
 
-    def marginals_at(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """`[N, V]`: what `marginals` give to masked positions `[N]` of rows `[N]`."""
-        return self._token_laws(rows, positions, self.latent_posterior[rows, positions])
-
     @property
     def soft_evidence(self) -> torch.Tensor:
         """`[B, L, H + J]`: log of what the prediction of each masked position gives to the latents.
@@ -132,32 +128,57 @@ class Conditionals(LatentChain):
         """`[B, L]`: the backbone's log-probabilities of tokens `[B, L]`, at masked positions."""
         return self._prediction.log_prob_of(torch.where(self.masked, value, 0))
 
-    def _token_laws(
+    def token_laws(
         self, rows: torch.Tensor, positions: torch.Tensor, posterior: torch.Tensor
     ) -> torch.Tensor:
         """Laws `[N, V]` of the tokens at masked positions.
 
-        They are the backbone's own in rows where the circuit is not active or `Z` is zero.
+        They are the backbone's own in rows where the circuit is not active or nothing is possible.
 
         Args:
             rows: `[N]`.
             positions: `[N]`.
-            posterior: `[N, H + J]`, the laws of the latents there.
+            posterior: `[N, H + J]`, the laws of the latents there; zeros where nothing is possible.
         """
-        number = self.potentials.num_latents
         log_phi = self._log_phi[rows, positions]
-        weights = safe_log(posterior[:, :number])
-        evidence = self._evidence[rows, positions, :number]
-        weights = weights - torch.where(weights == -torch.inf, 0, evidence)
+        weights = self._emission_weights(rows, positions, posterior)
         mixed = mix_tokens(
             self.potentials.emission, log_phi, weights, positions, self.potentials.summary
         )
+        number = self.potentials.num_latents
         if self._copies is not None:
             own = posterior[:, :number].sum(-1, keepdim=True)
             tokens = self._copies.tokens[rows]
             mixed = (own * mixed).scatter_add(1, tokens, posterior[:, number:].to(mixed.dtype))
-        coupled = (self.active & (self.log_partition > -torch.inf))[rows]
+        coupled = self.active[rows] & (posterior > 0).any(-1)
         return mixed if bool(coupled.all()) else torch.where(coupled[:, None], mixed, log_phi.exp())
+
+    def token_probs(
+        self,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        posterior: torch.Tensor,
+        tokens: torch.Tensor,
+    ) -> torch.Tensor:
+        """`[N]`: what `token_laws` give to tokens `[N]`, at no cost in the vocabulary."""
+        log_phi = self._prediction[rows, positions].log_prob_of(tokens)
+        weights = self._emission_weights(rows, positions, posterior)
+        columns = self.potentials.emission.columns(tokens, positions).to(self._dtype)
+        mixed = (log_phi + logsumexp(weights + columns, -1)).exp()
+        if self._copies is not None:
+            emits = self._copies.tokens[rows] == tokens[:, None]
+            mixed = mixed + (posterior[:, self.potentials.num_latents :] * emits).sum(-1)
+        coupled = self.active[rows] & (posterior > 0).any(-1)
+        return torch.where(coupled, mixed, log_phi.exp())
+
+    def _emission_weights(
+        self, rows: torch.Tensor, positions: torch.Tensor, posterior: torch.Tensor
+    ) -> torch.Tensor:
+        """`[N, H]` log of `posterior(z) / s(z)`: what states weigh in the mixture of emissions."""
+        number = self.potentials.num_latents
+        weights = safe_log(posterior[:, :number])
+        evidence = self._evidence[rows, positions, :number]
+        return weights - torch.where(weights == -torch.inf, 0, evidence)
 
     def _hard_evidence_at(
         self, rows: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor

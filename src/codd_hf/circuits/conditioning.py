@@ -83,6 +83,18 @@ class Preceding:
     present: torch.Tensor
     hidden: torch.Tensor
 
+    def packed(self) -> Preceding:
+        """The same with most of what is not present left out, which would only be worked on.
+
+        One place stays behind each stretch of tokens: the last of them and the first of the next
+        stretch do not follow each other.
+        """
+        kept = self.present | self.present.roll(1, 1)
+        number = max(int(kept.sum(1).max()), 1)
+        order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, :number]
+        rows = torch.arange(len(order), device=order.device)[:, None]
+        return Preceding(*(t[rows, order] for t in (self.tokens, self.present, self.hidden)))
+
 
 class ContextMaps(nn.Module):
     """The maps from hidden states to [`Context`].

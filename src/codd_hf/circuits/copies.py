@@ -109,10 +109,11 @@ class CopySteps:
         if follow.shape[-1]:
             total = torch.maximum(total, largest(follow))
         self.scale = total
-        share = (scale - total)[..., None]
-        self.share = share.exp()  # [L, B, 1], of the circuit's own transitions
-        self.start = (copies.start.transpose(0, 1) + share).exp().unbind(0)  # L times [B, J]
-        self.follow = (follow.transpose(0, 1) - total[..., None]).exp().unbind(0)  # [B, J - 1]
+        share = (scale - total)[..., None, None]
+        self.share = share.exp().unbind(0)  # L times [B, 1, 1], of the circuit's own transitions
+        self.start = (copies.start.transpose(0, 1)[:, :, None] + share).exp().unbind(0)  # [B, 1, J]
+        follow = follow.transpose(0, 1)[:, :, None] - total[..., None, None]
+        self.follow = follow.exp().unbind(0)  # [B, 1, J - 1]
         self.emitted, self.left = copies.emitted.exp(), copies.left.exp()
         self.num_latents = copies.emitted.shape[-1]
 
@@ -150,20 +151,19 @@ class CopySteps:
 
     def push(self, message: torch.Tensor, position: int) -> torch.Tensor:
         own, copied = self._split(message)
-        moved = self._through(self.inner.push, own + copied @ self.left, position)
-        entered = (moved @ self.emitted.transpose(1, 2)) * self.start[position][:, None]
-        on = copied[..., :-1] * self.follow[position][:, None]
-        copied = entered + torch.nn.functional.pad(on, (1, 0))
-        return self._joined(moved * self.share[position][:, None], copied)
+        moved = self._through(self.inner.push, torch.baddbmm(own, copied, self.left), position)
+        entered = (moved @ self.emitted.transpose(1, 2)) * self.start[position]
+        entered[..., 1:].addcmul_(copied[..., :-1], self.follow[position])
+        return self._joined(moved * self.share[position], entered)
 
     def pull(self, weights: torch.Tensor, position: int) -> torch.Tensor:
         own, copied = self._split(weights)
-        entered = (copied * self.start[position][:, None]) @ self.emitted
-        own = own * self.share[position][:, None] + entered
+        entered = copied * self.start[position]
+        own = torch.baddbmm(own * self.share[position], entered, self.emitted)
         moved = self._through(self.inner.pull, own, position)
-        on = copied[..., 1:] * self.follow[position][:, None]
-        copied = moved @ self.left.transpose(1, 2) + torch.nn.functional.pad(on, (0, 1))
-        return self._joined(moved, copied)
+        left = moved @ self.left.transpose(1, 2)
+        left[..., :-1].addcmul_(copied[..., 1:], self.follow[position])
+        return self._joined(moved, left)
 
     def into(self, state: torch.Tensor, position: int) -> torch.Tensor:
         """`A'(., state)`, `[S, B, H + J]`, up to the scale, of states `[S, B]`."""

@@ -156,7 +156,7 @@ class CoupledCategorical(Conditionals, Distribution):
             (batch,) = self.batch_shape
             stacked = torch.cat((self._evidence, evidence))
             both = self._checked(chains.forward_filter(self._chain(stacked)))
-            self._filter, joint = both.first(batch), both.log_partition[batch:]
+            self._filter, joint = both.copy(0, batch), both.log_partition[batch:]
         impossible = (self.active & (self.log_partition == -torch.inf)).nonzero()[:, 0].tolist()
         if impossible:
             raise ValueError(
@@ -176,7 +176,7 @@ class CoupledCategorical(Conditionals, Distribution):
         """
         coupled = self.active & (self.log_partition > -torch.inf)
         rows, positions = (self.masked & coupled[:, None]).nonzero(as_tuple=True)
-        mixed = self.marginals_at(rows, positions)
+        mixed = self.token_laws(rows, positions, self.latent_posterior[rows, positions])
         marginals = self.factorized_logits.exp()
         return marginals.index_put((rows, positions), mixed)
 
@@ -214,7 +214,6 @@ class CoupledCategorical(Conditionals, Distribution):
         """
         number = self.potentials.num_latents
         own = latents.clamp(max=number - 1)
-        emission = emission_of_latents(self.potentials.emission, own).to(self._dtype)
         # The sum over the vocabulary is the evidence of the latent, which is known already.
         coupled = (self.masked & self.active[:, None]).expand(latents.shape)
         evidence = self._evidence.expand(*latents.shape, -1).gather(-1, latents[..., None])
@@ -223,8 +222,11 @@ class CoupledCategorical(Conditionals, Distribution):
         total = evidence.masked_fill(~coupled, 0)
         in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         if in_place:
-            scores = self._prediction.weighted(emission, total)
+            scores = self._prediction.given_latents(
+                self.potentials.emission, own, total[..., 0].to(self._dtype)
+            )
         else:
+            emission = emission_of_latents(self.potentials.emission, own).to(self._dtype)
             scores = self._log_phi + emission - total
         if not in_place or not bool(coupled.all()):
             scores = torch.where(coupled, scores, self._log_phi)

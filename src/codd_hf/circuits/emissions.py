@@ -60,6 +60,13 @@ class DenseEmission:
             return self.log_potential[0][latents]
         return self.log_potential[positions, latents]
 
+    def rows_into(self, out: torch.Tensor, latents: torch.Tensor, positions: torch.Tensor) -> None:
+        """Writes `rows` of latents and positions `[n]` into `out [n, V]`."""
+        if self.num_positions == 1 and out.dtype == self.dtype:
+            torch.index_select(self.log_potential[0], 0, latents, out=out)
+        else:
+            out.copy_(self.rows(latents, positions))
+
     def chunks(self, size: int, position: int = 0) -> Iterator[tuple[slice, torch.Tensor]]:
         """Slices of the vocabulary and their `log E [H, n]`."""
         matrix = self.log_potential[position if self.num_positions > 1 else 0]
@@ -123,6 +130,10 @@ class TiedEmission:
         """`log E(z, .)`, `[..., V]`, of latents `[...]`."""
         return self.latents[latents] @ self.embedding.T + self.bias
 
+    def rows_into(self, out: torch.Tensor, latents: torch.Tensor, positions: torch.Tensor) -> None:
+        """Writes `rows` of latents `[n]` into `out [n, V]`."""
+        out.copy_(self.rows(latents, positions))
+
     def chunks(self, size: int, position: int = 0) -> Iterator[tuple[slice, torch.Tensor]]:
         """Slices of the vocabulary and their `log E [H, n]`."""
         first = 0
@@ -140,6 +151,13 @@ class TiedEmission:
 
 
 Emission = DenseEmission | TiedEmission
+
+
+def stored_by_latent(emission: Emission) -> bool:
+    """Whether a tied matrix has a state's tokens, not a token's states, side by side."""
+    if not isinstance(emission, DenseEmission) or emission.num_positions > 1:
+        return False
+    return emission.log_potential.stride(-1) == 1
 
 
 @torch.no_grad()

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .emissions import Emission
+from .emissions import DenseEmission, Emission
 from .lazy import cached_property
-from .numerics import LOST_MASS, full_precision, logsumexp, normalised_exp
+from .listing import slice_size
+from .numerics import LOST_MASS, exp_of_difference, full_precision, logsumexp, normalised_exp
 
 UNDERFLOW = 1e-30
 """A sum of float32 products below this may lack terms that were rounded to zero."""
@@ -38,11 +39,15 @@ class EmissionSummary:
         log_max: `[1 or L, H]`, each state's largest `log E(z, v)`, without a gradient.
         log_min: `[1 or L, H]`, the smallest, without a gradient.
         log_mean: `[1 or L, H]`, `log sum_v u(v) E(z, v)` under token marginals `u`, or None.
+        by_token: `[V, H]`, `E(z, v) exp(-scale(z))` with a token's states side by side, or None.
+        factors: `[H, V]`, `E(z, v) exp(-scale(z))` of tied emissions, or None.
     """
 
     log_max: torch.Tensor
     log_min: torch.Tensor
     log_mean: torch.Tensor | None = None
+    by_token: torch.Tensor | None = None
+    factors: torch.Tensor | None = None
 
     @cached_property
     def needs_repair(self) -> bool:
@@ -52,6 +57,10 @@ class EmissionSummary:
         """
         spread = self.log_max - self.log_min  # NaN for a state that emits nothing: rather repair
         return not bool((spread.exp() < 1 / UNDERFLOW).all())
+
+    def holds_factors(self, dtype: torch.dtype) -> bool:
+        """Whether `factors` are there in a dtype."""
+        return self.factors is not None and self.factors.dtype == dtype
 
     def scale(self, position: int) -> torch.Tensor:
         """`[H]`: what is taken out of `log E_i(z, .)` before `exp`."""
@@ -143,14 +152,25 @@ class DenseEvidence:
         """`[*batch, V]` log-probabilities."""
         return self.log_probs
 
-    def weighted(self, log_weights: torch.Tensor, log_total: torch.Tensor) -> torch.Tensor:
-        """`dense() + log_weights - log_total`, written into `log_weights` `[*S, *batch, V]`.
+    @full_precision
+    def given_latents(
+        self, emission: Emission, latents: torch.Tensor, log_total: torch.Tensor
+    ) -> torch.Tensor:
+        """`dense() + emission_of_latents(emission, latents) - log_total`; not differentiable.
 
         Args:
-            log_weights: what each token is weighted with; overwritten.
-            log_total: `[*S, *batch, 1]`.
+            emission: the emission.
+            latents: `[*S, *batch]`.
+            log_total: `[*S, *batch]`, whose dtype the result has.
         """
-        return log_weights.sub_(log_total).add_(self.log_probs)
+        scores = log_total.new_empty(*latents.shape, emission.vocab_size)
+        log_probs = self.log_probs.reshape(-1, scores.shape[-1])
+        log_total = log_total.reshape(-1, 1)
+        copies = torch.arange(len(log_total), device=self.device) % max(len(log_probs), 1)
+        once = len(log_total) == len(log_probs)
+        for part, rows in rows_of_latents(emission, latents, scores):
+            rows.add_(log_probs[part if once else copies[part]]).sub_(log_total[part])
+        return scores
 
     @full_precision
     def soft_evidence(
@@ -180,7 +200,10 @@ class DenseEvidence:
         rows_of, sums = [], []
         for position, rows in _by_position(emission, positions):
             scale = summary.scale(position).to(phi.dtype)
-            product = _sum_over_tokens(emission, phi[rows], position, scale, dtype)
+            if dtype is None and summary.holds_factors(phi.dtype):
+                product = phi[rows] @ summary.factors.T
+            else:
+                product = _sum_over_tokens(emission, phi[rows], position, scale, dtype)
             rows_of.append(rows)
             sums.append((product, scale.expand_as(product)))
         product, scale = (_in_order(rows_of, parts) for parts in zip(*sums, strict=True))
@@ -200,6 +223,26 @@ class DenseEvidence:
         return log_evidence
 
 
+@torch.no_grad()
+def with_emission_by_token(summary: EmissionSummary, emission: DenseEmission) -> EmissionSummary:
+    """A summary that also holds the (tied) emission by token: a second matrix of its size.
+
+    Where what is listed is added up on a CPU, a token's states are then read from memory alone,
+    without their neighbours in the vocabulary.
+    """
+    scale = summary.scale(0)
+    by_token = scale.new_empty(emission.vocab_size, emission.num_latents)
+    for part, matrix in emission.chunks(_width(emission)):
+        by_token[part] = _factors(matrix, scale).T
+    return replace(summary, by_token=by_token)
+
+
+@torch.no_grad()
+def with_factors(summary: EmissionSummary, emission: Emission) -> EmissionSummary:
+    """A summary that also holds a small (tied) emission in probability space, for products."""
+    return replace(summary, factors=_factors(emission.dense()[0], summary.scale(0)))
+
+
 @full_precision
 def hard_evidence(emission: Emission, tokens: torch.Tensor) -> torch.Tensor:
     """`log E_i(z, x_i)`, `[..., L, H]`, of tokens `[..., L]`."""
@@ -210,6 +253,24 @@ def hard_evidence(emission: Emission, tokens: torch.Tensor) -> torch.Tensor:
 def emission_of_latents(emission: Emission, latents: torch.Tensor) -> torch.Tensor:
     """`log E_i(z_i, v)`, `[..., L, V]`, of latents `[..., L]`."""
     return emission.rows(latents, torch.arange(latents.shape[-1], device=latents.device))
+
+
+def rows_of_latents(
+    emission: Emission, latents: torch.Tensor, scores: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Fills `scores [*S, *batch, V]` with `emission_of_latents`, few rows at a time.
+
+    Yields which of the rows, and the rows `[n, V]` themselves, to be worked on while they are in
+    the processor's cache.
+    """
+    length = latents.shape[-1]
+    positions = torch.arange(length, device=latents.device).expand_as(latents).reshape(-1)
+    latents, scores = latents.reshape(-1), scores.view(-1, scores.shape[-1])
+    number = max(slice_size(scores.device) // scores.shape[-1], 1)
+    for first in range(0, len(scores), number):
+        part = slice(first, first + number)
+        emission.rows_into(scores[part], latents[part], positions[part])
+        yield part, scores[part]
 
 
 @full_precision
@@ -238,7 +299,9 @@ def mix_tokens(
         scale = summary.scale(position).to(dtype)
         mixture = normalised_exp(weights[rows] + scale)
         chunks = emission.chunks(_width(emission), position)
-        mixed = [mixture @ _factors(matrix, scale) for _, matrix in chunks]
+        made = (_factors(matrix, scale) for _, matrix in chunks)
+        held = [summary.factors] if summary.holds_factors(dtype) else made
+        mixed = [mixture @ factors for factors in held]
         rows_of.append(rows)
         parts.append(torch.cat(mixed, -1))
     law = _in_order(rows_of, parts) * log_phi.exp()
@@ -290,7 +353,7 @@ def _width(emission: Emission) -> int:
 
 
 def _factors(log_emission: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (log_emission.to(scale.dtype) - scale[:, None]).exp_()
+    return exp_of_difference(log_emission.to(scale.dtype), scale[:, None])
 
 
 def _sum_over_tokens(emission, weights, position: int, scale, dtype) -> torch.Tensor:

@@ -150,6 +150,19 @@ class LatentChain:
     def _filter(self) -> chains.Filter:
         return self._checked(chains.forward_filter(self._chain(self._evidence)))
 
+    def filter_with(self, other: LatentChain) -> None:
+        """Runs the recursions behind both `log_partition`s at once.
+
+        Args:
+            other: the same but for the evidence temperature.
+        """
+        for name in ("_copies", "_steps", "_initial"):
+            setattr(other, name, getattr(self, name))
+        stacked = self._chain(torch.cat((self._evidence, other._evidence)))
+        both = self._checked(chains.forward_filter(stacked))
+        (batch,) = self.batch_shape
+        self._filter, other._filter = both.copy(0, batch), both.copy(1, batch)
+
     def _checked(self, filtered: chains.Filter) -> chains.Filter:
         if not torch.compiler.is_compiling() and bool(filtered.log_partition.isnan().any()):
             raise ValueError(

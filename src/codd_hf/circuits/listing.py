@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import torch
 
-SLICE_IN_CACHE = 1 << 20
+from .numerics import exp_of_difference
+
+SLICE_IN_CACHE = 1 << 21
 """Numbers that are worked on at once on a CPU."""
 
 SLICE_ON_DEVICE = 1 << 26
@@ -88,5 +90,5 @@ def _list_in_place(
     scores.scatter_(-1, indices[:, :k], -torch.inf)
     largest = values[:, k:]
     largest = largest.masked_fill(largest == -torch.inf, 0)
-    rest = scores.sub_(largest).exp_().sum(-1).log() + largest[:, 0]
+    rest = exp_of_difference(scores, largest, out=scores).sum(-1).log() + largest[:, 0]
     return values[:, :k], indices[:, :k], rest

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .emissions import DenseEmission, Emission
-from .evidence import EmissionSummary, summarise
+from .emissions import DenseEmission, Emission, stored_by_latent
+from .evidence import ONE_PRODUCT, EmissionSummary, summarise, with_emission_by_token, with_factors
 from .lazy import cached_property
 from .transitions import DenseTransition, Transition
 
@@ -29,12 +29,18 @@ class Potentials:
         emission: emissions, or a tensor `[1, H, V]` or `[L, H, V]`.
         log_marginal: `[1 or L, V]`, log of the (normalised) law by which a top-k prediction's
             remaining mass is spread; needed with top-k evidence only.
+        lasting: whether many steps are taken with them. A small tied emission is then held in
+            probability space as well.
+        by_token: whether a dense tied emission is held by token as well, in probability space:
+            top-k evidence is faster on a CPU, for as much memory again.
     """
 
     initial: torch.Tensor
     transition: Transition
     emission: Emission
     log_marginal: torch.Tensor | None = None
+    lasting: bool = False
+    by_token: bool = False
 
     def __post_init__(self):
         if isinstance(self.transition, torch.Tensor):
@@ -53,12 +59,19 @@ class Potentials:
     @cached_property
     def summary(self) -> EmissionSummary:
         """What exact evidence needs of all emissions."""
-        return summarise(self.emission)
+        summary = summarise(self.emission)
+        size = self.num_latents * self.vocab_size
+        if self.lasting and self.emission.num_positions == 1 and size <= ONE_PRODUCT:
+            return with_factors(summary, self.emission)
+        return summary
 
     @cached_property
     def top_k_summary(self) -> EmissionSummary:
         """What top-k evidence needs of all emissions."""
-        return summarise(self.emission, self.log_marginal)
+        summary = summarise(self.emission, self.log_marginal)
+        if self.by_token and stored_by_latent(self.emission) and not summary.needs_repair:
+            return with_emission_by_token(summary, self.emission)
+        return summary
 
     def leaves(self) -> tuple[torch.Tensor, ...]:
         """The tensors of log-potentials that the circuit is made of."""

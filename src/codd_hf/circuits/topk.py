@@ -19,9 +19,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional as F
 
-from .emissions import DenseEmission, Emission
-from .evidence import DenseEvidence, EmissionSummary, scaled_logits, summarise, working_dtype
+from .emissions import DenseEmission, Emission, stored_by_latent
+from .evidence import (
+    DenseEvidence,
+    EmissionSummary,
+    rows_of_latents,
+    scaled_logits,
+    summarise,
+    working_dtype,
+)
 from .listing import list_likeliest, slice_size
 from .numerics import full_precision, logsumexp, safe_log
 
@@ -133,17 +141,28 @@ class TopKEvidence:
         rest = self._log_rest_weight()[..., None] + self.log_marginal[self.marginal_rows]
         return rest.scatter(-1, self.indices, self.log_probs.to(rest.dtype))
 
-    def weighted(self, log_weights: torch.Tensor, log_total: torch.Tensor) -> torch.Tensor:
-        """As `DenseEvidence.weighted`."""
-        shape = log_weights.shape[:-1]
-        indices = self.indices.expand(*shape, -1)
-        listed = log_weights.gather(-1, indices) + self.log_probs - log_total
-        if self.indices.shape[-1] == log_weights.shape[-1]:
-            return log_weights.scatter_(-1, indices, listed)
-        marginal = self.log_marginal
-        marginal = marginal[0] if len(marginal) == 1 else marginal[self.marginal_rows]
-        scores = log_weights.add_(self._log_rest_weight()[..., None] - log_total).add_(marginal)
-        return scores.scatter_(-1, indices, listed)
+    @full_precision
+    def given_latents(
+        self, emission: Emission, latents: torch.Tensor, log_total: torch.Tensor
+    ) -> torch.Tensor:
+        """As `DenseEvidence.given_latents`."""
+        scores = log_total.new_empty(*latents.shape, emission.vocab_size)
+        whole = self.indices.shape[-1] == emission.vocab_size
+
+        def flat(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.expand(*latents.shape, -1).reshape(-1, tensor.shape[-1])
+
+        indices = flat(self.indices)
+        listed = flat(self.log_probs - log_total[..., None])
+        if not whole:
+            others = flat((self._log_rest_weight() - log_total)[..., None])
+            laws, law_of = self.log_marginal, flat(self.marginal_rows[..., None])[:, 0]
+        for part, rows in rows_of_latents(emission, latents, scores):
+            values = rows.gather(1, indices[part]).add_(listed[part])
+            if not whole:
+                rows.add_(others[part]).add_(laws if len(laws) == 1 else laws[law_of[part]])
+            rows.scatter_(1, indices[part], values)
+        return scores
 
     @full_precision
     def soft_evidence(
@@ -169,8 +188,8 @@ class TopKEvidence:
             ValueError: `k < V` and no `spread_by` has said where the remaining mass goes.
         """
         safe = summary is not None and not summary.needs_repair
-        if safe and _stored_by_latent(emission) and not torch.is_grad_enabled():
-            return self._soft_evidence_by_latent(emission, summary)
+        if safe and stored_by_latent(emission) and not torch.is_grad_enabled():
+            return self._soft_evidence_in_products(emission, summary)
         listed, columns = self._listed(emission, positions)
         if self.indices.shape[-1] == emission.vocab_size:
             return listed
@@ -185,14 +204,39 @@ class TopKEvidence:
         others = log_mean + safe_log(1 - part) + rest[:, None]
         return logsumexp(torch.stack((listed, others)), 0)
 
-    def _soft_evidence_by_latent(
+    def _soft_evidence_in_products(
         self, emission: DenseEmission, summary: EmissionSummary
     ) -> torch.Tensor:
-        """The same where sums cannot underflow: one exponential and two small products."""
+        """The same where sums cannot underflow: what is listed is added up in two products."""
         scale = summary.scale(0)
         whole = self.indices.shape[-1] == emission.vocab_size
         weights = [self.log_probs] if whole else [self.log_probs, self._log_marginal_listed()]
-        weights = torch.stack(weights, -1).to(scale.dtype).exp()  # [N, k, 1 or 2]
+        weights = torch.stack(weights, 1).to(scale.dtype).exp()  # [N, 1 or 2, k]
+        if summary.by_token is None:
+            sums = self._sums_by_latent(emission, scale, weights)
+        else:
+            # A prediction's sums one after the other, the second from the processor's cache.
+            tokens = self.indices.repeat_interleave(weights.shape[1], 0)
+            sums = F.embedding_bag(
+                tokens, summary.by_token, mode="sum", per_sample_weights=weights.flatten(0, 1)
+            ).unflatten(0, weights.shape[:2])
+        if whole:
+            return sums[:, 0].log() + scale
+        listed, part = sums.unbind(1)
+        mean = (summary.log_mean.to(scale.dtype) - scale).exp()[self.marginal_rows]
+        rest = self._log_rest_weight().to(scale.dtype).exp()[:, None]
+        return (listed + rest * (mean - part).clamp(min=0)).log() + scale
+
+    def _sums_by_latent(
+        self, emission: DenseEmission, scale: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`[N, n, H]`: sums of the listed tokens' `E(z, v) exp(-scale(z))`.
+
+        Args:
+            emission: stored by latent.
+            scale: `[H]`.
+            weights: `[N, n, k]`, what the tokens count in each sum.
+        """
         # In the order of their tokens, a state's numbers are read from memory one after the other.
         tokens, order = self.indices.flatten().sort()
         place = order.argsort()
@@ -202,14 +246,9 @@ class TopKEvidence:
         for matrix, largest in zip(*states, strict=True):
             factors = matrix.gather(1, tokens.expand(len(matrix), -1)).to(scale.dtype)
             factors = factors.sub_(largest[:, None]).exp_().index_select(1, place)
-            sums.append(factors.unflatten(1, self.indices.shape).transpose(0, 1) @ weights)
-        sums = torch.cat(sums, 1)  # [N, H, 1 or 2]
-        if whole:
-            return sums[..., 0].log() + scale
-        listed, part = sums.unbind(-1)
-        mean = (summary.log_mean[self.marginal_rows].to(scale.dtype) - scale).exp()
-        rest = self._log_rest_weight().to(scale.dtype).exp()[:, None]
-        return (listed + rest * (mean - part).clamp(min=0)).log() + scale
+            factors = factors.unflatten(1, self.indices.shape).transpose(0, 1)
+            sums.append(factors @ weights.transpose(1, 2))
+        return torch.cat(sums, 1).transpose(1, 2)
 
     @full_precision
     def soft_evidence_bounds(
@@ -238,7 +277,7 @@ class TopKEvidence:
         """The listed tokens' share of `log s`, `[N, H]`, and their `log E(z, v)`, `[N, k, H]`."""
         dtype = working_dtype(emission, self.log_probs)
         tokens = self.indices
-        if _stored_by_latent(emission):
+        if stored_by_latent(emission):
             # Twice as fast as `columns`, which goes through all states for one token at a time.
             columns = emission.log_potential[0].index_select(1, tokens.flatten())
             columns = columns.unflatten(1, tokens.shape).permute(1, 2, 0)
@@ -261,13 +300,6 @@ class TopKEvidence:
         left = 1 - self._log_marginal_listed().exp().sum(-1)
         some = left > 16 * torch.finfo(left.dtype).eps
         return torch.where(some, self.log_rest - left.masked_fill(~some, 1).log(), -torch.inf)
-
-
-def _stored_by_latent(emission: Emission) -> bool:
-    """Whether a tied matrix has a state's tokens, not a token's states, side by side."""
-    if not isinstance(emission, DenseEmission) or emission.num_positions > 1:
-        return False
-    return emission.log_potential.stride(-1) == 1
 
 
 Prediction = DenseEvidence | TopKEvidence

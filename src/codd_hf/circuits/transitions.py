@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from .lazy import cached_property
-from .numerics import logsumexp, shifted_exp
+from .numerics import logsumexp, product, shifted_exp
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class DenseTransition:
     def push(factors, step: int, message: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         matrix = factors[0][step]
         if gate is None:
-            return message @ matrix
+            return product(message, matrix)
         groups = gate.shape[-1]
         parts = message.unflatten(-1, (groups, -1)).transpose(0, 1)  # [G, N, H / G]
         moved = parts @ matrix.unflatten(0, (groups, -1))  # [G, N, H]

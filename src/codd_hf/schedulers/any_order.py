@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..circuits import CoupledCategorical
 from ..circuits.random import draw_categorical
+from ..circuits.revealing import Revealing
 from .candidates import CoupledWindows, shape_logits
 from .controls import Controls, RowText
 from .positions import first_in_order, order_scores
@@ -123,32 +123,55 @@ class AnyOrder:
         Args:
             count: `[batch]`, the fewest to draw, if there are so many.
         """
-        settings, batch = self.settings, self.windows.batch
-        plain, sharpened, text = self.windows.plain, self.windows.sharpened, self.text
+        settings = self.settings
+        plain, sharpened = self.windows.plain, self.windows.sharpened
+        distributions = [plain] if plain is sharpened else [plain, sharpened]
+        known = Revealing(distributions, self.windows.windows(self.committable))
+        per_row, length = len(known.wanted) // self.windows.batch, known.wanted.shape[1]
+
+        def place(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return rows * per_row + columns // length, columns % length
+
         log_threshold = math.log(settings.threshold) if settings.threshold else -math.inf
-        log_joint = self.probs.new_zeros(batch)
-        going = torch.ones(batch, dtype=torch.bool, device=count.device)
+        log_joint = self.probs.new_zeros(len(count))
+        confidence, scores = torch.zeros_like(self.probs), torch.zeros_like(self.probs)
+        going = torch.ones_like(count, dtype=torch.bool)
+        renewed = left = self.committable
+        chosen = torch.zeros_like(count)
         drawn = 0
         while True:
-            left = self.committable & ~self.where
             going = going & left.any(-1)
             if settings.strategy not in ("threshold", "joint"):
                 going = going & (count > drawn)
             if not bool(going.any()):
-                return Drawn(self.tokens, self.where, self.probs, self.pred_logits)
-            law = self.windows.rows(plain.marginals)
-            confidence = law.amax(-1)
-            scores = order_scores(settings.strategy, lambda law=law: law, lambda c=confidence: c)
+                break
+            if drawn:  # only here, since a step's last token says nothing that is asked
+                rows = going.nonzero()[:, 0]
+                windows, positions = place(rows, chosen[rows])
+                known.reveal(windows, positions, self.tokens[rows, chosen[rows]])
+                renewed = torch.zeros_like(known.wanted)
+                renewed[windows] = True
+                renewed = renewed.view_as(left)
+            at = (renewed & left & going[:, None]).nonzero(as_tuple=True)
+            law = known.laws(0, *place(*at))
+            confidence[at] = best = law.amax(-1)
+            scores[at] = order_scores(settings.strategy, lambda law=law: law, lambda b=best: b)
             chosen = scores.masked_fill(~left, -torch.inf).argmax(-1)  # [batch]
             if settings.strategy == "threshold":
                 sure = confidence.gather(1, chosen[:, None])[:, 0] >= settings.threshold
                 going = going & (sure | (count > drawn))
+                if not bool(going.any()):
+                    break
             rows = going.nonzero()[:, 0]
             columns = chosen[rows]
             before = self.tokens[rows, columns], self.probs[rows, columns]
             before_logits = self.pred_logits[rows, columns]
-            self._draw(self._laws_at(sharpened, rows, columns), rows, columns, text)
-            self._rate(law[rows, columns], rows, columns)
+            text = self.text
+            if not self.controls.change_nothing:
+                text = text.reveal(self.tokens, self.where)
+            laws = known.laws(len(distributions) - 1, *place(rows, columns))
+            tokens = self._draw(laws, rows, columns, text)
+            self.probs[rows, columns] = known.probs(0, *place(rows, columns), tokens)
             if settings.strategy == "joint":
                 log_joint[rows] += self.probs[rows, columns].log()
                 kept = (log_joint[rows] >= log_threshold) | (count[rows] > drawn)
@@ -157,23 +180,10 @@ class AnyOrder:
                 self.pred_logits[dropped] = before_logits[~kept]
                 going = going.index_put((rows[~kept],), going.new_zeros(()))
                 rows, columns = rows[kept], columns[kept]
-            new = torch.zeros_like(self.where)
-            new[rows, columns] = True
-            self.where = self.where | new
-            text = text.reveal(self.tokens, new)
-            known = self.windows.windows(self.tokens), self.windows.windows(new)
-            same = plain is sharpened
-            plain = plain.condition(*known)
-            sharpened = plain if same else sharpened.condition(*known)
+            self.where[rows, columns] = True
+            left = left & ~self.where
             drawn += 1
-
-    def _laws_at(
-        self, distribution: CoupledCategorical, rows: torch.Tensor, columns: torch.Tensor
-    ) -> torch.Tensor:
-        """`[n, vocab]`: the laws of the tokens at some places of the rows."""
-        (length,) = distribution.event_shape
-        per_row = len(distribution.present) // self.windows.batch
-        return distribution.marginals_at(rows * per_row + columns // length, columns % length)
+        return Drawn(self.tokens, self.where, self.probs, self.pred_logits)
 
     def _draw(
         self, laws: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, text: RowText

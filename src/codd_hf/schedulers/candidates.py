@@ -115,9 +115,12 @@ class CoupledWindows:
         sharpened = distribution.with_temperature(settings.evidence_temperature)
         fallback = torch.zeros_like(active)
         if bool(active.any()):
-            impossible = sharpened.log_partition.isneginf()
             only_given_latents = settings.confidence == "latent" and settings.strategy != "joint"
-            if not only_given_latents or settings.remask_threshold:
+            both = not only_given_latents or bool(settings.remask_threshold)
+            if both and plain is not sharpened:
+                plain.filter_with(sharpened)
+            impossible = sharpened.log_partition.isneginf()
+            if both:
                 impossible = impossible | plain.log_partition.isneginf()
             fallback = active & impossible
             if bool(fallback.any()):

@@ -11,35 +11,25 @@ regard for the size of a gradient, and makes as much of a rounding error where t
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
-from .checkpoint import (
-    Checkpoints,
-    check_same_run,
-    load_checkpoint,
-    optimizer_tensors,
-    restore_optimizers,
-)
+from .checkpoint import Checkpoints, load_checkpoint
 from .data import TokenizedExample
 from .gains import evaluate_head, not_finite, step_gradients
+from .loop import StepLoop
 from .rates import head_groups, warmup_then_cosine
 from .settings import ConditionalConfig
-from .watch import Log, Speedometer
+from .watch import Log
 from .window_cache import WindowCache, cache_windows
-
-logger = logging.getLogger(__name__)
 
 MAY_CHANGE = (
     "max_steps",
@@ -185,51 +175,27 @@ def _fit(
     head.to(accelerator.device)
     head.requires_grad_(True)
     optimizer = torch.optim.AdamW(head_groups(head, config), betas=(0.9, 0.98), weight_decay=0.0)
-    made_of = asdict(config) | {"num_windows": num_windows}
-    step, history, seconds, losses = 0, [], 0.0, 0.0
-    show = tqdm.write if accelerator.is_main_process else logger.debug
-    found = None if checkpoints is None else checkpoints.load(resume_from_checkpoint)
-    if found is not None:
-        tensors, state = found
-        check_same_run(checkpoints.folder, state["config"], made_of, MAY_CHANGE)
-        _restore(head, tensors)
-        restore_optimizers([optimizer], tensors)
-        step, history, seconds = state["step"], state["history"], state["seconds"]
-        losses = state["losses"]
-        steps = config.max_steps
-        going_on = f"goes on from step {step} of {steps}" if step < steps else "is complete"
-        show(f"The conditional fit {going_on}.")
-    if found is None or step < config.max_steps:
-        train, validation = evidence()
-    started = time.monotonic()
-
-    def save() -> None:
-        nonlocal seconds, started
-        now = time.monotonic()
-        seconds, started = seconds + now - started, now
-        if accelerator.is_main_process:
-            tensors = {f"head.{k}": v for k, v in head.named_parameters()}
-            state = {"step": step, "history": history, "seconds": seconds, "losses": losses}
-            state["config"] = made_of
-            keep = [_best(history)["step"]] if config.keep == "best" else []
-            checkpoints.save(step, tensors | optimizer_tensors([optimizer]), state, keep)
-        accelerator.wait_for_everyone()
-
-    if found is None:
-        history.append({"step": 0, **evaluate_head(head, validation)})
-        show(str(history[-1]))
-        if config.keep == "best":
-            save()
-    progress = tqdm(
-        total=config.max_steps,
-        initial=step,
-        desc="conditional fit",
-        unit="step",
-        disable=not accelerator.is_local_main_process,
+    loop = StepLoop(
+        "conditional fit",
+        config,
+        asdict(config) | {"num_windows": num_windows},
+        {f"head.{name}": parameter for name, parameter in head.named_parameters()},
+        [optimizer],
+        checkpoints,
+        log,
+        kept=lambda history: [_best(history)["step"]] if config.keep == "best" else [],
     )
-    running, speed = None, Speedometer(accelerator.device)
-    while step < config.max_steps:
-        speed.start()
+    resumed = loop.resume(resume_from_checkpoint, MAY_CHANGE)
+    complete = resumed and loop.step >= config.max_steps
+    if resumed:
+        going_on = f"goes on from step {loop.step} of {config.max_steps}"
+        loop.show(f"The conditional fit {'is complete' if complete else going_on}.")
+    if not complete:
+        train, validation = evidence()
+    running = None
+
+    def backward(step: int) -> tuple[dict[str, float], int, dict[str, str]]:
+        nonlocal running
         rows = _rows_of_step(len(train), step, config)
         rate = warmup_then_cosine(step, config.warmup_steps, config.max_steps)
         for group in optimizer.param_groups:
@@ -243,41 +209,19 @@ def _fit(
                 f"windows {bad[:8] or rows.tolist()} of the evidence: lower `learning_rate` (now "
                 f"{config.learning_rate}).{reason}"
             )
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        losses += loss
-        told = {"loss": loss, "gain": gain, "learning_rate": config.learning_rate * rate}
-        told |= speed.read(len(rows) * head.config.window_length)
         running = gain if running is None else 0.95 * running + 0.05 * gain
-        progress.update()
-        progress.set_postfix(gain=f"{running:+.3f} nats/token")
-        last = step == config.max_steps
-        due = last or step % config.checkpointing_steps == 0
-        if last or step % config.evaluation_steps == 0:
-            measured = evaluate_head(head, validation)
-            elapsed = seconds + time.monotonic() - started
-            mean = losses / (step - history[-1]["step"])
-            history.append({"step": step, **measured, "loss": mean, "seconds": elapsed})
-            losses = 0.0
-            show(str(history[-1]))
-            told |= {f"validation_{name}": value for name, value in measured.items()}
-            due |= config.keep == "best" and _best(history) is history[-1]
-        if log is not None:
-            log(step, told)
-        if checkpoints is not None and due:
-            save()
-    progress.close()
+        told = {"loss": loss, "gain": gain, "learning_rate": config.learning_rate * rate}
+        shown = {"gain": f"{running:+.3f} nats/token"}
+        return told, len(rows) * head.config.window_length, shown
+
+    history = loop.run(backward, lambda: evaluate_head(head, validation))
     if config.keep == "best":
         best = _best([entry for entry in history if entry["step"] in checkpoints.steps()])
-        show(f"The best head is that of step {best['step']}: {best['gain']:+.3f} nats per token.")
-        _restore(head, load_checkpoint(checkpoints.path(best["step"]))[0])
+        loop.show(
+            f"The best head is that of step {best['step']}: {best['gain']:+.3f} nats per token."
+        )
+        loop.restore(load_checkpoint(checkpoints.path(best["step"]))[0])
     return history
-
-
-def _restore(head: CoDDHead, tensors: dict[str, torch.Tensor]) -> None:
-    own = {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")}
-    head.load_state_dict(own, strict=False)
 
 
 def _best(history: Sequence[dict[str, float]]) -> dict[str, float]:

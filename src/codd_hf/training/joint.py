@@ -10,31 +10,27 @@ chunks are summed in float64, so that a step does not depend on who computed wha
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..adapters import adapter_of
 from ..modeling_codd import CoDDModel
-from .checkpoint import Checkpoints, check_same_run, optimizer_tensors, restore_optimizers
+from .checkpoint import Checkpoints
 from .counting import summing_dtype
 from .data import TokenizedExample
 from .fingerprint import data_fingerprint
 from .joint_settings import JointConfig
 from .live_windows import LiveWindows, window_scores
+from .loop import StepLoop
 from .lora import add_lora, trained_in_float32
 from .rates import head_groups, warmup_then_cosine
-from .watch import Log, Speedometer
-
-logger = logging.getLogger(__name__)
+from .watch import Log
 
 MAY_CHANGE = (
     "max_steps",
@@ -91,59 +87,27 @@ def fit_joint(
     config = config or JointConfig()
     if model.active_head is None:
         raise ValueError("`model` has no head to fit: load one, or switch it on with `set_head`.")
-    accelerator = Accelerator()
-    model.to(accelerator.device)
+    model.to(Accelerator().device)
     groups = _trained(model, config)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    made_of = asdict(config) | {"num_examples": len(train), "data": data_fingerprint(train)}
-    step, history, seconds, losses = 0, [], 0.0, 0.0
-    found = checkpoints = None
+    parameters = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+    checkpoints = None
     if checkpoint_dir is not None:
         checkpoints = Checkpoints(Path(checkpoint_dir) / "joint", checkpoints_total_limit)
-        found = checkpoints.load(resume_from_checkpoint)
-    show = tqdm.write if accelerator.is_main_process else logger.debug
-    if found is not None:
-        tensors, state = found
-        check_same_run(checkpoints.folder, state["config"], made_of, MAY_CHANGE)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors[f"model.{name}"])
-        restore_optimizers([optimizer], tensors)
-        step, history, seconds = state["step"], state["history"], state["seconds"]
-        losses = state["losses"]
-        show(f"The joint fit goes on from step {step} of {config.max_steps}.")
-
-    def measure() -> dict[str, float]:
-        draws = config.num_validation_draws
-        return window_scores(model, tokenizer, validation, config, draws).summary()
-
-    started = time.monotonic()
-    if found is None:
-        history.append({"step": 0, **measure()})
-        show(str(history[-1]))
-    if config.gradient_checkpointing:
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    made_of = asdict(config) | {"num_examples": len(train), "data": data_fingerprint(train)}
+    loop = StepLoop("joint fit", config, made_of, parameters, [optimizer], checkpoints, log)
+    if loop.resume(resume_from_checkpoint, MAY_CHANGE):
+        loop.show(f"The joint fit goes on from step {loop.step} of {config.max_steps}.")
     lengths = torch.tensor([len(e.prompt_ids) + len(e.answer_ids) for e in train])
-    progress = tqdm(
-        total=config.max_steps,
-        initial=step,
-        desc="joint fit",
-        unit="step",
-        disable=not accelerator.is_local_main_process,
-    )
-    speed = Speedometer(accelerator.device)
-    while step < config.max_steps:
-        speed.start()
-        chunks, rate = (
-            _chunks_of_step(lengths, step, config),
-            warmup_then_cosine(step, config.warmup_steps, config.max_steps),
-        )
+
+    def backward(step: int) -> tuple[dict[str, float], int, dict[str, str]]:
+        chunks = _chunks_of_step(lengths, step, config)
+        rate = warmup_then_cosine(step, config.warmup_steps, config.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         seed = (config.seed * 1_000_003 + step) * 100_003
 
-        def draw(number: int, chunks=chunks, seed=seed) -> LiveWindows:
+        def draw(number: int) -> LiveWindows:
             examples = [train[i] for i in chunks[number].tolist()]
             length = model.window_length
             return LiveWindows.drawn(examples, tokenizer, length, config, seed + number)
@@ -162,35 +126,17 @@ def fit_joint(
                 f"lower `backbone_learning_rate` (now {config.backbone_learning_rate}) and "
                 f"`learning_rate` (now {config.learning_rate}).{reason}"
             )
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        losses += told["loss"]
         told["learning_rate"] = config.learning_rate * rate
-        told |= speed.read(sum(len(chunk) for chunk in chunks) * model.window_length)
-        progress.update()
-        progress.set_postfix(nats=f"{told['coupled_nats']:.3f}", gain=f"{told['gain']:+.3f}")
-        last = step == config.max_steps
-        if last or step % config.evaluation_steps == 0:
-            measured = measure()
-            elapsed = seconds + time.monotonic() - started
-            mean = losses / (step - history[-1]["step"])
-            history.append({"step": step, **measured, "loss": mean, "seconds": elapsed})
-            losses = 0.0
-            show(str(history[-1]))
-            told |= {f"validation_{name}": value for name, value in measured.items()}
-        if log is not None:
-            log(step, told)
-        if checkpoints is not None and (last or step % config.checkpointing_steps == 0):
-            now = time.monotonic()
-            seconds, started = seconds + now - started, now
-            if accelerator.is_main_process:
-                tensors = {f"model.{name}": p for name, p in parameters.items()}
-                state = {"step": step, "history": history, "seconds": seconds, "losses": losses}
-                state["config"] = made_of
-                checkpoints.save(step, tensors | optimizer_tensors([optimizer]), state)
-            accelerator.wait_for_everyone()
-    progress.close()
+        shown = {"nats": f"{told['coupled_nats']:.3f}", "gain": f"{told['gain']:+.3f}"}
+        return told, sum(len(chunk) for chunk in chunks) * model.window_length, shown
+
+    def measure() -> dict[str, float]:
+        draws = config.num_validation_draws
+        return window_scores(model, tokenizer, validation, config, draws).summary()
+
+    if config.gradient_checkpointing:
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    history = loop.run(backward, measure)
     if config.gradient_checkpointing:
         model.backbone.gradient_checkpointing_disable()
     model.eval()

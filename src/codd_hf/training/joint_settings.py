@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from .choices import LOSSES, PRECISIONS, check_one_of
+
 if TYPE_CHECKING:
     from peft import LoraConfig
 
@@ -73,14 +75,9 @@ class JointConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, known in (
-            ("backbone", tuple(BACKBONE_RATES)),
-            ("loss", ("elbo", "token")),
-            ("mixed_precision", ("no", "bf16")),
-        ):
-            if getattr(self, name) not in known:
-                choices = ", ".join(repr(choice) for choice in known)
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        check_one_of("backbone", self.backbone, tuple(BACKBONE_RATES))
+        check_one_of("loss", self.loss, LOSSES)
+        check_one_of("mixed_precision", self.mixed_precision, PRECISIONS)
         if self.backbone_learning_rate is None:
             self.backbone_learning_rate = BACKBONE_RATES[self.backbone]
 

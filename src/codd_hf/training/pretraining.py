@@ -7,7 +7,6 @@ number of tokens that could have been masked (LLaDA, arXiv 2502.09992, Eq. 3).
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,17 +15,17 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..backbones import family_of, load_backbone
-from .checkpoint import Checkpoints, check_same_run, optimizer_tensors, restore_optimizers
+from .checkpoint import Checkpoints
 from .data import CanvasBatch, TokenizedExample, batch_indices, collate
 from .fingerprint import data_fingerprint
+from .loop import StepLoop
 from .lora import add_lora, trained_in_float32
 from .noise import Noise, sample_noise
 from .settings import PretrainingConfig
-from .watch import Log, Speedometer
+from .watch import Log
 
 MAY_CHANGE = ("max_steps", "evaluation_steps", "checkpointing_steps")
 """Settings that a run may be continued with other values of."""
@@ -242,32 +241,31 @@ def _train(
     # Not the accelerator's own, which is one for the whole process: each stage has its precision.
     autocast = torch.autocast(device.type, torch.bfloat16, config.mixed_precision == "bf16")
     model.to(device).train()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
     windows = config.window_length
     lengths = [len(e.prompt_ids) + -(-len(e.answer_ids) // windows) * windows for e in train]
-
     made_of = asdict(config) | {
         "mask_token_id": noise.mask_token_id,
         "num_trained": sum(p.numel() for p in trained.values()),
         "data": data_fingerprint(train),
     }
-    step, history, tokens, seconds = 0, [], 0, 0.0
-    if (found := checkpoints.load(resume_from_checkpoint)) is not None:
-        tensors, state = found
-        check_same_run(checkpoints.folder, state["config"], made_of, MAY_CHANGE)
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(tensors[f"model.{name}"])
-        restore_optimizers(optimizers, tensors)
-        step, history = state["step"], state["history"]
-        tokens, seconds = state["tokens"], state["seconds"]
-        tqdm.write(f"The training of the backbone goes on from step {step} of {config.max_steps}.")
+    loop = StepLoop(
+        "pretraining",
+        config,
+        made_of,
+        trained,
+        optimizers,
+        checkpoints,
+        log,
+        tally="tokens",
+        alone=True,
+    )
+    if loop.resume(resume_from_checkpoint, MAY_CHANGE):
+        steps = config.max_steps
+        loop.show(f"The training of the backbone goes on from step {loop.step} of {steps}.")
+    batches = batch_indices(lengths, config.tokens_per_batch, config.seed, first_batch=loop.step)
 
-    batches = batch_indices(lengths, config.tokens_per_batch, config.seed, first_batch=step)
-    progress = tqdm(total=config.max_steps, initial=step, desc="pretraining", unit="step")
-    started, speed = time.monotonic(), Speedometer(device)
-    while step < config.max_steps:
-        speed.start()
+    def backward(step: int) -> tuple[dict[str, float], int, dict[str, str]]:
         seed = config.seed * 1_000_003 + step
         canvas, drawn = noise.draw(
             [train[i] for i in next(batches)], torch.Generator().manual_seed(seed)
@@ -286,33 +284,11 @@ def _train(
             )
         accelerator.backward(loss)
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        step += 1
-        read = int(canvas.attention_mask.sum())
-        tokens += read
-        told = {"loss": loss.item(), "nats": losses.mean().item(), "learning_rate": rate}
-        told |= speed.read(read)
-        progress.update()
-        progress.set_postfix(nats=f"{told['nats']:.3f}", lr=f"{rate:.1e}")
-        last = step == config.max_steps
-        if last or step % config.evaluation_steps == 0:
-            measured = _evaluate(model, validation, noise)
-            elapsed = seconds + time.monotonic() - started
-            history.append({"step": step, **measured, "tokens": tokens, "seconds": elapsed})
-            tqdm.write(str(history[-1]))
-            told |= {f"validation_{name}": value for name, value in measured.items()}
-        if log is not None:
-            log(step, told)
-        if last or step % config.checkpointing_steps == 0:
-            now = time.monotonic()
-            seconds, started = seconds + now - started, now
-            tensors = {f"model.{name}": p for name, p in trained.items()}
-            state = {"step": step, "history": history, "tokens": tokens, "seconds": seconds}
-            state["config"] = made_of
-            checkpoints.save(step, tensors | optimizer_tensors(optimizers), state)
-    progress.close()
+        nats = losses.mean().item()
+        told = {"loss": loss.item(), "nats": nats, "learning_rate": rate}
+        return told, int(canvas.attention_mask.sum()), {"nats": f"{nats:.3f}", "lr": f"{rate:.1e}"}
+
+    history = loop.run(backward, lambda: _evaluate(model, validation, noise))
     model.eval()
     return history
 

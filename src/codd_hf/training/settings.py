@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from .choices import LOSSES, PRECISIONS, check_one_of
 from .joint_settings import JointConfig
 
 STAGES = ("pretraining", "generative", "conditional", "joint")
@@ -47,7 +48,7 @@ class PretrainingConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _check_precision(self.mixed_precision)
+        check_one_of("mixed_precision", self.mixed_precision, PRECISIONS)
 
 
 @dataclass
@@ -83,7 +84,7 @@ class GenerativeConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _check_one_of("update", self.update, ("stepwise", "anemone"))
+        check_one_of("update", self.update, ("stepwise", "anemone"))
 
 
 @dataclass
@@ -114,8 +115,8 @@ class EvidenceConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _check_precision(self.mixed_precision)
-        _check_one_of("precision", self.precision, ("half", "single"))
+        check_one_of("mixed_precision", self.mixed_precision, PRECISIONS)
+        check_one_of("precision", self.precision, ("half", "single"))
 
 
 @dataclass
@@ -174,8 +175,8 @@ class ConditionalConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _check_one_of("keep", self.keep, ("last", "best"))
-        _check_one_of("loss", self.loss, ("elbo", "token"))
+        check_one_of("keep", self.keep, ("last", "best"))
+        check_one_of("loss", self.loss, LOSSES)
         self.evidence(self.num_draws, self.seed)
 
     def with_steps(self, num_windows: int) -> ConditionalConfig:
@@ -309,9 +310,9 @@ class TrainConfig:
 
     def __post_init__(self):
         for stage in self.stages or []:
-            _check_one_of("stages", stage, STAGES)
+            check_one_of("stages", stage, STAGES)
         for tracker in self.report_to:
-            _check_one_of("report_to", tracker, (*TRACKERS, "none"))
+            check_one_of("report_to", tracker, (*TRACKERS, "none"))
         if self.stages is not None and not self.stages:
             raise ValueError(f"`stages` must name one of {', '.join(STAGES)} at least.")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
@@ -340,13 +341,3 @@ class TrainConfig:
             chosen = ["generative", "conditional"]
             chosen += ["pretraining"] if self.backbone is None else []
         return [stage for stage in STAGES if stage in chosen]
-
-
-def _check_precision(mixed_precision: str) -> None:
-    _check_one_of("mixed_precision", mixed_precision, ("no", "bf16"))
-
-
-def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        choices = " or ".join(repr(choice) for choice in known)
-        raise ValueError(f"`{name}` must be {choices}, got {value!r}.")
