@@ -176,12 +176,12 @@ def denoise(
             if len(rows) == 0:
                 break
             states = reader.read(rows, canvas.tokens[rows])
-            record = StepRecord.of(canvas)
+            record = None if on_step is None else StepRecord.of(canvas)
             decoding_step.run(
                 canvas, rows, states, stage, number, wanted, generator, memory, record
             )
             passes_per_row[rows] += 1
-            if on_step is not None:
+            if record is not None:
                 timestep = torch.tensor(1 - number / most_steps)
                 returned = on_step(num_passes, timestep, record.state(canvas))
                 if returned is not None:

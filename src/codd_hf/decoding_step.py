@@ -93,7 +93,7 @@ class DecodingStep:
         wanted: torch.Tensor,
         generator: Generators,
         memory: CanvasMemory,
-        record: StepRecord,
+        record: StepRecord | None,
     ) -> None:
         """Writes the tokens of a step onto the canvas.
 
@@ -106,7 +106,7 @@ class DecodingStep:
             wanted: `[batch, T]` bool, where tokens may be committed.
             generator: one, or one for each row of the canvas.
             memory: of the stage's earlier steps.
-            record: takes down what was done.
+            record: takes down what was done, if anyone asks.
         """
         part, generator = canvas.rows(rows), _of_rows(generator, rows)
         length = self.model.window_length
@@ -158,9 +158,11 @@ class DecodingStep:
                 )
 
             # 3. They go onto the canvas.
-            present = distribution.present.view_as(position)
             at, values = _places(group_rows, position, output.transfer_index | output.remasked)
             canvas.tokens[at] = output.prev_sample[values]
+            if record is None:
+                continue
+            present = distribution.present.view_as(position)
             at, values = _places(group_rows, position, present)
             record.transfer_index[at] = output.transfer_index[values]
             record.sampled_tokens[at] = output.sampled_tokens[values]
