@@ -66,7 +66,7 @@ def test_a_list_gives_what_its_dense_form_gives_in_every_query(name):
 
 @LISTED
 @torch.no_grad()
-def test_circuits_that_last_give_the_same_without_gradients(name):
+def test_emissions_held_by_token_give_the_same_without_gradients(name):
     case = TOP_K[name]
     ours = case.distribution()
     ours.potentials = replace(ours.potentials, by_token=True)

@@ -300,6 +300,3 @@ class TopKEvidence:
         left = 1 - self._log_marginal_listed().exp().sum(-1)
         some = left > 16 * torch.finfo(left.dtype).eps
         return torch.where(some, self.log_rest - left.masked_fill(~some, 1).log(), -torch.inf)
-
-
-Prediction = DenseEvidence | TopKEvidence
