@@ -4,11 +4,12 @@ import pytest
 import torch
 from agreement import assert_logs_agree
 
+from codd_hf.circuits import best as best_module
 from codd_hf.circuits import evidence as evidence_module
+from codd_hf.circuits.best import best_evidence
 from codd_hf.circuits.emissions import DenseEmission, TiedEmission
 from codd_hf.circuits.evidence import (
     DenseEvidence,
-    best_evidence,
     emission_of_latents,
     hard_evidence,
     mix_tokens,
@@ -404,3 +405,18 @@ def test_bad_lists_are_refused():
         TopKEvidence.from_logits(logits_of(), VOCAB + 1)
     with pytest.raises(ValueError, match="spread_by"):
         TopKEvidence.from_logits(logits_of(), 2).dense()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("first", [1, 2, VOCAB])
+@pytest.mark.parametrize("impossible", [False, True])
+def test_the_best_token_is_found_however_short_the_first_list(kind, first, impossible, monkeypatch):
+    monkeypatch.setattr(best_module, "FIRST_LIST", first)
+    monkeypatch.setattr(best_module, "ELEMENTS_AT_ONCE", 3 * LATENTS)
+    emission = emission_of(kind, impossible=impossible)
+    log_phi = flat(DenseEvidence.from_logits(3 * logits_of())).dense()
+    scores = emission.dense()[POSITIONS if kind == "dense, untied" else POSITIONS * 0]
+    expected = (scores + log_phi[:, None]).amax(-1)
+    found = best_evidence(emission, log_phi, POSITIONS)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert (scores + log_phi[:, None]).argmax(-1).unique().numel() > 1

@@ -322,7 +322,7 @@ def best_path(chain: Chain) -> tuple[torch.Tensor, torch.Tensor]:
     stay = torch.arange(latents, device=chain.device).expand(batch, -1)
     origins = []
     for i in range(1, length):
-        best, origin = (score[:, :, None] + chain.steps.log_matrix(i)).max(1)
+        best, origin = chain.steps.best_into(score, i)
         moves = chain.moves(i)
         origins.append(_where(moves, origin, stay))
         score = _where(moves, best, score)

@@ -174,19 +174,48 @@ class CopySteps:
     def log_matrix(self, position: int, rows: torch.Tensor | None = None) -> torch.Tensor:
         """`[n, H + J, H + J]`, for `rows` or all; sums over states in float64."""
         copies = self.copies if rows is None else self.copies[rows]
-        matrix = self.inner.log_matrix(position, rows)
-        dtype = matrix.dtype
-        matrix = matrix.expand(len(copies.tokens), -1, -1).double()
-        start, follow = (t[:, position].double() for t in (copies.start, copies.follow))
+        matrix = self._log_matrix_anew(position, rows)
+        start, follow = copies.start[:, position], copies.follow[:, position, 1:]
+        first = self.num_latents
+        matrix = torch.cat((matrix[..., :first], matrix[..., first:] + start[:, None]), -1)
+        above = matrix.diagonal(1, -2, -1)
+        on = logsumexp(torch.stack((above[:, first:], follow)), 0)
+        return matrix.diagonal_scatter(torch.cat((above[:, :first], on), -1), 1, -2, -1)
+
+    def _log_matrix_anew(self, position: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """`[n, H + J, H + J]`: `log_matrix` without `start` and without following."""
+        copies = self.copies if rows is None else self.copies[rows]
+        inner = self.inner.log_matrix(position, rows)
+        matrix = inner.expand(len(copies.tokens), -1, -1).double()
         entered = _log_product(matrix, copies.emitted.double().transpose(1, 2))
-        rows_of_states = torch.cat((matrix, entered + start[:, None]), -1)
+        rows_of_states = torch.cat((matrix, entered), -1)
         rows_of_copies = _log_product(copies.left.double(), rows_of_states)
-        on = torch.full_like(rows_of_copies, -torch.inf)
-        number, first = follow.shape[1], self.num_latents
-        before = torch.arange(number - 1, device=on.device)
-        on[:, before, first + before + 1] = follow[:, 1:]
-        rows_of_copies = logsumexp(torch.stack((rows_of_copies, on)), 0)
-        return torch.cat((rows_of_states, rows_of_copies), 1).to(dtype)
+        return torch.cat((rows_of_states, rows_of_copies), 1).to(inner.dtype)
+
+    @cached_property
+    def _log_matrix_into(self) -> torch.Tensor:
+        """`[B, H + J, H + J]`: `_log_matrix_anew` by next state, if the same at all positions."""
+        return self._log_matrix_anew(0).transpose(1, 2).contiguous()
+
+    def best_into(self, score: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As that of `Steps`."""
+        inner = self.inner
+        if inner.by_position or inner.transition.num_steps > 1:
+            into = self._log_matrix_anew(position).transpose(1, 2)
+        else:
+            into = self._log_matrix_into
+        best, origin = (into + score[:, None]).max(-1)
+        first = self.num_latents
+        best[:, first:] += self.copies.start[:, position]
+        # Following the copy state before: an entry to which beginning the state anew adds too.
+        anew = into.diagonal(-1, -2, -1)[:, first:] + self.copies.start[:, position, 1:]
+        follow = self.copies.follow[:, position, 1:]
+        followed = score[:, first:-1] + logsumexp(torch.stack((anew, follow)), 0)
+        better = followed > best[:, first + 1 :]
+        before = torch.arange(first, len(origin[0]) - 1, device=origin.device)
+        best[:, first + 1 :] = torch.where(better, followed, best[:, first + 1 :])
+        origin[:, first + 1 :] = torch.where(better, before, origin[:, first + 1 :])
+        return best, origin
 
     def select(self, rows: torch.Tensor) -> CopySteps:
         """The transitions of some rows (of stacked copies of the batch)."""

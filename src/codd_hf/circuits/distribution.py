@@ -8,14 +8,11 @@ import torch
 from torch.distributions import Distribution
 
 from . import chain as chains
+from .best import best_evidence
 from .checks import check_ids, check_shapes
 from .conditionals import Conditionals
 from .conditioning import Context
-from .evidence import (
-    DenseEvidence,
-    best_evidence,
-    emission_of_latents,
-)
+from .evidence import DenseEvidence, emission_of_latents
 from .lazy import cached_property
 from .numerics import logsumexp, safe_log
 from .potentials import Potentials
@@ -257,7 +254,9 @@ class CoupledCategorical(Conditionals, Distribution):
         """The most probable latents and tokens together (not the mode of the tokens alone)."""
         log_phi = self._log_phi
         rows, positions = (self.masked & self.active[:, None]).nonzero(as_tuple=True)
-        best = best_evidence(self.potentials.emission, log_phi[rows, positions], positions)
+        best = best_evidence(
+            self.potentials.emission, log_phi[rows, positions], positions, self._summary
+        )
         number = self.potentials.num_latents
         best = torch.cat((best.to(self._dtype), self._evidence[rows, positions, number:]), -1)
         evidence = self._evidence.index_put((rows, positions), best)

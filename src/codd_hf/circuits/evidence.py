@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .emissions import DenseEmission, Emission
+from .emissions import DenseEmission, Emission, stored_by_latent
 from .lazy import cached_property
 from .listing import slice_size
 from .numerics import LOST_MASS, exp_of_difference, full_precision, logsumexp, normalised_exp
@@ -317,17 +317,15 @@ def mix_tokens(
     return law.index_put((rows,), torch.stack(exact)) if exact else law
 
 
-@full_precision
-def best_evidence(
-    emission: Emission, log_phi: torch.Tensor, positions: torch.Tensor
+def columns_of_lists(
+    emission: Emission, tokens: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    """`max_v log phi(v) + log E(z, v)`, `[N, H]`, of `log_phi [N, V]`."""
-    best = []
-    for row, position in zip(log_phi, positions.tolist(), strict=True):
-        chunks = emission.chunks(_width(emission), position)
-        parts = [(row[part] + matrix).amax(1) for part, matrix in chunks]
-        best.append(torch.stack(parts).amax(0))
-    return torch.stack(best) if best else log_phi.new_zeros(0, emission.num_latents)
+    """`log E_i(., v)`, `[N, k, H]`, of lists of tokens `[N, k]` at positions `[N]`."""
+    if not stored_by_latent(emission):
+        return emission.columns(tokens, positions[:, None])
+    # Twice as fast as `columns`, which goes through all states for one token at a time.
+    columns = emission.log_potential[0].index_select(1, tokens.flatten())
+    return columns.unflatten(1, tokens.shape).permute(1, 2, 0)
 
 
 def scaled_logits(

@@ -417,6 +417,10 @@ class Steps:
             matrix = _log_plus_outer(matrix, before, after)
         return matrix
 
+    def best_into(self, score: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`max_z score(z) + log A(z, .)` and where from, both `[B, H]`, of scores `[B, H]`."""
+        return (score[:, :, None] + self.log_matrix(position)).max(1)
+
     def select(self, rows: torch.Tensor) -> Steps:
         """The transitions of some rows (of stacked copies of the batch)."""
         return Steps(self.transition, self.context.map(lambda t: t[rows % self.batch]))
