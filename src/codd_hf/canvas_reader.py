@@ -88,6 +88,7 @@ class CanvasReader:
         if getattr(self.model.backbone.config, "logit_shift", False):
             again = again | F.pad(again[:, 1:], (0, 1))  # where the first of them is predicted
         self.read_again, self.positions = again, _columns(again)
+        self.run = _run(self.positions)
         if self.scale is not None:
             self.read_again, self.positions = again.repeat(2, 1), self.positions.repeat(2, 1)
 
@@ -122,7 +123,7 @@ class CanvasReader:
             states = family.states(backbone, canvas[outdated], mask[outdated], cache=self.cache)
             if bool(outdated.all()):
                 return states
-        self.cache.part(rows, self.positions[rows])
+        self.cache.part(rows, self.positions[rows], self.run)
         return family.states(backbone, canvas, mask, cache=self.cache)
 
 
@@ -157,6 +158,13 @@ def _columns(wanted: torch.Tensor) -> torch.Tensor:
     order = wanted.logical_not().long().argsort(dim=1, stable=True)
     nth = torch.arange(int(count.max()), device=wanted.device)
     return order.gather(1, torch.minimum(nth, (count - 1).clamp(min=0)))
+
+
+def _run(columns: torch.Tensor) -> tuple[int, int] | None:
+    """The first of the columns `[batch, n]` and the last plus one, if all rows have that run."""
+    first, number = int(columns[0, 0]), columns.shape[1]
+    run = torch.arange(first, first + number, device=columns.device)
+    return (first, first + number) if bool((columns == run).all()) else None
 
 
 def _scale_of_each_row(scale: float | Sequence[float] | None, batch: int) -> list[float]:

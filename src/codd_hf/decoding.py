@@ -82,6 +82,7 @@ def denoise(
     forced_tokens: ForcedTokens | None = None,
     logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
     on_step: OnStep | None = None,
+    on_pass: Callable[[], object] | None = None,
     cache: str | None = None,
     guidance_scale: float | Sequence[float] | None = None,
     **settings: Any,
@@ -130,6 +131,7 @@ def denoise(
             committed in this step), `sampled_tokens` and `sampled_probs` (the candidates; mask
             token and 0 where there was none), all of the same shape. A tensor that it returns
             becomes the canvas.
+        on_pass: called after each step with nothing, for progress.
         cache: `"prefix"` or `"dual"`: after the first step of a block (or of the whole, in the full
             paradigm) the backbone computes only the block and what follows it, or only the block,
             and reuses the keys and values of the rest; see `canvas_reader`. An approximation, for
@@ -191,6 +193,8 @@ def denoise(
                             f"{tuple(canvas.tokens.shape)}, got {tuple(returned.shape)}."
                         )
                     canvas.tokens = returned.clone()
+            if on_pass is not None:
+                on_pass()
             num_passes += 1
             if early_stop:
                 canvas.close()

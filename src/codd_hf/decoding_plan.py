@@ -217,7 +217,7 @@ def _rows_alike(
 ) -> Iterator[WindowPlan]:
     """Plans for the rows that have equal numbers of windows and of steps."""
     number = starts.sum(-1)
-    for windows, steps in torch.stack((number, num_steps), dim=-1).unique(dim=0).tolist():
+    for windows, steps in sorted(set(zip(number.tolist(), num_steps.tolist(), strict=True))):
         rows = ((number == windows) & (num_steps == steps)).nonzero()[:, 0]
         yield WindowPlan(
             rows,

@@ -21,11 +21,13 @@ class Place(NamedTuple):
         slots: `[batch]`, the entries of the store that hold the pass's rows.
         size: how many entries the store has.
         positions: `[batch, n]`, columns of the canvas; None: all of them.
+        run: the first and the last of them plus one, where they are the same run in all rows.
     """
 
     slots: torch.Tensor
     size: int
     positions: torch.Tensor | None = None
+    run: tuple[int, int] | None = None
 
     def write(
         self, stored: torch.Tensor | None, new: torch.Tensor, dim: int
@@ -50,10 +52,15 @@ class Place(NamedTuple):
                 stored = torch.cat((stored, more))
             stored[slots] = new
             return stored, new
+        # Rows leave the batch as they are completed; while none has, nothing is copied.
+        complete = len(slots) == self.size
+        if complete and self.run is not None:
+            first, end = self.run
+            stored.narrow(dim, first, end - first).copy_(new)
+            return stored, stored
         by_position = stored.transpose(1, dim)
         by_position[slots[:, None], self.positions.to(new.device)] = new.transpose(1, dim)
-        # Rows leave the batch as they are completed; while none has, nothing is copied.
-        return stored, stored if len(slots) == self.size else stored[slots]
+        return stored, stored if complete else stored[slots]
 
 
 class CanvasLayer(DynamicLayer):
@@ -125,9 +132,17 @@ class CanvasCache(Cache):
         self.place = Place(self.slots[rows], size + len(unknown))
         self.tokens, _ = self.place.write(self.tokens, tokens.clone(), dim=1)
 
-    def part(self, rows: torch.Tensor, positions: torch.Tensor) -> None:
-        """Announces a pass over columns `positions` `[batch, n]` of rows that are kept."""
-        self.place = Place(self.slots[rows], len(self.tokens), positions)
+    def part(
+        self, rows: torch.Tensor, positions: torch.Tensor, run: tuple[int, int] | None = None
+    ) -> None:
+        """Announces a pass over columns `positions` `[batch, n]` of rows that are kept.
+
+        Args:
+            rows: `[batch]`, their numbers.
+            positions: the columns.
+            run: as in `Place`, if it is known.
+        """
+        self.place = Place(self.slots[rows], len(self.tokens), positions, run)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs

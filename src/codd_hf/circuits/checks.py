@@ -15,10 +15,12 @@ def check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
     """Raises a ValueError unless all `ids` are tokens of the vocabulary."""
     if torch.compiler.is_compiling():
         return  # a look at the data would break the graph
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+    if not ids.numel():
+        return
+    lowest, highest = (int(extreme) for extreme in ids.aminmax())
+    if not 0 <= lowest <= highest < vocab_size:
         raise ValueError(
-            f"`{name}` must hold token ids in [0, {vocab_size}), got {int(ids.min())} to "
-            f"{int(ids.max())}."
+            f"`{name}` must hold token ids in [0, {vocab_size}), got {lowest} to {highest}."
         )
 
 

@@ -351,8 +351,10 @@ class CoupledCategorical(Conditionals, Distribution):
     def _one_hot_where_observed(self, log_probs: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling() and not bool(self.observed.any()):
             return log_probs
-        one_hot = _one_hot(log_probs, self.tokens.expand(log_probs.shape[:-1]))
-        return torch.where(self.observed[..., None], one_hot, log_probs)
+        tokens = self.tokens.expand(log_probs.shape[:-1])[..., None]
+        others = log_probs.masked_fill(self.observed[..., None], -torch.inf)
+        sure = log_probs.gather(-1, tokens).masked_fill(self.observed[..., None], 0.0)
+        return others.scatter(-1, tokens, sure)
 
     def _check_value(self, value: torch.Tensor) -> None:
         shape = (*self.batch_shape, *self.event_shape)

@@ -19,7 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from .emissions import DenseEmission, Emission, stored_by_latent
 from .lazy import cached_property
 from .listing import slice_size
-from .numerics import LOST_MASS, exp_of_difference, full_precision, logsumexp, normalised_exp
+from .numerics import (
+    LOST_MASS,
+    exp_of_difference,
+    full_precision,
+    log_softmax,
+    logsumexp,
+    normalised_exp,
+)
 
 UNDERFLOW = 1e-30
 """A sum of float32 products below this may lack terms that were rounded to zero."""
@@ -126,9 +133,7 @@ class DenseEvidence:
             temperature: positive.
             forbidden: `[V]` bool, tokens that get no mass.
         """
-        logits = scaled_logits(logits, temperature, forbidden)
-        total = logsumexp(logits, -1).unsqueeze(-1)
-        return cls(logits - total.masked_fill(total == -torch.inf, 0), temperature)
+        return cls(log_softmax(scaled_logits(logits, temperature, forbidden)), temperature)
 
     @property
     def batch_shape(self) -> torch.Size:

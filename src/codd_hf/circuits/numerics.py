@@ -73,6 +73,19 @@ def normalised_exp(log_weights: torch.Tensor) -> torch.Tensor:
     return weights / total.masked_fill(total <= 0, 1)
 
 
+def log_softmax(x: torch.Tensor) -> torch.Tensor:
+    """`log_softmax` over the last axis; a row that is -inf throughout stays so, not NaN."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        total = logsumexp(x, -1).unsqueeze(-1)
+        return x - total.masked_fill(total == -torch.inf, 0)
+    result = x.log_softmax(-1)  # one fused pass
+    undefined = result[..., :1].isnan()
+    if bool(undefined.any()):
+        impossible = undefined & (x == -torch.inf).all(-1, keepdim=True)
+        result = result.masked_fill(impossible, -torch.inf)
+    return result
+
+
 def logsumexp(x: torch.Tensor, dim: int) -> torch.Tensor:
     """`logsumexp` whose gradient is zero, not NaN, where everything is -inf."""
     if not (torch.is_grad_enabled() and x.requires_grad):

@@ -337,9 +337,6 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
 
             def on_step(step, timestep, state):
-                progress_bar.update()
-                if callback_on_step_end is None:
-                    return None
                 kwargs = {key: state[key] for key in callback_on_step_end_tensor_inputs}
                 outputs = callback_on_step_end(self, step, timestep, kwargs)
                 if not isinstance(outputs, dict):
@@ -360,7 +357,8 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
                 logits_processor=logits_processor,
                 cache=cache,
                 guidance_scale=guidance_scale,
-                on_step=on_step,
+                on_step=None if callback_on_step_end is None else on_step,
+                on_pass=progress_bar.update,
                 **task,
                 **settings,
             )

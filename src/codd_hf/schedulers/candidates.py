@@ -241,6 +241,11 @@ def read_logits(
     )
 
 
+def sure_of(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities `[..., vocab]`, as `like`, of nothing but the tokens `[...]`."""
+    return torch.full_like(like, -torch.inf).scatter_(-1, tokens[..., None], 0.0)
+
+
 def shape_logits(
     logits: torch.Tensor,
     temperature: float,
@@ -260,8 +265,7 @@ def shape_logits(
         `[..., vocab]`, normalised; -inf where a token cannot be drawn.
     """
     if temperature == 0:
-        best = logits.argmax(-1, keepdim=True)
-        return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
+        return sure_of(logits.argmax(-1), logits)
     logits = (logits / temperature).log_softmax(-1)
     limited = top_k is not None and 0 < top_k < logits.shape[-1]
     nucleus = top_p is not None and top_p < 1

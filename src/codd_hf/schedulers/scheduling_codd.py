@@ -13,7 +13,7 @@ from ..circuits import CoupledCategorical
 from ..circuits.random import Generators, draw_categorical, uniform
 from ..noise import span_uniforms
 from .any_order import AnyOrder, Drawn
-from .candidates import CoupledWindows, read_logits, shape_logits
+from .candidates import CoupledWindows, read_logits, shape_logits, sure_of
 from .controls import Controls, RowText
 from .positions import choose, fewest, fixed_scores, select
 from .remasking import CommitMemory, take_back
@@ -245,16 +245,14 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             if not controls.change_nothing:
                 at = masked.nonzero(as_tuple=True)
                 log_probs = log_probs.index_put(at, controls.apply(log_probs[at], at[0], text))
-            pred_logits = shape_logits(
-                log_probs,
-                0.0 if settings.sampling == "viterbi" else settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-            )
             uniforms = self._uniforms(settings, sample, generator)
             if uniforms is None:
-                candidates = pred_logits.argmax(-1)
+                candidates = log_probs.argmax(-1)
+                pred_logits = sure_of(candidates, log_probs)
             else:
+                pred_logits = shape_logits(
+                    log_probs, settings.temperature, top_k=settings.top_k, top_p=settings.top_p
+                )
                 candidates = draw_categorical(pred_logits.exp(), uniforms)
             candidates = torch.where(masked, candidates, sample)
             probs = source.confidence.of(candidates)
