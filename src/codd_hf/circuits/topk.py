@@ -32,7 +32,10 @@ from .evidence import (
     working_dtype,
 )
 from .listing import list_likeliest, slice_size
-from .numerics import full_precision, logsumexp, safe_log
+from .numerics import exp_of_difference, full_precision, logsumexp, safe_log
+
+NUMBERS_IN_A_LINE = 16
+"""float32 numbers that a processor reads from memory together."""
 
 
 @dataclass(frozen=True)
@@ -238,15 +241,19 @@ class TopKEvidence:
             scale: `[H]`.
             weights: `[N, n, k]`, what the tokens count in each sum.
         """
-        # In the order of their tokens, a state's numbers are read from memory one after the other.
-        tokens, order = self.indices.flatten().sort()
-        place = order.argsort()
+        tokens, place = self.indices.flatten(), None
+        if len(tokens) * NUMBERS_IN_A_LINE > emission.vocab_size:
+            # In the order of their tokens, a state's numbers are read one after the other.
+            tokens, order = tokens.sort()
+            place = order.argsort()
         sums = []
         number = max(slice_size(self.device) // max(len(tokens), 1), 1)
         states = emission.log_potential[0].split(number), scale.split(number)
         for matrix, largest in zip(*states, strict=True):
             factors = matrix.gather(1, tokens.expand(len(matrix), -1)).to(scale.dtype)
-            factors = factors.sub_(largest[:, None]).exp_().index_select(1, place)
+            factors = exp_of_difference(factors, largest[:, None], out=factors)
+            if place is not None:
+                factors = factors.gather(1, place.expand(len(matrix), -1))
             factors = factors.unflatten(1, self.indices.shape).transpose(0, 1)
             sums.append(factors @ weights.transpose(1, 2))
         return torch.cat(sums, 1).transpose(1, 2)
