@@ -33,6 +33,8 @@ def test_bad_size_is_an_error_that_names_the_field_and_the_value(field, value):
         ("alpha", -1.0),
         ("tie_emissions", "yes"),
         ("evidence_top_k", "all"),
+        ("evidence_dtype", 16),
+        ("evidence_dtype", "float8"),
         ("mask_token_id", 1.0),
         ("forbidden_token_ids", "123"),
         ("forbidden_token_ids", ["1"]),

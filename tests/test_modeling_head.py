@@ -261,6 +261,25 @@ def test_a_head_stays_in_float32_when_loaded_in_bfloat16(name, tmp_path):
     assert same_state(head, loaded)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_head_reads_predictions_in_half_precision_where_its_config_says_so(dtype, tmp_path):
+    random_head(evidence_dtype=dtype).save_pretrained(tmp_path)
+    head, exact = CoDDHead.from_pretrained(tmp_path), random_head()
+    logits = torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(0))
+    close, expected = head(logits), exact(logits)
+    assert close.log_partition.dtype == torch.float32
+    difference = (close.log_partition - expected.log_partition).abs()
+    assert 0 < float(difference.max()) < 0.1
+    for changed, other in (
+        (close.with_temperature(0.5), expected.with_temperature(0.5)),
+        (close.with_active(torch.tensor([True, False])), expected),
+    ):
+        assert changed.evidence_dtype == getattr(torch, dtype)
+        assert changed.log_partition[0] != other.log_partition[0]
+    listed = head(logits, top_k=3).log_partition
+    torch.testing.assert_close(listed, exact(logits, top_k=3).log_partition, rtol=0, atol=0)
+
+
 # Binding to a backbone
 
 

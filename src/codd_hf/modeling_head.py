@@ -297,6 +297,7 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
         context = None
         if self.context_maps is not None:
             context = self._context(logits, observed, last_hidden_state, present, preceding)
+        dtype = self.config.evidence_dtype
         return CoupledCategorical(
             logits,
             self.potentials,
@@ -308,6 +309,7 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
             temperature=temperature,
             forbidden=self.forbidden,
             top_k=top_k,
+            evidence_dtype=None if dtype is None else getattr(torch, dtype),
         )
 
     def _context(self, logits, observed, last_hidden_state, present, preceding) -> Context:

@@ -59,6 +59,9 @@ class CoupledCategorical(Conditionals, Distribution):
         forbidden: `[V]` bool, tokens that get zero potential at masked positions.
         top_k: read logits by so many of their likeliest tokens, the remaining mass spread by
             `potentials.log_marginal`; 0 reads all, exactly.
+        evidence_dtype: of the operands of the products that read all tokens, such as
+            `torch.bfloat16` (relative errors of about 1e-2); sums are float32. Default: float32, or
+            float64 if the potentials are.
 
     Raises:
         ValueError: shapes do not fit, or a logit is NaN.
@@ -81,6 +84,7 @@ class CoupledCategorical(Conditionals, Distribution):
         temperature: float = 1.0,
         forbidden: torch.Tensor | None = None,
         top_k: int = 0,
+        evidence_dtype: torch.dtype | None = None,
     ):
         given = isinstance(logits, torch.Tensor)
         self._own_law = isinstance(logits, TopKEvidence) and logits.log_marginal is not None
@@ -116,6 +120,7 @@ class CoupledCategorical(Conditionals, Distribution):
         self.temperature = temperature
         self.forbidden = forbidden
         self.top_k = top_k
+        self.evidence_dtype = evidence_dtype
         super().__init__((batch,), (length,), validate_args=False)
         check_ids("tokens", self.tokens, potentials.vocab_size)
 
@@ -340,6 +345,7 @@ class CoupledCategorical(Conditionals, Distribution):
             "temperature",
             "forbidden",
             "top_k",
+            "evidence_dtype",
         ]
         kept = {name: getattr(self, name) for name in names}
         if self._all_present:

@@ -92,9 +92,11 @@ class LatentChain:
         """`[B, L, H + J]` log-evidence without context."""
         summary = self._summary
         emission = self.potentials.emission
+        exact = isinstance(self._prediction, DenseEvidence)
+        how = {"dtype": self.evidence_dtype} if exact else {}
         return self._soft_evidence(
             lambda prediction, positions: prediction.soft_evidence(
-                emission, positions, summary, repair=summary.needs_repair
+                emission, positions, summary, repair=summary.needs_repair, **how
             )
         )
 

@@ -175,7 +175,6 @@ class TopKEvidence:
         positions: torch.Tensor,
         summary: EmissionSummary | None = None,
         repair: bool = True,
-        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """`log s(z)`, `[N, H]`, of a batch of `N` predictions; differentiable.
 
@@ -186,7 +185,6 @@ class TopKEvidence:
                 whole vocabulary.
             repair: as in `DenseEvidence.soft_evidence`, for the `summary` that is made if none is
                 given; what the listed tokens add is summed in log space.
-            dtype: ignored, since nothing here is a matrix product; for one interface.
 
         Raises:
             ValueError: `k < V` and no `spread_by` has said where the remaining mass goes.
