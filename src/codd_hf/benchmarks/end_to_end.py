@@ -49,7 +49,7 @@ BLOCK_CAUSAL = ", block-causal"
 def text_prompts(pipeline: CoDDPipeline, batch: int, length: int, seed: int) -> torch.Tensor:
     """`[batch, length]` tokens cut from anywhere in the embedded model's held-out text."""
     examples = load_examples(str(Path(default_model()) / "test.jsonl"))
-    tokenized = tokenize_examples(examples, pipeline.tokenizer)
+    tokenized = tokenize_examples(examples, pipeline.tokenizer, max_length=None)
     text = torch.tensor([token for e in tokenized for token in e.prompt_ids + e.answer_ids])
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(len(text) - length, (batch, 1), generator=generator)
@@ -166,7 +166,8 @@ def cache_quality(
     """What each cache does to the answers to `number` held-out questions, by pipeline name."""
     bare, tokenizer = bare_pipeline(pipeline.model), pipeline.tokenizer
     examples = load_examples(str(Path(default_model()) / "test.jsonl"))[:number]
-    prompts = [example.prompt_ids for example in tokenize_examples(examples, tokenizer)]
+    tokenized = tokenize_examples(examples, tokenizer, max_length=None)
+    prompts = [example.prompt_ids for example in tokenized]
     runs = {
         name: bare(
             input_ids=prompts,

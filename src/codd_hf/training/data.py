@@ -7,6 +7,7 @@ windows in training are cut exactly as decoding cuts them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ class CanvasBatch:
 def tokenize_examples(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
-    max_length: int = 512,
+    max_length: int | None = 512,
     *,
     packing: bool = False,
 ) -> list[TokenizedExample]:
@@ -72,7 +73,7 @@ def tokenize_examples(
     Args:
         examples: the examples.
         tokenizer: with an end-of-text token, and a chat template if there are messages.
-        max_length: tokens of an example.
+        max_length: tokens of an example; None for any number.
         packing: join texts without prompts, end-of-text after each, and cut all of it into pieces
             of `max_length` tokens (the last one may be shorter). A piece may begin and end within a
             text: let `max_length` be a multiple of the window, and `max_extra_windows` be 0.
@@ -85,6 +86,8 @@ def tokenize_examples(
     if eos is None:
         raise ValueError("`tokenizer` needs an `eos_token`, so that answers can end.")
     answers = tokenizer([e.answer for e in examples], add_special_tokens=False)["input_ids"]
+    if max_length is None:
+        max_length = sys.maxsize
     if packing:
         if any(e.messages for e in examples):
             raise ValueError("`packing` is for plain text, but there are examples with a prompt.")
