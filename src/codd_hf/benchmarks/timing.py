@@ -9,6 +9,9 @@ from statistics import median
 
 import torch
 
+LINE = 64
+"""Bytes that a processor reads from memory together."""
+
 
 def synchronize(device: torch.device | str) -> None:
     """Waits for what was launched on a CUDA device; nothing to wait for on others."""
@@ -55,46 +58,94 @@ class Rates:
         bytes_per_second: of a large copy, reads and writes counted.
         flops_per_second: of a large matrix product.
         dtype: of that product.
+        scattered_bytes_per_second: of cache lines of which one number is read, in the order of
+            memory; default, that of a copy.
+        new_bytes_per_second: of writing to memory that the system has yet to hand out, and to
+            clear; default, that of a copy.
     """
 
     bytes_per_second: float
     flops_per_second: float
     dtype: str = "float32"
+    scattered_bytes_per_second: float | None = None
+    new_bytes_per_second: float | None = None
 
-    def limit(self, num_bytes: float, flops: float) -> float:
-        """Least seconds for moving so many bytes and doing so many operations, overlapped."""
-        return max(num_bytes / self.bytes_per_second, flops / self.flops_per_second)
+    def limit(
+        self, num_bytes: float, flops: float, scattered: float = 0.0, new: float = 0.0
+    ) -> float:
+        """Least seconds for moving so many bytes and doing so many operations, overlapped.
+
+        Args:
+            num_bytes: read or written one after the other.
+            flops: operations.
+            scattered: bytes of cache lines of which one number is read.
+            new: bytes written to new memory.
+        """
+        moving = num_bytes / self.bytes_per_second
+        moving += scattered / (self.scattered_bytes_per_second or self.bytes_per_second)
+        moving += new / (self.new_bytes_per_second or self.bytes_per_second)
+        return max(moving, flops / self.flops_per_second)
 
     def as_dict(self) -> dict[str, float]:
-        return {
+        rates = {
             "copy GB/s": self.bytes_per_second / 1e9,
             f"{self.dtype} GFLOP/s": self.flops_per_second / 1e9,
         }
+        for name in ("scattered", "new"):
+            rate = getattr(self, f"{name}_bytes_per_second")
+            rates |= {} if rate is None else {f"{name} GB/s": rate / 1e9}
+        return rates
 
 
-def measure_rates(
-    device: torch.device | str, quick: bool = False, dtype: torch.dtype = torch.float32
-) -> Rates:
-    """Memory bandwidth by a copy of 256 MiB, the rate of a 2048 x 2048 x 2048 product in `dtype`.
+class RateProbes:
+    """What `Rates` are measured by, as sides for `median_seconds`.
+
+    A copy of 256 MiB, a product of 2048 x 2048 x 2048, a number from every fourth cache line of
+    256 MiB, and 128 MiB of new memory. On a shared machine they say most in turns with what they
+    are compared with.
 
     Args:
         device: where to measure.
         quick: a small copy and product.
         dtype: of the product.
     """
-    numbers, side = (1 << 20, 256) if quick else (1 << 26, 2048)
-    source = torch.ones(numbers, device=device)
-    target = torch.empty_like(source)
-    left = torch.randn(side, side, device=device).to(dtype)
-    right = torch.randn(side, side, device=device).to(dtype)
-    product = torch.empty_like(left)
-    seconds = median_seconds(
-        {
+
+    def __init__(
+        self, device: torch.device | str, quick: bool = False, dtype: torch.dtype = torch.float32
+    ):
+        self.dtype = dtype
+        self.numbers, self.side = (1 << 20, 256) if quick else (1 << 26, 2048)
+        source = torch.ones(self.numbers, device=device)
+        target = torch.empty_like(source)
+        left = torch.randn(self.side, self.side, device=device).to(dtype)
+        right = torch.randn(self.side, self.side, device=device).to(dtype)
+        product = torch.empty_like(left)
+        rows = source.view(-1, self.numbers // 512)
+        spacing = 4 * LINE // source.itemsize
+        lines = torch.arange(0, rows.shape[1], spacing, device=device).expand(len(rows), -1)
+        self.num_lines = lines.numel()
+        gathered = source.new_empty(lines.shape)
+        self.sides = {
             "copy": lambda: target.copy_(source),
             "product": lambda: torch.mm(left, right, out=product),
-        },
-        repeats=5,
-        device=device,
-    )
-    flops_per_second = 2 * side**3 / seconds["product"]
-    return Rates(2 * 4 * numbers / seconds["copy"], flops_per_second, str(dtype).split(".")[-1])
+            "scattered": lambda: torch.gather(rows, 1, lines, out=gathered),
+            "new": lambda: torch.empty(self.numbers // 2, device=device).fill_(1.0),
+        }
+
+    def rates(self, seconds: Mapping[str, float]) -> Rates:
+        """The rates, given the seconds of each side."""
+        return Rates(
+            2 * 4 * self.numbers / seconds["copy"],
+            2 * self.side**3 / seconds["product"],
+            str(self.dtype).split(".")[-1],
+            LINE * self.num_lines / seconds["scattered"],
+            4 * (self.numbers // 2) / seconds["new"],
+        )
+
+
+def measure_rates(
+    device: torch.device | str, quick: bool = False, dtype: torch.dtype = torch.float32
+) -> Rates:
+    """The rates by themselves; arguments as those of [`RateProbes`]."""
+    probes = RateProbes(device, quick, dtype)
+    return probes.rates(median_seconds(probes.sides, repeats=5, device=device))

@@ -63,7 +63,9 @@ def shifted_exp(x: torch.Tensor, dim: int | tuple[int, ...]) -> tuple[torch.Tens
     """`exp(x - shift)` and the `shift`, the maximum over `dim` (0 where that is -inf)."""
     shift = x.detach().amax(dim, keepdim=True)
     shift = shift.masked_fill(shift == -torch.inf, 0)
-    return (x - shift).exp(), shift
+    difference = x - shift
+    in_place = not (torch.is_grad_enabled() and x.requires_grad)
+    return difference.exp_() if in_place else difference.exp(), shift
 
 
 def normalised_exp(log_weights: torch.Tensor) -> torch.Tensor:

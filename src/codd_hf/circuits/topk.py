@@ -244,17 +244,24 @@ class TopKEvidence:
             # In the order of their tokens, a state's numbers are read one after the other.
             tokens, order = tokens.sort()
             place = order.argsort()
-        sums = []
         number = max(slice_size(self.device) // max(len(tokens), 1), 1)
-        states = emission.log_potential[0].split(number), scale.split(number)
-        for matrix, largest in zip(*states, strict=True):
-            factors = matrix.gather(1, tokens.expand(len(matrix), -1)).to(scale.dtype)
-            factors = exp_of_difference(factors, largest[:, None], out=factors)
+        number = min(number, emission.num_latents)
+        matrix = emission.log_potential[0]
+        # New memory costs as much as the work in it, so all slices of the states share theirs.
+        gathered, ordered = (t.new_empty(number, len(tokens)) for t in (matrix, scale))
+        sums = scale.new_empty(len(weights), weights.shape[1], emission.num_latents)
+        for first in range(0, emission.num_latents, number):
+            part = slice(first, first + number)
+            size = len(scale[part])
+            index = tokens.expand(size, -1)
+            factors = torch.gather(matrix[part], 1, index, out=gathered[:size]).to(scale.dtype)
+            factors = exp_of_difference(factors, scale[part, None], out=factors)
             if place is not None:
-                factors = factors.gather(1, place.expand(len(matrix), -1))
+                index = place.expand(size, -1)
+                factors = torch.gather(factors, 1, index, out=ordered[:size])
             factors = factors.unflatten(1, self.indices.shape).transpose(0, 1)
-            sums.append(factors @ weights.transpose(1, 2))
-        return torch.cat(sums, 1).transpose(1, 2)
+            sums[..., part] = weights @ factors.transpose(1, 2)
+        return sums
 
     @full_precision
     def soft_evidence_bounds(
