@@ -61,34 +61,44 @@ def list_likeliest(
         `logsumexp` of all others, `[N]`.
     """
     size = logits.shape[-1]
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    bias = torch.zeros(size, dtype=dtype, device=logits.device)
-    if forbidden is not None:
-        bias.masked_fill_(forbidden, -torch.inf)
+    never = None if forbidden is None else forbidden.nonzero()[:, 0]
     parts = logits.split(max(slice_size(logits.device) // size, 1))
-    scores = torch.empty(len(parts[0]), size, dtype=dtype, device=logits.device)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    weights = torch.empty(len(parts[0]), size, dtype=dtype, device=logits.device)
     listed, indices, rest = [], [], []
     for part in parts:
-        torch.add(part, bias, out=scores[: len(part)])
-        found = _list_in_place(scores[: len(part)], k, temperature)
+        found = _list(part, k, temperature, never, weights[: len(part)])
         for kept, new in zip((listed, indices, rest), found, strict=True):
             kept.append(new)
     return torch.cat(listed), torch.cat(indices), torch.cat(rest)
 
 
-def _list_in_place(
-    scores: torch.Tensor, k: int, temperature: float
+def _list(
+    logits: torch.Tensor,
+    k: int,
+    temperature: float,
+    never: torch.Tensor | None,
+    weights: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`list_likeliest` of scores `[n, V]`, which are used up."""
-    if temperature != 1:
-        scores.div_(temperature)
-    if k == scores.shape[-1]:
-        listed, indices = scores.topk(k, -1)
-        return listed, indices, torch.full_like(listed[:, 0], -torch.inf)
-    values, indices = likeliest(scores, k + 1)
+    """`list_likeliest` of a slice `[n, V]`; `weights`, of its shape, is for work.
+
+    Tokens that must not be listed, `never` `[m]`, are few, and are taken out of a longer list.
+    """
+    size, number = logits.shape[-1], 0 if never is None else len(never)
+    values, indices = likeliest(logits, min(k + 1 + number, size))
+    values = values.to(weights.dtype)
+    if number:
+        values = values.masked_fill(torch.isin(indices, never), -torch.inf)
+        values, order = values.topk(min(k + 1, size), -1)
+        indices = indices.gather(1, order)
+    values = values / temperature
+    if k == size:
+        return values, indices, torch.full_like(values[:, 0], -torch.inf)
     # Summed over the others: 1 minus the sum of the listed is rounding error when that is 1.
-    scores.scatter_(-1, indices[:, :k], -torch.inf)
     largest = values[:, k:]
     largest = largest.masked_fill(largest == -torch.inf, 0)
-    rest = exp_of_difference(scores, largest, out=scores).sum(-1).log() + largest[:, 0]
-    return values[:, :k], indices[:, :k], rest
+    exp_of_difference(logits, largest, out=weights, factor=1 / temperature)
+    weights.scatter_(-1, indices[:, :k], 0.0)
+    if number:
+        weights.index_fill_(-1, never, 0.0)
+    return values[:, :k], indices[:, :k], weights.sum(-1).log() + largest[:, 0]
