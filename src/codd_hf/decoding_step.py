@@ -214,7 +214,7 @@ class DecodingStep:
             logits = self._allowed(
                 states.logits(where), where[1] < part.no_end_before[where[0]], part
             )
-            logits = logits.new_zeros(*column.shape, logits.shape[-1]).index_put(at, logits)
+            logits = logits.new_zeros(*column.shape, logits.shape[-1]).index_put_(at, logits)
             self.scheduler.set_timesteps(num_steps, device=rows.device)
             selected[rows[:, None], column] = self.scheduler.select_positions(
                 logits,

@@ -87,8 +87,14 @@ class WindowsMixin:
         wanted = present & ~observed
         at = wanted.nonzero(as_tuple=True)
         known = states.logits((rows[at[0]], positions[at]))
-        logits = known.new_zeros(*positions.shape, known.shape[-1]).index_put(at, known)
         head = self._head_in_use if head is None else head
+        if head is None:
+            config, vocab_size = self.config, known.shape[-1]
+            never = forbidden_tokens(
+                vocab_size, config.mask_token_id, config.forbidden_token_ids, known.device
+            )
+            known = known.masked_fill(never, -torch.inf)
+        logits = known.new_zeros(*positions.shape, known.shape[-1]).index_put_(at, known)
         if head is not None:
             if head.config.vocab_size != logits.shape[-1]:
                 raise ValueError(
@@ -124,12 +130,6 @@ class WindowsMixin:
             present=present,
             active=torch.zeros(len(rows), dtype=torch.bool, device=rows.device),
             temperature=temperature,
-            forbidden=forbidden_tokens(
-                logits.shape[-1],
-                self.config.mask_token_id,
-                self.config.forbidden_token_ids,
-                logits.device,
-            ),
         )
 
     def preceding(

@@ -360,7 +360,7 @@ class CoupledCategorical(Conditionals, Distribution):
         tokens = self.tokens.expand(log_probs.shape[:-1])[..., None]
         others = log_probs.masked_fill(self.observed[..., None], -torch.inf)
         sure = log_probs.gather(-1, tokens).masked_fill(self.observed[..., None], 0.0)
-        return others.scatter(-1, tokens, sure)
+        return others.scatter_(-1, tokens, sure)
 
     def _check_value(self, value: torch.Tensor) -> None:
         shape = (*self.batch_shape, *self.event_shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ COMMANDS = {
     "convert": convert,
     "bench": bench,
 }
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 FAILURES = (OSError, ValueError, TypeError, FloatingPointError)
 
 
@@ -41,10 +43,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _spare_page_faults() -> None:
+    """Large tensors that are new at every step take huge pages, and memory that was kept.
+
+    PyTorch reads its variable at the first large tensor. glibc, unless its own variables say
+    something else, gives large blocks back to the system as soon as they are free.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, or 1 for a failure (bad usage leaves with 2)."""
-    # PyTorch reads it at the first large tensor: those of a step are large, and new at every step.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    _spare_page_faults()
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
