@@ -135,7 +135,7 @@ def measure(options: Options) -> Report:
             "evidence": mode,
             "confidence": confidence,
             "head step, ms": 1e3 * seconds[f"{mode}, {confidence}"],
-            "limit, ms": 1e3 * head_step_limit(shape, rates, mode),
+            "limit, ms": 1e3 * head_step_limit(shape, rates, window.num_listed, mode),
             "backbone forward, ms": 1e3 * forward,
             "limit of the forward, ms": 1e3 * least,
             "overhead, %": 100 * seconds[f"{mode}, {confidence}"] / forward,

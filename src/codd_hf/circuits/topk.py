@@ -34,9 +34,6 @@ from .evidence import (
 from .listing import list_likeliest, slice_size
 from .numerics import exp_of_difference, full_precision, logsumexp, safe_log
 
-NUMBERS_IN_A_LINE = 16
-"""float32 numbers that a processor reads from memory together."""
-
 
 @dataclass(frozen=True)
 class TopKEvidence:
@@ -217,11 +214,7 @@ class TopKEvidence:
         if summary.by_token is None:
             sums = self._sums_by_latent(emission, scale, weights)
         else:
-            # A prediction's sums one after the other, the second from the processor's cache.
-            tokens = self.indices.repeat_interleave(weights.shape[1], 0)
-            sums = F.embedding_bag(
-                tokens, summary.by_token, mode="sum", per_sample_weights=weights.flatten(0, 1)
-            ).unflatten(0, weights.shape[:2])
+            sums = _weighted_sums(summary.by_token, self.indices, weights)
         if whole:
             return sums[:, 0].log() + scale
         listed, part = sums.unbind(1)
@@ -239,28 +232,21 @@ class TopKEvidence:
             scale: `[H]`.
             weights: `[N, n, k]`, what the tokens count in each sum.
         """
-        tokens, place = self.indices.flatten(), None
-        if len(tokens) * NUMBERS_IN_A_LINE > emission.vocab_size:
-            # In the order of their tokens, a state's numbers are read one after the other.
-            tokens, order = tokens.sort()
-            place = order.argsort()
+        if torch.compiler.is_compiling():
+            tokens = self.indices.flatten()
+            place = torch.arange(len(tokens), device=self.device).view_as(self.indices)
+        else:
+            # Predictions share many of their tokens: these are read once, and in the order in which
+            # they lie in memory.
+            tokens, place = self.indices.unique(return_inverse=True)
         number = max(slice_size(self.device) // max(len(tokens), 1), 1)
-        number = min(number, emission.num_latents)
-        matrix = emission.log_potential[0]
-        # New memory costs as much as the work in it, so all slices of the states share theirs.
-        gathered, ordered = (t.new_empty(number, len(tokens)) for t in (matrix, scale))
         sums = scale.new_empty(len(weights), weights.shape[1], emission.num_latents)
         for first in range(0, emission.num_latents, number):
             part = slice(first, first + number)
-            size = len(scale[part])
-            index = tokens.expand(size, -1)
-            factors = torch.gather(matrix[part], 1, index, out=gathered[:size]).to(scale.dtype)
+            matrix = emission.log_potential[0, part]
+            factors = matrix.gather(1, tokens.expand(len(matrix), -1)).to(scale.dtype)
             factors = exp_of_difference(factors, scale[part, None], out=factors)
-            if place is not None:
-                index = place.expand(size, -1)
-                factors = torch.gather(factors, 1, index, out=ordered[:size])
-            factors = factors.unflatten(1, self.indices.shape).transpose(0, 1)
-            sums[..., part] = weights @ factors.transpose(1, 2)
+            sums[..., part] = _weighted_sums(factors.T.contiguous(), place, weights)
         return sums
 
     @full_precision
@@ -306,3 +292,19 @@ class TopKEvidence:
         left = 1 - self._log_marginal_listed().exp().sum(-1)
         some = left > 16 * torch.finfo(left.dtype).eps
         return torch.where(some, self.log_rest - left.masked_fill(~some, 1).log(), -torch.inf)
+
+
+def _weighted_sums(
+    table: torch.Tensor, places: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """`[N, n, H]`: `sum_k weights[., n, k] table[places[., k]]`.
+
+    Args:
+        table: `[U, H]`.
+        places: `[N, k]`.
+        weights: `[N, n, k]`.
+    """
+    # The sums of a prediction one after the other: all but the first from the processor's cache.
+    every = places.repeat_interleave(weights.shape[1], 0)
+    sums = F.embedding_bag(every, table, mode="sum", per_sample_weights=weights.flatten(0, 1))
+    return sums.unflatten(0, weights.shape[:2])
