@@ -121,6 +121,20 @@ def test_evaluate_gap_prints_the_table_and_writes_the_figures(trained_pipeline, 
     assert "torch" in result["environment"]
 
 
+def test_evaluate_gap_reads_as_many_likeliest_tokens_as_asked(trained_pipeline, tmp_path, capsys):
+    nats = {}
+    argv = ["evaluate", "gap", "--model", str(trained_pipeline), "--ratios", "1"]
+    argv += ["--num-problems", "4", "--no-sequential"]
+    for k in (0, 1, 10**6):
+        path = tmp_path / f"{k}.json"
+        assert main([*argv, "--evidence-top-k", str(k), "--output", str(path)]) == 0
+        (row,) = json.loads(path.read_text())["rows"]
+        nats[k] = row["nats"]["fitted"]
+    assert nats[1] != nats[0]
+    assert nats[10**6] == pytest.approx(nats[0], abs=1e-4)
+    assert "got -1" in failure(capsys, *argv, "--evidence-top-k", "-1")
+
+
 def test_train_writes_a_model_that_generate_takes(trained_pipeline, cities_jsonl, capsys, tmp_path):
     argv = ["train", "--dataset", str(cities_jsonl), "--output", str(tmp_path)]
     argv += ["--backbone", str(trained_pipeline.parent / "backbone"), "--num-latents", "6"]

@@ -147,6 +147,7 @@ class DecodingStep:
                 logits_processor=self.logits_processor,
                 text=RowText(group.tokens, known, position),
                 memory=remembered,
+                output_logits=False,
                 **self.settings,
             )
             memory.write(group_rows, position, window_start, remembered, canvas.tokens)

@@ -121,13 +121,15 @@ class CoupledCategorical(Conditionals, Distribution):
         self.forbidden = forbidden
         self.top_k = top_k
         self.evidence_dtype = evidence_dtype
+        self._known_in_prediction = False
         super().__init__((batch,), (length,), validate_args=False)
         check_ids("tokens", self.tokens, potentials.vocab_size)
 
     @cached_property
     def factorized_logits(self) -> torch.Tensor:
         """`[B, L, V]` log-probabilities without the circuit; one-hot at observed positions."""
-        return self._one_hot_where_observed(self._log_phi)
+        log_phi = self._log_phi
+        return log_phi if self._known_in_prediction else self._one_hot_where_observed(log_phi)
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         """Log-probability `[*S, B]` of tokens `[*S, B, L]`; -inf where it is zero.

@@ -35,11 +35,24 @@ class LatentChain:
         if isinstance(prediction, torch.Tensor):
             logits, how = self.logits.to(self._dtype), (self.temperature, self.forbidden)
             if not self.top_k:
-                return DenseEvidence.from_logits(logits, *how)
+                prediction = DenseEvidence.from_logits(logits, *how)
+                log_probs = prediction.log_probs
+                if not (torch.compiler.is_compiling() or log_probs.requires_grad):
+                    self._known_in_prediction = True
+                    self._write_observed(log_probs)
+                return prediction
             prediction = TopKEvidence.from_logits(logits, self.top_k, *how)
         if isinstance(prediction, TopKEvidence) and not self._own_law:
             return prediction.spread_by(self.potentials.log_marginal, self.forbidden)
         return prediction
+
+    def _write_observed(self, log_probs: torch.Tensor) -> None:
+        """Makes log-probabilities `[B, L, V]`, which are ours, sure of what is observed."""
+        if bool(self.observed.any()):
+            log_probs.masked_fill_(self.observed[..., None], -torch.inf)
+            tokens = self.tokens[..., None]
+            sure = log_probs.gather(-1, tokens).masked_fill_(self.observed[..., None], 0.0)
+            log_probs.scatter_(-1, tokens, sure)
 
     @cached_property
     def _log_phi(self) -> torch.Tensor:

@@ -87,6 +87,12 @@ def _add_gap_arguments(parser: argparse.ArgumentParser) -> None:
         "validation data, with --dataset validation.jsonl --no-sequential",
     )
     parser.add_argument(
+        "--evidence-top-k",
+        type=int,
+        help="how many of a prediction's likeliest tokens the circuits read; 0: all (default: each "
+        "head's own)",
+    )
+    parser.add_argument(
         "--sequential",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -170,8 +176,14 @@ def _run_gap(args: argparse.Namespace) -> None:
     if pipeline.model.coupling_head is None:
         raise ValueError("`--model` has no head to measure: fit one with `codd-hf train`.")
     heads["fitted"] = pipeline.model.coupling_head
+    if args.evidence_top_k is not None and args.evidence_top_k < 0:
+        raise ValueError(
+            f"`--evidence-top-k` must be 0 (all) or positive, got {args.evidence_top_k}."
+        )
     for head in heads.values():
         head.to(pipeline.model.device)
+        if args.evidence_top_k is not None:
+            head.config.evidence_top_k = args.evidence_top_k
     started = time.perf_counter()
     rows = measure_gap(
         pipeline.model,
@@ -189,6 +201,7 @@ def _run_gap(args: argparse.Namespace) -> None:
     facts = environment() | {
         "examples": len(examples),
         "evidence_temperature": args.evidence_temperature,
+        "evidence_top_k": heads["fitted"].evidence_top_k,
         "seed": args.seed,
     }
     print("\n" + ", ".join(f"{k} {v}" for k, v in facts.items()) + f", {seconds:.0f} s")

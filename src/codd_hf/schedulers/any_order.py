@@ -41,7 +41,7 @@ class Drawn(NamedTuple):
     tokens: torch.Tensor
     where: torch.Tensor
     probs: torch.Tensor
-    pred_logits: torch.Tensor
+    pred_logits: torch.Tensor | None
 
 
 class AnyOrder:

@@ -26,7 +26,8 @@ class CoDDSchedulerOutput(BaseOutput):
             nothing.
         pred_logits (`torch.Tensor` of shape `(batch_size, length, vocab_size)`):
             Normalised log-probabilities that the candidates were really drawn from, after
-            processors, temperature, top-k and top-p.
+            processors, temperature, top-k and top-p. May be None if the step was told that it is
+            not wanted.
         fallback (`torch.BoolTensor` of shape `(batch_size,)`):
             Rows with a window in which circuit and backbone exclude each other (no completion has
             a positive probability), so that it was drawn factorized.
@@ -38,6 +39,6 @@ class CoDDSchedulerOutput(BaseOutput):
     transfer_index: torch.BoolTensor
     sampled_tokens: torch.LongTensor
     sampled_probs: torch.Tensor
-    pred_logits: torch.Tensor
+    pred_logits: torch.Tensor | None
     fallback: torch.BoolTensor
     remasked: torch.BoolTensor

@@ -165,6 +165,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
         text: RowText | None = None,
         memory: CommitMemory | None = None,
+        output_logits: bool = True,
         return_dict: bool = True,
         **overrides: Any,
     ) -> CoDDSchedulerOutput | tuple:
@@ -200,6 +201,8 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             memory (`CommitMemory`, *optional*):
                 What earlier steps of the block committed, for remasking; it is brought up to date.
                 Without it only the step's own tokens are judged.
+            output_logits (`bool`, defaults to `True`): Whether `pred_logits` is wanted; it may be
+                None where it is not.
             return_dict (`bool`, defaults to `True`): Whether to return an output or a tuple.
             **overrides: Settings of this call in place of the configured ones.
 
@@ -248,7 +251,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             uniforms = self._uniforms(settings, sample, generator)
             if uniforms is None:
                 candidates = log_probs.argmax(-1)
-                pred_logits = sure_of(candidates, log_probs)
+                pred_logits = sure_of(candidates, log_probs) if output_logits else None
             else:
                 pred_logits = shape_logits(
                     log_probs, settings.temperature, top_k=settings.top_k, top_p=settings.top_p
