@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from .backbones import BackboneStates
 from .circuits import CoupledCategorical, Preceding
-from .factorized import forbidden_tokens, trivial_potentials
+from .factorized import trivial_potentials
 from .modeling_head import CoDDHead
 
 
@@ -89,11 +89,8 @@ class WindowsMixin:
         known = states.logits((rows[at[0]], positions[at]))
         head = self._head_in_use if head is None else head
         if head is None:
-            config, vocab_size = self.config, known.shape[-1]
-            never = forbidden_tokens(
-                vocab_size, config.mask_token_id, config.forbidden_token_ids, known.device
-            )
-            known = known.masked_fill(never, -torch.inf)
+            never = [self.config.mask_token_id, *(self.config.forbidden_token_ids or [])]
+            known = known.index_fill(-1, torch.tensor(never, device=known.device), -torch.inf)
         logits = known.new_zeros(*positions.shape, known.shape[-1]).index_put_(at, known)
         if head is not None:
             if head.config.vocab_size != logits.shape[-1]:

@@ -48,11 +48,9 @@ class LatentChain:
 
     def _write_observed(self, log_probs: torch.Tensor) -> None:
         """Makes log-probabilities `[B, L, V]`, which are ours, sure of what is observed."""
-        if bool(self.observed.any()):
-            log_probs.masked_fill_(self.observed[..., None], -torch.inf)
-            tokens = self.tokens[..., None]
-            sure = log_probs.gather(-1, tokens).masked_fill_(self.observed[..., None], 0.0)
-            log_probs.scatter_(-1, tokens, sure)
+        at = self.observed.nonzero(as_tuple=True)
+        log_probs[at] = -torch.inf
+        log_probs[(*at, self.tokens[at])] = 0.0
 
     @cached_property
     def _log_phi(self) -> torch.Tensor:
