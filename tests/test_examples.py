@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT.parent / "shared" / "models" / "rxn_albert_mlm"
@@ -104,3 +106,27 @@ def test_text_file_becomes_a_pipeline(datasets_cache, tmp_path):
     texts = load_example("text_to_pipeline").main(command)
     assert len(texts) == 2
     assert "packed" in (tmp_path / "pipeline" / "README.md").read_text()
+
+
+def test_listed_tokens_says_which_share_of_them_is_distinct(
+    tiny_tokenizer, tmp_path, capsys, monkeypatch
+):
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    example = load_example("listed_tokens")
+    monkeypatch.setattr(example, "LISTED", 4)
+    monkeypatch.setattr("sys.argv", ["listed_tokens.py", "--model", str(tmp_path)])
+    example.main()
+    text = capsys.readouterr().out
+    assert "4 tokens listed" in text
+    shares = [float(part.split(" %")[0].split()[-1]) for part in text.splitlines()[1:]]
+    assert 0 < shares[1] <= shares[0] <= 100
+    windows = [torch.tensor([[1, 2], [2, 3]]), torch.tensor([[1, 2], [1, 2]])]
+    assert example.distinct_share(windows) == 3 / 8
