@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,6 +17,12 @@ from .timing import LINE, RateProbes, Rates, median_seconds
 
 ENTROPY = 3.0
 """Nats of a prediction on average: the backbone is neither sure nor lost."""
+
+SHARED = 0.68
+"""Share of the variance of logits that all predictions have in common."""
+
+KEPT = 32 << 20
+"""Bytes up to which memory that was given back is kept for the next use, as by glibc."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Window:
     observed: torch.Tensor
     hidden: torch.Tensor | None = None
 
-    @property
+    @cached_property
     def num_listed(self) -> int:
         """How many tokens are among the `DEFAULT_TOP_K` best of any prediction."""
         k = min(DEFAULT_TOP_K, self.logits.shape[-1])
@@ -110,12 +116,6 @@ def mean_entropy(logits: torch.Tensor) -> float:
     """Nats of a prediction, averaged over positions."""
     return torch.special.entr(logits.float().softmax(-1)).sum(-1).mean().item()
 
-
-SHARED = 0.68
-"""Share of the variance of logits that all predictions have in common."""
-
-KEPT = 32 << 20
-"""Bytes up to which memory that was given back is kept for the next use, as by glibc."""
 
 EVIDENCE = ("exact", "topk")
 

@@ -14,7 +14,7 @@ from .conditionals import Conditionals
 from .conditioning import Context
 from .evidence import DenseEvidence, emission_of_latents
 from .lazy import cached_property
-from .numerics import logsumexp, safe_log
+from .numerics import logsumexp, safe_log, sure_of
 from .potentials import Potentials
 from .random import Generators, draw_categorical, uniform
 from .topk import TopKEvidence
@@ -238,7 +238,7 @@ class CoupledCategorical(Conditionals, Distribution):
             copied = (latents >= number)[..., None] & coupled
             places = (latents - number).clamp(min=0)
             tokens = self._copies.tokens.expand(*latents.shape[:-1], -1).gather(-1, places)
-            scores = torch.where(copied, _one_hot(scores, tokens), scores)
+            scores = torch.where(copied, sure_of(tokens, scores), scores)
         return self._one_hot_where_observed(scores)
 
     @torch.no_grad()
@@ -369,8 +369,3 @@ class CoupledCategorical(Conditionals, Distribution):
         if tuple(value.shape[-2:]) != shape:
             raise ValueError(f"`value` must end with shape {shape}, got {tuple(value.shape)}.")
         check_ids("value", value[..., self.present], self.potentials.vocab_size)
-
-
-def _one_hot(like: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities `[..., V]` that are sure of tokens `[...]`."""
-    return torch.full_like(like, -torch.inf).scatter(-1, tokens[..., None], 0.0)

@@ -75,6 +75,11 @@ def normalised_exp(log_weights: torch.Tensor) -> torch.Tensor:
     return weights / total.masked_fill(total <= 0, 1)
 
 
+def sure_of(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities `[..., V]`, as `like`, of nothing but the tokens `[...]`."""
+    return torch.full_like(like, -torch.inf).scatter_(-1, tokens[..., None], 0.0)
+
+
 def log_softmax(x: torch.Tensor) -> torch.Tensor:
     """`log_softmax` over the last axis; a row that is -inf throughout stays so, not NaN."""
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):

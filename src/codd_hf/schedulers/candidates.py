@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..circuits import CoupledCategorical
+from ..circuits.numerics import sure_of
 from ..circuits.random import Generators, uniform
 from .settings import DrawSettings
 
@@ -231,19 +232,13 @@ def read_logits(
     forbidden = settings.forbidden_token_ids or []
     never = torch.tensor([mask_token_id, *forbidden], device=logits.device)
     logits = logits.float().index_fill(-1, never, -torch.inf)
-    known = torch.full_like(logits, -torch.inf).scatter(-1, sample[..., None], 0.0)
-    logits = torch.where(masked[..., None], logits, known)
+    logits = torch.where(masked[..., None], logits, sure_of(sample, logits))
     return CandidateSource(
         masked=masked,
         log_probs=(logits / settings.evidence_temperature).log_softmax(-1),
         confidence=Confidence.factorized(lambda: logits.log_softmax(-1)),
         fallback=masked.new_zeros(len(sample)),
     )
-
-
-def sure_of(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities `[..., vocab]`, as `like`, of nothing but the tokens `[...]`."""
-    return torch.full_like(like, -torch.inf).scatter_(-1, tokens[..., None], 0.0)
 
 
 def shape_logits(

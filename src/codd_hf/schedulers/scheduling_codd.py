@@ -10,10 +10,11 @@ from diffusers.configuration_utils import register_to_config
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..circuits import CoupledCategorical
+from ..circuits.numerics import sure_of
 from ..circuits.random import Generators, draw_categorical, uniform
 from ..noise import span_uniforms
 from .any_order import AnyOrder, Drawn
-from .candidates import CoupledWindows, read_logits, shape_logits, sure_of
+from .candidates import CoupledWindows, read_logits, shape_logits
 from .controls import Controls, RowText
 from .positions import choose, fewest, fixed_scores, select
 from .remasking import CommitMemory, take_back
