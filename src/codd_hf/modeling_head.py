@@ -23,6 +23,7 @@ from .circuits import (
     TopKEvidence,
 )
 from .circuits.evidence import ONE_PRODUCT
+from .circuits.topk import law_of_rest
 from .configuration_codd import CoDDHeadConfig
 from .factorized import forbidden_tokens
 from .fitted_circuit import FittedCircuit
@@ -100,6 +101,7 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
             )
         self._bound: list[torch.Tensor] = []  # a list, so that the backbone's weight is not ours
         self._cache: tuple[tuple, Potentials] | None = None
+        self._forbidden: tuple[tuple, torch.Tensor | None] | None = None
         self._by_token = False
         self.post_init()
 
@@ -136,7 +138,7 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
 
     def __getstate__(self) -> dict:
         # What is derived from the weights, or is the backbone's, is not copied with the head.
-        return {**self.__dict__, "_bound": [], "_cache": None}
+        return {**self.__dict__, "_bound": [], "_cache": None, "_forbidden": None}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -221,9 +223,14 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
     def forbidden(self) -> torch.Tensor | None:
         """`[V]` bool, the tokens that are never generated; None if there are none."""
         config, device = self.config, self.token_marginal.device
-        return forbidden_tokens(
-            config.vocab_size, config.mask_token_id, config.forbidden_token_ids, device
-        )
+        given = (config.vocab_size, config.mask_token_id, config.forbidden_token_ids, device)
+        if torch.compiler.is_compiling():
+            return forbidden_tokens(*given)
+        key = (*given[:2], tuple(given[2] or ()), device)
+        if self._forbidden is None or self._forbidden[0] != key:
+            with torch.inference_mode(False):
+                self._forbidden = (key, forbidden_tokens(*given))
+        return self._forbidden[1]
 
     @property
     def evidence_top_k(self) -> int:
@@ -244,7 +251,7 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
         It is the token marginal without the forbidden tokens.
         """
         log_marginal = self.token_marginal.log().reshape(-1, self.config.vocab_size)
-        return DenseEvidence.from_logits(log_marginal, forbidden=self.forbidden).log_probs
+        return law_of_rest(log_marginal, self.forbidden)
 
     def _make_potentials(self) -> Potentials:
         config = self.config

@@ -85,6 +85,12 @@ class Chain:
         """Mass up to here counts as lost in a step."""
         return 0.0 if self.is_safe else LOST_MASS
 
+    def divisor(self, scale: torch.Tensor) -> torch.Tensor:
+        """What a message is rescaled by: `scale`, or a number that keeps lost rows finite."""
+        if self.is_safe:  # then a scale is far from rounding error, or zero
+            return scale.clamp(min=torch.finfo(scale.dtype).tiny)
+        return scale.masked_fill(scale <= self.smallest, 1)
+
     def select(self, rows: torch.Tensor) -> Chain:
         """The chains of some rows."""
         present = None if self.present is None else self.present[rows]
@@ -155,17 +161,13 @@ def forward_filter(chain: Chain) -> Filter:
 
 def _scaled_forward(chain: Chain) -> tuple[Filter, torch.Tensor]:
     """The filter in probability space, and which rows `[B]` may have lost mass."""
-    steps = chain.steps
     evidence, shift = shifted_exp(chain.evidence, 2)
     batch, length, latents = evidence.shape
     by_position = evidence.unbind(1)  # the backward pass of a slice would fill all positions
     message = evidence.new_full((batch, latents), 1 / latents)
-    log_scale = _where(chain.present, shift[..., 0], 0).sum(1)
+    log_scale = _where(chain.present, shift[..., 0], 0).sum(1) + _scale_of_steps(chain)
     messages, scales = [], []
     for i in range(length):
-        if i > 0:
-            added, moves = steps.log_scale(i, batch), chain.moves(i)
-            log_scale = log_scale + (added if moves is None else added * moves[:, 0])
         message, scale = step_right(chain, message, by_position[i], i)
         messages.append(message)
         scales.append(scale)
@@ -173,6 +175,15 @@ def _scaled_forward(chain: Chain) -> tuple[Filter, torch.Tensor]:
     lost = (scales <= chain.smallest).any(1)
     log_partition = log_scale + safe_log(scales).sum(1)
     return Filter(log_partition, torch.stack(messages, 1)), lost
+
+
+def _scale_of_steps(chain: Chain) -> torch.Tensor:
+    """`[B]` or `[1]`: the log of what all steps leave out."""
+    batch, length, _ = chain.evidence.shape
+    if chain.present is None:
+        return chain.steps.log_scales(length, batch).sum(0)
+    later = chain.present[:, 1:] & chain.present.cumsum(1)[:, :-1].bool()
+    return chain.steps.log_scales(length, batch).mul(later.T).sum(0)
 
 
 def step_right(
@@ -191,7 +202,7 @@ def step_right(
         predicted = _where(chain.moves(position), chain.steps.push(message, position), message)
     joint = _where(chain.at(position), predicted * weights, message)
     scale = joint.sum(-1, keepdim=True)
-    return joint / scale.masked_fill(scale <= chain.smallest, 1), scale
+    return joint / chain.divisor(scale), scale
 
 
 def step_left(
@@ -206,8 +217,7 @@ def step_left(
         position: where from, not 0.
     """
     past = chain.steps.pull(weights * future, position)
-    largest = past.amax(-1, keepdim=True)
-    past = past / largest.masked_fill(largest <= chain.smallest, 1)
+    past = past / chain.divisor(past.amax(-1, keepdim=True))
     return _where(chain.moves(position), past, future)
 
 
@@ -290,27 +300,22 @@ def sample_backward(
     numbers = uniform((batch, samples, length), generator, chain.device)
     numbers = numbers.transpose(0, 1)  # [S, B, L]
 
-    weights = filtered.messages[:, -1].expand(samples, -1, -1)
-    state = draw_categorical(_or_ones(weights), numbers[..., -1])
+    numbers, messages = numbers.unbind(-1), filtered.messages.unbind(1)
+    state = draw_categorical(messages[-1].expand(samples, -1, -1), numbers[-1])
     states = [state]
     for i in reversed(range(1, length)):
         # `state` is the latent of the last present position up to i.
-        weights = filtered.messages[:, i - 1] * chain.steps.into(state, i)
+        weights = messages[i - 1] * chain.steps.into(state, i)
         if filtered.log_messages is not None:
             rows = filtered.log_rows
             matrix = chain.steps.log_matrix(i, rows).transpose(1, 2).expand(len(rows), -1, -1)
             towards = matrix[torch.arange(len(rows), device=rows.device), state[:, rows]]
             weights[:, rows] = normalised_exp(filtered.log_messages[:, i - 1] + towards)
-        drawn = draw_categorical(_or_ones(weights), numbers[..., i - 1])
+        drawn = draw_categorical(weights, numbers[i - 1])
         moves = chain.moves(i)
         state = _where(None if moves is None else moves[:, 0], drawn, state)
         states.append(state)
     return torch.stack(states[::-1], -1).reshape(*sample_shape, batch, length)
-
-
-def _or_ones(weights: torch.Tensor) -> torch.Tensor:
-    """Weights, or ones where all are zero (a row without any possible path)."""
-    return torch.where((weights.sum(-1, keepdim=True) > 0), weights, 1)
 
 
 @full_precision

@@ -97,9 +97,8 @@ class CopySteps:
         self.inner = inner
         self.copies = copies
         self.batch, length, _ = copies.start.shape
-        scale = torch.stack(
-            [inner.log_scale(i, self.batch).expand(self.batch) for i in range(length)]
-        )  # [L, B]
+        scale = inner.log_scales(length, self.batch).expand(-1, self.batch)  # [L - 1, B]
+        scale = torch.cat((scale.new_zeros(1, self.batch), scale))  # [L, B]
 
         def largest(x: torch.Tensor) -> torch.Tensor:
             return x.detach().amax(-1).T  # [L, B]
@@ -132,9 +131,9 @@ class CopySteps:
         spread = max(largest, high + max(most, 0.0)) - min(smallest, low + fewest)
         return spread if spread == spread else math.inf
 
-    def log_scale(self, position: int, batch: int) -> torch.Tensor:
-        scale = self.scale[position]
-        return scale if len(scale) == batch else scale.repeat(batch // len(scale))
+    def log_scales(self, length: int, batch: int) -> torch.Tensor:
+        """As those of `Steps`."""
+        return self.scale[1:].repeat(1, batch // self.scale.shape[1])
 
     def _split(self, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`[S * B, H + J]` as `[B, S, H]` and `[B, S, J]`."""

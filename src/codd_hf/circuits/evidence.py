@@ -147,6 +147,10 @@ class DenseEvidence:
         """The predictions at some places of the batch, such as `prediction[rows, positions]`."""
         return replace(self, log_probs=self.log_probs[index])
 
+    def flat(self) -> DenseEvidence:
+        """The same with all axes of the batch as one."""
+        return replace(self, log_probs=self.log_probs.flatten(0, -2))
+
     def log_prob_of(self, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probabilities `[*S, *batch]` of tokens `[*S, *batch]`."""
         # Samples go last: a gather from an expanded tensor has a gradient as large as all of it.

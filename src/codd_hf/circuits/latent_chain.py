@@ -43,7 +43,7 @@ class LatentChain:
                 return prediction
             prediction = TopKEvidence.from_logits(logits, self.top_k, *how)
         if isinstance(prediction, TopKEvidence) and not self._own_law:
-            return prediction.spread_by(self.potentials.log_marginal, self.forbidden)
+            return prediction.spread_by_law(self.potentials.law_of_rest(self.forbidden))
         return prediction
 
     def _write_observed(self, log_probs: torch.Tensor) -> None:
@@ -64,28 +64,28 @@ class LatentChain:
             evaluate: maps predictions and their positions to evidence `[N, H]`.
             log_prob_of: what copied tokens are taken to have; default, the prediction's.
         """
-        hard = hard_evidence(self.potentials.emission, self.tokens).to(self._dtype)
-        wanted = self.masked & self.active[:, None]
-        if isinstance(self._prediction, TopKEvidence) or torch.compiler.is_compiling():
+        emission, wanted = self.potentials.emission, self.masked & self.active[:, None]
+        compiled = torch.compiler.is_compiling()
+        if isinstance(self._prediction, TopKEvidence) or compiled:
             # Cheap enough to be computed everywhere, which keeps all shapes fixed.
-            batch, length = wanted.shape
-            rows = torch.arange(batch, device=wanted.device).repeat_interleave(length)
-            positions = torch.arange(length, device=wanted.device).repeat(batch)
-            soft = (
-                evaluate(self._prediction[rows, positions], positions)
-                .to(self._dtype)
-                .unflatten(0, (batch, length))
-            )
-            evidence = torch.where(wanted[..., None], soft, hard)
+            positions = torch.arange(wanted.shape[1], device=wanted.device).repeat(len(wanted))
+            soft = evaluate(self._prediction.flat(), positions).to(self._dtype)
+            evidence = soft.unflatten(0, wanted.shape)
+            if compiled or not bool(wanted.all()):
+                hard = hard_evidence(emission, self.tokens).to(self._dtype)
+                evidence = torch.where(wanted[..., None], evidence, hard)
         else:
             rows, positions = wanted.nonzero(as_tuple=True)
             soft = evaluate(self._prediction[rows, positions], positions).to(self._dtype)
+            hard = hard_evidence(emission, self.tokens).to(self._dtype)
             evidence = hard.index_put((rows, positions), soft)
         if (copies := self._copies) is not None:
             soft = copies.soft_evidence(log_prob_of or self._prediction.log_prob_of)
             hard = copies.hard_evidence(self.tokens)
             copied = torch.where(wanted[..., None], soft.to(self._dtype), hard)
             evidence = torch.cat((evidence, copied), -1)
+        if self._all_active:
+            return evidence
         return torch.where(self.active[:, None, None], evidence, 0)
 
     def _hard_evidence(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -115,17 +115,12 @@ class LatentChain:
     def _summary(self) -> EmissionSummary:
         if not isinstance(self._prediction, TopKEvidence):
             return self.potentials.summary
-        if not self._own_law and not self._forbids_more:
+        law = self._prediction.log_marginal
+        compiled = torch.compiler.is_compiling() and not self._own_law  # then taken to be the same
+        if compiled or law is self.potentials.log_marginal:
             return self.potentials.top_k_summary
         # Another law than the circuit's: what is kept with the circuit is not for it.
-        return summarise(self.potentials.emission, self._prediction.log_marginal)
-
-    @property
-    def _forbids_more(self) -> bool:
-        """Does the circuit's law of the remaining mass give some to forbidden tokens?"""
-        if self.forbidden is None or torch.compiler.is_compiling():
-            return False
-        return bool((self.potentials.log_marginal > -torch.inf)[:, self.forbidden].any())
+        return summarise(self.potentials.emission, law)
 
     @cached_property
     def _copies(self) -> CopyStates | None:

@@ -82,15 +82,18 @@ def _list(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`list_likeliest` of a slice `[n, V]`; `weights`, of its shape, is for work.
 
-    Tokens that must not be listed, `never` `[m]`, are few, and are taken out of a longer list.
+    Tokens that must not be listed, `never` `[m]`, are few and unlikely: they are taken out of a
+    longer list if they are in it.
     """
     size, number = logits.shape[-1], 0 if never is None else len(never)
     values, indices = likeliest(logits, min(k + 1 + number, size))
     values = values.to(weights.dtype)
     if number:
-        values = values.masked_fill(torch.isin(indices, never), -torch.inf)
-        values, order = values.topk(min(k + 1, size), -1)
-        indices = indices.gather(1, order)
+        out = torch.isin(indices, never)
+        if bool(out.any()):
+            values, order = values.masked_fill(out, -torch.inf).sort(-1, descending=True)
+            indices = indices.gather(1, order)
+        values, indices = values[:, : k + 1], indices[:, : k + 1]
     values = values / temperature
     if k == size:
         return values, indices, torch.full_like(values[:, 0], -torch.inf)

@@ -16,6 +16,7 @@ import torch
 from .emissions import DenseEmission, Emission, stored_by_latent
 from .evidence import ONE_PRODUCT, EmissionSummary, summarise, with_emission_by_token, with_factors
 from .lazy import cached_property
+from .topk import law_of_rest
 from .transitions import DenseTransition, Transition
 
 
@@ -72,6 +73,23 @@ class Potentials:
         if self.by_token and stored_by_latent(self.emission) and not summary.needs_repair:
             return with_emission_by_token(summary, self.emission)
         return summary
+
+    def law_of_rest(self, forbidden: torch.Tensor | None) -> torch.Tensor:
+        """`log_marginal` without some tokens, `[V]` bool; itself if it gives them nothing."""
+        if torch.compiler.is_compiling():
+            return law_of_rest(self.log_marginal, forbidden)
+        if forbidden is None or self._known_to_be_without(forbidden):
+            return self.log_marginal
+        if bool((self.log_marginal[:, forbidden] > -torch.inf).any()):
+            return law_of_rest(self.log_marginal, forbidden)
+        if not forbidden.is_inference():
+            object.__setattr__(self, "_without", (forbidden, forbidden._version))
+        return self.log_marginal
+
+    def _known_to_be_without(self, forbidden: torch.Tensor) -> bool:
+        """Was `log_marginal` found to give nothing to these very tokens before?"""
+        tokens, version = self.__dict__.get("_without", (None, 0))
+        return tokens is forbidden and forbidden._version == version
 
     def leaves(self) -> tuple[torch.Tensor, ...]:
         """The tensors of log-potentials that the circuit is made of."""

@@ -42,15 +42,19 @@ def draw_categorical(probabilities: torch.Tensor, uniforms: torch.Tensor) -> tor
     """Draws from categoricals by inversion of their cumulative sums.
 
     Args:
-        probabilities: `[..., K]`, non-negative, not necessarily normalised, at least one positive.
-        uniforms: `[...]` in [0, 1).
+        probabilities: `[..., K]`, non-negative, not necessarily normalised.
+        uniforms: `[...]`, float32 in [0, 1).
 
     Returns:
-        `[...]` indices; an item of zero probability is never drawn.
+        `[...]` indices; an item of zero probability is never drawn, but for the last one, which
+        stands for rows that are zero throughout.
     """
-    cumulative = probabilities.cumsum(-1)
-    total = cumulative[..., -1:]
-    below_total = torch.nextafter(total, torch.zeros_like(total))
-    threshold = torch.minimum(uniforms.unsqueeze(-1).to(total.dtype) * total, below_total)
+    cumulative = probabilities.cumsum(-1, dtype=_working_dtype(probabilities.dtype))
+    # Below the total even after rounding: a float32 below 1 is so by 2^-24 at least.
+    threshold = uniforms.unsqueeze(-1) * cumulative[..., -1:]
     index = torch.searchsorted(cumulative, threshold.contiguous(), right=True).squeeze(-1)
-    return index.clamp(max=probabilities.shape[-1] - 1)
+    return index.clamp_(max=probabilities.shape[-1] - 1)
+
+
+def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

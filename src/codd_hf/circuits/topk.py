@@ -31,6 +31,7 @@ from .evidence import (
     summarise,
     working_dtype,
 )
+from .lazy import cached_property
 from .listing import list_likeliest, slice_size
 from .numerics import exp_of_difference, full_precision, logsumexp, safe_log
 
@@ -103,9 +104,10 @@ class TopKEvidence:
                 for position `i` of the batch's last axis.
             forbidden: `[V]` bool, tokens that get none of it.
         """
-        log_marginal = DenseEvidence.from_logits(
-            log_marginal.reshape(-1, log_marginal.shape[-1]), forbidden=forbidden
-        ).log_probs
+        return self.spread_by_law(law_of_rest(log_marginal, forbidden))
+
+    def spread_by_law(self, log_marginal: torch.Tensor) -> TopKEvidence:
+        """`spread_by` what `law_of_rest` has made."""
         rows = torch.zeros_like(self.log_rest, dtype=torch.long)
         if len(log_marginal) > 1:
             rows = rows + torch.arange(rows.shape[-1], device=rows.device)
@@ -121,15 +123,22 @@ class TopKEvidence:
 
     def __getitem__(self, index) -> TopKEvidence:
         """The predictions at some places of the batch, such as `prediction[rows, positions]`."""
+        return self._map(lambda tensor: tensor[index])
+
+    def flat(self) -> TopKEvidence:
+        """The same with all axes of the batch as one."""
+        return self._map(lambda tensor: tensor.flatten(0, self.log_rest.ndim - 1))
+
+    def _map(self, function) -> TopKEvidence:
         names = ("indices", "log_probs", "log_rest", "marginal_rows")
         held = {name: getattr(self, name) for name in names}
-        return replace(self, **{n: t if t is None else t[index] for n, t in held.items()})
+        return replace(self, **{n: t if t is None else function(t) for n, t in held.items()})
 
     def log_prob_of(self, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probabilities `[*S, *batch]` of tokens `[*S, *batch]`."""
         match = self.indices == tokens[..., None]
         listed = torch.where(match, self.log_probs, 0).sum(-1)
-        other = self._log_rest_weight() + self.log_marginal[self.marginal_rows, tokens]
+        other = self._log_rest_weight + self.log_marginal[self.marginal_rows, tokens]
         return torch.where(match.any(-1), listed, other)
 
     def log_prob_bounds_of(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,7 +151,7 @@ class TopKEvidence:
 
     def dense(self) -> torch.Tensor:
         """`[*batch, V]` log-probabilities."""
-        rest = self._log_rest_weight()[..., None] + self.log_marginal[self.marginal_rows]
+        rest = self._log_rest_weight[..., None] + self.log_marginal[self.marginal_rows]
         return rest.scatter(-1, self.indices, self.log_probs.to(rest.dtype))
 
     @full_precision
@@ -159,7 +168,7 @@ class TopKEvidence:
         indices = flat(self.indices)
         listed = flat(self.log_probs - log_total[..., None])
         if not whole:
-            others = flat((self._log_rest_weight() - log_total)[..., None])
+            others = flat((self._log_rest_weight - log_total)[..., None])
             laws, law_of = self.log_marginal, flat(self.marginal_rows[..., None])[:, 0]
         for part, rows in rows_of_latents(emission, latents, scores):
             values = rows.gather(1, indices[part]).add_(listed[part])
@@ -195,7 +204,7 @@ class TopKEvidence:
         listed, columns = self._listed(emission, positions)
         if self.indices.shape[-1] == emission.vocab_size:
             return listed
-        rest, share = self._log_rest_weight(), self._log_marginal_listed()
+        rest, share = self._log_rest_weight, self._log_marginal_listed
         if summary is None:
             summary = summarise(emission, self.log_marginal, repair)
         untied = emission.num_positions > 1
@@ -212,7 +221,7 @@ class TopKEvidence:
         """The same where sums cannot underflow: what is listed is added up in two products."""
         scale = summary.scale(0)
         whole = self.indices.shape[-1] == emission.vocab_size
-        weights = [self.log_probs] if whole else [self.log_probs, self._log_marginal_listed()]
+        weights = [self.log_probs] if whole else [self.log_probs, self._log_marginal_listed]
         weights = torch.stack(weights, 1).to(scale.dtype).exp()  # [N, 1 or 2, k]
         if summary.by_token is None:
             sums = self._sums_by_latent(emission, scale, weights)
@@ -222,7 +231,7 @@ class TopKEvidence:
             return sums[:, 0].log() + scale
         listed, part = sums.unbind(1)
         mean = (summary.log_mean.to(scale.dtype) - scale).exp()[self.marginal_rows]
-        rest = self._log_rest_weight().to(scale.dtype).exp()[:, None]
+        rest = self._log_rest_weight.to(scale.dtype).exp()[:, None]
         return (listed + rest * (mean - part).clamp(min=0)).log() + scale
 
     def _sums_by_latent(
@@ -281,20 +290,30 @@ class TopKEvidence:
         columns = columns_of_lists(emission, self.indices, positions).to(dtype)
         return logsumexp(columns + self.log_probs[..., None], 1), columns
 
+    @cached_property
     def _log_marginal_listed(self) -> torch.Tensor:
         """`[*batch, k]`: `log u(v)` of the listed tokens."""
         if self.log_marginal is None:
             raise ValueError("the remaining mass has no law yet: call `spread_by` first.")
+        if len(self.log_marginal) == 1:
+            return self.log_marginal[0].take(self.indices)
         return self.log_marginal[self.marginal_rows[..., None], self.indices]
 
+    @cached_property
     def _log_rest_weight(self) -> torch.Tensor:
         """`[*batch]`: what to add to `log u(v)` for the log-probability of a token not listed.
 
         -inf where `u` is all on listed tokens: then there is nothing to spread the rest over.
         """
-        left = 1 - self._log_marginal_listed().exp().sum(-1)
+        left = 1 - self._log_marginal_listed.exp().sum(-1)
         some = left > 16 * torch.finfo(left.dtype).eps
         return torch.where(some, self.log_rest - left.masked_fill(~some, 1).log(), -torch.inf)
+
+
+def law_of_rest(log_marginal: torch.Tensor, forbidden: torch.Tensor | None) -> torch.Tensor:
+    """`[1 or L, V]`: the normalised log-law that `spread_by` makes of its arguments."""
+    rows = log_marginal.reshape(-1, log_marginal.shape[-1])
+    return DenseEvidence.from_logits(rows, forbidden=forbidden).log_probs
 
 
 def _weighted_sums(
