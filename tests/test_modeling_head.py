@@ -738,21 +738,3 @@ def test_what_a_copied_token_suggests_is_bayes_rule_on_the_generative_circuit():
         assert set(states.tolist()) == set(posterior[token].topk(8).indices.tolist())
         expected = posterior[token, states] / posterior[token, states].sum()
         torch.testing.assert_close(head.context_maps.log_suggested[token].exp(), expected)
-
-
-@torch.no_grad()
-def test_emission_is_held_by_token_when_asked_and_follows_the_parameters():
-    head, logits = random_head(12), torch.randn(2, 4, 12, generator=torch.Generator())
-
-    def log_partition() -> torch.Tensor:
-        return head(logits, top_k=5).log_partition
-
-    expected = log_partition()
-    assert head.potentials.top_k_summary.by_token is None
-    head.hold_emission_by_token()
-    torch.testing.assert_close(log_partition(), expected)
-    assert head.potentials.top_k_summary.by_token.shape == (12, head.config.num_latents)
-    head.emission.add_(1.0)
-    torch.testing.assert_close(log_partition(), expected + 4)
-    head.hold_emission_by_token(False)
-    assert head.potentials.top_k_summary.by_token is None

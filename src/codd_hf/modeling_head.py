@@ -102,7 +102,6 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
         self._bound: list[torch.Tensor] = []  # a list, so that the backbone's weight is not ours
         self._cache: tuple[tuple, Potentials] | None = None
         self._forbidden: tuple[tuple, torch.Tensor | None] | None = None
-        self._by_token = False
         self.post_init()
 
     @classmethod
@@ -178,14 +177,6 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
             )
         self._bound = [output_embedding]
 
-    def hold_emission_by_token(self, hold: bool = True) -> None:
-        """Whether dense emissions are held a second time, by token and in probability space.
-
-        Top-k evidence on a CPU then takes about half the time, for as much memory as the emissions
-        have. It is made in the next step without gradients, and again where parameters change.
-        """
-        self._by_token, self._cache = hold, None
-
     @property
     def potentials(self) -> Potentials:
         """The circuit; gradients flow to the parameters.
@@ -207,9 +198,8 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
             return self._make_potentials()
         key = tuple((tensor.data_ptr(), tensor._version) for tensor in kept)
         if self._cache is None or self._cache[0] != key:
-            kept_as = {"lasting": True, "by_token": self._by_token}
             with torch.no_grad():
-                self._cache = (key, replace(self._make_potentials(), **kept_as))
+                self._cache = (key, replace(self._make_potentials(), lasting=True))
         return self._cache[1]
 
     def _check_bound(self) -> None:

@@ -14,7 +14,6 @@ from codd_hf.circuits.evidence import (
     hard_evidence,
     mix_tokens,
     summarise,
-    with_emission_by_token,
     with_factors,
 )
 from codd_hf.circuits.topk import TopKEvidence
@@ -207,16 +206,13 @@ def test_the_rest_is_spread_in_proportion_to_the_marginal(kind, rows, k):
 @pytest.mark.parametrize("rows", [1, LENGTH])
 @pytest.mark.parametrize("k", [1, 3, VOCAB])
 @torch.no_grad()
-def test_without_gradients_and_by_token_a_list_adds_up_to_the_same(kind, rows, k, monkeypatch):
+def test_without_gradients_a_list_adds_up_to_the_same(kind, rows, k, monkeypatch):
     monkeypatch.setattr("codd_hf.circuits.listing.SLICE_IN_CACHE", 2 * BATCH * LENGTH * k)
     emission = emission_of(kind)
     listed = TopKEvidence.from_logits(logits_of(), k).spread_by(marginal_of(rows))
     expected = plain(emission, listed.dense())
     summary = summarise(emission, listed.log_marginal)
     assert_logs_agree(soft(listed, emission, summary=summary), expected, 1e-5)
-    if kind == "dense":
-        summary = with_emission_by_token(summary, emission)
-        assert_logs_agree(soft(listed, emission, summary=summary), expected, 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,7 +8,6 @@ from agreement import assert_logs_agree, assert_probabilities_agree
 from cases import FORBIDDEN, STRUCTURES, TOP_K, VOCAB, random_case
 
 from codd_hf.circuits import CoupledCategorical, DenseEvidence, TopKEvidence
-from codd_hf.circuits.emissions import stored_by_latent
 
 LISTED = pytest.mark.parametrize("name", TOP_K)
 
@@ -62,17 +61,6 @@ def assert_same_in_every_query(ours, expected, case):
 def test_a_list_gives_what_its_dense_form_gives_in_every_query(name):
     case = TOP_K[name]
     assert_same_in_every_query(case.distribution(), dense_form(case), case)
-
-
-@LISTED
-@torch.no_grad()
-def test_emissions_held_by_token_give_the_same_without_gradients(name):
-    case = TOP_K[name]
-    ours = case.distribution()
-    ours.potentials = replace(ours.potentials, by_token=True)
-    assert_same_in_every_query(ours, dense_form(case), case)
-    by_token = ours.potentials.top_k_summary.by_token
-    assert (by_token is not None) == stored_by_latent(ours.potentials.emission)
 
 
 @LISTED

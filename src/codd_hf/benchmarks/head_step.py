@@ -119,9 +119,6 @@ def mean_entropy(logits: torch.Tensor) -> float:
 
 EVIDENCE = ("exact", "topk")
 
-BY_TOKEN = "topk, emission held by token"
-"""Top-k evidence of a head that holds its emission twice (`CoDDHead.hold_emission_by_token`)."""
-
 
 @torch.no_grad()
 def head_step(
@@ -141,15 +138,15 @@ def head_step(
         tokens: `[B, L]`, used where `observed`.
         observed: `[B, L]` bool.
         hidden: `[B, L, d]`, for a conditioned head.
-        evidence: `exact`, or `topk` (or `BY_TOKEN`) for lists of the `DEFAULT_TOP_K` best tokens,
-            which is what a model's decoding takes for a large vocabulary.
+        evidence: `exact`, or `topk` for lists of the `DEFAULT_TOP_K` best tokens, which is what a
+            model's decoding takes for a large vocabulary.
         confidence: `marginal` also computes the exact marginals of the candidates, which rank
             positions.
 
     Returns:
         `[B, L, V]` log-probabilities given the sampled latents.
     """
-    if evidence != "exact":
+    if evidence == "topk":
         k = min(DEFAULT_TOP_K, logits.shape[-1])
         logits = circuits.TopKEvidence.from_logits(logits, k, forbidden=head.forbidden)
     distribution = head(logits, tokens=tokens, observed=observed, last_hidden_state=hidden)
@@ -164,10 +161,11 @@ def head_step(
 def head_step_limit(shape: Shape, rates: Rates, num_listed: int, evidence: str = "exact") -> float:
     """Least seconds of a head step on this machine, with `num_listed` tokens in all the lists.
 
-    Operations: the evidence product (none for `topk`) and the filter. Bytes: the logits and the
-    emissions of the latents are read and the coupled log-probabilities written, to new memory if
-    they are too many to be kept; `exact` reads the emissions once, `topk` a cache line for every
-    number that it gathers from them, or all of them if that is faster, `BY_TOKEN` these numbers.
+    Operations: the evidence product (none for `topk`) and the filter. Bytes: the logits, the
+    transitions and the emissions of the latents are read and the coupled log-probabilities written,
+    to new memory if they are too many to be kept. `exact` reads the emissions once, `topk` a cache
+    line for every number that it gathers from them, or all of them if that is faster. Every step of
+    the chain but the first reads the transitions again, from a cache at best.
     """
     positions = shape.batch * shape.window
     flops = 2 * positions * shape.latents**2
@@ -178,16 +176,15 @@ def head_step_limit(shape: Shape, rates: Rates, num_listed: int, evidence: str =
         numbers += emissions
     else:
         lines = num_listed * shape.latents
-        if evidence == BY_TOKEN:
-            numbers, lines = numbers + lines, 0
-        elif rates.limit(0, 0, scattered=LINE * lines) > rates.limit(4 * emissions, 0):
+        if rates.limit(0, 0, scattered=LINE * lines) > rates.limit(4 * emissions, 0):
             numbers, lines = numbers + emissions, 0
     new = 4 * result if 4 * result > KEPT else 0
-    return rates.limit(4 * (numbers + result) - new, flops, LINE * lines, new)
+    again = 4 * max(shape.window - 2, 0) * shape.latents**2
+    return rates.limit(4 * (numbers + result) - new, flops, LINE * lines, new, again)
 
 
 def streaming_limit(shape: Shape, rates: Rates, num_listed: int, evidence: str = "exact") -> float:
-    """`head_step_limit` if all bytes could be moved at the rate of a copy."""
+    """`head_step_limit` if all bytes were moved once, at the rate of a copy."""
     plain = Rates(rates.bytes_per_second, rates.flops_per_second)
     return head_step_limit(shape, plain, num_listed, evidence)
 
@@ -197,9 +194,7 @@ def measure(options: Options) -> Report:
     shape = QUICK if options.quick else LLADA_8B
     repeats = options.repeats_or(5)
     probes = RateProbes(options.device, options.quick)
-    head, twice = random_head(shape, options), random_head(shape, options)
-    twice.hold_emission_by_token()
-    heads = dict.fromkeys(EVIDENCE, head) | {BY_TOKEN: twice}
+    head = random_head(shape, options)
     circuit = (head.initial, head.transition, head.emission)
     rows, measured = [], {}
     for batch in [options.batch_size] if options.batch_size else [1, 8]:
@@ -208,12 +203,12 @@ def measure(options: Options) -> Report:
         given = (window.logits, window.tokens, window.observed)
         listed = window.num_listed
         sides = probes.sides | {"plain": lambda given=given: plain_step(circuit, *given)}
-        for mode, own in heads.items():
-            sides[mode] = partial(head_step, own, *given, evidence=mode)
+        for mode in EVIDENCE:
+            sides[mode] = partial(head_step, head, *given, evidence=mode)
         seconds = median_seconds(sides, repeats, options.device)
         rates = probes.rates(seconds)
         measured |= {f"{name}, batch {batch}": v for name, v in rates.as_dict().items()}
-        for mode in heads:
+        for mode in EVIDENCE:
             least = head_step_limit(sized, rates, listed, mode)
             streaming = streaming_limit(sized, rates, listed, mode)
             rows.append(

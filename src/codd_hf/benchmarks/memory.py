@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 
 from .head_step import (
-    BY_TOKEN,
     EVIDENCE,
     LLADA_8B,
     QUICK,
@@ -38,13 +37,12 @@ def extra_bytes(side: str, shape: Shape, options: Options) -> int:
     """Peak bytes that the first step of a side needs beyond its head and its logits.
 
     Args:
-        side: `plain`, one of `EVIDENCE` or `BY_TOKEN`.
+        side: `plain`, or one of `EVIDENCE`.
         shape: sizes of the step.
         options: device and seed.
     """
     head, window = random_head(shape, options), random_window(shape, options)
     given = (window.logits, window.tokens, window.observed)
-    head.hold_emission_by_token(side == BY_TOKEN)
     gc.collect()
     cuda = torch.device(options.device).type == "cuda"
     if cuda:
@@ -101,7 +99,7 @@ def measure(options: Options) -> Report:
     tasks = [
         (side, replace(shape, batch=batch))
         for batch in ([options.batch_size] if options.batch_size else [1, 8])
-        for side in ("plain", *EVIDENCE, BY_TOKEN)
+        for side in ("plain", *EVIDENCE)
     ]
     if cuda:
         extras = [extra_bytes(side, sized, options) for side, sized in tasks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ class Rates:
             memory; default, that of a copy.
         new_bytes_per_second: of writing to memory that the system has yet to hand out, and to
             clear; default, that of a copy.
+        cached_bytes_per_second: of reading again what was just read, if it is not too much to be
+            kept in a cache; default, beyond measure.
     """
 
     bytes_per_second: float
@@ -69,9 +72,15 @@ class Rates:
     dtype: str = "float32"
     scattered_bytes_per_second: float | None = None
     new_bytes_per_second: float | None = None
+    cached_bytes_per_second: float | None = None
 
     def limit(
-        self, num_bytes: float, flops: float, scattered: float = 0.0, new: float = 0.0
+        self,
+        num_bytes: float,
+        flops: float,
+        scattered: float = 0.0,
+        new: float = 0.0,
+        cached: float = 0.0,
     ) -> float:
         """Least seconds for moving so many bytes and doing so many operations, overlapped.
 
@@ -80,10 +89,12 @@ class Rates:
             flops: operations.
             scattered: bytes of cache lines of which one number is read.
             new: bytes written to new memory.
+            cached: bytes that are read again.
         """
         moving = num_bytes / self.bytes_per_second
         moving += scattered / (self.scattered_bytes_per_second or self.bytes_per_second)
         moving += new / (self.new_bytes_per_second or self.bytes_per_second)
+        moving += cached / (self.cached_bytes_per_second or math.inf)
         return max(moving, flops / self.flops_per_second)
 
     def as_dict(self) -> dict[str, float]:
@@ -91,7 +102,7 @@ class Rates:
             "copy GB/s": self.bytes_per_second / 1e9,
             f"{self.dtype} GFLOP/s": self.flops_per_second / 1e9,
         }
-        for name in ("scattered", "new"):
+        for name in ("scattered", "new", "cached"):
             rate = getattr(self, f"{name}_bytes_per_second")
             rates |= {} if rate is None else {f"{name} GB/s": rate / 1e9}
         return rates
@@ -101,8 +112,8 @@ class RateProbes:
     """What `Rates` are measured by, as sides for `median_seconds`.
 
     A copy of 256 MiB, a product of 2048 x 2048 x 2048, a number from every fourth cache line of
-    256 MiB, and 128 MiB of new memory. On a shared machine they say most in turns with what they
-    are compared with.
+    256 MiB, 128 MiB of new memory, and a sum of 4 MiB taken 32 times. On a shared machine they say
+    most in turns with what they are compared with.
 
     Args:
         device: where to measure.
@@ -125,11 +136,14 @@ class RateProbes:
         lines = torch.arange(0, rows.shape[1], spacing, device=device).expand(len(rows), -1)
         self.num_lines = lines.numel()
         gathered = source.new_empty(lines.shape)
+        again = source[: 1 << 20].expand(32, -1)
+        self.num_again = again.numel()
         self.sides = {
             "copy": lambda: target.copy_(source),
             "product": lambda: torch.mm(left, right, out=product),
             "scattered": lambda: torch.gather(rows, 1, lines, out=gathered),
             "new": lambda: torch.empty(self.numbers // 2, device=device).fill_(1.0),
+            "cached": lambda: again.sum(1),
         }
 
     def rates(self, seconds: Mapping[str, float]) -> Rates:
@@ -140,6 +154,7 @@ class RateProbes:
             str(self.dtype).split(".")[-1],
             LINE * self.num_lines / seconds["scattered"],
             4 * (self.numbers // 2) / seconds["new"],
+            4 * self.num_again / seconds["cached"],
         )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .emissions import DenseEmission, Emission, stored_by_latent
+from .emissions import Emission, stored_by_latent
 from .lazy import cached_property
 from .listing import slice_size
 from .numerics import (
@@ -46,14 +46,12 @@ class EmissionSummary:
         log_max: `[1 or L, H]`, each state's largest `log E(z, v)`, without a gradient.
         log_min: `[1 or L, H]`, the smallest, without a gradient.
         log_mean: `[1 or L, H]`, `log sum_v u(v) E(z, v)` under token marginals `u`, or None.
-        by_token: `[V, H]`, `E(z, v) exp(-scale(z))` with a token's states side by side, or None.
         factors: `[H, V]`, `E(z, v) exp(-scale(z))` of tied emissions, or None.
     """
 
     log_max: torch.Tensor
     log_min: torch.Tensor
     log_mean: torch.Tensor | None = None
-    by_token: torch.Tensor | None = None
     factors: torch.Tensor | None = None
 
     @cached_property
@@ -230,20 +228,6 @@ class DenseEvidence:
             ]
             log_evidence = log_evidence.index_put((rows, states), torch.cat(exact))
         return log_evidence
-
-
-@torch.no_grad()
-def with_emission_by_token(summary: EmissionSummary, emission: DenseEmission) -> EmissionSummary:
-    """A summary that also holds the (tied) emission by token: a second matrix of its size.
-
-    Where what is listed is added up on a CPU, a token's states are then read from memory alone,
-    without their neighbours in the vocabulary.
-    """
-    scale = summary.scale(0)
-    by_token = scale.new_empty(emission.vocab_size, emission.num_latents)
-    for part, matrix in emission.chunks(_width(emission)):
-        by_token[part] = _factors(matrix, scale).T
-    return replace(summary, by_token=by_token)
 
 
 @torch.no_grad()

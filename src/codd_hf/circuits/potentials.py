@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .emissions import DenseEmission, Emission, stored_by_latent
-from .evidence import ONE_PRODUCT, EmissionSummary, summarise, with_emission_by_token, with_factors
+from .emissions import DenseEmission, Emission
+from .evidence import ONE_PRODUCT, EmissionSummary, summarise, with_factors
 from .lazy import cached_property
 from .topk import law_of_rest
 from .transitions import DenseTransition, Transition
@@ -32,8 +32,6 @@ class Potentials:
             remaining mass is spread; needed with top-k evidence only.
         lasting: whether many steps are taken with them. A small tied emission is then held in
             probability space as well.
-        by_token: whether a dense tied emission is held by token as well, in probability space:
-            top-k evidence is faster on a CPU, for as much memory again.
     """
 
     initial: torch.Tensor
@@ -41,7 +39,6 @@ class Potentials:
     emission: Emission
     log_marginal: torch.Tensor | None = None
     lasting: bool = False
-    by_token: bool = False
 
     def __post_init__(self):
         if isinstance(self.transition, torch.Tensor):
@@ -69,10 +66,7 @@ class Potentials:
     @cached_property
     def top_k_summary(self) -> EmissionSummary:
         """What top-k evidence needs of all emissions."""
-        summary = summarise(self.emission, self.log_marginal)
-        if self.by_token and stored_by_latent(self.emission) and not summary.needs_repair:
-            return with_emission_by_token(summary, self.emission)
-        return summary
+        return summarise(self.emission, self.log_marginal)
 
     def law_of_rest(self, forbidden: torch.Tensor | None) -> torch.Tensor:
         """`log_marginal` without some tokens, `[V]` bool; itself if it gives them nothing."""

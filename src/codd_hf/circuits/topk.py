@@ -223,10 +223,7 @@ class TopKEvidence:
         whole = self.indices.shape[-1] == emission.vocab_size
         weights = [self.log_probs] if whole else [self.log_probs, self._log_marginal_listed]
         weights = torch.stack(weights, 1).to(scale.dtype).exp()  # [N, 1 or 2, k]
-        if summary.by_token is None:
-            sums = self._sums_by_latent(emission, scale, weights)
-        else:
-            sums = _weighted_sums(summary.by_token, self.indices, weights)
+        sums = self._sums_by_latent(emission, scale, weights)
         if whole:
             return sums[:, 0].log() + scale
         listed, part = sums.unbind(1)
