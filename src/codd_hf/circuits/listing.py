@@ -62,46 +62,67 @@ def list_likeliest(
     """
     size = logits.shape[-1]
     never = None if forbidden is None else forbidden.nonzero()[:, 0]
-    parts = logits.split(max(slice_size(logits.device) // size, 1))
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    weights = torch.empty(len(parts[0]), size, dtype=dtype, device=logits.device)
-    listed, indices, rest = [], [], []
-    for part in parts:
-        found = _list(part, k, temperature, never, weights[: len(part)])
-        for kept, new in zip((listed, indices, rest), found, strict=True):
-            kept.append(new)
-    return torch.cat(listed), torch.cat(indices), torch.cat(rest)
+    found = []
+    # More rows than are summed together: the search goes through maxima, which are few.
+    for part in logits.split(max(2 * slice_size(logits.device) // size, 1)):
+        listed, indices = _list(part, min(k + 1, size), never)
+        listed = listed / temperature
+        rest = _log_sum_of_others(part, indices[:, :k], listed[:, k:], temperature, never)
+        found.append((listed[:, :k], indices[:, :k], rest))
+    listed, indices, rest = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return listed, indices, rest
 
 
 def _list(
-    logits: torch.Tensor,
-    k: int,
-    temperature: float,
-    never: torch.Tensor | None,
-    weights: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`list_likeliest` of a slice `[n, V]`; `weights`, of its shape, is for work.
+    logits: torch.Tensor, k: int, never: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `k` largest of each row `[n, V]`, in float32 at least, and their tokens.
 
     Tokens that must not be listed, `never` `[m]`, are few and unlikely: they are taken out of a
     longer list if they are in it.
     """
-    size, number = logits.shape[-1], 0 if never is None else len(never)
-    values, indices = likeliest(logits, min(k + 1 + number, size))
-    values = values.to(weights.dtype)
+    number = 0 if never is None else len(never)
+    values, indices = likeliest(logits, min(k + number, logits.shape[-1]))
+    values = values.to(torch.promote_types(logits.dtype, torch.float32))
     if number:
         out = torch.isin(indices, never)
         if bool(out.any()):
             values, order = values.masked_fill(out, -torch.inf).sort(-1, descending=True)
             indices = indices.gather(1, order)
-        values, indices = values[:, : k + 1], indices[:, : k + 1]
-    values = values / temperature
-    if k == size:
-        return values, indices, torch.full_like(values[:, 0], -torch.inf)
-    # Summed over the others: 1 minus the sum of the listed is rounding error when that is 1.
-    largest = values[:, k:]
+    return values[:, :k], indices[:, :k]
+
+
+def _log_sum_of_others(
+    logits: torch.Tensor,
+    indices: torch.Tensor,
+    largest: torch.Tensor,
+    temperature: float,
+    never: torch.Tensor | None,
+) -> torch.Tensor:
+    """`[n]`: `logsumexp` of logits `[n, V]` over the temperature without some tokens.
+
+    They are summed themselves: 1 minus the sum of the listed is rounding error when that is 1.
+
+    Args:
+        logits: the logits.
+        indices: `[n, k]` tokens to leave out.
+        largest: `[n, 1]`, the largest of what is summed; `[n, 0]` if nothing is.
+        temperature: positive.
+        never: `[m]` further tokens to leave out, if any.
+    """
+    if not largest.shape[1]:
+        return logits.new_full((len(logits),), -torch.inf, dtype=largest.dtype)
     largest = largest.masked_fill(largest == -torch.inf, 0)
-    exp_of_difference(logits, largest, out=weights, factor=1 / temperature)
-    weights.scatter_(-1, indices[:, :k], 0.0)
-    if number:
-        weights.index_fill_(-1, never, 0.0)
-    return values[:, :k], indices[:, :k], weights.sum(-1).log() + largest[:, 0]
+    rows = max(slice_size(logits.device) // 2 // logits.shape[-1], 1)
+    weights = torch.empty_like(logits[:rows], dtype=largest.dtype)
+    sums = []
+    for part, left_out, shift in zip(
+        *(t.split(rows) for t in (logits, indices, largest)), strict=True
+    ):
+        weights = weights[: len(part)]
+        exp_of_difference(part, shift, out=weights, factor=1 / temperature)
+        weights.scatter_(-1, left_out, 0.0)
+        if never is not None:
+            weights.index_fill_(-1, never, 0.0)
+        sums.append(weights.sum(-1))
+    return torch.cat(sums).log() + largest[:, 0]

@@ -303,8 +303,8 @@ class TopKEvidence:
         -inf where `u` is all on listed tokens: then there is nothing to spread the rest over.
         """
         left = 1 - self._log_marginal_listed.exp().sum(-1)
-        some = left > 16 * torch.finfo(left.dtype).eps
-        return torch.where(some, self.log_rest - left.masked_fill(~some, 1).log(), -torch.inf)
+        none = left <= 16 * torch.finfo(left.dtype).eps
+        return self.log_rest - left.masked_fill(none, torch.inf).log()
 
 
 def law_of_rest(log_marginal: torch.Tensor, forbidden: torch.Tensor | None) -> torch.Tensor:
