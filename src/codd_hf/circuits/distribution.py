@@ -14,7 +14,7 @@ from .conditionals import Conditionals
 from .conditioning import Context
 from .evidence import DenseEvidence, emission_of_latents
 from .lazy import cached_property
-from .numerics import logsumexp, safe_log, sure_of
+from .numerics import logsumexp, safe_log, sure_where
 from .potentials import Potentials
 from .random import Generators, draw_categorical, uniform
 from .topk import TopKEvidence
@@ -129,7 +129,7 @@ class CoupledCategorical(Conditionals, Distribution):
     def factorized_logits(self) -> torch.Tensor:
         """`[B, L, V]` log-probabilities without the circuit; one-hot at observed positions."""
         log_phi = self._log_phi
-        return log_phi if self._known_in_prediction else self._one_hot_where_observed(log_phi)
+        return log_phi if self._known_in_prediction else self._sure_where_observed(log_phi)
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         """Log-probability `[*S, B]` of tokens `[*S, B, L]`; -inf where it is zero.
@@ -229,17 +229,18 @@ class CoupledCategorical(Conditionals, Distribution):
             scores = self._prediction.given_latents(
                 self.potentials.emission, own, total[..., 0].to(self._dtype)
             )
+            at = (~coupled[..., 0] & ~self.observed).nonzero(as_tuple=True)
+            if len(at[0]):
+                scores[at] = self._prediction[at[-2:]].dense().to(scores.dtype)
         else:
             emission = emission_of_latents(self.potentials.emission, own).to(self._dtype)
-            scores = self._log_phi + emission - total
-        if not in_place or not bool(coupled.all()):
-            scores = torch.where(coupled, scores, self._log_phi)
+            scores = torch.where(coupled, self._log_phi + emission - total, self._log_phi)
         if self._copies is not None:
-            copied = (latents >= number)[..., None] & coupled
+            copied = (latents >= number) & coupled[..., 0]
             places = (latents - number).clamp(min=0)
             tokens = self._copies.tokens.expand(*latents.shape[:-1], -1).gather(-1, places)
-            scores = torch.where(copied, sure_of(tokens, scores), scores)
-        return self._one_hot_where_observed(scores)
+            scores = sure_where(copied, tokens, scores, ours=True)
+        return self._sure_where_observed(scores, ours=True)
 
     @torch.no_grad()
     def sample(
@@ -355,14 +356,6 @@ class CoupledCategorical(Conditionals, Distribution):
         if self._all_active:
             kept["active"] = None
         return CoupledCategorical(**(kept | changes))
-
-    def _one_hot_where_observed(self, log_probs: torch.Tensor) -> torch.Tensor:
-        if not torch.compiler.is_compiling() and not bool(self.observed.any()):
-            return log_probs
-        tokens = self.tokens.expand(log_probs.shape[:-1])[..., None]
-        others = log_probs.masked_fill(self.observed[..., None], -torch.inf)
-        sure = log_probs.gather(-1, tokens).masked_fill(self.observed[..., None], 0.0)
-        return others.scatter_(-1, tokens, sure)
 
     def _check_value(self, value: torch.Tensor) -> None:
         shape = (*self.batch_shape, *self.event_shape)

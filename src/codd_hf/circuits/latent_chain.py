@@ -9,6 +9,7 @@ from . import chain as chains
 from .copies import CopyStates, CopySteps
 from .evidence import DenseEvidence, EmissionSummary, hard_evidence, summarise
 from .lazy import cached_property
+from .numerics import sure_where
 from .topk import TopKEvidence
 from .transitions import Steps
 
@@ -36,21 +37,19 @@ class LatentChain:
             logits, how = self.logits.to(self._dtype), (self.temperature, self.forbidden)
             if not self.top_k:
                 prediction = DenseEvidence.from_logits(logits, *how)
-                log_probs = prediction.log_probs
-                if not (torch.compiler.is_compiling() or log_probs.requires_grad):
+                if not (torch.compiler.is_compiling() or prediction.log_probs.requires_grad):
                     self._known_in_prediction = True
-                    self._write_observed(log_probs)
+                    self._sure_where_observed(prediction.log_probs, ours=True)
                 return prediction
             prediction = TopKEvidence.from_logits(logits, self.top_k, *how)
         if isinstance(prediction, TopKEvidence) and not self._own_law:
             return prediction.spread_by_law(self.potentials.law_of_rest(self.forbidden))
         return prediction
 
-    def _write_observed(self, log_probs: torch.Tensor) -> None:
-        """Makes log-probabilities `[B, L, V]`, which are ours, sure of what is observed."""
-        at = self.observed.nonzero(as_tuple=True)
-        log_probs[at] = -torch.inf
-        log_probs[(*at, self.tokens[at])] = 0.0
+    def _sure_where_observed(self, log_probs: torch.Tensor, ours: bool = False) -> torch.Tensor:
+        """Log-probabilities `[*S, B, L, V]` that are sure of what is observed; in place if ours."""
+        shape = log_probs.shape[:-1]
+        return sure_where(self.observed.expand(shape), self.tokens.expand(shape), log_probs, ours)
 
     @cached_property
     def _log_phi(self) -> torch.Tensor:

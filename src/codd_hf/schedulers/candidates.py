@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..circuits import CoupledCategorical
-from ..circuits.numerics import sure_of
+from ..circuits.numerics import sure_of, sure_where
 from ..circuits.random import Generators, uniform
 from .settings import DrawSettings
 
@@ -232,7 +232,7 @@ def read_logits(
     forbidden = settings.forbidden_token_ids or []
     never = torch.tensor([mask_token_id, *forbidden], device=logits.device)
     logits = logits.float().index_fill(-1, never, -torch.inf)
-    logits = torch.where(masked[..., None], logits, sure_of(sample, logits))
+    logits = sure_where(~masked, sample, logits, ours=True)
     return CandidateSource(
         masked=masked,
         log_probs=(logits / settings.evidence_temperature).log_softmax(-1),
