@@ -158,6 +158,30 @@ def test_factorized_sampling_ignores_the_circuit():
     torch.testing.assert_close(output.sampled_probs, chosen[..., 0])
 
 
+@pytest.mark.parametrize("sampling", ["factorized", "latent", "any_order", "marginal", "viterbi"])
+@pytest.mark.parametrize("settings", [{"temperature": 1.0}, {}, {"threshold": 0.5}])
+def test_a_step_that_need_not_say_what_it_drew_from_draws_the_same(sampling, settings):
+    if "threshold" in settings:
+        settings = {"strategy": "joint", "temperature": 1.0, **settings}
+    distribution, sample = make_distribution(2)
+    scheduler = make_scheduler(2, sampling=sampling, **settings)
+    outputs = [
+        scheduler.step(
+            distribution,
+            1.0,
+            sample,
+            generator=torch.Generator().manual_seed(3),
+            output_logits=wanted,
+        )
+        for wanted in (True, False)
+    ]
+    assert torch.equal(outputs[0].prev_sample, outputs[1].prev_sample)
+    assert torch.equal(outputs[0].sampled_probs, outputs[1].sampled_probs)
+    assert outputs[0].pred_logits is not None
+    if sampling == "any_order":
+        assert outputs[1].pred_logits is None
+
+
 @pytest.mark.parametrize("sampling", ["factorized", "marginal"])
 def test_tokens_are_drawn_from_pred_logits(sampling):
     """Chi-square at each position, over many rows that share one distribution."""

@@ -35,7 +35,7 @@ class Drawn(NamedTuple):
         probs: `[batch, length]`, their probabilities at evidence temperature 1, each given what was
             known when it was drawn; 1 at other known positions, 0 at those that stay masked.
         pred_logits: `[batch, length, vocab]`, what they were drawn from; sure of the present token
-            elsewhere.
+            elsewhere. None if nobody asked.
     """
 
     tokens: torch.Tensor
@@ -55,6 +55,7 @@ class AnyOrder:
         uniforms: `[batch, length]` numbers in [0, 1), one for each position; None at temperature 0.
         controls: what else shapes the draw.
         text: the rows before the step.
+        output_logits: whether `pred_logits` is wanted.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class AnyOrder:
         uniforms: torch.Tensor | None,
         controls: Controls,
         text: RowText,
+        output_logits: bool = True,
     ) -> None:
         self.windows = windows
         self.settings = settings
@@ -76,9 +78,11 @@ class AnyOrder:
         self.tokens = sample.clone()
         self.where = torch.zeros_like(windows.masked)
         self.probs = (~windows.masked).to(windows.plain.log_partition.dtype)
-        vocab_size = windows.plain.potentials.vocab_size
-        self.pred_logits = self.probs.new_full((*sample.shape, vocab_size), -torch.inf)
-        self.pred_logits.scatter_(-1, sample[..., None], 0.0)
+        self.pred_logits = None
+        if output_logits:
+            vocab_size = windows.plain.potentials.vocab_size
+            self.pred_logits = self.probs.new_full((*sample.shape, vocab_size), -torch.inf)
+            self.pred_logits.scatter_(-1, sample[..., None], 0.0)
 
     def draw_at_once(self, scores: torch.Tensor, count: torch.Tensor) -> Drawn:
         """Draws the best-scored positions, from left to right, in one pass over the chain.
@@ -165,7 +169,7 @@ class AnyOrder:
             rows = going.nonzero()[:, 0]
             columns = chosen[rows]
             before = self.tokens[rows, columns], self.probs[rows, columns]
-            before_logits = self.pred_logits[rows, columns]
+            before_logits = None if self.pred_logits is None else self.pred_logits[rows, columns]
             text = self.text
             if not self.controls.change_nothing:
                 text = text.reveal(self.tokens, self.where)
@@ -177,7 +181,8 @@ class AnyOrder:
                 kept = (log_joint[rows] >= log_threshold) | (count[rows] > drawn)
                 dropped = rows[~kept], columns[~kept]
                 self.tokens[dropped], self.probs[dropped] = (t[~kept] for t in before)
-                self.pred_logits[dropped] = before_logits[~kept]
+                if before_logits is not None:
+                    self.pred_logits[dropped] = before_logits[~kept]
                 going = going.index_put((rows[~kept],), going.new_zeros(()))
                 rows, columns = rows[kept], columns[kept]
             self.where[rows, columns] = True
@@ -194,7 +199,8 @@ class AnyOrder:
         shaped = shape_logits(
             scores, settings.temperature, top_k=settings.top_k, top_p=settings.top_p
         )
-        self.pred_logits[rows, columns] = shaped
+        if self.pred_logits is not None:
+            self.pred_logits[rows, columns] = shaped
         if self.uniforms is None:
             tokens = shaped.argmax(-1)
         else:

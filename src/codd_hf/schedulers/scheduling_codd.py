@@ -235,7 +235,9 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         # 2. Candidates, and those of them that are committed.
         if windows is not None and settings.sampling == "any_order":
             uniforms = self._uniforms(settings, sample, generator)
-            step = AnyOrder(windows, sample, settings, committable, uniforms, controls, text)
+            step = AnyOrder(
+                windows, sample, settings, committable, uniforms, controls, text, output_logits
+            )
             scores = fixed_scores(settings.strategy, step.probs, generator)
             if scores is None:
                 drawn = step.draw_one_by_one(at_least)
