@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .circuits import Potentials
@@ -20,6 +22,12 @@ def forbidden_tokens(
     forbidden = torch.zeros(vocab_size, dtype=torch.bool, device=device)
     forbidden[ids] = True
     return forbidden
+
+
+def without_tokens(logits: torch.Tensor, token_ids: Sequence[int | None]) -> torch.Tensor:
+    """Logits `[..., vocab]` that rule some tokens out; None stands for no token."""
+    ids = [i for i in token_ids if i is not None]
+    return logits.index_fill(-1, torch.tensor(ids, device=logits.device).long(), -torch.inf)
 
 
 def trivial_potentials(vocab_size: int, device: torch.device) -> Potentials:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from .backbones import BackboneStates
 from .circuits import CoupledCategorical, Preceding
-from .factorized import trivial_potentials
+from .factorized import trivial_potentials, without_tokens
 from .modeling_head import CoDDHead
 
 
@@ -90,7 +90,7 @@ class WindowsMixin:
         head = self._head_in_use if head is None else head
         if head is None:
             never = [self.config.mask_token_id, *(self.config.forbidden_token_ids or [])]
-            known = known.index_fill(-1, torch.tensor(never, device=known.device), -torch.inf)
+            known = without_tokens(known, never)
         logits = known.new_zeros(*positions.shape, known.shape[-1]).index_put_(at, known)
         if head is not None:
             if head.config.vocab_size != logits.shape[-1]:

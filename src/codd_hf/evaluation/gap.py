@@ -21,8 +21,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..factorized import without_tokens
 from ..modeling_codd import CoDDModel
-from ..modeling_head import CoDDHead, forbidden_tokens
+from ..modeling_head import CoDDHead
 from ..training.data import CanvasBatch, TokenizedExample, collate
 
 RATIOS = tuple(i / 10 for i in range(1, 11))
@@ -167,14 +168,8 @@ def _noised(model: CoDDModel, canvas: CanvasBatch, starts: torch.Tensor, masked:
 
 def _log_phi(model: CoDDModel, logits: torch.Tensor) -> torch.Tensor:
     """The backbone's log-probabilities over the tokens that may be generated."""
-    config = model.config
-    forbidden = forbidden_tokens(
-        logits.shape[-1], config.mask_token_id, config.forbidden_token_ids, logits.device
-    )
-    logits = logits.float()
-    return (logits if forbidden is None else logits.masked_fill(forbidden, -torch.inf)).log_softmax(
-        -1
-    )
+    never = [model.config.mask_token_id, *(model.config.forbidden_token_ids or [])]
+    return without_tokens(logits.float(), never).log_softmax(-1)
 
 
 def _one_step(model, heads, canvas, starts, masked, temperature) -> dict[str, torch.Tensor]:

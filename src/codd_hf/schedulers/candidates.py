@@ -11,6 +11,7 @@ import torch
 from ..circuits import CoupledCategorical
 from ..circuits.numerics import sure_of, sure_where
 from ..circuits.random import Generators, uniform
+from ..factorized import without_tokens
 from .settings import DrawSettings
 
 
@@ -229,9 +230,7 @@ def read_logits(
             "`mask_token_id` must be given here or in the scheduler's config to step with logits."
         )
     masked = sample == mask_token_id
-    forbidden = settings.forbidden_token_ids or []
-    never = torch.tensor([mask_token_id, *forbidden], device=logits.device)
-    logits = logits.float().index_fill(-1, never, -torch.inf)
+    logits = without_tokens(logits.float(), [mask_token_id, *(settings.forbidden_token_ids or [])])
     logits = sure_where(~masked, sample, logits, ours=True)
     return CandidateSource(
         masked=masked,

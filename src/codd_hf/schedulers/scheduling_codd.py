@@ -12,6 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from ..circuits import CoupledCategorical
 from ..circuits.numerics import sure_of
 from ..circuits.random import Generators, draw_categorical, uniform
+from ..factorized import without_tokens
 from ..noise import span_uniforms
 from .any_order import AnyOrder, Drawn
 from .candidates import CoupledWindows, read_logits, shape_logits
@@ -323,8 +324,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         """
         settings = self.draw_settings(**overrides)
         if settings.forbidden_token_ids:
-            never = torch.tensor(settings.forbidden_token_ids, device=logits.device)
-            logits = logits.index_fill(-1, never, -torch.inf)
+            logits = without_tokens(logits, settings.forbidden_token_ids)
         log_probs = logits.float().log_softmax(-1)
         return select(settings, log_probs, eligible, self._steps_left(timestep), generator)
 

@@ -24,8 +24,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..circuits import CoupledCategorical, TopKEvidence
+from ..factorized import forbidden_tokens
 from ..modeling_codd import CoDDModel
-from ..modeling_head import CoDDHead, forbidden_tokens
+from ..modeling_head import CoDDHead
 from .data import CanvasBatch, TokenizedExample, batch_indices, collate
 from .evidence_store import FINGERPRINT, finish, open_shards, shard_path, write_shard
 from .files import replacing
