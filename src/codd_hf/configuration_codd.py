@@ -31,7 +31,7 @@ FIELDS_OF_TYPE = {
         "format_version",
     ),
     (int, float): ("alpha",),
-    (bool,): ("tie_transitions", "tie_emissions", "noise_conditioning"),
+    (bool,): ("tie_transitions", "tie_emissions", "noise_conditioning", "evidence_groups"),
     (str,): (
         "structure",
         "emission",
@@ -85,6 +85,9 @@ class CoDDHeadConfig(PreTrainedConfig):
         evidence_top_k (`int`, *optional*): how many of a prediction's likeliest tokens the circuit
             reads in decoding, the others' mass being spread by the token marginal; 0 reads all
             exactly. By default all, unless the vocabulary is large.
+        evidence_groups (`bool`, defaults to `False`): with `evidence_top_k`, keep how much of the
+            others' mass the backbone gave to the tokens of each latent, and spread it by the token
+            marginal only among these. Closer to reading all, for a little more time.
         evidence_dtype (`str`, *optional*): `"bfloat16"` or `"float16"` for the operands of the
             products that read all tokens; their sums are held in float32. Faster where the machine
             multiplies so, for relative errors of about 1e-2. By default float32.
@@ -123,6 +126,7 @@ class CoDDHeadConfig(PreTrainedConfig):
     copy_size: int = 64
     context_size: int | None = None
     evidence_top_k: int | None = None
+    evidence_groups: bool = False
     evidence_dtype: str | None = None
     alpha: float = 1.0
     mask_token_id: int | None = None
@@ -159,6 +163,11 @@ class CoDDHeadConfig(PreTrainedConfig):
             raise ValueError(
                 f"`evidence_dtype` must be one of {', '.join(EVIDENCE_DTYPES)}, or None (float32), "
                 f"got {self.evidence_dtype!r}."
+            )
+        if self.evidence_groups and not (self.tie_emissions and self.tie_transitions):
+            raise ValueError(
+                "`evidence_groups` needs the same circuit at all positions: leave `tie_emissions` "
+                "and `tie_transitions` on, or `evidence_groups` off."
             )
         self._check_structure()
         if self.format_version != 1:

@@ -307,6 +307,7 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
             forbidden=self.forbidden,
             top_k=top_k,
             evidence_dtype=None if dtype is None else getattr(torch, dtype),
+            grouped=self.config.evidence_groups,
         )
 
     def _context(self, logits, observed, last_hidden_state, present, preceding) -> Context:

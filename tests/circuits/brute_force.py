@@ -34,6 +34,7 @@ from codd_hf.circuits import (
     Context,
     CopyStates,
     CoupledCategorical,
+    GroupedEvidence,
     MonarchTransition,
     Potentials,
     StepContext,
@@ -76,6 +77,7 @@ class Case:
         top_k: how many tokens the evidence lists; None for logits.
         log_marginal: `[1 or L, V]`, by which the rest of the mass is spread, up to a constant;
             -inf for forbidden tokens.
+        grouped: whether the rest is spread group by group.
     """
 
     logits: torch.Tensor
@@ -101,6 +103,7 @@ class Case:
     copy_limits: tuple[float, float] | None = None
     top_k: int | None = None
     log_marginal: torch.Tensor | None = None
+    grouped: bool = False
 
     def distribution(self, dtype: torch.dtype = torch.float32) -> CoupledCategorical:
         """Ours, with the circuit (and the context) in `dtype` and the logits as they are."""
@@ -144,7 +147,11 @@ class Case:
         temperature = self.options.get("temperature", 1.0)
         forbidden = self.options.get("forbidden")
         logits = self.logits.to(dtype)
-        return TopKEvidence.from_logits(logits, self.top_k, temperature, forbidden)
+        how = (self.top_k, temperature, forbidden)
+        if self.grouped:
+            groups = self.circuit(dtype).token_groups
+            return GroupedEvidence.from_logits(logits, *how, groups=groups)
+        return TopKEvidence.from_logits(logits, *how)
 
     def leaves(self) -> dict[str, torch.Tensor]:
         """Everything that a distribution is differentiable in, by name."""
@@ -231,9 +238,12 @@ class Case:
             listed = torch.zeros_like(law, dtype=torch.bool)
             listed[law.topk(self.top_k).indices] = True
             marginal = self.log_marginal[i if len(self.log_marginal) > 1 else 0].double()
-            share = marginal[~listed].log_softmax(0).nan_to_num(-torch.inf, neginf=-torch.inf)
-            others = law[~listed].logsumexp(0) + share
-            laws.append(law.masked_scatter(~listed, others))
+            best = self.circuit().emission.dense()[0].argmax(0)
+            for group in best.unique() if self.grouped else [None]:
+                others = ~listed if group is None else ~listed & (best == group)
+                share = marginal[others].log_softmax(0).nan_to_num(-torch.inf, neginf=-torch.inf)
+                law = law.masked_scatter(others, law[others].logsumexp(0) + share)
+            laws.append(law)
         return torch.stack(laws)
 
     def __len__(self) -> int:

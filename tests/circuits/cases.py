@@ -32,6 +32,7 @@ def random_case(
     copies: float = 0.0,
     top_k: int | None = None,
     untied_marginal: bool = False,
+    grouped: bool = False,
     **options,
 ) -> Case:
     """Unnormalised normal log-potentials of standard deviation `spread`, in float32 numbers.
@@ -74,6 +75,7 @@ def random_case(
         emission=spread * normal(1 if tied_emission else length, states, vocab),
         options=arguments | options,
         top_k=top_k,
+        grouped=grouped,
     )
     if monarch:
         side = math.isqrt(states)
@@ -242,6 +244,17 @@ TOP_K = {
     "top 2, one-hot by temperature": random_case(304, top_k=2, temperature=0.01),
     "top 2, absent anywhere": random_case(305, batch=6, top_k=2, present="scattered"),
     "top 2, everything": random_case(306, length=3, top_k=2, **EVERYTHING),
+    "top 1, grouped": random_case(330, vocab=6, top_k=1, grouped=True),
+    "top 2, grouped, forbidden token": random_case(
+        331, top_k=2, grouped=True, forbidden=FORBIDDEN, temperature=0.7
+    ),
+    "top 2, grouped, absent anywhere": random_case(
+        332, batch=6, vocab=6, top_k=2, grouped=True, present="scattered"
+    ),
+    "top 2, grouped, everything": random_case(
+        333, length=3, vocab=5, top_k=2, grouped=True, **EVERYTHING
+    ),
+    "all tokens listed, grouped": random_case(334, top_k=VOCAB, grouped=True),
     "all tokens listed": random_case(307, top_k=VOCAB, temperature=0.5),
 }
 

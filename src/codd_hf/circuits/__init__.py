@@ -10,6 +10,7 @@ from .copies import CopyStates
 from .distribution import CoupledCategorical, ViterbiPath
 from .emissions import DenseEmission, TiedEmission, fit_tied
 from .evidence import DenseEvidence
+from .grouped import GroupedEvidence, TokenGroups
 from .potentials import Potentials, occupancy, token_marginal
 from .topk import TopKEvidence
 from .transitions import DenseTransition, MonarchTransition, StepContext
@@ -22,11 +23,13 @@ __all__ = [
     "DenseEmission",
     "DenseEvidence",
     "DenseTransition",
+    "GroupedEvidence",
     "MonarchTransition",
     "Potentials",
     "Preceding",
     "StepContext",
     "TiedEmission",
+    "TokenGroups",
     "TopKEvidence",
     "ViterbiPath",
     "fit_tied",

@@ -62,6 +62,7 @@ class CoupledCategorical(Conditionals, Distribution):
         evidence_dtype: of the operands of the products that read all tokens, such as
             `torch.bfloat16` (relative errors of about 1e-2); sums are float32. Default: float32, or
             float64 if the potentials are.
+        grouped: with `top_k`, spread the remaining mass group by group (`GroupedEvidence`).
 
     Raises:
         ValueError: shapes do not fit, or a logit is NaN.
@@ -85,6 +86,7 @@ class CoupledCategorical(Conditionals, Distribution):
         forbidden: torch.Tensor | None = None,
         top_k: int = 0,
         evidence_dtype: torch.dtype | None = None,
+        grouped: bool = False,
     ):
         given = isinstance(logits, torch.Tensor)
         self._own_law = isinstance(logits, TopKEvidence) and logits.log_marginal is not None
@@ -120,6 +122,7 @@ class CoupledCategorical(Conditionals, Distribution):
         self.temperature = temperature
         self.forbidden = forbidden
         self.top_k = top_k
+        self.grouped = grouped
         self.evidence_dtype = evidence_dtype
         self._known_in_prediction = False
         super().__init__((batch,), (length,), validate_args=False)
@@ -348,6 +351,7 @@ class CoupledCategorical(Conditionals, Distribution):
             "temperature",
             "forbidden",
             "top_k",
+            "grouped",
             "evidence_dtype",
         ]
         kept = {name: getattr(self, name) for name in names}

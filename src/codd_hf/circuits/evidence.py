@@ -89,7 +89,7 @@ def summarise(
     lowest, highest = [], []
     with torch.no_grad():
         for position in range(emission.num_positions):
-            chunks = emission.chunks(_width(emission), position)
+            chunks = emission.chunks(product_width(emission), position)
             # `aminmax` would be one pass, but takes three times as long.
             parts = [(matrix.amin(1), matrix.amax(1)) for _, matrix in chunks]
             low, high = (torch.stack(values) for values in zip(*parts, strict=True))
@@ -233,7 +233,7 @@ class DenseEvidence:
 @torch.no_grad()
 def with_factors(summary: EmissionSummary, emission: Emission) -> EmissionSummary:
     """A summary that also holds a small (tied) emission in probability space, for products."""
-    return replace(summary, factors=_factors(emission.dense()[0], summary.scale(0)))
+    return replace(summary, factors=emission_factors(emission.dense()[0], summary.scale(0)))
 
 
 @full_precision
@@ -291,8 +291,8 @@ def mix_tokens(
     for position, rows in _by_position(emission, positions):
         scale = summary.scale(position).to(dtype)
         mixture = normalised_exp(weights[rows] + scale)
-        chunks = emission.chunks(_width(emission), position)
-        made = (_factors(matrix, scale) for _, matrix in chunks)
+        chunks = emission.chunks(product_width(emission), position)
+        made = (emission_factors(matrix, scale) for _, matrix in chunks)
         held = [summary.factors] if summary.holds_factors(dtype) else made
         mixed = [mixture @ factors for factors in held]
         rows_of.append(rows)
@@ -304,7 +304,7 @@ def mix_tokens(
     rows = lost[:, 0].nonzero()[:, 0]
     exact = []
     for row in rows.tolist():
-        chunks = emission.chunks(_width(emission), int(positions[row]))
+        chunks = emission.chunks(product_width(emission), int(positions[row]))
         mixed = [logsumexp(weights[row][:, None] + matrix, 0) for _, matrix in chunks]
         exact.append(normalised_exp(log_phi[row] + torch.cat(mixed)))
     return law.index_put((rows,), torch.stack(exact)) if exact else law
@@ -336,14 +336,14 @@ def working_dtype(emission: Emission, log_probs: torch.Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(emission.dtype, log_probs.dtype), torch.float32)
 
 
-def _width(emission: Emission) -> int:
+def product_width(emission: Emission) -> int:
     """How many tokens go into one product."""
     if emission.num_latents * emission.vocab_size <= ONE_PRODUCT:
         return emission.vocab_size
     return max(ELEMENTS_AT_ONCE // emission.num_latents, 1)
 
 
-def _factors(log_emission: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def emission_factors(log_emission: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return exp_of_difference(log_emission.to(scale.dtype), scale[:, None])
 
 
@@ -351,13 +351,13 @@ def _sum_over_tokens(emission, weights, position: int, scale, dtype) -> torch.Te
     """`sum_v weights(v) E(z, v) exp(-scale(z))`, `[N, H]`, of weights `[N, V]`."""
 
     def part_of_sum(weights, log_emission, scale):
-        factors = _factors(log_emission, scale).T
+        factors = emission_factors(log_emission, scale).T
         if dtype is None:
             return weights @ factors
         product = weights.to(dtype) @ factors.to(dtype)
         return product.to(weights.dtype)
 
-    width = _width(emission)
+    width = product_width(emission)
     total = weights.new_zeros(len(weights), emission.num_latents)
     for part, log_emission in emission.chunks(width, position):
         arguments = weights[:, part], log_emission, scale

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from . import chain as chains
 from .copies import CopyStates, CopySteps
 from .evidence import DenseEvidence, EmissionSummary, hard_evidence, summarise
+from .grouped import GroupedEvidence
 from .lazy import cached_property
 from .numerics import sure_where
 from .topk import TopKEvidence
@@ -41,7 +42,13 @@ class LatentChain:
                     self._known_in_prediction = True
                     self._sure_where_observed(prediction.log_probs, ours=True)
                 return prediction
-            prediction = TopKEvidence.from_logits(logits, self.top_k, *how)
+            if self.grouped:
+                groups = self.potentials.token_groups_by(
+                    self.potentials.law_of_rest(self.forbidden)
+                )
+                prediction = GroupedEvidence.from_logits(logits, self.top_k, *how, groups=groups)
+            else:
+                prediction = TopKEvidence.from_logits(logits, self.top_k, *how)
         if isinstance(prediction, TopKEvidence) and not self._own_law:
             return prediction.spread_by_law(self.potentials.law_of_rest(self.forbidden))
         return prediction

@@ -46,7 +46,12 @@ def likeliest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def list_likeliest(
-    logits: torch.Tensor, k: int, temperature: float = 1.0, forbidden: torch.Tensor | None = None
+    logits: torch.Tensor,
+    k: int,
+    temperature: float = 1.0,
+    forbidden: torch.Tensor | None = None,
+    groups: torch.Tensor | None = None,
+    num_groups: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Splits logits over the temperature into the `k` largest and the rest; not differentiable.
 
@@ -55,10 +60,12 @@ def list_likeliest(
         k: from 1 to `V`.
         temperature: positive.
         forbidden: `[V]` bool, tokens that have no mass.
+        groups: `[V]`, to which group each token belongs; default, all to one.
+        num_groups: how many there are.
 
     Returns:
         The `k` largest, `[N, k]` in float32 or float64; their tokens, `[N, k]`; and the
-        `logsumexp` of all others, `[N]`.
+        `logsumexp` of all others, group by group, `[N, num_groups]`.
     """
     size = logits.shape[-1]
     never = None if forbidden is None else forbidden.nonzero()[:, 0]
@@ -67,8 +74,10 @@ def list_likeliest(
     for part in logits.split(max(2 * slice_size(logits.device) // size, 1)):
         listed, indices = _list(part, min(k + 1, size), never)
         listed = listed / temperature
-        rest = _log_sum_of_others(part, indices[:, :k], listed[:, k:], temperature, never)
-        found.append((listed[:, :k], indices[:, :k], rest))
+        others = _log_sum_of_others(
+            part, indices[:, :k], listed[:, k:], temperature, never, groups, num_groups
+        )
+        found.append((listed[:, :k], indices[:, :k], others))
     listed, indices, rest = (torch.cat(parts) for parts in zip(*found, strict=True))
     return listed, indices, rest
 
@@ -98,8 +107,10 @@ def _log_sum_of_others(
     largest: torch.Tensor,
     temperature: float,
     never: torch.Tensor | None,
+    groups: torch.Tensor | None,
+    num_groups: int,
 ) -> torch.Tensor:
-    """`[n]`: `logsumexp` of logits `[n, V]` over the temperature without some tokens.
+    """`[n, num_groups]`: `logsumexp` of logits `[n, V]` over the temperature without some tokens.
 
     They are summed themselves: 1 minus the sum of the listed is rounding error when that is 1.
 
@@ -109,9 +120,11 @@ def _log_sum_of_others(
         largest: `[n, 1]`, the largest of what is summed; `[n, 0]` if nothing is.
         temperature: positive.
         never: `[m]` further tokens to leave out, if any.
+        groups: as in `list_likeliest`.
+        num_groups: likewise.
     """
     if not largest.shape[1]:
-        return logits.new_full((len(logits),), -torch.inf, dtype=largest.dtype)
+        return logits.new_full((len(logits), num_groups), -torch.inf, dtype=largest.dtype)
     largest = largest.masked_fill(largest == -torch.inf, 0)
     rows = max(slice_size(logits.device) // 2 // logits.shape[-1], 1)
     weights = torch.empty_like(logits[:rows], dtype=largest.dtype)
@@ -124,5 +137,15 @@ def _log_sum_of_others(
         weights.scatter_(-1, left_out, 0.0)
         if never is not None:
             weights.index_fill_(-1, never, 0.0)
-        sums.append(weights.sum(-1))
-    return torch.cat(sums).log() + largest[:, 0]
+        sums.append(sum_by_group(weights, groups, num_groups))
+    return torch.cat(sums).log() + largest
+
+
+def sum_by_group(
+    weights: torch.Tensor, groups: torch.Tensor | None, num_groups: int
+) -> torch.Tensor:
+    """`[..., num_groups]`: sums of weights `[..., V]` by `groups` `[V]`; None: all are one."""
+    if groups is None:
+        return weights.sum(-1, keepdim=True)
+    sums = weights.new_zeros(*weights.shape[:-1], num_groups)
+    return sums.scatter_add(-1, groups.expand_as(weights), weights)

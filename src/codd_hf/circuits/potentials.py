@@ -15,6 +15,7 @@ import torch
 
 from .emissions import DenseEmission, Emission
 from .evidence import ONE_PRODUCT, EmissionSummary, summarise, with_factors
+from .grouped import TokenGroups, group_tokens
 from .lazy import cached_property
 from .topk import law_of_rest
 from .transitions import DenseTransition, Transition
@@ -67,6 +68,17 @@ class Potentials:
     def top_k_summary(self) -> EmissionSummary:
         """What top-k evidence needs of all emissions."""
         return summarise(self.emission, self.log_marginal)
+
+    @cached_property
+    def token_groups(self) -> TokenGroups:
+        """What grouped evidence needs of all emissions."""
+        return group_tokens(self.emission, self.log_marginal, self.summary)
+
+    def token_groups_by(self, log_marginal: torch.Tensor) -> TokenGroups:
+        """`token_groups` for a law of `law_of_rest`, which is mostly `log_marginal` itself."""
+        if torch.compiler.is_compiling() or log_marginal is self.log_marginal:
+            return self.token_groups
+        return group_tokens(self.emission, log_marginal, self.summary)
 
     def law_of_rest(self, forbidden: torch.Tensor | None) -> torch.Tensor:
         """`log_marginal` without some tokens, `[V]` bool; itself if it gives them nothing."""

@@ -32,8 +32,8 @@ from .evidence import (
     working_dtype,
 )
 from .lazy import cached_property
-from .listing import list_likeliest, slice_size
-from .numerics import exp_of_difference, full_precision, logsumexp, safe_log
+from .listing import list_likeliest, slice_size, sum_by_group
+from .numerics import exp_of_difference, full_precision, logsumexp, safe_log, shifted_exp
 
 STATES_AT_ONCE = 256
 """States whose emissions of the listed tokens are gathered together: the fastest on a CPU."""
@@ -59,6 +59,8 @@ class TopKEvidence:
     log_marginal: torch.Tensor | None = None
     marginal_rows: torch.Tensor | None = None
 
+    _by_prediction = ("indices", "log_probs", "log_rest", "marginal_rows")
+
     @classmethod
     def from_logits(
         cls,
@@ -78,21 +80,8 @@ class TopKEvidence:
         Raises:
             ValueError: `k` is out of range.
         """
-        if not 1 <= k <= logits.shape[-1]:
-            raise ValueError(f"`k` must be in [1, {logits.shape[-1]}], got {k}.")
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and logits.requires_grad):
-            logits = scaled_logits(logits, temperature, forbidden)
-            listed, indices = logits.topk(k, -1)
-            rest = logsumexp(logits.scatter(-1, indices, -torch.inf), -1)[..., None]
-        else:
-            batch = logits.shape[:-1]
-            flat = logits.reshape(-1, logits.shape[-1])
-            listed, indices, rest = list_likeliest(flat, k, temperature, forbidden)
-            listed, indices = listed.view(*batch, k), indices.view(*batch, k)
-            rest = rest.view(*batch, 1)
-        total = logsumexp(torch.cat((listed, rest), -1), -1)[..., None]
-        total = total.masked_fill(total == -torch.inf, 0)
-        return cls(indices, listed - total, (rest - total)[..., 0], temperature)
+        indices, log_probs, log_rest = list_and_rest(logits, k, temperature, forbidden)
+        return cls(indices, log_probs, log_rest[..., 0], temperature)
 
     def spread_by(
         self, log_marginal: torch.Tensor, forbidden: torch.Tensor | None = None
@@ -130,15 +119,14 @@ class TopKEvidence:
         return self._map(lambda tensor: tensor.flatten(0, self.log_rest.ndim - 1))
 
     def _map(self, function) -> TopKEvidence:
-        names = ("indices", "log_probs", "log_rest", "marginal_rows")
-        held = {name: getattr(self, name) for name in names}
+        held = {name: getattr(self, name) for name in self._by_prediction}
         return replace(self, **{n: t if t is None else function(t) for n, t in held.items()})
 
     def log_prob_of(self, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probabilities `[*S, *batch]` of tokens `[*S, *batch]`."""
         match = self.indices == tokens[..., None]
         listed = torch.where(match, self.log_probs, 0).sum(-1)
-        other = self._log_rest_weight + self.log_marginal[self.marginal_rows, tokens]
+        other = self._log_rest_weight_of(tokens) + self.log_marginal[self.marginal_rows, tokens]
         return torch.where(match.any(-1), listed, other)
 
     def log_prob_bounds_of(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,7 +139,7 @@ class TopKEvidence:
 
     def dense(self) -> torch.Tensor:
         """`[*batch, V]` log-probabilities."""
-        rest = self._log_rest_weight[..., None] + self.log_marginal[self.marginal_rows]
+        rest = self._by_token(self._log_rest_weights) + self.log_marginal[self.marginal_rows]
         return rest.scatter(-1, self.indices, self.log_probs.to(rest.dtype))
 
     @full_precision
@@ -168,12 +156,13 @@ class TopKEvidence:
         indices = flat(self.indices)
         listed = flat(self.log_probs - log_total[..., None])
         if not whole:
-            others = flat((self._log_rest_weight - log_total)[..., None])
+            others = flat(self._log_rest_weights - log_total[..., None])
             laws, law_of = self.log_marginal, flat(self.marginal_rows[..., None])[:, 0]
         for part, rows in rows_of_latents(emission, latents, scores):
             values = rows.gather(1, indices[part]).add_(listed[part])
             if not whole:
-                rows.add_(others[part]).add_(laws if len(laws) == 1 else laws[law_of[part]])
+                rows.add_(self._by_token(others[part]))
+                rows.add_(laws if len(laws) == 1 else laws[law_of[part]])
             rows.scatter_(1, indices[part], values)
         return scores
 
@@ -302,9 +291,69 @@ class TopKEvidence:
 
         -inf where `u` is all on listed tokens: then there is nothing to spread the rest over.
         """
+        return self.log_rest - self._log_left
+
+    @cached_property
+    def _log_left(self) -> torch.Tensor:
+        """`[*batch]`: log of what `u` has outside the list; inf if it is nothing."""
         left = 1 - self._log_marginal_listed.exp().sum(-1)
         none = left <= 16 * torch.finfo(left.dtype).eps
-        return self.log_rest - left.masked_fill(none, torch.inf).log()
+        return left.masked_fill(none, torch.inf).log()
+
+    @property
+    def _log_rest_weights(self) -> torch.Tensor:
+        """`[*batch, 1]`: `_log_rest_weight`, by group where there are groups of tokens."""
+        return self._log_rest_weight[..., None]
+
+    def _log_rest_weight_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`[*S, *batch]`, or what broadcasts so: `_log_rest_weight` of tokens `[*S, *batch]`."""
+        return self._log_rest_weight
+
+    def _by_token(self, weights: torch.Tensor) -> torch.Tensor:
+        """Weights `[..., 1]` (by group) as `[..., V]`, or what broadcasts so."""
+        return weights
+
+
+def list_and_rest(
+    logits: torch.Tensor,
+    k: int,
+    temperature: float,
+    forbidden: torch.Tensor | None,
+    groups: torch.Tensor | None = None,
+    num_groups: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What lists are made of.
+
+    Args:
+        logits: `[*batch, V]`.
+        k: from 1 to `V`.
+        temperature: positive.
+        forbidden: `[V]` bool, tokens that get no mass.
+        groups: `[V]`, to which group each token belongs; default, all to one.
+        num_groups: how many there are.
+
+    Returns:
+        The tokens, `[*batch, k]`; their log-probabilities; and the logs of what is left in each
+        group, `[*batch, num_groups]`.
+
+    Raises:
+        ValueError: `k` is out of range.
+    """
+    if not 1 <= k <= logits.shape[-1]:
+        raise ValueError(f"`k` must be in [1, {logits.shape[-1]}], got {k}.")
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and logits.requires_grad):
+        logits = scaled_logits(logits, temperature, forbidden)
+        listed, indices = logits.topk(k, -1)
+        others, shift = shifted_exp(logits.scatter(-1, indices, -torch.inf), -1)
+        rest = safe_log(sum_by_group(others, groups, num_groups)) + shift
+    else:
+        batch = logits.shape[:-1]
+        flat = logits.reshape(-1, logits.shape[-1])
+        found = list_likeliest(flat, k, temperature, forbidden, groups, num_groups)
+        listed, indices, rest = (part.view(*batch, -1) for part in found)
+    total = logsumexp(torch.cat((listed, rest), -1), -1)[..., None]
+    total = total.masked_fill(total == -torch.inf, 0)
+    return indices, listed - total, rest - total
 
 
 def law_of_rest(log_marginal: torch.Tensor, forbidden: torch.Tensor | None) -> torch.Tensor:

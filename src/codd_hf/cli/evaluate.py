@@ -184,6 +184,7 @@ def _run_gap(args: argparse.Namespace) -> None:
         head.to(pipeline.model.device)
         if args.evidence_top_k is not None:
             head.config.evidence_top_k = args.evidence_top_k
+        head.config.evidence_groups = args.evidence_groups
     started = time.perf_counter()
     rows = measure_gap(
         pipeline.model,
@@ -202,6 +203,7 @@ def _run_gap(args: argparse.Namespace) -> None:
         "examples": len(examples),
         "evidence_temperature": args.evidence_temperature,
         "evidence_top_k": heads["fitted"].evidence_top_k,
+        "evidence_groups": args.evidence_groups,
         "seed": args.seed,
     }
     print("\n" + ", ".join(f"{k} {v}" for k, v in facts.items()) + f", {seconds:.0f} s")

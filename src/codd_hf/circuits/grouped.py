@@ -1,0 +1,181 @@
+r"""Short lists whose remaining mass is spread group by group.
+
+A token belongs to the group of the state that emits it most readily, so that tokens of a group look
+alike to a circuit. Beside the list `T` a prediction keeps how much of the remaining mass the
+backbone gave to each group, `r_c`, and only within a group it is spread by the token marginal:
+
+    phi(v) = r_c u(v) / u(c \ T)    for v outside T in group c
+
+Soft evidence then needs, beside the columns of the listed tokens, one product with what the groups
+mean to the states, `U_c(z) = \sum_{v in c} u(v) E(z, v)`, which is made once.
+
+Where nearly all of a group's marginal is listed, what is left of it is mostly rounding error. A
+group takes mass for at least `SMALLEST_PART` of its marginal's, and what is then left over, with a
+rounding error's worth of all, is spread over all tokens by the marginal, as without groups.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .emissions import Emission, stored_by_latent
+from .evidence import (
+    DenseEvidence,
+    EmissionSummary,
+    columns_of_lists,
+    emission_factors,
+    product_width,
+)
+from .lazy import cached_property
+from .numerics import exp_of_difference, full_precision, logsumexp, safe_log
+from .topk import TopKEvidence, list_and_rest
+
+SMALLEST_PART = 1e-3
+"""Of a group's marginal: keeps what is spread within it accurate to about a ten-thousandth."""
+
+
+@dataclass(frozen=True)
+class TokenGroups:
+    """Tokens grouped by the state that emits them most readily.
+
+    Attributes:
+        index: `[V]` long, the group of each token.
+        mass: `[H]`, what the law by which mass is spread gives to each group.
+        means: `[H, H]`, `U_c(z) exp(-scale(z))` with the scale of the emission's summary; row `c`.
+    """
+
+    index: torch.Tensor
+    mass: torch.Tensor
+    means: torch.Tensor
+
+
+@torch.no_grad()
+@full_precision
+def group_tokens(
+    emission: Emission, log_marginal: torch.Tensor, summary: EmissionSummary
+) -> TokenGroups:
+    """Groups the tokens of an emission.
+
+    Args:
+        emission: shared by all positions.
+        log_marginal: `[1, V]`, the normalised law by which mass is spread.
+        summary: of the emission.
+
+    Raises:
+        ValueError: emissions or law differ between positions.
+    """
+    if emission.num_positions > 1 or len(log_marginal) > 1:
+        raise ValueError(
+            "Tokens are grouped where emissions and token marginal are the same at all positions: "
+            "these are not, so leave `evidence_groups` off."
+        )
+    number, scale = emission.num_latents, summary.scale(0)
+    marginal = log_marginal[0].to(scale.dtype).exp()
+    index = torch.empty(emission.vocab_size, dtype=torch.long, device=emission.device)
+    means = scale.new_zeros(number, number)
+    for part, matrix in emission.chunks(product_width(emission), 0):
+        index[part] = matrix.argmax(0)
+        means.index_add_(0, index[part], (emission_factors(matrix, scale) * marginal[part]).T)
+    mass = scale.new_zeros(number).index_add_(0, index, marginal)
+    return TokenGroups(index, mass, means)
+
+
+@dataclass(frozen=True)
+class GroupedEvidence(TopKEvidence):
+    """The backbone's factorized prediction as a list of tokens and the mass of groups of others.
+
+    Attributes:
+        log_shares: `[*batch, H]`, log of the mass of a group's tokens that are not listed.
+        groups: the groups.
+    """
+
+    log_shares: torch.Tensor | None = None
+    groups: TokenGroups | None = None
+
+    _by_prediction = (*TopKEvidence._by_prediction, "log_shares")
+
+    @classmethod
+    def from_logits(
+        cls,
+        logits: torch.Tensor,
+        k: int,
+        temperature: float = 1.0,
+        forbidden: torch.Tensor | None = None,
+        *,
+        groups: TokenGroups,
+    ) -> GroupedEvidence:
+        """As `TopKEvidence.from_logits`.
+
+        Args:
+            logits: `[*batch, V]`, of any floating dtype; a row that is -inf throughout stays so.
+            k: from 1 to `V`.
+            temperature: positive.
+            forbidden: `[V]` bool, tokens that get no mass.
+            groups: made with the law that is given to `spread_by`.
+
+        Raises:
+            ValueError: `k` is out of range.
+        """
+        indices, log_probs, log_shares = list_and_rest(
+            logits, k, temperature, forbidden, groups.index, len(groups.mass)
+        )
+        log_rest = logsumexp(log_shares, -1)
+        return cls(indices, log_probs, log_rest, temperature, log_shares=log_shares, groups=groups)
+
+    @cached_property
+    def _log_rest_weights(self) -> torch.Tensor:
+        """`[*batch, H]`: what to add to `log u(v)` for the log-probability of a group's tokens."""
+        mass = self.groups.mass.to(self.log_shares.dtype)
+        listed = self._log_marginal_listed.to(mass.dtype).exp()
+        left = mass.expand_as(self.log_shares).scatter_add(
+            -1, self.groups.index[self.indices], -listed
+        )
+        left = torch.where(mass > 0, left.clamp(min=0), 0)
+        counted = torch.maximum(left, SMALLEST_PART * mass)
+        counted = counted.masked_fill(counted <= 0, torch.inf)
+        within = self.log_shares - counted.log()
+        over = logsumexp(self.log_shares + safe_log(1 - left / counted), -1)
+        least = self.log_rest + math.log(torch.finfo(mass.dtype).eps)
+        over = logsumexp(torch.stack((over, least)), 0) - self._log_left
+        return logsumexp(torch.stack((within, over[..., None].expand_as(within))), 0)
+
+    def _log_rest_weight_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        weights = self._log_rest_weights.expand(*tokens.shape, -1)
+        return weights.gather(-1, self.groups.index[tokens][..., None])[..., 0]
+
+    def _by_token(self, weights: torch.Tensor) -> torch.Tensor:
+        return weights.gather(-1, self.groups.index.expand(*weights.shape[:-1], -1))
+
+    @full_precision
+    def soft_evidence(
+        self,
+        emission: Emission,
+        positions: torch.Tensor,
+        summary: EmissionSummary | None = None,
+        repair: bool = True,
+    ) -> torch.Tensor:
+        """As that of `TopKEvidence`; with gradients or a wide emission by way of all tokens."""
+        safe = summary is not None and not summary.needs_repair
+        if not safe or torch.is_grad_enabled():
+            dense = DenseEvidence(self.dense(), self.temperature)
+            return dense.soft_evidence(emission, positions, summary, repair)
+        scale = summary.scale(0)
+        if self.indices.shape[-1] == emission.vocab_size:
+            return super().soft_evidence(emission, positions, summary, repair)
+        weights = self._log_rest_weights
+        of_listed = weights.gather(-1, self.groups.index[self.indices])
+        listed = torch.stack((self.log_probs, of_listed + self._log_marginal_listed), 1)
+        sums = self._sums(emission, scale, positions, listed.to(scale.dtype).exp())
+        listed, part = sums.unbind(1)
+        others = weights.to(scale.dtype).exp() @ self.groups.means
+        return (listed + (others - part).clamp(min=0)).log() + scale
+
+    def _sums(self, emission, scale, positions, weights: torch.Tensor) -> torch.Tensor:
+        """`[N, n, H]`: `_sums_by_latent`, whatever the emission."""
+        if stored_by_latent(emission):
+            return self._sums_by_latent(emission, scale, weights)
+        columns = columns_of_lists(emission, self.indices, positions).to(scale.dtype)
+        return weights @ exp_of_difference(columns, scale)
