@@ -93,6 +93,12 @@ def _add_gap_arguments(parser: argparse.ArgumentParser) -> None:
         "head's own)",
     )
     parser.add_argument(
+        "--evidence-groups",
+        action="store_true",
+        help="spread the mass of tokens that are not read within groups (`evidence_groups` of a "
+        "head)",
+    )
+    parser.add_argument(
         "--sequential",
         action=argparse.BooleanOptionalAction,
         default=True,
