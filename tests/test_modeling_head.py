@@ -10,7 +10,13 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from codd_hf import CoDDHead, CoDDHeadConfig, CoDDModel, Potentials
-from codd_hf.circuits import MonarchTransition, Preceding, TiedEmission, TopKEvidence
+from codd_hf.circuits import (
+    GroupedEvidence,
+    MonarchTransition,
+    Preceding,
+    TiedEmission,
+    TopKEvidence,
+)
 from tiny import random_head, tiny_backbone
 
 MASK = 2
@@ -278,6 +284,23 @@ def test_a_head_reads_predictions_in_half_precision_where_its_config_says_so(dty
         assert changed.log_partition[0] != other.log_partition[0]
     listed = head(logits, top_k=3).log_partition
     torch.testing.assert_close(listed, exact(logits, top_k=3).log_partition, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_a_head_groups_what_its_lists_leave_out_where_its_config_says_so(tmp_path):
+    random_head(evidence_groups=True).save_pretrained(tmp_path)
+    head, plain = CoDDHead.from_pretrained(tmp_path), random_head()
+    logits = torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(head(logits).log_partition, plain(logits).log_partition)
+    found = head(logits, top_k=3)
+    assert not torch.equal(found.log_partition, plain(logits, top_k=3).log_partition)
+    groups = head.potentials.token_groups
+    own = GroupedEvidence.from_logits(logits, 3, forbidden=head.forbidden, groups=groups)
+    torch.testing.assert_close(found.log_partition, head(own).log_partition)
+    for changed in (found.with_temperature(0.5), found.with_active(torch.tensor([True, False]))):
+        assert isinstance(changed._prediction, GroupedEvidence)
+    head.emission.mul_(-1)
+    assert not torch.equal(head.potentials.token_groups.index, groups.index)
 
 
 # Binding to a backbone
@@ -698,6 +721,7 @@ def test_tempering_raises_emissions_to_a_power_and_normalises_steps(name):
         ("dense, dense emission, copy", {"scale": 0.3}, None),
         ("monarch, tied emission, copy", {"scale": 0.3}, 3),
         ("monarch, tied emission, gate", {"conditioning": ["latent", "gate", "low_rank"]}, 3),
+        ("dense, dense emission, unconditioned", {"evidence_groups": True}, 3),
     ],
 )
 @torch.no_grad()
@@ -707,9 +731,12 @@ def test_a_step_compiles_to_one_graph_after_one_eager_call(name, changes, k):
     given = window()
 
     def step(logits, tokens, observed, last_hidden_state, preceding):
-        if k is not None:
+        options = {"preceding": preceding}
+        if k is not None and head.config.evidence_groups:
+            options["top_k"] = k
+        elif k is not None:
             logits = TopKEvidence.from_logits(logits, k, forbidden=head.forbidden)
-        distribution = head(logits, tokens, observed, last_hidden_state, preceding=preceding)
+        distribution = head(logits, tokens, observed, last_hidden_state, **options)
         latents = distribution.sample_latents()
         return distribution.log_partition, latents, distribution.logits_given(latents)
 

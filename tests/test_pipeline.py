@@ -672,11 +672,12 @@ def test_prompt_without_a_real_token_is_refused_by_the_loop(pipe):
 
 
 @pytest.mark.parametrize("confidence", ["latent", "marginal"])
-def test_listed_evidence_decodes_at_any_evidence_temperature(confidence):
+@pytest.mark.parametrize("groups", [False, True])
+def test_listed_evidence_decodes_at_any_evidence_temperature(confidence, groups):
     """What a large vocabulary gets by default, and all tokens listed is the exact reading."""
     texts = {}
     for top_k in (0, 3, 12):
-        head = random_head(12, mask_token_id=1, evidence_top_k=top_k)
+        head = random_head(12, mask_token_id=1, evidence_top_k=top_k, evidence_groups=groups)
         backbone = tiny_backbone(vocab_size=12, eos_token_id=2)
         model = CoDDModel.from_backbone(backbone, head)
         assert model.coupling_head.evidence_top_k == top_k

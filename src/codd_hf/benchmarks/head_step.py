@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,10 +56,11 @@ class Window:
     observed: torch.Tensor
     hidden: torch.Tensor | None = None
 
-    @cached_property
-    def num_listed(self) -> int:
-        """How many tokens are among the `DEFAULT_TOP_K` best of any prediction."""
-        k = min(DEFAULT_TOP_K, self.logits.shape[-1])
+    def num_listed(self, evidence: str) -> int:
+        """How many tokens are in the list of any prediction."""
+        if evidence == "exact":
+            return self.logits.shape[-1]
+        k = min(LISTED[evidence], self.logits.shape[-1])
         return len(self.logits.topk(k, -1, sorted=False).indices.unique())
 
 
@@ -117,7 +118,11 @@ def mean_entropy(logits: torch.Tensor) -> float:
     return torch.special.entr(logits.float().softmax(-1)).sum(-1).mean().item()
 
 
-EVIDENCE = ("exact", "topk")
+EVIDENCE = ("exact", "topk", "grouped")
+"""All tokens; lists of them; shorter lists, the rest spread by groups (`evidence_groups`)."""
+
+LISTED = {"topk": DEFAULT_TOP_K, "grouped": 16}
+"""Tokens of a list."""
 
 
 @torch.no_grad()
@@ -138,17 +143,21 @@ def head_step(
         tokens: `[B, L]`, used where `observed`.
         observed: `[B, L]` bool.
         hidden: `[B, L, d]`, for a conditioned head.
-        evidence: `exact`, or `topk` for lists of the `DEFAULT_TOP_K` best tokens, which is what a
-            model's decoding takes for a large vocabulary.
+        evidence: one of `EVIDENCE`; a model's decoding takes `topk` for a large vocabulary, unless
+            its config says otherwise.
         confidence: `marginal` also computes the exact marginals of the candidates, which rank
             positions.
 
     Returns:
         `[B, L, V]` log-probabilities given the sampled latents.
     """
-    if evidence == "topk":
-        k = min(DEFAULT_TOP_K, logits.shape[-1])
-        logits = circuits.TopKEvidence.from_logits(logits, k, forbidden=head.forbidden)
+    if evidence in LISTED:
+        how = {"k": min(LISTED[evidence], logits.shape[-1]), "forbidden": head.forbidden}
+        if evidence == "grouped":
+            groups = head.potentials.token_groups
+            logits = circuits.GroupedEvidence.from_logits(logits, groups=groups, **how)
+        else:
+            logits = circuits.TopKEvidence.from_logits(logits, **how)
     distribution = head(logits, tokens=tokens, observed=observed, last_hidden_state=hidden)
     if bool(distribution.log_partition.isneginf().any()):
         distribution = distribution.with_active(~distribution.log_partition.isneginf())
@@ -163,9 +172,10 @@ def head_step_limit(shape: Shape, rates: Rates, num_listed: int, evidence: str =
 
     Operations: the evidence product (none for `topk`) and the filter. Bytes: the logits, the
     transitions and the emissions of the latents are read and the coupled log-probabilities written,
-    to new memory if they are too many to be kept. `exact` reads the emissions once, `topk` a cache
-    line for every number that it gathers from them, or all of them if that is faster. Every step of
-    the chain but the first reads the transitions again, from a cache at best.
+    to new memory if they are too many to be kept. `exact` reads the emissions once, lists a cache
+    line for every number that they gather from them, or all of them if that is faster; `grouped`
+    multiplies with the means of the groups too. Every step of the chain but the first reads the
+    transitions again, from a cache at best.
     """
     positions = shape.batch * shape.window
     flops = 2 * positions * shape.latents**2
@@ -175,6 +185,9 @@ def head_step_limit(shape: Shape, rates: Rates, num_listed: int, evidence: str =
         flops += 2 * positions * emissions
         numbers += emissions
     else:
+        if evidence == "grouped":
+            flops += 2 * positions * shape.latents**2
+            numbers += shape.latents**2 + 2 * shape.vocab
         lines = num_listed * shape.latents
         if rates.limit(0, 0, scattered=LINE * lines) > rates.limit(4 * emissions, 0):
             numbers, lines = numbers + emissions, 0
@@ -201,7 +214,7 @@ def measure(options: Options) -> Report:
         sized = replace(shape, batch=batch)
         window = random_window(sized, options)
         given = (window.logits, window.tokens, window.observed)
-        listed = window.num_listed
+        listed = {mode: window.num_listed(mode) for mode in EVIDENCE}
         sides = probes.sides | {"plain": lambda given=given: plain_step(circuit, *given)}
         for mode in EVIDENCE:
             sides[mode] = partial(head_step, head, *given, evidence=mode)
@@ -209,13 +222,13 @@ def measure(options: Options) -> Report:
         rates = probes.rates(seconds)
         measured |= {f"{name}, batch {batch}": v for name, v in rates.as_dict().items()}
         for mode in EVIDENCE:
-            least = head_step_limit(sized, rates, listed, mode)
-            streaming = streaming_limit(sized, rates, listed, mode)
+            least = head_step_limit(sized, rates, listed[mode], mode)
+            streaming = streaming_limit(sized, rates, listed[mode], mode)
             rows.append(
                 {
                     "batch": batch,
                     "evidence": mode,
-                    "tokens listed": listed,
+                    "tokens read": listed[mode],
                     "plain paper, ms": 1e3 * seconds["plain"],
                     "head step, ms": 1e3 * seconds[mode],
                     "times faster": seconds["plain"] / seconds[mode],

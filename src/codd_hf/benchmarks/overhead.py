@@ -130,12 +130,13 @@ def measure(options: Options) -> Report:
     forward = forward_seconds(seconds)
     backbone_rates = measure_rates(options.device, options.quick, fastest)
     least = forward_limit(backbone, shape, fastest, backbone_rates)
+    listed = {mode: window.num_listed(mode) for mode in EVIDENCE}
     rows = [
         {
             "evidence": mode,
             "confidence": confidence,
             "head step, ms": 1e3 * seconds[f"{mode}, {confidence}"],
-            "limit, ms": 1e3 * head_step_limit(shape, rates, window.num_listed, mode),
+            "limit, ms": 1e3 * head_step_limit(shape, rates, listed[mode], mode),
             "backbone forward, ms": 1e3 * forward,
             "limit of the forward, ms": 1e3 * least,
             "overhead, %": 100 * seconds[f"{mode}, {confidence}"] / forward,

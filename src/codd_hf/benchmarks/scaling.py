@@ -54,7 +54,7 @@ def measure(options: Options) -> Report:
         }
         seconds = median_seconds(sides, repeats, options.device, warmups=1)
         del sides
-        limit = head_step_limit(shape, rates, window.num_listed)
+        limit = head_step_limit(shape, rates, window.num_listed("exact"))
         row = {"changed": name} | shape.as_dict()
         row |= {f"{mode}, ms": 1e3 * value for mode, value in seconds.items()}
         row |= {"exact / limit": seconds["exact"] / limit, "limit, ms": 1e3 * limit}

@@ -125,6 +125,12 @@ class GroupedEvidence(TopKEvidence):
         log_rest = logsumexp(log_shares, -1)
         return cls(indices, log_probs, log_rest, temperature, log_shares=log_shares, groups=groups)
 
+    def flat(self) -> GroupedEvidence:
+        """As that of `TopKEvidence`; what the groups weigh is computed once for both."""
+        flat = super().flat()
+        flat.__dict__["_log_rest_weights"] = self._log_rest_weights.flatten(0, -2)
+        return flat
+
     @cached_property
     def _log_rest_weights(self) -> torch.Tensor:
         """`[*batch, H]`: what to add to `log u(v)` for the log-probability of a group's tokens."""
