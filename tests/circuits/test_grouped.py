@@ -132,3 +132,19 @@ def test_emissions_that_differ_between_positions_are_an_error_that_says_what_to_
     case = random_case(500, top_k=2, untied_marginal=True)
     with pytest.raises(ValueError, match="leave `evidence_groups` off"):
         _ = case.circuit().token_groups
+
+
+@pytest.mark.parametrize("shape", [(0,), (), (2, 3), (0, 3)])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_lists_are_made_of_any_shape_of_predictions(shape, grouped):
+    logits = normal(*shape, VOCAB)
+    _, emission, law = made(3)
+    if grouped:
+        groups = group_tokens(emission, law, summarise(emission))
+        listed = GroupedEvidence.from_logits(logits, 3, groups=groups)
+        assert listed.log_shares.shape == (*shape, STATES)
+    else:
+        listed = TopKEvidence.from_logits(logits, 3)
+    assert listed.indices.shape == (*shape, 3)
+    assert listed.batch_shape == shape
+    assert listed.spread_by_law(law).dense().shape == (*shape, VOCAB)

@@ -350,7 +350,7 @@ def list_and_rest(
         batch = logits.shape[:-1]
         flat = logits.reshape(-1, logits.shape[-1])
         found = list_likeliest(flat, k, temperature, forbidden, groups, num_groups)
-        listed, indices, rest = (part.view(*batch, -1) for part in found)
+        listed, indices, rest = (part.view(*batch, part.shape[-1]) for part in found)
     total = logsumexp(torch.cat((listed, rest), -1), -1)[..., None]
     total = total.masked_fill(total == -torch.inf, 0)
     return indices, listed - total, rest - total
