@@ -170,30 +170,28 @@ def head_step(
 def head_step_limit(shape: Shape, rates: Rates, num_listed: int, evidence: str = "exact") -> float:
     """Least seconds of a head step on this machine, with `num_listed` tokens in all the lists.
 
-    Operations: the evidence product (none for `topk`) and the filter. Bytes: the logits, the
-    transitions and the emissions of the latents are read and the coupled log-probabilities written,
-    to new memory if they are too many to be kept. `exact` reads the emissions once, lists a cache
-    line for every number that they gather from them, or all of them if that is faster; `grouped`
-    multiplies with the means of the groups too. Every step of the chain but the first reads the
-    transitions again, from a cache at best.
+    Four parts wait for each other, and the limit is the sum of theirs. The logits are read. The
+    evidence takes a product with all emissions, read once, or, with lists, a cache line for every
+    number that it gathers from them (or all of them, if that is faster) and, if `grouped`, a
+    product with the means of the groups. The chain multiplies with the transitions, read from
+    memory in its first step and from a cache at best in the others. The emissions of its latents
+    are read and the coupled log-probabilities written, to new memory if they are too many to be
+    kept.
     """
-    positions = shape.batch * shape.window
-    flops = 2 * positions * shape.latents**2
-    emissions, result = shape.latents * shape.vocab, positions * shape.vocab
-    numbers, lines = shape.latents**2 + 2 * result, 0
+    positions, square = shape.batch * shape.window, shape.latents**2
+    emissions, result = 4 * shape.latents * shape.vocab, 4 * positions * shape.vocab
     if evidence == "exact":
-        flops += 2 * positions * emissions
-        numbers += emissions
+        of_evidence = rates.limit(emissions, positions * emissions / 2)
     else:
+        gathered = rates.limit(0, 0, scattered=LINE * num_listed * shape.latents)
+        of_evidence = min(gathered, rates.limit(emissions, 0))
         if evidence == "grouped":
-            flops += 2 * positions * shape.latents**2
-            numbers += shape.latents**2 + 2 * shape.vocab
-        lines = num_listed * shape.latents
-        if rates.limit(0, 0, scattered=LINE * lines) > rates.limit(4 * emissions, 0):
-            numbers, lines = numbers + emissions, 0
-    new = 4 * result if 4 * result > KEPT else 0
-    again = 4 * max(shape.window - 2, 0) * shape.latents**2
-    return rates.limit(4 * (numbers + result) - new, flops, LINE * lines, new, again)
+            of_evidence += rates.limit(4 * square + 8 * shape.vocab, 2 * positions * square)
+    again = 4 * max(shape.window - 2, 0) * square
+    of_chain = rates.limit(4 * square, 2 * positions * square, cached=again)
+    new = result if result > KEPT else 0
+    of_result = rates.limit(2 * result - new, 0, new=new)
+    return rates.limit(result, 0) + of_evidence + of_chain + of_result
 
 
 def streaming_limit(shape: Shape, rates: Rates, num_listed: int, evidence: str = "exact") -> float:

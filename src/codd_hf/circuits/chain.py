@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from .copies import CopySteps
+from .lazy import cached_property
 from .numerics import LOST_MASS, full_precision, logsumexp, normalised_exp, safe_log, shifted_exp
 from .random import Generators, draw_categorical, uniform
 from .transitions import Steps
@@ -75,7 +76,7 @@ class Chain:
     def device(self) -> torch.device:
         return self.evidence.device
 
-    @property
+    @cached_property
     def is_safe(self) -> bool:
         """Can no row need log space?"""
         return self.steps.spread <= SAFE_SPREAD

@@ -12,6 +12,9 @@ mean to the states, `U_c(z) = \sum_{v in c} u(v) E(z, v)`, which is made once.
 Where nearly all of a group's marginal is listed, what is left of it is mostly rounding error. A
 group takes mass for at least `SMALLEST_PART` of its marginal's, and what is then left over, with a
 rounding error's worth of all, is spread over all tokens by the marginal, as without groups.
+
+On CUDA, sums by group are made in no fixed order: runs agree to rounding, and bit by bit only under
+`torch.use_deterministic_algorithms(True)`.
 """
 
 from __future__ import annotations

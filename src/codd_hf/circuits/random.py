@@ -49,12 +49,9 @@ def draw_categorical(probabilities: torch.Tensor, uniforms: torch.Tensor) -> tor
         `[...]` indices; an item of zero probability is never drawn, but for the last one, which
         stands for rows that are zero throughout.
     """
-    cumulative = probabilities.cumsum(-1, dtype=_working_dtype(probabilities.dtype))
+    dtype = torch.promote_types(probabilities.dtype, torch.float32)
+    cumulative = probabilities.cumsum(-1, dtype=dtype)
     # Below the total even after rounding: a float32 below 1 is so by 2^-24 at least.
     threshold = uniforms.unsqueeze(-1) * cumulative[..., -1:]
     index = torch.searchsorted(cumulative, threshold.contiguous(), right=True).squeeze(-1)
     return index.clamp_(max=probabilities.shape[-1] - 1)
-
-
-def _working_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
