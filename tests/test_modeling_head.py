@@ -286,6 +286,20 @@ def test_a_head_reads_predictions_in_half_precision_where_its_config_says_so(dty
     torch.testing.assert_close(listed, exact(logits, top_k=3).log_partition, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("top_k", [0, 3])
+@pytest.mark.parametrize("groups", [False, True])
+def test_gradients_reach_the_logits_of_a_frozen_head_that_was_used_in_inference_mode(top_k, groups):
+    head = random_head(evidence_groups=groups).requires_grad_(False)
+    logits = torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = head(logits, top_k=top_k).log_partition.clone()
+    logits.requires_grad_()
+    found = head(logits, top_k=top_k).log_partition
+    found.sum().backward()
+    torch.testing.assert_close(found, expected.clone())
+    assert logits.grad.abs().sum() > 0
+
+
 @torch.no_grad()
 def test_a_head_groups_what_its_lists_leave_out_where_its_config_says_so(tmp_path):
     random_head(evidence_groups=True).save_pretrained(tmp_path)

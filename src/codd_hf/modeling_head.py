@@ -196,7 +196,9 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
         about_to_change = any(p.grad is not None for p in self.parameters(recurse=False))
         if about_to_change or any(tensor.is_inference() for tensor in kept):  # nor do these tell
             return self._make_potentials()
-        key = tuple((tensor.data_ptr(), tensor._version) for tensor in kept)
+        # What is derived in inference mode cannot be part of a backward pass through the logits.
+        mode = torch.is_inference_mode_enabled()
+        key = (mode, *((tensor.data_ptr(), tensor._version) for tensor in kept))
         if self._cache is None or self._cache[0] != key:
             with torch.no_grad():
                 self._cache = (key, replace(self._make_potentials(), lasting=True))
