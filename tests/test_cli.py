@@ -135,6 +135,9 @@ def test_evaluate_gap_reads_as_many_likeliest_tokens_as_asked(trained_pipeline, 
     assert main([*argv, "--evidence-top-k", "1", "--evidence-groups"]) == 0
     (row,) = json.loads(path.read_text())["rows"]
     assert len({row["nats"]["fitted"], nats[0], nats[1]}) == 3
+    assert main([*argv, "--evidence-top-k", "1"]) == 0  # each head's own setting: none
+    (plain,) = json.loads(path.read_text())["rows"]
+    assert plain["nats"]["fitted"] == nats[1]
     assert nats[10**6] == pytest.approx(nats[0], abs=1e-4)
     assert "got -1" in failure(capsys, *argv, "--evidence-top-k", "-1")
 

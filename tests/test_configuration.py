@@ -54,6 +54,11 @@ def test_groups_of_tokens_need_a_circuit_that_is_the_same_at_all_positions(field
         CoDDHeadConfig(vocab_size=12, evidence_groups=True, **{field: False})
 
 
+def test_groups_of_tokens_with_emissions_tied_to_a_backbone_leave_transitions_free():
+    given = {"vocab_size": 12, "context_size": 3, "emission": "tied", "tie_transitions": False}
+    assert CoDDHeadConfig(**given, evidence_groups=True).evidence_groups
+
+
 def test_head_without_vocabulary_size_is_an_error_that_names_it():
     with pytest.raises(ValueError, match="`vocab_size` is missing"):
         CoDDHeadConfig(num_latents=4)

@@ -286,6 +286,14 @@ def test_a_head_reads_predictions_in_half_precision_where_its_config_says_so(dty
     torch.testing.assert_close(listed, exact(logits, top_k=3).log_partition, rtol=0, atol=0)
 
 
+def test_a_mask_of_forbidden_tokens_that_was_changed_is_not_the_heads():
+    head = random_head(mask_token_id=1)
+    head.forbidden[7] = True
+    assert head.forbidden.nonzero().tolist() == [[1]]
+    head.config.forbidden_token_ids = [3]
+    assert head.forbidden.nonzero().tolist() == [[1], [3]]
+
+
 @pytest.mark.parametrize("top_k", [0, 3])
 @pytest.mark.parametrize("groups", [False, True])
 def test_gradients_reach_the_logits_of_a_frozen_head_that_was_used_in_inference_mode(top_k, groups):

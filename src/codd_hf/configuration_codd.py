@@ -164,10 +164,11 @@ class CoDDHeadConfig(PreTrainedConfig):
                 f"`evidence_dtype` must be one of {', '.join(EVIDENCE_DTYPES)}, or None (float32), "
                 f"got {self.evidence_dtype!r}."
             )
-        if self.evidence_groups and not (self.tie_emissions and self.tie_transitions):
+        tied = self.emission == "tied" or (self.tie_emissions and self.tie_transitions)
+        if self.evidence_groups and not tied:
             raise ValueError(
-                "`evidence_groups` needs the same circuit at all positions: leave `tie_emissions` "
-                "and `tie_transitions` on, or `evidence_groups` off."
+                "`evidence_groups` needs the same emissions and token marginal at all positions: "
+                "leave `tie_emissions` and `tie_transitions` on, or `evidence_groups` off."
             )
         self._check_structure()
         if self.format_version != 1:

@@ -219,10 +219,12 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
         if torch.compiler.is_compiling():
             return forbidden_tokens(*given)
         key = (*given[:2], tuple(given[2] or ()), device)
-        if self._forbidden is None or self._forbidden[0] != key:
+        kept, mask = self._forbidden or (None, None)
+        if kept != (key, None if mask is None else mask._version):  # nor is it changed in place
             with torch.inference_mode(False):
-                self._forbidden = (key, forbidden_tokens(*given))
-        return self._forbidden[1]
+                mask = forbidden_tokens(*given)
+            self._forbidden = ((key, None if mask is None else mask._version), mask)
+        return mask
 
     @property
     def evidence_top_k(self) -> int:

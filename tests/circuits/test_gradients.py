@@ -7,7 +7,7 @@ import torch
 from cases import ALL, AWKWARD, CASES, STRUCTURES, TOP_K
 from torch.autograd import gradcheck
 
-from codd_hf.circuits import CoupledCategorical
+from codd_hf.circuits import CoupledCategorical, Potentials
 
 ORDINARY = [
     "tied",
@@ -173,3 +173,21 @@ def test_gradients_of_awkward_rows_are_those_of_the_enumeration(name):
     their_grad = torch.autograd.grad(loss, their_leaves)
     for mine, exact in zip(ours_grad, their_grad, strict=True):
         assert float((mine.double() - exact).abs().max()) < 1e-4
+
+
+def test_an_impossible_row_does_not_spoil_what_the_posterior_of_others_depends_on():
+    torch.manual_seed(0)
+    transition = torch.randn(1, 2, 2, requires_grad=True)
+    emission = torch.zeros(1, 2, 3)
+    emission[..., 0] = -torch.inf
+    logits = torch.zeros(2, 4, 3)
+    logits[1, 2, 1:] = -torch.inf  # leaves the token that no state emits
+
+    def gradient(rows):
+        circuit = Potentials(torch.zeros(2), transition, emission)
+        posterior = CoupledCategorical(logits[rows], circuit).latent_posterior
+        return torch.autograd.grad((posterior * torch.tensor([1.0, 2.0])).sum(), transition)[0]
+
+    alone = gradient([0])
+    assert alone.abs().max() > 0.01
+    assert gradient([0, 1]).isfinite().all()

@@ -30,7 +30,7 @@ def made(k, *, logits=None, marginal=None, forbidden=None, temperature=1.0, emis
     groups = group_tokens(emission, law, summarise(emission))
     logits = normal(BATCH, VOCAB, scale=3.0) if logits is None else logits
     listed = GroupedEvidence.from_logits(logits, k, temperature, forbidden, groups=groups)
-    return listed.spread_by_law(law), emission, law
+    return listed, emission, law
 
 
 @pytest.mark.parametrize("k", [1, 4, 20])
@@ -113,14 +113,14 @@ def test_groups_bring_evidence_closer_to_that_of_all_tokens(k):
 
 
 def test_gradients_are_those_of_finite_differences():
-    listed, emission, law = made(3)
+    listed, emission, _ = made(3)
     groups = listed.groups
     matrix = emission.log_potential.double().requires_grad_()
     logits = normal(BATCH, VOCAB, scale=3.0).double().requires_grad_()
 
     def function(logits, matrix):
         evidence = GroupedEvidence.from_logits(logits, 3, 0.8, groups=groups)
-        return evidence.spread_by_law(law.double()).soft_evidence(DenseEmission(matrix), POSITIONS)
+        return evidence.soft_evidence(DenseEmission(matrix), POSITIONS)
 
     assert torch.autograd.gradcheck(function, (logits, matrix))
 
@@ -136,15 +136,27 @@ def test_emissions_that_differ_between_positions_are_an_error_that_says_what_to_
 
 @pytest.mark.parametrize("shape", [(0,), (), (2, 3), (0, 3)])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_lists_are_made_of_any_shape_of_predictions(shape, grouped):
-    logits = normal(*shape, VOCAB)
-    _, emission, law = made(3)
+@pytest.mark.parametrize("vocab", [VOCAB, 2048, 2050])
+def test_lists_are_made_of_any_shape_of_predictions(shape, grouped, vocab):
+    logits = normal(*shape, vocab)
+    emission, law = DenseEmission(normal(1, STATES, vocab)), normal(1, vocab).log_softmax(-1)
     if grouped:
         groups = group_tokens(emission, law, summarise(emission))
         listed = GroupedEvidence.from_logits(logits, 3, groups=groups)
         assert listed.log_shares.shape == (*shape, STATES)
     else:
-        listed = TopKEvidence.from_logits(logits, 3)
+        listed = TopKEvidence.from_logits(logits, 3).spread_by_law(law)
     assert listed.indices.shape == (*shape, 3)
     assert listed.batch_shape == shape
-    assert listed.spread_by_law(law).dense().shape == (*shape, VOCAB)
+    assert listed.dense().shape == (*shape, vocab)
+    exact = logits.softmax(-1).topk(3, -1).values
+    torch.testing.assert_close(listed.log_probs.exp(), exact)
+
+
+def test_a_law_that_the_groups_do_not_have_is_an_error_that_says_what_to_do():
+    listed, *_ = made(3)
+    with pytest.raises(ValueError, match="`group_tokens`"):
+        listed.spread_by(torch.zeros(VOCAB))
+    forbidden = torch.arange(VOCAB) == 7
+    with pytest.raises(ValueError, match=r"`Potentials\.law_of_rest`"):
+        GroupedEvidence.from_logits(normal(2, VOCAB), 3, forbidden=forbidden, groups=listed.groups)

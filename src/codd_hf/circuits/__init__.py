@@ -10,7 +10,7 @@ from .copies import CopyStates
 from .distribution import CoupledCategorical, ViterbiPath
 from .emissions import DenseEmission, TiedEmission, fit_tied
 from .evidence import DenseEvidence
-from .grouped import GroupedEvidence, TokenGroups
+from .grouped import GroupedEvidence, TokenGroups, group_tokens
 from .potentials import Potentials, occupancy, token_marginal
 from .topk import TopKEvidence
 from .transitions import DenseTransition, MonarchTransition, StepContext
@@ -33,6 +33,7 @@ __all__ = [
     "TopKEvidence",
     "ViterbiPath",
     "fit_tied",
+    "group_tokens",
     "occupancy",
     "token_marginal",
 ]

@@ -88,7 +88,8 @@ class Chain:
 
     def divisor(self, scale: torch.Tensor) -> torch.Tensor:
         """What a message is rescaled by: `scale`, or a number that keeps lost rows finite."""
-        if self.is_safe:  # then a scale is far from rounding error, or zero
+        # Of a safe chain a scale is far from rounding error, or zero. Gradients want 1 there.
+        if self.is_safe and not torch.is_grad_enabled():
             return scale.clamp(min=torch.finfo(scale.dtype).tiny)
         return scale.masked_fill(scale <= self.smallest, 1)
 

@@ -56,7 +56,8 @@ class CoupledCategorical(Conditionals, Distribution):
             factor on them at every position; default none.
         active: `[B]` bool, False for rows that are to stay factorized; default all.
         temperature: the evidence temperature, which divides the logits.
-        forbidden: `[V]` bool, tokens that get zero potential at masked positions.
+        forbidden: `[V]` bool, tokens that get zero potential at masked positions. In compiled code
+            with `top_k`, `potentials.log_marginal` must give them nothing already.
         top_k: read logits by so many of their likeliest tokens, the remaining mass spread by
             `potentials.log_marginal`; 0 reads all, exactly.
         evidence_dtype: of the operands of the products that read all tokens, such as

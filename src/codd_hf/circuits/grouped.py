@@ -46,11 +46,13 @@ class TokenGroups:
 
     Attributes:
         index: `[V]` long, the group of each token.
-        mass: `[H]`, what the law by which mass is spread gives to each group.
+        log_marginal: `[1, V]`, the law by which mass is spread.
+        mass: `[H]`, what it gives to each group.
         means: `[H, H]`, `U_c(z) exp(-scale(z))` with the scale of the emission's summary; row `c`.
     """
 
     index: torch.Tensor
+    log_marginal: torch.Tensor
     mass: torch.Tensor
     means: torch.Tensor
 
@@ -83,7 +85,7 @@ def group_tokens(
         index[part] = matrix.argmax(0)
         means.index_add_(0, index[part], (emission_factors(matrix, scale) * marginal[part]).T)
     mass = scale.new_zeros(number).index_add_(0, index, marginal)
-    return TokenGroups(index, mass, means)
+    return TokenGroups(index, log_marginal, mass, means)
 
 
 @dataclass(frozen=True)
@@ -116,17 +118,38 @@ class GroupedEvidence(TopKEvidence):
             logits: `[*batch, V]`, of any floating dtype; a row that is -inf throughout stays so.
             k: from 1 to `V`.
             temperature: positive.
-            forbidden: `[V]` bool, tokens that get no mass.
-            groups: made with the law that is given to `spread_by`.
+            forbidden: `[V]` bool, tokens that get no mass, nor have any in the groups' law.
+            groups: they bring the law by which the rest is spread.
 
         Raises:
-            ValueError: `k` is out of range.
+            ValueError: `k` is out of range, or the groups' law gives mass to forbidden tokens.
         """
+        law = groups.log_marginal
+        looked_at = forbidden is not None and not torch.compiler.is_compiling()
+        if looked_at and bool((forbidden & (law > -torch.inf)).any()):
+            raise ValueError(
+                "The law of `groups` gives mass to `forbidden` tokens: make the groups with a law "
+                "that does not (`Potentials.law_of_rest`)."
+            )
         indices, log_probs, log_shares = list_and_rest(
             logits, k, temperature, forbidden, groups.index, len(groups.mass)
         )
         log_rest = logsumexp(log_shares, -1)
-        return cls(indices, log_probs, log_rest, temperature, log_shares=log_shares, groups=groups)
+        listed = cls(
+            indices, log_probs, log_rest, temperature, log_shares=log_shares, groups=groups
+        )
+        return listed.spread_by_law(law)
+
+    def spread_by(self, log_marginal: torch.Tensor, forbidden: torch.Tensor | None = None):
+        """Not for groups, which bring their law.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "Grouped evidence is spread by the law of its groups: make other groups for another "
+            "law (`group_tokens`)."
+        )
 
     def flat(self) -> GroupedEvidence:
         """As that of `TopKEvidence`; what the groups weigh is computed once for both."""

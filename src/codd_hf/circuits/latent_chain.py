@@ -49,7 +49,7 @@ class LatentChain:
                 prediction = GroupedEvidence.from_logits(logits, self.top_k, *how, groups=groups)
             else:
                 prediction = TopKEvidence.from_logits(logits, self.top_k, *how)
-        if isinstance(prediction, TopKEvidence) and not self._own_law:
+        if isinstance(prediction, TopKEvidence) and prediction.log_marginal is None:
             return prediction.spread_by_law(self.potentials.law_of_rest(self.forbidden))
         return prediction
 

@@ -40,7 +40,7 @@ def likeliest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
     chosen = by_block.amax(-1).topk(k, -1, sorted=False).indices
     if end == size and scores.is_contiguous():  # then blocks are rows, which is faster
         rows = chosen + blocks * torch.arange(len(scores), device=scores.device)[:, None]
-        candidates = scores.view(-1, BLOCK).index_select(0, rows.flatten()).view(len(scores), -1)
+        candidates = scores.view(-1, BLOCK).index_select(0, rows.flatten()).view(-1, k * BLOCK)
     else:
         candidates = by_block.gather(1, chosen[..., None].expand(-1, -1, BLOCK)).flatten(1)
         candidates = torch.cat((candidates, scores[:, end:]), 1)

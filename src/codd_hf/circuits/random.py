@@ -47,7 +47,7 @@ def draw_categorical(probabilities: torch.Tensor, uniforms: torch.Tensor) -> tor
 
     Returns:
         `[...]` indices; an item of zero probability is never drawn, but for the last one, which
-        stands for rows that are zero throughout.
+        stands for rows whose sum is zero (or denormal).
     """
     dtype = torch.promote_types(probabilities.dtype, torch.float32)
     cumulative = probabilities.cumsum(-1, dtype=dtype)

@@ -94,9 +94,9 @@ def _add_gap_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--evidence-groups",
-        action="store_true",
-        help="spread the mass of tokens that are not read within groups (`evidence_groups` of a "
-        "head)",
+        action=argparse.BooleanOptionalAction,
+        help="spread the mass of tokens that are not read within groups (default: each head's own "
+        "`evidence_groups`)",
     )
     parser.add_argument(
         "--sequential",
@@ -190,7 +190,8 @@ def _run_gap(args: argparse.Namespace) -> None:
         head.to(pipeline.model.device)
         if args.evidence_top_k is not None:
             head.config.evidence_top_k = args.evidence_top_k
-        head.config.evidence_groups = args.evidence_groups
+        if args.evidence_groups is not None:
+            head.config.evidence_groups = args.evidence_groups
     started = time.perf_counter()
     rows = measure_gap(
         pipeline.model,
@@ -209,7 +210,7 @@ def _run_gap(args: argparse.Namespace) -> None:
         "examples": len(examples),
         "evidence_temperature": args.evidence_temperature,
         "evidence_top_k": heads["fitted"].evidence_top_k,
-        "evidence_groups": args.evidence_groups,
+        "evidence_groups": heads["fitted"].config.evidence_groups,
         "seed": args.seed,
     }
     print("\n" + ", ".join(f"{k} {v}" for k, v in facts.items()) + f", {seconds:.0f} s")
