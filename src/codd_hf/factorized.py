@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from .circuits import Potentials
@@ -16,7 +14,7 @@ def forbidden_tokens(
     device: torch.device,
 ) -> torch.Tensor | None:
     """`[vocab]` bool, True for tokens that are never generated; None if there are none."""
-    ids = [*(forbidden_token_ids or [])] + ([] if mask_token_id is None else [mask_token_id])
+    ids = _never(mask_token_id, forbidden_token_ids)
     if not ids:
         return None
     forbidden = torch.zeros(vocab_size, dtype=torch.bool, device=device)
@@ -24,10 +22,18 @@ def forbidden_tokens(
     return forbidden
 
 
-def without_tokens(logits: torch.Tensor, token_ids: Sequence[int | None]) -> torch.Tensor:
-    """Logits `[..., vocab]` that rule some tokens out; None stands for no token."""
-    ids = [i for i in token_ids if i is not None]
-    return logits.index_fill(-1, torch.tensor(ids, device=logits.device).long(), -torch.inf)
+def without_tokens(
+    logits: torch.Tensor, mask_token_id: int | None, forbidden_token_ids: list[int] | None
+) -> torch.Tensor:
+    """Logits `[..., vocab]` that rule out the tokens of `forbidden_tokens`."""
+    ids = _never(mask_token_id, forbidden_token_ids)
+    if not ids:
+        return logits
+    return logits.index_fill(-1, torch.tensor(ids, device=logits.device), -torch.inf)
+
+
+def _never(mask_token_id: int | None, forbidden_token_ids: list[int] | None) -> list[int]:
+    return [*(forbidden_token_ids or [])] + ([] if mask_token_id is None else [mask_token_id])
 
 
 def trivial_potentials(vocab_size: int, device: torch.device) -> Potentials:

@@ -89,8 +89,8 @@ class WindowsMixin:
         known = states.logits((rows[at[0]], positions[at]))
         head = self._head_in_use if head is None else head
         if head is None:
-            never = [self.config.mask_token_id, *(self.config.forbidden_token_ids or [])]
-            known = without_tokens(known, never)
+            config = self.config
+            known = without_tokens(known, config.mask_token_id, config.forbidden_token_ids)
         logits = known.new_zeros(*positions.shape, known.shape[-1]).index_put_(at, known)
         if head is not None:
             if head.config.vocab_size != logits.shape[-1]:

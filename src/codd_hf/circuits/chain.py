@@ -87,10 +87,7 @@ class Chain:
         return 0.0 if self.is_safe else LOST_MASS
 
     def divisor(self, scale: torch.Tensor) -> torch.Tensor:
-        """What a message is rescaled by: `scale`, or a number that keeps lost rows finite."""
-        # Of a safe chain a scale is far from rounding error, or zero. Gradients want 1 there.
-        if self.is_safe and not torch.is_grad_enabled():
-            return scale.clamp(min=torch.finfo(scale.dtype).tiny)
+        """What a message is rescaled by: `scale`, or 1 where it is lost."""
         return scale.masked_fill(scale <= self.smallest, 1)
 
     def select(self, rows: torch.Tensor) -> Chain:
@@ -102,7 +99,12 @@ class Chain:
         """`[B, 1]` bool: is there a step into `position`? None where there is in all rows."""
         if self.present is None:
             return None
-        return (self.present[:, position] & self.present[:, :position].any(1))[:, None]
+        return self.steps_into[:, position, None]
+
+    @cached_property
+    def steps_into(self) -> torch.Tensor:
+        """`[B, L]` bool, what `moves` says of all positions; only where some are absent."""
+        return self.present & (self.present.cumsum(1) > 1)
 
     def at(self, position: int) -> torch.Tensor | None:
         """`[B, 1]` bool: is `position` present? None where it is in all rows."""
@@ -184,8 +186,7 @@ def _scale_of_steps(chain: Chain) -> torch.Tensor:
     batch, length, _ = chain.evidence.shape
     if chain.present is None:
         return chain.steps.log_scales(length, batch).sum(0)
-    later = chain.present[:, 1:] & chain.present.cumsum(1)[:, :-1].bool()
-    return chain.steps.log_scales(length, batch).mul(later.T).sum(0)
+    return chain.steps.log_scales(length, batch).mul(chain.steps_into[:, 1:].T).sum(0)
 
 
 def step_right(

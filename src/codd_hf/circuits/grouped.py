@@ -24,17 +24,16 @@ from dataclasses import dataclass
 
 import torch
 
-from .emissions import Emission, stored_by_latent
+from .emissions import Emission
 from .evidence import (
     DenseEvidence,
     EmissionSummary,
-    columns_of_lists,
     emission_factors,
     product_width,
 )
 from .lazy import cached_property
-from .numerics import exp_of_difference, full_precision, logsumexp, safe_log
-from .topk import TopKEvidence, list_and_rest
+from .numerics import full_precision, logsumexp, safe_log
+from .topk import TopKEvidence, gives_mass_to, list_and_rest
 
 SMALLEST_PART = 1e-3
 """Of a group's marginal: keeps what is spread within it accurate to about a ten-thousandth."""
@@ -126,7 +125,7 @@ class GroupedEvidence(TopKEvidence):
         """
         law = groups.log_marginal
         looked_at = forbidden is not None and not torch.compiler.is_compiling()
-        if looked_at and bool((forbidden & (law > -torch.inf)).any()):
+        if looked_at and gives_mass_to(law, forbidden):
             raise ValueError(
                 "The law of `groups` gives mass to `forbidden` tokens: make the groups with a law "
                 "that does not (`Potentials.law_of_rest`)."
@@ -162,9 +161,8 @@ class GroupedEvidence(TopKEvidence):
         """`[*batch, H]`: what to add to `log u(v)` for the log-probability of a group's tokens."""
         mass = self.groups.mass.to(self.log_shares.dtype)
         listed = self._log_marginal_listed.to(mass.dtype).exp()
-        left = mass.expand_as(self.log_shares).scatter_add(
-            -1, self.groups.index[self.indices], -listed
-        )
+        group = self.groups.index[self.indices]
+        left = mass.expand_as(self.log_shares).scatter_add(-1, group, -listed)
         left = torch.where(mass > 0, left.clamp(min=0), 0)
         counted = torch.maximum(left, SMALLEST_PART * mass)
         counted = counted.masked_fill(counted <= 0, torch.inf)
@@ -174,12 +172,16 @@ class GroupedEvidence(TopKEvidence):
         over = logsumexp(torch.stack((over, least)), 0) - self._log_left
         return logsumexp(torch.stack((within, over[..., None].expand_as(within))), 0)
 
-    def _log_rest_weight_of(self, tokens: torch.Tensor) -> torch.Tensor:
-        weights = self._log_rest_weights.expand(*tokens.shape, -1)
-        return weights.gather(-1, self.groups.index[tokens][..., None])[..., 0]
+    def _weights_of(
+        self, weights: torch.Tensor, tokens: torch.Tensor | slice = slice(None)
+    ) -> torch.Tensor:
+        """Weights `[..., H]` of tokens `[..., n]`, or of all."""
+        index = self.groups.index[tokens]
+        return weights.gather(-1, index.expand(*weights.shape[:-1], -1))
 
-    def _by_token(self, weights: torch.Tensor) -> torch.Tensor:
-        return weights.gather(-1, self.groups.index.expand(*weights.shape[:-1], -1))
+    def _rest(self, summary: EmissionSummary) -> torch.Tensor:
+        """As that of `TopKEvidence`."""
+        return self._log_rest_weights.to(self.groups.means.dtype).exp() @ self.groups.means
 
     @full_precision
     def soft_evidence(
@@ -190,24 +192,7 @@ class GroupedEvidence(TopKEvidence):
         repair: bool = True,
     ) -> torch.Tensor:
         """As that of `TopKEvidence`; with gradients or a wide emission by way of all tokens."""
-        safe = summary is not None and not summary.needs_repair
-        if not safe or torch.is_grad_enabled():
-            dense = DenseEvidence(self.dense(), self.temperature)
-            return dense.soft_evidence(emission, positions, summary, repair)
-        scale = summary.scale(0)
-        if self.indices.shape[-1] == emission.vocab_size:
-            return super().soft_evidence(emission, positions, summary, repair)
-        weights = self._log_rest_weights
-        of_listed = weights.gather(-1, self.groups.index[self.indices])
-        listed = torch.stack((self.log_probs, of_listed + self._log_marginal_listed), 1)
-        sums = self._sums(emission, scale, positions, listed.to(scale.dtype).exp())
-        listed, part = sums.unbind(1)
-        others = weights.to(scale.dtype).exp() @ self.groups.means
-        return (listed + (others - part).clamp(min=0)).log() + scale
-
-    def _sums(self, emission, scale, positions, weights: torch.Tensor) -> torch.Tensor:
-        """`[N, n, H]`: `_sums_by_latent`, whatever the emission."""
-        if stored_by_latent(emission):
-            return self._sums_by_latent(emission, scale, weights)
-        columns = columns_of_lists(emission, self.indices, positions).to(scale.dtype)
-        return weights @ exp_of_difference(columns, scale)
+        if summary is not None and not summary.needs_repair and not torch.is_grad_enabled():
+            return self._soft_evidence_in_products(emission, positions, summary)
+        dense = DenseEvidence(self.dense(), self.temperature)
+        return dense.soft_evidence(emission, positions, summary, repair)

@@ -43,9 +43,7 @@ class LatentChain:
                     self._sure_where_observed(prediction.log_probs, ours=True)
                 return prediction
             if self.grouped:
-                groups = self.potentials.token_groups_by(
-                    self.potentials.law_of_rest(self.forbidden)
-                )
+                groups = self.potentials.token_groups_without(self.forbidden)
                 prediction = GroupedEvidence.from_logits(logits, self.top_k, *how, groups=groups)
             else:
                 prediction = TopKEvidence.from_logits(logits, self.top_k, *how)

@@ -17,7 +17,7 @@ from .emissions import DenseEmission, Emission
 from .evidence import ONE_PRODUCT, EmissionSummary, summarise, with_factors
 from .grouped import TokenGroups, group_tokens
 from .lazy import cached_property
-from .topk import law_of_rest
+from .topk import gives_mass_to, law_of_rest
 from .transitions import DenseTransition, Transition
 
 
@@ -74,11 +74,13 @@ class Potentials:
         """What grouped evidence needs of all emissions."""
         return group_tokens(self.emission, self.log_marginal, self.summary)
 
-    def token_groups_by(self, log_marginal: torch.Tensor) -> TokenGroups:
-        """`token_groups` for a law of `law_of_rest`, which is mostly `log_marginal` itself."""
-        if torch.compiler.is_compiling() or log_marginal is self.log_marginal:
+    def token_groups_without(self, forbidden: torch.Tensor | None) -> TokenGroups:
+        """`token_groups` by `law_of_rest`, which is mostly `log_marginal` itself."""
+        if torch.compiler.is_compiling():
             return self.token_groups
-        return group_tokens(self.emission, log_marginal, self.summary)
+        law = self.law_of_rest(forbidden)
+        same = law is self.log_marginal
+        return self.token_groups if same else group_tokens(self.emission, law, self.summary)
 
     def law_of_rest(self, forbidden: torch.Tensor | None) -> torch.Tensor:
         """`log_marginal` without some tokens, `[V]` bool; itself if it gives them nothing."""
@@ -86,7 +88,7 @@ class Potentials:
             return law_of_rest(self.log_marginal, forbidden)
         if forbidden is None or self._known_to_be_without(forbidden):
             return self.log_marginal
-        if bool((self.log_marginal[:, forbidden] > -torch.inf).any()):
+        if gives_mass_to(self.log_marginal, forbidden):
             return law_of_rest(self.log_marginal, forbidden)
         if not forbidden.is_inference():
             object.__setattr__(self, "_without", (forbidden, forbidden._version))

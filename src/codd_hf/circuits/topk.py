@@ -126,7 +126,9 @@ class TopKEvidence:
         """Log-probabilities `[*S, *batch]` of tokens `[*S, *batch]`."""
         match = self.indices == tokens[..., None]
         listed = torch.where(match, self.log_probs, 0).sum(-1)
-        other = self._log_rest_weight_of(tokens) + self.log_marginal[self.marginal_rows, tokens]
+        weights = self._log_rest_weights.expand(*tokens.shape, -1)
+        other = self._weights_of(weights, tokens[..., None])[..., 0]
+        other = other + self.log_marginal[self.marginal_rows, tokens]
         return torch.where(match.any(-1), listed, other)
 
     def log_prob_bounds_of(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,7 +141,7 @@ class TopKEvidence:
 
     def dense(self) -> torch.Tensor:
         """`[*batch, V]` log-probabilities."""
-        rest = self._by_token(self._log_rest_weights) + self.log_marginal[self.marginal_rows]
+        rest = self._weights_of(self._log_rest_weights) + self.log_marginal[self.marginal_rows]
         return rest.scatter(-1, self.indices, self.log_probs.to(rest.dtype))
 
     @full_precision
@@ -161,7 +163,7 @@ class TopKEvidence:
         for part, rows in rows_of_latents(emission, latents, scores):
             values = rows.gather(1, indices[part]).add_(listed[part])
             if not whole:
-                rows.add_(self._by_token(others[part]))
+                rows.add_(self._weights_of(others[part]))
                 rows.add_(laws if len(laws) == 1 else laws[law_of[part]])
             rows.scatter_(1, indices[part], values)
         return scores
@@ -189,11 +191,11 @@ class TopKEvidence:
         """
         safe = summary is not None and not summary.needs_repair
         if safe and stored_by_latent(emission) and not torch.is_grad_enabled():
-            return self._soft_evidence_in_products(emission, summary)
+            return self._soft_evidence_in_products(emission, positions, summary)
         listed, columns = self._listed(emission, positions)
         if self.indices.shape[-1] == emission.vocab_size:
             return listed
-        rest, share = self._log_rest_weight, self._log_marginal_listed
+        rest, share = self._log_rest_weights, self._log_marginal_listed
         if summary is None:
             summary = summarise(emission, self.log_marginal, repair)
         untied = emission.num_positions > 1
@@ -201,24 +203,35 @@ class TopKEvidence:
         scale = log_mean.masked_fill(log_mean == -torch.inf, 0)
         # The part of the mean that the listed tokens make up: at most 1 but for rounding.
         part = (columns + share[..., None]).sub_(scale[:, None]).exp_().sum(1)
-        others = log_mean + safe_log(1 - part) + rest[:, None]
+        others = log_mean + safe_log(1 - part) + rest
         return logsumexp(torch.stack((listed, others)), 0)
 
     def _soft_evidence_in_products(
-        self, emission: DenseEmission, summary: EmissionSummary
+        self, emission: Emission, positions: torch.Tensor, summary: EmissionSummary
     ) -> torch.Tensor:
         """The same where sums cannot underflow: what is listed is added up in two products."""
         scale = summary.scale(0)
         whole = self.indices.shape[-1] == emission.vocab_size
-        weights = [self.log_probs] if whole else [self.log_probs, self._log_marginal_listed]
-        weights = torch.stack(weights, 1).to(scale.dtype).exp()  # [N, 1 or 2, k]
-        sums = self._sums_by_latent(emission, scale, weights)
+        counted = [self.log_probs]  # and what the law of the rest would give to the listed tokens
+        if not whole:
+            rest = self._weights_of(self._log_rest_weights, self.indices)
+            counted.append(rest + self._log_marginal_listed)
+        weights = torch.stack(counted, 1).to(scale.dtype).exp()  # [N, 1 or 2, k]
+        if stored_by_latent(emission):
+            sums = self._sums_by_latent(emission, scale, weights)
+        else:
+            columns = columns_of_lists(emission, self.indices, positions).to(scale.dtype)
+            sums = weights @ exp_of_difference(columns, scale)
         if whole:
             return sums[:, 0].log() + scale
         listed, part = sums.unbind(1)
+        return (listed + (self._rest(summary) - part).clamp(min=0)).log() + scale
+
+    def _rest(self, summary: EmissionSummary) -> torch.Tensor:
+        """`[N, H]`: what the rest adds to `s(z) exp(-scale(z))` if no token were listed."""
+        scale = summary.scale(0)
         mean = (summary.log_mean.to(scale.dtype) - scale).exp()[self.marginal_rows]
-        rest = self._log_rest_weight.to(scale.dtype).exp()[:, None]
-        return (listed + rest * (mean - part).clamp(min=0)).log() + scale
+        return self._log_rest_weights.to(scale.dtype).exp() * mean
 
     def _sums_by_latent(
         self, emission: DenseEmission, scale: torch.Tensor, weights: torch.Tensor
@@ -286,12 +299,12 @@ class TopKEvidence:
         return self.log_marginal[self.marginal_rows[..., None], self.indices]
 
     @cached_property
-    def _log_rest_weight(self) -> torch.Tensor:
-        """`[*batch]`: what to add to `log u(v)` for the log-probability of a token not listed.
+    def _log_rest_weights(self) -> torch.Tensor:
+        """`[*batch, 1]`: what to add to `log u(v)` for the log-probability of a token not listed.
 
         -inf where `u` is all on listed tokens: then there is nothing to spread the rest over.
         """
-        return self.log_rest - self._log_left
+        return (self.log_rest - self._log_left)[..., None]
 
     @cached_property
     def _log_left(self) -> torch.Tensor:
@@ -300,17 +313,10 @@ class TopKEvidence:
         none = left <= 16 * torch.finfo(left.dtype).eps
         return left.masked_fill(none, torch.inf).log()
 
-    @property
-    def _log_rest_weights(self) -> torch.Tensor:
-        """`[*batch, 1]`: `_log_rest_weight`, by group where there are groups of tokens."""
-        return self._log_rest_weight[..., None]
-
-    def _log_rest_weight_of(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`[*S, *batch]`, or what broadcasts so: `_log_rest_weight` of tokens `[*S, *batch]`."""
-        return self._log_rest_weight
-
-    def _by_token(self, weights: torch.Tensor) -> torch.Tensor:
-        """Weights `[..., 1]` (by group) as `[..., V]`, or what broadcasts so."""
+    def _weights_of(
+        self, weights: torch.Tensor, tokens: torch.Tensor | slice = slice(None)
+    ) -> torch.Tensor:
+        """Such weights `[..., 1]` of tokens `[..., n]`, or of all; what broadcasts so will do."""
         return weights
 
 
@@ -360,6 +366,11 @@ def law_of_rest(log_marginal: torch.Tensor, forbidden: torch.Tensor | None) -> t
     """`[1 or L, V]`: the normalised log-law that `spread_by` makes of its arguments."""
     rows = log_marginal.reshape(-1, log_marginal.shape[-1])
     return DenseEvidence.from_logits(rows, forbidden=forbidden).log_probs
+
+
+def gives_mass_to(log_marginal: torch.Tensor, tokens: torch.Tensor) -> bool:
+    """Whether a law `[1 or L, V]` gives something to any of the tokens `[V]` (bool)."""
+    return bool((tokens & (log_marginal > -torch.inf)).any())
 
 
 def _weighted_sums(

@@ -168,8 +168,9 @@ def _noised(model: CoDDModel, canvas: CanvasBatch, starts: torch.Tensor, masked:
 
 def _log_phi(model: CoDDModel, logits: torch.Tensor) -> torch.Tensor:
     """The backbone's log-probabilities over the tokens that may be generated."""
-    never = [model.config.mask_token_id, *(model.config.forbidden_token_ids or [])]
-    return without_tokens(logits.float(), never).log_softmax(-1)
+    config = model.config
+    logits = without_tokens(logits.float(), config.mask_token_id, config.forbidden_token_ids)
+    return logits.log_softmax(-1)
 
 
 def _one_step(model, heads, canvas, starts, masked, temperature) -> dict[str, torch.Tensor]:

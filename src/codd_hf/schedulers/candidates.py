@@ -230,7 +230,7 @@ def read_logits(
             "`mask_token_id` must be given here or in the scheduler's config to step with logits."
         )
     masked = sample == mask_token_id
-    logits = without_tokens(logits.float(), [mask_token_id, *(settings.forbidden_token_ids or [])])
+    logits = without_tokens(logits.float(), mask_token_id, settings.forbidden_token_ids)
     logits = sure_where(~masked, sample, logits, ours=True)
     return CandidateSource(
         masked=masked,

@@ -323,8 +323,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             `torch.BoolTensor` of shape `(batch_size, length)`.
         """
         settings = self.draw_settings(**overrides)
-        if settings.forbidden_token_ids:
-            logits = without_tokens(logits, settings.forbidden_token_ids)
+        logits = without_tokens(logits, None, settings.forbidden_token_ids)
         log_probs = logits.float().log_softmax(-1)
         return select(settings, log_probs, eligible, self._steps_left(timestep), generator)
 
