@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
+from codd_hf.adapters import add_adapter
 from tiny import random_head
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -156,7 +157,7 @@ def test_lora_trains_and_starts_from_the_same_logits(on, folder, oracle):
     if on == "backbone":
         model.coupling_head.requires_grad_(False)
         model.backbone.requires_grad_(False)
-        model.backbone.add_adapter(lora)
+        add_adapter(model.backbone, lora, "default")
         trained = model
     else:
         trained = get_peft_model(model, lora)

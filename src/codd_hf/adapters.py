@@ -1,16 +1,115 @@
-"""LoRA on the backbone: a model with one is saved as the plain backbone and the adapter apart."""
+"""LoRA on the backbone: a model with one is saved as the plain backbone and the adapter apart.
+
+All is done by PEFT's own functions, on a backbone that stays the object that it is.
+"""
 
 from __future__ import annotations
 
 import copy
 import importlib
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .loading import ADAPTER_FILES
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def _peft():
+    # An import statement would make transformers ask for PEFT where this code is loaded as part of
+    # a repository (`hub.export`), adapter or not.
+    return importlib.import_module("peft")
+
+
+def add_adapter(backbone: nn.Module, config: Any, name: str) -> None:
+    """Puts a new adapter on a backbone and makes it the active one.
+
+    Args:
+        backbone: what it is for.
+        config: its options, of PEFT's `LoraConfig`.
+        name: what it is called.
+
+    Raises:
+        ValueError: the name is taken, or the backbone has no layer of the names wanted.
+    """
+    if name in getattr(backbone, "peft_config", {}):
+        raise ValueError(
+            f"The backbone has an adapter {name!r} already: choose another name or delete it first."
+        )
+    try:
+        _peft().inject_adapter_in_model(config, backbone, name)
+    except ValueError:
+        getattr(backbone, "peft_config", {}).pop(name, None)
+        raise
+    backbone._hf_peft_config_loaded = True  # how transformers knows of it
+    set_adapter(backbone, name)
+
+
+def read_adapter(backbone: nn.Module, folder: str | Path, name: str) -> None:
+    """Puts a stored adapter on a backbone, where it is active and frozen.
+
+    Args:
+        backbone: what the adapter was trained on.
+        folder: holds the files.
+        name: what it is called.
+
+    Raises:
+        ValueError, RuntimeError, KeyError: the layers, names or shapes are not the backbone's.
+    """
+    peft = _peft()
+    config = peft.PeftConfig.from_pretrained(folder)
+    config.inference_mode = True
+    state = load_file(Path(folder, ADAPTER_FILES[1]))
+    own = {id(parameter) for parameter in backbone.parameters()}
+    layers = _layers(backbone)
+    before = layers[0].active_adapters if layers else []
+    enabled = bool(layers) and not layers[0].disable_adapters
+    add_adapter(backbone, config, name)
+    try:
+        added = {key: p for key, p in backbone.named_parameters() if id(p) not in own}
+        found = peft.set_peft_model_state_dict(backbone, state, name)
+        if wrong := [*found.unexpected_keys, *(set(found.missing_keys) & added.keys())]:
+            raise ValueError(f"Weights that are missing, or that no layer has: {wrong[:3]}.")
+    except BaseException:
+        delete_adapter(backbone, name)
+        if before:
+            set_adapter(backbone, before[0])
+            enable_adapters(backbone, enabled)
+        raise
+    for parameter in added.values():
+        parameter.requires_grad_(False)
+    backbone.eval()
+
+
+def set_adapter(backbone: nn.Module, name: str) -> None:
+    """Makes an adapter the active one, alone, and enables it."""
+    enable_adapters(backbone)
+    importlib.import_module("peft.functional").set_adapter(backbone, name)
+
+
+def enable_adapters(backbone: nn.Module, enabled: bool = True) -> None:
+    """Switches the active adapter on or off."""
+    for layer in _layers(backbone):
+        layer.enable_adapters(enabled)
+
+
+def delete_adapter(backbone: nn.Module, name: str) -> None:
+    """Removes an adapter; if it was active, all others are switched off.
+
+    Raises:
+        KeyError: there is no such adapter.
+    """
+    prefix = f"{backbone.peft_config.pop(name).peft_type.value.lower()}_"
+    if any(name in layer.active_adapters for layer in _layers(backbone)):
+        for other in [*backbone.peft_config][:1]:  # else PEFT would choose one, and warn
+            set_adapter(backbone, other)
+        enable_adapters(backbone, not backbone.peft_config)
+    importlib.import_module("peft.functional").delete_adapter(backbone, name, prefix)
+    if not backbone.peft_config:
+        del backbone.peft_config
+        backbone._hf_peft_config_loaded = False
 
 
 def adapter_of(model: nn.Module) -> tuple[nn.Module, str] | None:
@@ -75,17 +174,28 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None) -> None
         for file in ADAPTER_FILES:
             (folder / file).unlink(missing_ok=True)
         return
-    # An import statement would make transformers ask for PEFT where this code is loaded as part of
-    # a repository (`hub.export`), adapter or not.
-    peft = importlib.import_module("peft")
     owner, name = found
-    state = peft.get_peft_model_state_dict(owner, adapter_name=name)
-    if owner is model:
-        state = {
-            key.removeprefix("backbone."): tensor
-            for key, tensor in state.items()
-            if key.startswith("backbone.")
-        }
+    write_adapter(owner, name, folder, base, prefix="backbone." if owner is model else "")
+
+
+def write_adapter(
+    owner: nn.Module, name: str, folder: str | Path, base: str | None, prefix: str = ""
+) -> None:
+    """Writes an adapter in PEFT's format.
+
+    Args:
+        owner: the module that holds its PEFT configuration.
+        name: the adapter.
+        folder: receives the files.
+        base: the path or id of the backbone, for the adapter's configuration.
+        prefix: of the names of the backbone's modules in the owner.
+    """
+    state = _peft().get_peft_model_state_dict(owner, adapter_name=name)
+    state = {
+        f"base_model.model.{key.removeprefix(prefix)}": tensor.contiguous()
+        for key, tensor in state.items()
+        if key.startswith(prefix)
+    }
     config = copy.deepcopy(owner.peft_config[name])
     config.modules_to_save = [
         m for m in config.modules_to_save or [] if m != "coupling_head"
@@ -93,5 +203,4 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str | None) -> None
     config.base_model_name_or_path = base
     config.inference_mode = True
     config.save_pretrained(folder)
-    weights = {f"base_model.model.{key}": t.contiguous() for key, t in state.items()}
-    save_file(weights, folder / ADAPTER_FILES[1], metadata={"format": "pt"})
+    save_file(state, Path(folder, ADAPTER_FILES[1]), metadata={"format": "pt"})

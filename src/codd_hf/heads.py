@@ -6,10 +6,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters import save_adapter
+from .adapters import (
+    ADAPTER_FILES,
+    delete_adapter,
+    enable_adapters,
+    save_adapter,
+    set_adapter,
+)
 from .backbones import execution_device
 from .configuration_codd import CoDDHeadConfig
-from .loading import ADAPTER_FILES, ADAPTER_FOLDER, find_adapter, load_adapter, load_head
+from .loading import ADAPTER_FOLDER, find_adapter, load_adapter, load_head
 from .names import existing
 
 if TYPE_CHECKING:
@@ -137,7 +143,7 @@ class HeadsMixin:
         del self._heads[name]
         if name in self._adapted_heads:
             self._adapted_heads.remove(name)
-            self.backbone.delete_adapter(name)
+            delete_adapter(self.backbone, name)
 
     def save_head(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Saves the active head as a small repository of its own, with the backbone's LoRA if any.
@@ -181,7 +187,6 @@ class HeadsMixin:
     def _switch_adapter(self, name: str) -> None:
         """Activates the adapter that belongs to a head; the user's own ones are left alone."""
         if name in self._adapted_heads:
-            self.backbone.set_adapter(name)
-            self.backbone.enable_adapters()
+            set_adapter(self.backbone, name)
         elif self._adapted_heads:
-            self.backbone.disable_adapters()
+            enable_adapters(self.backbone, False)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from .adapters import ADAPTER_FILES, read_adapter
 from .backbones import brings_code
 from .backbones.loading import layout_of
 from .configuration_codd import CoDDConfig, CoDDHeadConfig
@@ -33,7 +34,6 @@ BACKBONE_ARGUMENTS = (
     "quantization_config",
 )
 ADAPTER_FOLDER = "adapter"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def head_in_model(name: str, kwargs: dict[str, Any]) -> tuple[CoDDHeadConfig, dict[str, Any], str]:
@@ -162,20 +162,14 @@ def load_adapter(
             f"`adapter` {name!r} holds no PEFT adapter: `{ADAPTER_FILES[0]}` and "
             f"`{ADAPTER_FILES[1]}` are needed."
         )
-    misfit = None
     try:
-        info = backbone.load_adapter(folder, adapter_name=adapter_name)
-        missing = [key for key in info.missing_keys if f".{adapter_name}." in f"{key}."]
-        if not missing and not info.unexpected_keys:
-            return
-    except (RuntimeError, ValueError) as error:  # other shapes; no layer of the names it wants
-        misfit = error
-    if backbone._hf_peft_config_loaded and adapter_name in backbone.peft_config:
-        backbone.delete_adapter(adapter_name)
-    raise ValueError(
-        f"`adapter` {name!r} was not trained on a backbone like this one: its weights do not fit. "
-        "(One of a whole CoDD model is loaded by `peft.PeftModel.from_pretrained(model, adapter)`.)"
-    ) from misfit
+        read_adapter(backbone, folder, adapter_name)
+    except (KeyError, RuntimeError, ValueError) as error:  # other shapes or names than the layers'
+        raise ValueError(
+            f"`adapter` {name!r} was not trained on a backbone like this one: its weights do not "
+            "fit. (One of a whole CoDD model is loaded by `peft.PeftModel.from_pretrained(model, "
+            "adapter)`.)"
+        ) from error
 
 
 def named_backbone(

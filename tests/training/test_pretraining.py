@@ -10,6 +10,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from codd_hf import CoDDModel
+from codd_hf.adapters import enable_adapters
 from codd_hf.training.checkpoint import Checkpoints
 from codd_hf.training.data import Example, collate, tokenize_examples
 from codd_hf.training.noise import Noise, sample_noise
@@ -170,7 +171,7 @@ def test_lora_of_a_given_backbone_is_all_that_is_trained_and_written(
     ids = torch.tensor([examples[0].prompt_ids])
     joined = CoDDModel.from_backbone(tmp_path / "first", adapter=tmp_path / "lora")
     assert torch.allclose(joined(ids).logits, CoDDModel.from_backbone(backbone)(ids).logits)
-    joined.backbone.disable_adapters()
+    enable_adapters(joined.backbone, False)
     plain = CoDDModel.from_backbone(tmp_path / "first")
     assert torch.equal(joined(ids).logits, plain(ids).logits)
 

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from ..adapters import adapter_of
+from ..adapters import adapter_of, set_adapter
 from ..modeling_codd import CoDDModel
 from .checkpoint import Checkpoints
 from .counting import summing_dtype
@@ -152,8 +152,7 @@ def _trained(model: CoDDModel, config: JointConfig) -> list[dict]:
         if found is None:
             add_lora(model.backbone, config.lora_config(), model.active_head, config.seed)
             model._adapted_heads.add(model.active_head)
-        model.backbone.set_adapter(model.active_head if found is None else found[1])
-        model.backbone.enable_adapters()
+        set_adapter(model.backbone, model.active_head if found is None else found[1])
     if config.backbone == "full":
         model.backbone.requires_grad_(True)
     head.requires_grad_(True)

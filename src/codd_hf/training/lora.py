@@ -7,6 +7,8 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..adapters import add_adapter
+
 
 def add_lora(backbone: PreTrainedModel, lora: LoraConfig, name: str, seed: int) -> None:
     """Adds an adapter that changes nothing yet and is all of the backbone that is trained.
@@ -23,7 +25,7 @@ def add_lora(backbone: PreTrainedModel, lora: LoraConfig, name: str, seed: int) 
     backbone.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone.add_adapter(lora, adapter_name=name)
+        add_adapter(backbone, lora, name)
 
 
 def trained_in_float32(module: nn.Module) -> list[nn.Parameter]:

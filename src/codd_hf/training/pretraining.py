@@ -17,6 +17,7 @@ from peft import LoraConfig
 from torch.nn import functional as F
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..adapters import write_adapter
 from ..backbones import family_of, load_backbone
 from .checkpoint import Checkpoints
 from .data import CanvasBatch, TokenizedExample, batch_indices, collate
@@ -185,7 +186,10 @@ def finetune_backbone(
     history = _train(
         backbone, [optimizer], noise, train, validation, checkpoints, resume_from_checkpoint, log
     )
-    backbone.save_pretrained(output_dir)
+    if lora is None:
+        backbone.save_pretrained(output_dir)
+    else:
+        write_adapter(backbone, "default", output_dir, backbone.name_or_path or None)
     tokenizer.save_pretrained(output_dir)
     return history
 
