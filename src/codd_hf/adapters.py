@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,23 @@ def adapter_of(model: nn.Module) -> tuple[nn.Module, str] | None:
 def _layers(module: nn.Module) -> list[nn.Module]:
     """The layers that PEFT has put an adapter on."""
     return [m for m in module.modules() if hasattr(m, "adapter_layer_names")]
+
+
+@contextmanager
+def adapter_in_use(backbone: nn.Module, name: str | None) -> Iterator[None]:
+    """Runs a backbone with one of its adapters (None: with none), and leaves all as it was.
+
+    PEFT's own switches would also change which parameters are trained.
+    """
+    layers = _layers(backbone)
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    try:
+        for layer in layers:
+            layer._active_adapter, layer._disable_adapters = [name], name is None
+        yield
+    finally:
+        for layer, state in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = state
 
 
 def without_adapters(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ block, and steps that are not needed there are not passed on to later blocks.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from .canvas import Canvas, filler
 from .canvas_reader import CanvasReader
 from .circuits.random import Generators
+from .configuration_codd import CoDDConfig
 from .decoding_arguments import DecodingArguments, ForcedTokens, PerRow
 from .decoding_plan import Stage, plan_stages, windows_end
 from .decoding_step import DecodingStep, StepRecord
@@ -32,6 +34,7 @@ from .schedulers import CoDDScheduler
 from .schedulers.remasking import CanvasMemory
 
 if TYPE_CHECKING:
+    from .heads import CallHead, HeadName
     from .modeling_codd import CoDDModel
 
 OnStep = Callable[[int, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor | None]
@@ -85,13 +88,14 @@ def denoise(
     on_pass: Callable[[], object] | None = None,
     cache: str | None = None,
     guidance_scale: float | Sequence[float] | None = None,
+    head: HeadName | CallHead = None,
     **settings: Any,
 ) -> DecodingOutput:
     """Generates tokens after each prompt, or in the gaps of each template.
 
     Args:
         model: the backbone, with or without a head.
-        scheduler: decides what is committed; its timesteps are set here, stage by stage.
+        scheduler: decides what is committed; a copy of it is used, whose timesteps are set here.
         input_ids: `[batch, prompt_length]`, padded on any side.
         attention_mask: `[batch, prompt_length]`, 0 at padding; default no padding.
         gen_length: number of tokens to generate in each row, or one number for each; not used with
@@ -139,6 +143,7 @@ def denoise(
         guidance_scale: strength of classifier-free guidance, for all rows or for each, as LLaDA
             counts it: 0 or None is off, and `s` here is `s + 1` for those of transformers'
             and diffusers' models whose scale 1 is off. A guided pass is one over twice the rows.
+        head: the name of the head that couples this call; None, the model's default; False, none.
         **settings: the scheduler's settings for this call (`strategy`, `sampling`, ...).
 
     Raises:
@@ -163,25 +168,32 @@ def denoise(
         settings=settings,
     )
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-    canvas, stages = lay_out(model, input_ids, attention_mask, ends, arguments)
-    decoding_step = DecodingStep(model, scheduler, paradigm, windowing, logits_processor, settings)
+    head = model.head_of_call(head)
+    canvas, stages = lay_out(
+        model.config, input_ids, attention_mask, ends, arguments, head.window_length
+    )
+    scheduler = copy.copy(scheduler)  # its timesteps are this call's, and threads may share it
+    decoding_step = DecodingStep(
+        model, head, scheduler, paradigm, windowing, logits_processor, settings
+    )
     reader = CanvasReader(model, canvas.attention_mask, canvas.generated, cache, guidance_scale)
     passes_per_row = torch.zeros_like(canvas.start)
     num_passes = 0
     for stage in stages:
         memory = CanvasMemory()
-        reader.open_block(stage.within, windows_end(canvas, stage, model.window_length))
+        reader.open_block(stage.within, windows_end(canvas, stage, head.window_length))
         most_steps = int(stage.num_steps.max())
         for number in range(most_steps):
             wanted = canvas.open(early_stop) & stage.within
             rows = (wanted.any(-1) & (number < stage.num_steps)).nonzero()[:, 0]
             if len(rows) == 0:
                 break
-            states = reader.read(rows, canvas.tokens[rows])
             record = None if on_step is None else StepRecord.of(canvas)
-            decoding_step.run(
-                canvas, rows, states, stage, number, wanted, generator, memory, record
-            )
+            with model.adapter_of_call(head):
+                states = reader.read(rows, canvas.tokens[rows])
+                decoding_step.run(
+                    canvas, rows, states, stage, number, wanted, generator, memory, record
+                )
             passes_per_row[rows] += 1
             if record is not None:
                 timestep = torch.tensor(1 - number / most_steps)
@@ -206,28 +218,29 @@ def denoise(
 
 
 def lay_out(
-    model: CoDDModel,
+    config: CoDDConfig,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     end_ids: list[int],
     arguments: DecodingArguments,
+    window_length: int,
 ) -> tuple[Canvas, list[Stage]]:
     """What will be decoded, before anything is.
 
     Args:
-        model: gives the token ids and the number of positions.
+        config: gives the token ids and the number of positions.
         input_ids: `[batch, prompt_length]`, padded on any side.
         attention_mask: `[batch, prompt_length]`, 0 at padding, or None.
         end_ids: end-of-text tokens.
         arguments: of the call.
+        window_length: of the circuit.
 
     Raises:
         ValueError: as `denoise` says of prompts, templates, steps and positions.
     """
-    config = model.config
     if arguments.infill:
         canvas = Canvas.of_templates(
-            config, input_ids, attention_mask, end_ids, model.window_length, arguments.free_length
+            config, input_ids, attention_mask, end_ids, window_length, arguments.free_length
         )
     else:
         canvas = Canvas.of_prompts(

@@ -20,6 +20,7 @@ from .schedulers.remasking import CanvasMemory
 from .schedulers.settings import ADAPTIVE
 
 if TYPE_CHECKING:
+    from .heads import CallHead
     from .modeling_codd import CoDDModel
 
 logger = logging.get_logger(__name__)
@@ -58,7 +59,8 @@ class DecodingStep:
 
     Args:
         model: the backbone, with or without a head.
-        scheduler: decides what is committed; its timesteps are set here.
+        head: of the call.
+        scheduler: of this call alone: its timesteps are set here.
         paradigm: `block` or `full`.
         windowing: `aligned` or `centred`.
         logits_processor: transformers' processors.
@@ -68,6 +70,7 @@ class DecodingStep:
     def __init__(
         self,
         model: CoDDModel,
+        head: CallHead,
         scheduler: CoDDScheduler,
         paradigm: str,
         windowing: str,
@@ -75,6 +78,7 @@ class DecodingStep:
         settings: dict[str, Any],
     ) -> None:
         self.model = model
+        self.head = head
         self.scheduler = scheduler
         self.paradigm = paradigm
         self.windowing = windowing
@@ -109,7 +113,7 @@ class DecodingStep:
             record: takes down what was done, if anyone asks.
         """
         part, generator = canvas.rows(rows), _of_rows(generator, rows)
-        length = self.model.window_length
+        length = self.head.window_length
         for plan in self._plans(part, states, stage.rows(rows), number, wanted[rows], generator):
             # 1. The distribution over the windows.
             group, group_rows = part.rows(plan.rows), rows[plan.rows]
@@ -121,6 +125,7 @@ class DecodingStep:
                 attention_mask=part.attention_mask,
                 rows=plan.rows.repeat_interleave(plan.window_start.shape[1]),
                 temperature=self.drawing.evidence_temperature,
+                head=self.head,
             )
             too_early = position < group.no_end_before[:, None]
             if len(canvas.end_ids) and bool(too_early.any()):
@@ -179,7 +184,7 @@ class DecodingStep:
         generator: Generators,
     ) -> Iterator[WindowPlan]:
         """Where the windows lie, and where in them tokens may be committed."""
-        length = self.model.window_length
+        length = self.head.window_length
         if self.paradigm == "block":
             return block_windows(part, stage, wanted, length)
         selected = self._select(part, states, stage, number, wanted, generator)

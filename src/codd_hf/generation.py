@@ -24,6 +24,7 @@ from .schedulers.settings import DrawSettings
 from .streaming import BlockStream, DiffusionStreamer
 
 if TYPE_CHECKING:
+    from .heads import HeadName
     from .modeling_codd import CoDDModel
 
 DEFAULT_LENGTH = 128
@@ -74,6 +75,7 @@ def generate(
     logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
     cache: str | None = None,
     guidance_scale: float | Sequence[float] | None = None,
+    head: HeadName = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Decodes by diffusion.
@@ -102,6 +104,7 @@ def generate(
         cache: as in `decoding.denoise`; `use_cache`, which callers pass along, has no effect.
         guidance_scale: as in `decoding.denoise`. Not read from a generation configuration, where
             1 is off and 0 is not.
+        head: the name of the head that couples this call; None, the model's default; False, none.
         **kwargs: `max_new_tokens` (or `gen_length`, default 128; or `max_length`, with the prompt),
             `block_length` (default the head's window length, or the blocks of a block-causal
             backbone), `num_inference_steps` (passes of the backbone; default one for four tokens,
@@ -125,6 +128,7 @@ def generate(
     inputs = input_ids if inputs is None else inputs
     if inputs is None:
         raise ValueError("`inputs` is missing: give prompts as token ids [batch, length].")
+    head = model.head_of_call(head)
     asked = _resolve(kwargs, generation_config, model.generation_config)
     infill = bool(asked["infill"])
     if infill and streamer is not None:
@@ -133,7 +137,7 @@ def generate(
         )
     gen_length = 1 if infill else _generated_length(asked, inputs.shape[1])
     attended = getattr(model.config.text_config, "block_length", None)
-    block_length = asked["block_length"] or attended or model.window_length
+    block_length = asked["block_length"] or attended or head.window_length
     paradigm = asked["paradigm"] or "block"
     if asked["do_sample"] is False:
         asked["temperature"] = 0.0
@@ -177,6 +181,7 @@ def generate(
         cache=cache,
         guidance_scale=_of_copies(guidance_scale, copies),
         on_step=on_step,
+        head=head,
         **{name: asked[name] for name in SETTINGS},
     )
     if streamer is not None:

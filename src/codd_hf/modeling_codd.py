@@ -29,7 +29,7 @@ from .backbones import (
 from .circuits import CoupledCategorical
 from .circuits.random import Generators
 from .configuration_codd import CoDDConfig, CoDDHeadConfig, check_coupling
-from .heads import DEFAULT_NAME, HeadsMixin
+from .heads import DEFAULT_NAME, HeadName, HeadsMixin
 from .hub.publishing import ModelPublishing
 from .loading import ADAPTER_FOLDER, find_adapter, load_adapter, load_head, named_backbone
 from .modeling_head import CoDDHead
@@ -246,7 +246,8 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
             self.family.save_code(self.backbone, save_directory)
             base = self.backbone.name_or_path
             base = None if not base or is_local(base) else base  # the weights are here
-            save_adapter(self, Path(save_directory, ADAPTER_FOLDER), base)
+            with self._lock:
+                save_adapter(self, Path(save_directory, ADAPTER_FOLDER), base)
         if kwargs.get("state_dict") is None:
             kwargs["state_dict"] = without_adapters(self)
         return super().save_pretrained(
@@ -290,6 +291,7 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
         coupling: str | None = None,
         return_distribution: bool = False,
         generator: Generators = None,
+        head: HeadName = None,
         return_dict: bool | None = None,
         inputs_embeds: None = None,
         output_attentions: bool | None = None,
@@ -312,6 +314,7 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
                 revises tokens keeps what was drawn together); default, `config.coupling`.
             return_distribution: also return the window's distribution.
             generator: draws the latent path.
+            head: the name of the head that couples this call; None, the default one; False, none.
             return_dict: False for a tuple.
             inputs_embeds: there for callers such as PEFT that pass None, and so are the next two.
             output_attentions: as `inputs_embeds`; use the backbone itself to look into it.
@@ -329,17 +332,25 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
                 raise ValueError(f"`{name}` cannot be used: give it to `model.backbone`.")
         coupling = self.config.coupling if coupling is None else coupling
         check_coupling(coupling)
-        states = self.backbone_states(input_ids, attention_mask, position_ids)
-        logits = states.logits()
-        distribution, loss = None, None
-        if return_distribution or coupling != "none":
-            if window_start is None:
-                window_start = self._trailing_window(input_ids, attention_mask)
-            distribution = self.window_distribution(states, input_ids, window_start, attention_mask)
-        if coupling != "none":
-            logits = self._coupled_logits(logits, distribution, window_start, coupling, generator)
-        if labels is not None:
-            loss = self._loss(states, input_ids, attention_mask, labels)
+        head = self.head_of_call(head)
+        with self.adapter_of_call(head):
+            states = self.backbone_states(input_ids, attention_mask, position_ids)
+            logits = states.logits()
+            distribution, loss = None, None
+            if return_distribution or coupling != "none":
+                if window_start is None:
+                    window_start = self._trailing_window(
+                        input_ids, attention_mask, head.window_length
+                    )
+                distribution = self.window_distribution(
+                    states, input_ids, window_start, attention_mask, head=head
+                )
+            if coupling != "none":
+                logits = self._coupled_logits(
+                    logits, distribution, window_start, coupling, generator
+                )
+            if labels is not None:
+                loss = self._loss(states, input_ids, attention_mask, labels, head)
         output = CoDDOutput(
             loss=loss,
             logits=logits,

@@ -185,8 +185,9 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
             ValueError: the emissions are tied and the head is not bound to a backbone.
         """
         self._check_bound()
-        if torch.compiler.is_compiling() and not torch.is_grad_enabled() and self._cache:
-            return self._cache[1]  # as of the last call that was not compiled
+        cache = self._cache  # read once: other threads may replace it
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled() and cache:
+            return cache[1]  # as of the last call that was not compiled
         parameters = [*self.parameters(recurse=False), *self._bound]
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
             self._cache = None  # a fused optimiser's step does not tell that it changes them
@@ -199,10 +200,10 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
         # What is derived in inference mode cannot be part of a backward pass through the logits.
         mode = torch.is_inference_mode_enabled()
         key = (mode, *((tensor.data_ptr(), tensor._version) for tensor in kept))
-        if self._cache is None or self._cache[0] != key:
+        if cache is None or cache[0] != key:
             with torch.no_grad():
-                self._cache = (key, replace(self._make_potentials(), lasting=True))
-        return self._cache[1]
+                cache = self._cache = (key, replace(self._make_potentials(), lasting=True))
+        return cache[1]
 
     def _check_bound(self) -> None:
         if self.config.emission == "tied" and not self._bound:

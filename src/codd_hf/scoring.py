@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 if TYPE_CHECKING:
+    from .heads import CallHead, HeadName
     from .modeling_codd import CoDDModel
 
 Texts = Sequence[str] | Sequence[Sequence[int]]
@@ -39,6 +40,7 @@ def score(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 8,
+    head: HeadName = None,
 ) -> ScoreOutput:
     """Log-likelihoods of answers given their prompts, factorized and coupled.
 
@@ -53,6 +55,7 @@ def score(
         answers: as many texts or lists of token ids, none of them empty.
         tokenizer: for texts, which are tokenised without special tokens of their own.
         batch_size: windows at once.
+        head: the name of the head; None, the model's default; False, none.
 
     Raises:
         ValueError: prompts and answers do not pair up, one of the answers is empty, or texts are
@@ -69,7 +72,8 @@ def score(
     ]
     if not all(answer for _, answer in pairs):
         raise ValueError("`answers` must hold at least one token each: leave empty ones out.")
-    length = model.window_length
+    head = model.head_of_call(head)
+    length = head.window_length
     windows = [
         (row, start)
         for row, (_, answer) in enumerate(pairs)
@@ -79,7 +83,7 @@ def score(
     for first in range(0, len(windows), batch_size):
         batch = windows[first : first + batch_size]
         rows = torch.tensor([row for row, _ in batch])
-        totals.index_add_(1, rows, _score_windows(model, pairs, batch).double().cpu())
+        totals.index_add_(1, rows, _score_windows(model, head, pairs, batch).double().cpu())
     num_tokens = torch.tensor([len(answer) for _, answer in pairs])
     return ScoreOutput(factorized=totals[0], coupled=totals[1], num_tokens=num_tokens)
 
@@ -92,7 +96,9 @@ def _ids(name: str, text, tokenizer: PreTrainedTokenizerBase | None) -> list[int
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _score_windows(model: CoDDModel, pairs, batch: list[tuple[int, int]]) -> torch.Tensor:
+def _score_windows(
+    model: CoDDModel, head: CallHead, pairs, batch: list[tuple[int, int]]
+) -> torch.Tensor:
     """Log-likelihoods `[2, batch]` of single windows, factorized and coupled."""
     size = max(len(pairs[row][0]) + len(pairs[row][1]) for row, _ in batch)
     truth = torch.zeros(len(batch), size, dtype=torch.long)
@@ -106,10 +112,15 @@ def _score_windows(model: CoDDModel, pairs, batch: list[tuple[int, int]]) -> tor
     device = model.device
     ids = truth.masked_fill(hidden, model.config.mask_token_id).to(device)
     attention_mask, starts = attention_mask.to(device), starts.to(device)
-    states = model.backbone_states(ids, attention_mask)
-    columns = starts[:, None] + torch.arange(model.window_length, device=device)
+    columns = starts[:, None] + torch.arange(head.window_length, device=device)
     targets = truth.to(device).gather(1, columns.clamp(max=size - 1))
-    coupled = model.window_distribution(states, ids, starts, attention_mask).log_prob(targets)
-    with model.disable_head():
-        plain = model.window_distribution(states, ids, starts, attention_mask).log_prob(targets)
-    return torch.stack((plain, coupled))
+    with model.adapter_of_call(head):
+        states = model.backbone_states(ids, attention_mask)
+        return torch.stack(
+            [
+                model.window_distribution(
+                    states, ids, starts, attention_mask, head=coupled_by
+                ).log_prob(targets)
+                for coupled_by in (head._replace(module=None), head)
+            ]
+        )

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from .backbones import BackboneStates
 from .circuits import CoupledCategorical, Preceding
 from .factorized import trivial_potentials, without_tokens
+from .heads import CallHead, HeadName
 from .modeling_head import CoDDHead
 
 
@@ -16,7 +17,7 @@ class WindowsMixin:
 
     @property
     def window_length(self) -> int:
-        """Length of the head's window; 32 without a head."""
+        """Length of the default head's window; 32 without a head."""
         return 32 if self.coupling_head is None else self.coupling_head.config.window_length
 
     def backbone_states(
@@ -55,7 +56,7 @@ class WindowsMixin:
         rows: torch.Tensor | None = None,
         temperature: float = 1.0,
         active: torch.Tensor | None = None,
-        head: CoDDHead | None = None,
+        head: HeadName | CallHead = None,
     ) -> CoupledCategorical:
         """The coupled distribution over `N` windows of a batch.
 
@@ -71,13 +72,14 @@ class WindowsMixin:
             rows: `[N]`, the row each window lies on; default, one window per row.
             temperature: the evidence temperature.
             active: `[N]` bool, False for windows that are to stay factorized.
-            head: a head to use in place of the model's own.
+            head: as `head_of_call` takes it.
         """
+        _, head, window_length = self.head_of_call(head)
         if self.config.mask_token_id is None:
             raise ValueError("`mask_token_id` is not known: give it to `from_backbone`.")
         batch, length = input_ids.shape
         rows = torch.arange(batch, device=input_ids.device) if rows is None else rows
-        positions = window_start[:, None] + torch.arange(self.window_length, device=rows.device)
+        positions = window_start[:, None] + torch.arange(window_length, device=rows.device)
         inside = (positions >= 0) & (positions < length)
         positions = positions.clamp(0, length - 1)
         index = (rows[:, None], positions)
@@ -87,7 +89,6 @@ class WindowsMixin:
         wanted = present & ~observed
         at = wanted.nonzero(as_tuple=True)
         known = states.logits((rows[at[0]], positions[at]))
-        head = self._head_in_use if head is None else head
         if head is None:
             config = self.config
             known = without_tokens(known, config.mask_token_id, config.forbidden_token_ids)
@@ -160,16 +161,19 @@ class WindowsMixin:
             head.bind(embedding.weight)
         elif not head._bound:
             embedding._hf_hook.pre_forward(embedding)  # accelerate's, which fetches the weight
-            head.bind(embedding.weight)
-            embedding._hf_hook.post_forward(embedding, None)
+            try:
+                head.bind(embedding.weight)
+            finally:
+                embedding._hf_hook.post_forward(embedding, None)
 
-    def _trailing_window(self, input_ids, attention_mask) -> torch.Tensor:
+    @staticmethod
+    def _trailing_window(input_ids, attention_mask, window_length: int) -> torch.Tensor:
         batch, length = input_ids.shape
         if attention_mask is None:
             end = torch.full((batch,), length, device=input_ids.device)
         else:
             end = length - attention_mask.flip(1).long().argmax(1)
-        return end - self.window_length
+        return end - window_length
 
     def _coupled_logits(self, logits, distribution, window_start, coupling, generator):
         if coupling == "marginal":
@@ -181,22 +185,22 @@ class WindowsMixin:
         values = coupled[rows, columns].to(logits.dtype)
         return logits.index_put((rows, window_start[rows] + columns), values)
 
-    def _loss(self, states, input_ids, attention_mask, labels) -> torch.Tensor:
+    def _loss(self, states, input_ids, attention_mask, labels, head: CallHead) -> torch.Tensor:
         supervised = (labels != -100) & (input_ids == self.config.mask_token_id)
         first = (labels != -100).long().argmax(1)
         window = (torch.arange(labels.shape[1], device=labels.device) - first[:, None]).div(
-            self.window_length, rounding_mode="floor"
+            head.window_length, rounding_mode="floor"
         )
         rows, columns = supervised.nonzero(as_tuple=True)
         if len(rows) == 0:
             return 0.0 * states.last_hidden_state.sum()
         pairs = torch.stack((rows, window[rows, columns])).unique(dim=1)
-        rows, starts = pairs[0], first[pairs[0]] + pairs[1] * self.window_length
+        rows, starts = pairs[0], first[pairs[0]] + pairs[1] * head.window_length
         distribution = self.window_distribution(
-            states, input_ids, starts, attention_mask, rows=rows
+            states, input_ids, starts, attention_mask, rows=rows, head=head
         )
-        positions = starts[:, None] + torch.arange(self.window_length, device=labels.device)
-        padded = F.pad(labels, (0, self.window_length), value=-100)
+        positions = starts[:, None] + torch.arange(head.window_length, device=labels.device)
+        padded = F.pad(labels, (0, head.window_length), value=-100)
         targets = padded[rows[:, None], positions]
         known = (targets != -100) & distribution.masked
         log_prob = distribution.partial_log_prob(targets.clamp(min=0), known)

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..factorized import without_tokens
+from ..heads import CallHead
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
 from ..training.data import CanvasBatch, TokenizedExample, collate
@@ -195,7 +196,7 @@ def _one_step(model, heads, canvas, starts, masked, temperature) -> dict[str, to
             starts.to(ids.device),
             attention_mask,
             temperature=temperature,
-            head=head,
+            head=CallHead(None, head, masked.shape[1]),
         )
         scores[name] = distribution.log_prob(truth)
     return scores

@@ -170,7 +170,7 @@ def _check_row(
             infill=call.get("infill", False),
         )
         arguments = DecodingArguments.check(pipeline.scheduler, config, 1, settings={}, **task)
-        lay_out(pipeline.model, ids, mask, [], arguments)
+        lay_out(config, ids, mask, [], arguments, pipeline.model.window_length)
     except ValueError as error:
         raise ValueError(f"Line {rows.numbers[row]} of {str(rows.path)!r}: {error}") from error
 

@@ -13,6 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 from ..circuits.random import Generators
 from ..decoding import denoise
 from ..decoding_arguments import DecodingArguments, ForcedTokens, PerRow
+from ..heads import HeadName
 from ..hub.publishing import PipelinePublishing
 from ..modeling_codd import CoDDModel
 from ..names import existing
@@ -174,6 +175,7 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
         guidance_scale: float | list[float] | None = None,
         early_stop: bool = True,
         eos_token_id: int | list[int] | None = None,
+        head: HeadName = None,
         generator: Generators = None,
         output_type: str = "text",
         return_dict: bool = True,
@@ -248,6 +250,8 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
             early_stop (`bool`, defaults to `True`): Whether a row ends at its end-of-text token.
             eos_token_id (`int` or `list[int]`, *optional*): The end-of-text token; by default the
                 tokenizer's, or else the model's.
+            head (`str` or `False`, *optional*): The name of the head that couples this call, or
+                `False` for none; by default the model's default one.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One generator, or one per prompt: a prompt then gets the same text in any batch.
             output_type (`str`, defaults to `"text"`): `"text"`, or `"seq"` for token ids alone.
@@ -333,8 +337,8 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
             eos_token_id = self.model.config.eos_token_id
 
         # 3. Denoise, one block after the other.
-        self._num_timesteps = max(checked.num_inference_steps)
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+        num_timesteps = self._num_timesteps = max(checked.num_inference_steps)
+        with self.progress_bar(total=num_timesteps) as progress_bar:
 
             def on_step(step, timestep, state):
                 kwargs = {key: state[key] for key in callback_on_step_end_tensor_inputs}
@@ -359,10 +363,11 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
                 guidance_scale=guidance_scale,
                 on_step=None if callback_on_step_end is None else on_step,
                 on_pass=progress_bar.update,
+                head=head,
                 **task,
                 **settings,
             )
-            progress_bar.update(max(self._num_timesteps - output.num_passes, 0))
+            progress_bar.update(max(num_timesteps - output.num_passes, 0))
 
         # 4. Decode the text.
         texts = None
