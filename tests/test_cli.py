@@ -12,7 +12,7 @@ import pytest
 
 import codd_hf
 from codd_hf.cli import COMMANDS, main
-from codd_hf.cli.common import printable
+from codd_hf.cli.printing import printable
 
 SHORT = ["--gen-length", "8", "--block-length", "4", "--num-inference-steps", "2"]
 
@@ -187,7 +187,7 @@ def test_damaged_weights_are_one_line(capsys, tmp_path, trained_pipeline):
     weights = tmp_path / "copy" / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     line = failure(capsys, "generate", "hello", "--model", str(tmp_path / "copy"), *SHORT)
-    assert "copy/model' are damaged" in line
+    assert "copy/model/model.safetensors' is damaged" in line
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError
 from transformers import PreTrainedConfig
+
+from .errors import is_of_a_library, reason
+from .file_checks import check_files
 
 CACHE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only")
 HUB_ARGUMENTS = (*CACHE_ARGUMENTS, "revision", "token", "subfolder")
@@ -106,25 +108,41 @@ def ask_once(name: str, filename: str, hub: dict[str, Any]) -> bool | None:
 
 @contextmanager
 def explained(name: str, kwargs: dict[str, Any]) -> Iterator[None]:
-    """Says in one sentence what is wrong where loading `name` with `kwargs` fails."""
+    """A door at which a library loads `name` with `kwargs`; one sentence where that fails.
+
+    Raises:
+        OSError: a file is damaged, or what is asked for is not there.
+        ValueError: the weights are of other shapes.
+    """
+    _check_folder(name, kwargs)
     try:
         yield
-    except OSError as error:
-        raise OSError(_explanation(name, kwargs, error)) from error
-    except SafetensorError as error:
-        raise OSError(
-            f"The weights in {name!r} are damaged ({error}): download or save them again."
-        ) from error
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
+    except BaseException as error:
+        if not is_of_a_library(error):
             raise
-        raise ValueError(
-            f"The weights in {name!r} are not of the shapes that its configuration (`config.json`) "
-            "describes; the report above lists them."
-        ) from error
+        if "ignore_mismatched_sizes" in str(error):
+            raise ValueError(
+                f"The weights in {name!r} are not of the shapes that its configuration "
+                "(`config.json`) describes; the report above lists them."
+            ) from error
+        _check_folder(name, kwargs)
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise kind(_explanation(name, kwargs, error)) from error
 
 
-def _explanation(name: str, kwargs: dict[str, Any], error: OSError) -> str:
+def _check_folder(name: str, kwargs: dict[str, Any]) -> None:
+    """Checks the files of a folder, or those of a repository that are in the cache."""
+    hub = hub_arguments(kwargs)
+    found = Path(name, hub.get("subfolder") or "", "config.json")
+    if not Path(name).is_dir():
+        cached = _in_cache(name, "config.json", hub)
+        if not isinstance(cached, str):
+            return
+        found = Path(cached)
+    check_files(found.parent)
+
+
+def _explanation(name: str, kwargs: dict[str, Any], error: BaseException) -> str:
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
@@ -151,8 +169,7 @@ def _explanation(name: str, kwargs: dict[str, Any], error: OSError) -> str:
         return f"{start}, and it is not in the cache: check the connection."
     if has(EntryNotFoundError):
         return _nothing_in(name)
-    first_line = str(error).partition("\n")[0].rstrip(". ")
-    return f"{name!r} cannot be loaded: {first_line}."
+    return f"{name!r} cannot be loaded: {reason(error)}."
 
 
 def _nothing_in(name: str) -> str:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from . import bench, chat, convert, demo, evaluate, generate, train
+from .failures import report
+from .printing import one_line, printing_safely
 
 COMMANDS = {
     "demo": demo,
@@ -20,12 +24,28 @@ COMMANDS = {
     "bench": bench,
 }
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-FAILURES = (OSError, ValueError, TypeError, FloatingPointError)
+INTERRUPTED = 128 + 2  # what shells say of a program that SIGINT ended
+
+
+class Parser(argparse.ArgumentParser):
+    """Every command has `--debug`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_argument(
+            "--debug",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="show where an error comes from",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `codd-hf`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="codd-hf",
         description="Coupled Discrete Diffusion: coherent text in a few parallel steps.",
     )
@@ -58,15 +78,28 @@ def _spare_page_faults() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0, or 1 for a failure (bad usage leaves with 2)."""
+    """Runs a command.
+
+    Returns:
+        0; 1 for a failure, which is one line on standard error (and the traceback before it with
+        `--debug`, or if the failure is a bug of this package); 130 after Ctrl-C. Bad usage leaves
+        with 2.
+    """
     _spare_page_faults()
-    args = build_parser().parse_args(argv)
-    try:
-        args.run(args)
-    except FAILURES as error:
-        print(f"codd-hf {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"codd-hf {args.command}: stopped", file=sys.stderr)
-        return 1
+    with printing_safely():
+        args = build_parser().parse_args(argv)
+        try:
+            args.run(args)
+            sys.stdout.flush()  # else a full disk would be noticed after the end, as no failure
+        except KeyboardInterrupt:
+            print(f"codd-hf {args.command}: stopped", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:
+            # Whoever read the output has left, and said with that all there is to say.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except Exception as error:
+            report(error, args.command, getattr(args, "debug", False))
+            return 1
     return 0

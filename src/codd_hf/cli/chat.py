@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from .common import add_decoding_arguments, decoding_arguments, load_pipeline
+from .printing import one_line
 
 HELP = "Talk with a model; its canvas is shown as it resolves."
 EXAMPLE = """example:
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         except ValueError as error:
             if not interactive:
                 raise
-            print(f"{error} (the message is forgotten; /clear begins anew)")
+            print(f"{one_line(str(error))} (the message is forgotten; /clear begins anew)")
         else:
             conversation = [*messages, {"role": "assistant", "content": answer}]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -64,17 +63,13 @@ def load_pipeline(
 ) -> CoDDPipeline:
     """The pipeline of a path or id, or the embedded default, on a device (default: a GPU's)."""
     import torch
-    from safetensors import SafetensorError
 
     from ..defaults import default_model
     from ..pipelines.pipeline_codd import CoDDPipeline
 
     quiet_loading()
     name = default_model() if name is None else name
-    try:
-        pipeline = CoDDPipeline.from_pretrained(name, **kwargs)
-    except SafetensorError as error:
-        raise OSError(f"The weights of {name!r} are damaged, fetch them anew: {error}.") from error
+    pipeline = CoDDPipeline.from_pretrained(name, **kwargs)
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return pipeline.to(device)
@@ -90,8 +85,3 @@ def quiet_loading() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
-
-
-def printable(text: str) -> str:
-    """Text without terminal control sequences (newline and tab stay)."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)

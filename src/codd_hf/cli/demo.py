@@ -10,7 +10,8 @@ import time
 from itertools import zip_longest
 from pathlib import Path
 
-from .common import load_pipeline, printable
+from .common import load_pipeline
+from .printing import printable
 
 HELP = "Show factorized and coupled text side by side, at the same number of passes."
 EXAMPLE = """example:

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import add_decoding_arguments, decoding_arguments, load_pipeline, printable
+from .common import add_decoding_arguments, decoding_arguments, load_pipeline
+from .printing import printable
 
 HELP = "Generate text after prompts."
 EXAMPLE = """example:

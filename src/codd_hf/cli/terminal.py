@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from .common import printable
+from .printing import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
-    HFValidationError,
     LocalEntryNotFoundError,
     RemoteEntryNotFoundError,
 )
@@ -20,7 +19,8 @@ from huggingface_hub.errors import (
 from ..circuits import Potentials, occupancy
 from ..configuration_codd import CoDDHeadConfig
 from ..modeling_head import CoDDHead
-from ..repositories import find_file, first_file
+from ..names import can_only_be_a_path
+from ..repositories import explained, find_file, first_file
 from .jpc import HiddenMarkovModel
 
 FILE_NAME = "model.jpc"
@@ -188,13 +188,16 @@ def _find(source: str | Path, **hub) -> _Found:
                 f"The folder {str(source)!r} has no `{FILE_NAME}`: give the path of the circuit."
             )
         return _Found(path / FILE_NAME, f"`{FILE_NAME}` of `{path.resolve().name}`")
-    try:
-        cached = Path(hf_hub_download(str(source), FILE_NAME, **hub))
-    except HFValidationError:
+    if path.suffix == ".jpc" or can_only_be_a_path(str(source)):
         raise FileNotFoundError(
             f"{str(source)!r} is neither a file, nor a folder, nor an id on the Hub: check it."
-        ) from None
-    except RemoteEntryNotFoundError:
+        )
+    try:
+        with explained(str(source), hub):
+            cached = Path(hf_hub_download(str(source), FILE_NAME, **hub))
+    except OSError as error:
+        if not isinstance(error.__cause__, RemoteEntryNotFoundError):
+            raise
         raise FileNotFoundError(
             f"The repository {str(source)!r} has no `{FILE_NAME}`: it holds no circuit of PyJuice."
         ) from None

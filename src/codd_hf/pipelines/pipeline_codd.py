@@ -13,10 +13,12 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 from ..circuits.random import Generators
 from ..decoding import denoise
 from ..decoding_arguments import DecodingArguments, ForcedTokens, PerRow
+from ..file_checks import check_files
 from ..heads import HeadName
 from ..hub.publishing import PipelinePublishing
 from ..modeling_codd import CoDDModel
 from ..names import existing
+from ..repositories import explained
 from ..schedulers import CoDDScheduler
 from .loading import load_components
 from .pipeline_output import CoDDPipelineOutput
@@ -100,7 +102,10 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
         folder, arguments = load_components(name, kwargs)
         if folder is None:
             return cls(**arguments)
-        return super().from_pretrained(str(folder), **arguments)
+        with explained(str(folder), {}):
+            for component in ("scheduler", "tokenizer"):
+                check_files(folder / component)
+            return super().from_pretrained(str(folder), **arguments)
 
     @property
     def num_timesteps(self) -> int:

@@ -1,0 +1,197 @@
+"""What the command line makes of an exception: one line for a refusal, a traceback for a bug."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from codd_hf.cli import convert, main
+from codd_hf.cli.failures import is_refusal
+from codd_hf.cli.printing import one_line, printable
+from codd_hf.configuration_codd import check_coupling
+from codd_hf.errors import is_of_a_library, reading
+
+HOSTILE = "a\x1b[31mb\x1b]0;title\x07\x9b2J\r\x08\x7f\u202ec\u2066d\u200fe\nf"
+
+
+def raised(act) -> BaseException:
+    with pytest.raises(BaseException) as caught:  # noqa: PT011
+        act()
+    return caught.value
+
+
+def check(error: BaseException):
+    def refuse():
+        raise error
+
+    return refuse
+
+
+REFUSED = {
+    "a check of a value": check(ValueError("`x` must be 1, got 2.")),
+    "a check of a type": check(TypeError("`x` must be an int, got a str.")),
+    "a missing library, said": check(ImportError("`judge_file` needs gguf.")),
+    "a loss that is no number": check(FloatingPointError("The loss is nan.")),
+    "a file that is not there": lambda: open("/no/such/file"),  # noqa: SIM115
+    "a full disk": check(OSError(errno.ENOSPC, "No space left on device")),
+    "memory": check(MemoryError()),
+    "memory of a GPU": check(torch.OutOfMemoryError("CUDA out of memory. Tried ...")),
+    "memory of torch": lambda: torch.empty(10**15),
+}
+BUGS = {
+    "an argument of a wrong type": lambda: None + 1,
+    "a call with too few arguments": lambda: (lambda x: x)(),
+    "a value that does not convert": lambda: int("x"),
+    "a list of another length": lambda: dict(zip([1], [], strict=True)),
+    "a key": lambda: {}["x"],
+    "an index": lambda: [][0],
+    "an attribute": lambda: None.x,
+    "a division": lambda: 1 / 0,
+    "an assertion": check(AssertionError("x")),
+    "torch's shapes": lambda: torch.ones(2) + torch.ones(3),
+    "a module that is not there": lambda: __import__("no_such_module"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_was_given_is_one_line_and_code_1(kind, monkeypatch, capsys):
+    assert is_refusal(raised(REFUSED[kind]))
+    monkeypatch.setattr(convert, "run", lambda args: REFUSED[kind]())
+    assert main(["convert", "a", "b"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("codd-hf convert: error: ")
+    assert error.count("\n") == 1
+    assert len(error) > len("codd-hf convert: error: \n") + 5
+
+
+@pytest.mark.parametrize("kind", BUGS)
+def test_bug_stays_a_traceback_with_a_line_that_asks_for_a_report(kind, monkeypatch, capsys):
+    assert not is_refusal(raised(BUGS[kind]))
+    monkeypatch.setattr(convert, "run", lambda args: BUGS[kind]())
+    assert main(["convert", "a", "b"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in error
+    last = error.splitlines()[-1]
+    assert last.startswith("codd-hf convert: this is a bug in codd-hf: please report it")
+
+
+@pytest.mark.parametrize("argv", [["--debug", "convert"], ["convert", "--debug"]])
+def test_debug_shows_the_traceback_of_a_refusal_before_its_line(argv, capsys):
+    assert main([*argv, "./no.jpc", "b"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in error
+    assert error.splitlines()[-1].startswith("codd-hf convert: error: ")
+
+
+def test_every_command_takes_debug(capsys):
+    for command in (["evaluate", "gap"], ["evaluate", "quality"], ["train"], ["bench"], ["chat"]):
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+        assert "--debug" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [ValueError(HOSTILE), OSError(HOSTILE), KeyError(HOSTILE)])
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+def test_no_error_text_controls_the_terminal(error, debug, monkeypatch, capsys):
+    monkeypatch.setattr(convert, "run", lambda args: check(error)())
+    assert main(["convert", "a", "b", *debug]) == 1
+    shown = capsys.readouterr().err
+    assert not any(ord(c) < 32 and c != "\n" for c in shown)
+    assert not set("\x7f\x9b\u202e\u2066\u200f") & set(shown)
+
+
+def test_no_warning_log_or_usage_error_controls_the_terminal(monkeypatch, capsys):
+    def run(args):
+        warnings.warn(HOSTILE, stacklevel=1)
+        logging.getLogger("codd_hf_test").warning("%s", HOSTILE)
+        args.usage_error(HOSTILE)
+
+    monkeypatch.setattr(convert, "run", run)
+    handler = logging.StreamHandler(sys.stderr)
+    logging.getLogger("codd_hf_test").addHandler(handler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(
+            warnings, "showwarning", lambda *a, **k: print(warnings.formatwarning(*a[:4]))
+        )
+        with pytest.raises(SystemExit) as leaving:
+            main(["convert", "a", "b"])
+    logging.getLogger("codd_hf_test").removeHandler(handler)
+    assert leaving.value.code == 2
+    captured = capsys.readouterr()
+    for shown in (captured.out, captured.err):
+        assert "b]0;title" in shown
+        assert not any(ord(c) < 32 and c != "\n" for c in shown)
+        assert not set("\x7f\x9b\u202e\u2066\u200f") & set(shown)
+
+
+def test_very_long_error_keeps_its_beginning_and_its_end():
+    line = one_line(f"`prompt` must be short, got {'x' * 10**6}: shorten it.")
+    assert len(line) < 1300
+    assert line.startswith("`prompt` must be short")
+    assert line.endswith("shorten it.")
+
+
+def test_text_keeps_its_newlines_tabs_and_joined_emoji():
+    assert printable("a\n\tb \u200d 👩\u200d🚀 שלום") == "a\n\tb \u200d 👩\u200d🚀 שלום"
+
+
+def test_interrupt_is_code_130_and_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(convert, "run", lambda args: check(KeyboardInterrupt())())
+    assert main(["convert", "a", "b"]) == 130
+    assert capsys.readouterr().err == "codd-hf convert: stopped\n"
+
+
+def command(code: str, **options) -> subprocess.CompletedProcess:
+    """`codd-hf convert` in a process of its own, with `code` as what the command does."""
+    program = (
+        "import sys\nfrom codd_hf.cli import convert, main\n"
+        f"def run(args):\n    {code}\nconvert.run = run\nsys.exit(main(['convert', 'a', 'b']))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, timeout=60, **options
+    )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
+def test_standard_output_on_a_full_disk_is_a_failure():
+    with open("/dev/full", "w") as full:
+        result = command("print('text')", stdout=full)
+    assert result.returncode == 1
+    assert result.stderr.startswith("codd-hf convert: error: ")
+    assert "No space left" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_reader_that_leaves_ends_the_command_without_a_word():
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = command("print('text' * 10**6)", stdout=writer)
+    os.close(writer)
+    assert result.returncode == 1
+    assert result.stderr == ""
+
+
+def test_text_that_the_terminal_cannot_encode_is_printed_as_an_escape():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = command(r"print('\u20ac')", stdout=subprocess.PIPE, env=environment)
+    assert (result.returncode, result.stdout) == (0, "\\u20ac\n")
+
+
+def test_door_makes_one_sentence_of_what_a_library_raises_and_of_nothing_else():
+    for act in (lambda: json.loads("{"), lambda: json.loads("[" * 10**6), check(SafetensorError())):
+        with pytest.raises(OSError, match=r"^'x.json' cannot be read: .*\.$"), reading("'x.json'"):
+            act()
+    with pytest.raises(KeyboardInterrupt), reading("'x.json'"):
+        raise KeyboardInterrupt
+    assert not is_of_a_library(raised(lambda: check_coupling("x")))
+    assert is_of_a_library(raised(lambda: json.loads("{")))

@@ -1,0 +1,123 @@
+"""Every file of a saved pipeline, damaged in every way, is named in one sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from codd_hf import CoDDHead, CoDDModel, CoDDPipeline
+from codd_hf.cli import main
+from tiny_pipeline import tiny_pipeline
+
+SHORT = ["--gen-length", "8", "--block-length", "4", "--num-inference-steps", "2"]
+FILES = (
+    "model_index.json",
+    "model/config.json",
+    "model/generation_config.json",
+    "model/model.safetensors.index.json",
+    "model/model-00001-of-00002.safetensors",
+    "scheduler/scheduler_config.json",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/chat_template.jinja",
+)
+DAMAGES = {
+    "empty": lambda whole: b"",
+    "bytes that are no text": lambda whole: b"\x80\x81\xff\x00" + whole,
+    "cut off": lambda whole: whole[: len(whole) // 2],
+    "a byte order mark": lambda whole: b"\xef\xbb\xbf" + whole,
+    "another encoding": lambda whole: whole.replace(b"e", b"\xe9", 3),
+    "a list": lambda whole: b"[]",
+    "null": lambda whole: b"null",
+    "a string": lambda whole: b'"x"',
+    "a number": lambda whole: b"3",
+    "nested too deeply": lambda whole: b'{"a":' + b"[" * 100_000,
+    "control characters": lambda whole: b'{"\x1b]0;title\x07\xe2\x80\xae": ',
+}
+OF_TEXT = ("bytes that are no text", "another encoding")
+"""What damages a text of any content."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A pipeline with its weights in several files."""
+    folder, pipe = tmp_path_factory.mktemp("whole"), tiny_pipeline()
+    pipe.save_pretrained(folder)
+    shutil.rmtree(folder / "model")
+    pipe.model.save_pretrained(folder / "model", max_shard_size="40KB")
+    return folder
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def loaders(file: Path, folder: Path) -> list:
+    found = [lambda: CoDDPipeline.from_pretrained(folder)]
+    if file.parent.name == "model":
+        found += [lambda: CoDDModel.from_pretrained(folder / "model")]
+        found += [lambda: CoDDHead.from_pretrained(folder / "model")]
+    return found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_file_is_named_by_every_loader_and_the_command_line(copy, capsys, name):
+    file = copy / name
+    content = file.read_bytes()
+    for damage in OF_TEXT if name.endswith("jinja") else DAMAGES:
+        file.write_bytes(DAMAGES[damage](content))
+        for load in loaders(file, copy):
+            with pytest.raises(OSError, match=file.name) as raised:
+                load()
+            assert str(file) in str(raised.value), damage
+        assert main(["generate", "How many?", "--model", str(copy), *SHORT]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("codd-hf generate: error: "), damage
+        assert str(file) in error
+        assert error.count("\n") == 1
+        assert not any(ord(c) < 32 for c in error[:-1])
+        assert "\u202e" not in error
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_folder_or_broken_link_in_place_of_a_file_is_named(copy, name):
+    file = copy / name
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(OSError, match=file.name):
+        CoDDPipeline.from_pretrained(copy)
+    file.rmdir()
+    file.symlink_to(copy / "nowhere")
+    with pytest.raises(OSError, match=file.name):
+        CoDDPipeline.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{}, {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": {"a": "../x.safetensors"}}],
+)
+def test_index_that_does_not_say_where_the_weights_are_is_named(copy, content):
+    (copy / "model" / "model.safetensors.index.json").write_text(json.dumps(content))
+    for load in loaders(copy / "model" / "x", copy):
+        with pytest.raises(OSError, match=r"model.safetensors.index.json'"):
+            load()
+
+
+def test_missing_shard_is_named(copy):
+    (copy / "model" / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(OSError, match=r"names the file 'model-00002-of-00002.safetensors'"):
+        CoDDPipeline.from_pretrained(copy)
+
+
+def test_file_that_is_mended_is_read_again(copy):
+    file = copy / "model" / "config.json"
+    content = file.read_bytes()
+    file.write_bytes(b"{}"[:1])
+    with pytest.raises(OSError, match=r"config.json' is damaged"):
+        CoDDModel.from_pretrained(copy / "model")
+    file.write_bytes(content)
+    CoDDModel.from_pretrained(copy / "model")
