@@ -312,7 +312,11 @@ def test_run_is_not_continued_with_other_settings_or_another_input(
         ('{"q": 3}\n', {"prompt_column": "q"}, "text in column 'q', got 3"),
         ('{"question": "a", "generated_text": ""}\n', {}, "has a column 'generated_text' already"),
         ("\n", {}, "has no rows"),
-        ('{"question": "a"}\n{"question": "<|mask|>"}\n', {}, "Line 2 .* must not hold the mask"),
+        (
+            '{"question": "a"}\n{"question": "<|mask|>"}\n',
+            {"use_chat_template": False},
+            "Line 2 .* must not hold the mask",
+        ),
         ('{"question": "%s"}\n' % ("egg " * 200), {}, "Line 1 .* exceed the 128 positions"),
         ('{"question": "a"}\n', {"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ('{"question": "a"}\n', {"strategy": "luck"}, "`strategy`"),

@@ -19,7 +19,7 @@ from ..circuits import Potentials
 from ..circuits.em import Counts, expected_counts, maximise
 from ..defaults import default_model
 from ..pipelines import CoDDPipeline
-from ..training.data import collate, load_examples, tokenize_examples
+from ..training.data import collate, load_examples, padding_token_id, tokenize_examples
 from ..training.noise import sample_noise
 from .report import Options, Report
 from .timing import Rates, measure_rates, median_seconds
@@ -163,7 +163,7 @@ def conditional_rows(options: Options) -> list[dict]:
         tokenize_examples(examples, tokenizer),
         window_length=model.window_length,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=padding_token_id(tokenizer),
     )
     noise = sample_noise(
         canvas,

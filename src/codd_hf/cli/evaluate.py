@@ -105,6 +105,9 @@ def _add_gap_arguments(parser: argparse.ArgumentParser) -> None:
         help="also measure the backbone that reveals one token at a time, which takes longest",
     )
     parser.add_argument("--seed", type=int, default=0, help="chooses windows and masks")
+    parser.add_argument(
+        "--skip-bad-rows", action="store_true", help="leave bad rows out, and list them"
+    )
 
 
 def _add_quality_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,11 +165,12 @@ def _run_gap(args: argparse.Namespace) -> None:
     from ..evaluation.gap import RATIOS, gap_table, measure_gap
     from ..modeling_head import CoDDHead
     from ..training.data import load_examples, tokenize_examples
+    from ..training.rows import RowReport
 
     folder = Path(args.model or default_model())
     pipeline = load_pipeline(args.model)
     dataset = args.dataset or str(folder / "test.jsonl")
-    examples = load_examples(dataset)[: args.num_problems]
+    examples = load_examples(dataset, skip_bad_rows=args.skip_bad_rows)[: args.num_problems]
     heads = {}
     stage_one = args.stage1 or (str(folder / "stage1") if (folder / "stage1").is_dir() else None)
     if stage_one is not None:
@@ -197,7 +201,13 @@ def _run_gap(args: argparse.Namespace) -> None:
         pipeline.model,
         heads,
         pipeline.tokenizer,
-        tokenize_examples(examples, pipeline.tokenizer),
+        tokenize_examples(
+            examples,
+            pipeline.tokenizer,
+            mask_token_id=pipeline.model.config.mask_token_id,
+            never=pipeline.model.config.forbidden_token_ids or (),
+            report=RowReport(repr(dataset), args.skip_bad_rows),
+        ),
         ratios=args.ratios or RATIOS,
         sequential=args.sequential,
         batch_size=args.batch_size,

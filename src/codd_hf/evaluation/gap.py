@@ -25,7 +25,7 @@ from ..factorized import without_tokens
 from ..heads import CallHead
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
-from ..training.data import CanvasBatch, TokenizedExample, collate
+from ..training.data import CanvasBatch, TokenizedExample, collate, padding_token_id
 
 RATIOS = tuple(i / 10 for i in range(1, 11))
 SMALLEST_GAP = 0.05
@@ -43,7 +43,7 @@ class GapRow:
         ratio: share of the window that is masked.
         nats: mean per method; the methods are `factorized`, the heads' names and `sequential`, and
             `factorized, tempered` where there is an evidence temperature.
-        standard_errors: of those means.
+        standard_errors: of those means; None for a single example.
         gains: per head, mean of `factorized - head`.
         gain_errors: standard errors of these paired differences.
         gap_closed: per head, where the gap exceeds `SMALLEST_GAP`.
@@ -51,9 +51,9 @@ class GapRow:
 
     ratio: float
     nats: dict[str, float] = field(default_factory=dict)
-    standard_errors: dict[str, float] = field(default_factory=dict)
+    standard_errors: dict[str, float | None] = field(default_factory=dict)
     gains: dict[str, float] = field(default_factory=dict)
-    gain_errors: dict[str, float] = field(default_factory=dict)
+    gain_errors: dict[str, float | None] = field(default_factory=dict)
     gap_closed: dict[str, float | None] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -90,13 +90,15 @@ def measure_gap(
         progress: show a progress bar.
 
     Raises:
-        ValueError: no example has a full window, or a ratio is outside (0, 1].
+        ValueError: no example has a full window, one has a token that the model never generates, a
+            likelihood is not finite, or a ratio is outside (0, 1].
     """
     if bad := [r for r in ratios if not 0 < r <= 1]:
         raise ValueError(f"`ratios` must lie in (0, 1], got {bad}.")
     length = model.window_length
     generator = torch.Generator().manual_seed(seed)
-    canvas, starts = _full_windows(examples, tokenizer, length, generator)
+    canvas, starts, numbers = _full_windows(examples, tokenizer, length, generator)
+    _check_tokens(model, examples, numbers)
     order = torch.rand(len(starts), length, generator=generator).argsort(1).argsort(1)
     batches = list(torch.arange(len(starts)).split(batch_size))
     counts = [max(round(r * length), 1) for r in ratios]
@@ -116,6 +118,13 @@ def measure_gap(
                 value = _sequential(model, part, starts[batch], masked, bar)
                 scores.setdefault("sequential", []).append(value)
         nats = {name: -torch.cat(values).double().cpu() / count for name, values in scores.items()}
+        for name, values in nats.items():
+            if not values.isfinite().all():
+                bad = numbers[int((~values.isfinite()).long().argmax())]
+                raise ValueError(
+                    f"`examples` must have finite likelihoods, but number {bad} (from 0) has none "
+                    f"under {name!r} at the mask ratio {ratio:g}: leave it out."
+                )
         rows.append(_summary(ratio, nats, list(heads)))
     bar.close()
     return rows
@@ -126,10 +135,13 @@ def _full_windows(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     generator: torch.Generator,
-) -> tuple[CanvasBatch, torch.Tensor]:
-    """Canvases `[N, T]` and the start `[N]` of one window of text (no end-of-text) in each."""
-    chosen = [(e, len(e.answer_ids[:-1]) // length) for e in examples]
-    chosen = [(e, n) for e, n in chosen if n > 0]
+) -> tuple[CanvasBatch, torch.Tensor, list[int]]:
+    """Canvases `[N, T]`, the start `[N]` of one window of text (no end-of-text) in each, and which
+    examples they are of.
+    """
+    counts = [len(e.answer_ids[:-1]) // length for e in examples]
+    numbers = [i for i, count in enumerate(counts) if count > 0]
+    chosen = [(examples[i], counts[i]) for i in numbers]
     if not chosen:
         raise ValueError(
             f"`examples` have no answer of at least {length} tokens (one full window)."
@@ -138,11 +150,29 @@ def _full_windows(
         [e for e, _ in chosen],
         window_length=length,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=padding_token_id(tokenizer),
     )
     draws = torch.rand(len(chosen), generator=generator)
     window = (draws * torch.tensor([n for _, n in chosen])).long()
-    return canvas, canvas.answer_start + window * length
+    return canvas, canvas.answer_start + window * length, numbers
+
+
+def _check_tokens(
+    model: CoDDModel, examples: Sequence[TokenizedExample], numbers: Sequence[int]
+) -> None:
+    """Refuses text that the model can not have written.
+
+    Raises:
+        ValueError: an example holds such a token.
+    """
+    config = model.config
+    never = {config.mask_token_id, *(config.forbidden_token_ids or [])}
+    for i in numbers:
+        if outside := never.intersection(examples[i].answer_ids):
+            raise ValueError(
+                f"`examples` must not hold tokens that the model never generates, got "
+                f"{min(outside)} in the answer of number {i} (from 0)."
+            )
 
 
 def _select(canvas: CanvasBatch, rows: torch.Tensor) -> CanvasBatch:
@@ -232,9 +262,10 @@ def _summary(ratio: float, nats: dict[str, torch.Tensor], heads: list[str]) -> G
     return row
 
 
-def _mean_and_error(values: torch.Tensor) -> tuple[float, float]:
-    spread = values.std().item() if len(values) > 1 else math.nan
-    return values.mean().item(), spread / math.sqrt(len(values))
+def _mean_and_error(values: torch.Tensor) -> tuple[float, float | None]:
+    if len(values) == 1:
+        return values.item(), None
+    return values.mean().item(), values.std().item() / math.sqrt(len(values))
 
 
 def gap_table(rows: Sequence[GapRow]) -> str:
@@ -247,9 +278,14 @@ def gap_table(rows: Sequence[GapRow]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for row in rows:
         cells = [f"{row.ratio:g}"]
-        cells += [f"{row.nats[m]:.3f} ± {row.standard_errors[m]:.3f}" for m in methods]
-        cells += [f"{row.gains[h]:+.3f} ± {row.gain_errors[h]:.3f}" for h in heads]
+        cells += [f"{row.nats[m]:.3f}{plus_minus(row.standard_errors[m])}" for m in methods]
+        cells += [f"{row.gains[h]:+.3f}{plus_minus(row.gain_errors[h])}" for h in heads]
         closed = [row.gap_closed[head] for head in closed_by]
         cells += ["-" if share is None else f"{100 * share:.0f} %" for share in closed]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def plus_minus(error: float | None) -> str:
+    """A standard error after its mean; nothing where there is none."""
+    return "" if error is None else f" ± {error:.3f}"

@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..schedulers.settings import DrawSettings
-from ..training.data import Example
+from ..training.data import Example, tokenize_examples
+from ..training.encoding import encode_texts
 from ..training.fingerprint import weights_fingerprint
 from .judge import Judge
 from .text_statistics import Estimate, entropy, mean, ratio, repeated_ngrams, repeated_words
@@ -170,7 +171,7 @@ class AnswerSet:
         store: holds what an earlier run has done.
 
     Raises:
-        ValueError: there are fewer than 2 examples, or one has no question.
+        ValueError: there are fewer than 2 examples, or one has no question or cannot be encoded.
     """
 
     def __init__(
@@ -192,6 +193,14 @@ class AnswerSet:
         self.pipeline, self.examples = pipeline, list(examples)
         self.gen_length, self.batch_size, self.seed = gen_length, batch_size, seed
         self.store = store or AnswerStore(None)
+        # Earlier messages are no part of the question, and what is text there is text here.
+        asked = tokenize_examples(
+            [replace(example, history=()) for example in examples],
+            pipeline.tokenizer,
+            None,
+            mask_token_id=pipeline.model.config.mask_token_id,
+        )
+        self._prompts = [example.prompt_ids for example in asked]
         self._judge = Judge(judge, judge_tokenizer, [example.prompt for example in examples])
         self._made_by = [
             weights_fingerprint(pipeline.model),
@@ -252,10 +261,10 @@ class AnswerSet:
         texts, tokens, passes = [], [], []
         started = time.perf_counter()
         for start in range(0, len(self.examples), self.batch_size):
-            batch = self.examples[start : start + self.batch_size]
+            batch = self._prompts[start : start + self.batch_size]
             seeds = range(self.seed + start, self.seed + start + len(batch))
             output = self.pipeline(
-                [example.prompt for example in batch],
+                input_ids=batch,
                 gen_length=self.gen_length,
                 block_length=self.block_length,
                 num_inference_steps=setting.passes * num_blocks,
@@ -279,7 +288,7 @@ class AnswerSet:
     def _judged(self, texts: Sequence[str]) -> Answers:
         """Texts as the pipeline could have written them: no longer than it may write."""
         tokenizer = self.pipeline.tokenizer
-        encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        encoded, _ = encode_texts(texts, tokenizer)
         tokens = [row[: self.gen_length] for row in encoded]
         texts = [tokenizer.decode(row) for row in tokens]
         judged = self._judge(texts)

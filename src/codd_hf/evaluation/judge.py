@@ -16,6 +16,8 @@ from transformers import (
 )
 from transformers.utils import is_gguf_available
 
+from ..training.encoding import encode_chats, encode_texts
+
 
 class Judged(NamedTuple):
     """What a judge says of an answer: `nats`, the sum over its own `num_tokens` tokens of it."""
@@ -49,20 +51,28 @@ class Judge:
         batch_size: int = 8,
     ) -> None:
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
-        contexts = [self.context(question) for question in questions]
+        contexts = self.contexts(questions)
         self._contexts = [
             self._read(contexts[start : start + batch_size])
             for start in range(0, len(contexts), batch_size)
         ]
         self._num_questions = len(contexts)
 
-    def context(self, question: str) -> list[int]:
-        """Token ids of what comes before an answer."""
+    def contexts(self, questions: Sequence[str]) -> list[list[int]]:
+        """Token ids of what comes before each answer.
+
+        Raises:
+            ValueError: a question cannot be encoded.
+        """
         if self.tokenizer.chat_template is None:
-            return self.tokenizer(question + "\n")["input_ids"]
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
+            texts = [question + "\n" for question in questions]
+            rows, faults = encode_texts(texts, self.tokenizer, add_special_tokens=True)
+        else:
+            chats = [[{"role": "user", "content": question}] for question in questions]
+            rows, faults = encode_chats(chats, self.tokenizer, add_generation_prompt=True)
+        for i, fault in faults.items():
+            raise ValueError(f"`questions` must suit the judge, but the one at index {i} {fault}.")
+        return rows
 
     @torch.no_grad()
     def __call__(self, answers: Sequence[str]) -> list[Judged]:
@@ -79,7 +89,7 @@ class Judge:
                 f"`answers` must have one text for each of the {self._num_questions} questions, "
                 f"got {len(answers)}."
             )
-        encoded = [self.tokenizer(a, add_special_tokens=False)["input_ids"] for a in answers]
+        encoded, _ = encode_texts(answers, self.tokenizer)
         judged: list[Judged] = []
         for number, context in enumerate(self._contexts):
             start = number * self.batch_size

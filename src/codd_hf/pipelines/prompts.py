@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..training.encoding import encode_chats
+
 Conversation = list[dict[str, str]]
 
 
@@ -83,6 +85,9 @@ def encode_prompts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts as token ids.
 
+    In a chat template a user's text is text: what spells a special token there is none. A prompt
+    without a template may write special tokens, since nothing else does.
+
     Args:
         prompt: one text or several.
         messages: one conversation or several.
@@ -115,16 +120,16 @@ def encode_prompts(
             conversations = [messages] if isinstance(messages[0], dict) else messages
             templated = True
         if templated:
-            rows = [
-                tokenizer.apply_chat_template(
-                    conversation,
-                    add_generation_prompt=add_generation_prompt,
-                    tokenize=True,
-                    return_dict=True,
-                    **chat_template_kwargs,
-                )["input_ids"]
-                for conversation in conversations
-            ]
+            rows, faults = encode_chats(
+                conversations,
+                tokenizer,
+                may_spell=[mask_token_id] if infill else [],
+                add_generation_prompt=add_generation_prompt,
+                **chat_template_kwargs,
+            )
+            for index, fault in faults.items():
+                name = "prompt" if prompt is not None else "messages"
+                raise ValueError(f"`{name}` cannot be encoded: row {index} {fault}.")
         else:
             rows = [tokenizer(text)["input_ids"] for text in prompts]
 

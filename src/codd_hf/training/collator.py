@@ -10,7 +10,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from .data import TokenizedExample
+from .data import TokenizedExample, padding_token_id
+from .encoding import encode_texts
 from .window_cache import draw_windows
 
 IGNORED = -100
@@ -24,7 +25,8 @@ class DataCollatorForMaskedDiffusion:
     A feature has `input_ids` and may have `labels`, -100 where the text is given: the answer begins
     at the first other label, or at the first token without any. It should end with end-of-text.
     The answer is filled with end-of-text to whole windows, one of which is noised at a level
-    `t ~ U(0, 1)`; earlier ones are visible and later ones masked.
+    `t ~ U(0, 1)`; earlier ones are visible and later ones masked. A mask token in the text itself,
+    where a text spelt it, is replaced by the tokens of its spelling.
 
     Noise is drawn from torch's global generator, so that it is new in every epoch (and after a
     `Trainer` resumed). For an evaluation set that is the same every time, noise it once: `fixed`.
@@ -49,11 +51,17 @@ class DataCollatorForMaskedDiffusion:
         Labels are the text in the noised window, masked there or not, so that the model aligns its
         windows with it, and -100 elsewhere. Features that `fixed` made are only padded.
         """
-        if all(self.mask_token_id in feature["input_ids"] for feature in features):
+        fixed = [_is_noised(feature) for feature in features]
+        if all(fixed):
             return self._padded(features)
+        if any(fixed):
+            raise ValueError(
+                "`features` must be all noised by `fixed` or none, got one of the other kind at "
+                f"{fixed.index(not fixed[0])}."
+            )
         seed = int(torch.empty((), dtype=torch.long).random_())
         canvas, noise, _ = draw_windows(
-            [_example(feature) for feature in features],
+            [self._example(feature) for feature in features],
             self.tokenizer,
             self.window_length,
             self.max_extra_windows,
@@ -77,15 +85,17 @@ class DataCollatorForMaskedDiffusion:
             torch.manual_seed(seed)
             batch = self(features)
         rows = zip(*(batch[name] for name in NAMES), strict=True)
-        return [
+        noised = [
             {"input_ids": ids[real.bool()].tolist(), "labels": labels[real.bool()].tolist()}
             for ids, real, labels in rows
-            if self.mask_token_id in ids
         ]
+        return [feature for feature in noised if _is_noised(feature)]
 
     def _padded(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         columns = {}
-        for name, padding in zip(NAMES, (self.tokenizer.pad_token_id, 0, IGNORED), strict=True):
+        for name, padding in zip(
+            NAMES, (padding_token_id(self.tokenizer), 0, IGNORED), strict=True
+        ):
             rows = [
                 torch.as_tensor(f[name]) if name in f else torch.ones(len(f["input_ids"])).long()
                 for f in features
@@ -93,16 +103,42 @@ class DataCollatorForMaskedDiffusion:
             columns[name] = pad_sequence(rows, batch_first=True, padding_value=padding)
         return columns
 
+    def _example(self, feature: Mapping[str, Any]) -> TokenizedExample:
+        ids = [int(token) for token in feature["input_ids"]]
+        labels = feature.get("labels")
+        labels = ids if labels is None else [int(label) for label in labels]
+        real = feature.get("attention_mask", [1] * len(ids))
+        if not len(ids) == len(labels) == len(real):
+            raise ValueError(
+                "`labels` and `attention_mask` must be as long as `input_ids`, got "
+                f"{len(labels)} and {len(real)} for {len(ids)}."
+            )
+        start = next((i for i, label in enumerate(labels) if label != IGNORED and real[i]), None)
+        if start is None:
+            raise ValueError(
+                f"`labels` must leave a token to learn, got -100 for all {len(ids)}: leave such "
+                "features out."
+            )
+        parts = range(start), range(start, len(ids))
+        return TokenizedExample(*(self._spelt([ids[i] for i in part if real[i]]) for part in parts))
 
-def _example(feature: Mapping[str, Any]) -> TokenizedExample:
-    ids = [int(token) for token in feature["input_ids"]]
-    labels = feature.get("labels")
-    start = 0
-    if labels is not None:
-        start = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
-    if start == len(ids):
-        raise ValueError(
-            f"`labels` must leave a token to learn, got -100 for all {len(ids)}: leave such "
-            "features out."
-        )
-    return TokenizedExample(ids[:start], ids[start:])
+    def _spelt(self, ids: list[int]) -> list[int]:
+        """Tokens with the mask token's spelling in place of any mask token."""
+        if self.mask_token_id not in ids:
+            return ids
+        name = self.tokenizer.convert_ids_to_tokens(self.mask_token_id)
+        (spelling,), faults = encode_texts([name], self.tokenizer)
+        if faults or self.mask_token_id in spelling:
+            raise ValueError(
+                f"`input_ids` must not hold the mask token ({self.mask_token_id}), which the "
+                "tokenizer cannot encode as text: leave such features out."
+            )
+        return [own for t in ids for own in (spelling if t == self.mask_token_id else (t,))]
+
+
+def _is_noised(feature: Mapping[str, Any]) -> bool:
+    """Whether labels tell what is hidden; those of a text are its tokens, or -100."""
+    ids, labels = feature["input_ids"], feature.get("labels")
+    return labels is not None and any(
+        label not in (IGNORED, token) for token, label in zip(ids, labels, strict=False)
+    )

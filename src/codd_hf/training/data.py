@@ -8,15 +8,16 @@ windows in training are cut exactly as decoding cuts them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
-from jinja2 import TemplateError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .encoding import encode_chats, encode_texts
+from .rows import RowReport
 from .sources import Example, load_examples
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "batch_indices",
     "collate",
     "load_examples",
+    "padding_token_id",
     "tokenize_examples",
 ]
 
@@ -58,17 +60,30 @@ class CanvasBatch:
         return CanvasBatch(*(getattr(self, f).to(device) for f in self.__dataclass_fields__))
 
 
+def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills rows of a batch: the end-of-text token where there is no padding token.
+
+    No model reads it, since `attention_mask` is 0 there.
+    """
+    padding = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if padding is None else padding
+
+
 def tokenize_examples(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = 512,
     *,
     packing: bool = False,
+    mask_token_id: int | None = None,
+    never: Collection[int] = (),
+    report: RowReport | None = None,
 ) -> list[TokenizedExample]:
     """Tokenizes with the chat template where there is one; answers end with end-of-text.
 
-    An example longer than `max_length` tokens loses the end of its answer (and its end-of-text);
-    one whose prompt alone is that long is left out. How many these are is said.
+    Special tokens come from the template alone: a text that spells one is text. An example longer
+    than `max_length` tokens loses the end of its answer (and its end-of-text); one whose prompt
+    alone is that long is left out. How many these are is said.
 
     Args:
         examples: the examples.
@@ -77,36 +92,66 @@ def tokenize_examples(
         packing: join texts without prompts, end-of-text after each, and cut all of it into pieces
             of `max_length` tokens (the last one may be shorter). A piece may begin and end within a
             text: let `max_length` be a multiple of the window, and `max_extra_windows` be 0.
+        mask_token_id: the model's mask token; default, the tokenizer's.
+        never: further tokens that the model never generates, so that no answer may hold them, such
+            as that of unknown characters.
+        report: what becomes of examples that cannot be encoded; by default the first is an error.
 
     Raises:
-        ValueError: the tokenizer lacks what is needed, all prompts are too long, or there is a
-            prompt where texts are to be packed.
+        ValueError: the tokenizer lacks what is needed, an example cannot be encoded (the message
+            gives its row), nothing is left, or there is a prompt where texts are to be packed.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError("`tokenizer` needs an `eos_token`, so that answers can end.")
-    answers = tokenizer([e.answer for e in examples], add_special_tokens=False)["input_ids"]
-    if max_length is None:
-        max_length = sys.maxsize
-    if packing:
-        if any(e.messages for e in examples):
-            raise ValueError("`packing` is for plain text, but there are examples with a prompt.")
-        joined = [token for answer in answers for token in (*answer, eos)]
-        pieces = (joined[first : first + max_length] for first in range(0, len(joined), max_length))
-        return [TokenizedExample([], piece) for piece in pieces]
-    tokenized, cut = [], 0
-    for example, answer in zip(examples, answers, strict=True):
-        prompt = _encode_prompt(example, tokenizer)
-        if len(prompt) < max_length:
-            room = max_length - len(prompt)
+    if packing and any(e.messages for e in examples):
+        raise ValueError("`packing` is for plain text, but there are examples with a prompt.")
+    if any(e.history for e in examples) and tokenizer.chat_template is None:
+        raise ValueError(
+            "`tokenizer` needs a chat template for messages: set `tokenizer.chat_template`, or "
+            "use a prompt column and an answer column."
+        )
+    report = RowReport("`examples`") if report is None else report
+    mask = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
+    max_length = sys.maxsize if max_length is None else max_length
+    refused = {mask, *never} - {eos, None}
+    answers, bad_answers = encode_texts([e.answer for e in examples], tokenizer)
+    prompts, bad_prompts = _encode_prompts(examples, tokenizer)
+    tokenized, cut, left_out = [], 0, 0
+    for i, (example, prompt, answer) in enumerate(zip(examples, prompts, answers, strict=True)):
+        fault = None
+        if i in bad_prompts:
+            fault = f"has a prompt that {bad_prompts[i]}"
+        elif mask in prompt:
+            fault = "has a prompt with the mask token in it"
+        elif i in bad_answers:
+            fault = f"has an answer that {bad_answers[i]}"
+        elif outside := refused.intersection(answer):
+            name = tokenizer.convert_ids_to_tokens(min(outside))
+            fault = f"has an answer with the token {name!r}, which is never generated"
+        if fault is not None:
+            report.refuse(i + 1 if example.row is None else example.row, fault.rstrip("."))
+            continue
+        room = max_length - len(prompt)
+        if packing:
+            tokenized.append(TokenizedExample([], [*answer, eos]))
+        elif room > 0:
             cut += len(answer) >= room
             tokenized.append(TokenizedExample(prompt, [*answer, eos][:room]))
-    left_out = len(examples) - len(tokenized)
+        else:
+            left_out += 1
+    report.tell()
     if examples and not tokenized:
         raise ValueError(
             f"`max_length` ({max_length}) leaves nothing: the prompts of all {left_out} examples "
             "are that long."
+            if left_out
+            else f"Nothing is left of {report.source}: all {len(examples)} rows are bad."
         )
+    if packing:
+        joined = [token for piece in tokenized for token in piece.answer_ids]
+        pieces = (joined[first : first + max_length] for first in range(0, len(joined), max_length))
+        return [TokenizedExample([], piece) for piece in pieces]
     if (cut or left_out) and PartialState().is_main_process:
         tqdm.write(
             f"Of {len(examples)} examples, {cut} lose the end of their answer to `max_length` "
@@ -115,26 +160,21 @@ def tokenize_examples(
     return tokenized
 
 
-def _encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of what is before the answer, in the chat template where there is one."""
-    if not example.messages:
-        return []
+def _encode_prompts(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], dict[int, str]]:
+    """What is before the answers, in the chat template where there is one; as `encode_texts`."""
+    given = [i for i, example in enumerate(examples) if example.messages]
     if tokenizer.chat_template is None:
-        if example.history:
-            raise ValueError(
-                "`tokenizer` needs a chat template for messages: set `tokenizer.chat_template`, or "
-                "use a prompt column and an answer column."
-            )
-        return tokenizer(example.prompt, add_special_tokens=True)["input_ids"]
-    try:
-        return tokenizer.apply_chat_template(
-            example.messages, add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in example.messages)
-        raise ValueError(
-            f"The tokenizer's chat template refuses messages of the roles {roles}: {error}"
-        ) from error
+        prompts = [examples[i].prompt for i in given]
+        encoded, bad = encode_texts(prompts, tokenizer, add_special_tokens=True)
+    else:
+        chats = [examples[i].messages for i in given]
+        encoded, bad = encode_chats(chats, tokenizer, add_generation_prompt=True)
+    rows: list[list[int]] = [[] for _ in examples]
+    for i, row in zip(given, encoded, strict=True):
+        rows[i] = row
+    return rows, {given[i]: fault for i, fault in bad.items()}
 
 
 def collate(

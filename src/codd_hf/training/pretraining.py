@@ -20,7 +20,7 @@ from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 from ..adapters import write_adapter
 from ..backbones import family_of, load_backbone
 from .checkpoint import Checkpoints
-from .data import CanvasBatch, TokenizedExample, batch_indices, collate
+from .data import CanvasBatch, TokenizedExample, batch_indices, collate, padding_token_id
 from .fingerprint import data_fingerprint
 from .loop import StepLoop
 from .lora import add_lora, trained_in_float32
@@ -214,7 +214,7 @@ class _Noise:
             examples,
             window_length=config.window_length,
             eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=padding_token_id(tokenizer),
             extra_windows=extra.tolist(),
         )
         options = {"window_probability": config.window_probability} | options

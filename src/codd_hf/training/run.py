@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
@@ -33,6 +32,7 @@ from .sharing import measure_final_gap, open_repository, push_pipeline, write_ca
 from .stages import (
     PRETRAINED,
     fit_stage_one,
+    known_mask_token_id,
     load_start,
     pretrain,
     start_of_stage_three,
@@ -82,6 +82,7 @@ def train(config: TrainConfig) -> Path:
             dataset_config=config.dataset_config,
             split=config.split,
             sample_by=config.sample_by,
+            skip_bad_rows=config.skip_bad_rows,
         )
     train_part, validation, test = split_examples(examples, config.num_validation, config.num_test)
     repo_id = open_repository(config) if accelerator.is_main_process else None
@@ -108,8 +109,8 @@ def train(config: TrainConfig) -> Path:
     if config.trains_backbone:
         source = str(_result(output / "backbone", "pretraining", PRETRAINED))
     model, tokenizer = load_start(source)
-    mask_token_id = _mask_token_id(config, model, tokenizer)
-    parts = tokenize_parts(config, tokenizer, train_part, validation)
+    mask_token_id = known_mask_token_id(config, model, tokenizer)
+    parts = tokenize_parts(config, tokenizer, mask_token_id, train_part, validation)
 
     if "generative" in chosen:
         with tracking(config, "generative") as log:
@@ -171,7 +172,7 @@ def train(config: TrainConfig) -> Path:
         save_pipeline(pipeline, model, stage_one, tokenizer, getattr(torch, config.dtype))
         save_held_out(pipeline, validation, test, tokenizer)
         if config.num_gap_problems and not sharded:
-            (held_out,) = tokenize_parts(config, tokenizer, test or validation)
+            (held_out,) = tokenize_parts(config, tokenizer, mask_token_id, test or validation)
             describe(sizes, measure_final_gap(config, model, tokenizer, held_out))
         if repo_id is not None:
             pushed = push_pipeline(pipeline, repo_id, config.hub_private)
@@ -232,16 +233,6 @@ def _result(folder: Path, stage: str, witness: str = "config.json") -> Path:
             "`stages`."
         )
     return folder
-
-
-def _mask_token_id(
-    config: TrainConfig, model: CoDDModel, tokenizer: PreTrainedTokenizerBase
-) -> int:
-    known = (config.mask_token_id, model.config.mask_token_id, tokenizer.mask_token_id)
-    found = next((token for token in known if token is not None), None)
-    if found is None:
-        raise ValueError("`mask_token_id` must be given: the tokenizer has no mask token.")
-    return found
 
 
 def _save_head(head: CoDDHead, folder: Path, accelerator: Accelerator) -> None:

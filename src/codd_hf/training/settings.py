@@ -233,6 +233,8 @@ class TrainConfig:
         prompt_column: column that is given; found by its usual name if not set.
         answer_column: column that is generated, or of conversations (messages); likewise.
         remove_pattern: regular expression whose matches are deleted from the text.
+        skip_bad_rows: leave rows out that do not hold what they should, and list them; otherwise
+            the first one ends the run.
         num_validation: examples held out for choices made while training.
         num_test: examples held out at the very end, for figures only.
         num_gap_problems: held-out examples on which the gap is measured at the end, for the model
@@ -281,6 +283,7 @@ class TrainConfig:
     prompt_column: str | None = None
     answer_column: str | None = None
     remove_pattern: str | None = None
+    skip_bad_rows: bool = False
     num_validation: int = 100
     num_test: int = 0
     num_gap_problems: int = 32

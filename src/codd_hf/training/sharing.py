@@ -13,7 +13,7 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedTokenizerBase
 
 from ..environment import environment
-from ..evaluation.gap import GapRow, gap_table, measure_gap
+from ..evaluation.gap import GapRow, gap_table, measure_gap, plus_minus
 from ..hub.cards import REWRITTEN, Artifact, make_card
 from ..hub.publishing import CARD, push_folder
 from ..modeling_codd import CoDDModel
@@ -232,7 +232,7 @@ def _gap_section(config: TrainConfig, sizes: dict[str, int], gap: list[GapRow]) 
     part = "test" if sizes["test"] else "validation"
     caution = "" if sizes["test"] else " (choices were made on these)"
     gains = "; ".join(
-        f"{row.ratio:g}: {row.gains['coupled']:+.3f} ± {row.gain_errors['coupled']:.3f}"
+        f"{row.ratio:g}: {row.gains['coupled']:+.3f}{plus_minus(row.gain_errors['coupled'])}"
         for row in gap
     )
     return (

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .encoding import is_text
+from .rows import SAMPLE_BY, BadRowError, Row, RowReport, file_kind, read_rows, short
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
-SAMPLE_BY = ("line", "paragraph", "document")
+FILES = (".jsonl", ".json", ".txt", ".parquet")
 CHAT_COLUMNS = ("messages", "conversations")
 ANSWER_COLUMNS = ("answer", "completion", *CHAT_COLUMNS, "text")
 PROMPT_COLUMNS = ("question", "prompt")
@@ -27,17 +31,23 @@ class Example:
         prompt: what the user says last; may be empty.
         answer: what follows.
         history: earlier messages, as pairs of a role and a content.
+        row: the number of the row that it is from.
     """
 
     prompt: str
     answer: str
     history: tuple[tuple[str, str], ...] = ()
+    row: int | None = field(default=None, compare=False)
 
     @property
     def messages(self) -> list[dict[str, str]]:
         """All that is before the answer, for a chat template."""
         own = [("user", self.prompt)] if self.prompt else []
         return [{"role": role, "content": content} for role, content in (*self.history, *own)]
+
+
+class _NothingToLearn(Exception):
+    """Why a row is passed over."""
 
 
 def load_examples(
@@ -49,16 +59,22 @@ def load_examples(
     dataset_config: str | None = None,
     split: str = "train",
     sample_by: str = "line",
+    skip_bad_rows: bool = False,
 ) -> list[Example]:
-    """Reads a JSONL, Parquet or text file, or a dataset of the Hub.
+    """Reads a JSONL, JSON, Parquet or text file, or a dataset of the Hub.
 
     Rows hold a text, a prompt and an answer, or a conversation: a list of messages with `role` and
-    `content` (or `from` and `value`). The last message of the assistant is then the answer, and
-    what comes before it the prompt. Rows with an empty answer are passed over.
+    `content` (or `from` and `value`), or the JSON of one. The last message of the assistant is then
+    the answer, and what comes before it the prompt; a prompt and a completion may be lists of
+    messages too.
+
+    Rows in which there is nothing to learn are passed over, and counted: an empty answer (also one
+    that `remove_pattern` empties), no message at all, a message without content, or a call of a
+    tool. Rows that do not hold what they should are bad.
 
     Args:
-        source: a path that ends in .jsonl, .json, .parquet or .txt, a Hub dataset id, or a folder
-            that `datasets` can read.
+        source: a path that ends in .jsonl, .json, .txt (each may be packed, with .gz) or .parquet,
+            a Hub dataset id, or a folder that `datasets` can read.
         prompt_column: the column that is given; without it texts have no prompt.
         answer_column: the column that is generated, or of conversations; found by its usual name
             (answer, completion, messages, conversations, text) if not given.
@@ -67,98 +83,109 @@ def load_examples(
         split: the split, or a part of one, such as "train[:1000]".
         sample_by: what is one text of a .txt file: a line, a paragraph (up to an empty line) or
             the whole document.
+        skip_bad_rows: leave bad rows out, and list them; otherwise the first one is an error.
 
     Raises:
         FileNotFoundError: `source` looks like a file and is not there.
-        ValueError: the file cannot be read, a column is missing, a row does not hold what it
-            should, or nothing is left.
+        ValueError: the file cannot be read, a column is missing, a row is bad, or nothing is left.
     """
     if sample_by not in SAMPLE_BY:
         raise ValueError(f"`sample_by` must be one of {', '.join(SAMPLE_BY)}, got {sample_by!r}.")
-    table = _read_table(source, dataset_config, split, sample_by)
-    prompt_column, answer_column = _find_columns(table, source, prompt_column, answer_column)
-    table = table.select_columns([answer_column, *([prompt_column] if prompt_column else [])])
     try:
-        rows = list(table)
-    except UnicodeDecodeError as error:
-        raise _unreadable(source, error) from error
-    chat = answer_column in CHAT_COLUMNS or any(
-        isinstance(row[answer_column], list) for row in rows[:1]
-    )
-    if chat and prompt_column:
+        pattern = re.compile(remove_pattern or "(?!)")
+    except re.error as error:
         raise ValueError(
-            f"`prompt_column` cannot be given with conversations (column {answer_column!r}): the "
-            "prompt is what comes before the last answer in them."
-        )
-
-    def clean(text: str) -> str:
-        return re.sub(remove_pattern, "", text) if remove_pattern else text
-
+            f"`remove_pattern` must be a regular expression, got {remove_pattern!r} ({error})."
+        ) from error
+    report = RowReport(repr(source), skip_bad_rows)
+    columns, read = _read_table(source, dataset_config, split, sample_by, report)
+    given = prompt_column is not None
+    prompt_column, answer_column = _find_columns(columns, source, prompt_column, answer_column)
     examples = []
-    for number, row in enumerate(rows, 1):
+    for number, row in read([answer_column, *([prompt_column] if prompt_column else [])]):
         try:
-            if chat:
-                *history, (_, answer) = _turns(row[answer_column], answer_column)
-            else:
-                answer = _text(row[answer_column], answer_column)
-                given = _text(row[prompt_column], prompt_column) if prompt_column else ""
-                history = [("user", given)]
-        except ValueError as error:
-            raise ValueError(f"Row {number} of {source!r} {error}.") from error
-        history, prompt = [(role, clean(content)) for role, content in history], ""
-        if history and history[-1][0] == "user":
-            prompt = history.pop()[1]
-        if answer.strip():
-            examples.append(Example(prompt, clean(answer), tuple(history)))
+            turns = _answer_turns(row.get(answer_column), answer_column)
+            if prompt_column is not None:
+                prompt = row.get(prompt_column)
+                if given and len(turns) > 1 and not isinstance(prompt, list):
+                    raise ValueError(
+                        f"`prompt_column` cannot be given with conversations (column "
+                        f"{answer_column!r}): the prompt is what comes before the last answer."
+                    )
+                turns = _prompt_turns(prompt, prompt_column, answer_column, len(turns) > 1) + turns
+            cleaned = [(role, pattern.sub("", content)) for role, content in turns]
+            *history, (_, answer) = cleaned
+            if not answer.strip():
+                raise _NothingToLearn("an empty answer")
+        except BadRowError as error:
+            report.refuse(number, str(error))
+        except _NothingToLearn as reason:
+            report.pass_over(number, str(reason))
+        else:
+            prompt = history.pop()[1] if history and history[-1][0] == "user" else ""
+            examples.append(Example(prompt, answer, tuple(history), number))
     if not examples:
-        raise ValueError(f"`source` {source!r} has no text in column {answer_column!r}.")
+        reasons = f" {report}" if report else ""
+        raise ValueError(f"`source` {source!r} has no text in column {answer_column!r}.{reasons}")
+    report.tell()
     return examples
 
 
-def _read_table(source: str, config: str | None, split: str, sample_by: str) -> Dataset:
+Read = Callable[[list[str]], Iterable[tuple[int, dict[str, Any]]]]
+"""Gives some columns of all rows, each with its number."""
+
+
+def _read_table(
+    source: str, config: str | None, split: str, sample_by: str, report: RowReport
+) -> tuple[list[str], Read]:
+    """The columns, and what reads the rows that are objects."""
+    kind = file_kind(source) or Path(source).suffix
+    if kind in FILES and not Path(source).is_file():
+        raise FileNotFoundError(f"`source`: there is no file {source!r}.")
+    if kind not in FILES and Path(source).is_file():
+        raise ValueError(
+            f"`source` must be a file that ends in {', '.join(FILES)} or a dataset's id, "
+            f"got {source!r}."
+        )
+    if kind not in FILES or kind == ".parquet":
+        table = _arrow_table(source, config, split, kind)
+        return table.column_names, lambda wanted: enumerate(table.select_columns(wanted), 1)
+    rows, columns = [], {}
+    for number, row in _part(read_rows(source, sample_by), split):
+        if isinstance(row, BadRowError):
+            report.refuse(number, str(row))
+        else:
+            columns |= dict.fromkeys(row)
+            rows.append((number, row))
+    if not rows:
+        raise ValueError(f"`source` {source!r} has no rows in {split!r}.")
+    return list(columns), lambda wanted: rows
+
+
+def _part(rows: list[Row], split: str) -> list[Row]:
+    """What a split such as `train[:10%]` names of a file, all of which is `train`."""
+    from datasets import ReadInstruction
+
+    parts = ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
+    return [row for part in parts for row in rows[part.from_ : part.to]]
+
+
+def _arrow_table(source: str, config: str | None, split: str, kind: str) -> Dataset:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    suffix = Path(source).suffix
-    kind = FILE_FORMATS.get(suffix)
-    if kind is None and Path(source).is_file():
-        raise ValueError(
-            f"`source` must be a file that ends in {', '.join(FILE_FORMATS)} or a dataset's id, "
-            f"got {source!r}."
-        )
-    if kind is not None and not Path(source).is_file():
-        raise FileNotFoundError(f"`source`: there is no file {source!r}.")
     try:
-        if kind is None:
-            return load_dataset(source, config, split=split)
-        options = {"sample_by": sample_by} if kind == "text" else {}
-        return load_dataset(kind, data_files=str(source), split=split, **options)
+        if kind == ".parquet":
+            return load_dataset("parquet", data_files=source, split=split)
+        return load_dataset(source, config, split=split)
     except DatasetGenerationError as error:
-        raise _unreadable(source, error.__cause__) from error
-
-
-def _unreadable(source: str, reason: BaseException) -> ValueError:
-    broken = _broken_line(Path(source)) if Path(source).suffix == ".jsonl" else None
-    return ValueError(f"`source` {source!r} cannot be read: {broken or reason}.")
-
-
-def _broken_line(path: Path) -> str | None:
-    """What is wrong with the first line of a JSONL file that is not an object."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                if line.strip() and not isinstance(json.loads(line), dict):
-                    return f"line {number} is not a JSON object"
-            except ValueError as error:
-                return f"line {number} is not JSON ({error})"
-    return None
+        raise ValueError(f"`source` {source!r} cannot be read: {error.__cause__}.") from error
 
 
 def _find_columns(
-    table: Dataset, source: str, prompt_column: str | None, answer_column: str | None
+    columns: list[str], source: str, prompt_column: str | None, answer_column: str | None
 ) -> tuple[str | None, str]:
     """The columns by their usual names, unless they are given."""
-    columns = table.column_names
     if answer_column is None:
         answer_column = next((c for c in ANSWER_COLUMNS if c in columns), None)
         if answer_column is None:
@@ -176,38 +203,73 @@ def _find_columns(
     return prompt_column, answer_column
 
 
+def _answer_turns(value: Any, column: str) -> list[tuple[str, str]]:
+    """The messages of a row up to the last one of the assistant, which is the answer."""
+    chat = _messages(value, column)
+    if chat is None:
+        return [("assistant", _text(value, column))]
+    if not chat:
+        raise _NothingToLearn("no messages")
+    turns = [_turn(message, column) for message in chat]
+    last = max((i for i, (role, _) in enumerate(turns) if role == "assistant"), default=None)
+    if last is None:
+        raise BadRowError(f"has no message of the role 'assistant' in column {column!r}")
+    return turns[: last + 1]
+
+
+def _prompt_turns(value: Any, column: str, answer_column: str, chat: bool) -> list[tuple[str, str]]:
+    """The messages of the prompt's column; `chat`: those of the answer's are a conversation."""
+    messages = _messages(value, column)
+    if messages is not None:
+        return [_turn(message, column) for message in messages]
+    if chat:
+        raise BadRowError(
+            f"must hold messages in column {column!r} too, as in column {answer_column!r}, got "
+            f"{short(value)}"
+        )
+    return [("user", _text(value, column))]
+
+
+def _messages(value: Any, column: str) -> list[Any] | None:
+    """A list of messages, in a column of conversations also as JSON; None of a text."""
+    if column in CHAT_COLUMNS:
+        if isinstance(value, str):
+            with suppress(ValueError, RecursionError):
+                value = json.loads(value)
+        if not isinstance(value, list):
+            raise BadRowError(
+                f"must hold a list of messages in column {column!r}, got {short(value)}"
+            )
+        return value
+    return value if isinstance(value, list) and all(isinstance(m, dict) for m in value) else None
+
+
+def _turn(message: Any, column: str) -> tuple[str, str]:
+    """Role and content of a message."""
+    found = message if isinstance(message, dict) else {}
+    role, content = (
+        next((found[name] for name in names if found.get(name) is not None), None)
+        for names in (("role", "from"), ("content", "value"))
+    )
+    if found.get("tool_calls") or found.get("function_call"):
+        raise _NothingToLearn("a call of a tool, of which only text can be learnt")
+    if isinstance(role, str) and content is None and {"content", "value"} & found.keys():
+        raise _NothingToLearn("a message without content")
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        parts = [part.get("text") if part.get("type") == "text" else None for part in content]
+        if all(isinstance(part, str) for part in parts):
+            content = "".join(parts)
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise BadRowError(
+            f"must hold messages with a text `role` and a text `content` in column {column!r}, "
+            f"got {short(message)}"
+        )
+    return ROLES.get(role, role), _text(content, column)
+
+
 def _text(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"must hold a text in column {column!r}, got {_short(value)}")
+        raise BadRowError(f"must hold a text in column {column!r}, got {short(value)}")
+    if not is_text(value):
+        raise BadRowError(f"holds half of a surrogate pair in column {column!r}: {short(value)}")
     return value
-
-
-def _turns(messages: Any, column: str) -> list[tuple[str, str]]:
-    """Role and content of the messages up to the last one of the assistant."""
-    if not isinstance(messages, list):
-        raise ValueError(
-            f"must hold a list of messages in column {column!r}, got {_short(messages)}"
-        )
-    turns, last = [], 0
-    for message in messages:
-        found = message if isinstance(message, dict) else {}
-        role, content = (
-            next((found[name] for name in names if found.get(name) is not None), None)
-            for names in (("role", "from"), ("content", "value"))
-        )
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise ValueError(
-                f"must hold messages with a text `role` and a text `content` in column {column!r}, "
-                f"got {_short(message)}"
-            )
-        turns.append((ROLES.get(role, role), content))
-        if turns[-1][0] == "assistant":
-            last = len(turns)
-    if last == 0:
-        raise ValueError(f"has no message of the role 'assistant' in column {column!r}")
-    return turns[:last]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

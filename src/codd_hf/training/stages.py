@@ -33,6 +33,7 @@ from .pretraining import (
     pretrain_backbone,
     small_backbone_config,
 )
+from .rows import RowReport
 from .settings import PretrainingConfig, TrainConfig
 from .tokenizers import train_tokenizer
 from .watch import Log
@@ -69,12 +70,49 @@ def load_start(name: str) -> tuple[CoDDModel, PreTrainedTokenizerBase]:
     return CoDDModel.from_backbone(pipe.model.backbone, mask_token_id=mask_token_id), pipe.tokenizer
 
 
+def known_mask_token_id(
+    config: TrainConfig, model: CoDDModel, tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """The mask token: the settings', the model's or the tokenizer's.
+
+    Raises:
+        ValueError: none of them names one.
+    """
+    known = (config.mask_token_id, model.config.mask_token_id, tokenizer.mask_token_id)
+    found = next((token for token in known if token is not None), None)
+    if found is None:
+        raise ValueError("`mask_token_id` must be given: the tokenizer has no mask token.")
+    if not 0 <= found < model.config.vocab_size:
+        raise ValueError(
+            f"`mask_token_id` must be one of the backbone's {model.config.vocab_size} tokens, got "
+            f"{found}."
+        )
+    return found
+
+
+def never_generated(tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> set[int]:
+    """Padding, mask and all special tokens but end-of-text, and the token of unknown characters."""
+    never = {mask_token_id, tokenizer.pad_token_id, *tokenizer.all_special_ids}
+    return never - {tokenizer.eos_token_id, None}
+
+
 def tokenize_parts(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *parts: Sequence[Example]
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    mask_token_id: int,
+    *parts: Sequence[Example],
 ) -> list[list[TokenizedExample]]:
     """Each part of the examples, tokenized as the run's settings say."""
     return [
-        tokenize_examples(part, tokenizer, config.max_length, packing=config.packing)
+        tokenize_examples(
+            part,
+            tokenizer,
+            config.max_length,
+            packing=config.packing,
+            mask_token_id=mask_token_id,
+            never=never_generated(tokenizer, mask_token_id),
+            report=RowReport(repr(config.dataset), config.skip_bad_rows),
+        )
         for part in parts
     ]
 
@@ -101,11 +139,13 @@ def pretrain(
     if config.backbone is None:
         model, tokenizer = _small_backbone(config, train_part)
         fit, settings = pretrain_backbone, config.pretraining
+        mask_token_id = tokenizer.mask_token_id
     else:
         start, tokenizer = load_start(config.backbone)
         model, fit, settings = start.backbone, finetune_backbone, _further(config.pretraining)
-        options["mask_token_id"] = config.mask_token_id or start.config.mask_token_id
-    parts = tokenize_parts(config, tokenizer, train_part, validation)
+        mask_token_id = known_mask_token_id(config, start, tokenizer)
+        options["mask_token_id"] = mask_token_id
+    parts = tokenize_parts(config, tokenizer, mask_token_id, train_part, validation)
     history = fit(model, tokenizer, *parts, folder, settings, log, **options)
     with replacing(finished) as new:
         new.write_text(json.dumps(history, indent=2))
@@ -165,10 +205,7 @@ def fit_stage_one(
     # A token that the circuit has never seen gets the ratio 1: it says nothing about it.
     unseen = windows.flatten().bincount(minlength=len(embeddings)) == 0
     emission = torch.where(unseen, marginal.log(), potentials.emission.dense())
-    forbidden = {tokenizer.pad_token_id, *tokenizer.all_special_ids} - {
-        tokenizer.eos_token_id,
-        None,
-    }
+    forbidden = never_generated(tokenizer, mask_token_id)
     beyond = range(len(tokenizer), model.config.vocab_size)
     head_config = CoDDHeadConfig(
         vocab_size=model.config.vocab_size,

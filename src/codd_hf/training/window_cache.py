@@ -27,7 +27,7 @@ from ..circuits import CoupledCategorical, TopKEvidence
 from ..factorized import forbidden_tokens
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
-from .data import CanvasBatch, TokenizedExample, batch_indices, collate
+from .data import CanvasBatch, TokenizedExample, batch_indices, collate, padding_token_id
 from .evidence_store import FINGERPRINT, finish, open_shards, shard_path, write_shard
 from .files import replacing
 from .fingerprint import check_fingerprint, evidence_fingerprint
@@ -114,7 +114,7 @@ def draw_windows(
         examples,
         window_length=window_length,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=padding_token_id(tokenizer),
         extra_windows=extra.tolist(),
     )
     noise = sample_noise(

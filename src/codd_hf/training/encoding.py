@@ -1,0 +1,154 @@
+"""Users' text to tokens: what spells a special token in it is text.
+
+Only chat templates, and the model's own ends, write special tokens. A text that spells one, such as
+an article about `[MASK]`, is encoded as any other characters are. Where the tokenizer cannot do
+that, or has no spelling for a character, the text is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+OPEN, CLOSE = "\ue0f0", "\ue0f1"
+"""Around the number of a spelling that is set aside while a template is rendered; characters of the
+private use area, of which no standard text has any."""
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The special tokens, of which none can come from a text; the unknown token can."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    ids = {number for number, token in added.items() if getattr(token, "special", False)}
+    return (ids | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
+
+
+def is_text(text: str) -> bool:
+    """Whether it is Unicode text: half of a surrogate pair, such as half an emoji, is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def encode_texts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool = False
+) -> tuple[list[list[int]], dict[int, str]]:
+    """Token ids of texts, in which no special token comes from the text.
+
+    Args:
+        texts: the texts.
+        tokenizer: the tokenizer.
+        add_special_tokens: whether the tokenizer adds its own (beginning, end).
+
+    Returns:
+        The ids, and what is wrong with the texts that cannot be encoded so, by their indices, as
+        the end of a sentence.
+    """
+    faults = {i: "holds half of a surrogate pair" for i, t in enumerate(texts) if not is_text(t)}
+    texts = ["" if i in faults else text for i, text in enumerate(texts)]
+    special = special_token_ids(tokenizer)
+    bare = _encoded(tokenizer, texts)
+    spelling = [i for i, ids in enumerate(bare) if not special.isdisjoint(ids)]
+    rows = bare
+    if add_special_tokens:
+        rows = _encoded(tokenizer, texts, add_special_tokens=True)
+    if spelling:
+        # The switch is a state of the tokenizer, which other threads may be using.
+        own, chosen = copy.deepcopy(tokenizer), [texts[i] for i in spelling]
+        bare = _encoded(own, chosen, split_special_tokens=True)
+        added = {"add_special_tokens": add_special_tokens, "split_special_tokens": True}
+        for i, ids, row in zip(spelling, bare, _encoded(own, chosen, **added), strict=True):
+            rows[i] = row
+            if read := special.intersection(ids):
+                name = tokenizer.convert_ids_to_tokens(min(read))
+                faults[i] = f"spells {name!r}, which the tokenizer cannot encode as text"
+    return rows, faults
+
+
+def encode_chats(
+    conversations: Sequence[Sequence[dict[str, Any]]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    may_spell: Collection[int] = (),
+    **template_kwargs: Any,
+) -> tuple[list[list[int]], dict[int, str]]:
+    """Token ids of conversations in the tokenizer's chat template.
+
+    The special tokens are the template's own: what spells one in a message is text.
+
+    Args:
+        conversations: messages for the template; texts may stand anywhere in them.
+        tokenizer: with a chat template.
+        may_spell: special tokens that a text may write all the same.
+        **template_kwargs: for the template (`add_generation_prompt`, ...).
+
+    Returns:
+        As `encode_texts`.
+    """
+    names = tokenizer.convert_ids_to_tokens(sorted(special_token_ids(tokenizer) - set(may_spell)))
+    names.sort(key=len, reverse=True)
+    special = re.compile("|".join(map(re.escape, names)) or "(?!)")
+    rows, faults = [], {}
+    for i, messages in enumerate(conversations):
+        try:
+            rows.append(_encode_chat(messages, tokenizer, special, template_kwargs))
+        except ValueError as error:
+            rows.append([])
+            faults[i] = str(error)
+    return rows, faults
+
+
+def _encode_chat(
+    messages: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    special: re.Pattern,
+    template_kwargs: dict[str, Any],
+) -> list[int]:
+    """One conversation: spellings are set aside while the template writes around them."""
+    set_aside: list[str] = []
+
+    def mark(found: re.Match) -> str:
+        set_aside.append(found.group())
+        return f"{OPEN}{len(set_aside) - 1}{CLOSE}"
+
+    def marked(value: Any) -> Any:
+        if isinstance(value, str):
+            if not is_text(value):
+                raise ValueError("holds half of a surrogate pair")
+            return special.sub(mark, value)
+        if isinstance(value, list):
+            return [marked(part) for part in value]
+        if isinstance(value, dict):
+            return {name: marked(part) for name, part in value.items()}
+        return value
+
+    messages = [marked(message) for message in messages]
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
+    except (TemplateError, TypeError) as error:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise ValueError(
+            f"cannot be written in the chat template (roles {roles}: {error})"
+        ) from error
+    pieces = re.split(f"{OPEN}([0-9]+){CLOSE}", rendered)
+    ids: list[list[int]] = [[]] * len(pieces)
+    ids[::2] = _encoded(tokenizer, pieces[::2])
+    ids[1::2], faults = encode_texts([set_aside[int(i)] for i in pieces[1::2]], tokenizer)
+    for fault in faults.values():
+        raise ValueError(fault)
+    return [token for piece in ids for token in piece]
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any
+) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), **({"add_special_tokens": False} | options))
+    return [list(ids) for ids in encoded["input_ids"]]

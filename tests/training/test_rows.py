@@ -1,0 +1,169 @@
+"""Promises of rows: read as they are written, passed over or refused by their numbers."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+
+import pytest
+
+from codd_hf.training.data import Example, load_examples
+
+ANSWERS = [{"question": f"When {i}?", "answer": f"2024-01-{i:02d}"} for i in range(1, 6)]
+DATES = [Example(row["question"], row["answer"]) for row in ANSWERS]
+LINES = "".join(json.dumps(row) + "\n" for row in ANSWERS)
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+PLAIN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+PLAIN_EXAMPLE = Example("Hi", "Hello.")
+
+
+def load(tmp_path, *rows, **options) -> list[Example]:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_examples(str(path), **options)
+
+
+@pytest.mark.parametrize("text", ["2024-01-01", "12:30", "3.50", "true", "null", "1e5", "Infinity"])
+def test_text_that_looks_like_something_else_is_text(text, tmp_path):
+    assert load(tmp_path, {"text": text}, {"text": text}) == [Example("", text)] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", LINES.encode()),
+        ("a.jsonl", codecs.BOM_UTF8 + LINES.replace("\n", "\r\n").encode()),
+        ("a.jsonl", LINES.encode("utf-16")),
+        ("a.jsonl", LINES.encode("utf-32")),
+        ("a.jsonl.gz", gzip.compress(LINES.encode())),
+        ("a.json", LINES.encode()),
+        ("a.json", codecs.BOM_UTF8 + json.dumps(ANSWERS, indent=1).encode()),
+        ("a.json.gz", gzip.compress(json.dumps(ANSWERS).encode("utf-16"))),
+    ],
+)
+def test_rows_are_the_same_in_every_form_of_a_file(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert load_examples(str(tmp_path / name)) == DATES
+    assert load_examples(str(tmp_path / name), split="train[20%:40%]") == DATES[1:2]
+
+
+@pytest.mark.parametrize("sample_by", ["line", "paragraph", "document"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_byte_order_mark_is_no_text(encoding, sample_by, tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding=encoding)
+    (first, *_) = load_examples(str(tmp_path / "a.txt"), sample_by=sample_by)
+    assert first.answer == ("one\n\ntwo" if sample_by == "document" else "one")
+
+
+def test_byte_order_marks_of_files_that_were_joined_are_dropped(tmp_path):
+    line = codecs.BOM_UTF8 + b'{"text": "a"}\n'
+    (tmp_path / "a.jsonl").write_bytes(2 * line)
+    assert load_examples(str(tmp_path / "a.jsonl")) == [Example("", "a")] * 2
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([PLAIN[0], CALL], "a call of a tool"),
+        ([PLAIN[0], CALL, {"role": "tool", "content": "21"}, PLAIN[1]], "a call of a tool"),
+        ([PLAIN[0], {"role": "assistant", "content": None}], "a message without content"),
+        ([PLAIN[0], {"role": "assistant", "content": " "}], "an empty answer"),
+        ([], "no messages"),
+    ],
+)
+def test_conversation_without_an_answer_to_learn_is_passed_over_and_counted(
+    messages, reason, tmp_path, capsys
+):
+    rows = [{"messages": PLAIN}, {"messages": messages}]
+    assert load(tmp_path, *rows) == [PLAIN_EXAMPLE]
+    assert f"1 row (2) is passed over: {reason}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=rf"has no text in column 'messages'.* \(1\) .*{reason}"):
+        load(tmp_path, rows[1])
+
+
+def test_answer_that_is_empty_after_cleaning_is_passed_over(tmp_path, capsys):
+    rows = [{"text": "<<1>>"}, {"text": "a<<2>>"}, {"text": " <<3>>\n"}]
+    assert load(tmp_path, *rows, remove_pattern="<<.*?>>") == [Example("", "a")]
+    assert "2 rows (1, 3) are passed over: an empty answer" in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match=r"`remove_pattern` must be a regular expression, got '\['"
+    ):
+        load(tmp_path, *rows, remove_pattern="[")
+
+
+def test_messages_may_be_json_or_hold_parts_of_text(tmp_path):
+    parts = [
+        {"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in PLAIN
+    ]
+    rows = [{"messages": json.dumps(PLAIN)}, {"messages": parts}]
+    assert load(tmp_path, *rows) == [PLAIN_EXAMPLE] * 2
+    parts[0]["content"].append({"type": "image", "url": "x"})
+    with pytest.raises(ValueError, match=r"Row 1 .* a text `content` .* got"):
+        load(tmp_path, {"messages": parts})
+
+
+def test_prompt_and_completion_may_be_lists_of_messages(tmp_path):
+    system = {"role": "system", "content": "Be brief."}
+    rows = [
+        {"prompt": PLAIN[:1], "completion": PLAIN[1:]},
+        {"prompt": [system, PLAIN[0]], "completion": [PLAIN[1]]},
+        {"prompt": PLAIN[:1], "completion": "Hello."},
+    ]
+    told = Example("Hi", "Hello.", (("system", "Be brief."),))
+    assert load(tmp_path, *rows) == [PLAIN_EXAMPLE, told, PLAIN_EXAMPLE]
+    with pytest.raises(ValueError, match=r"Row 1 .* must hold messages in column 'prompt' too"):
+        load(tmp_path, {"prompt": "Hi", "completion": PLAIN})
+    with pytest.raises(ValueError, match=r"Row 1 .* a text in column 'answer', got \['Ann', 'An"):
+        load(tmp_path, {"question": "Who?", "answer": ["Ann", "Anna"]})
+    json_text = '[{"role": "user"}]'
+    assert load(tmp_path, {"prompt": "Hi", "completion": json_text}) == [Example("Hi", json_text)]
+
+
+BAD = [
+    ('{"text": 3}', "must hold a text"),
+    ('{"text": null}', "must hold a text"),
+    ('{"text": "a', "line 2 is not JSON"),
+    ('{"text": "\ud83d"}', "half of a surrogate pair"),
+    ("[1]", "line 2 is not a JSON object"),
+    ("[" * 100_000, "line 2 is not JSON"),
+    (b'{"text": "\xff"}', "line 2 is not JSON .*utf-8"),
+    ("{}", "must hold a text"),
+]
+
+
+@pytest.mark.parametrize(("line", "said"), BAD)
+def test_bad_row_is_refused_by_its_number_or_left_out_and_listed(line, said, tmp_path, capsys):
+    line = line if isinstance(line, bytes) else line.encode("ascii", "backslashreplace")
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
+    with pytest.raises(ValueError, match=f"Row 2 of .*a.jsonl' .*{said}.*`skip_bad_rows`"):
+        load_examples(str(tmp_path / "a.jsonl"))
+    kept = load_examples(str(tmp_path / "a.jsonl"), skip_bad_rows=True)
+    assert [(e.answer, e.row) for e in kept] == [("a", 1), ("b", 3)]
+    assert "1 row (2) is left out as bad" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b"", "has no rows"),
+        ("a.txt", b"\n \n", "has no rows"),
+        ("a.json", b"[]", "has no rows"),
+        ("a.json", b'[{"text": "a"', "cannot be read"),
+        ("a.json", b"[" * 100_000, "nested too deeply"),
+        ("a.json", b"[1]", "is not a JSON object"),
+        ("a.jsonl.gz", b"no gzip", "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-9], "cannot be read"),
+        ("a.txt", b"\xff\xfe\x00", "cannot be read"),
+        ("a.txt", b"a\n\xff\n", "line 2 is not text"),
+    ],
+)
+def test_file_that_cannot_be_read_is_one_sentence(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}.*{said}|{said}.*{name}"):
+        load_examples(str(tmp_path / name))
+
+
+def test_split_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="Unknown split"):
+        load(tmp_path, {"text": "a"}, split="test")
