@@ -38,3 +38,20 @@ def test_viterbi_of_an_impossible_row_is_not_nan():
     path = impossible_case().distribution().viterbi()
     assert not path.log_prob.isnan().any()
     assert path.log_prob[1].isfinite()
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_best_latents_are_the_most_probable_path_whatever_the_tokens(name, dtype):
+    case = ALL[name]
+    latents = case.distribution(dtype).best_latents()
+    for row in range(len(case)):
+        exact = case.enumerate(row)
+        if not exact.positions or not bool(case.options.get("active", torch.ones(9))[row]):
+            continue
+        if exact.log_partition == -torch.inf:
+            continue
+        close = max(1e-5, exact.rounding) if dtype == torch.float32 else 1e-10
+        probs = exact.path_prob
+        ours = (exact.latents == latents[row, exact.positions]).all(-1)
+        assert_logs_agree(probs[ours].log()[0], probs.max().log(), close)

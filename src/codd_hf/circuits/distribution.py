@@ -214,6 +214,11 @@ class CoupledCategorical(Conditionals, Distribution):
         """A joint sample of the latent path, `[B, L]`, one per row."""
         return chains.sample_backward(self._chain(self._evidence), self._filter, (), generator)
 
+    @torch.no_grad()
+    def best_latents(self) -> torch.Tensor:
+        """The most probable latent path `[B, L]`, whatever the tokens (`viterbi` chooses both)."""
+        return chains.best_path(self._chain(self._evidence))[0]
+
     def logits_given(self, latents: torch.Tensor) -> torch.Tensor:
         """Log-probabilities `[*S, B, L, V]` of each token given the latents `[*S, B, L]`.
 

@@ -13,6 +13,13 @@ import torch
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
+def check_generators(generator: Generators, rows: int) -> None:
+    """Raises a ValueError unless a list of generators has one entry for each row."""
+    several = generator is not None and not isinstance(generator, torch.Generator)
+    if several and len(generator) != rows:
+        raise ValueError(f"`generator` must have one entry per row ({rows}), got {len(generator)}.")
+
+
 def uniform(
     shape: Sequence[int], generator: Generators = None, device: torch.device | str | None = None
 ) -> torch.Tensor:
@@ -30,10 +37,7 @@ def uniform(
         return torch.rand(*shape, device=device)
     if isinstance(generator, torch.Generator):
         return torch.rand(*shape, generator=generator, device=generator.device).to(device)
-    if len(generator) != shape[0]:
-        raise ValueError(
-            f"`generator` must have one entry per row ({shape[0]}), got {len(generator)}."
-        )
+    check_generators(generator, shape[0])
     rows = [torch.rand(*shape[1:], generator=g, device=g.device).to(device) for g in generator]
     return torch.stack(rows)
 

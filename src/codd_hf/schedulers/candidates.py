@@ -150,22 +150,23 @@ class CoupledWindows:
             settings: `sampling` and `confidence` count.
             generator: one for all, or one per row, for the latents.
 
-        Raises:
-            ValueError: `generator` is a list of another length.
         """
         sharpened, plain = self.sharpened, self.plain
-        per_window = self._per_window(generator) if settings.sampling == "latent" else None
+        drawn = settings.sampling == "latent" and not settings.is_greedy
+        per_window = self._per_window(generator) if drawn else None
         latents = None
         if not bool(plain.active.any()):
             log_probs = sharpened.factorized_logits
-            if settings.sampling == "latent" and plain.potentials.num_latents > 1:
+            if drawn and plain.potentials.num_latents > 1:
                 # A row uses up the same numbers whether or not others of its batch are coupled.
                 num_windows, length = self.plain.masked.shape
                 uniform((num_windows, 1, length), per_window, self.masked.device)
             confidence = Confidence.factorized(lambda: self.rows(plain.factorized_logits))
             return CandidateSource(self.masked, self.rows(log_probs), confidence, self.fallback)
-        if settings.sampling == "latent":
+        if drawn:
             latents = sharpened.sample_latents(per_window)
+        elif settings.sampling == "latent":
+            latents = sharpened.best_latents()
         elif settings.sampling == "viterbi":
             latents = sharpened.viterbi().latents
         log_probs = (
@@ -194,11 +195,6 @@ class CoupledWindows:
         """Each row's generator for each of its windows."""
         if generator is None or isinstance(generator, torch.Generator):
             return generator
-        if len(generator) != self.batch:
-            raise ValueError(
-                f"`generator` must have one entry per row ({self.batch}), got {len(generator)} "
-                "generators."
-            )
         per_row = len(self.plain.masked) // self.batch
         return [row_generator for row_generator in generator for _ in range(per_row)]
 

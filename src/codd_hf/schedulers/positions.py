@@ -35,11 +35,19 @@ def order_scores(
     return best()
 
 
-def fixed_scores(strategy: str, like: torch.Tensor, generator: Generators) -> torch.Tensor | None:
-    """Scores `[batch, length]` of strategies that look at no prediction; None for the others."""
-    if strategy == "random":
+def fixed_scores(
+    settings: DrawSettings, like: torch.Tensor, generator: Generators
+) -> torch.Tensor | None:
+    """Scores `[batch, length]` of strategies that look at no prediction; None for the others.
+
+    At temperature 0 the order of `random` is the same in every row and call.
+    """
+    if settings.strategy == "random":
+        if settings.is_greedy:
+            always = torch.Generator().manual_seed(0)
+            return uniform(like.shape[1:], always, like.device).expand_as(like)
         return uniform(like.shape, generator, like.device)
-    if strategy == "left_to_right":
+    if settings.strategy == "left_to_right":
         return -torch.arange(like.shape[1], device=like.device).expand_as(like).float()
     return None
 
@@ -77,7 +85,7 @@ def choose(
         at_least: `[batch]`, the fewest to commit, if there are so many.
         generator: for `random`.
     """
-    scores = fixed_scores(settings.strategy, probs, generator)
+    scores = fixed_scores(settings, probs, generator)
     if scores is None:
         scores = order_scores(settings.strategy, confidence.law, lambda: probs)
     count = at_least
@@ -115,7 +123,7 @@ def select(
         generator: for `random`.
     """
     best = log_probs.amax(-1).exp()
-    scores = fixed_scores(settings.strategy, best, generator)
+    scores = fixed_scores(settings, best, generator)
     if scores is None:
         scores = order_scores(settings.strategy, log_probs.exp, lambda: best)
     selected = first_in_order(scores, committable, fewest(committable, steps_left))

@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..circuits import CoupledCategorical
 from ..circuits.numerics import sure_of
-from ..circuits.random import Generators, draw_categorical, uniform
+from ..circuits.random import Generators, check_generators, draw_categorical, uniform
 from ..factorized import without_tokens
 from ..noise import span_uniforms
 from .any_order import AnyOrder, Drawn
@@ -65,8 +65,9 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             (`left_to_right`).
         sampling (`str`, defaults to `"latent"`): One of the table above.
         temperature (`float`, defaults to 0.0):
-            Of the final draw; 0 takes the most probable token (of those given `z`, in the
-            `latent` mode, where `z` is still drawn). `viterbi` has none.
+            Of the final draw. At 0 nothing is drawn in any mode, and no generator is read: `latent`
+            takes the most probable path of latents and the most probable token given it, and the
+            order of `random` is a fixed one. (`top_k=1` above 0 draws the path alone.)
         evidence_temperature (`float`, defaults to 1.0):
             Divides the backbone's logits before the circuit sees them (the paper's tau).
         top_k (`int`, *optional*): Draw from the `top_k` most probable tokens; 0 or None: from all.
@@ -216,6 +217,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         steps_left = self._steps_left(timestep)
         if mask_token_id is None:
             mask_token_id = self.config.mask_token_id
+        check_generators(generator, len(sample))
         controls = Controls.of(settings, logits_processor)
 
         # 1. What is drawn from, and where a token may be committed.
@@ -239,7 +241,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             step = AnyOrder(
                 windows, sample, settings, committable, uniforms, controls, text, output_logits
             )
-            scores = fixed_scores(settings.strategy, step.probs, generator)
+            scores = fixed_scores(settings, step.probs, generator)
             if scores is None:
                 drawn = step.draw_one_by_one(at_least)
             else:
@@ -376,7 +378,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         settings: DrawSettings, sample: torch.Tensor, generator: Generators
     ) -> torch.Tensor | None:
         """A number in [0, 1) for each position; None where nothing is random."""
-        if settings.temperature == 0 or settings.sampling == "viterbi":
+        if settings.is_greedy or settings.sampling == "viterbi":
             return None
         return uniform(sample.shape, generator, sample.device)
 

@@ -44,6 +44,11 @@ class DrawSettings:
     forbidden_token_ids: list[int] | None
     remask_threshold: float | None
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether nothing is drawn: what is most probable is taken, and no generator is read."""
+        return self.temperature == 0
+
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             value = getattr(self, name)
