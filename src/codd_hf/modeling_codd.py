@@ -232,6 +232,7 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
         is_main_process: bool = True,
         *,
         max_shard_size: int | str = "50GB",
+        variant: str | None = None,
         **kwargs,
     ) -> Any:
         """Saves the backbone and the active head, and the backbone's LoRA, if any, in `adapter/`.
@@ -240,6 +241,7 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
             save_directory: a folder, created if it does not exist.
             is_main_process: whether this process is the one that writes.
             max_shard_size: as in transformers; named here for diffusers, which looks for the name.
+            variant: as `max_shard_size`.
             **kwargs: as in transformers, and as for `push_to_hub`.
         """
         if is_main_process:
@@ -251,7 +253,11 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
         if kwargs.get("state_dict") is None:
             kwargs["state_dict"] = without_adapters(self)
         return super().save_pretrained(
-            save_directory, is_main_process, max_shard_size=max_shard_size, **kwargs
+            save_directory,
+            is_main_process,
+            max_shard_size=max_shard_size,
+            variant=variant,
+            **kwargs,
         )
 
     @classmethod

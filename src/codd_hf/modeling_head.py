@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
 
 from .circuits import (
     Context,
@@ -99,6 +100,8 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
                 copy_size=config.copy_size,
                 vocab_size=vocab,
             )
+        # A default dtype of 16 bits (`_from_config(dtype=...)` sets one) is about the backbone too.
+        self.to(torch.promote_types(torch.get_default_dtype(), torch.float32))
         self._bound: list[torch.Tensor] = []  # a list, so that the backbone's weight is not ours
         self._cache: tuple[tuple, Potentials] | None = None
         self._forbidden: tuple[tuple, torch.Tensor | None] | None = None
@@ -130,7 +133,7 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
         # `model.to(torch.bfloat16)` is about the backbone: the circuit needs its float32.
         def keeping_precision(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
-            lost = moved.dtype in (torch.bfloat16, torch.float16)
+            lost = moved.is_floating_point() and moved.dtype.itemsize < 4
             return tensor.to(moved.device) if lost else moved
 
         return super()._apply(keeping_precision, recurse)
@@ -147,16 +150,16 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
             maps.reset_parameters()
         if module is not self:
             return
-        nn.init.constant_(self.initial, -math.log(self.config.num_latents))
+        init.constant_(self.initial, -math.log(self.config.num_latents))
         for parameter in self._transition_parameters():
-            nn.init.constant_(parameter, -math.log(parameter.shape[-1]))
+            init.constant_(parameter, -math.log(parameter.shape[-1]))
         if self.config.emission == "tied":
-            nn.init.zeros_(self.emission_latents)  # the projection alone keeps gradients alive
-            nn.init.normal_(self.emission_projection, std=self.config.context_size**-0.5)
-            nn.init.zeros_(self.emission_bias)
+            init.zeros_(self.emission_latents)  # the projection alone keeps gradients alive
+            init.normal_(self.emission_projection, std=self.config.context_size**-0.5)
+            init.zeros_(self.emission_bias)
         else:
-            nn.init.zeros_(self.emission)
-        nn.init.constant_(self.token_marginal, 1 / self.config.vocab_size)
+            init.zeros_(self.emission)
+        init.constant_(self.token_marginal, 1 / self.config.vocab_size)
 
     def _transition_parameters(self) -> tuple[nn.Parameter, ...]:
         if self.config.structure == "monarch":

@@ -152,23 +152,21 @@ class ContextMaps(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Makes every map a no-op."""
+        """Makes every map a no-op; what transformers has loaded from a file stays."""
         for name, map_ in self.named_children():
             if map_.bias is not None:
-                nn.init.zeros_(map_.bias)
+                _fill(map_.bias, NO_OP_LOG_SCALE if name == "before" else 0)
             if name in ("latent", "gate"):
-                nn.init.zeros_(map_.weight)
-            else:  # ranks must differ for their gradients to differ
-                nn.init.normal_(map_.weight, std=0.02)
-        if hasattr(self, "before"):
-            nn.init.constant_(self.before.bias, NO_OP_LOG_SCALE)
+                _fill(map_.weight, 0)
+            elif not _is_loaded(map_.weight):  # ranks must differ for their gradients to differ
+                map_.weight.normal_(std=0.02)
         if self.copies:
-            nn.init.constant_(self.copy_bias, COPY_FLOOR)
-            nn.init.zeros_(self.follow_bias)
             number, states = self.suggested.shape[1], len(self.log_occupancy)
-            self.suggested.copy_(torch.arange(number))
-            nn.init.constant_(self.log_suggested, -math.log(number))
-            nn.init.constant_(self.log_occupancy, -math.log(states))
+            _fill(self.copy_bias, COPY_FLOOR)
+            _fill(self.follow_bias, 0)
+            _fill(self.suggested, torch.arange(number))
+            _fill(self.log_suggested, -math.log(number))
+            _fill(self.log_occupancy, -math.log(states))
 
     @torch.no_grad()
     def start(self, log_emitted: torch.Tensor, occupancy: torch.Tensor) -> None:
@@ -180,7 +178,7 @@ class ContextMaps(nn.Module):
         """
         if not self.copies:
             return
-        nn.init.constant_(self.copy_bias, COPY_START)
+        self.copy_bias.fill_(COPY_START)
         self.log_occupancy.copy_(occupancy.clamp(min=1e-6).log())
         joint = log_emitted.T + self.log_occupancy
         likeliest = joint.log_softmax(-1).topk(self.suggested.shape[1], -1)
@@ -252,3 +250,17 @@ class ContextMaps(nn.Module):
 def _below(limit: float, x: torch.Tensor) -> torch.Tensor:
     """`x`, smoothly kept below `limit`."""
     return limit - F.softplus(limit - x)
+
+
+def _is_loaded(tensor: torch.Tensor) -> bool:
+    """Whether transformers has read the tensor from a file: it marks what it loads.
+
+    The functions of `torch.nn.init` heed the mark only while transformers has replaced them, which
+    it does for the whole process and undoes when any other model is made in another thread.
+    """
+    return getattr(tensor, "_is_hf_initialized", False)
+
+
+def _fill(tensor: torch.Tensor, value: torch.Tensor | float) -> None:
+    if not _is_loaded(tensor):
+        tensor.copy_(torch.as_tensor(value))
