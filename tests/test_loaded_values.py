@@ -66,7 +66,9 @@ def test_head_has_the_stored_values_wherever_its_parts_are_put(placement, model_
     assert not differing(model.coupling_head, expected)
     ids = torch.tensor([[3, 4, 5, 2, 2, 2, 2]])
     here = CoDDModel.from_pretrained(folder)
-    assert torch.equal(model(ids, coupling="marginal").logits, here(ids, coupling="marginal").logits)
+    assert torch.equal(
+        model(ids, coupling="marginal").logits, here(ids, coupling="marginal").logits
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "auto"])

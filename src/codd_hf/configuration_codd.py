@@ -1,12 +1,22 @@
 """Configurations of a CoDD head and of a backbone with a head."""
 
-from __future__ import annotations
-
+# Annotations are not postponed here: they are what `strict` checks values against.
 import math
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import (
+    StrictDataclassClassValidationError,
+    StrictDataclassFieldValidationError,
+)
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
+from .errors import reason
 from .names import is_local
 
 COUPLINGS = ("none", "marginal", "latent")
@@ -15,48 +25,98 @@ EMISSIONS = ("dense", "tied")
 CONDITIONINGS = ("latent", "gate", "low_rank", "copy")
 MAX_WINDOW_LENGTH = 1 << 16
 """A tied circuit has no weights for its positions: only this bounds what a window may take."""
-FIELDS_OF_TYPE = {
-    (int,): (
-        "vocab_size",
-        "num_latents",
-        "window_length",
-        "emission_rank",
-        "num_gate_groups",
-        "transition_rank",
-        "copy_length",
-        "copy_size",
-        "context_size",
-        "evidence_top_k",
-        "mask_token_id",
-        "format_version",
-    ),
-    (int, float): ("alpha",),
-    (bool,): ("tie_transitions", "tie_emissions", "noise_conditioning", "evidence_groups"),
-    (str,): (
-        "structure",
-        "emission",
-        "evidence_dtype",
-        "base_model_name_or_path",
-        "base_model_revision",
-        "converted_from",
-    ),
-    (list, tuple): ("conditioning", "forbidden_token_ids"),
-}
-OPTIONAL = (
-    "context_size",
-    "evidence_top_k",
-    "evidence_dtype",
-    "mask_token_id",
-    "base_model_name_or_path",
-    "base_model_revision",
-    "converted_from",
-    "conditioning",
-    "forbidden_token_ids",
-)
-
+MOST_LAYERS = 1 << 14
+"""More layers or labels than any backbone has; transformers makes lists of so many entries."""
+COUNTS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks?|groups?|experts?|labels)|\w+_layers|depth")
 EVIDENCE_DTYPES = ("bfloat16", "float16")
+OF_TRANSFORMERS = {
+    *(field.name for field in fields(PreTrainedConfig)),
+    *GenerationConfig().to_dict(),  # which transformers drops from a model's configuration
+    "_attn_implementation",
+    "_commit_hash",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "per_layer_config",
+    "quantization_config",
+    "tie_word_embeddings",
+    "torch_dtype",
+}
+"""Fields of any configuration. Not `transformers_weights`: no file says where weights are."""
 
 
+def one_sentence(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """Makes a configuration strict: each refusal is a ValueError of one sentence.
+
+    Types are checked whenever a field is set; what the methods `validate_*` check, when the
+    configuration is made or saved; and unknown fields are refused when it is made.
+    """
+    cls = strict(cls)
+    types = {field.name: field.type for field in fields(cls)}
+    init, assign, validate = cls.__init__, cls.__setattr__, cls.validate
+
+    def __init__(self, **given: Any) -> None:
+        unknown = [name for name in given if name not in types and name not in OF_TRANSFORMERS]
+        if unknown:
+            raise ValueError(
+                f"`{unknown[0]}` is no field of the configuration {cls.__name__}, got "
+                f"{given[unknown[0]]!r:.100}: remove it or correct its name."
+            )
+        check_counts({name: value for name, value in given.items() if name not in types})
+        with one_sentence_for(f"the configuration {cls.__name__}"):
+            init(self, **given)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            assign(self, name, value)
+        except StrictDataclassFieldValidationError as error:
+            wanted = types[name].__name__ if isinstance(types[name], type) else types[name]
+            raise ValueError(f"`{name}` must be of type {wanted}, got {value!r:.100}.") from error
+
+    def validated(self) -> None:
+        try:
+            validate(self)
+        except StrictDataclassClassValidationError as error:
+            raise error.__cause__ from None
+
+    cls.__init__, cls.__setattr__, cls.validate = __init__, __setattr__, validated
+    return cls
+
+
+@contextmanager
+def one_sentence_for(what: str) -> Iterator[None]:
+    """Turns whatever values of a configuration make transformers raise into a ValueError."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(f"The values of {what} describe no model ({reason(error)}).") from error
+
+
+def check_counts(
+    fields: dict[str, Any], most: int = MOST_LAYERS, where: str = "in a configuration"
+) -> None:
+    """Raises a ValueError for more layers, or other parts that are listed one by one, than `most`.
+
+    Args:
+        fields: the content of a `config.json`; a head's part is left out.
+        most: the most.
+        where: ends the sentence.
+    """
+    for name, value in fields.items():
+        if isinstance(value, dict) and name != "head_config":
+            check_counts(value, most, where)
+        elif isinstance(value, int | float) and COUNTS.fullmatch(name) and not value <= most:
+            raise ValueError(f"`{name}` must be at most {most:,} {where}, got {value}.")
+
+
+@one_sentence
 class CoDDHeadConfig(PreTrainedConfig):
     """Configuration of a [`CoDDHead`]: a circuit over a window of tokens.
 
@@ -118,7 +178,7 @@ class CoDDHeadConfig(PreTrainedConfig):
     structure: str = "dense"
     emission: str = "dense"
     emission_rank: int = 128
-    conditioning: list[str] | None = None
+    conditioning: list[str] | tuple[str, ...] | None = None
     num_gate_groups: int = 16
     transition_rank: int = 1
     noise_conditioning: bool = False
@@ -128,9 +188,9 @@ class CoDDHeadConfig(PreTrainedConfig):
     evidence_top_k: int | None = None
     evidence_groups: bool = False
     evidence_dtype: str | None = None
-    alpha: float = 1.0
+    alpha: float | int = 1.0
     mask_token_id: int | None = None
-    forbidden_token_ids: list[int] | None = None
+    forbidden_token_ids: list[int] | tuple[int, ...] | None = None
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     converted_from: str | None = None
@@ -138,10 +198,12 @@ class CoDDHeadConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        self.conditioning = list(self.conditioning or [])
+
+    def validate_sizes(self) -> None:
+        """Checks every number by itself."""
         if self.vocab_size is None:
             raise ValueError("`vocab_size` is missing from the head's configuration.")
-        self._check_types()
-        self.conditioning = list(self.conditioning or [])
         positive = ["vocab_size", "num_latents", "window_length", "emission_rank"]
         positive += ["num_gate_groups", "transition_rank", "copy_length", "copy_size"]
         positive += [] if self.context_size is None else ["context_size"]
@@ -153,8 +215,16 @@ class CoDDHeadConfig(PreTrainedConfig):
                 f"`window_length` must be at most {MAX_WINDOW_LENGTH:,}, got "
                 f"{self.window_length:,}."
             )
-        if not 0 <= self.alpha < math.inf:
+        if not 0 <= self.alpha <= sys.float_info.max:
             raise ValueError(f"`alpha` must be 0 or a positive number, got {self.alpha}.")
+        if self.format_version != 1:
+            raise ValueError(
+                f"`format_version` is {self.format_version}; this version of codd-hf reads 1: "
+                "upgrade codd-hf."
+            )
+
+    def validate_evidence(self) -> None:
+        """Checks how predictions are read."""
         if self.evidence_top_k is not None and self.evidence_top_k < 0:
             raise ValueError(
                 f"`evidence_top_k` must be 0 (exact) or positive, got {self.evidence_top_k}."
@@ -170,37 +240,13 @@ class CoDDHeadConfig(PreTrainedConfig):
                 "`evidence_groups` needs the same emissions and token marginal at all positions: "
                 "leave `tie_emissions` and `tie_transitions` on, or `evidence_groups` off."
             )
-        self._check_structure()
-        if self.format_version != 1:
-            raise ValueError(
-                f"`format_version` is {self.format_version}; this version of codd-hf reads 1: "
-                "upgrade codd-hf."
-            )
-        ids = [*(self.forbidden_token_ids or [])]
-        ids += [] if self.mask_token_id is None else [self.mask_token_id]
-        beyond = [i for i in ids if not 0 <= i < self.vocab_size]
-        if beyond:
-            raise ValueError(
-                f"`mask_token_id` and `forbidden_token_ids` must lie in [0, {self.vocab_size}), "
-                f"got {beyond}."
-            )
 
-    def _check_types(self) -> None:
-        for kinds, names in FIELDS_OF_TYPE.items():
-            for name in names:
-                value = getattr(self, name)
-                if value is None and name in OPTIONAL:
-                    continue
-                if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                    wanted = " or ".join(kind.__name__ for kind in kinds)
-                    raise ValueError(f"`{name}` must be of type {wanted}, got {value!r}.")
-        for name, kind in (("conditioning", str), ("forbidden_token_ids", int)):
-            if any(type(value) is not kind for value in getattr(self, name) or []):
-                raise ValueError(
-                    f"`{name}` must be a list of {kind.__name__}, got {getattr(self, name)!r}."
-                )
+    def validate_token_ids(self) -> None:
+        """Checks that the tokens are the vocabulary's."""
+        _check_tokens(self, self.vocab_size)
 
-    def _check_structure(self) -> None:
+    def validate_structure(self) -> None:
+        """Checks which parts there are, and that they go together."""
         for name, known in (("structure", STRUCTURES), ("emission", EMISSIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -241,6 +287,7 @@ class CoDDHeadConfig(PreTrainedConfig):
             )
 
 
+@one_sentence
 class CoDDConfig(PreTrainedConfig):
     """Configuration of a [`CoDDModel`]: a backbone and a head.
 
@@ -263,11 +310,11 @@ class CoDDConfig(PreTrainedConfig):
     # The head is left out: it has no attention, and a dtype of its own.
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012
 
-    text_config: dict | PreTrainedConfig | None = None
-    head_config: dict | PreTrainedConfig | None = None
+    text_config: Any = None
+    head_config: Any = None
     coupling: str = "none"
     mask_token_id: int | None = None
-    forbidden_token_ids: list[int] | None = None
+    forbidden_token_ids: list[int] | tuple[int, ...] | None = None
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -293,7 +340,6 @@ class CoDDConfig(PreTrainedConfig):
         # Unset, it would unset that of a backbone which is already built.
         kwargs.setdefault("attn_implementation", self.text_config._attn_implementation)
         super().__post_init__(**kwargs)
-        check_coupling(self.coupling)
         if self.mask_token_id is None and self.head_config is not None:
             self.mask_token_id = self.head_config.mask_token_id
         if self.mask_token_id is None:
@@ -301,6 +347,14 @@ class CoDDConfig(PreTrainedConfig):
         if self.forbidden_token_ids is None and self.head_config is not None:
             self.forbidden_token_ids = self.head_config.forbidden_token_ids
         self.tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
+
+    def validate_coupling(self) -> None:
+        """Checks that the coupling is a known one."""
+        check_coupling(self.coupling)
+
+    def validate_token_ids(self) -> None:
+        """Checks that the tokens are the vocabulary's."""
+        _check_tokens(self, getattr(self.text_config, "vocab_size", None))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, without where on this machine the parts were loaded from."""
@@ -345,13 +399,26 @@ def _nested_config(name: str, config: dict | PreTrainedConfig | None) -> PreTrai
     if not isinstance(config, dict):
         raise ValueError(f"`{name}` must be a configuration or a dict, got {config!r}.")
     model_type = config.get("model_type")
-    if model_type is None or model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"`{name}.model_type` must be one that transformers knows, got {model_type!r}; "
             "with a backbone that brings its own code, load the whole by "
             "`CoDDModel.from_pretrained(..., trust_remote_code=True)`."
         )
-    return CONFIG_MAPPING[model_type].from_dict(dict(config))
+    check_counts(config)
+    with one_sentence_for(f"`{name}`"):
+        return CONFIG_MAPPING[model_type].from_dict(dict(config))
+
+
+def _check_tokens(config: PreTrainedConfig, vocab_size: int | None) -> None:
+    ids = [*(config.forbidden_token_ids or [])]
+    ids += [] if config.mask_token_id is None else [config.mask_token_id]
+    beyond = [i for i in ids if i < 0 or (vocab_size is not None and i >= vocab_size)]
+    if beyond:
+        raise ValueError(
+            f"`mask_token_id` and `forbidden_token_ids` must lie in [0, {vocab_size}), got "
+            f"{beyond}."
+        )
 
 
 for _config in (CoDDConfig, CoDDHeadConfig):

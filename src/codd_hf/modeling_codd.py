@@ -34,8 +34,14 @@ from .hub.publishing import ModelPublishing
 from .loading import ADAPTER_FOLDER, find_adapter, load_adapter, load_head, named_backbone
 from .modeling_head import CoDDHead
 from .names import existing, is_local
-from .repositories import CACHE_ARGUMENTS, explained, hub_arguments, locate
-from .stored_weights import check_weights
+from .repositories import CACHE_ARGUMENTS, explained, hub_arguments, locate, read_config
+from .stored_weights import (
+    StoredWeights,
+    check_head,
+    check_layers,
+    check_report,
+    check_sizes,
+)
 from .windows import WindowsMixin
 
 if TYPE_CHECKING:
@@ -99,6 +105,10 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
         self.coupling_head = coupling_head
         self._start_heads()
         self.post_init()
+        # transformers collects what the parts ignore; a head ignores the backbone beside it.
+        ignored = set(self._keys_to_ignore_on_load_unexpected or ())
+        ignored -= set(CoDDHead._keys_to_ignore_on_load_unexpected)
+        self._keys_to_ignore_on_load_unexpected = ignored
 
     @classmethod
     def from_backbone(
@@ -204,17 +214,26 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
             head = CoDDHead.from_pretrained(name, **hub)
             base, own = named_backbone(name, head.config, kwargs)
             return cls.from_backbone(base, head, adapter, **own)
-        text_config = found.get("text_config")
-        if isinstance(text_config, dict) and brings_code(text_config):
-            nested = nested_custom_config(name, text_config, kwargs.get("trust_remote_code"), **hub)
-            kwargs["config"] = CoDDConfig.from_dict({**found, "text_config": nested})
         generation_config = kwargs.pop("generation_config", None)
+        sizes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
+        with_report = kwargs.pop("output_loading_info", False)
         with explained(name, kwargs):
-            if found.get("head_config") is not None:
-                head_config = CoDDHeadConfig.from_dict(dict(found["head_config"]))
-                check_weights(name, head_config, kwargs, "coupling_head.")
-            loaded = super().from_pretrained(name, *model_args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
+            stored = StoredWeights.find(name, kwargs)
+            config = cls._checked_config(name, found, kwargs, stored)
+            if config.head_config is not None and stored is not None and not sizes_may_differ:
+                check_head(name, config.head_config, stored, "coupling_head.")
+            if not sizes_may_differ:
+                check_sizes(name, config, stored, cls)
+            model, report = super().from_pretrained(
+                name,
+                *model_args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report
+                **kwargs,
+            )
+        check_report(name, report, sizes_may_differ, model.family.unused_weights)
+        if model.coupling_head is not None:
+            model.coupling_head._check_suggested(name)
         if generation_config is None:
             try:
                 generation_config = GenerationConfig.from_pretrained(name, **hub)
@@ -224,7 +243,47 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
         if adapter is not None:
             load_adapter(model.backbone, adapter, DEFAULT_NAME)
             model._adapted_heads.update(model.heads)
-        return loaded
+        return (model, report) if with_report else model
+
+    @classmethod
+    def _checked_config(
+        cls,
+        name: str,
+        found: dict[str, Any],
+        kwargs: dict[str, Any],
+        stored: StoredWeights | None,
+    ) -> CoDDConfig:
+        """The configuration to load with; of a backbone that brings its code, added to `kwargs`.
+
+        Args:
+            name: a folder or an id on the Hub.
+            found: the content of its `config.json`, if the user gave no configuration.
+            kwargs: the arguments of `from_pretrained`.
+            stored: its weights.
+
+        Raises:
+            ValueError: it is no configuration of a CoDD model, or describes absurd sizes.
+        """
+        given = kwargs.get("config")
+        if isinstance(given, PreTrainedConfig):
+            check_layers(name, given.to_dict(), stored)
+            return given
+        if given is not None:
+            found = read_config(str(given), kwargs)
+        check_layers(name, found, stored)
+        if found.get("model_type") != CoDDConfig.model_type:
+            raise ValueError(
+                f"{name!r} holds a model of type {found.get('model_type')!r}, no CoDD model: join "
+                "it with a head by `CoDDModel.from_backbone`."
+            )
+        text_config = found.get("text_config")
+        if isinstance(text_config, dict) and brings_code(text_config):
+            hub = hub_arguments(kwargs)
+            nested = nested_custom_config(name, text_config, kwargs.get("trust_remote_code"), **hub)
+            found = {**found, "text_config": nested}
+            kwargs["config"] = CoDDConfig.from_dict(dict(found))
+            return kwargs["config"]
+        return CoDDConfig.from_dict(dict(found))
 
     def save_pretrained(
         self,

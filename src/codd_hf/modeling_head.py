@@ -32,7 +32,7 @@ from .hub.publishing import HeadPublishing
 from .loading import head_in_model
 from .names import existing
 from .repositories import explained
-from .stored_weights import check_weights
+from .stored_weights import StoredWeights, check_head, check_report
 
 DEFAULT_TOP_K = 64
 """Tokens kept of a prediction over a large vocabulary."""
@@ -121,13 +121,38 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
             OSError: nothing is found, or the weights are damaged.
         """
         name = existing(pretrained_model_name_or_path, "pretrained_model_name_or_path")
-        described = kwargs.get("config") is None
-        if described:
+        config, prefix = kwargs.get("config"), ""
+        if config is None:
             config, kwargs, prefix = head_in_model(name, kwargs)
+        sizes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
+        with_report = kwargs.pop("output_loading_info", False)
         with explained(name, kwargs):
-            if described:
-                check_weights(name, config, kwargs, prefix)
-            return super().from_pretrained(name, *model_args, **kwargs)
+            if not sizes_may_differ and (stored := StoredWeights.find(name, kwargs)) is not None:
+                check_head(name, config, stored, prefix)
+            head, report = super().from_pretrained(
+                name,
+                *model_args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report
+                **kwargs,
+            )
+        if any(field in kwargs for field in config.to_dict()):
+            report["missing_keys"] = set()  # what the user adds to a stored head is new
+        check_report(name, report, sizes_may_differ)
+        head._check_suggested(name)
+        return (head, report) if with_report else head
+
+    def _check_suggested(self, name: str) -> None:
+        """Raises for states that the circuit has not, which would be read beyond its memory."""
+        suggested = getattr(self.context_maps, "suggested", None)
+        if suggested is None or suggested.device.type == "meta":
+            return
+        low, high = suggested.min().item(), suggested.max().item()
+        if low < 0 or high >= self.config.num_latents:
+            raise ValueError(
+                f"The weights of the head in {name!r} are damaged: `context_maps.suggested` must "
+                f"hold states from 0 to {self.config.num_latents - 1}, got {low} to {high}."
+            )
 
     def _apply(self, fn, recurse: bool = True) -> CoDDHead:
         # `model.to(torch.bfloat16)` is about the backbone: the circuit needs its float32.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from huggingface_hub import (
@@ -31,6 +32,7 @@ from .file_checks import check_files
 
 CACHE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only")
 HUB_ARGUMENTS = (*CACHE_ARGUMENTS, "revision", "token", "subfolder")
+LOADING = RLock()
 NOT_FOUND = (
     EntryNotFoundError,
     HFValidationError,
@@ -110,21 +112,19 @@ def ask_once(name: str, filename: str, hub: dict[str, Any]) -> bool | None:
 def explained(name: str, kwargs: dict[str, Any]) -> Iterator[None]:
     """A door at which a library loads `name` with `kwargs`; one sentence where that fails.
 
+    One thread loads at a time, as what transformers changes meanwhile is the whole process's: the
+    default dtype, the functions of `torch.nn.init`, the tying of weights.
+
     Raises:
         OSError: a file is damaged, or what is asked for is not there.
-        ValueError: the weights are of other shapes.
     """
     _check_folder(name, kwargs)
     try:
-        yield
+        with LOADING:
+            yield
     except BaseException as error:
         if not is_of_a_library(error):
             raise
-        if "ignore_mismatched_sizes" in str(error):
-            raise ValueError(
-                f"The weights in {name!r} are not of the shapes that its configuration "
-                "(`config.json`) describes; the report above lists them."
-            ) from error
         _check_folder(name, kwargs)
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
         raise kind(_explanation(name, kwargs, error)) from error
@@ -186,9 +186,14 @@ def read_config(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         OSError: there is none, or it cannot be read.
     """
     with explained(name, kwargs):
-        found = PreTrainedConfig.get_config_dict(name, **hub_arguments(kwargs))[0]
+        try:
+            found = PreTrainedConfig.get_config_dict(name, **hub_arguments(kwargs))[0]
+        except (ValueError, RecursionError, TypeError) as error:
+            raise OSError(f"`config.json` cannot be read ({error})") from error
     if not found:  # what transformers gives where there is no such file
         raise OSError(_nothing_in(name))
+    if not isinstance(found, dict):
+        raise OSError(f"{name!r} cannot be loaded: `config.json` must hold a JSON object.")
     return found
 
 

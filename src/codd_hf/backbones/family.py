@@ -68,7 +68,14 @@ class BackboneStates:
 
 
 class BackboneFamily(ABC):
-    """Builds and reads one family of backbones."""
+    """Builds and reads one family of backbones.
+
+    Attributes:
+        unused_weights: a pattern of the names of weights that a checkpoint may hold and that
+            denoising does not need; None if all are needed.
+    """
+
+    unused_weights: str | None = None
 
     @abstractmethod
     def matches(self, config: PretrainedConfig) -> bool:

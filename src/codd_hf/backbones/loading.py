@@ -14,7 +14,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .custom_code import brings_code, check_trust
+from ..configuration_codd import one_sentence_for
+from ..stored_weights import StoredWeights, check_layers, check_report, check_sizes
+from .custom_code import CustomCodeFamily, brings_code, check_trust
 from .layout import CheckpointLayout
 from .registry import LAYOUTS, family_of, unsupported
 
@@ -57,24 +59,32 @@ def load_backbone(
     """
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     found = PretrainedConfig.get_config_dict(name_or_path, **hub)[0]
-    if not found:
+    if not found or not isinstance(found, dict):
         raise ValueError(f"{name_or_path!r} has no `config.json`: give a backbone's folder or id.")
     model_type = found.get("model_type")
     if model_type == "codd":
         raise ValueError(
             f"`backbone` {name_or_path!r} is a CoDD model already: use `CoDDModel.from_pretrained`."
         )
+    stored = StoredWeights.find(name_or_path, kwargs)
+    check_layers(name_or_path, found, stored)
+    if "transformers_weights" in found:
+        raise ValueError(
+            f"`transformers_weights` in the configuration of {name_or_path!r} says where the "
+            "weights are: remove it and give their file its standard name."
+        )
     layout = layout_of(found)
-    if layout is not None:
-        config = layout.translate(found)
-        kwargs["key_mapping"] = layout.key_mapping
-    elif brings_code(found):
-        check_trust(name_or_path, found, trust_remote_code)
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=True, **hub)
-    elif model_type is not None and model_type not in CONFIG_MAPPING:
-        raise ValueError(unsupported(model_type))
-    else:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub)
+    with one_sentence_for(f"the configuration in {name_or_path!r}"):
+        if layout is not None:
+            config = layout.translate(found)
+            kwargs["key_mapping"] = layout.key_mapping
+        elif brings_code(found):
+            check_trust(name_or_path, found, trust_remote_code)
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=True, **hub)
+        elif model_type is not None and model_type not in CONFIG_MAPPING:
+            raise ValueError(unsupported(model_type))
+        else:
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub)
     if block_length is not None:
         config.block_length = block_length
     if logit_shift is not None:
@@ -84,7 +94,12 @@ def load_backbone(
     kwargs["adapter_kwargs"] = {**cache, **kwargs.get("adapter_kwargs", {})}
     family = family_of(config)
     family.adopt(config)
-    model = family.from_pretrained(name_or_path, config, **kwargs)
+    if not isinstance(family, CustomCodeFamily):  # whose class is known only as it is loaded
+        check_sizes(name_or_path, config, stored, family.from_config, kwargs.get("key_mapping"))
+    sizes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = family.from_pretrained(name_or_path, config, **kwargs)
+    check_report(name_or_path, report, sizes_may_differ, family.unused_weights)
     if layout is not None and layout.key_mapping is not None:
         # transformers remembers the mapping to write the old names back, which no native
         # configuration could read.

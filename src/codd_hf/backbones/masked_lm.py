@@ -12,6 +12,9 @@ from .whole_model import run_whole_model
 class MaskedLMFamily(BackboneFamily):
     """Already bidirectional and unshifted."""
 
+    # What pretraining added for pairs of sentences.
+    unused_weights = r"(^|\.)(pooler|pooler_transform|seq_relationship|sop_classifier|nsp_cls)\."
+
     def matches(self, config: PretrainedConfig) -> bool:
         return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
