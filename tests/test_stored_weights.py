@@ -135,7 +135,7 @@ def test_backbone_in_shards_is_checked_as_one_in_a_file_is(folders, copied):
     change_config(folder, num_hidden_layers=1)
     assert "in no place of the model" in refusal(load_backbone, folder)
     sorted(folder.glob("*.safetensors"))[0].unlink()
-    with pytest.raises(OSError, match=r"lack the file 'model-.*' that `model.safetensors.index"):
+    with pytest.raises(OSError, match=r"names the file 'model-.*', which is not beside it"):
         load_backbone(folder)
 
 
@@ -145,7 +145,7 @@ def test_backbone_in_shards_is_checked_as_one_in_a_file_is(folders, copied):
 def test_index_of_weights_that_names_no_files_is_one_sentence(index, copied):
     folder = copied("sharded")
     (folder / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(OSError, match="is no index of weights"):
+    with pytest.raises(OSError, match=r"weight_map|JSON object|not beside it"):
         load_backbone(folder)
 
 

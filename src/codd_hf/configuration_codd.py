@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
-from .errors import reason
+from .errors import is_of_a_library, reason
 from .names import is_local
 
 COUPLINGS = ("none", "marginal", "latent")
@@ -93,9 +93,11 @@ def one_sentence_for(what: str) -> Iterator[None]:
     """Turns whatever values of a configuration make transformers raise into a ValueError."""
     try:
         yield
-    except (OSError, ValueError, ImportError):
+    except (OSError, ImportError):
         raise
     except Exception as error:
+        if not is_of_a_library(error):
+            raise
         raise ValueError(f"The values of {what} describe no model ({reason(error)}).") from error
 
 
