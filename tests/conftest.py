@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 
@@ -20,6 +21,18 @@ from codd_hf.training.settings import (
 )
 from codd_hf.training.tokenizers import train_tokenizer
 from tiny import SENTENCES
+
+
+class DeprecationsAreErrors(logging.Handler):
+    """transformers and diffusers log some deprecations instead of warning of them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in record.getMessage():
+            raise DeprecationWarning(record.getMessage())
+
+
+for library in ("transformers", "diffusers"):
+    logging.getLogger(library).addHandler(DeprecationsAreErrors())
 
 CITIES = (" San Diego", " New York", " Los Angeles", " Las Vegas")
 

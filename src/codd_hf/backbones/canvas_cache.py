@@ -8,10 +8,18 @@ places in the middle of the canvas, and attend to what is kept of the others.
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What transformers calls a model's cache, as an argument and in outputs: newly `cache`."""
+    taken = inspect.signature(type(module).forward).parameters
+    return "cache" if "cache" in taken else "past_key_values"
 
 
 class Place(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from .canvas_cache import CanvasCache
+from .canvas_cache import CanvasCache, cache_argument
 from .family import BackboneFamily, BackboneStates, execution_device
 
 
@@ -51,12 +51,14 @@ class DecoderFamily(BackboneFamily):
         elif cache is not None:
             # Left out, they would be counted from the end of what is kept.
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        hidden = model.get_decoder()(
+        decoder = model.get_decoder()
+        cached = {} if cache is None else {cache_argument(decoder): cache}
+        hidden = decoder(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **cached,
         ).last_hidden_state.to(input_ids.device)
         if cache is not None:
             hidden = cache.keep(hidden)

@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.utils import is_gguf_available
 
+from ..backbones.canvas_cache import cache_argument
 from ..training.encoding import encode_chats, encode_texts
 
 
@@ -111,7 +112,7 @@ class Judge:
             use_cache=True,
             logits_to_keep=1,
         )
-        return _Context(output.past_key_values, mask, output.logits[:, -1].float())
+        return _Context(output[cache_argument(self.model)], mask, output.logits[:, -1].float())
 
     def _judge(self, context: _Context, answers: Sequence[list[int]]) -> list[Judged]:
         longest, device = max(map(len, answers)), self.model.device
@@ -127,8 +128,8 @@ class Judge:
             ids.to(device),
             attention_mask=torch.cat([before, mask], 1).to(device),
             position_ids=(before.sum(1, keepdim=True) + torch.arange(longest)).to(device),
-            past_key_values=copy.deepcopy(context.cache),  # a model writes into the cache it reads
             use_cache=True,
+            **{cache_argument(self.model): copy.deepcopy(context.cache)},  # a model writes into it
         ).logits
         logits = torch.cat([context.next_logits[:, None], logits[:, :-1].float()], 1)
         chosen = logits.gather(-1, ids.to(device)[..., None])[..., 0] - logits.logsumexp(-1)

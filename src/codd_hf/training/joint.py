@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters import adapter_of, set_adapter
 from ..modeling_codd import CoDDModel
@@ -135,12 +135,18 @@ def fit_joint(
         return window_scores(model, tokenizer, validation, config, draws).summary()
 
     if config.gradient_checkpointing:
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpointing(model.backbone, "enable")({"use_reentrant": False})
     history = loop.run(backward, measure)
     if config.gradient_checkpointing:
-        model.backbone.gradient_checkpointing_disable()
+        _checkpointing(model.backbone, "disable")()
     model.eval()
     return history
+
+
+def _checkpointing(backbone: PreTrainedModel, switch: str) -> Callable[..., None]:
+    """transformers' method that switches it, which newer releases call `activation_...`."""
+    newer = getattr(backbone, f"activation_checkpointing_{switch}", None)
+    return newer or getattr(backbone, f"gradient_checkpointing_{switch}")
 
 
 def _trained(model: CoDDModel, config: JointConfig) -> list[dict]:

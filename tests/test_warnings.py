@@ -1,0 +1,53 @@
+"""Promise of the commands: no warning, of ours or of a library that we call, in a normal run."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tiny_pipeline import save_tiny_pipeline
+
+SHORT = ["--gen-length", "8", "--block-length", "4", "--num-inference-steps", "2"]
+
+
+def train_arguments(data, folder) -> list[str]:
+    """All stages, the joint one with a LoRA and gradient checkpointing."""
+    sizes = {
+        "num-validation": 8,
+        "num-test": 8,
+        "num-gap-problems": 2,
+        "vocab-size": 300,
+        "hidden-size": 32,
+        "num-layers": 1,
+        "num-latents": 4,
+        "window-length": 4,
+        "pretraining-window-length": 4,
+        "pretraining-max-steps": 2,
+        "generative-num-epochs": 1,
+        "conditional-max-steps": 2,
+        "joint-max-steps": 2,
+        "joint-backbone": "lora",
+    }
+    stages = ["pretraining", "generative", "conditional", "joint"]
+    argv = ["train", "--dataset", str(data), "--output", str(folder / "run"), "--stages", *stages]
+    argv += ["--joint-gradient-checkpointing"]
+    return argv + [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "train"])
+def test_normal_run_is_quiet(command, cities_jsonl, tmp_path):
+    if command == "train":
+        argv = train_arguments(cities_jsonl, tmp_path)
+    else:
+        prompt = ["hello"] if command == "generate" else []
+        folder = save_tiny_pipeline(tmp_path / "pipeline")
+        shutil.copy(cities_jsonl, folder / "demo.jsonl")
+        argv = [command, *prompt, "--model", str(folder), *(SHORT if prompt else SHORT[:2])]
+    run = [sys.executable, "-m", "codd_hf.cli", *argv]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    told = (done.stdout + done.stderr).lower()
+    assert not any(word in told for word in ("warning", "deprecated")), done.stderr
