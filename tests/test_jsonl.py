@@ -63,7 +63,12 @@ def expected(pipe, source: Path, seed: int = 0) -> bytes:
 
 def process(index: int, count: int) -> SimpleNamespace:
     """A process of several, in a test that runs them one after the other."""
-    return SimpleNamespace(process_index=index, num_processes=count, wait_for_everyone=lambda: None)
+    return SimpleNamespace(
+        process_index=index,
+        num_processes=count,
+        is_main_process=index == 0,
+        wait_for_everyone=lambda: None,
+    )
 
 
 class Killed(Exception):
@@ -216,21 +221,29 @@ def test_several_processes_share_the_rows_and_another_number_may_go_on(pipe, sou
     assert output.read_bytes() == expected(pipe, source)
 
 
-def test_process_that_outlived_its_launcher_does_no_harm(pipe, source, tmp_path):
-    output = tmp_path / "answers.jsonl"
+def test_second_run_into_the_same_output_is_refused_at_once(pipe, source, tmp_path):
+    output, refused = tmp_path / "answers.jsonl", []
 
-    class Overtaken(Stopping):
-        """While it decodes its last batch, the same command is run again, to the end."""
+    class Watched(Stopping):
+        """While it decodes, the same command and one of another input are run again."""
 
         def __call__(self, *args, **kwargs):
-            self.left -= 1
-            if self.left == 0:
-                assert answer_jsonl(pipe, source, output, batch_size=2, **LENGTHS) == 3
+            for options in (LENGTHS, LENGTHS | {"seed": 8}):
+                with pytest.raises((OSError, ValueError)) as error:
+                    answer_jsonl(Stopping(pipe, 0), source, output, **options)
+                refused.append(str(error.value))
             return self.pipe(*args, **kwargs)
 
-    assert answer_jsonl(Overtaken(pipe, 3), source, output, batch_size=2, **LENGTHS) == 7
+    assert answer_jsonl(Watched(pipe, 3), source, output, batch_size=3, **LENGTHS) == 7
+    assert len(refused) == 6
+    assert (
+        refused[0]
+        == f"`output` '{output}' is being written by another run: wait for its end, or stop it."
+    )
     assert output.read_bytes() == expected(pipe, source)
-    assert not (tmp_path / "answers.jsonl.parts").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "answers.jsonl", "answers.jsonl.run.json", "questions.jsonl"
+    ]  # fmt: skip
 
 
 def test_processes_that_are_last_at_once_write_the_same(pipe, source, tmp_path, monkeypatch):
@@ -267,12 +280,73 @@ def test_kill_between_the_result_and_the_end_of_the_parts_loses_nothing(pipe, so
     assert output.read_bytes() == expected(pipe, source)
 
 
-def test_parts_of_an_unknown_run_are_not_taken_for_this_one(pipe, source, tmp_path):
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text('{"seed": 9')])
+def test_answers_of_an_unknown_run_are_neither_taken_nor_thrown_away(
+    pipe, source, tmp_path, damage
+):
+    output, about = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.run.json"
+    with pytest.raises(Killed):
+        answer_jsonl(Stopping(pipe, 2), source, output, batch_size=2, **LENGTHS)
+    known = about.read_text()
+    damage(about)
+    with pytest.raises((OSError, ValueError), match=r"answers.jsonl.run.json"):
+        answer_jsonl(pipe, source, output, **LENGTHS)
+    about.write_text(known)
+    assert answer_jsonl(pipe, source, output, **LENGTHS) == 3
+    assert output.read_bytes() == expected(pipe, source)
+
+
+@pytest.mark.parametrize("when", [0, 1, 2])
+def test_input_that_is_edited_while_it_is_answered_is_refused_and_the_answers_stay(
+    pipe, source, tmp_path, when
+):
+    output, text = tmp_path / "answers.jsonl", source.read_text()
+
+    class Edited(Stopping):
+        """The last row gets another prompt of the same length before a batch is decoded."""
+
+        def __call__(self, *args, **kwargs):
+            if self.left == when:
+                source.write_text(
+                    text.replace('"id": 6, "question": "How', '"id": 6, "question": "Who')
+                )
+            self.left -= 1
+            return self.pipe(*args, **kwargs)
+
+    with pytest.raises(ValueError, match=r"Line 7 of .*questions.jsonl' has been changed"):
+        answer_jsonl(Edited(pipe, 2), source, output, batch_size=3, **LENGTHS)
+    assert not output.exists()
+    with pytest.raises(ValueError, match="was begun with another content of its input"):
+        answer_jsonl(pipe, source, output, **LENGTHS)
+    source.write_text(text)
+    assert answer_jsonl(pipe, source, output, **LENGTHS) == min(when, 1)
+    assert output.read_bytes() == expected(pipe, source)
+
+
+def test_run_is_not_continued_by_another_model_in_the_same_folder(pipe, source, tmp_path):
     output = tmp_path / "answers.jsonl"
     with pytest.raises(Killed):
-        answer_jsonl(Stopping(pipe, 2), source, output, batch_size=2, seed=9, **LENGTHS)
-    (tmp_path / "answers.jsonl.run.json").unlink()
-    assert answer_jsonl(pipe, source, output, **LENGTHS) == 7
+        answer_jsonl(Stopping(pipe, 2), source, output, batch_size=2, **LENGTHS)
+    weight, template = pipe.model.coupling_head.initial, pipe.tokenizer.chat_template
+    changes = [
+        (lambda: weight.data.add_(1e-3), lambda: weight.data.sub_(1e-3)),
+        (
+            lambda: setattr(pipe.tokenizer, "chat_template", template + " "),
+            lambda: setattr(pipe.tokenizer, "chat_template", template),
+        ),
+        (
+            lambda: setattr(pipe.model.config.head_config, "evidence_top_k", 1),
+            lambda: setattr(pipe.model.config.head_config, "evidence_top_k", None),
+        ),
+    ]
+    known = weight.detach().clone()
+    for change, undo in changes:
+        change()
+        with pytest.raises(ValueError, match=r"was begun with another model"):
+            answer_jsonl(pipe, source, output, **LENGTHS)
+        undo()
+        weight.data.copy_(known)
+    assert answer_jsonl(pipe, source, output, **LENGTHS) == 3
     assert output.read_bytes() == expected(pipe, source)
 
 
@@ -283,7 +357,7 @@ def test_parts_of_an_unknown_run_are_not_taken_for_this_one(pipe, source, tmp_pa
         ({"gen_length": 12}, "`gen_length` 8, not 12"),
         ({"temperature": 0.5}, "`temperature` None, not 0.5"),
         ({"prompt_column": "id_text"}, "`prompt_column` 'question', not 'id_text'"),
-        ({}, "`input_sha256`"),
+        ({}, "another content of its input"),
     ],
 )
 def test_run_is_not_continued_with_other_settings_or_another_input(
@@ -318,6 +392,22 @@ def test_run_is_not_continued_with_other_settings_or_another_input(
             "Line 2 .* must not hold the mask",
         ),
         ('{"question": "%s"}\n' % ("egg " * 200), {}, "Line 1 .* exceed the 128 positions"),
+        (
+            '{"question": "a"}\n{"question": "b \\ud83d c"}\n',
+            {},
+            "Line 2 .* half a character .* 2 ",
+        ),
+        ('{"question": "a", "question": "b"}\n', {}, "Line 1 .* each column once, got 'question'"),
+        ('{"question": "a", "n": %s}\n' % ("[" * 10**5), {}, "Line 1 .* no JSON object: Recurs"),
+        ('{"question": "a", "n": %s}\n' % ("9" * 5000), {}, "Line 1 .* no JSON object: Exceeds"),
+        ('{"question": "a", "seed": NaN}\n', {}, "Line 1 .* integer in column 'seed'.* got nan"),
+        (
+            '{"question": "a", "seed": 18446744073709551616}\n',
+            {},
+            "Line 1 .* seed from .* got 1844674",
+        ),
+        ('{"question": ["a"]}\n', {}, "Line 1 .* text in column 'question', got \\['a'\\]"),
+        ('{"question": "a"}\n', {"seed": 2**64}, "`seed` must be from"),
         ('{"question": "a"}\n', {"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ('{"question": "a"}\n', {"strategy": "luck"}, "`strategy`"),
     ],
@@ -334,6 +424,85 @@ def test_what_cannot_be_answered_is_one_sentence_that_gives_the_line(
         assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-32"])
+def test_file_of_another_encoding_is_refused_by_its_line(pipe, tmp_path, encoding):
+    source = tmp_path / "other.jsonl"
+    source.write_bytes('{"question": "Wo ist Zo\u00eb?"}\n'.encode(encoding))
+    with pytest.raises(ValueError, match=r"Line 1 of .*other.jsonl' is no JSON object"):
+        answer_jsonl(pipe, source, tmp_path / "answers.jsonl", **LENGTHS)
+
+
+def test_byte_order_marks_are_not_text(pipe, source, tmp_path):
+    output, marked = tmp_path / "answers.jsonl", tmp_path / "marked.jsonl"
+    lines = source.read_bytes().splitlines(keepends=True)
+    marked.write_bytes(
+        b"\xef\xbb\xbf" + b"".join(lines[:3]) + b"\xef\xbb\xbf" + b"".join(lines[3:])
+    )
+    assert answer_jsonl(pipe, marked, output, **LENGTHS) == 7
+    assert output.read_bytes() == expected(pipe, source)
+
+
+BAD = {
+    1: b'{"question": "Tom \\ud83d has 3 eggs."}',
+    2: b'{"question": "cut',
+    4: b'{"question": "%s"}' % (b"egg " * 200),
+    5: b'{"question": "a", "gen_length": 0}',
+    7: b"\x80",
+}
+
+
+@pytest.fixture
+def with_bad_rows(source, tmp_path):
+    """The seven questions, and bad rows in between, as lines 2, 3, 5, 6 and 8."""
+    good, lines = source.read_bytes().splitlines(), []
+    while good:
+        lines.append(BAD[len(lines)] if len(lines) in BAD else good.pop(0))
+    path = tmp_path / "mixed.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    return path
+
+
+def test_bad_rows_are_skipped_counted_and_listed(folder, pipe, with_bad_rows, tmp_path, capsys):
+    output = tmp_path / "answers.jsonl"
+    argv = ["generate", "--input", str(with_bad_rows), "--output", str(output), *OPTIONS]
+    assert main([*argv, "--model", str(folder)]) == 1
+    assert "Line 2 of" in capsys.readouterr().err
+    assert not output.exists()
+    assert main([*argv, "--model", str(folder), "--skip-bad-rows"]) == 0
+    captured = capsys.readouterr()
+    listed = [line for line in captured.err.splitlines() if "skipped" in line]
+    assert [line.split("Line ")[1].split(" of")[0] for line in listed] == ["2", "3", "5", "6", "8"]
+    assert "7 rows answered now, 5 skipped" in captured.out
+    rows = [i for i in range(12) if i not in BAD]
+    for row, line in zip(rows, output.read_text().splitlines(), strict=True):
+        answered = json.loads(line)
+        generator = torch.Generator().manual_seed(row)  # the seed is that of the row's place
+        text = pipe(answered["question"], **LENGTHS, generator=generator).texts[0]
+        assert answered["generated_text"] == text
+
+
+def test_processes_skip_their_own_bad_rows_and_a_killed_run_goes_on(pipe, with_bad_rows, tmp_path):
+    alone, output, told = tmp_path / "alone.jsonl", tmp_path / "answers.jsonl", []
+    answer_jsonl(pipe, with_bad_rows, alone, skip=lambda said: None, **LENGTHS)
+    options = {"skip": told.append, "batch_size": 1, **LENGTHS}
+    with pytest.raises(Killed):
+        answer_jsonl(Stopping(pipe, 1), with_bad_rows, output, state=process(0, 2), **options)
+    assert answer_jsonl(pipe, with_bad_rows, output, state=process(1, 2), **options) == 3
+    assert answer_jsonl(pipe, with_bad_rows, output, state=process(0, 2), **options) == 3
+    assert output.read_bytes() == alone.read_bytes()
+    assert len(told) == 2 + 3 + 2
+
+
+def test_file_of_bad_rows_alone_is_refused(pipe, tmp_path):
+    source = tmp_path / "bad.jsonl"
+    source.write_bytes(b"\n".join(BAD.values()))
+    with pytest.raises(ValueError, match=r"`source` .*bad.jsonl' has no row that can be answered"):
+        answer_jsonl(
+            pipe, source, tmp_path / "answers.jsonl", skip=lambda said: None,
+            prompt_column="question", **LENGTHS,
+        )  # fmt: skip
+
+
 def test_run_that_failed_before_its_first_answer_leaves_nothing_behind(pipe, source, tmp_path):
     output = tmp_path / "answers.jsonl"
     with pytest.raises(ValueError, match="`strategy`"):
@@ -348,7 +517,7 @@ def test_file_of_another_origin_is_not_written_over(pipe, source, tmp_path, caps
     output.write_text("mine\n")
     argv = ["--input", str(source), "--output", str(output), "--model", str(folder), *OPTIONS]
     assert main(["generate", *argv]) == 1
-    assert f"`output` '{output}' exists: remove it" in capsys.readouterr().err
+    assert f"'{output}' exists, and no 'answers.jsonl.run.json' says" in capsys.readouterr().err
     assert output.read_text() == "mine\n"
 
 

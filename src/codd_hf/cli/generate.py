@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .common import add_decoding_arguments, decoding_arguments, load_pipeline
-from .printing import printable
+from .printing import one_line, printable
 
 HELP = "Generate text after prompts."
 EXAMPLE = """example:
@@ -49,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prompt-column", help="default: question, or else prompt")
     group.add_argument("--output-column", default="generated_text", help="default: generated_text")
     group.add_argument("--batch-size", type=int, default=8, help="rows at once (default: 8)")
+    group.add_argument(
+        "--skip-bad-rows",
+        action="store_true",
+        help="leave out rows that cannot be answered, and list them; default: they are an error",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -59,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
             args.usage_error("`--input` takes neither prompts nor `--stream`: leave them out.")
         _run_on_file(args)
         return
+    if args.skip_bad_rows:
+        args.usage_error("`--skip-bad-rows` is about the rows of `--input`: give one.")
     import torch
 
     from .terminal import can_redraw, write_answer
@@ -99,6 +106,7 @@ def _run_on_file(args: argparse.Namespace) -> None:
     state = PartialState(cpu=not torch.cuda.is_available())
     pipeline = load_pipeline(args.model, device=state.device)
     pipeline.set_progress_bar_config(disable=True)
+    skipped: list[str] = []
     number = answer_jsonl(
         pipeline,
         args.input,
@@ -109,9 +117,13 @@ def _run_on_file(args: argparse.Namespace) -> None:
         seed=args.seed,
         state=state,
         progress=sys.stderr.isatty(),
+        skip=skipped.append if args.skip_bad_rows else None,
         **_call(args),
     )
     state.destroy_process_group()
+    for said in skipped:
+        print(f"codd-hf generate: skipped: {one_line(said)}", file=sys.stderr)
     who = f"process {state.process_index}: " if state.num_processes > 1 else ""
     what = "is complete" if Path(args.output).exists() else "waits for other processes"
-    print(f"{who}{number} rows answered now; {args.output} {what}.")
+    left_out = f", {len(skipped)} skipped" if skipped else ""
+    print(f"{who}{number} rows answered now{left_out}; {args.output} {what}.")

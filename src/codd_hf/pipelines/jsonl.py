@@ -6,19 +6,18 @@ own file in the folder `<output>.parts` and forces them to the disk before it go
 all rows answered writes `<output>`, in the order of the input, in one atomic step. A later run
 takes all whole lines of all parts as done, whatever the number of processes that wrote them; a line
 that a kill tore is no JSON and its row is done again. `<output>.run.json` says what the run was, so
-that it is continued by the same settings only.
+that it is continued on the same input, by the same model and settings only.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -26,7 +25,10 @@ from tqdm.auto import tqdm
 
 from ..decoding import lay_out
 from ..decoding_arguments import DecodingArguments
-from .jsonl_rows import JSONLRows, line_at, parsed
+from ..locks import locked
+from ..training.fingerprint import PASSING, weights_fingerprint
+from .jsonl_files import RunFiles
+from .jsonl_rows import SEEDS, JSONLRows
 from .prompts import encode_prompts
 
 if TYPE_CHECKING:
@@ -47,11 +49,13 @@ def answer_jsonl(
     state: PartialState | None = None,
     progress: bool = False,
     use_chat_template: bool = True,
+    skip: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> int:
     """Answers every row of a JSONL file.
 
     A killed run is continued by the same call, with any batch size and number of processes.
+    While it runs, no other run writes to `output`.
 
     The columns `gen_length`, `num_inference_steps` and `seed`, where a line has them, stand for the
     arguments in its row.
@@ -70,6 +74,8 @@ def answer_jsonl(
         state: accelerate's, when there are several processes; they need one file system.
         progress: whether the main process shows a bar of its rows.
         use_chat_template: as in the pipeline.
+        skip: is told, in a sentence, of each bad row of this process; these rows are left out of
+            `output`. Without it a bad row is an error, before any row is answered.
         **settings: arguments of the pipeline's call (`block_length`, `infill`, `sampling`, ...).
 
     Returns:
@@ -77,14 +83,21 @@ def answer_jsonl(
 
     Raises:
         ValueError: a line is no JSON object, has no prompt, has `output_column` already or a column
-            `gen_length`, `num_inference_steps` or `seed` that is no integer, a prompt cannot be
-            decoded, `batch_size` is below 1, or another run has begun to write `output`.
-        OSError: a file cannot be read or written, or `output` exists and is of no such run.
+            `gen_length`, `num_inference_steps` or `seed` that is no integer, or a prompt cannot be
+            decoded; no row is left; `batch_size` or `seed` is out of range; `output` was begun by a
+            run of another input, model or setting; or the input is changed while it is answered.
+        OSError: a file cannot be read or written, `output` exists and is of no such run, or another
+            run is writing it.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     index, count = (0, 1) if state is None else (state.process_index, state.num_processes)
     rows = JSONLRows.read(Path(source), prompt_column, output_column)
+    if seed not in SEEDS or seed + len(rows) not in SEEDS:
+        raise ValueError(
+            f"`seed` must be from -2**63 to 2**64 - 1 in each row, which gets `seed` plus its "
+            f"number, got {seed} for {len(rows)} rows."
+        )
     run = {
         "input_sha256": rows.sha256,
         "num_rows": len(rows),
@@ -92,6 +105,7 @@ def answer_jsonl(
         "output_column": output_column,
         "seed": seed,
         "model": pipeline.model.config._name_or_path,
+        "model_digest": _model_digest(pipeline),
         "use_chat_template": use_chat_template,
         "gen_length": gen_length,
         "num_inference_steps": num_inference_steps,
@@ -100,50 +114,87 @@ def answer_jsonl(
     }
     lengths = {"gen_length": gen_length, "num_inference_steps": num_inference_steps}
     files = RunFiles(Path(output), run)
-    complete = files.is_complete()
-    for row in range(index, 0 if complete else len(rows), count):
-        _check_row(pipeline, rows, row, use_chat_template, lengths | settings)
+    if files.is_complete():
+        return 0
+    if rows.bad and skip is None:
+        raise ValueError(next(iter(rows.bad.values())))
+    own, bad = range(index, len(rows), count), set()
+    for row in own:
+        said = rows.bad.get(row) or _fault(
+            pipeline, rows, row, use_chat_template, lengths | settings
+        )
+        if said is None:
+            continue
+        if skip is None:
+            raise ValueError(said)
+        skip(said)
+        bad.add(row)
+    if len(bad) == len(rows):
+        raise ValueError(f"`source` {str(source)!r} has no row that can be answered.")
     if state is not None:
         # Nothing is begun, and no process may be done already, before all have looked.
         state.wait_for_everyone()
-    if index == 0 and not complete:
-        files.begin()
-    if state is not None:
-        state.wait_for_everyone()
-    if complete:
-        return 0
+    with locked(files.lock, f"`output` {str(output)!r}", state):
+        complete = files.is_complete()
+        if index == 0 and not complete:
+            files.begin()
+        if state is not None:
+            state.wait_for_everyone()
+        if complete:
+            return 0
+        files.check_same()
+        done = files.answers()
+        left = [row for row in own if row not in done and row not in bad]
+        with (
+            files.part(index) as part,
+            tqdm(total=len(left), unit="row", disable=not (progress and index == 0)) as bar,
+        ):
+            part.append((row, None) for row in sorted(bad) if row not in done)
+            for start in range(0, len(left), batch_size):
+                batch = left[start : start + batch_size]
+                values = [rows.values(row) for row in batch]
+                seeds = [v.get("seed", seed + row) for v, row in zip(values, batch, strict=True)]
+                texts = pipeline(
+                    [v[rows.prompt_column] for v in values],
+                    use_chat_template=use_chat_template,
+                    generator=[torch.Generator().manual_seed(s) for s in seeds],
+                    **{
+                        name: [v.get(name, usual) for v in values]
+                        for name, usual in lengths.items()
+                    },
+                    **settings,
+                ).texts
+                part.append(zip(batch, texts, strict=True))
+                bar.update(len(batch))
+        files.finish(rows)
+    return len(left)
 
-    done = files.answers()
-    own = [row for row in range(index, len(rows), count) if row not in done]
-    with (
-        files.part(index) as part,
-        tqdm(total=len(own), unit="row", disable=not (progress and index == 0)) as bar,
-    ):
-        for start in range(0, len(own), batch_size):
-            batch = own[start : start + batch_size]
-            values = [rows.values(row) for row in batch]
-            seeds = [v.get("seed", seed + row) for v, row in zip(values, batch, strict=True)]
-            texts = pipeline(
-                [v[rows.prompt_column] for v in values],
-                use_chat_template=use_chat_template,
-                generator=[torch.Generator().manual_seed(s) for s in seeds],
-                **{name: [v.get(name, usual) for v in values] for name, usual in lengths.items()},
-                **settings,
-            ).texts
-            part.append(zip(batch, texts, strict=True))
-            bar.update(len(batch))
-    files.finish(rows)
-    return len(own)
+
+def _model_digest(pipeline: CoDDPipeline) -> str:
+    """Of all that an answer depends on beside the call: weights, settings, tokenizer."""
+    settings = json.loads(
+        json.dumps(pipeline.model.config.to_dict(), sort_keys=True, default=str),
+        object_hook=lambda config: {k: v for k, v in config.items() if k not in PASSING},
+    )
+    tokenizer = pipeline.tokenizer
+    parts = [
+        weights_fingerprint(pipeline.model),
+        settings,
+        sorted(tokenizer.get_vocab().items()),
+        tokenizer.special_tokens_map,
+        tokenizer.chat_template,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _check_row(
+def _fault(
     pipeline: CoDDPipeline,
     rows: JSONLRows,
     row: int,
     use_chat_template: bool,
     call: dict[str, Any],
-) -> None:
-    """Finds a row that cannot be decoded before hours have been spent on others.
+) -> str | None:
+    """What is wrong with a row that cannot be decoded, before hours have been spent on others.
 
     Args:
         pipeline: with a tokenizer.
@@ -172,163 +223,5 @@ def _check_row(
         arguments = DecodingArguments.check(pipeline.scheduler, config, 1, settings={}, **task)
         lay_out(config, ids, mask, [], arguments, pipeline.model.window_length)
     except ValueError as error:
-        raise ValueError(f"Line {rows.numbers[row]} of {str(rows.path)!r}: {error}") from error
-
-
-@dataclass
-class RunFiles:
-    """The files of a run: the result, what the run is, and the parts on the way there.
-
-    Attributes:
-        output: the result.
-        run: what must be the same for a run to be continued; values that JSON has.
-    """
-
-    output: Path
-    run: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        self.run = json.loads(json.dumps(self.run))
-        self.about = self.output.with_name(self.output.name + ".run.json")
-        self.folder = self.output.with_name(self.output.name + ".parts")
-
-    def is_complete(self) -> bool:
-        """Whether this very run has written its result.
-
-        Raises:
-            ValueError: the files are of a run with other settings that has answered rows.
-            OSError: there is a result, and nothing says of which run.
-        """
-        if not self.about.exists():
-            if self.output.exists():
-                raise FileExistsError(
-                    f"`output` {str(self.output)!r} exists: remove it or give another file."
-                )
-            return False
-        before = json.loads(self.about.read_text())
-        answered = self.output.exists() or bool(self.answers())
-        for name in {**before, **self.run}:
-            if answered and before.get(name) != self.run.get(name):
-                raise ValueError(
-                    f"`output` {str(self.output)!r} was begun with `{name}` {before.get(name)!r}, "
-                    f"not {self.run.get(name)!r}: give another file, or remove it, "
-                    f"{self.about.name!r} and {self.folder.name!r} to begin anew."
-                )
-        return self.output.exists()
-
-    def begin(self) -> None:
-        """Makes the folder of the parts and says what the run is."""
-        if not self.about.exists() or json.loads(self.about.read_text()) != self.run:
-            # Parts that hold nothing, or of which nothing says what run they belong to.
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(exist_ok=True)
-        temporary = self.folder / "run.json"
-        with temporary.open("w") as file:
-            file.write(json.dumps(self.run, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.about)
-        _sync_folder(self.output.parent)
-
-    def part(self, process: int) -> Part:
-        return Part(self.folder / f"part-{process:05d}.jsonl")
-
-    def answers(self) -> dict[int, tuple[Path, int]]:
-        """The rows that have been answered: in which part, and from which byte on."""
-        found: dict[int, tuple[Path, int]] = {}
-        for path in sorted(self.folder.glob("part-*.jsonl")):
-            offset = 0
-            with path.open("rb") as file:
-                for line in file:
-                    record = parsed(line)
-                    if record is not None:
-                        found.setdefault(record["row"], (path, offset))
-                    offset += len(line)
-        return found
-
-    def finish(self, rows: JSONLRows) -> None:
-        """Writes the result if all rows are answered.
-
-        The last process to come here finds them so. Two that come at once write the same; so does
-        a process of a killed run that went on without its launcher.
-        """
-        try:
-            answers = self.answers()
-            if len(answers) < len(rows) or json.loads(self.about.read_text()) != self.run:
-                return
-            temporary = self.folder / f"merged-{uuid.uuid4().hex}.jsonl"
-            with temporary.open("wb") as merged:
-                for line in _merged_lines(rows, answers, self.run["output_column"]):
-                    merged.write(line)
-                merged.flush()
-                os.fsync(merged.fileno())
-            temporary.replace(self.output)
-        except FileNotFoundError:
-            if not self.output.exists():
-                raise
-            return
-        _sync_folder(self.output.parent)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-class Part:
-    """A file of answers, one a line, that only grows.
-
-    Args:
-        path: the file; what is in it stays.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("ab", buffering=0)
-        if self.file.tell():
-            with path.open("rb") as written:
-                written.seek(-1, os.SEEK_END)
-                if written.read() != b"\n":
-                    # What a kill tore becomes a line of its own, which is no JSON.
-                    self.file.write(b"\n")
-        _sync_folder(path.parent)
-
-    def __enter__(self) -> Part:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.file.close()
-
-    def append(self, answers: Iterator[tuple[int, str]]) -> None:
-        """Adds rows and their texts, and returns when they are on the disk."""
-        lines = (json.dumps({"row": row, "text": text}) + "\n" for row, text in answers)
-        data = "".join(lines).encode()
-        # All at once, and unbuffered: a process that a kill left over may write to the same file.
-        if self.file.write(data) < len(data):
-            raise OSError(f"{self.file.name!r} could not be written to its end: is the disk full?")
-        os.fsync(self.file.fileno())
-
-
-def _merged_lines(
-    rows: JSONLRows, answers: dict[int, tuple[Path, int]], column: str
-) -> Iterator[bytes]:
-    """The lines of the input, byte by byte as they are, with one more column each."""
-    opened: dict[Path, BinaryIO] = {}
-    try:
-        with rows.path.open("rb") as source:
-            for row in range(len(rows)):
-                path, offset = answers[row]
-                if path not in opened:
-                    opened[path] = path.open("rb")
-                text = parsed(line_at(opened[path], offset))["text"]
-                line = line_at(source, rows.offsets[row]).rstrip()
-                added = f", {json.dumps(column)}: {json.dumps(text, ensure_ascii=False)}}}\n"
-                yield line.removesuffix(b"}").rstrip() + added.encode()
-    finally:
-        for file in opened.values():
-            file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Forces the names in a folder to the disk, where that can be done (not on Windows)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        return f"{rows.where(row)}: {error}"
+    return None
