@@ -12,8 +12,9 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from ..errors import is_of_a_library, reason
 
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 """Around the number of a spelling that is set aside while a template is rendered; characters of the
@@ -131,10 +132,12 @@ def _encode_chat(
     messages = [marked(message) for message in messages]
     try:
         rendered = tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
-    except (TemplateError, TypeError) as error:
+    except Exception as error:  # a template may do anything
+        if not is_of_a_library(error):
+            raise
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise ValueError(
-            f"cannot be written in the chat template (roles {roles}: {error})"
+            f"cannot be written in the chat template (roles {roles}: {reason(error)})"
         ) from error
     pieces = re.split(f"{OPEN}([0-9]+){CLOSE}", rendered)
     ids: list[list[int]] = [[]] * len(pieces)
