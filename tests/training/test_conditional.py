@@ -189,7 +189,8 @@ def test_backbone_that_gives_nan_is_an_error_that_says_so(tiny_tokenizer):
 
 
 def test_unknown_precision_is_an_error_that_names_the_setting():
-    with pytest.raises(ValueError, match="`mixed_precision` must be 'no' or 'bf16', got 'fp16'"):
+    known = "'auto' or 'no' or 'bf16'"
+    with pytest.raises(ValueError, match=f"`mixed_precision` must be {known}, got 'fp16'"):
         ConditionalConfig(mixed_precision="fp16")
 
 

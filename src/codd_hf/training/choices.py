@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 LOSSES = ("elbo", "token")
-PRECISIONS = ("no", "bf16")
+PRECISIONS = ("auto", "no", "bf16")
 
 
 def check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
+from ..precision import chosen_precision
 from .checkpoint import Checkpoints, load_checkpoint
 from .data import TokenizedExample
 from .gains import evaluate_head, not_finite, step_gradients
@@ -85,7 +86,9 @@ def fit_conditional(
     config = config or ConditionalConfig()
     if model.coupling_head is None:
         raise ValueError("`model` has no head to fit: give `from_backbone` a head configuration.")
-    model.to(Accelerator().device).eval()
+    device = Accelerator().device
+    config = replace(config, mixed_precision=chosen_precision(config.mixed_precision, device))
+    model.to(device).eval()
     model.requires_grad_(False)
     folder = config.evidence_dir
     if folder is None and checkpoint_dir is not None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters import adapter_of, set_adapter
 from ..modeling_codd import CoDDModel
+from ..precision import chosen_precision, precision_note
 from .checkpoint import Checkpoints
 from .counting import summing_dtype
 from .data import TokenizedExample
@@ -87,17 +88,25 @@ def fit_joint(
     config = config or JointConfig()
     if model.active_head is None:
         raise ValueError("`model` has no head to fit: load one, or switch it on with `set_head`.")
-    model.to(Accelerator().device)
+    device = Accelerator().device
+    model.to(device)
+    precision = chosen_precision(config.mixed_precision, device)
     groups = _trained(model, config)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
     parameters = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
     checkpoints = None
     if checkpoint_dir is not None:
         checkpoints = Checkpoints(Path(checkpoint_dir) / "joint", checkpoints_total_limit)
-    made_of = asdict(config) | {"num_examples": len(train), "data": data_fingerprint(train)}
+    made_of = asdict(config) | {
+        "mixed_precision": precision,
+        "num_examples": len(train),
+        "data": data_fingerprint(train),
+    }
     loop = StepLoop("joint fit", config, made_of, parameters, [optimizer], checkpoints, log)
     if loop.resume(resume_from_checkpoint, MAY_CHANGE):
         loop.show(f"The joint fit goes on from step {loop.step} of {config.max_steps}.")
+    if config.mixed_precision != "no":
+        loop.show(precision_note(precision, device))
     lengths = torch.tensor([len(e.prompt_ids) + len(e.answer_ids) for e in train])
 
     def backward(step: int) -> tuple[dict[str, float], int, dict[str, str]]:

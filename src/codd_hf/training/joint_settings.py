@@ -44,7 +44,8 @@ class JointConfig:
             other noise.
         mean_span_length: mean length of the spans that are masked together; 1: each token alone.
         max_extra_windows: canvases end with up to this many windows of end-of-text.
-        mixed_precision: `"no"` or `"bf16"`, for the backbone; the circuit stays in float32.
+        mixed_precision: `"no"`, `"bf16"` or `"auto"` (bf16 where the device has its arithmetic),
+            for the backbone; the circuit stays in float32.
         evaluation_steps: steps between validations.
         checkpointing_steps: steps between checkpoints.
         seed: seed of order, noise, dropout and the adapter's start.

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling_codd import CoDDModel
+from ..precision import autocast
 from .counting import summing_dtype
 from .data import CanvasBatch, TokenizedExample
 from .gains import gains_by_level
@@ -75,7 +76,7 @@ class LiveWindows:
         truth, real = self.canvas.input_ids.to(device), self.canvas.attention_mask.to(device)
         ids = truth.masked_fill(self.masked.to(device), model.config.mask_token_id)
         starts = self.starts.to(device)
-        with torch.autocast(device.type, torch.bfloat16, config.mixed_precision == "bf16"):
+        with autocast(config.mixed_precision, device):
             states = model.backbone_states(ids, real)
             distribution = model.window_distribution(
                 states, ids, starts, real, temperature=config.evidence_temperature

@@ -19,11 +19,13 @@ from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters import write_adapter
 from ..backbones import family_of, load_backbone
+from ..precision import autocast, chosen_precision, precision_note
 from .checkpoint import Checkpoints
 from .data import CanvasBatch, TokenizedExample, batch_indices, collate, padding_token_id
 from .fingerprint import data_fingerprint
 from .loop import StepLoop
 from .lora import add_lora, trained_in_float32
+from .muon import muon
 from .noise import Noise, sample_noise
 from .settings import PretrainingConfig
 from .watch import Log
@@ -242,13 +244,15 @@ def _train(
     config = noise.config
     accelerator = Accelerator()
     device = accelerator.device
+    precision = chosen_precision(config.mixed_precision, device)
     # Not the accelerator's own, which is one for the whole process: each stage has its precision.
-    autocast = torch.autocast(device.type, torch.bfloat16, config.mixed_precision == "bf16")
+    computing = autocast(precision, device)
     model.to(device).train()
     trained = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
     windows = config.window_length
     lengths = [len(e.prompt_ids) + -(-len(e.answer_ids) // windows) * windows for e in train]
     made_of = asdict(config) | {
+        "mixed_precision": precision,
         "mask_token_id": noise.mask_token_id,
         "num_trained": sum(p.numel() for p in trained.values()),
         "data": data_fingerprint(train),
@@ -267,6 +271,7 @@ def _train(
     if loop.resume(resume_from_checkpoint, MAY_CHANGE):
         steps = config.max_steps
         loop.show(f"The training of the backbone goes on from step {loop.step} of {steps}.")
+    loop.show(precision_note(precision, device))
     batches = batch_indices(lengths, config.tokens_per_batch, config.seed, first_batch=loop.step)
 
     def backward(step: int) -> tuple[dict[str, float], int, dict[str, str]]:
@@ -278,7 +283,7 @@ def _train(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        with autocast, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with computing, torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)  # of dropout
             loss, losses = diffusion_loss(model, canvas.to(device), drawn, noise.mask_token_id)
         if not torch.isfinite(loss):
@@ -303,7 +308,7 @@ def _evaluate(
 ) -> dict[str, float]:
     """ELBO per token over whole answers, and nats per masked token under window noise."""
     model.eval()
-    device, bf16 = model.device, noise.config.mixed_precision == "bf16"
+    device = model.device
     examples = sorted(examples, key=lambda e: len(e.prompt_ids) + len(e.answer_ids))
     result = {}
     for name, window_probability in (("elbo", 0.0), ("nats", 1.0)):
@@ -316,7 +321,7 @@ def _evaluate(
                 window_probability=window_probability,
                 prompt_probability=0.0,
             )
-            with torch.autocast(device.type, torch.bfloat16, bf16):
+            with autocast(noise.config.mixed_precision, device):
                 loss, losses = diffusion_loss(model, canvas.to(device), drawn, noise.mask_token_id)
             size = int(drawn.span.sum()) if name == "elbo" else len(losses)
             total += (loss if name == "elbo" else losses.mean()).item() * size
@@ -350,11 +355,6 @@ def _make_optimizers(model: PreTrainedModel, config: PretrainingConfig):
         {"params": vectors, "weight_decay": 0.0},
     ]
     return [
-        torch.optim.Muon(
-            matrices,
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
+        muon(matrices, Accelerator().device, config.learning_rate, config.weight_decay),
         torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98)),
     ]

@@ -26,7 +26,7 @@ class PretrainingConfig:
         window_probability: share of rows with window noise.
         mean_span_length: mean length of the spans that are masked together; 1: each token alone.
         max_extra_windows: canvases end with up to this many windows of end-of-text.
-        mixed_precision: `"no"` or `"bf16"`.
+        mixed_precision: `"bf16"`, `"no"`, or `"auto"`: bf16 where the device has its arithmetic.
         evaluation_steps: steps between validations.
         checkpointing_steps: steps between checkpoints.
         seed: seed of order, noise and nothing else.
@@ -42,7 +42,7 @@ class PretrainingConfig:
     window_probability: float = 0.5
     mean_span_length: float = 1.0
     max_extra_windows: int = 1
-    mixed_precision: str = "bf16"
+    mixed_precision: str = "auto"
     evaluation_steps: int = 200
     checkpointing_steps: int = 100
     seed: int = 0
@@ -98,7 +98,8 @@ class EvidenceConfig:
         top_k: likeliest tokens kept of a prediction; all if the vocabulary has no more.
         temperature: the evidence temperature `tau`.
         tokens_per_batch: tokens that the backbone reads at once.
-        mixed_precision: `"no"` or `"bf16"`, for the backbone.
+        mixed_precision: `"no"`, `"bf16"` or `"auto"` (bf16 where the device has its arithmetic),
+            for the backbone.
         precision: `"half"` keeps log-probabilities in float16 (each is off by at most 1/2048 of
             itself) and hidden states in bfloat16; `"single"` keeps both in float32.
         seed: of windows and noise.
@@ -144,7 +145,8 @@ class ConditionalConfig:
         mean_span_length: mean length of the spans that are masked together; 1: each token alone.
         max_extra_windows: canvases end with up to this many windows of end-of-text.
         tokens_per_batch: tokens that the backbone reads at once.
-        mixed_precision: `"no"` or `"bf16"`, for the backbone; the circuit stays in float32.
+        mixed_precision: `"no"`, `"bf16"` or `"auto"` (bf16 where the device has its arithmetic),
+            for the backbone; the circuit stays in float32.
         evaluation_steps: steps between validations.
         checkpointing_steps: steps between checkpoints.
         keep: `"last"`, the head of the last step; or `"best"`, that of the validation with the

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from ..circuits import CoupledCategorical, TopKEvidence
 from ..factorized import forbidden_tokens
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
+from ..precision import autocast, chosen_precision, precision_note
 from .data import CanvasBatch, TokenizedExample, batch_indices, collate, padding_token_id
 from .evidence_store import FINGERPRINT, finish, open_shards, shard_path, write_shard
 from .files import replacing
@@ -171,6 +173,10 @@ def cache_windows(
         ValueError: the folder holds evidence that something else made.
     """
     config = config or EvidenceConfig()
+    precision = chosen_precision(config.mixed_precision, model.device)
+    if config.mixed_precision != "no" and progress and PartialState().is_local_main_process:
+        tqdm.write(precision_note(precision, model.device))
+    config = replace(config, mixed_precision=precision)
     length = model.window_length
     lengths = [len(e.prompt_ids) + -(-len(e.answer_ids) // length) * length for e in examples]
     batches = [
@@ -269,7 +275,7 @@ def _noised_windows(
         if i not in wanted:
             continue
         ids = canvas.input_ids.masked_fill(noise.masked, model.config.mask_token_id)
-        with torch.autocast(device.type, torch.bfloat16, config.mixed_precision == "bf16"):
+        with autocast(config.mixed_precision, device):
             states = model.backbone_states(ids.to(device), canvas.attention_mask.to(device))
             rows, columns = torch.arange(len(ids))[:, None], starts[:, None] + offsets
             masked = noise.masked[rows, columns]

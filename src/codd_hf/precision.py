@@ -1,0 +1,46 @@
+"""What a device computes fast: bf16, or float32 where bf16 would be emulated."""
+
+from __future__ import annotations
+
+import torch
+
+BF16_OF_PROCESSORS = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")
+"""Names that `torch.cpu.get_capabilities` gives bf16 products, on x86 and on ARM."""
+
+
+def computes_bf16(device: torch.device | str) -> bool:
+    """Whether a device has bf16 arithmetic, by its own account; False if it does not say.
+
+    Args:
+        device: `"cpu"`, `"cuda"`, ...
+    """
+    kind = torch.device(device).type
+    if kind == "cpu":
+        known = getattr(torch.cpu, "get_capabilities", dict)()
+        return any(known.get(name, False) for name in BF16_OF_PROCESSORS)
+    if kind in ("cuda", "xpu"):
+        return getattr(torch, kind).is_bf16_supported(including_emulation=False)
+    return False
+
+
+def chosen_precision(mixed_precision: str, device: torch.device | str) -> str:
+    """`"no"` or `"bf16"`: what `"auto"` means on a device; the other choices stay."""
+    if mixed_precision != "auto":
+        return mixed_precision
+    return "bf16" if computes_bf16(device) else "no"
+
+
+def precision_note(chosen: str, device: torch.device | str) -> str:
+    """What is computed in, and why, in a line."""
+    kind = torch.device(device).type
+    if chosen == "bf16":
+        has = "has it" if computes_bf16(device) else "only emulates it, which is slow"
+        return f"Mixed precision is bf16: this {kind} {has}."
+    lacks = "" if computes_bf16(device) else f", as this {kind} has no bf16 arithmetic"
+    return f"Mixed precision is off{lacks}: all is computed in float32."
+
+
+def autocast(mixed_precision: str, device: torch.device) -> torch.autocast:
+    """The context in which a backbone computes."""
+    bf16 = chosen_precision(mixed_precision, device) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, bf16)
