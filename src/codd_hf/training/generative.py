@@ -152,10 +152,15 @@ def fit_generative(
     Raises:
         FloatingPointError: the likelihood is no longer finite; the message names the windows.
         OSError: the disk has no room for a checkpoint.
-        ValueError: there are fewer different tokens than states, or the checkpoint is another
-            run's, or damaged.
+        ValueError: the windows have fewer than 2 tokens, or fewer different ones than there are
+            states, or the checkpoint is another run's, or damaged.
     """
     config = config or GenerativeConfig()
+    if windows.ndim != 2 or windows.shape[1] < 2:
+        raise ValueError(
+            "`windows` must be `[N, L]` of at least 2 tokens each, which a circuit couples, got "
+            f"shape {tuple(windows.shape)}."
+        )
     accelerator = Accelerator()
     device = accelerator.device
     unigrams = windows.flatten().bincount(minlength=len(embeddings)).float()

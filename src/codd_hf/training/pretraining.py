@@ -334,7 +334,9 @@ def _evaluate(
 def _schedule(step: int, config: PretrainingConfig) -> float:
     """Warm-up, constant, linear decay to zero."""
     decay_steps = max(math.ceil(config.max_steps * config.decay_fraction), 1)
-    return min((step + 1) / config.warmup_steps, (config.max_steps - step) / decay_steps, 1.0)
+    return min(
+        (step + 1) / max(config.warmup_steps, 1), (config.max_steps - step) / decay_steps, 1.0
+    )
 
 
 def _make_optimizers(model: PreTrainedModel, config: PretrainingConfig):

@@ -28,4 +28,4 @@ def head_groups(head: CoDDHead, config: ConditionalConfig | JointConfig) -> list
 def warmup_then_cosine(step: int, warmup_steps: int, max_steps: int) -> float:
     """A schedule's factor in `[0, 1]`: a linear warm-up, then a cosine to zero."""
     progress = torch.tensor(step / max_steps * torch.pi)
-    return min((step + 1) / warmup_steps, 1.0) * (0.5 + 0.5 * progress.cos().item())
+    return min((step + 1) / max(warmup_steps, 1), 1.0) * (0.5 + 0.5 * progress.cos().item())

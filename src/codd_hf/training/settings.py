@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from .choices import LOSSES, PRECISIONS, check_one_of
+from .choices import LOSSES, PRECISIONS, check_numbers, check_one_of
 from .joint_settings import JointConfig
 
 STAGES = ("pretraining", "generative", "conditional", "joint")
@@ -48,6 +48,7 @@ class PretrainingConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_numbers(self, warmup_steps=0, max_extra_windows=0, mean_span_length=1, seed=0)
         check_one_of("mixed_precision", self.mixed_precision, PRECISIONS)
 
 
@@ -84,6 +85,7 @@ class GenerativeConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_numbers(self, seed=0)
         check_one_of("update", self.update, ("stepwise", "anemone"))
 
 
@@ -116,6 +118,7 @@ class EvidenceConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_numbers(self, max_extra_windows=0, mean_span_length=1, seed=0)
         check_one_of("mixed_precision", self.mixed_precision, PRECISIONS)
         check_one_of("precision", self.precision, ("half", "single"))
 
@@ -177,6 +180,7 @@ class ConditionalConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_numbers(self, warmup_steps=0, max_extra_windows=0, mean_span_length=1, seed=0)
         check_one_of("keep", self.keep, ("last", "best"))
         check_one_of("loss", self.loss, LOSSES)
         self.evidence(self.num_draws, self.seed)
@@ -314,16 +318,14 @@ class TrainConfig:
     joint: JointConfig = field(default_factory=JointConfig)
 
     def __post_init__(self):
+        none = {"num_test": 0, "num_gap_problems": 0, "mask_token_id": 0}
+        check_numbers(self, window_length=2, **none)  # a window of one token couples nothing
         for stage in self.stages or []:
             check_one_of("stages", stage, STAGES)
         for tracker in self.report_to:
             check_one_of("report_to", tracker, (*TRACKERS, "none"))
         if self.stages is not None and not self.stages:
             raise ValueError(f"`stages` must name one of {', '.join(STAGES)} at least.")
-        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
-            raise ValueError(
-                f"`checkpoints_total_limit` must be at least 1, got {self.checkpoints_total_limit}."
-            )
         if self.packing and self.max_length % self.window_length:
             raise ValueError(
                 f"With `packing`, `max_length` ({self.max_length}) must be a multiple of "
