@@ -48,7 +48,9 @@ def expected_counts(
     leaves = [leaf.detach().requires_grad_() for leaf in potentials.leaves()]
     with torch.enable_grad():
         scores = log_likelihood(potentials.with_leaves(leaves), tokens, present)
-        return Counts(torch.autograd.grad(scores.sum(), leaves)), scores.detach()
+        # Windows of one token have no transitions: their counts are zero.
+        counts = torch.autograd.grad(scores.sum(), leaves, materialize_grads=True)
+        return Counts(counts), scores.detach()
 
 
 def maximise(potentials: Potentials, counts: Counts, prior: Counts) -> Potentials:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..benchmarks import BENCHMARKS, Options, run_benchmark
 from ..environment import environment
-from .common import quiet_loading
+from ..errors import reason
+from .common import check_writable, count, quiet_loading, seed
 
 HELP = "Measure speed and memory on this machine."
 EXAMPLE = """example:
@@ -23,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=[*BENCHMARKS, "all"], help="what to measure")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
     parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
+    parser.add_argument("--threads", type=count, help="of torch; default: its own choice")
     parser.add_argument("--batch-size", type=int, help="rows at once; default: each benchmark's")
     parser.add_argument("--repeats", type=int, help="timed runs; default: each benchmark's")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, logits and draws")
+    parser.add_argument("--seed", type=seed, default=0, help="of weights, logits and draws")
     parser.add_argument("--output", help="JSON file; default: none is written")
 
 
@@ -34,11 +35,14 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     options = Options(args.quick, args.device, args.batch_size, args.repeats, args.seed)
-    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"`--device` is {args.device}, but torch sees no such device here.")
+    try:
+        torch.empty(1, device=args.device).item()
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without
+        raise ValueError(
+            f"`--device` must be one that torch has here, got {args.device!r} ({reason(error)})."
+        ) from error
+    check_writable(args.output)
     if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"`--threads` must be at least 1, got {args.threads}.")
         torch.set_num_threads(args.threads)
     quiet_loading()
     facts = environment() | {"quick": args.quick, "seed": args.seed}

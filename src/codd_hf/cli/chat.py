@@ -7,6 +7,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from ..errors import reading
 from .common import add_decoding_arguments, decoding_arguments, load_pipeline
 from .printing import one_line
 
@@ -75,7 +76,8 @@ def _lines(interactive: bool) -> Iterator[str]:
             import readline  # noqa: F401
     while True:
         try:
-            line = input(PROMPT if interactive else "").strip()
+            with reading("Standard input"):
+                line = input(PROMPT if interactive else "").strip()
         except EOFError:
             return
         if line:

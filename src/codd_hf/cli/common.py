@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
     from ..pipelines.pipeline_codd import CoDDPipeline
+
+LARGEST_SEED = 2**40
 
 DECODING = {
     "paradigm": (str, "block, from left to right, or full: any position in any step"),
@@ -35,6 +38,33 @@ DECODING = {
 }
 
 
+def count(text: str) -> int:
+    """An argument that is a number of things: at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def seed(text: str) -> int:
+    """An argument that is a seed; what is added to it for rows leaves torch's range open."""
+    number = int(text)
+    if abs(number) > LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"must be at most 2**40, got {number}")
+    return number
+
+
+def check_writable(path: str | None) -> None:
+    """Finds before hours of work that a result could not be written.
+
+    Raises:
+        OSError: `path` is a folder, or in none, or may not be written.
+    """
+    if path is not None:
+        with Path(path).open("a"):
+            pass
+
+
 def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     """Lengths, passes, seed and the scheduler's settings (default: the scheduler's own)."""
     parser.add_argument("--gen-length", type=int, default=128, help="tokens to generate")
@@ -42,7 +72,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-inference-steps", type=int, default=32, help="backbone passes for the whole text"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of all draws")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of all draws")
     for name, (kind, text) in DECODING.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     parser.set_defaults(paradigm="block", windowing="aligned")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import textwrap
 import time
 from itertools import zip_longest
 from pathlib import Path
 
-from .common import load_pipeline
+from .common import count, load_pipeline, seed
 from .printing import printable
 
 HELP = "Show factorized and coupled text side by side, at the same number of passes."
@@ -21,24 +20,28 @@ EXAMPLE = """example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a pipeline with `demo.jsonl`; default: the embedded one")
-    parser.add_argument("--num-questions", type=int, default=3, help="held-out questions")
+    parser.add_argument("--num-questions", type=count, default=3, help="held-out questions")
     parser.add_argument("--gen-length", type=int, default=128, help="tokens to generate")
     parser.add_argument(
         "--num-inference-steps", type=int, default=32, help="backbone passes for the whole text"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of all draws")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of all draws")
 
 
 def run(args: argparse.Namespace) -> None:
     import torch
 
     from ..defaults import default_model
+    from ..pipelines.jsonl_rows import JSONLRows
 
     folder = Path(args.model or default_model())
     if not (folder / "demo.jsonl").is_file():
         raise ValueError(f"`--model`: {str(folder)!r} has no `demo.jsonl` with held-out questions.")
-    lines = (folder / "demo.jsonl").read_text().splitlines()[: args.num_questions]
-    questions = [json.loads(line)["question"] for line in lines]
+    rows = JSONLRows.read(folder / "demo.jsonl", "question")
+    for fault in rows.bad.values():
+        raise ValueError(fault)
+    numbers = range(min(args.num_questions, len(rows)))
+    questions = [rows.values(row)["question"] for row in numbers]
     pipeline = load_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
 

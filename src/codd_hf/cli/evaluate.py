@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..environment import environment
-from .common import DECODING, load_pipeline
+from .common import DECODING, check_writable, count, load_pipeline, seed
 
 HELP = "Measure a coupled model on held-out text."
 EXAMPLE = """example:
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for measure in (gap, quality):
         measure.add_argument("--model", help="a pipeline; default: the embedded one")
         measure.add_argument("--dataset", help="held-out examples; default: the model's test.jsonl")
-        measure.add_argument("--num-problems", type=int, help="of the examples; default: all")
+        measure.add_argument("--num-problems", type=count, help="of the examples; default: all")
         measure.add_argument("--output", help="JSON file; default: none is written")
     _add_gap_arguments(gap)
     _add_quality_arguments(quality)
@@ -78,7 +78,7 @@ def _add_gap_arguments(parser: argparse.ArgumentParser) -> None:
         help="another head of the same backbone, to measure beside the model's own; repeatable",
     )
     parser.add_argument("--ratios", type=float, nargs="+", help="mask ratios; default 0.1 to 1.0")
-    parser.add_argument("--batch-size", type=int, default=32, help="windows at once")
+    parser.add_argument("--batch-size", type=count, default=32, help="windows at once")
     parser.add_argument(
         "--evidence-temperature",
         type=float,
@@ -104,7 +104,7 @@ def _add_gap_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="also measure the backbone that reveals one token at a time, which takes longest",
     )
-    parser.add_argument("--seed", type=int, default=0, help="chooses windows and masks")
+    parser.add_argument("--seed", type=seed, default=0, help="chooses windows and masks")
     parser.add_argument(
         "--skip-bad-rows", action="store_true", help="leave bad rows out, and list them"
     )
@@ -120,14 +120,14 @@ def _add_quality_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge", required=True, help="a causal language model: path or id")
     parser.add_argument("--judge-file", help="a GGUF file of it")
     parser.add_argument("--choose-on", help="validation examples: JSONL, or a dataset's id")
-    parser.add_argument("--num-validation", type=int, help="of these examples; default: all")
+    parser.add_argument("--num-validation", type=count, help="of these examples; default: all")
     parser.add_argument(
         "--samples",
         help="JSONL file of all answers, from which a killed run continues; default: beside output",
     )
     parser.add_argument("--gen-length", type=int, default=128, help="tokens to generate")
-    parser.add_argument("--batch-size", type=int, default=20, help="questions at once")
-    parser.add_argument("--seed", type=int, default=0, help="of all draws")
+    parser.add_argument("--batch-size", type=count, default=20, help="questions at once")
+    parser.add_argument("--seed", type=seed, default=0, help="of all draws")
     several(
         "--samplings",
         str,
@@ -157,6 +157,7 @@ def _add_quality_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_writable(args.output)
     {"gap": _run_gap, "quality": _run_quality}[args.measure](args)
 
 
@@ -303,5 +304,8 @@ def _settings(text: str) -> dict[str, Any]:
             raise ValueError(
                 f"A grid must hold settings like temperature=0.5,top_p=0.9, got {text!r}."
             )
-        settings[name] = DECODING[name][0](value)
+        try:
+            settings[name] = DECODING[name][0](value)
+        except ValueError as error:
+            raise ValueError(f"`{name}` in the grid {text!r} must be a number.") from error
     return settings

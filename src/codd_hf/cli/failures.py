@@ -12,7 +12,7 @@ import dis
 import sys
 import traceback
 
-from ..errors import innermost
+from ..errors import innermost, reason
 from .printing import one_line, printable
 
 RAISE = dis.opmap["RAISE_VARARGS"]
@@ -35,9 +35,16 @@ def report(error: Exception, command: str, debug: bool = False) -> None:
         debug: whether to show the traceback in any case.
     """
     refusal = is_refusal(error)
+    shown = traceback.format_exception(error)
+    traceback.clear_frames(error.__traceback__)  # progress bars write their last before the line
     if debug or not refusal:
-        print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
+        print(printable("".join(shown)), file=sys.stderr)
     said = f"error: {one_line(str(error)) or type(error).__name__}"
+    if isinstance(error, MemoryError) or _is_lack_of_memory(error):
+        said = (
+            "error: there is not enough memory: take fewer rows at once, shorter texts, or a "
+            f"smaller model ({one_line(reason(error))})."
+        )
     if not refusal:
         said = "this is a bug in codd-hf: please report it to the project, with the lines above."
     print(f"codd-hf {command}: {said}", file=sys.stderr)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..errors import reading
 from .common import add_decoding_arguments, decoding_arguments, load_pipeline
 from .printing import one_line, printable
 
@@ -70,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
 
     from .terminal import can_redraw, write_answer
 
-    prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    with reading("Standard input"):
+        prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ValueError("`prompt` is empty: give a prompt, or lines on standard input.")
     pipeline = load_pipeline(args.model)

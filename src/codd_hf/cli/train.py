@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING
 
+from .common import seed
+
 if TYPE_CHECKING:
     from ..training.settings import TrainConfig
 
@@ -67,7 +69,8 @@ def _add_field(parser, name, field, dest, docs, required) -> None:
     elif kind == "list[str]":
         options["nargs"] = "*"
     else:
-        options["type"] = {"int": int, "float": float, "str": str}[kind]
+        types = {"int": seed if name.endswith("seed") else int, "float": float, "str": str}
+        options["type"] = types[kind]
     dashed = f"--{name.replace('_', '-')}"
     names = [SHORT[name], dashed] if name in SHORT else [dashed]
     parser.add_argument(

@@ -138,7 +138,7 @@ class AnswerStore:
             for line in lines:
                 record = json.loads(line)
                 self._kept[record["key"]] = Answers(**record["answers"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"`samples` {str(path)!r} is no file of judged answers: give another path."
             ) from error

@@ -34,6 +34,8 @@ class RunFiles:
     run: dict[str, Any]
 
     def __post_init__(self) -> None:
+        if not self.output.name:
+            raise ValueError(f"`output` must be the path of a file, got {str(self.output)!r}.")
         self.run = json.loads(json.dumps(self.run))
         self.about = self.output.with_name(self.output.name + ".run.json")
         self.lock = self.output.with_name(self.output.name + ".lock")

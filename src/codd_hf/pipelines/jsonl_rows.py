@@ -46,13 +46,22 @@ class JSONLRows:
         return len(self.offsets)
 
     @classmethod
-    def read(cls, path: Path, prompt_column: str | None, output_column: str) -> JSONLRows:
+    def read(
+        cls, path: Path, prompt_column: str | None = None, output_column: str | None = None
+    ) -> JSONLRows:
         """Reads and checks all lines.
+
+        Args:
+            path: the file.
+            prompt_column: the column of the prompts; default `question` or else `prompt`.
+            output_column: a column that no row may have.
 
         Raises:
             ValueError: there is no row, or nothing says which column has the prompts.
             OSError: the file cannot be read.
         """
+        if not path.is_file():
+            raise FileNotFoundError(f"`source`: there is no file {str(path)!r}.")
         rows, columns, digest = cls(path, prompt_column), None, hashlib.sha256()
         with path.open("rb") as file:
             for number, offset, line in _lines(file):
@@ -142,7 +151,7 @@ class _Columns(dict):
             self.twice = next(n for n, _ in pairs if n in names or names.add(n))
 
 
-def _check(values: dict[str, Any], prompt_column: str, output_column: str) -> None:
+def _check(values: dict[str, Any], prompt_column: str, output_column: str | None) -> None:
     prompt = values.get(prompt_column)
     if not isinstance(prompt, str) or not prompt:
         shown = repr(prompt)
