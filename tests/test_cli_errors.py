@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -19,6 +22,7 @@ from codd_hf.cli.failures import is_refusal
 from codd_hf.cli.printing import one_line, printable
 from codd_hf.configuration_codd import check_coupling
 from codd_hf.errors import is_of_a_library, reading
+from tiny_pipeline import save_tiny_pipeline
 
 HOSTILE = "a\x1b[31mb\x1b]0;title\x07\x9b2J\r\x08\x7f\u202ec\u2066d\u200fe\nf"
 
@@ -195,3 +199,104 @@ def test_door_makes_one_sentence_of_what_a_library_raises_and_of_nothing_else():
         raise KeyboardInterrupt
     assert not is_of_a_library(raised(lambda: check_coupling("x")))
     assert is_of_a_library(raised(lambda: json.loads("{")))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+USAGE = {
+    "--seed": ["1" * 30, "-" + "1" * 30, "1" * 5000, "1.5"],
+    "--num-questions": ["0", "-1"],
+    "--num-problems": ["0", "-3"],
+    "--batch-size": ["0"],
+    "--generative-seed": ["1" * 30],
+}
+COMMANDS_WITH = {
+    "--seed": [["generate", "x"], ["demo"], ["chat"], ["evaluate", "gap"], ["bench", "all"]],
+    "--num-questions": [["demo"]],
+    "--num-problems": [["evaluate", "gap"], ["evaluate", "quality", "--judge", "x"]],
+    "--batch-size": [["evaluate", "gap"], ["evaluate", "quality", "--judge", "x"]],
+    "--generative-seed": [["train", "--dataset", "x", "--output", "y"]],
+}
+
+
+@pytest.mark.parametrize("option", USAGE)
+def test_number_that_cannot_be_is_bad_usage(option, capsys):
+    for command in COMMANDS_WITH[option]:
+        for value in USAGE[option]:
+            with pytest.raises(SystemExit) as leaving:
+                main([*command, option, value])
+            assert leaving.value.code == 2
+            last = capsys.readouterr().err.splitlines()[-1]
+            assert f"error: argument {option}: " in last
+            assert len(last) < 1400
+
+
+def refusal(capsys, *argv: str) -> str:
+    capsys.readouterr()
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "bug" not in error
+    return error.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", [["generate"], ["chat"]])
+def test_standard_input_that_is_no_text_is_one_line(command, folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\n"), "utf-8"))
+    assert "Standard input cannot be read" in refusal(capsys, *command, "--model", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\n", "Line 1 of .*demo.jsonl' is no JSON object, for it is not in UTF-8"),
+        (b'{"question": "a"}\n{', "Line 2 of .*demo.jsonl' is no JSON object"),
+        (b"[]\n", "Line 1 of .*demo.jsonl' is no JSON object, but a list"),
+        (b'{"answer": "a"}\n', "Line 1 of .*demo.jsonl' must have a text in column 'question'"),
+        (b'{"question": 3}\n', "Line 1 of .*demo.jsonl' must have a text in column 'question'"),
+        (b'{"question": "\\ud83d"}\n', "Line 1 of .*demo.jsonl' .* half a character"),
+        (b"\n", "demo.jsonl' has no rows"),
+    ],
+)
+def test_damaged_questions_of_the_demo_are_one_line(content, said, folder, capsys, tmp_path):
+    (tmp_path / "demo.jsonl").write_bytes(content)
+    assert re.search(said, refusal(capsys, "demo", "--model", str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "command", [["bench", "structures", "--quick"], ["evaluate", "gap"], ["evaluate", "quality"]]
+)
+def test_output_that_cannot_be_written_is_found_before_the_work(command, tmp_path, capsys):
+    judge = ["--judge", "x"] if command[-1] == "quality" else []
+    for output in (tmp_path, tmp_path / "nowhere" / "x.json"):
+        line = refusal(capsys, *command, *judge, "--output", str(output))
+        assert f"`--output` '{output}' cannot be written" in line
+
+
+@pytest.mark.parametrize("device", ["abacus", "", "meta", "cuda:99"])
+def test_device_that_is_not_there_is_one_line(device, capsys):
+    line = refusal(capsys, "bench", "structures", "--quick", "--device", device)
+    assert f"`--device` must be one that torch has here, got '{device}'" in line
+
+
+def test_judge_that_cannot_be_had_is_one_line(folder, tmp_path, capsys, monkeypatch):
+    rows = "".join('{"question": "How many?", "answer": "He has 7 eggs."}\n' for _ in range(2))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    command = ["evaluate", "quality", "--model", str(folder)]
+    command += ["--dataset", str(tmp_path / "rows.jsonl"), "--judge"]
+    judge = tmp_path / "judge"
+    shutil.copytree(folder / "tokenizer", judge)
+    shutil.copy(folder / "model" / "config.json", judge)
+    (judge / "tokenizer.json").write_text("{")
+    assert "judge/tokenizer.json' is damaged" in refusal(capsys, *command, str(judge))
+    assert "nobody/nothing" in refusal(capsys, *command, "nobody/nothing")
+    monkeypatch.setattr("codd_hf.evaluation.judge.is_gguf_available", lambda: False)
+    line = refusal(capsys, *command, str(judge), "--judge-file", "x.gguf")
+    assert "pip install codd-hf[quality]" in line
+    grid = ["x", "--factorized-grid", "temperature=warm"]
+    assert "`temperature` in the grid 'temperature=warm' must be" in refusal(
+        capsys, *command, *grid
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..benchmarks import BENCHMARKS, Options, run_benchmark
 from ..environment import environment
 from ..errors import reason
-from .common import check_writable, count, quiet_loading, seed
+from .common import check_writable, quiet_loading, seed
 
 HELP = "Measure speed and memory on this machine."
 EXAMPLE = """example:
@@ -20,11 +20,14 @@ EXAMPLE = """example:
 """ + "\n".join(f"{name}: {text}." for name, text in BENCHMARKS.items())
 
 
+MOST_THREADS = 4096
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=[*BENCHMARKS, "all"], help="what to measure")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
     parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument("--threads", type=count, help="of torch; default: its own choice")
+    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     parser.add_argument("--batch-size", type=int, help="rows at once; default: each benchmark's")
     parser.add_argument("--repeats", type=int, help="timed runs; default: each benchmark's")
     parser.add_argument("--seed", type=seed, default=0, help="of weights, logits and draws")
@@ -43,6 +46,11 @@ def run(args: argparse.Namespace) -> None:
         ) from error
     check_writable(args.output)
     if args.threads is not None:
+        if not 1 <= args.threads <= MOST_THREADS:
+            raise ValueError(
+                f"`--threads` must be from 1 to {MOST_THREADS}, got {args.threads}: give no more "
+                "than this machine has."
+            )
         torch.set_num_threads(args.threads)
     quiet_loading()
     facts = environment() | {"quick": args.quick, "seed": args.seed}

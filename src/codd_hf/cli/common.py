@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +61,11 @@ def check_writable(path: str | None) -> None:
     Raises:
         OSError: `path` is a folder, or in none, or may not be written.
     """
-    if path is not None:
-        with Path(path).open("a"):
-            pass
+    if path is None:
+        return
+    place = Path(path) if Path(path).exists() else Path(path).parent
+    if Path(path).is_dir() or not os.access(place, os.W_OK):
+        raise OSError(f"`--output` {path!r} cannot be written: give a file in a folder of yours.")
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:

@@ -71,6 +71,10 @@ class QualityPlan:
                 "`factorized_grid` and `coupled_grid` must hold equally many settings, at least "
                 f"one, got {sizes[0]} and {sizes[1]}."
             )
+        if not 0 <= self.entropy_tolerance <= 1:
+            raise ValueError(
+                f"`entropy_tolerance` must be from 0 to 1, got {self.entropy_tolerance}."
+            )
         if FACTORIZED in (*self.samplings, self.strategy_sampling):
             raise ValueError(
                 "`samplings` and `strategy_sampling` must be coupled modes: factorized decoding is "
