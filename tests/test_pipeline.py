@@ -583,13 +583,9 @@ MESSAGES = [{"role": "user", "content": "two"}]
     [
         ({}, "Provide one of `prompt`, `messages` and `input_ids`, got none"),
         ({"prompt": "two", "messages": MESSAGES}, "got `prompt` and `messages`"),
-        ({"prompt": ""}, "`prompt` must not be empty, got an empty string"),
-        ({"prompt": ["two", ""]}, "an empty string at index 1"),
         ({"prompt": []}, "at least one string, got an empty list"),
         ({"messages": []}, "`messages` must hold at least one message"),
-        ({"input_ids": []}, "`input_ids` must not be empty"),
-        ({"input_ids": [[40], []]}, "got no tokens in row 1"),
-        ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, "got no tokens in row 0"),
+        ({"input_ids": []}, "`input_ids` must hold at least one row, got none"),
         ({"input_ids": torch.zeros(1, 1, 1, dtype=torch.long)}, "one- or two-dimensional"),
         ({"input_ids": [40, 5000]}, "got 5000 in row 0"),
         ({"input_ids": [[40], [-1]]}, "got -1 in row 1"),
@@ -598,7 +594,7 @@ MESSAGES = [{"role": "user", "content": "two"}]
             {"input_ids": torch.tensor([[40]]), "attention_mask": torch.ones(1, 2)},
             "`attention_mask` must have the shape of `input_ids`",
         ),
-        ({"prompt": "two", "attention_mask": torch.ones(1, 2)}, "goes with a tensor"),
+        ({"prompt": "two", "attention_mask": torch.ones(1, 2)}, "goes with `input_ids` only"),
         ({"prompt": "two", "gen_length": 0}, "`gen_length` must be at least 1, got 0"),
         ({"prompt": "two", "block_length": -1}, "`block_length` must be at least 1, got -1"),
         ({"prompt": "two", "num_inference_steps": 0}, "`num_inference_steps` must be at least 1"),
@@ -608,10 +604,10 @@ MESSAGES = [{"role": "user", "content": "two"}]
         ),
         ({"prompt": "two", "strategy": "best"}, "`strategy` must be one of"),
         ({"prompt": "two", "top_p": 0.0}, "`top_p` must be above 0"),
-        ({"prompt": "two", "output_type": "pt"}, "`output_type` must be 'text' or 'seq'"),
+        ({"prompt": "two", "output_type": "pt"}, "`output_type` must be one of text, seq"),
         (
             {"prompt": ["two", "four"], "generator": [torch.Generator()] * 3},
-            "`generator` must have one entry per prompt (2), got 3",
+            "`generator` must have one entry per row (2), got 3",
         ),
         (
             {"prompt": "two", "callback_on_step_end_tensor_inputs": ["latents"]},
@@ -660,15 +656,17 @@ def test_generate_understands_the_names_of_transformers(pipe):
     assert torch.equal(greedy[:, ids.shape[1] :], expected)
 
 
-def test_prompt_without_a_real_token_is_refused_by_the_loop(pipe):
-    with pytest.raises(ValueError, match="at least one token that is not padding"):
-        denoise(
-            pipe.model,
-            pipe.scheduler,
-            torch.tensor([[40], [41]]),
-            torch.tensor([[1], [0]]),
-            **SHORT,
-        )
+def test_prompt_without_a_token_is_text_without_a_prompt_alone_and_in_a_batch(pipe):
+    ids, mask = torch.tensor([[40], [41]]), torch.tensor([[1], [0]])
+    batch = denoise(pipe.model, pipe.scheduler, ids, mask, generator=seeds()[:2], **SHORT)
+    batch = batch.sequences
+    alone = pipe(input_ids=torch.zeros(1, 0), generator=seeds()[1:2], **SHORT).sequences
+    assert torch.equal(batch[1], alone[0])
+    assert torch.equal(pipe(input_ids=[[40], []], generator=seeds()[:2], **SHORT).sequences, batch)
+    assert (
+        pipe("", use_chat_template=False, generator=seeds()[1], **SHORT).texts
+        == (pipe(["", "two"], use_chat_template=False, generator=seeds()[1:3], **SHORT).texts[:1])
+    )
 
 
 @pytest.mark.parametrize("confidence", ["latent", "marginal"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .arguments import check_unmasked
 from .configuration_codd import CoDDConfig
 
 
@@ -52,27 +53,31 @@ class Canvas:
         gen_length: Sequence[int],
         min_new_tokens: Sequence[int],
         forced_tokens: Sequence[Mapping[int, int]],
+        max_positions: int | None = None,
     ) -> Canvas:
         """Lays each row out as `[prompt][masks][padding]`; the windows begin where the prompt ends.
 
         Args:
-            config: gives the token ids and the number of positions.
+            config: gives the token ids.
             input_ids: `[batch, prompt_length]`, padded on any side.
             attention_mask: `[batch, prompt_length]`, 0 at padding, or None.
             end_ids: end-of-text tokens.
             gen_length: the number of tokens to generate in each row.
             min_new_tokens: for each row, how many of them come before the first end-of-text token.
             forced_tokens: for each row, tokens by their place among the generated ones.
+            max_positions: of the backbone; None where nothing bounds them.
 
         Raises:
-            ValueError: a prompt is empty, or the canvas exceeds the positions of the backbone.
+            ValueError: a prompt holds the mask token, or the canvas exceeds the positions.
         """
         is_prompt = _real(input_ids, attention_mask)
         start = is_prompt.sum(-1)
         length = torch.tensor(gen_length, device=start.device)
+        rows = (ids[real] for ids, real in zip(input_ids, is_prompt, strict=True))
+        check_unmasked("input_ids", rows, config.mask_token_id)
         longest = int((start + length).argmax())
-        _check_size(
-            config,
+        check_size(
+            max_positions,
             int(start[longest] + length[longest]),
             f"A prompt of {int(start[longest])} tokens and `gen_length={int(length[longest])}`",
         )
@@ -106,6 +111,7 @@ class Canvas:
         end_ids: Sequence[int],
         window_length: int,
         free_length: bool,
+        max_positions: int | None = None,
     ) -> Canvas:
         """Rows that hold mask tokens, the gaps, anywhere among given ones.
 
@@ -113,20 +119,20 @@ class Canvas:
         that they cover given text on both sides.
 
         Args:
-            config: gives the token ids and the number of positions.
+            config: gives the token ids.
             input_ids: `[batch, length]`, padded on any side.
             attention_mask: `[batch, length]`, 0 at padding, or None.
             end_ids: end-of-text tokens; in a gap, padding counts as one.
             window_length: of the circuit.
             free_length: whether a gap may end before its last mask; if not, it holds no end token.
+            max_positions: of the backbone; None where nothing bounds them.
 
         Raises:
-            ValueError: a row is empty or holds no mask token, or exceeds the positions of the
-                backbone.
+            ValueError: a row holds no mask token, or exceeds the positions.
         """
         is_real = _real(input_ids, attention_mask)
         size = is_real.sum(-1)
-        _check_size(config, int(size.max()), f"The {int(size.max())} tokens of a template")
+        check_size(max_positions, int(size.max()), f"The {int(size.max())} tokens of a template")
         column = torch.arange(int(size.max()), device=size.device)
         real = column < size[:, None]
         tokens = torch.full_like(real, filler(config, []), dtype=torch.long)
@@ -217,16 +223,13 @@ class Canvas:
 
 
 def _real(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
-    if not bool(real.any(-1).all()):
-        raise ValueError(
-            "`input_ids` must hold at least one token that is not padding in each row."
-        )
-    return real
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    return attention_mask.bool()
 
 
-def _check_size(config: CoDDConfig, size: int, what: str) -> None:
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+def check_size(most: int | None, size: int, what: str) -> None:
+    """Raises a ValueError if `size` tokens are more than `most`; `what` says what they are."""
     if most is not None and size > most:
         raise ValueError(
             f"{what} exceed the {most} positions of the backbone: shorten one of them."

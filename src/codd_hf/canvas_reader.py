@@ -13,13 +13,13 @@ is an approximation: tokens committed in the block change the others' keys and v
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
+from .arguments import LARGEST_FACTOR, choice, number, per_row
 from .backbones import BackboneStates
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ class CanvasReader:
         cache: str | None = None,
         guidance_scale: float | Sequence[float] | None = None,
     ):
-        if cache not in CACHES:
-            raise ValueError(f"`cache` must be None, 'prefix' or 'dual', got {cache!r}.")
+        choice("cache", cache, CACHES)
         self.model, self.mode, self.batch = model, cache, len(attention_mask)
         scales = _scale_of_each_row(guidance_scale, self.batch)
         self.scale = torch.tensor(scales, device=attention_mask.device) if any(scales) else None
@@ -168,15 +167,9 @@ def _run(columns: torch.Tensor) -> tuple[int, int] | None:
 
 
 def _scale_of_each_row(scale: float | Sequence[float] | None, batch: int) -> list[float]:
-    several = isinstance(scale, Sequence) and not isinstance(scale, str)
-    scales = list(scale) if several else [0.0 if scale is None else scale]
-    if several and len(scales) != batch:
-        raise ValueError(
-            f"`guidance_scale` must be a number or one per prompt ({batch}), got {len(scales)}."
-        )
-    for value in scales:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"`guidance_scale` must be a number (0: off), got {value!r}.")
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"`guidance_scale` must be 0 (off) or more, got {value}.")
-    return [float(value) for value in scales] * (batch // len(scales))
+    wanted = f"of at least 0 (off) and at most {LARGEST_FACTOR:g}"
+
+    def check(name: str, value: Any) -> float:
+        return float(number(name, value, wanted, lambda x: 0 <= x <= LARGEST_FACTOR))
+
+    return per_row("guidance_scale", 0.0 if scale is None else scale, batch, check)

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 )
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
+from .arguments import choice, plain
 from .errors import is_of_a_library, reason
 from .names import is_local
 
@@ -73,7 +74,7 @@ def one_sentence(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
     def __setattr__(self, name: str, value: Any) -> None:
         try:
-            assign(self, name, value)
+            assign(self, name, plain(value) if name in types else value)
         except StrictDataclassFieldValidationError as error:
             wanted = types[name].__name__ if isinstance(types[name], type) else types[name]
             raise ValueError(f"`{name}` must be of type {wanted}, got {value!r:.100}.") from error
@@ -389,8 +390,7 @@ class CoDDConfig(PreTrainedConfig):
 
 def check_coupling(coupling: str) -> None:
     """Raises a ValueError unless `coupling` is one of `COUPLINGS`."""
-    if coupling not in COUPLINGS:
-        raise ValueError(f"`coupling` must be one of {', '.join(COUPLINGS)}, got {coupling!r}.")
+    choice("coupling", coupling, COUPLINGS)
 
 
 def _nested_config(name: str, config: dict | PreTrainedConfig | None) -> PreTrainedConfig:

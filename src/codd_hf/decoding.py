@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from .arguments import end_tokens, flag
 from .canvas import Canvas, filler
 from .canvas_reader import CanvasReader
 from .circuits.random import Generators
@@ -148,7 +149,8 @@ def denoise(
 
     Raises:
         ValueError: an argument is out of range (see `DecodingArguments`; `CanvasReader` for `cache`
-            and `guidance_scale`), a prompt is empty, a template has no mask token, a row has fewer
+            and `guidance_scale`), a prompt holds the mask token, a template
+            has none, a row has fewer
             steps than blocks, or the canvas exceeds the positions that the backbone has.
     """
     arguments = DecodingArguments.check(
@@ -167,10 +169,17 @@ def denoise(
         forced_tokens=forced_tokens,
         settings=settings,
     )
-    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+    ends = end_tokens("eos_token_id", eos_token_id, model.config.vocab_size)
+    early_stop = flag("early_stop", early_stop)
     head = model.head_of_call(head)
     canvas, stages = lay_out(
-        model.config, input_ids, attention_mask, ends, arguments, head.window_length
+        model.config,
+        input_ids,
+        attention_mask,
+        ends,
+        arguments,
+        head.window_length,
+        model.max_positions,
     )
     scheduler = copy.copy(scheduler)  # its timesteps are this call's, and threads may share it
     decoding_step = DecodingStep(
@@ -224,23 +233,31 @@ def lay_out(
     end_ids: list[int],
     arguments: DecodingArguments,
     window_length: int,
+    max_positions: int | None,
 ) -> tuple[Canvas, list[Stage]]:
     """What will be decoded, before anything is.
 
     Args:
-        config: gives the token ids and the number of positions.
+        config: gives the token ids.
         input_ids: `[batch, prompt_length]`, padded on any side.
         attention_mask: `[batch, prompt_length]`, 0 at padding, or None.
         end_ids: end-of-text tokens.
         arguments: of the call.
         window_length: of the circuit.
+        max_positions: of the backbone; None where nothing bounds them.
 
     Raises:
         ValueError: as `denoise` says of prompts, templates, steps and positions.
     """
     if arguments.infill:
         canvas = Canvas.of_templates(
-            config, input_ids, attention_mask, end_ids, window_length, arguments.free_length
+            config,
+            input_ids,
+            attention_mask,
+            end_ids,
+            window_length,
+            arguments.free_length,
+            max_positions,
         )
     else:
         canvas = Canvas.of_prompts(
@@ -251,6 +268,7 @@ def lay_out(
             arguments.gen_length,
             arguments.min_new_tokens,
             arguments.forced_tokens,
+            max_positions,
         )
     stages = plan_stages(
         canvas,

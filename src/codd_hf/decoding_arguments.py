@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from transformers import PretrainedConfig
 
+from .arguments import choice, flag, generators, integer, per_row, shown, token_id
 from .circuits.random import Generators
 from .configuration_codd import CoDDConfig
 from .schedulers import CoDDScheduler
@@ -65,22 +67,24 @@ class DecodingArguments:
                 the backbone's attention do not go together, or a setting is out of range.
             TypeError: a number is not an integer, or a setting is unknown.
         """
+        if config.mask_token_id is None:
+            raise ValueError("`mask_token_id` is not known: give it to `from_backbone`.")
         for name, value in (("paradigm", paradigm), ("windowing", windowing)):
-            if value not in CHOICES[name]:
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(CHOICES[name])}, got {value!r}."
-                )
-        lengths = _per_row("gen_length", gen_length, batch, 1)
-        _check_integer("block_length", block_length, 1)
+            choice(name, value, CHOICES[name])
+        at_least_1, at_least_0 = partial(integer, least=1), partial(integer, least=0)
+        lengths = per_row("gen_length", gen_length, batch, at_least_1)
+        block_length = integer("block_length", block_length, least=1)
         steps = num_inference_steps
         if steps is not None:
-            steps = _per_row("num_inference_steps", steps, batch, 1)
-        fewest = _per_row("min_new_tokens", min_new_tokens or 0, batch, 0)
+            steps = per_row("num_inference_steps", steps, batch, at_least_1)
+        fewest = 0 if min_new_tokens is None else min_new_tokens
+        fewest = per_row("min_new_tokens", fewest, batch, at_least_0)
+        infill, free_length = flag("infill", infill), flag("free_length", free_length)
         _check_attention(config.text_config, paradigm, block_length)
-        _check_entries("generator", generator, batch)
-        _check_entries("forced_tokens", forced_tokens, batch)
-        if infill and (any(fewest) or forced_tokens):
-            name = "forced_tokens" if forced_tokens else "min_new_tokens"
+        generators("generator", generator, batch)
+        forced = per_row("forced_tokens", forced_tokens or {}, batch, partial(_forced, config))
+        if infill and (any(fewest) or any(forced)):
+            name = "forced_tokens" if any(forced) else "min_new_tokens"
             raise ValueError(
                 f"`{name}` is for text after a prompt, not for `infill`: leave it out and write "
                 "what is given into the template."
@@ -92,21 +96,14 @@ class DecodingArguments:
                 raise ValueError(
                     f"`min_new_tokens` must be at most `gen_length` ({length}), got {number}."
                 )
-        forced = forced_tokens or {}
-        forced = [forced] * batch if isinstance(forced, Mapping) else forced
         for tokens, length in zip(forced, lengths, strict=True):
-            for place, token in tokens.items():
+            for place in tokens:
                 if not 0 <= place < length:
                     raise ValueError(
                         f"`forced_tokens` must have places below `gen_length` ({length}), got "
                         f"{place}."
                     )
-                if not 0 <= token < config.vocab_size or token == config.mask_token_id:
-                    raise ValueError(
-                        f"`forced_tokens` must hold token ids below {config.vocab_size} other than "
-                        f"the mask token, got {token} at {place}."
-                    )
-        scheduler.draw_settings(**settings)
+        scheduler.draw_settings(**settings).check_vocabulary(config.vocab_size)
         return cls(
             lengths,
             block_length,
@@ -137,22 +134,15 @@ def _check_attention(config: PretrainedConfig, paradigm: str, block_length: int)
         )
 
 
-def _per_row(name: str, value: PerRow, batch: int, least: int) -> list[int]:
-    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-    _check_entries(name, values, batch)
-    values = values if isinstance(values, list) else [values] * batch
-    for number in values:
-        _check_integer(name, number, least)
-    return values
-
-
-def _check_entries(name: str, value: Any, batch: int) -> None:
-    if isinstance(value, Sequence) and len(value) != batch:
-        raise ValueError(f"`{name}` must have one entry per prompt ({batch}), got {len(value)}.")
-
-
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
-    if value < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+def _forced(config: CoDDConfig, name: str, tokens: Any) -> dict[int, int]:
+    if not isinstance(tokens, Mapping):
+        raise TypeError(f"`{name}` must map places to token ids, got {shown(tokens)}.")
+    forced = {}
+    for place, token in tokens.items():
+        token = token_id(name, token, config.vocab_size)
+        if token == config.mask_token_id:
+            raise ValueError(
+                f"`{name}` must hold token ids other than the mask token, got {token} at {place}."
+            )
+        forced[integer(name, place)] = token
+    return forced

@@ -10,6 +10,7 @@ import torch
 from diffusers.utils import logging
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from .arguments import numbered
 from .backbones import BackboneStates
 from .canvas import Canvas
 from .circuits.random import Generators
@@ -118,15 +119,16 @@ class DecodingStep:
             # 1. The distribution over the windows.
             group, group_rows = part.rows(plan.rows), rows[plan.rows]
             position = plan.position(length)
-            distribution = self.model.window_distribution(
-                states,
-                part.tokens,
-                plan.window_start.flatten(),
-                attention_mask=part.attention_mask,
-                rows=plan.rows.repeat_interleave(plan.window_start.shape[1]),
-                temperature=self.drawing.evidence_temperature,
-                head=self.head,
-            )
+            with numbered(rows):
+                distribution = self.model.window_distribution(
+                    states,
+                    part.tokens,
+                    plan.window_start.flatten(),
+                    attention_mask=part.attention_mask,
+                    rows=plan.rows.repeat_interleave(plan.window_start.shape[1]),
+                    temperature=self.drawing.evidence_temperature,
+                    head=self.head,
+                )
             too_early = position < group.no_end_before[:, None]
             if len(canvas.end_ids) and bool(too_early.any()):
                 distribution = distribution.without(
@@ -140,21 +142,22 @@ class DecodingStep:
             undecided = group.open(early_stop=False).sum(-1)
             known = group.attention_mask.bool() & (group.tokens != canvas.mask_token_id)
             self.scheduler.set_timesteps(plan.num_steps, device=rows.device)
-            output = self.scheduler.step(
-                distribution,
-                self.scheduler.timesteps[number],
-                group.tokens.gather(1, place),
-                generator=_of_rows(generator, plan.rows),
-                eligible=plan.eligible.gather(1, place),
-                at_least=plan.at_least,
-                mask_ratio=undecided / group.generated.sum(-1),
-                mask_token_id=canvas.mask_token_id,
-                logits_processor=self.logits_processor,
-                text=RowText(group.tokens, known, position),
-                memory=remembered,
-                output_logits=False,
-                **self.settings,
-            )
+            with numbered(group_rows):
+                output = self.scheduler.step(
+                    distribution,
+                    self.scheduler.timesteps[number],
+                    group.tokens.gather(1, place),
+                    generator=_of_rows(generator, plan.rows),
+                    eligible=plan.eligible.gather(1, place),
+                    at_least=plan.at_least,
+                    mask_ratio=undecided / group.generated.sum(-1),
+                    mask_token_id=canvas.mask_token_id,
+                    logits_processor=self.logits_processor,
+                    text=RowText(group.tokens, known, position),
+                    memory=remembered,
+                    output_logits=False,
+                    **self.settings,
+                )
             memory.write(group_rows, position, window_start, remembered, canvas.tokens)
             if not self._warned and bool(output.fallback.any()):
                 self._warned = True

@@ -15,6 +15,17 @@ from transformers import (
     LogitsProcessorList,
 )
 
+from .arguments import (
+    check_token_types,
+    end_tokens,
+    flag,
+    integer,
+    padding_mask,
+    scalar,
+    several,
+    shown,
+    token_ids,
+)
 from .canvas import filler
 from .circuits.random import Generators
 from .decoding import OnStep, denoise
@@ -42,13 +53,13 @@ CONFIGURABLE = (
     "do_sample",
     "num_return_sequences",
     "eos_token_id",
+    "pad_token_id",
     "min_new_tokens",
     *SETTINGS,
 )
 """What a call or a generation configuration may say."""
 
 WITHOUT_EFFECT = (
-    "pad_token_id",
     "bos_token_id",
     "decoder_start_token_id",
     "use_cache",
@@ -88,9 +99,11 @@ def generate(
     Args:
         model: the backbone, with or without a head.
         inputs: `[batch, prompt_length]`, padded on any side; with `infill`, templates with mask
-            tokens where a token is to be found.
+            tokens where a token is to be found. A prompt may be empty (`[batch, 0]`); default, one
+            that is.
         input_ids: another name of `inputs`.
-        attention_mask: `[batch, prompt_length]`, 0 at padding; default no padding.
+        attention_mask: `[batch, prompt_length]`, 0 at padding; default, as in transformers, 0 at
+            `pad_token_id` (default the model's), unless that ends texts as well.
         generation_config: in place of further arguments.
         scheduler: default one with default settings.
         generator: one for all rows, or a list with one per row.
@@ -121,37 +134,55 @@ def generate(
         gaps filled.
 
     Raises:
-        ValueError: no prompts are given, an argument is out of range, or it asks for something that
+        ValueError: an argument is out of range, or it asks for something that
             decoding by diffusion has not (`num_beams=4`).
         TypeError: an argument is not known.
     """
+    if inputs is not None and input_ids is not None:
+        raise ValueError("`inputs` and `input_ids` are two names of one argument: give one.")
+    name = "inputs" if input_ids is None else "input_ids"
     inputs = input_ids if inputs is None else inputs
     if inputs is None:
-        raise ValueError("`inputs` is missing: give prompts as token ids [batch, length].")
+        inputs = torch.empty(1, 0, dtype=torch.long, device=model.device)
+    inputs = token_ids(name, inputs, model.config.vocab_size, model.device)
+    check_token_types(kwargs.pop("token_type_ids", None), inputs)
+    if not isinstance(generation_config, GenerationConfig | None):
+        raise TypeError(
+            f"`generation_config` must be a GenerationConfig, got {shown(generation_config)}."
+        )
     head = model.head_of_call(head)
     asked = _resolve(kwargs, generation_config, model.generation_config)
-    infill = bool(asked["infill"])
+    infill = asked["infill"] is not None and flag("infill", asked["infill"])
     if infill and streamer is not None:
         raise ValueError(
             "`streamer` is told what follows a prompt, which `infill` has not: leave it out."
         )
     gen_length = 1 if infill else _generated_length(asked, inputs.shape[1])
     attended = getattr(model.config.text_config, "block_length", None)
-    block_length = asked["block_length"] or attended or head.window_length
-    paradigm = asked["paradigm"] or "block"
-    if asked["do_sample"] is False:
+    block_length = asked["block_length"]
+    if block_length is None:
+        block_length = attended or head.window_length
+    block_length = integer("block_length", block_length, least=1)
+    paradigm = "block" if asked["paradigm"] is None else asked["paradigm"]
+    do_sample = None if asked["do_sample"] is None else flag("do_sample", asked["do_sample"])
+    if do_sample is False:
         asked["temperature"] = 0.0
-    elif asked["do_sample"] and asked["temperature"] is None:
+    elif do_sample and asked["temperature"] is None:
         asked["temperature"] = 1.0
     eos_token_id = asked["eos_token_id"]
     if eos_token_id is None:
         eos_token_id = model.config.eos_token_id
-    copies = asked["num_return_sequences"] or 1
+    ends = end_tokens("eos_token_id", eos_token_id, model.config.vocab_size)
+    if attention_mask is None:
+        attention_mask = model.real_tokens(inputs, asked["pad_token_id"], ends)
+    else:
+        attention_mask = padding_mask("attention_mask", attention_mask, inputs.shape, inputs.device)
+    copies = asked["num_return_sequences"]
+    copies = 1 if copies is None else integer("num_return_sequences", copies, least=1)
     inputs = inputs.repeat_interleave(copies, 0)
     if attention_mask is not None:
         attention_mask = attention_mask.repeat_interleave(copies, 0)
     if streamer is not None:
-        ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
         stream = BlockStream(
             streamer,
             model.config.mask_token_id,
@@ -169,11 +200,11 @@ def generate(
         block_length=block_length,
         num_inference_steps=_of_copies(asked["num_inference_steps"], copies),
         paradigm=paradigm,
-        windowing=asked["windowing"] or "aligned",
+        windowing="aligned" if asked["windowing"] is None else asked["windowing"],
         infill=infill,
-        free_length=bool(asked["free_length"]),
+        free_length=asked["free_length"] is not None and asked["free_length"],
         generator=generator,
-        eos_token_id=eos_token_id,
+        eos_token_id=ends,
         early_stop=early_stop,
         min_new_tokens=_of_copies(asked["min_new_tokens"], copies),
         forced_tokens=_of_copies(forced_tokens, copies),
@@ -196,7 +227,8 @@ def generate(
 
 def _of_copies(value: Any, copies: int) -> Any:
     """Of a list with an entry for each prompt, one with an entry for each copy of it."""
-    return [v for v in value for _ in range(copies)] if isinstance(value, Sequence) else value
+    values = several(value)
+    return value if values is None else [v for v in values for _ in range(copies)]
 
 
 def _resolve(
@@ -230,6 +262,7 @@ def _resolve(
 
 def _is_off(value: Any) -> bool:
     """Whether a value asks for nothing, as `num_beams=1` or `repetition_penalty=1.0`."""
+    value = scalar(value)
     return value is None or value is False or (type(value) in (int, float) and value in (0, 1))
 
 
@@ -243,9 +276,10 @@ def _generated_length(asked: dict[str, Any], prompt_length: int) -> PerRow:
             return asked[name]
     if asked["max_length"] is None:
         return DEFAULT_LENGTH
-    if asked["max_length"] <= prompt_length:
+    most = integer("max_length", asked["max_length"])
+    if most <= prompt_length:
         raise ValueError(
-            f"`max_length` ({asked['max_length']}) leaves nothing to generate after prompts of "
-            f"{prompt_length} tokens: raise it, or give `max_new_tokens`."
+            f"`max_length` ({most}) leaves nothing to generate after prompts of {prompt_length} "
+            "tokens: raise it, or give `max_new_tokens`."
         )
-    return asked["max_length"] - prompt_length
+    return most - prompt_length

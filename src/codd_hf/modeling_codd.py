@@ -18,6 +18,15 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .adapters import save_adapter, without_adapters
+from .arguments import (
+    check_shape,
+    check_token_types,
+    check_tokens,
+    generators,
+    integers,
+    padding_mask,
+    token_ids,
+)
 from .backbones import (
     BackboneFamily,
     brings_code,
@@ -80,6 +89,7 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a mean, whatever else transformers' Trainer counts
     # Attention is the backbone's, which knows what it supports.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -361,12 +371,16 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
         inputs_embeds: None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
     ) -> CoDDOutput | tuple:
         """Predicts masked tokens.
 
         Args:
             input_ids: `[batch, length]`.
-            attention_mask: `[batch, length]`, 0 at padding.
+            attention_mask: `[batch, length]`, 0 at padding; default no padding, with a warning
+                where a row begins or ends with padding tokens.
             position_ids: `[batch, length]`; default, counted over real tokens.
             labels: `[batch, length]`, the true tokens, -100 where not supervised. The loss is over
                 masked, supervised positions, jointly over the windows of each row that are aligned
@@ -384,19 +398,47 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
             inputs_embeds: there for callers such as PEFT that pass None, and so are the next two.
             output_attentions: as `inputs_embeds`; use the backbone itself to look into it.
             output_hidden_states: as `inputs_embeds`.
+            token_type_ids: what tokenizers give beside the ids; 0 everywhere.
+            use_cache: without effect, for callers that say it of every model.
+            **kwargs: further arguments of transformers' models that ask for nothing (None, False).
 
         Raises:
-            ValueError: one of the last three is asked for, or the coupling is unknown.
+            ValueError: an argument is out of range, or asks for what only the backbone can do; or
+                `labels` supervise tokens of which none is masked.
+            TypeError: an argument is not known, or of another kind.
         """
-        for name, value in (
-            ("inputs_embeds", inputs_embeds),
-            ("output_attentions", output_attentions),
-            ("output_hidden_states", output_hidden_states),
-        ):
+        asked = {
+            "inputs_embeds": inputs_embeds,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            **kwargs,
+        }
+        for name, value in asked.items():
             if value is not None and value is not False:
-                raise ValueError(f"`{name}` cannot be used: give it to `model.backbone`.")
-        coupling = self.config.coupling if coupling is None else coupling
+                raise (TypeError if name in kwargs else ValueError)(
+                    f"`{name}` cannot be used here: leave it out, or give it to `model.backbone`."
+                )
+        config, device = self.config, self.device
+        coupling = config.coupling if coupling is None else coupling
         check_coupling(coupling)
+        input_ids = token_ids("input_ids", input_ids, config.vocab_size, device)
+        if input_ids.shape[1] == 0:
+            raise ValueError("`input_ids` must hold at least one token in a row, got none.")
+        check_token_types(token_type_ids, input_ids)
+        if attention_mask is None:
+            self._warn_of_padding(input_ids)
+        else:
+            attention_mask = padding_mask("attention_mask", attention_mask, input_ids.shape, device)
+        if position_ids is not None:
+            position_ids = self._check_positions(position_ids, input_ids)
+        if labels is not None:
+            labels = integers("labels", labels, device)
+            check_shape("labels", labels, input_ids.shape)
+            check_tokens("labels", labels.masked_fill(labels == -100, 0), config.vocab_size)
+        if window_start is not None:
+            window_start = integers("window_start", window_start, device)
+            check_shape("window_start", window_start, input_ids.shape[:1])
+        generators("generator", generator, len(input_ids))
         head = self.head_of_call(head)
         with self.adapter_of_call(head):
             states = self.backbone_states(input_ids, attention_mask, position_ids)

@@ -59,6 +59,11 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
     base_model_prefix = "codd_head"
     _keys_to_ignore_on_load_unexpected = [r"^backbone\."]  # noqa: RUF012  (of a whole model)
     main_input_name = "logits"
+    # It has no attention: whatever is asked of a model that it is part of concerns the backbone.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
     _keep_in_fp32_modules_strict = [  # noqa: RUF012
         "initial",
         "transition",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .arguments import number
 from .circuits.random import Generators, uniform
 
 
@@ -36,10 +37,7 @@ def span_uniforms(
     Raises:
         ValueError: `mean_span_length` is below 1.
     """
-    if not mean_span_length >= 1:
-        raise ValueError(
-            f"`mean_span_length` must be at least 1 (independent masks), got {mean_span_length}."
-        )
+    number("mean_span_length", mean_span_length, "at least 1 (independent masks)", lambda x: x >= 1)
     numbers = uniform(shape, generator, device)
     if mean_span_length == 1:
         return numbers

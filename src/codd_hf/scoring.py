@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
+
+from .arguments import check_unmasked, integer, rows_of_ids, several, shown
+from .canvas import check_size
 
 if TYPE_CHECKING:
     from .heads import CallHead, HeadName
@@ -51,27 +54,39 @@ def score(
 
     Args:
         model: a backbone with a head (or without one).
-        prompts: texts, or lists of token ids; a prompt may be empty.
-        answers: as many texts or lists of token ids, none of them empty.
+        prompts: texts, or token ids in lists, arrays or tensors, of which padding is left out; a
+            prompt may be empty.
+        answers: as many, none of them empty.
         tokenizer: for texts, which are tokenised without special tokens of their own.
         batch_size: windows at once.
         head: the name of the head; None, the model's default; False, none.
 
     Raises:
-        ValueError: prompts and answers do not pair up, one of the answers is empty, or texts are
-            given without a tokenizer.
+        ValueError: prompts and answers do not pair up, an answer is empty, a row holds what is no
+            token or the mask token, or is longer than the backbone's positions, or texts are given
+            without a tokenizer.
+        TypeError: an argument is of another kind.
     """
-    if len(prompts) != len(answers) or len(prompts) == 0:
+    batch_size = integer("batch_size", batch_size, least=1)
+    rows = {
+        name: _tokens(model, name, texts, tokenizer)
+        for name, texts in (("prompts", prompts), ("answers", answers))
+    }
+    counts = len(rows["prompts"]), len(rows["answers"])
+    if counts[0] != counts[1] or counts[0] == 0:
         raise ValueError(
-            f"`prompts` and `answers` must be of the same, positive length, got {len(prompts)} and "
-            f"{len(answers)}."
+            f"`prompts` and `answers` must be of the same, positive length, got {counts[0]} and "
+            f"{counts[1]}."
         )
-    pairs = [
-        (_ids("prompts", prompt, tokenizer), _ids("answers", answer, tokenizer))
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
-    if not all(answer for _, answer in pairs):
-        raise ValueError("`answers` must hold at least one token each: leave empty ones out.")
+    pairs = list(zip(rows["prompts"], rows["answers"], strict=True))
+    for row, (prompt, answer) in enumerate(pairs):
+        if not answer:
+            raise ValueError(
+                f"`answers` must hold at least one token each, got none in row {row}: leave empty "
+                "ones out."
+            )
+        what = f"In row {row} of `prompts` and `answers`, {len(prompt)} and {len(answer)} tokens"
+        check_size(model.max_positions, len(prompt) + len(answer), what)
     head = model.head_of_call(head)
     length = head.window_length
     windows = [
@@ -88,12 +103,23 @@ def score(
     return ScoreOutput(factorized=totals[0], coupled=totals[1], num_tokens=num_tokens)
 
 
-def _ids(name: str, text, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    if not isinstance(text, str):
-        return [int(token) for token in text]
-    if tokenizer is None:
+def _tokens(
+    model: CoDDModel, name: str, texts: Any, tokenizer: PreTrainedTokenizerBase | None
+) -> list[list[int]]:
+    """The tokens of each text, without padding."""
+    rows = several(texts)
+    if rows is None:
+        raise TypeError(f"`{name}` must be a list of texts or of token ids, got {shown(texts)}.")
+    if tokenizer is None and any(isinstance(row, str) for row in rows):
         raise ValueError(f"`{name}` are texts: give a `tokenizer`, or token ids.")
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    if tokenizer is not None:
+        rows = [
+            tokenizer(row, add_special_tokens=False)["input_ids"] if isinstance(row, str) else row
+            for row in rows
+        ]
+    ids = model.unpadded(rows_of_ids(name, rows, model.config.vocab_size))
+    check_unmasked(name, ids, model.config.mask_token_id)
+    return [row.tolist() for row in ids]
 
 
 def _score_windows(

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
+from .arguments import LARGEST_INTEGER, RowError, integers, several
 from .backbones import BackboneStates
+from .canvas import check_size
 from .circuits import CoupledCategorical, Preceding
-from .factorized import trivial_potentials, without_tokens
+from .factorized import forbidden_tokens, trivial_potentials, without_tokens
 from .heads import CallHead, HeadName
 from .modeling_head import CoDDHead
 
@@ -20,6 +27,77 @@ class WindowsMixin:
         """Length of the default head's window; 32 without a head."""
         return 32 if self.coupling_head is None else self.coupling_head.config.window_length
 
+    @cached_property
+    def max_positions(self) -> int | None:
+        """How many tokens a row may have; None where nothing bounds it."""
+        return self.family.max_positions(self.backbone)
+
+    def real_tokens(
+        self,
+        input_ids: torch.Tensor,
+        pad_token_id: int | None = None,
+        end_ids: Sequence[int] | None = None,
+    ) -> torch.Tensor | None:
+        """The attention mask of tokens that come without one, as transformers' `generate` finds it.
+
+        Padding tokens are padding, unless they end texts too and so may be part of one.
+
+        Args:
+            input_ids: `[batch, length]`.
+            pad_token_id: the padding token; default, the backbone's.
+            end_ids: tokens that end a text; default, the backbone's.
+
+        Returns:
+            `[batch, length]`, 0 at padding; None where there is none.
+        """
+        pad = pad_token_id
+        if pad is None:
+            pad = self.config.pad_token_id
+        if pad is None and self.generation_config is not None:
+            pad = self.generation_config.pad_token_id
+        if end_ids is None:
+            end_ids = several(self.config.eos_token_id) or [self.config.eos_token_id]
+        if pad is None or pad in end_ids or torch.compiler.is_compiling():
+            return None
+        real = input_ids != pad
+        return None if bool(real.all()) else real.long()
+
+    def _warn_of_padding(self, input_ids: torch.Tensor) -> None:
+        """Tells, as transformers' models do, that padding is read as text without a mask."""
+        real = self.real_tokens(input_ids)
+        if real is not None and not bool(real[:, [0, -1]].all()):
+            warnings.warn(
+                f"`input_ids` begin or end with the padding token ({self.config.pad_token_id}), "
+                "which is read as text without an `attention_mask`: give one.",
+                stacklevel=3,
+            )
+
+    def unpadded(self, rows: Sequence[torch.Tensor], **tokens: Any) -> list[torch.Tensor]:
+        """Rows of token ids `[length]` without their padding, as `real_tokens` finds it."""
+        masks = [self.real_tokens(row[None], **tokens) for row in rows]
+        return [
+            row if mask is None else row[mask[0].bool()]
+            for row, mask in zip(rows, masks, strict=True)
+        ]
+
+    def _check_positions(self, position_ids: Any, input_ids: torch.Tensor) -> torch.Tensor:
+        """`position_ids` `[batch or 1, length]`, all of which the backbone has."""
+        positions = integers("position_ids", position_ids, input_ids.device)
+        batch, length = input_ids.shape
+        if tuple(positions.shape) not in ((batch, length), (1, length)):
+            raise ValueError(
+                f"`position_ids` must have shape {(batch, length)}, got {tuple(positions.shape)}."
+            )
+        most = LARGEST_INTEGER if self.max_positions is None else self.max_positions
+        if not torch.compiler.is_compiling() and bool(
+            ((positions < 0) | (positions >= most)).any()
+        ):
+            raise ValueError(
+                f"`position_ids` must be from 0 to {most - 1}, got "
+                f"{int(positions.min())} to {int(positions.max())}."
+            )
+        return positions
+
     def backbone_states(
         self,
         input_ids: torch.Tensor,
@@ -30,14 +108,28 @@ class WindowsMixin:
 
         Real tokens are moved to the front of each row first (and the results moved back), so that
         padding on any side leaves positions, absolute ones too, as they are without padding.
+
+        Raises:
+            ValueError: a row has more tokens than the backbone has positions.
         """
-        if attention_mask is None or position_ids is not None:
+        if position_ids is not None:
+            return self.family.states(self.backbone, input_ids, attention_mask, position_ids)
+        length, most = input_ids.shape[1], self.max_positions
+        too_long = most is not None and length > most
+        if attention_mask is None:
+            if too_long:
+                check_size(most, length, f"`input_ids` of {length} tokens")
             return self.family.states(self.backbone, input_ids, attention_mask, position_ids)
         order = attention_mask.bool().logical_not().long().argsort(dim=1, stable=True)
+        place = order.argsort(dim=1)
+        if too_long:
+            size = attention_mask.bool().sum(1)
+            row = int(size.argmax())
+            check_size(most, int(size[row]), f"The {int(size[row])} tokens in row {row}")
+            order, place = order[:, :most], place.clamp(max=most - 1)  # the rest is padding
         packed = self.family.states(
             self.backbone, input_ids.gather(1, order), attention_mask.gather(1, order)
         )
-        place = order.argsort(dim=1)
         all_rows = torch.arange(len(input_ids), device=input_ids.device)[:, None]
 
         def read_logits(index: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
@@ -89,6 +181,7 @@ class WindowsMixin:
         wanted = present & ~observed
         at = wanted.nonzero(as_tuple=True)
         known = states.logits((rows[at[0]], positions[at]))
+        check_logits(known, rows[at[0]])
         if head is None:
             config = self.config
             known = without_tokens(known, config.mask_token_id, config.forbidden_token_ids)
@@ -193,12 +286,20 @@ class WindowsMixin:
         )
         rows, columns = supervised.nonzero(as_tuple=True)
         if len(rows) == 0:
+            if bool((labels != -100).any()):
+                raise ValueError(
+                    "`labels` supervise tokens, but `input_ids` hold the mask token "
+                    f"({self.config.mask_token_id}) at none of them: mask some, as "
+                    "`DataCollatorForMaskedDiffusion` does, or give -100 as all `labels`."
+                )
             return 0.0 * states.last_hidden_state.sum()
+        supervised_rows = rows
         pairs = torch.stack((rows, window[rows, columns])).unique(dim=1)
         rows, starts = pairs[0], first[pairs[0]] + pairs[1] * head.window_length
         distribution = self.window_distribution(
             states, input_ids, starts, attention_mask, rows=rows, head=head
         )
+        self._check_labels(labels[supervised], supervised_rows, head)
         positions = starts[:, None] + torch.arange(head.window_length, device=labels.device)
         padded = F.pad(labels, (0, head.window_length), value=-100)
         targets = padded[rows[:, None], positions]
@@ -206,6 +307,36 @@ class WindowsMixin:
         log_prob = distribution.partial_log_prob(targets.clamp(min=0), known)
         return -log_prob.sum() / known.sum().clamp(min=1)
 
+    def _check_labels(self, labels: torch.Tensor, rows: torch.Tensor, head: CallHead) -> None:
+        """Raises a ValueError for labels `[n]` of rows `[n]` that no prediction can give."""
+        config = self.config
+        if head.module is None:
+            never = config.vocab_size, config.mask_token_id, config.forbidden_token_ids
+            never = forbidden_tokens(*never, labels.device)
+        else:
+            never = head.module.forbidden
+        if never is None or torch.compiler.is_compiling():
+            return
+        outside = never.to(labels.device)[labels]
+        if bool(outside.any()):
+            raise ValueError(
+                "`labels` must be -100 or tokens that the model may generate, got "
+                f"{int(labels[outside][0])} in row {int(rows[outside][0])}."
+            )
+
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs) -> dict:
         """The arguments of `forward`, as they are; PEFT asks every language model for this."""
         return {"input_ids": input_ids, **kwargs}
+
+
+def check_logits(logits: torch.Tensor, rows: torch.Tensor) -> None:
+    """Raises a RowError where logits `[n, vocab]` of rows `[n]` are NaN or infinite."""
+    if torch.compiler.is_compiling():
+        return
+    defined = logits.detach().amax(-1).isfinite()
+    if not bool(defined.all()):
+        raise RowError(
+            "The backbone's logits are NaN or infinite in row {row}: look for the cause in its "
+            "weights and its dtype.",
+            int(rows[~defined][0]),
+        )

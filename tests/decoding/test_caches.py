@@ -223,7 +223,7 @@ def test_full_paradigm_keeps_the_prompt_and_generate_takes_a_cache_as_well(copyi
     [
         ("bert", {}, "dual", "model type 'bert'"),
         ("roberta", {}, "prefix", "model type 'roberta'"),
-        ("llama", {}, "static", "None, 'prefix' or 'dual', got 'static'"),
+        ("llama", {}, "static", "one of None, prefix, dual, got 'static'"),
         ("qwen2", {"use_sliding_window": True}, "dual", "`sliding_window="),
     ],
 )

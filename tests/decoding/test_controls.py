@@ -201,7 +201,10 @@ def test_block_of_forced_tokens_costs_no_pass_and_leaves_its_steps_to_the_others
         ({"min_new_tokens": [1, 2]}, "`min_new_tokens` must have one entry per prompt (1), got 2"),
         ({"forced_tokens": {8: 3}}, "`forced_tokens` must have places below `gen_length` (8)"),
         ({"forced_tokens": {0: 2}}, "other than the mask token, got 2 at 0"),
-        ({"forced_tokens": {0: 12}}, "token ids below 12"),
+        (
+            {"forced_tokens": {0: 12}},
+            "a token id of the vocabulary, 0 to 11, got 12",
+        ),
         ({"forced_tokens": [{}, {}]}, "`forced_tokens` must have one entry per prompt (1), got 2"),
         ({"repetition_penalty": 0}, "`repetition_penalty` must be above 0"),
         ({"forbidden_token_ids": [-1]}, "`forbidden_token_ids` must be a list of token ids"),

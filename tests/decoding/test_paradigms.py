@@ -115,7 +115,7 @@ def test_block_causal_backbone_reads_no_further_than_the_windows(
     monkeypatch, prompt_length, block_length
 ):
     model = CoDDModel.from_backbone(tiny_backbone(block_length=4), random_head())
-    prompt = torch.arange(2, 2 + prompt_length)[None]
+    prompt = torch.arange(3, 3 + prompt_length)[None]
     lengths = []
 
     def generate():

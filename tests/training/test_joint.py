@@ -149,6 +149,8 @@ def test_accumulated_step_is_the_gradient_of_the_models_own_loss(tiny_tokenizer,
             labels = torch.full_like(ids[row : row + 1], -100)
             labels[0, start : start + 4] = chunk.canvas.input_ids[row, start : start + 4]
             masked = int((ids[row, start : start + 4] == 1).sum())
+            if masked == 0:
+                continue
             mean = model(
                 ids[row : row + 1], chunk.canvas.attention_mask[row : row + 1], labels=labels
             ).loss

@@ -108,6 +108,10 @@ class BackboneFamily(ABC):
         `[batch, length]`, 0 at padding, or `[batch, 1, length, length]`, additive.
         """
 
+    def max_positions(self, model: PreTrainedModel) -> int | None:
+        """How many tokens a row may have; None where nothing bounds it."""
+        return getattr(model.config, "max_position_embeddings", None)
+
     def make_cache(self, model: PreTrainedModel, num_rows: int) -> CanvasCache:
         """An empty cache for passes over parts of a canvas; `run` then takes it as `cache`.
 

@@ -26,5 +26,28 @@ class MaskedLMFamily(BackboneFamily):
     ) -> PreTrainedModel:
         return AutoModelForMaskedLM.from_pretrained(name_or_path, config=config, **kwargs)
 
+    def max_positions(self, model: PreTrainedModel) -> int | None:
+        """Fewer than are stored where, as in RoBERTa, positions begin behind the padding token's.
+
+        Raises:
+            ValueError: they do, and there is no padding token.
+        """
+        most = super().max_positions(model)
+        for module in model.modules():
+            table = getattr(getattr(module, "position_embeddings", None), "weight", None)
+            if table is None:
+                continue
+            first = 0
+            if hasattr(module, "padding_idx"):
+                if module.padding_idx is None:
+                    raise ValueError(
+                        "`pad_token_id` must be set in the configuration of a backbone of type "
+                        f"{model.config.model_type!r}, whose positions are counted from it."
+                    )
+                first = module.padding_idx + 1
+            held = len(table) - first
+            most = held if most is None else min(most, held)
+        return most
+
     def run(self, model, input_ids, attention_mask, position_ids) -> BackboneStates:
         return run_whole_model(model, input_ids, attention_mask, position_ids)

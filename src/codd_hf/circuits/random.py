@@ -10,14 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
+from ..arguments import generators
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
-
-
-def check_generators(generator: Generators, rows: int) -> None:
-    """Raises a ValueError unless a list of generators has one entry for each row."""
-    several = generator is not None and not isinstance(generator, torch.Generator)
-    if several and len(generator) != rows:
-        raise ValueError(f"`generator` must have one entry per row ({rows}), got {len(generator)}.")
 
 
 def uniform(
@@ -32,12 +27,13 @@ def uniform(
 
     Raises:
         ValueError: a list of generators has not one entry per row.
+        TypeError: `generator` is nothing of the kind.
     """
+    generators("generator", generator, shape[0])
     if generator is None:
         return torch.rand(*shape, device=device)
     if isinstance(generator, torch.Generator):
         return torch.rand(*shape, generator=generator, device=generator.device).to(device)
-    check_generators(generator, shape[0])
     rows = [torch.rand(*shape[1:], generator=g, device=g.device).to(device) for g in generator]
     return torch.stack(rows)
 

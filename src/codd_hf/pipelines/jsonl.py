@@ -213,15 +213,15 @@ def _fault(
             None,
             None,
             tokenizer=pipeline.tokenizer,
-            vocab_size=config.vocab_size,
-            mask_token_id=config.mask_token_id,
+            model=pipeline.model,
             use_chat_template=use_chat_template,
             add_generation_prompt=True,
             chat_template_kwargs={},
             infill=call.get("infill", False),
         )
         arguments = DecodingArguments.check(pipeline.scheduler, config, 1, settings={}, **task)
-        lay_out(config, ids, mask, [], arguments, pipeline.model.window_length)
+        model = pipeline.model
+        lay_out(config, ids, mask, [], arguments, model.window_length, model.max_positions)
     except ValueError as error:
         return f"{rows.where(row)}: {error}"
     return None

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from ..arguments import choice, end_tokens
 from ..circuits.random import Generators
 from ..decoding import denoise
 from ..decoding_arguments import DecodingArguments, ForcedTokens, PerRow
@@ -128,8 +129,7 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
             ValueError: one sentence on the argument, its value, and what to give.
         """
         check_prompts(prompt, messages, input_ids, attention_mask, self.tokenizer)
-        if output_type not in ("text", "seq"):
-            raise ValueError(f"`output_type` must be 'text' or 'seq', got {output_type!r}.")
+        choice("output_type", output_type, ("text", "seq"))
         if output_type == "text" and self.tokenizer is None:
             raise ValueError("`output_type='text'` needs a tokenizer: use `output_type='seq'`.")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
@@ -308,14 +308,19 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
         }
 
         # 2. Encode the prompts.
+        if eos_token_id is None and self.tokenizer is not None:
+            eos_token_id = self.tokenizer.eos_token_id
+        if eos_token_id is None:
+            eos_token_id = self.model.config.eos_token_id
+        ends = end_tokens("eos_token_id", eos_token_id, self.model.config.vocab_size)
         ids, mask = encode_prompts(
             prompt,
             messages,
             input_ids,
             attention_mask,
             tokenizer=self.tokenizer,
-            vocab_size=self.model.config.vocab_size,
-            mask_token_id=self.model.config.mask_token_id,
+            model=self.model,
+            end_ids=ends,
             use_chat_template=use_chat_template,
             add_generation_prompt=add_generation_prompt,
             chat_template_kwargs=chat_template_kwargs or {},
@@ -336,10 +341,6 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
         checked = DecodingArguments.check(
             self.scheduler, self.model.config, len(ids), settings=settings, **task
         )
-        if eos_token_id is None and self.tokenizer is not None:
-            eos_token_id = self.tokenizer.eos_token_id
-        if eos_token_id is None:
-            eos_token_id = self.model.config.eos_token_id
 
         # 3. Denoise, one block after the other.
         num_timesteps = self._num_timesteps = max(checked.num_inference_steps)
@@ -361,7 +362,7 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
                 self.scheduler,
                 ids.to(device),
                 mask.to(device),
-                eos_token_id=eos_token_id,
+                eos_token_id=ends,
                 early_stop=early_stop,
                 logits_processor=logits_processor,
                 cache=cache,

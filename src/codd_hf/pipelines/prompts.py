@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments import check_unmasked, padding_mask, rows_of_ids, several, shown
 from ..training.encoding import encode_chats
+
+if TYPE_CHECKING:
+    from ..modeling_codd import CoDDModel
 
 Conversation = list[dict[str, str]]
 
@@ -22,7 +28,7 @@ def check_prompts(
     """Checks the form of the prompts; their tokens are checked when they are encoded.
 
     Raises:
-        ValueError: not exactly one form is given, a prompt is empty, or the tokenizer is missing.
+        ValueError: not exactly one form is given, or the tokenizer is missing.
         TypeError: an argument has none of the forms it may have.
     """
     given = [
@@ -33,10 +39,10 @@ def check_prompts(
     if len(given) != 1:
         found = " and ".join(f"`{name}`" for name in given) or "none"
         raise ValueError(f"Provide one of `prompt`, `messages` and `input_ids`, got {found}.")
-    if attention_mask is not None and not isinstance(input_ids, torch.Tensor):
+    if attention_mask is not None and input_ids is None:
         raise ValueError(
-            "`attention_mask` goes with a tensor of `input_ids` only: prompts, messages and lists "
-            "are padded by the pipeline."
+            "`attention_mask` goes with `input_ids` only: prompts and messages are padded by the "
+            "pipeline."
         )
     if input_ids is None and tokenizer is None:
         raise ValueError(f"`{given[0]}` needs a tokenizer: give `input_ids` instead.")
@@ -46,27 +52,11 @@ def check_prompts(
             raise TypeError(f"`prompt` must be a string or a list of strings, got {prompt!r}.")
         if not prompts:
             raise ValueError("`prompt` must hold at least one string, got an empty list.")
-        for index, text in enumerate(prompts):
-            if not text:
-                where = f" at index {index}" if isinstance(prompt, list) else ""
-                raise ValueError(f"`prompt` must not be empty, got an empty string{where}.")
     if messages is not None:
         if not isinstance(messages, list) or not messages or not all(messages):
             raise ValueError("`messages` must hold at least one message per conversation.")
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("`messages` needs a tokenizer with a chat template: give `prompt`.")
-    if isinstance(input_ids, torch.Tensor):
-        if input_ids.ndim not in (1, 2):
-            raise ValueError(
-                f"`input_ids` must be one- or two-dimensional, got shape {tuple(input_ids.shape)}."
-            )
-        if input_ids.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"`input_ids` must be integers, got {input_ids.dtype}.")
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, "
-                f"got {tuple(attention_mask.shape)}."
-            )
 
 
 def encode_prompts(
@@ -76,12 +66,12 @@ def encode_prompts(
     attention_mask: torch.Tensor | None,
     *,
     tokenizer: PreTrainedTokenizerBase | None,
-    vocab_size: int,
-    mask_token_id: int,
+    model: CoDDModel,
     use_chat_template: bool,
     add_generation_prompt: bool,
     chat_template_kwargs: dict[str, Any],
     infill: bool = False,
+    end_ids: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts as token ids.
 
@@ -91,25 +81,27 @@ def encode_prompts(
     Args:
         prompt: one text or several.
         messages: one conversation or several.
-        input_ids: ids, padded where `attention_mask` is 0, or lists of any lengths.
-        attention_mask: of the shape of a tensor of `input_ids`.
-        tokenizer: for prompts and messages.
-        vocab_size: of the model.
-        mask_token_id: of the model; only what is to be filled in can hold it.
+        input_ids: ids, padded where `attention_mask` is 0, or rows of any lengths. Without a mask
+            padding tokens are padding, unless they end texts too.
+        attention_mask: of the shape of `input_ids`.
+        tokenizer: for prompts and messages, and for its padding token.
+        model: says which tokens there are.
         use_chat_template: whether a prompt becomes a user's message.
         add_generation_prompt: whether the template opens the answer.
         chat_template_kwargs: for the template.
         infill: whether mask tokens among the tokens are to be filled in; a `prompt` is then taken
             as it is, without a chat template.
+        end_ids: tokens that end a text.
 
     Returns:
         `input_ids` and `attention_mask`, both `[batch, length]`, padded on the right.
 
     Raises:
-        ValueError: a prompt has no tokens, or one that the model has not.
+        ValueError: there is no row, or a prompt has a token that the model has not, or the mask
+            token where nothing is to be filled in.
     """
     if input_ids is not None:
-        rows = _rows_of_ids(input_ids, attention_mask)
+        rows = _rows_of_ids(input_ids, attention_mask, tokenizer, model, end_ids)
     else:
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -123,7 +115,7 @@ def encode_prompts(
             rows, faults = encode_chats(
                 conversations,
                 tokenizer,
-                may_spell=[mask_token_id] if infill else [],
+                may_spell=[model.config.mask_token_id] if infill else [],
                 add_generation_prompt=add_generation_prompt,
                 **chat_template_kwargs,
             )
@@ -136,39 +128,39 @@ def encode_prompts(
     name = "input_ids" if input_ids is not None else "prompt" if prompt is not None else "messages"
     if not rows:
         raise ValueError(f"`{name}` must hold at least one row, got none.")
-    for index, row in enumerate(rows):
-        if not row:
-            raise ValueError(f"`{name}` must not be empty, got no tokens in row {index}.")
-        outside = [token for token in row if not 0 <= token < vocab_size]
-        if outside:
-            raise ValueError(
-                f"`{name}` must hold ids of the model's vocabulary, 0 to {vocab_size - 1}, got "
-                f"{outside[0]} in row {index}."
-            )
-        if mask_token_id in row and not infill:
-            raise ValueError(
-                f"`{name}` must not hold the mask token ({mask_token_id}), got it in row {index}: "
-                "leave it out, `gen_length` mask tokens follow each prompt, or say `infill=True`."
-            )
-    longest = max(len(row) for row in rows)
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    rows = rows_of_ids(name, rows, model.config.vocab_size)
+    if not infill:
+        check_unmasked(name, rows, model.config.mask_token_id)
+    ids = pad_sequence(rows, batch_first=True)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     return ids, mask
 
 
 def _rows_of_ids(
-    input_ids: torch.Tensor | list[int] | list[list[int]], attention_mask: torch.Tensor | None
-) -> list[list[int]]:
+    input_ids: Any,
+    attention_mask: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: CoDDModel,
+    end_ids: Sequence[int],
+) -> list[torch.Tensor]:
     """The tokens of each row, without padding."""
-    if isinstance(input_ids, torch.Tensor):
-        ids = torch.atleast_2d(input_ids).tolist()
-        if attention_mask is None:
-            return ids
-        kept = torch.atleast_2d(attention_mask).bool().tolist()
-        return [
-            [token for token, keep in zip(row, keeps, strict=True) if keep]
-            for row, keeps in zip(ids, kept, strict=True)
-        ]
-    if all(isinstance(token, int) for token in input_ids):
-        return [list(input_ids)]
-    return [list(row) for row in input_ids]
+    rows = several(input_ids)
+    if rows is None:
+        raise TypeError(f"`input_ids` must be token ids, got {shown(input_ids)}.")
+    if rows and all(several(row) is None for row in rows):
+        rows = [rows]
+        attention_mask = None if attention_mask is None else [attention_mask]
+    rows = rows_of_ids("input_ids", rows, model.config.vocab_size)
+    if attention_mask is None:
+        pad = None if tokenizer is None else tokenizer.pad_token_id
+        return model.unpadded(rows, pad_token_id=pad, end_ids=end_ids)
+    masks = several(attention_mask)
+    if masks is None or len(masks) != len(rows):
+        raise ValueError(
+            f"`attention_mask` must have one entry per row ({len(rows)}), got "
+            f"{shown(attention_mask)}."
+        )
+    return [
+        row[padding_mask("attention_mask", mask, row.shape).bool()]
+        for row, mask in zip(rows, masks, strict=True)
+    ]

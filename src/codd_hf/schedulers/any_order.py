@@ -18,9 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..circuits.random import draw_categorical
 from ..circuits.revealing import Revealing
-from .candidates import CoupledWindows, shape_logits
+from .candidates import CoupledWindows, draw_tokens
 from .controls import Controls, RowText
 from .positions import first_in_order, order_scores
 from .settings import DrawSettings
@@ -194,17 +193,13 @@ class AnyOrder:
         self, laws: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, text: RowText
     ) -> torch.Tensor:
         """Tokens `[n]` from laws `[n, vocab]`, which are written down at their places."""
-        settings = self.settings
         scores = self.controls.apply(laws.log(), rows, text)
-        shaped = shape_logits(
-            scores, settings.temperature, top_k=settings.top_k, top_p=settings.top_p
+        uniforms = None if self.uniforms is None else self.uniforms[rows, columns]
+        tokens, shaped = draw_tokens(
+            scores, self.settings, uniforms, rows, output_logits=self.pred_logits is not None
         )
-        if self.pred_logits is not None:
+        if shaped is not None and self.pred_logits is not None:
             self.pred_logits[rows, columns] = shaped
-        if self.uniforms is None:
-            tokens = shaped.argmax(-1)
-        else:
-            tokens = draw_categorical(shaped.exp(), self.uniforms[rows, columns])
         self.tokens[rows, columns] = tokens
         return tokens
 

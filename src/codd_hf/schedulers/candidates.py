@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import torch
 
+from ..arguments import RowError
 from ..circuits import CoupledCategorical
 from ..circuits.numerics import sure_of, sure_where
-from ..circuits.random import Generators, uniform
+from ..circuits.random import Generators, draw_categorical, uniform
 from ..factorized import without_tokens
 from .settings import DrawSettings
 
@@ -270,6 +271,51 @@ def shape_logits(
         reached_before[..., 0] = False
         ordered = ordered.masked_fill(reached_before, -torch.inf)
     return torch.empty_like(logits).scatter(-1, index, ordered).log_softmax(-1)
+
+
+def draw_tokens(
+    scores: torch.Tensor,
+    settings: DrawSettings,
+    uniforms: torch.Tensor | None,
+    rows: torch.Tensor,
+    wanted: torch.Tensor | None = None,
+    output_logits: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Draws tokens, as the settings shape their law.
+
+    Args:
+        scores: `[*batch, vocab]` log-probabilities; -inf where a token is impossible.
+        settings: temperature, top-k and top-p.
+        uniforms: `[*batch]` numbers in [0, 1); None for the most probable tokens.
+        rows: `[*batch]`, the row of each, for errors.
+        wanted: `[*batch]` bool, where the token counts; default everywhere.
+        output_logits: whether what they were drawn from is wanted.
+
+    Returns:
+        Tokens `[*batch]`, and the log-probabilities `[*batch, vocab]` that they were drawn from.
+
+    Raises:
+        RowError: no token is possible where one is wanted, or a score is NaN or infinite.
+    """
+    if uniforms is None:
+        best, tokens = scores.max(-1)
+        undefined = ~best.isfinite()
+        shaped = sure_of(tokens, scores) if output_logits else None
+    else:
+        shaped = shape_logits(
+            scores, settings.temperature, top_k=settings.top_k, top_p=settings.top_p
+        )
+        undefined = shaped[..., 0].isnan()
+        tokens = draw_categorical(shaped.exp(), uniforms)
+    if wanted is not None:
+        undefined = undefined & wanted
+    if bool(undefined.any()):
+        raise RowError(
+            "No token can be drawn in row {row}: `forbidden_token_ids`, `logits_processor` and "
+            "what the model never generates leave none, or a logit is NaN or infinite.",
+            int(rows[undefined][0]),
+        )
+    return tokens, shaped
 
 
 def _active_windows(

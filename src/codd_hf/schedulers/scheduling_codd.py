@@ -9,18 +9,33 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from ..arguments import (
+    as_tensor,
+    check_shape,
+    flags,
+    floats,
+    generators,
+    integer,
+    integers,
+    number,
+    shown,
+    token_id,
+    token_ids,
+)
 from ..circuits import CoupledCategorical
-from ..circuits.numerics import sure_of
-from ..circuits.random import Generators, check_generators, draw_categorical, uniform
+from ..circuits.random import Generators, uniform
 from ..factorized import without_tokens
 from ..noise import span_uniforms
 from .any_order import AnyOrder, Drawn
-from .candidates import CoupledWindows, read_logits, shape_logits
+from .candidates import CoupledWindows, draw_tokens, read_logits
 from .controls import Controls, RowText
 from .positions import choose, fewest, fixed_scores, select
 from .remasking import CommitMemory, take_back
 from .scheduler_output import CoDDSchedulerOutput
 from .settings import DrawSettings
+
+MOST_STEPS = 1 << 20
+"""More would only hold memory: a step commits a token at least."""
 
 
 class CoDDScheduler(SchedulerMixin, ConfigMixin):
@@ -117,7 +132,10 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         remask_threshold: float | None = None,
         mask_token_id: int | None = None,
     ) -> None:
-        self.draw_settings()
+        if mask_token_id is not None:
+            mask_token_id = integer("mask_token_id", mask_token_id, least=0)
+        # As plain numbers, which can be saved.
+        self.register_to_config(mask_token_id=mask_token_id, **vars(self.draw_settings()))
         self.num_inference_steps: int | None = None
         self.timesteps: torch.Tensor | None = None
 
@@ -143,12 +161,10 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             device (`str` or `torch.device`, *optional*): Where `timesteps` shall live.
 
         Raises:
-            ValueError: fewer than one step.
+            ValueError: fewer than one step, or more than `MOST_STEPS`.
+            TypeError: the number is no integer.
         """
-        if num_inference_steps < 1:
-            raise ValueError(
-                f"`num_inference_steps` must be at least 1, got {num_inference_steps}."
-            )
+        num_inference_steps = integer("num_inference_steps", num_inference_steps, 1, MOST_STEPS)
         steps_left = torch.arange(num_inference_steps, 0, -1, device=device, dtype=torch.float32)
         self.num_inference_steps = num_inference_steps
         self.timesteps = steps_left / num_inference_steps
@@ -217,7 +233,27 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         steps_left = self._steps_left(timestep)
         if mask_token_id is None:
             mask_token_id = self.config.mask_token_id
-        check_generators(generator, len(sample))
+        if isinstance(model_output, CoupledCategorical):
+            vocab_size, device = model_output.potentials.vocab_size, model_output.present.device
+        else:
+            model_output = floats("model_output", model_output)
+            vocab_size, device = (1, *model_output.shape)[-1], model_output.device
+        settings.check_vocabulary(vocab_size)
+        if mask_token_id is not None:
+            mask_token_id = token_id("mask_token_id", mask_token_id, vocab_size)
+        sample = token_ids("sample", sample, vocab_size, device)
+        generators("generator", generator, len(sample))
+        if eligible is not None:
+            eligible = flags("eligible", eligible, sample.shape, sample.device)
+        if at_least is not None:
+            at_least = integers("at_least", at_least, sample.device)
+            check_shape("at_least", at_least, sample.shape[:1])
+        if mask_ratio is not None:
+            mask_ratio = floats("mask_ratio", mask_ratio, sample.device)
+            check_shape("mask_ratio", mask_ratio, sample.shape[:1])
+        for name, value, kind in (("text", text, RowText), ("memory", memory, CommitMemory)):
+            if not isinstance(value, kind | None):
+                raise TypeError(f"`{name}` must be a {kind.__name__}, got {shown(value)}.")
         controls = Controls.of(settings, logits_processor)
 
         # 1. What is drawn from, and where a token may be committed.
@@ -255,14 +291,10 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
                 at = masked.nonzero(as_tuple=True)
                 log_probs = log_probs.index_put(at, controls.apply(log_probs[at], at[0], text))
             uniforms = self._uniforms(settings, sample, generator)
-            if uniforms is None:
-                candidates = log_probs.argmax(-1)
-                pred_logits = sure_of(candidates, log_probs) if output_logits else None
-            else:
-                pred_logits = shape_logits(
-                    log_probs, settings.temperature, top_k=settings.top_k, top_p=settings.top_p
-                )
-                candidates = draw_categorical(pred_logits.exp(), uniforms)
+            row = torch.arange(len(sample), device=sample.device)[:, None].expand_as(sample)
+            candidates, pred_logits = draw_tokens(
+                log_probs, settings, uniforms, row, committable, output_logits
+            )
             candidates = torch.where(masked, candidates, sample)
             probs = source.confidence.of(candidates)
             where = choose(
@@ -325,6 +357,14 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             `torch.BoolTensor` of shape `(batch_size, length)`.
         """
         settings = self.draw_settings(**overrides)
+        logits = floats("logits", logits)
+        if logits.ndim != 3:
+            raise ValueError(
+                f"`logits` must have shape [batch, length, vocab], got {tuple(logits.shape)}."
+            )
+        settings.check_vocabulary(logits.shape[-1])
+        eligible = flags("eligible", eligible, logits.shape[:2], logits.device)
+        generators("generator", generator, len(logits))
         logits = without_tokens(logits, None, settings.forbidden_token_ids)
         log_probs = logits.float().log_softmax(-1)
         return select(settings, log_probs, eligible, self._steps_left(timestep), generator)
@@ -362,7 +402,17 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         mask_token_id = self.config.mask_token_id if mask_token_id is None else mask_token_id
         if mask_token_id is None:
             raise ValueError("`mask_token_id` must be given here or in the scheduler's config.")
-        levels = torch.as_tensor(timesteps, dtype=torch.float32, device=original_samples.device)
+        mask_token_id = integer("mask_token_id", mask_token_id, least=0)
+        original_samples = integers("original_samples", original_samples)
+        if original_samples.ndim != 2:
+            raise ValueError(
+                "`original_samples` must have shape [batch, length], got "
+                f"{tuple(original_samples.shape)}."
+            )
+        generators("generator", generator, len(original_samples))
+        levels = as_tensor("timesteps", timesteps).to(original_samples.device, torch.float32)
+        if levels.ndim:
+            check_shape("timesteps", levels, original_samples.shape[:1])
         if not bool(((levels >= 0) & (levels <= 1)).all()):
             raise ValueError(f"`timesteps` must be in [0, 1], got {levels.tolist()}.")
         uniforms = span_uniforms(
@@ -370,7 +420,8 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         )
         masked = uniforms < levels.reshape(-1, 1)
         if maskable is not None:
-            masked = masked & maskable
+            shape = original_samples.shape
+            masked = masked & flags("maskable", maskable, shape, original_samples.device)
         return original_samples.masked_fill(masked, mask_token_id)
 
     @staticmethod
@@ -386,10 +437,11 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         """How many steps remain at `timestep`, itself included."""
         if self.num_inference_steps is None:
             raise ValueError("`step` was called before `set_timesteps`: call that first.")
-        steps = float(timestep) * self.num_inference_steps
+        timestep = number("timestep", timestep, "one of `scheduler.timesteps`", lambda x: True)
+        steps = timestep * self.num_inference_steps
         if not (0.5 < steps < self.num_inference_steps + 0.5 and abs(steps - round(steps)) < 0.01):
             raise ValueError(
-                f"`timestep` must be one of `scheduler.timesteps`, got {float(timestep)} with "
+                f"`timestep` must be one of `scheduler.timesteps`, got {timestep} with "
                 f"{self.num_inference_steps} inference steps."
             )
         return round(steps)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
+
+from ..arguments import FACTORS, choice, integer, is_factor, list_of_ids, number
 
 ADAPTIVE = ("threshold", "joint")
 """Strategies that commit as many tokens as are sure enough."""
@@ -51,24 +52,24 @@ class DrawSettings:
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
-        self._check_number("temperature", "0 (the most probable token) or more", lambda x: x >= 0)
-        self._check_number("evidence_temperature", "above 0 (1 changes nothing)", lambda x: x > 0)
+            choice(name, getattr(self, name), choices)
+        self._check_number(
+            "temperature",
+            f"0 (the most probable token) or {FACTORS}",
+            lambda x: x == 0 or is_factor(x),
+        )
+        self._check_number(
+            "evidence_temperature", f"above 0, {FACTORS} (1 changes nothing)", is_factor
+        )
         self._check_number("threshold", "a probability from 0 to 1", lambda x: 0 <= x <= 1)
-        self._check_number("repetition_penalty", "above 0 (1: off)", lambda x: x > 0)
+        self._check_number("repetition_penalty", f"above 0, {FACTORS} (1: off)", is_factor)
         self._check_number(
             "activation_ratio", "from 0 to 1 (1: always apply the circuit)", lambda x: 0 <= x <= 1
         )
         if self.top_p is not None:
             self._check_number("top_p", "above 0 and at most 1 (1: off)", lambda x: 0 < x <= 1)
         if self.top_k is not None:
-            self._check_number("top_k", "an integer of at least 0 (0: off)", lambda x: x >= 0)
-            if not isinstance(self.top_k, int):
-                raise ValueError(
-                    f"`top_k` must be an integer of at least 0 (0: off), got {self.top_k}."
-                )
+            self._set("top_k", integer("top_k", self.top_k, least=0))
         if self.confidence == "latent" and self.sampling not in WITH_LATENTS:
             raise ValueError(
                 "`confidence='latent'` ranks by the latents that only `sampling='latent'` and "
@@ -84,16 +85,19 @@ class DrawSettings:
                     "`remask_threshold` judges tokens by the circuit, which "
                     "`sampling='factorized'` leaves out: use another `sampling`, or 0."
                 )
-        ids = self.forbidden_token_ids
-        if ids is not None and not all(type(token) is int and token >= 0 for token in ids):
-            raise ValueError(f"`forbidden_token_ids` must be a list of token ids, got {ids!r}.")
+        if self.forbidden_token_ids is not None:
+            ids = list_of_ids("forbidden_token_ids", self.forbidden_token_ids)
+            self._set("forbidden_token_ids", ids)
 
-    def _check_number(self, name: str, wanted: str, holds) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"`{name}` must be a number {wanted}, got {value!r}.")
-        if not (math.isfinite(value) and holds(value)):
-            raise ValueError(f"`{name}` must be {wanted}, got {value}.")
+    def _check_number(self, name: str, wanted: str, holds: Callable[[float], bool]) -> None:
+        self._set(name, number(name, getattr(self, name), wanted, holds))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises a ValueError if a forbidden token is not in a vocabulary of this size."""
+        list_of_ids("forbidden_token_ids", self.forbidden_token_ids or [], vocab_size)
 
     @classmethod
     def resolve(cls, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> DrawSettings:

@@ -49,7 +49,8 @@ class DataCollatorForMaskedDiffusion:
         """A batch: `input_ids`, `attention_mask` and `labels`, `[batch, length]` each.
 
         Labels are the text in the noised window, masked there or not, so that the model aligns its
-        windows with it, and -100 elsewhere. Features that `fixed` made are only padded.
+        windows with it, and -100 elsewhere. At least one of them is masked. Features
+        that `fixed` made are only padded.
         """
         fixed = [_is_noised(feature) for feature in features]
         if all(fixed):
@@ -59,15 +60,17 @@ class DataCollatorForMaskedDiffusion:
                 "`features` must be all noised by `fixed` or none, got one of the other kind at "
                 f"{fixed.index(not fixed[0])}."
             )
-        seed = int(torch.empty((), dtype=torch.long).random_())
-        canvas, noise, _ = draw_windows(
-            [self._example(feature) for feature in features],
-            self.tokenizer,
-            self.window_length,
-            self.max_extra_windows,
-            torch.Generator().manual_seed(seed),
-            self.mean_span_length,
-        )
+        examples, noise = [self._example(feature) for feature in features], None
+        while noise is None or not bool(noise.target.any()):  # a batch has something to learn
+            seed = int(torch.empty((), dtype=torch.long).random_())
+            canvas, noise, _ = draw_windows(
+                examples,
+                self.tokenizer,
+                self.window_length,
+                self.max_extra_windows,
+                torch.Generator().manual_seed(seed),
+                self.mean_span_length,
+            )
         return {
             "input_ids": canvas.input_ids.masked_fill(noise.masked, self.mask_token_id),
             "attention_mask": canvas.attention_mask,
