@@ -166,7 +166,7 @@ def test_checkpoint_of_another_run_is_refused_and_the_setting_named(tmp_path):
     fit(windows[:50])
     with pytest.raises(ValueError, match="made with `seed` 0, not 1: continue with that"):
         fit(windows[:50], seed=1)
-    with pytest.raises(ValueError, match="made with `windows` '"):
+    with pytest.raises(ValueError, match=r"made with other training data \(`windows`\)"):
         fit(windows[1:51])
     fit(windows[:50], num_epochs=2)
 

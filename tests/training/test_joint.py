@@ -316,7 +316,7 @@ def test_other_settings_text_or_model_are_refused(tiny_tokenizer, tmp_path):
     run(tiny_tokenizer, tmp_path, max_steps=1)
     with pytest.raises(ValueError, match=r"made with `lora_rank` 2, not 3: continue with"):
         run(tiny_tokenizer, tmp_path, lora_rank=3)
-    with pytest.raises(ValueError, match="made with `data`"):
+    with pytest.raises(ValueError, match=r"made with other training data \(`data`\)"):
         run(tiny_tokenizer, tmp_path, train=TRAIN[::-1])
     with pytest.raises(ValueError, match="`model` has no head to fit"):
         run(tiny_tokenizer, None, CoDDModel.from_backbone(tiny_backbone()))

@@ -198,6 +198,20 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
+DIGESTS = {
+    "data": "training data",
+    "validation_data": "validation data",
+    "windows": "training data",
+    "validation": "validation data",
+    "evidence": "evidence",
+    "tokenizer": "tokens of the tokenizer",
+    "embeddings": "embeddings of the backbone",
+    "model_settings": "settings of the backbone",
+    "model_weights": "weights of the backbone",
+}
+"""What identities hold as digests, which say nothing to a reader."""
+
+
 def check_same_run(
     path: Path, theirs: dict[str, Any], ours: dict[str, Any], may_change: tuple[str, ...]
 ) -> None:
@@ -207,11 +221,16 @@ def check_same_run(
         ValueError: a setting differs; the message names it.
     """
     for name, value in ours.items():
-        if name not in may_change and theirs.get(name) != value:
-            raise ValueError(
-                f"The checkpoint {str(path)!r} was made with `{name}` {theirs.get(name)!r}, not "
-                f"{value!r}: continue with that, or delete the checkpoint to begin again."
-            )
+        if name in may_change or theirs.get(name) == value:
+            continue
+        if name in DIGESTS:
+            made = f"with other {DIGESTS[name]} (`{name}`): give back those"
+        else:
+            made = f"with `{name}` {theirs.get(name)!r}, not {value!r}: continue with that"
+        raise ValueError(
+            f"The checkpoint {str(path)!r} was made {made}, or begin this stage anew with "
+            "`resume_from_checkpoint` 'none' (`--resume-from-checkpoint none`)."
+        )
 
 
 def _checksum(file: Path) -> int:

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ from ..modeling_head import CoDDHead
 from ..precision import chosen_precision
 from .checkpoint import Checkpoints, load_checkpoint
 from .data import TokenizedExample
+from .fingerprint import fit_identity, model_fingerprint
 from .gains import evaluate_head, not_finite, step_gradients
 from .loop import StepLoop
 from .rates import head_groups, warmup_then_cosine
@@ -41,6 +43,20 @@ MAY_CHANGE = (
     "num_validation_draws",
 )
 """Settings that a run may be continued with other values of."""
+
+OF_THE_HEAD = (
+    "num_latents",
+    "window_length",
+    "structure",
+    "emission",
+    "emission_rank",
+    "conditioning",
+    "num_gate_groups",
+    "transition_rank",
+    "noise_conditioning",
+    "copy_length",
+)
+"""Settings of the head to fit, which a run is continued with."""
 
 
 def fit_conditional(
@@ -94,6 +110,8 @@ def fit_conditional(
     if folder is None and checkpoint_dir is not None:
         folder = Path(checkpoint_dir) / "evidence"
 
+    made_by = model_fingerprint(model, tokenizer)
+
     def evidence() -> list[WindowCache]:
         return [
             cache_windows(
@@ -102,6 +120,8 @@ def fit_conditional(
                 examples,
                 config.evidence(draws, seed),
                 None if folder is None else Path(folder) / name,
+                made_by=made_by,
+                renew=resume_from_checkpoint == "none" and config.evidence_dir is None,
             )
             for name, examples, draws, seed in (
                 ("train", train, config.num_draws, config.seed),
@@ -110,9 +130,10 @@ def fit_conditional(
         ]
 
     checkpoints = _checkpoints(checkpoint_dir, checkpoints_total_limit)
-    number = config.num_draws * len(train)
+    made_of = fit_identity(made_by, train, validation)
+    made_of["num_windows"] = config.num_draws * len(train)
     head = model.coupling_head
-    return _fit(head, evidence, number, checkpoints, config, log, resume_from_checkpoint)
+    return _fit(head, evidence, made_of, checkpoints, config, log, resume_from_checkpoint)
 
 
 def fit_head(
@@ -151,10 +172,9 @@ def fit_head(
     """
     config = config or ConditionalConfig()
     checkpoints = _checkpoints(checkpoint_dir, checkpoints_total_limit)
-    number = len(train)
-    return _fit(
-        head, lambda: [train, validation], number, checkpoints, config, log, resume_from_checkpoint
-    )
+    evidence = [train, validation]
+    made_of = {"num_windows": len(train), "evidence": [cache.identity() for cache in evidence]}
+    return _fit(head, lambda: evidence, made_of, checkpoints, config, log, resume_from_checkpoint)
 
 
 def _checkpoints(folder: str | Path | None, total_limit: int | None) -> Checkpoints | None:
@@ -164,14 +184,14 @@ def _checkpoints(folder: str | Path | None, total_limit: int | None) -> Checkpoi
 def _fit(
     head: CoDDHead,
     evidence: Callable[[], list[WindowCache]],
-    num_windows: int,
+    made_of: dict[str, Any],
     checkpoints: Checkpoints | None,
     config: ConditionalConfig,
     log: Log | None,
     resume_from_checkpoint: str | Path,
 ) -> list[dict[str, float]]:
     """`fit_head` with evidence that is made when it is known to be needed."""
-    config = config.with_steps(num_windows)
+    config = config.with_steps(made_of["num_windows"])
     if checkpoints is None and config.keep == "best":
         raise ValueError("`keep='best'` needs a `checkpoint_dir`, where the best one is kept.")
     accelerator = Accelerator()
@@ -181,7 +201,7 @@ def _fit(
     loop = StepLoop(
         "conditional fit",
         config,
-        asdict(config) | {"num_windows": num_windows},
+        asdict(config) | {name: getattr(head.config, name) for name in OF_THE_HEAD} | made_of,
         {f"head.{name}": parameter for name, parameter in head.named_parameters()},
         [optimizer],
         checkpoints,

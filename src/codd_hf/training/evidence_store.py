@@ -9,7 +9,9 @@ they lie, and nothing else is ever loaded.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -24,6 +26,36 @@ FINGERPRINT = "fingerprint.json"
 
 def shard_path(folder: Path, shard: int, num_shards: int) -> Path:
     return folder / f"data-{shard:05d}-of-{num_shards:05d}.arrow"
+
+
+def read_fingerprint(folder: Path) -> dict[str, Any] | None:
+    """What made the evidence in a folder; None where nothing says so.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / FINGERPRINT
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}): delete its folder.") from error
+
+
+def check_room(folder: Path, size: float) -> None:
+    """Raises unless so many bytes have room.
+
+    Raises:
+        OSError: they have not.
+    """
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(
+            f"The evidence takes about {size / 1e9:.2f} GB and the disk of {str(folder)!r} has "
+            f"{free / 1e9:.2f} GB left: make room, give another `evidence_dir`, or lower "
+            "`cached_top_k` or `num_draws`."
+        )
 
 
 def write_shard(path: Path, windows: NoisedWindows) -> None:

@@ -1,4 +1,4 @@
-"""What made a piece of cached evidence: enough to know whether it may stand for the backbone."""
+"""What made cached evidence or a fit: enough to know whether it may stand for a new one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .. import __version__
 from ..modeling_codd import CoDDModel
@@ -26,28 +26,75 @@ PASSING = ("_name_or_path", "architectures", "dtype", "transformers_version", "u
 """Settings of a backbone that do not change what it predicts from the same weights."""
 
 
+def model_fingerprint(model: CoDDModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a backbone and its tokenizer are, as JSON values; the head is no part of it.
+
+    All weights are read. Of a sharded backbone all processes call it together.
+    """
+    backbone = model.config.text_config
+    return {
+        "model": backbone._name_or_path,
+        "model_revision": getattr(backbone, "_commit_hash", None),
+        "model_settings": settings_fingerprint(backbone),
+        "model_weights": weights_fingerprint(model.backbone),
+        **tokenizer_fingerprint(tokenizer),
+        "mask_token_id": model.config.mask_token_id,
+        "forbidden_token_ids": sorted(model.config.forbidden_token_ids or []),
+    }
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A tokenizer's vocabulary and its own tokens; how it cuts is told by the data's tokens."""
+    return {
+        "tokenizer": json_fingerprint(sorted(tokenizer.get_vocab().items())),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def settings_fingerprint(config: PreTrainedConfig) -> str:
+    """A digest of the settings of a backbone on which its predictions depend."""
+    settings = {k: v for k, v in config.to_dict().items() if k not in PASSING}
+    return json_fingerprint(json.loads(json.dumps(settings, default=str)))
+
+
+def fit_identity(
+    made_by: dict[str, Any],
+    train: Sequence[TokenizedExample],
+    validation: Sequence[TokenizedExample],
+) -> dict[str, Any]:
+    """What a fit depends on beside its settings, as `check_same_run` compares it.
+
+    Args:
+        made_by: of the backbone, from `model_fingerprint`.
+        train: what is learnt.
+        validation: what it is measured on.
+    """
+    compared = {name: value for name, value in made_by.items() if name not in NAMES_ONLY}
+    data = {"data": data_fingerprint(train), "validation_data": data_fingerprint(validation)}
+    return data | compared
+
+
 def evidence_fingerprint(
     model: CoDDModel,
-    tokenizer: PreTrainedTokenizerBase,
+    made_by: dict[str, Any],
     examples: Sequence[TokenizedExample],
     config: EvidenceConfig,
 ) -> dict[str, Any]:
-    """All that the evidence of `model` about `examples` depends on, as JSON values."""
-    backbone, head = model.config.text_config, model.coupling_head
-    settings = {k: v for k, v in backbone.to_dict().items() if k not in PASSING}
+    """All that the evidence of `model` about `examples` depends on, as JSON values.
+
+    Args:
+        model: the backbone with the head to fit.
+        made_by: of the backbone, from `model_fingerprint`.
+        examples: the text.
+        config: which windows and noise, and what is kept.
+    """
+    head = model.coupling_head
     maps = None if head is None else head.context_maps
     return {
         "format_version": FORMAT_VERSION,
         "package_version": __version__,
-        "model": backbone._name_or_path,
-        "model_revision": getattr(backbone, "_commit_hash", None),
-        "model_settings": _digest([json.dumps(settings, sort_keys=True, default=str).encode()]),
-        "model_weights": weights_fingerprint(model.backbone),
-        "tokenizer": _digest([json.dumps(sorted(tokenizer.get_vocab().items())).encode()]),
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "mask_token_id": model.config.mask_token_id,
-        "forbidden_token_ids": sorted(model.config.forbidden_token_ids or []),
+        **made_by,
         "data": data_fingerprint(examples),
         "num_examples": len(examples),
         "window_length": model.window_length,
@@ -81,10 +128,15 @@ def data_fingerprint(examples: Sequence[TokenizedExample]) -> str:
     )
 
 
+def json_fingerprint(value: Any) -> str:
+    """A digest of a value that JSON has."""
+    return _digest([json.dumps(value, sort_keys=True).encode()])
+
+
 def tensor_fingerprint(tensor: torch.Tensor) -> str:
     """A digest of a tensor's shape and bytes."""
     kept = tensor.detach().cpu().contiguous()
-    return _digest([str(tuple(kept.shape)).encode(), kept.view(-1).numpy().data])
+    return _digest([str(tuple(kept.shape)).encode(), kept.view(-1).view(torch.uint8).numpy().data])
 
 
 def check_fingerprint(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

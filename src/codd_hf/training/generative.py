@@ -172,6 +172,8 @@ def fit_generative(
         "num_latents": num_latents,
         "structure": structure,
         "windows": tensor_fingerprint(windows),
+        "validation": tensor_fingerprint(validation),
+        "embeddings": tensor_fingerprint(embeddings),
     }
     found = None if checkpoints is None else checkpoints.load(resume_from_checkpoint)
     if found is None:

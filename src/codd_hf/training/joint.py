@@ -25,7 +25,7 @@ from ..precision import chosen_precision, precision_note
 from .checkpoint import Checkpoints
 from .counting import summing_dtype
 from .data import TokenizedExample
-from .fingerprint import data_fingerprint
+from .fingerprint import fit_identity, model_fingerprint
 from .joint_settings import JointConfig
 from .live_windows import LiveWindows, window_scores
 from .loop import StepLoop
@@ -91,17 +91,14 @@ def fit_joint(
     device = Accelerator().device
     model.to(device)
     precision = chosen_precision(config.mixed_precision, device)
+    identity = fit_identity(model_fingerprint(model, tokenizer), train, validation)
     groups = _trained(model, config)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
     parameters = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
     checkpoints = None
     if checkpoint_dir is not None:
         checkpoints = Checkpoints(Path(checkpoint_dir) / "joint", checkpoints_total_limit)
-    made_of = asdict(config) | {
-        "mixed_precision": precision,
-        "num_examples": len(train),
-        "data": data_fingerprint(train),
-    }
+    made_of = asdict(config) | {"mixed_precision": precision} | identity
     loop = StepLoop("joint fit", config, made_of, parameters, [optimizer], checkpoints, log)
     if loop.resume(resume_from_checkpoint, MAY_CHANGE):
         loop.show(f"The joint fit goes on from step {loop.step} of {config.max_steps}.")

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +23,12 @@ from ..backbones import family_of, load_backbone
 from ..precision import autocast, chosen_precision, precision_note
 from .checkpoint import Checkpoints
 from .data import CanvasBatch, TokenizedExample, batch_indices, collate, padding_token_id
-from .fingerprint import data_fingerprint
+from .fingerprint import (
+    data_fingerprint,
+    settings_fingerprint,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
 from .loop import StepLoop
 from .lora import add_lora, trained_in_float32
 from .muon import muon
@@ -112,7 +118,7 @@ def pretrain_backbone(
     optimizers = _make_optimizers(model, config)
     checkpoints = Checkpoints(output_dir, checkpoints_total_limit)
     history = _train(
-        model, optimizers, noise, train, validation, checkpoints, resume_from_checkpoint, log
+        model, optimizers, noise, train, validation, checkpoints, resume_from_checkpoint, log, {}
     )
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
@@ -177,6 +183,7 @@ def finetune_backbone(
         mask_token_id = known if mask_token_id is None else mask_token_id
     if mask_token_id is None:
         raise ValueError("`mask_token_id` must be given: neither backbone nor tokenizer has one.")
+    made_of = {"model_weights": weights_fingerprint(backbone)}
     if lora is not None:
         add_lora(backbone, lora, "default", config.seed)
     noise = _Noise(config, tokenizer, mask_token_id)
@@ -185,9 +192,8 @@ def finetune_backbone(
         trained, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
     )
     checkpoints = Checkpoints(output_dir, checkpoints_total_limit)
-    history = _train(
-        backbone, [optimizer], noise, train, validation, checkpoints, resume_from_checkpoint, log
-    )
+    run = (train, validation, checkpoints, resume_from_checkpoint, log, made_of)
+    history = _train(backbone, [optimizer], noise, *run)
     if lora is None:
         backbone.save_pretrained(output_dir)
     else:
@@ -239,6 +245,7 @@ def _train(
     checkpoints: Checkpoints,
     resume_from_checkpoint: str | Path,
     log: Log | None,
+    made_of: dict[str, Any],
 ) -> list[dict[str, float]]:
     """The steps; the model is on its device and in evaluation mode at the end."""
     config = noise.config
@@ -251,11 +258,16 @@ def _train(
     trained = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
     windows = config.window_length
     lengths = [len(e.prompt_ids) + -(-len(e.answer_ids) // windows) * windows for e in train]
-    made_of = asdict(config) | {
+    made_of = {
+        **asdict(config),
         "mixed_precision": precision,
         "mask_token_id": noise.mask_token_id,
         "num_trained": sum(p.numel() for p in trained.values()),
         "data": data_fingerprint(train),
+        "validation_data": data_fingerprint(validation),
+        "model_settings": settings_fingerprint(model.config),
+        **tokenizer_fingerprint(noise.tokenizer),
+        **made_of,
     }
     loop = StepLoop(
         "pretraining",
@@ -270,8 +282,10 @@ def _train(
     )
     if loop.resume(resume_from_checkpoint, MAY_CHANGE):
         steps = config.max_steps
-        loop.show(f"The training of the backbone goes on from step {loop.step} of {steps}.")
-    loop.show(precision_note(precision, device))
+        going_on = f"goes on from step {loop.step} of {steps}"
+        loop.show(f"The pretraining {going_on if loop.step < steps else 'is complete'}.")
+    if loop.step < config.max_steps:
+        loop.show(precision_note(precision, device))
     batches = batch_indices(lengths, config.tokens_per_batch, config.seed, first_batch=loop.step)
 
     def backward(step: int) -> tuple[dict[str, float], int, dict[str, str]]:

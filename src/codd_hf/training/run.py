@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from tqdm.auto import tqdm
 
+from ..locks import locked
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
 from .checkpoint import Checkpoints
@@ -41,6 +43,8 @@ from .stages import (
 )
 from .watch import check_trackers, tracking
 
+OF_THE_START = ("alpha", "emission_power", "transition_power")
+"""Settings of what the conditional fit begins with, beside those of the head itself."""
 RESULTS = {
     "pretraining": ["backbone"],
     "generative": ["generative", "stage1"],
@@ -64,14 +68,15 @@ def train(config: TrainConfig) -> Path:
         pretraining alone was to run.
 
     Raises:
-        OSError: the Hub, which is asked before anything is trained, refuses what is to be pushed.
+        OSError: another run writes the output folder, or the Hub, which is asked before anything is
+            trained, refuses what is to be pushed.
         FileNotFoundError: the dataset, the backbone or a checkpoint is not there.
         ValueError: the data cannot be used, the settings are not those of the run in the output
             folder, a stage lacks the result of an earlier one, a checkpoint is damaged, or a
             tracker is not installed.
     """
     accelerator = join_processes()
-    output, chosen = Path(config.output_dir), config.chosen_stages
+    output = Path(config.output_dir)
     check_trackers(config.report_to)
     check_head_settings(config)
     resume = resume_choices(config)
@@ -86,10 +91,25 @@ def train(config: TrainConfig) -> Path:
             sample_by=config.sample_by,
             skip_bad_rows=config.skip_bad_rows,
         )
-    train_part, validation, test = split_examples(examples, config.num_validation, config.num_test)
-    repo_id = open_repository(config) if accelerator.is_main_process else None
+    examples = split_examples(examples, config.num_validation, config.num_test)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
+    with locked(output / ".lock", f"`output_dir` {config.output_dir!r}", PartialState()):
+        return _train(config, output, examples, resume, accelerator)
+
+
+def _train(
+    config: TrainConfig,
+    output: Path,
+    examples: tuple[Sequence[Example], Sequence[Example], Sequence[Example]],
+    resume: dict[str, str],
+    accelerator: Accelerator,
+) -> Path:
+    """`train` in a folder that no other run writes to."""
+    chosen = config.chosen_stages
+    train_part, validation, test = examples
+    repo_id = open_repository(config) if accelerator.is_main_process else None
+    if accelerator.is_main_process:
         (output / "train_config.json").write_text(json.dumps(asdict(config), indent=2))
         for stage in (s for s in chosen if resume[s] == "none"):
             for folder in (output / name for name in RESULTS[stage] if (output / name).exists()):
@@ -125,7 +145,8 @@ def train(config: TrainConfig) -> Path:
 
     sharded = config.shard_backbone or wants_shards(accelerator)
     if "conditional" in chosen:
-        _check_start(output, "conditional", "generative", resume, accelerator)
+        began = {name: getattr(config, name) for name in OF_THE_START}
+        _check_start(output, "conditional", "generative", resume, accelerator, **began)
         head = start_of_stage_three(config, model, stage_one)
         model = CoDDModel.from_backbone(model.backbone, head)
         if sharded:
@@ -255,21 +276,34 @@ def _save_history(
 
 
 def _check_start(
-    output: Path, stage: str, before: str, resume: dict[str, str], accelerator: Accelerator
+    output: Path,
+    stage: str,
+    before: str,
+    resume: dict[str, str],
+    accelerator: Accelerator,
+    **settings: Any,
 ) -> None:
-    """Refuses to continue a stage if the one before it was run on, or anew, since it began.
+    """Refuses to continue a stage that began with something else than it would begin with now.
+
+    That is another result of the stage before it, or other `settings` of what is between them.
 
     Raises:
-        ValueError: it was.
+        ValueError: it did.
     """
     path = output / "began_with.json"
     began = json.loads(path.read_text()) if path.exists() else {}
-    now = Checkpoints(output / before).identity()
-    continued = (output / stage).exists() and resume[stage] != "none"
-    if continued and now is not None and began.get(stage, now) != now:
+    now = {"result": Checkpoints(output / before).identity(), **settings}
+    continued = (output / stage).exists() and resume[stage] != "none" and stage in began
+    for name, value in now.items() if continued else ():
+        theirs = began[stage].get(name)
+        if theirs == value or value is None:
+            continue
+        other = f"`{name}` {theirs!r}, not {value!r}"
+        if name == "result":
+            other = f"another result of the stage {before!r}"
         raise ValueError(
-            f"The checkpoints in {str(output / stage)!r} began with another result of the stage "
-            f"{before!r}: begin again with `stages` {stage!r} and `resume_from_checkpoint` 'none'."
+            f"The checkpoints in {str(output / stage)!r} began with {other}: begin again with "
+            f"`stages` {stage!r} and `resume_from_checkpoint` 'none'."
         )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

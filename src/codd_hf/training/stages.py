@@ -25,6 +25,7 @@ from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..repositories import explained, locate
+from .checkpoint import Checkpoints
 from .data import Example, TokenizedExample, tokenize_examples
 from .files import replacing
 from .generative import fit_generative, text_windows
@@ -130,8 +131,8 @@ def pretrain(
     finished = folder / PRETRAINED
     if resume_from_checkpoint != "latest":
         finished.unlink(missing_ok=True)
-    elif finished.exists():
-        tqdm.write("The pretraining is complete.")
+    elif finished.exists() and not Checkpoints(folder).steps():
+        tqdm.write("The pretraining is complete; of what data is not known without checkpoints.")
         return
     options = {
         "resume_from_checkpoint": resume_from_checkpoint,

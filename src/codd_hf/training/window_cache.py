@@ -14,10 +14,10 @@ are missing.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -26,13 +26,28 @@ from transformers import PreTrainedTokenizerBase
 
 from ..circuits import CoupledCategorical, TopKEvidence
 from ..factorized import forbidden_tokens
+from ..locks import locked
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
 from ..precision import autocast, chosen_precision, precision_note
 from .data import CanvasBatch, TokenizedExample, batch_indices, collate, padding_token_id
-from .evidence_store import FINGERPRINT, finish, open_shards, shard_path, write_shard
+from .evidence_store import (
+    FINGERPRINT,
+    check_room,
+    finish,
+    open_shards,
+    read_fingerprint,
+    shard_path,
+    write_shard,
+)
 from .files import replacing
-from .fingerprint import check_fingerprint, evidence_fingerprint
+from .fingerprint import (
+    check_fingerprint,
+    evidence_fingerprint,
+    json_fingerprint,
+    model_fingerprint,
+    tensor_fingerprint,
+)
 from .noise import Noise, sample_noise
 from .noised_windows import NoisedWindows
 from .settings import EvidenceConfig
@@ -40,6 +55,7 @@ from .sharding import is_sharded
 
 SHARD_BYTES = 128 * 2**20
 MAX_SHARDS = 1024
+LOCK = ".lock"
 DTYPES = {"half": (torch.float16, torch.bfloat16), "single": (torch.float32, torch.float32)}
 
 
@@ -49,11 +65,18 @@ class WindowCache:
     Args:
         parts: the windows; several parts count as one after the other.
         temperature: the evidence temperature of the predictions.
+        fingerprint: what made it, if it is on disk.
     """
 
-    def __init__(self, parts: Sequence[NoisedWindows], temperature: float = 1.0):
+    def __init__(
+        self,
+        parts: Sequence[NoisedWindows],
+        temperature: float = 1.0,
+        fingerprint: dict[str, Any] | None = None,
+    ):
         self.parts = list(parts)
         self.temperature = temperature
+        self.fingerprint = fingerprint
         self._ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
 
     @classmethod
@@ -65,8 +88,15 @@ class WindowCache:
             ValueError: it is damaged.
         """
         parts = open_shards(Path(folder))
-        fingerprint = json.loads((Path(folder) / FINGERPRINT).read_text())
-        return cls(parts, fingerprint["temperature"])
+        fingerprint = read_fingerprint(Path(folder))
+        return cls(parts, fingerprint["temperature"], fingerprint)
+
+    def identity(self) -> str:
+        """A digest that tells this evidence from other; in memory, of the windows themselves."""
+        if self.fingerprint is not None:
+            return json_fingerprint(self.fingerprint)
+        held = (getattr(part, name) for part in self.parts for name in ("tokens", "log_probs"))
+        return json_fingerprint([tensor_fingerprint(tensor) for tensor in held])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -152,6 +182,9 @@ def cache_windows(
     config: EvidenceConfig | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
+    *,
+    made_by: dict[str, Any] | None = None,
+    renew: bool = False,
 ) -> WindowCache:
     """Runs the backbone over noised examples, one window of each a draw.
 
@@ -167,9 +200,11 @@ def cache_windows(
         folder: where the evidence is written, or taken from if it is there; without one it is held
             in memory.
         progress: say how large it will be, and show a progress bar.
+        made_by: of the backbone, if `fingerprint.model_fingerprint` is known.
+        renew: evidence in the folder that something else made gives way.
 
     Raises:
-        OSError: the disk has no room for it.
+        OSError: the disk has no room for it, or another run writes it.
         ValueError: the folder holds evidence that something else made.
     """
     config = config or EvidenceConfig()
@@ -194,41 +229,54 @@ def cache_windows(
         return WindowCache([NoisedWindows.joined(parts)], config.temperature)
 
     folder = Path(folder)
-    fingerprint = evidence_fingerprint(model, tokenizer, examples, config)
-    if state.is_main_process and not (folder / FINGERPRINT).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / FINGERPRINT) as new:
-            new.write_text(json.dumps(fingerprint, indent=2))
-    state.wait_for_everyone()
-    check_fingerprint(folder, json.loads((folder / FINGERPRINT).read_text()), fingerprint)
-
-    shards = _shards(batches, max(SHARD_BYTES, number * each / MAX_SHARDS) / each)
-    missing = [i for i in range(len(shards)) if not shard_path(folder, i, len(shards)).exists()]
+    made_by = model_fingerprint(model, tokenizer) if made_by is None else made_by
+    fingerprint = evidence_fingerprint(model, made_by, examples, config)
+    complete = (folder / "state.json").exists() and read_fingerprint(folder) == fingerprint
     state.wait_for_everyone()  # all have looked before the first one writes
-    if missing:
-        left = sum(len(batches[i][1]) for shard in missing for i in shards[shard])
-        if progress:
-            tqdm.write(_announcement(folder, left, number, length, each))
-        _check_room(folder, left * each)
-        parts_of_work = [missing[i :: state.num_processes] for i in range(state.num_processes)]
-        own = parts_of_work[state.process_index]
-        last = {shards[shard][-1]: shard for shard in own}
-        wanted = {i for shard in own for i in shards[shard]}
-        parts: list[NoisedWindows] = []
-        made = _noised_windows(model, tokenizer, examples, config, batches, wanted, progress)
-        for i, windows in made:
-            parts.append(windows)
-            if i in last:
-                path = shard_path(folder, last[i], len(shards))
-                write_shard(path, NoisedWindows.joined(parts))
-                parts = []
-        if is_sharded(model):
-            most = max(sum(len(shards[i]) for i in part) for part in parts_of_work)
-            _pass_idly(model, most - len(wanted))
-    state.wait_for_everyone()
-    if state.is_main_process and not (folder / "state.json").exists():
-        finish(folder, len(shards), fingerprint["data"])
-    state.wait_for_everyone()
+    if complete:
+        return WindowCache.open(folder)
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / LOCK, f"The evidence in {str(folder)!r}", state):
+        if state.is_main_process:
+            found = read_fingerprint(folder)
+            if renew and found not in (None, fingerprint):
+                tqdm.write(f"The evidence in {folder} is of something else, and is deleted.")
+                for path in (path for path in folder.iterdir() if path.name != LOCK):
+                    path.unlink()
+                found = None
+            if found is None:
+                with replacing(folder / FINGERPRINT) as new:
+                    new.write_text(json.dumps(fingerprint, indent=2))
+        state.wait_for_everyone()
+        check_fingerprint(folder, read_fingerprint(folder), fingerprint)
+        shards = _shards(batches, max(SHARD_BYTES, number * each / MAX_SHARDS) / each)
+        missing = [i for i in range(len(shards)) if not shard_path(folder, i, len(shards)).exists()]
+        state.wait_for_everyone()  # as above
+        if missing:
+            left = sum(len(batches[i][1]) for shard in missing for i in shards[shard])
+            if progress:
+                tqdm.write(_announcement(folder, left, number, length, each))
+            check_room(folder, left * each)
+            parts_of_work = [missing[i :: state.num_processes] for i in range(state.num_processes)]
+            own = parts_of_work[state.process_index]
+            last = {shards[shard][-1]: shard for shard in own}
+            wanted = {i for shard in own for i in shards[shard]}
+            parts: list[NoisedWindows] = []
+            made = _noised_windows(model, tokenizer, examples, config, batches, wanted, progress)
+            for i, windows in made:
+                parts.append(windows)
+                if i in last:
+                    path = shard_path(folder, last[i], len(shards))
+                    write_shard(path, NoisedWindows.joined(parts))
+                    parts = []
+            if is_sharded(model):
+                most = max(sum(len(shards[i]) for i in part) for part in parts_of_work)
+                _pass_idly(model, most - len(wanted))
+        state.wait_for_everyone()
+        if state.is_main_process and not (folder / "state.json").exists():
+            finish(folder, len(shards), fingerprint["data"])
+        state.wait_for_everyone()
     return WindowCache.open(folder)
 
 
@@ -348,13 +396,3 @@ def _announcement(folder: Path, left: int, number: int, length: int, each: float
         f"Evidence about {some}{number:,} windows of {length} tokens: about "
         f"{left * each / 1e9:.2f} GB ({each / length / 1e3:.2f} GB per million tokens) in {folder}."
     )
-
-
-def _check_room(folder: Path, size: float) -> None:
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise OSError(
-            f"The evidence takes about {size / 1e9:.2f} GB and the disk of {str(folder)!r} has "
-            f"{free / 1e9:.2f} GB left: make room, give another `evidence_dir`, or lower "
-            "`cached_top_k` or `num_draws`."
-        )
