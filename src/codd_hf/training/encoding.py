@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import is_of_a_library, reason
 
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
-"""Around the number of a spelling that is set aside while a template is rendered; characters of the
-private use area, of which no standard text has any."""
+"""Around the number of a spelling that is set aside while a template is rendered: characters of the
+private use area, which are set aside themselves where a text has them."""
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -93,8 +93,8 @@ def encode_chats(
         As `encode_texts`.
     """
     names = tokenizer.convert_ids_to_tokens(sorted(special_token_ids(tokenizer) - set(may_spell)))
-    names.sort(key=len, reverse=True)
-    special = re.compile("|".join(map(re.escape, names)) or "(?!)")
+    names = sorted([*names, OPEN, CLOSE], key=len, reverse=True)
+    special = re.compile("|".join(map(re.escape, names)))
     rows, faults = [], {}
     for i, messages in enumerate(conversations):
         try:

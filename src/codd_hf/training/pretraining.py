@@ -280,7 +280,9 @@ def _train(
         tally="tokens",
         alone=True,
     )
-    if loop.resume(resume_from_checkpoint, MAY_CHANGE):
+    # A run that leaves the choice to the device may go on with another one.
+    auto = ("mixed_precision",) if config.mixed_precision == "auto" else ()
+    if loop.resume(resume_from_checkpoint, (*MAY_CHANGE, *auto)):
         steps = config.max_steps
         going_on = f"goes on from step {loop.step} of {steps}"
         loop.show(f"The pretraining {going_on if loop.step < steps else 'is complete'}.")

@@ -132,7 +132,8 @@ def _train(
         source = str(_result(output / "backbone", "pretraining", PRETRAINED))
     model, tokenizer = load_start(source)
     mask_token_id = known_mask_token_id(config, model, tokenizer)
-    parts = tokenize_parts(config, tokenizer, mask_token_id, train_part, validation)
+    # Test data too: a bad row is to be found before hours have been spent on the others.
+    *parts, held_out = tokenize_parts(config, tokenizer, mask_token_id, *examples)
 
     if "generative" in chosen:
         with tracking(config, "generative") as log:
@@ -195,8 +196,7 @@ def _train(
         save_pipeline(pipeline, model, stage_one, tokenizer, getattr(torch, config.dtype))
         save_held_out(pipeline, validation, test, tokenizer)
         if config.num_gap_problems and not sharded:
-            (held_out,) = tokenize_parts(config, tokenizer, mask_token_id, test or validation)
-            describe(sizes, measure_final_gap(config, model, tokenizer, held_out))
+            describe(sizes, measure_final_gap(config, model, tokenizer, held_out or parts[1]))
         if repo_id is not None:
             pushed = push_pipeline(pipeline, repo_id, config.hub_private)
             tqdm.write(f"The pipeline is on the Hub: {pushed.repo_url}")
