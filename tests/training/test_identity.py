@@ -194,3 +194,22 @@ def test_evidence_that_another_run_writes_is_refused_until_it_is_whole(tiny_toke
     cache_windows(*arguments, progress=False)
     with locked(tmp_path / ".lock", "`x`"):
         assert len(cache_windows(*arguments, progress=False)) == len(TRAIN)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "began_with.json",
+        "evidence/train/fingerprint.json",
+        "generative/checkpoint-9/state.json",
+        "generative_history.json",
+    ],
+)
+def test_damaged_file_of_a_run_is_named(name, content, config, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content if name != "generative_history.json" else "{}")
+    more = replace(config.conditional, max_steps=4)
+    changed = replace(config, output_dir=str(tmp_path / "run"), conditional=more)
+    with pytest.raises(ValueError, match=rf"{Path(name).parent}.*damaged"):
+        train(replace(changed, stages=["conditional"]))

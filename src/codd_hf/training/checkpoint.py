@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
-from .files import explained_lack_of_room, make_durable
+from .files import explained_lack_of_room, make_durable, read_json
 
 
 def save_checkpoint(path: str | Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]):
@@ -174,8 +174,8 @@ class Checkpoints:
         steps = self.steps()
         if not steps:
             return None
-        state = json.loads((self.path(steps[-1]) / "state.json").read_text())
-        return [steps[-1], state["tensors_crc32"]]
+        state = read_json(self.path(steps[-1]) / "state.json")
+        return [steps[-1], state.get("tensors_crc32")]
 
     def _delete_after(self, step: int) -> None:
         if PartialState().is_main_process:

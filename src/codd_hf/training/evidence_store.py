@@ -18,7 +18,7 @@ import torch
 from datasets import DatasetInfo, Features, List, Value, load_from_disk
 from datasets.arrow_writer import ArrowWriter
 
-from .files import replacing
+from .files import read_json, replacing
 from .noised_windows import NoisedWindows
 
 FINGERPRINT = "fingerprint.json"
@@ -35,12 +35,7 @@ def read_fingerprint(folder: Path) -> dict[str, Any] | None:
         ValueError: the file is damaged.
     """
     path = folder / FINGERPRINT
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is damaged ({error}): delete its folder.") from error
+    return read_json(path) if path.exists() else None
 
 
 def check_room(folder: Path, size: float) -> None:

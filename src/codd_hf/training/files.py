@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 NO_ROOM = {
     errno.ENOSPC: "the disk is full",
@@ -28,6 +30,25 @@ def replacing(path: Path) -> Iterator[Path]:
             raise
     new.rename(path)
     make_durable(path.parent)
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """What a run wrote as JSON.
+
+    Args:
+        path: the file.
+        kind: what it holds.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}): delete it.") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{str(path)!r} is damaged (it holds no {kind.__name__}): delete it.")
+    return value
 
 
 def make_durable(path: Path) -> None:

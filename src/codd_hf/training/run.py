@@ -24,7 +24,7 @@ from ..modeling_head import CoDDHead
 from .checkpoint import Checkpoints
 from .conditional import fit_conditional
 from .data import Example, load_examples
-from .files import replacing
+from .files import read_json, replacing
 from .joint import fit_joint
 from .launching import join_processes
 from .result import save_held_out, save_pipeline
@@ -291,7 +291,7 @@ def _check_start(
         ValueError: it did.
     """
     path = output / "began_with.json"
-    began = json.loads(path.read_text()) if path.exists() else {}
+    began = read_json(path) if path.exists() else {}
     now = {"result": Checkpoints(output / before).identity(), **settings}
     continued = (output / stage).exists() and resume[stage] != "none" and stage in began
     for name, value in now.items() if continued else ():

@@ -19,6 +19,7 @@ from ..hub.publishing import CARD, push_folder
 from ..modeling_codd import CoDDModel
 from ..names import is_local
 from .data import TokenizedExample
+from .files import read_json
 from .settings import STAGES, TrainConfig
 
 HISTORIES = {
@@ -105,7 +106,7 @@ def write_card(
     for stage, path in HISTORIES.items():
         source = Path(config.output_dir, path)
         if source.exists():
-            histories[stage] = json.loads(source.read_text())
+            histories[stage] = read_json(source, list)
             (figures / f"{stage}_history.json").write_text(json.dumps(histories[stage], indent=2))
     facts = environment() | {"processes": PartialState().num_processes}
     measured = None if gap is None else [row.as_dict() for row in gap]

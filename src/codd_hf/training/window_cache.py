@@ -88,7 +88,12 @@ class WindowCache:
             ValueError: it is damaged.
         """
         parts = open_shards(Path(folder))
-        fingerprint = read_fingerprint(Path(folder))
+        fingerprint = read_fingerprint(Path(folder)) or {}
+        if "temperature" not in fingerprint:
+            raise ValueError(
+                f"{str(Path(folder) / FINGERPRINT)!r} does not say what made the evidence: delete "
+                "the folder, and it is written anew."
+            )
         return cls(parts, fingerprint["temperature"], fingerprint)
 
     def identity(self) -> str:
