@@ -12,12 +12,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .adapter_files import ADAPTER_FILES, save_adapter
 from .adapters import (
-    ADAPTER_FILES,
     adapter_in_use,
+    check_backbone_is_whole,
     delete_adapter,
     enable_adapters,
-    save_adapter,
     set_adapter,
 )
 from .backbones import execution_device
@@ -171,6 +171,8 @@ class HeadsMixin:
             raise ValueError(
                 f"`name` {name!r} is taken: choose another one, or `delete_head({name!r})` first."
             )
+        if self._heads:
+            check_backbone_is_whole(self.backbone, f"the head {name!r}")
         loaded = load_head(head, self.backbone, self.config.mask_token_id, **hub)
         if self.config.mask_token_id is None:
             self.config.mask_token_id = loaded.config.mask_token_id

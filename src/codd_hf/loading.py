@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from .adapters import ADAPTER_FILES, read_adapter
+from .adapter_files import ADAPTER_FILES, read_adapter
 from .backbones import brings_code
 from .backbones.loading import layout_of
 from .configuration_codd import CoDDConfig, CoDDHeadConfig
@@ -141,7 +141,12 @@ def _adapter_in(name: str, **hub: Any) -> str | None:
 
 
 def load_adapter(
-    backbone: PreTrainedModel, adapter: str | Path, adapter_name: str, **hub: Any
+    backbone: PreTrainedModel,
+    adapter: str | Path,
+    adapter_name: str,
+    *,
+    start_is_off: bool = False,
+    **hub: Any,
 ) -> None:
     """Loads a PEFT adapter into a backbone, which stays the object that it is.
 
@@ -149,11 +154,12 @@ def load_adapter(
         backbone: what the adapter was trained on.
         adapter: a folder or an id on the Hub, of the adapter or of a head that has one beside it.
         adapter_name: the name that it gets.
+        start_is_off: as for [`read_adapter`]; True for the adapter beside the backbone's weights.
         **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
         OSError: there is no adapter.
-        ValueError: it was not trained on a backbone like this one.
+        ValueError: it was not trained on a backbone like this one, or is of an unsupported kind.
     """
     name = existing(adapter, "adapter")
     folder = find_adapter(name, **hub) or _adapter_in(name, **hub)
@@ -162,14 +168,7 @@ def load_adapter(
             f"`adapter` {name!r} holds no PEFT adapter: `{ADAPTER_FILES[0]}` and "
             f"`{ADAPTER_FILES[1]}` are needed."
         )
-    try:
-        read_adapter(backbone, folder, adapter_name)
-    except (KeyError, RuntimeError, ValueError) as error:  # other shapes or names than the layers'
-        raise ValueError(
-            f"`adapter` {name!r} was not trained on a backbone like this one: its weights do not "
-            "fit. (One of a whole CoDD model is loaded by `peft.PeftModel.from_pretrained(model, "
-            "adapter)`.)"
-        ) from error
+    read_adapter(backbone, folder, adapter_name, name, start_is_off=start_is_off)
 
 
 def named_backbone(

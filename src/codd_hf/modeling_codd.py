@@ -17,7 +17,8 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .adapters import save_adapter, without_adapters
+from .adapter_files import save_adapter
+from .adapters import AdaptersMixin, unwrapped, without_adapters
 from .arguments import (
     check_shape,
     check_token_types,
@@ -43,7 +44,14 @@ from .hub.publishing import ModelPublishing
 from .loading import ADAPTER_FOLDER, find_adapter, load_adapter, load_head, named_backbone
 from .modeling_head import CoDDHead
 from .names import existing, is_local
-from .repositories import CACHE_ARGUMENTS, explained, hub_arguments, locate, read_config
+from .repositories import (
+    CACHE_ARGUMENTS,
+    explained,
+    hub_arguments,
+    locate,
+    read_config,
+    refuse_adapter,
+)
 from .stored_weights import (
     StoredWeights,
     check_head,
@@ -78,7 +86,7 @@ class CoDDOutput(ModelOutput):
     distribution: CoupledCategorical | None = None
 
 
-class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
+class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTrainedModel):
     """A diffusion language model (`backbone`) with a circuit (`coupling_head`).
 
     Use [`~CoDDModel.from_backbone`] to join the two, `from_pretrained` to load a saved pair,
@@ -166,8 +174,7 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
                 f"{', '.join(f'`{k}`' for k in refused)} cannot be given with a loaded backbone: "
                 "it is for loading one by path or id."
             )
-        elif hasattr(backbone, "get_base_model"):
-            backbone = backbone.get_base_model()
+        backbone = unwrapped(backbone)
         if not isinstance(getattr(backbone, "config", None), PreTrainedConfig):
             raise TypeError(
                 "`backbone` must be a transformers model, or the folder or id of one, got "
@@ -227,6 +234,7 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
         generation_config = kwargs.pop("generation_config", None)
         sizes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         with_report = kwargs.pop("output_loading_info", False)
+        refuse_adapter(name, kwargs)
         with explained(name, kwargs):
             stored = StoredWeights.find(name, kwargs)
             config = cls._checked_config(name, found, kwargs, stored)
@@ -251,7 +259,7 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
                 generation_config = model.generation_config
         model.generation_config = generation_config
         if adapter is not None:
-            load_adapter(model.backbone, adapter, DEFAULT_NAME)
+            load_adapter(model.backbone, adapter, DEFAULT_NAME, start_is_off=True)
             model._adapted_heads.update(model.heads)
         return (model, report) if with_report else model
 
@@ -356,9 +364,17 @@ class CoDDModel(WindowsMixin, HeadsMixin, ModelPublishing, PreTrainedModel):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_output_embeddings(value)
 
+    def __call__(self, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        """As `forward`; trl's trainers, which replace that, get what they ask for from here."""
+        if not fused_lm_head:
+            return super().__call__(*args, **kwargs)
+        from .per_token import per_token_output
+
+        return per_token_output(self, *args, **kwargs)
+
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,

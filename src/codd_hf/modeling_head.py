@@ -31,7 +31,7 @@ from .fitted_circuit import FittedCircuit
 from .hub.publishing import HeadPublishing
 from .loading import head_in_model
 from .names import existing
-from .repositories import explained
+from .repositories import explained, refuse_adapter
 from .stored_weights import StoredWeights, check_head, check_report
 
 DEFAULT_TOP_K = 64
@@ -131,6 +131,7 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
             config, kwargs, prefix = head_in_model(name, kwargs)
         sizes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         with_report = kwargs.pop("output_loading_info", False)
+        refuse_adapter(name, kwargs)
         with explained(name, kwargs):
             if not sizes_may_differ and (stored := StoredWeights.find(name, kwargs)) is not None:
                 check_head(name, config, stored, prefix)

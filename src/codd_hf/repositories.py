@@ -179,6 +179,29 @@ def _nothing_in(name: str) -> str:
     )
 
 
+def refuse_adapter(name: str, kwargs: dict[str, Any]) -> None:
+    """Refuses to load a model from where an adapter lies.
+
+    transformers would load, in place of what is there, from the path or repository that the
+    adapter's configuration names.
+
+    Args:
+        name: a folder or an id on the Hub.
+        kwargs: the arguments of a `from_pretrained`.
+
+    Raises:
+        ValueError: there is an adapter.
+    """
+    # transformers' Auto classes have followed it already, and say where it was.
+    found = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path", None)
+    if found or find_file(name, "adapter_config.json", **hub_arguments(kwargs)) is not None:
+        raise ValueError(
+            f"{found or name!r} holds an adapter (`adapter_config.json`), which names other "
+            "weights than its own: load the model that it is for, and give it in a folder of its "
+            "own as `adapter`."
+        )
+
+
 def read_config(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The content of `config.json`.
 

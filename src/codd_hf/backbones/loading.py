@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from ..configuration_codd import one_sentence_for
+from ..repositories import refuse_adapter
 from ..stored_weights import StoredWeights, check_layers, check_report, check_sizes
 from .custom_code import CustomCodeFamily, brings_code, check_trust
 from .layout import CheckpointLayout
@@ -66,6 +67,7 @@ def load_backbone(
         raise ValueError(
             f"`backbone` {name_or_path!r} is a CoDD model already: use `CoDDModel.from_pretrained`."
         )
+    refuse_adapter(name_or_path, kwargs)
     stored = StoredWeights.find(name_or_path, kwargs)
     check_layers(name_or_path, found, stored)
     if "transformers_weights" in found:

@@ -96,6 +96,31 @@ class Preceding:
         return Preceding(*(t[rows, order] for t in (self.tokens, self.present, self.hidden)))
 
 
+class HeadLinear(nn.Module):
+    """`y = x W^T + b`, but no `torch.nn.Linear`.
+
+    Libraries find those in a model and put theirs into their place: an adapter ("all-linear" in
+    PEFT) or weights of few bits, which are meant for the backbone.
+
+    Args:
+        in_features: size of the inputs.
+        out_features: size of the outputs.
+        bias: whether there is a `b`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Maps `[..., in_features]` to `[..., out_features]`."""
+        return F.linear(inputs, self.weight, self.bias)
+
+
 class ContextMaps(nn.Module):
     """The maps from hidden states to [`Context`].
 
@@ -133,14 +158,14 @@ class ContextMaps(nn.Module):
         names = [n for n in ("latent", "gate") if n in conditioning]
         names += ["before", "after"] if "low_rank" in conditioning else []
         for name in names:
-            setattr(self, name, nn.Linear(size, int(torch.Size(self.shapes[name]).numel())))
+            setattr(self, name, HeadLinear(size, int(torch.Size(self.shapes[name]).numel())))
         self.copies = "copy" in conditioning
         if self.copies:
-            self.query = nn.Linear(size, copy_size, bias=False)
-            self.key = nn.Linear(context_size, copy_size, bias=False)
+            self.query = HeadLinear(size, copy_size, bias=False)
+            self.key = HeadLinear(context_size, copy_size, bias=False)
             self.copy_bias = nn.Parameter(torch.empty(1))
-            self.follow_query = nn.Linear(size, copy_size, bias=False)
-            self.follow_key = nn.Linear(context_size, copy_size, bias=False)
+            self.follow_query = HeadLinear(size, copy_size, bias=False)
+            self.follow_key = HeadLinear(context_size, copy_size, bias=False)
             self.follow_bias = nn.Parameter(torch.empty(1))
             # Fixed, as the generative circuit has them: the conditional fit bends the emissions
             # away from laws, and its gradient would cost more than all the rest of a step.

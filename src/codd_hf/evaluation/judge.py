@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils import is_gguf_available
 
 from ..backbones.canvas_cache import cache_argument
-from ..repositories import explained
+from ..repositories import explained, refuse_adapter
 from ..training.encoding import encode_chats, encode_texts
 
 
@@ -165,6 +165,7 @@ def load_judge(
         raise ValueError(
             "`judge_file` needs the package gguf: install it with `pip install codd-hf[quality]`."
         )
+    refuse_adapter(name, {})
     with explained(name, {}):
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
         model = AutoModelForCausalLM.from_pretrained(name, gguf_file=gguf_file, dtype=torch.float32)

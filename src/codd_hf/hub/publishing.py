@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..adapters import ADAPTER_FILES
+from ..adapter_files import ADAPTER_FILES
 from ..names import is_local
 from .cards import Artifact, complete_card, make_card
 from .export import export_code

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from ..adapters import unwrapped
 from ..arguments import choice, end_tokens
 from ..circuits.random import Generators
 from ..decoding import denoise
@@ -69,6 +70,7 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
+        model = unwrapped(model)
         if tokenizer is not None and tokenizer.mask_token_id not in (
             None,
             model.config.mask_token_id,
@@ -79,6 +81,10 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
             )
         self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
         self._num_timesteps = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # PEFT's wrapper would be saved without the model.
+        super().__setattr__(name, unwrapped(value) if name == "model" else value)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> CoDDPipeline:

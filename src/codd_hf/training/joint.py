@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapters import adapter_of, set_adapter
+from ..adapters import active_adapter, set_adapter
 from ..modeling_codd import CoDDModel
 from ..precision import chosen_precision, precision_note
 from .checkpoint import Checkpoints
@@ -160,11 +160,11 @@ def _trained(model: CoDDModel, config: JointConfig) -> list[dict]:
     head = model.coupling_head
     model.requires_grad_(False)
     if config.backbone == "lora":
-        found = adapter_of(model)
+        found = active_adapter(model)
         if found is None:
             add_lora(model.backbone, config.lora_config(), model.active_head, config.seed)
             model._adapted_heads.add(model.active_head)
-        set_adapter(model.backbone, model.active_head if found is None else found[1])
+        set_adapter(model.backbone, model.active_head if found is None else found)
     if config.backbone == "full":
         model.backbone.requires_grad_(True)
     head.requires_grad_(True)

@@ -80,6 +80,8 @@ class JointConfig:
         check_one_of("backbone", self.backbone, tuple(BACKBONE_RATES))
         check_one_of("loss", self.loss, LOSSES)
         check_one_of("mixed_precision", self.mixed_precision, PRECISIONS)
+        if self.lora_dropout >= 1:
+            raise ValueError(f"`lora_dropout` must be below 1, got {self.lora_dropout}.")
         if self.backbone_learning_rate is None:
             self.backbone_learning_rate = BACKBONE_RATES[self.backbone]
 

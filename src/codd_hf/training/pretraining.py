@@ -18,7 +18,7 @@ from peft import LoraConfig
 from torch.nn import functional as F
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapters import write_adapter
+from ..adapter_files import write_adapter
 from ..backbones import family_of, load_backbone
 from ..precision import autocast, chosen_precision, precision_note
 from .checkpoint import Checkpoints

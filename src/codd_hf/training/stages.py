@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -18,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..adapters import adapter_of
+from ..adapters import active_adapter
 from ..circuits import Potentials, occupancy, token_marginal
 from ..configuration_codd import CoDDHeadConfig
 from ..modeling_codd import CoDDModel
@@ -61,7 +60,7 @@ def load_start(name: str) -> tuple[CoDDModel, PreTrainedTokenizerBase]:
         model = CoDDModel.from_backbone(name, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(name)
     pipe = CoDDPipeline.from_pretrained(name, dtype=torch.float32)
-    if adapter_of(pipe.model) is not None:
+    if active_adapter(pipe.model) is not None:
         raise ValueError(
             f"`backbone` {name!r} carries a LoRA: merge it (`model.backbone.merge_adapter`) and "
             "save the backbone, or name the backbone that it was made for."
@@ -225,41 +224,20 @@ def fit_stage_one(
 
 
 @torch.no_grad()
-def check_head_settings(config: TrainConfig) -> None:
-    """Finds settings of a head that cannot be before anything is trained.
+def start_of_stage_three(config: TrainConfig, model: CoDDModel, stage_one: CoDDHead) -> CoDDHead:
+    """The head that the conditional fit begins with: stage 1's, flattened, with conditioning.
 
-    Raises:
-        ValueError: one is out of range.
+    Tied emissions start as the least-squares fit of stage 1's dense ones.
     """
-    CoDDHeadConfig(
-        vocab_size=config.num_latents,
-        num_latents=config.num_latents,
-        window_length=config.window_length,
-        structure=config.structure,
-        alpha=config.alpha,
-        context_size=1,
-        **_conditional_settings(config),
-    )
-
-
-def _conditional_settings(config: TrainConfig) -> dict[str, Any]:
-    """Of the head of the conditional fit, beside those that it has from the generative fit."""
-    return {
+    changes = {
         "emission": config.emission,
         "emission_rank": config.emission_rank,
         "conditioning": config.conditioning,
         "num_gate_groups": config.num_gate_groups,
         "transition_rank": config.transition_rank,
         "noise_conditioning": config.noise_conditioning,
+        "context_size": model.config.hidden_size,
     }
-
-
-def start_of_stage_three(config: TrainConfig, model: CoDDModel, stage_one: CoDDHead) -> CoDDHead:
-    """The head that the conditional fit begins with: stage 1's, flattened, with conditioning.
-
-    Tied emissions start as the least-squares fit of stage 1's dense ones.
-    """
-    changes = _conditional_settings(config) | {"context_size": model.config.hidden_size}
     torch.manual_seed(config.conditional.seed)  # of the maps that start at random
     head = CoDDHead(CoDDHeadConfig.from_dict(stage_one.config.to_dict() | changes))
     if config.emission == "tied":
