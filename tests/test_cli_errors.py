@@ -300,3 +300,31 @@ def test_judge_that_cannot_be_had_is_one_line(folder, tmp_path, capsys, monkeypa
     assert "`temperature` in the grid 'temperature=warm' must be" in refusal(
         capsys, *command, *grid
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--dtype", "int8"], "`dtype` must be 'bfloat16' or 'float16' or 'float32', got 'int8'"),
+        (["--emission", "x"], "`emission` must be one of dense, tied, got 'x'"),
+        (["--structure", "x"], "`structure` must be one of dense, monarch, got 'x'"),
+        (["--conditioning", "x"], "`conditioning` must list some of"),
+        (["--window-length", "1"], "`window_length` must be"),
+        (["--alpha", "nan"], "`alpha` must be"),
+        (["--dataset", ""], "`source` '' cannot be read"),
+    ],
+)
+def test_setting_of_training_that_cannot_be_is_found_before_anything_is_done(
+    options, said, tmp_path, capsys
+):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"answer": "He has 7 eggs."}\n' * 200)
+    argv = ["train", "--dataset", str(rows), "--output", str(tmp_path / "run"), *options]
+    try:
+        assert main(argv) == 1
+    except SystemExit as leaving:
+        assert leaving.code == 2
+    error = capsys.readouterr().err
+    assert said in error.splitlines()[-1]
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()

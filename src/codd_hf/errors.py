@@ -31,8 +31,9 @@ def reason(error: BaseException) -> str:
     text = " ".join(str(error).split()).rstrip(". ")
     if isinstance(error, OSError):
         text = text.partition(". ")[0]  # transformers goes on for paragraphs
-    elif not isinstance(error, ValueError):
+    elif not isinstance(error, ValueError) and type(error).__module__ == "builtins":
         text = f"{type(error).__name__}: {text}"
+    text = text or type(error).__name__
     return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 3]}..."
 
 

@@ -33,6 +33,7 @@ from .sharding import shard_backbone, wants_shards
 from .sharing import measure_final_gap, open_repository, push_pipeline, write_card
 from .stages import (
     PRETRAINED,
+    check_head_settings,
     fit_stage_one,
     known_mask_token_id,
     load_start,
@@ -77,6 +78,7 @@ def train(config: TrainConfig) -> Path:
     accelerator = join_processes()
     output = Path(config.output_dir)
     check_trackers(config.report_to)
+    check_head_settings(config)
     resume = resume_choices(config)
     with accelerator.main_process_first():  # the others find what it has converted
         examples = load_examples(

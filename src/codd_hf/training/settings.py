@@ -8,6 +8,7 @@ from .choices import LOSSES, PRECISIONS, check_numbers, check_one_of
 from .joint_settings import JointConfig
 
 STAGES = ("pretraining", "generative", "conditional", "joint")
+DTYPES = ("bfloat16", "float16", "float32")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -322,6 +323,7 @@ class TrainConfig:
         check_numbers(self, window_length=2, **none)  # a window of one token couples nothing
         for stage in self.stages or []:
             check_one_of("stages", stage, STAGES)
+        check_one_of("dtype", self.dtype, DTYPES)
         for tracker in self.report_to:
             check_one_of("report_to", tracker, (*TRACKERS, "none"))
         if self.stages is not None and not self.stages:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import is_of_a_library, reason
 from .encoding import is_text
 from .rows import SAMPLE_BY, BadRowError, Row, RowReport, file_kind, read_rows, short
 
@@ -180,6 +181,10 @@ def _arrow_table(source: str, config: str | None, split: str, kind: str) -> Data
         return load_dataset(source, config, split=split)
     except DatasetGenerationError as error:
         raise ValueError(f"`source` {source!r} cannot be read: {error.__cause__}.") from error
+    except Exception as error:
+        if isinstance(error, (OSError, ValueError)) or not is_of_a_library(error):
+            raise
+        raise ValueError(f"`source` {source!r} cannot be read: {reason(error)}.") from error
 
 
 def _find_columns(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -224,20 +225,41 @@ def fit_stage_one(
 
 
 @torch.no_grad()
-def start_of_stage_three(config: TrainConfig, model: CoDDModel, stage_one: CoDDHead) -> CoDDHead:
-    """The head that the conditional fit begins with: stage 1's, flattened, with conditioning.
+def check_head_settings(config: TrainConfig) -> None:
+    """Finds settings of a head that cannot be before anything is trained.
 
-    Tied emissions start as the least-squares fit of stage 1's dense ones.
+    Raises:
+        ValueError: one is out of range.
     """
-    changes = {
+    CoDDHeadConfig(
+        vocab_size=config.num_latents,
+        num_latents=config.num_latents,
+        window_length=config.window_length,
+        structure=config.structure,
+        alpha=config.alpha,
+        context_size=1,
+        **_conditional_settings(config),
+    )
+
+
+def _conditional_settings(config: TrainConfig) -> dict[str, Any]:
+    """Of the head of the conditional fit, beside those that it has from the generative fit."""
+    return {
         "emission": config.emission,
         "emission_rank": config.emission_rank,
         "conditioning": config.conditioning,
         "num_gate_groups": config.num_gate_groups,
         "transition_rank": config.transition_rank,
         "noise_conditioning": config.noise_conditioning,
-        "context_size": model.config.hidden_size,
     }
+
+
+def start_of_stage_three(config: TrainConfig, model: CoDDModel, stage_one: CoDDHead) -> CoDDHead:
+    """The head that the conditional fit begins with: stage 1's, flattened, with conditioning.
+
+    Tied emissions start as the least-squares fit of stage 1's dense ones.
+    """
+    changes = _conditional_settings(config) | {"context_size": model.config.hidden_size}
     torch.manual_seed(config.conditional.seed)  # of the maps that start at random
     head = CoDDHead(CoDDHeadConfig.from_dict(stage_one.config.to_dict() | changes))
     if config.emission == "tied":
