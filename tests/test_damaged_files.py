@@ -74,6 +74,7 @@ def test_damaged_file_is_named_by_every_loader_and_the_command_line(copy, capsys
             with pytest.raises(OSError, match=file.name) as raised:
                 load()
             assert str(file) in str(raised.value), damage
+        capsys.readouterr()
         assert main(["generate", "How many?", "--model", str(copy), *SHORT]) == 1
         error = capsys.readouterr().err
         assert error.startswith("codd-hf generate: error: "), damage
@@ -121,3 +122,35 @@ def test_file_that_is_mended_is_read_again(copy):
         CoDDModel.from_pretrained(copy / "model")
     file.write_bytes(content)
     CoDDModel.from_pretrained(copy / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("model/config.json", ("text_config", "_name_or_path"), 3),
+        ("model/config.json", ("text_config", "output_hidden_states"), "x"),
+        ("model/config.json", ("text_config", "hidden_size"), "x"),
+        ("model/config.json", ("head_config", "num_latents"), "x"),
+        ("model/config.json", ("mask_token_id",), 1.5),
+        ("model/generation_config.json", ("pad_token_id",), "x"),
+        ("model/generation_config.json", ("eos_token_id",), {}),
+        ("scheduler/scheduler_config.json", ("sampling",), "luck"),
+        ("scheduler/scheduler_config.json", ("top_k",), "x"),
+        ("tokenizer/tokenizer_config.json", ("model_max_length",), "x"),
+        ("tokenizer/tokenizer_config.json", ("pad_token",), 3),
+        ("tokenizer/tokenizer.json", ("model",), []),
+        ("tokenizer/tokenizer.json", ("added_tokens",), 3),
+    ],
+)
+def test_value_of_a_wrong_type_is_one_line(copy, capsys, name, field, value):
+    file = copy / name
+    content = json.loads(file.read_text())
+    part = content
+    for key in field[:-1]:
+        part = part[key]
+    part[field[-1]] = value
+    file.write_text(json.dumps(content))
+    assert main(["generate", "How many?", "--model", str(copy), *SHORT]) == 1
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("codd-hf generate: error: ")
+    assert "Traceback" not in error

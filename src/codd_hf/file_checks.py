@@ -5,11 +5,22 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
+from .arguments import shown
 from .errors import reason
 
+TYPES = {
+    "_name_or_path": (str,),
+    "eos_token_id": (int, list),
+    "model_max_length": (int, float),
+    "output_attentions": (bool,),
+    "output_hidden_states": (bool,),
+    "pad_token_id": (int,),
+}
+"""Of fields that transformers takes as they are, and stumbles over in use."""
 REMEDY = "save it or download it again"
 
 
@@ -28,18 +39,26 @@ def check_files(folder: Path) -> None:
             except Exception as error:
                 if isinstance(error, OSError) and error.errno is None:
                     raise
-                raise OSError(f"{str(path)!r} is damaged ({reason(error)}): {REMEDY}.") from error
+                raise _damaged(path, error) from error
 
 
-def _object(path: Path) -> dict:
+def json_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file.
+
+    Raises:
+        OSError: it is damaged, or no object.
+    """
     stat = path.stat()
     return _parsed(path, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=64)
 def _parsed(path: Path, *version: int) -> dict:
-    """A JSON object, read once as long as its `version` (time and size) stays."""
-    content = json.loads(path.read_text("utf-8"))
+    """The object, read once as long as its `version` (time and size) stays."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
     if not isinstance(content, dict):
         raise OSError(
             f"{str(path)!r} must hold a JSON object, got {type(content).__name__}: {REMEDY}."
@@ -47,8 +66,25 @@ def _parsed(path: Path, *version: int) -> dict:
     return content
 
 
+def _damaged(path: Path, error: Exception) -> OSError:
+    return OSError(f"{str(path)!r} is damaged ({reason(error)}): {REMEDY}.")
+
+
+def _config(path: Path) -> None:
+    parts = [json_object(path)]
+    for part in parts:
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for name, kinds in TYPES.items():
+            value = part.get(name)
+            if value is not None and type(value) not in kinds:
+                raise OSError(
+                    f"{str(path)!r} must hold a `{name}` of type "
+                    f"{' or '.join(kind.__name__ for kind in kinds)}, got {shown(value)}: {REMEDY}."
+                )
+
+
 def _index(path: Path) -> None:
-    names = _object(path).get("weight_map")
+    names = json_object(path).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise OSError(
             f"{str(path)!r} must say in `weight_map` in which file each weight is: {REMEDY}."
@@ -70,11 +106,11 @@ def _weights(path: Path) -> None:
 
 
 FILES = {
-    "*config.json": _object,
-    "model_index.json": _object,
-    "tokenizer.json": _object,
-    "special_tokens_map.json": _object,
-    "added_tokens.json": _object,
+    "*config.json": _config,
+    "model_index.json": json_object,
+    "tokenizer.json": json_object,
+    "special_tokens_map.json": json_object,
+    "added_tokens.json": json_object,
     "*.jinja": _text,
     "*.safetensors.index.json": _index,
     "*.safetensors": _weights,

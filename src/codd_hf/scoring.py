@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from .arguments import check_unmasked, integer, rows_of_ids, several, shown
 from .canvas import check_size
+from .training.encoding import encode_as_written
 
 if TYPE_CHECKING:
     from .heads import CallHead, HeadName
@@ -113,10 +114,9 @@ def _tokens(
     if tokenizer is None and any(isinstance(row, str) for row in rows):
         raise ValueError(f"`{name}` are texts: give a `tokenizer`, or token ids.")
     if tokenizer is not None:
-        rows = [
-            tokenizer(row, add_special_tokens=False)["input_ids"] if isinstance(row, str) else row
-            for row in rows
-        ]
+        texts = [row if isinstance(row, str) else "" for row in rows]
+        encoded = encode_as_written(name, texts, tokenizer, add_special_tokens=False)
+        rows = [e if isinstance(r, str) else r for e, r in zip(encoded, rows, strict=True)]
     ids = model.unpadded(rows_of_ids(name, rows, model.config.vocab_size))
     check_unmasked(name, ids, model.config.mask_token_id)
     return [row.tolist() for row in ids]

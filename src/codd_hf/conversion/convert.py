@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from huggingface_hub.errors import (
 
 from ..circuits import Potentials, occupancy
 from ..configuration_codd import CoDDHeadConfig
+from ..file_checks import json_object
 from ..modeling_head import CoDDHead
 from ..names import can_only_be_a_path
 from ..repositories import explained, find_file, first_file
@@ -144,19 +144,11 @@ def holds_circuit(source: str | Path, **hub) -> bool:
     except LocalEntryNotFoundError:
         return False
     config = find_file(name, "config.json", **hub)
-    if config is not None and _model_type(Path(config)) in CODD:
+    if config is not None and json_object(Path(config)).get("model_type") in CODD:
         return False
     if find_file(name, FILE_NAME, **hub) is None:
         return False
     return find_file(name, "model_index.json", **hub) is None
-
-
-def _model_type(config: Path) -> str | None:
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return content.get("model_type") if isinstance(content, dict) else None
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import check_unmasked, padding_mask, rows_of_ids, several, shown
-from ..training.encoding import encode_chats
+from ..training.encoding import encode_as_written, encode_chats
 
 if TYPE_CHECKING:
     from ..modeling_codd import CoDDModel
@@ -123,7 +123,7 @@ def encode_prompts(
                 name = "prompt" if prompt is not None else "messages"
                 raise ValueError(f"`{name}` cannot be encoded: row {index} {fault}.")
         else:
-            rows = [tokenizer(text)["input_ids"] for text in prompts]
+            rows = encode_as_written("prompt", prompts, tokenizer)
 
     name = "input_ids" if input_ids is not None else "prompt" if prompt is not None else "messages"
     if not rows:

@@ -72,6 +72,35 @@ def encode_texts(
     return rows, faults
 
 
+def encode_as_written(
+    name: str,
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    add_special_tokens: bool = True,
+) -> list[list[int]]:
+    """Token ids of texts that may write special tokens, since nothing else does.
+
+    Args:
+        name: of the argument, for errors.
+        texts: the texts.
+        tokenizer: the tokenizer.
+        add_special_tokens: whether the tokenizer adds its own (beginning, end).
+
+    Raises:
+        ValueError: a text cannot be encoded.
+    """
+    for row, text in enumerate(texts):
+        if not is_text(text):
+            raise ValueError(
+                f"`{name}` cannot be encoded: row {row} holds half of a surrogate pair."
+            )
+    try:
+        return _encoded(tokenizer, texts, add_special_tokens=add_special_tokens)
+    except ValueError as error:
+        raise ValueError(f"`{name}`: {error}.") from error
+
+
 def encode_chats(
     conversations: Sequence[Sequence[dict[str, Any]]],
     tokenizer: PreTrainedTokenizerBase,
@@ -153,5 +182,10 @@ def _encoded(
 ) -> list[list[int]]:
     if not texts:
         return []
-    encoded = tokenizer(list(texts), **({"add_special_tokens": False} | options))
+    try:
+        encoded = tokenizer(list(texts), **({"add_special_tokens": False} | options))
+    except Exception as error:
+        if not is_of_a_library(error):
+            raise
+        raise ValueError(f"a text cannot be encoded by the tokenizer ({reason(error)})") from error
     return [list(ids) for ids in encoded["input_ids"]]
