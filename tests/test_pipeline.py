@@ -265,7 +265,7 @@ def test_text_ends_at_the_end_of_text_and_finished_rows_cost_nothing(pipe, passe
     favour(pipe, monkeypatch, eos, at=at)
     output = pipe(input_ids=PROMPTS[:2], gen_length=12, block_length=6, num_inference_steps=6)
     assert output.sequences[0].tolist().index(eos) == 3
-    assert (output.sequences[0, 3:] == eos).all()
+    assert (output.sequences[0, 4:] == pipe.tokenizer.pad_token_id).all()
     # Canvas position 5 belongs to the second row's prompt, so that it goes on to the end.
     assert eos not in output.sequences[1]
     assert passes == [2, 2, 2, 1, 1, 1]
@@ -276,7 +276,8 @@ def test_end_of_text_at_the_first_position_gives_an_empty_text(pipe, passes, mon
     favour(pipe, monkeypatch, pipe.tokenizer.eos_token_id)
     output = pipe(input_ids=PROMPTS, gen_length=12, block_length=4, num_inference_steps=3)
     assert output.texts == ["", "", ""]
-    assert (output.sequences == pipe.tokenizer.eos_token_id).all()
+    assert (output.sequences[:, 0] == pipe.tokenizer.eos_token_id).all()
+    assert (output.sequences[:, 1:] == pipe.tokenizer.pad_token_id).all()
     assert passes == [3]
 
 

@@ -30,6 +30,7 @@ class Canvas:
         no_end_before: `[batch]`, positions before this one hold no end token.
         end_ids: `[k]`, the tokens that end a run.
         mask_token_id: what a position holds before a token is committed.
+        behind: what stands behind the end of a run's text, and behind a row.
     """
 
     tokens: torch.Tensor
@@ -42,6 +43,7 @@ class Canvas:
     no_end_before: torch.Tensor
     end_ids: torch.Tensor
     mask_token_id: int
+    behind: int
 
     @classmethod
     def of_prompts(
@@ -50,6 +52,7 @@ class Canvas:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         end_ids: Sequence[int],
+        behind: int,
         gen_length: Sequence[int],
         min_new_tokens: Sequence[int],
         forced_tokens: Sequence[Mapping[int, int]],
@@ -62,6 +65,7 @@ class Canvas:
             input_ids: `[batch, prompt_length]`, padded on any side.
             attention_mask: `[batch, prompt_length]`, 0 at padding, or None.
             end_ids: end-of-text tokens.
+            behind: what stands behind the end of a text.
             gen_length: the number of tokens to generate in each row.
             min_new_tokens: for each row, how many of them come before the first end-of-text token.
             forced_tokens: for each row, tokens by their place among the generated ones.
@@ -83,7 +87,7 @@ class Canvas:
         )
         column = torch.arange(int((start + length).max()), device=start.device)
         real, generated = column < (start + length)[:, None], column >= start[:, None]
-        tokens = torch.full_like(real, filler(config, []), dtype=torch.long)
+        tokens = torch.full_like(real, behind, dtype=torch.long)
         tokens[column < start[:, None]] = input_ids[is_prompt].long()
         tokens[real & generated] = config.mask_token_id
         for row, forced in enumerate(forced_tokens):
@@ -100,6 +104,7 @@ class Canvas:
             start + torch.tensor(min_new_tokens, device=start.device),
             torch.tensor(end_ids, dtype=torch.long, device=start.device),
             config.mask_token_id,
+            behind,
         )
 
     @classmethod
@@ -109,6 +114,7 @@ class Canvas:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         end_ids: Sequence[int],
+        behind: int,
         window_length: int,
         free_length: bool,
         max_positions: int | None = None,
@@ -123,6 +129,7 @@ class Canvas:
             input_ids: `[batch, length]`, padded on any side.
             attention_mask: `[batch, length]`, 0 at padding, or None.
             end_ids: end-of-text tokens; in a gap, padding counts as one.
+            behind: what stands behind the end of a gap's text.
             window_length: of the circuit.
             free_length: whether a gap may end before its last mask; if not, it holds no end token.
             max_positions: of the backbone; None where nothing bounds them.
@@ -135,7 +142,7 @@ class Canvas:
         check_size(max_positions, int(size.max()), f"The {int(size.max())} tokens of a template")
         column = torch.arange(int(size.max()), device=size.device)
         real = column < size[:, None]
-        tokens = torch.full_like(real, filler(config, []), dtype=torch.long)
+        tokens = torch.full_like(real, behind, dtype=torch.long)
         tokens[real] = input_ids[is_real].long()
         gaps = real & (tokens == config.mask_token_id)
         for row in (~gaps.any(-1)).nonzero()[:, 0].tolist():
@@ -160,14 +167,14 @@ class Canvas:
             torch.zeros_like(start) if free_length else size,
             torch.tensor(end_ids, dtype=torch.long, device=size.device),
             config.mask_token_id,
+            behind,
         )
 
-    def result(self, begin: torch.Tensor, behind: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def result(self, begin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the rows hold from position `begin` `[batch]` on.
 
         Args:
             begin: the first position that counts.
-            behind: the token behind the end of rows that are shorter than the longest one.
 
         Returns:
             Tokens `[batch, n]`, and which of them are text: given or generated, but no end token of
@@ -179,7 +186,7 @@ class Canvas:
         place = (begin[:, None] + number).clamp(max=self.tokens.shape[1] - 1)
         end, after = self._ends()
         is_text = inside & ~(end | after).gather(1, place)
-        return torch.where(inside, self.tokens.gather(1, place), behind), is_text
+        return torch.where(inside, self.tokens.gather(1, place), self.behind), is_text
 
     def rows(self, index: torch.Tensor) -> Canvas:
         """A canvas of some rows, given by ascending numbers `[n]`; of all of them, this one."""
@@ -204,14 +211,11 @@ class Canvas:
     def close(self) -> torch.Tensor:
         """`[batch]` bool: the rows with an end token and nothing open before.
 
-        What follows an end token in its run becomes that token in these rows.
+        What follows an end token in its run becomes `behind` in these rows.
         """
         end, after = self._ends()
         closed = end.any(-1) & ~self.open(early_stop=True).any(-1)
-        column = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        last_end = torch.where(end, column, 0).cummax(-1).values
-        rest = after & closed[:, None]
-        self.tokens = torch.where(rest, self.tokens.gather(1, last_end), self.tokens)
+        self.tokens = self.tokens.masked_fill(after & closed[:, None], self.behind)
         return closed
 
     def _ends(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,7 +240,8 @@ def check_size(most: int | None, size: int, what: str) -> None:
         )
 
 
-def filler(config: CoDDConfig, end_ids: Sequence[int]) -> int:
-    """What stands behind the end of a row that is shorter than others: an end token if known."""
-    known = (*end_ids[:1], config.pad_token_id, config.mask_token_id)
-    return next(token for token in known if token is not None)
+def filler(config: CoDDConfig, end_ids: Sequence[int], pad_token_id: int | None) -> int:
+    """What stands behind the end of a text: padding or, as in transformers, an end token."""
+    known = (pad_token_id, config.pad_token_id, *end_ids[:1])
+    known = [token for token in known if token not in (None, config.mask_token_id)]
+    return known[0] if known else config.mask_token_id

@@ -46,9 +46,8 @@ class DecodingOutput:
     """What the denoising loop returns.
 
     Attributes:
-        sequences: `[batch, n]`, the generated tokens or, with `infill`, the whole templates; after
-            the end of a row's text (or of a gap), its end-of-text token. Rows that are shorter than
-            the longest one end with end-of-text tokens, or padding if there are none.
+        sequences: `[batch, n]`, the generated tokens or, with `infill`, the whole templates. What
+            stands behind an end-of-text token, or a row that is shorter than others, is padding.
         is_text: `[batch, n]` bool, the tokens that are text: not an end-of-text token that was
             generated, nor what follows it.
         num_passes: passes of the backbone that were run, each over the rows that needed it. Rows
@@ -81,12 +80,13 @@ def denoise(
     free_length: bool = False,
     generator: Generators = None,
     eos_token_id: int | list[int] | None = None,
+    pad_token_id: int | None = None,
     early_stop: bool = True,
     min_new_tokens: PerRow | None = None,
     forced_tokens: ForcedTokens | None = None,
     logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
     on_step: OnStep | None = None,
-    on_pass: Callable[[], object] | None = None,
+    progress: Callable[[int], Any] | None = None,
     cache: str | None = None,
     guidance_scale: float | Sequence[float] | None = None,
     head: HeadName | CallHead = None,
@@ -120,8 +120,9 @@ def denoise(
         generator: one for all rows, or a list with one per row: a row's tokens then do not depend
             on the rest of the batch.
         eos_token_id: the end-of-text token, or several.
+        pad_token_id: what stands behind it; default the model's, or else the first end-of-text one.
         early_stop: whether nothing more is decoded behind an end-of-text token: once all before it
-            is decided, the rest becomes that token, and the row costs no more passes.
+            is decided, the rest becomes padding, and the row costs no more passes.
         min_new_tokens: how many generated tokens come before the first end-of-text token, for all
             rows or one number for each; `gen_length` means that there is none. The backbone's
             prediction rules it out before the circuit sees it.
@@ -136,7 +137,7 @@ def denoise(
             committed in this step), `sampled_tokens` and `sampled_probs` (the candidates; mask
             token and 0 where there was none), all of the same shape. A tensor that it returns
             becomes the canvas.
-        on_pass: called after each step with nothing, for progress.
+        progress: called once with the most steps that there can be; gives a progress bar.
         cache: `"prefix"` or `"dual"`: after the first step of a block (or of the whole, in the full
             paradigm) the backbone computes only the block and what follows it, or only the block,
             and reuses the keys and values of the rest; see `canvas_reader`. An approximation, for
@@ -177,6 +178,7 @@ def denoise(
         input_ids,
         attention_mask,
         ends,
+        filler(model.config, ends, pad_token_id),
         arguments,
         head.window_length,
         model.max_positions,
@@ -187,7 +189,8 @@ def denoise(
     )
     reader = CanvasReader(model, canvas.attention_mask, canvas.generated, cache, guidance_scale)
     passes_per_row = torch.zeros_like(canvas.start)
-    num_passes = 0
+    num_passes, most_passes = 0, int(sum(stage.num_steps for stage in stages).max())
+    bar = None if progress is None else progress(most_passes)
     for stage in stages:
         memory = CanvasMemory()
         reader.open_block(stage.within, windows_end(canvas, stage, head.window_length))
@@ -214,15 +217,17 @@ def denoise(
                             f"{tuple(canvas.tokens.shape)}, got {tuple(returned.shape)}."
                         )
                     canvas.tokens = returned.clone()
-            if on_pass is not None:
-                on_pass()
+            if bar is not None:
+                bar.update()
             num_passes += 1
             if early_stop:
                 canvas.close()
 
+    if bar is not None:
+        bar.update(most_passes - num_passes)
     finished = canvas.close() if early_stop else torch.zeros_like(passes_per_row, dtype=torch.bool)
     begin = torch.zeros_like(canvas.start) if infill else canvas.start
-    sequences, is_text = canvas.result(begin, filler(model.config, ends))
+    sequences, is_text = canvas.result(begin)
     return DecodingOutput(sequences, is_text, num_passes, finished, passes_per_row)
 
 
@@ -231,6 +236,7 @@ def lay_out(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     end_ids: list[int],
+    behind: int,
     arguments: DecodingArguments,
     window_length: int,
     max_positions: int | None,
@@ -242,6 +248,7 @@ def lay_out(
         input_ids: `[batch, prompt_length]`, padded on any side.
         attention_mask: `[batch, prompt_length]`, 0 at padding, or None.
         end_ids: end-of-text tokens.
+        behind: what stands behind them.
         arguments: of the call.
         window_length: of the circuit.
         max_positions: of the backbone; None where nothing bounds them.
@@ -255,6 +262,7 @@ def lay_out(
             input_ids,
             attention_mask,
             end_ids,
+            behind,
             window_length,
             arguments.free_length,
             max_positions,
@@ -265,6 +273,7 @@ def lay_out(
             input_ids,
             attention_mask,
             end_ids,
+            behind,
             arguments.gen_length,
             arguments.min_new_tokens,
             arguments.forced_tokens,

@@ -32,7 +32,7 @@ class DecodingArguments:
 
     gen_length: list[int]
     block_length: int
-    num_inference_steps: list[int] | None
+    num_inference_steps: list[int | None]
     paradigm: str
     windowing: str
     infill: bool
@@ -74,9 +74,12 @@ class DecodingArguments:
         at_least_1, at_least_0 = partial(integer, least=1), partial(integer, least=0)
         lengths = per_row("gen_length", gen_length, batch, at_least_1)
         block_length = integer("block_length", block_length, least=1)
-        steps = num_inference_steps
-        if steps is not None:
-            steps = per_row("num_inference_steps", steps, batch, at_least_1)
+        steps = per_row(
+            "num_inference_steps",
+            num_inference_steps,
+            batch,
+            lambda name, value: None if value is None else at_least_1(name, value),
+        )
         fewest = 0 if min_new_tokens is None else min_new_tokens
         fewest = per_row("min_new_tokens", fewest, batch, at_least_0)
         infill, free_length = flag("infill", infill), flag("free_length", free_length)

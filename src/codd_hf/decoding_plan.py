@@ -65,7 +65,7 @@ class WindowPlan:
 
 def plan_stages(
     canvas: Canvas,
-    num_inference_steps: Sequence[int] | None,
+    num_inference_steps: Sequence[int | None],
     block_length: int | None,
     from_position_0: bool = False,
 ) -> list[Stage]:
@@ -90,10 +90,9 @@ def plan_stages(
     shares = []
     for row in range(len(masked)):
         blocks = block[row, masked[row]].unique().tolist()
-        if num_inference_steps is None:
+        steps = num_inference_steps[row]
+        if steps is None:
             steps = max(-(-int(masked[row].sum()) // 4), len(blocks))
-        else:
-            steps = num_inference_steps[row]
         if steps < len(blocks):
             raise ValueError(
                 f"`num_inference_steps` must be at least the number of blocks that are decoded, "

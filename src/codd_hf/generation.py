@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +16,6 @@ from transformers import (
 
 from .arguments import (
     check_token_types,
-    end_tokens,
-    flag,
     integer,
     padding_mask,
     scalar,
@@ -29,34 +26,24 @@ from .arguments import (
 from .canvas import filler
 from .circuits.random import Generators
 from .decoding import OnStep, denoise
-from .decoding_arguments import ForcedTokens, PerRow
+from .decoding_arguments import ForcedTokens
+from .generation_settings import (
+    SETTINGS,
+    TASK,
+    first_said,
+    said_of_task,
+    scheduler_of,
+    settings_of_call,
+    task_of_call,
+)
 from .schedulers import CoDDScheduler
-from .schedulers.settings import DrawSettings
 from .streaming import BlockStream, DiffusionStreamer
 
 if TYPE_CHECKING:
     from .heads import HeadName
     from .modeling_codd import CoDDModel
 
-DEFAULT_LENGTH = 128
-SETTINGS = tuple(field.name for field in fields(DrawSettings))
-CONFIGURABLE = (
-    "gen_length",
-    "max_new_tokens",
-    "max_length",
-    "block_length",
-    "num_inference_steps",
-    "paradigm",
-    "windowing",
-    "infill",
-    "free_length",
-    "do_sample",
-    "num_return_sequences",
-    "eos_token_id",
-    "pad_token_id",
-    "min_new_tokens",
-    *SETTINGS,
-)
+CONFIGURABLE = (*TASK, "do_sample", "num_return_sequences", *SETTINGS)
 """What a call or a generation configuration may say."""
 
 WITHOUT_EFFECT = (
@@ -92,9 +79,10 @@ def generate(
     """Decodes by diffusion.
 
     The arguments from `max_new_tokens` on may stand in a generation configuration as well. What the
-    call says comes first, then `generation_config`, then `model.generation_config`, then the
-    scheduler's own settings. Sampling is told as in transformers: `do_sample=False` is temperature
-    0, `do_sample=True` without a temperature is temperature 1.
+    call says comes first, then `generation_config`, then `model.generation_config`; of what shapes
+    a draw, the scheduler's settings in place of the latter, if the call has one. Sampling is told
+    as in transformers: `do_sample=False` is temperature 0, at which nothing is drawn, and
+    `do_sample=True` without a temperature is temperature 1.
 
     Args:
         model: the backbone, with or without a head.
@@ -105,7 +93,7 @@ def generate(
         attention_mask: `[batch, prompt_length]`, 0 at padding; default, as in transformers, 0 at
             `pad_token_id` (default the model's), unless that ends texts as well.
         generation_config: in place of further arguments.
-        scheduler: default one with default settings.
+        scheduler: default, one with the settings of `model.generation_config`.
         generator: one for all rows, or a list with one per row.
         early_stop: as in `decoding.denoise`.
         on_step: as in `decoding.denoise`.
@@ -119,19 +107,20 @@ def generate(
             1 is off and 0 is not.
         head: the name of the head that couples this call; None, the model's default; False, none.
         **kwargs: `max_new_tokens` (or `gen_length`, default 128; or `max_length`, with the prompt),
-            `block_length` (default the head's window length, or the blocks of a block-causal
-            backbone), `num_inference_steps` (passes of the backbone; default one for four tokens,
-            and at least one per block), `paradigm`, `windowing`, `infill`, `free_length`,
-            `do_sample`, `num_return_sequences`, `eos_token_id` (default the model's),
+            `block_length` (default 32, or the blocks of a block-causal backbone),
+            `num_inference_steps` (passes of the backbone; default one for four tokens, and at least
+            one per block), `paradigm`, `windowing`, `infill`, `free_length`,
+            `do_sample`, `num_return_sequences`, `eos_token_id` (one or several) and
+            `pad_token_id` (default the model's),
             `min_new_tokens`, and the scheduler's settings (`temperature`, `top_k`, `top_p`,
             `strategy`, `sampling`, `repetition_penalty`, ...). Lengths and steps are one number, or
             a list with one for each row.
 
     Returns:
         `[batch * num_return_sequences, prompt_length + n]`: the prompts as they were given, and
-        what follows, `n` tokens in the longest row; shorter ones are filled up with end-of-text
-        tokens. With `infill`, `[batch * num_return_sequences, length]`: the templates with their
-        gaps filled.
+        what follows, `n` tokens in the longest row; what stands behind the end of a text is
+        padding (`pad_token_id`), or the first end-of-text token of a model that has none. With
+        `infill`, `[batch * num_return_sequences, length]`: the templates with their gaps filled.
 
     Raises:
         ValueError: an argument is out of range, or it asks for something that
@@ -151,33 +140,27 @@ def generate(
             f"`generation_config` must be a GenerationConfig, got {shown(generation_config)}."
         )
     head = model.head_of_call(head)
-    asked = _resolve(kwargs, generation_config, model.generation_config)
-    infill = asked["infill"] is not None and flag("infill", asked["infill"])
-    if infill and streamer is not None:
+    given = {} if generation_config is None else generation_config.to_diff_dict()
+    own = model.generation_config.to_diff_dict()
+    _check_names(kwargs, given, own)
+    if kwargs.get("do_sample") and kwargs.get("temperature") == 0:
+        raise ValueError(
+            "`do_sample=True` draws, and `temperature=0` takes the most probable token: give one "
+            "of them."
+        )
+    said = said_of_task(model, kwargs, given)
+    task = task_of_call(said, model, inputs.shape[1])
+    scheduler = scheduler_of(model.generation_config) if scheduler is None else scheduler
+    settings = settings_of_call([kwargs, given], scheduler)
+    if task["infill"] and streamer is not None:
         raise ValueError(
             "`streamer` is told what follows a prompt, which `infill` has not: leave it out."
         )
-    gen_length = 1 if infill else _generated_length(asked, inputs.shape[1])
-    attended = getattr(model.config.text_config, "block_length", None)
-    block_length = asked["block_length"]
-    if block_length is None:
-        block_length = attended or head.window_length
-    block_length = integer("block_length", block_length, least=1)
-    paradigm = "block" if asked["paradigm"] is None else asked["paradigm"]
-    do_sample = None if asked["do_sample"] is None else flag("do_sample", asked["do_sample"])
-    if do_sample is False:
-        asked["temperature"] = 0.0
-    elif do_sample and asked["temperature"] is None:
-        asked["temperature"] = 1.0
-    eos_token_id = asked["eos_token_id"]
-    if eos_token_id is None:
-        eos_token_id = model.config.eos_token_id
-    ends = end_tokens("eos_token_id", eos_token_id, model.config.vocab_size)
     if attention_mask is None:
-        attention_mask = model.real_tokens(inputs, asked["pad_token_id"], ends)
+        attention_mask = model.real_tokens(inputs, said["pad_token_id"], said["eos_token_id"])
     else:
         attention_mask = padding_mask("attention_mask", attention_mask, inputs.shape, inputs.device)
-    copies = asked["num_return_sequences"]
+    copies = first_said(["num_return_sequences"], [kwargs, given, own])["num_return_sequences"]
     copies = 1 if copies is None else integer("num_return_sequences", copies, least=1)
     inputs = inputs.repeat_interleave(copies, 0)
     if attention_mask is not None:
@@ -186,38 +169,35 @@ def generate(
         stream = BlockStream(
             streamer,
             model.config.mask_token_id,
-            None if paradigm == "full" else block_length,
-            filler(model.config, ends),
+            None if task["paradigm"] == "full" else integer("block_length", task["block_length"]),
+            filler(model.config, task["eos_token_id"], task["pad_token_id"]),
         )
         stream.begin(inputs)
         on_step = stream.after(on_step)
+    of_rows = {
+        name: _of_copies(task.pop(name), copies)
+        for name in ("gen_length", "num_inference_steps", "min_new_tokens")
+    }
     output = denoise(
         model,
-        CoDDScheduler() if scheduler is None else scheduler,
+        scheduler,
         inputs,
         attention_mask,
-        gen_length=_of_copies(gen_length, copies),
-        block_length=block_length,
-        num_inference_steps=_of_copies(asked["num_inference_steps"], copies),
-        paradigm=paradigm,
-        windowing="aligned" if asked["windowing"] is None else asked["windowing"],
-        infill=infill,
-        free_length=asked["free_length"] is not None and asked["free_length"],
         generator=generator,
-        eos_token_id=ends,
         early_stop=early_stop,
-        min_new_tokens=_of_copies(asked["min_new_tokens"], copies),
         forced_tokens=_of_copies(forced_tokens, copies),
         logits_processor=logits_processor,
         cache=cache,
         guidance_scale=_of_copies(guidance_scale, copies),
         on_step=on_step,
         head=head,
-        **{name: asked[name] for name in SETTINGS},
+        **of_rows,
+        **task,
+        **settings,
     )
     if streamer is not None:
         stream.finish(output.sequences)
-    if not infill:
+    if not task["infill"]:
         return torch.cat((inputs, output.sequences), dim=1)
     given = torch.ones_like(inputs) if attention_mask is None else attention_mask
     number = torch.arange(output.sequences.shape[1], device=inputs.device)
@@ -231,11 +211,8 @@ def _of_copies(value: Any, copies: int) -> Any:
     return value if values is None else [v for v in values for _ in range(copies)]
 
 
-def _resolve(
-    call: dict[str, Any], given: GenerationConfig | None, own: GenerationConfig
-) -> dict[str, Any]:
-    """What holds for a call, by name; None where nobody says anything."""
-    sources = [dict(call), {} if given is None else given.to_diff_dict(), own.to_diff_dict()]
+def _check_names(*sources: dict[str, Any]) -> None:
+    """Raises for what the call, the first of the sources, or a configuration asks in vain."""
     known_elsewhere = {*vars(GenerationConfig()), *_parameters_of(GenerationMixin.generate)}
     for source in sources:
         for name, value in source.items():
@@ -250,14 +227,6 @@ def _resolve(
                 raise TypeError(
                     f"`{name}` is not an argument of `generate`: use {', '.join(CONFIGURABLE)}."
                 )
-    lengths = ("gen_length", "max_new_tokens", "max_length")
-    resolved = dict.fromkeys(CONFIGURABLE)
-    for source in sources:
-        told = any(resolved[name] is not None for name in lengths)
-        for name in CONFIGURABLE:
-            if resolved[name] is None and not (told and name in lengths):
-                resolved[name] = source.get(name)
-    return resolved
 
 
 def _is_off(value: Any) -> bool:
@@ -268,18 +237,3 @@ def _is_off(value: Any) -> bool:
 
 def _parameters_of(function: Callable) -> list[str]:
     return list(inspect.signature(function).parameters)
-
-
-def _generated_length(asked: dict[str, Any], prompt_length: int) -> PerRow:
-    for name in ("gen_length", "max_new_tokens"):
-        if asked[name] is not None:
-            return asked[name]
-    if asked["max_length"] is None:
-        return DEFAULT_LENGTH
-    most = integer("max_length", asked["max_length"])
-    if most <= prompt_length:
-        raise ValueError(
-            f"`max_length` ({most}) leaves nothing to generate after prompts of {prompt_length} "
-            "tokens: raise it, or give `max_new_tokens`."
-        )
-    return most - prompt_length

@@ -195,6 +195,10 @@ class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTra
             coupling=coupling,
         )
         model = cls(config, backbone=backbone, coupling_head=head)
+        for name in ("eos_token_id", "pad_token_id"):  # the rest is about autoregressive decoding
+            token = getattr(getattr(backbone, "generation_config", None), name, None)
+            if token is not None:
+                setattr(model.generation_config, name, token)
         if head is not None:
             head.to(execution_device(backbone))
             model._adapted_heads.update([] if adapter is None else [DEFAULT_NAME])

@@ -186,7 +186,7 @@ def test_nothing_is_decoded_behind_the_end_of_a_text(model, paradigm):
     )
     end = output.sequences[0].tolist().index(9)
     assert end <= 5
-    assert (output.sequences[0, end:] == 9).all()
+    assert (output.sequences[0, end + 1 :] == PAD).all()
     assert output.finished.tolist() == [True]
     assert output.is_text.sum() == end
 
@@ -275,7 +275,7 @@ def test_gap_of_free_length_ends_at_an_end_token_and_the_next_gap_does_not(model
     )
     sequence = output.sequences[0].tolist()
     first = sequence[1:4].index(end) if sequence[1] != EOS else 0
-    assert sequence[1 + first : 4] == [sequence[1 + first]] * (3 - first)
+    assert sequence[2 + first : 4] == [PAD] * (2 - first)
     assert output.is_text[0, [0, 4]].all()
     assert not output.is_text[0, 1 + first : 4].any()
     assert sequence[0] == 3

@@ -69,16 +69,21 @@ def check_writable(path: str | None) -> None:
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
-    """Lengths, passes, seed and the scheduler's settings (default: the scheduler's own)."""
-    parser.add_argument("--gen-length", type=int, default=128, help="tokens to generate")
-    parser.add_argument("--block-length", type=int, default=32, help="tokens decoded together")
+    """Lengths, passes, seed and the scheduler's settings (default: the model's own)."""
     parser.add_argument(
-        "--num-inference-steps", type=int, default=32, help="backbone passes for the whole text"
+        "--gen-length", type=int, help="tokens to generate; default: the model's, or else 128"
+    )
+    parser.add_argument(
+        "--block-length", type=int, help="tokens decoded together; default: the model's, or else 32"
+    )
+    parser.add_argument(
+        "--num-inference-steps",
+        type=int,
+        help="backbone passes for the whole text; default: one for four tokens",
     )
     parser.add_argument("--seed", type=seed, default=0, help="seed of all draws")
     for name, (kind, text) in DECODING.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
-    parser.set_defaults(paradigm="block", windowing="aligned")
     parser.add_argument(
         "--forbidden-token-ids", type=int, nargs="+", metavar="ID", help="never generated"
     )

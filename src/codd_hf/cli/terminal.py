@@ -117,7 +117,7 @@ class CanvasView:
 
     def _styled(self, tokens: Sequence[int]) -> list[tuple[str, str]]:
         """Control sequence and text of each token, up to the end of the text unless `whole`."""
-        ends = set() if self.whole else self._end_ids()
+        ends = [] if self.whole else self.pipeline.said_of_task()["eos_token_id"]
         end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
         parts = token_texts(self.pipeline.tokenizer, tokens[:end], self.mask_token_id)
         last = max(self.pipeline.num_timesteps - 1, 1)
@@ -130,13 +130,6 @@ class CanvasView:
                 style = f"\x1b[38;5;{colour}m"
             styled.append((style, printable(part)))
         return styled
-
-    def _end_ids(self) -> set[int | None]:
-        ends = {self.pipeline.tokenizer.eos_token_id}
-        if self.pipeline.tokenizer.eos_token_id is None:
-            known = self.pipeline.model.config.eos_token_id
-            ends = set(known) if isinstance(known, list) else {known}
-        return ends
 
 
 def token_texts(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import blake2b
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -282,8 +283,8 @@ class AnswerSet:
         return Answers(texts, tokens, passes, nats, judge_tokens, seconds)
 
     def _until_end(self, tokens: list[int]) -> list[int]:
-        end = self.pipeline.tokenizer.eos_token_id
-        return tokens[: tokens.index(end)] if end in tokens else tokens
+        ends = self.pipeline.said_of_task()["eos_token_id"]
+        return list(takewhile(lambda token: token not in ends, tokens))
 
     def _judged(self, texts: Sequence[str]) -> Answers:
         """Texts as the pipeline could have written them: no longer than it may write."""

@@ -249,6 +249,7 @@ class PipelinePublishing(Publishing):
         card_of_model = folder / "model" / CARD
         kept = card_of_model.exists()
         super().save_pretrained(save_directory, **kwargs)
+        self.generation_config.save_pretrained(folder / "model")
         if not kept:
             card_of_model.unlink(missing_ok=True)  # a pipeline has one card, its own
         _forget_paths(folder)

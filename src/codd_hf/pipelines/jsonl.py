@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from ..decoding import lay_out
 from ..decoding_arguments import DecodingArguments
+from ..generation_settings import task_of_call
 from ..locks import locked
 from ..training.fingerprint import PASSING, weights_fingerprint
 from .jsonl_files import RunFiles
@@ -44,8 +45,8 @@ def answer_jsonl(
     output_column: str = "generated_text",
     batch_size: int = 8,
     seed: int = 0,
-    gen_length: int = 128,
-    num_inference_steps: int = 32,
+    gen_length: int | None = None,
+    num_inference_steps: int | None = None,
     state: PartialState | None = None,
     progress: bool = False,
     use_chat_template: bool = True,
@@ -69,8 +70,8 @@ def answer_jsonl(
         batch_size: rows decoded together; it changes the speed, not the answers.
         seed: row `i`, counted from 0, is drawn with a generator of seed `seed + i`; a line's own
             seed is taken as it is.
-        gen_length: tokens to generate in each row.
-        num_inference_steps: the most backbone passes for a row.
+        gen_length: tokens to generate in each row; default, as in the pipeline.
+        num_inference_steps: the most backbone passes for a row; default, as in the pipeline.
         state: accelerate's, when there are several processes; they need one file system.
         progress: whether the main process shows a bar of its rows.
         use_chat_template: as in the pipeline.
@@ -98,6 +99,7 @@ def answer_jsonl(
             f"`seed` must be from -2**63 to 2**64 - 1 in each row, which gets `seed` plus its "
             f"number, got {seed} for {len(rows)} rows."
         )
+    lengths = {"gen_length": gen_length, "num_inference_steps": num_inference_steps}
     run = {
         "input_sha256": rows.sha256,
         "num_rows": len(rows),
@@ -107,12 +109,10 @@ def answer_jsonl(
         "model": pipeline.model.config._name_or_path,
         "model_digest": _model_digest(pipeline),
         "use_chat_template": use_chat_template,
-        "gen_length": gen_length,
-        "num_inference_steps": num_inference_steps,
         **settings,
+        **pipeline.said_of_task(**lengths, **settings),
         "scheduler": {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")},
     }
-    lengths = {"gen_length": gen_length, "num_inference_steps": num_inference_steps}
     files = RunFiles(Path(output), run)
     if files.is_complete():
         return 0
@@ -203,10 +203,10 @@ def _fault(
         use_chat_template: as in the pipeline.
         call: other arguments of the pipeline.
     """
-    config, values = pipeline.model.config, rows.values(row)
-    task = {f.name: call[f.name] for f in fields(DecodingArguments) if f.name in call}
-    task |= {name: values.get(name, task[name]) for name in ("gen_length", "num_inference_steps")}
+    model, values = pipeline.model, rows.values(row)
+    own = {name: values[name] for name in ("gen_length", "num_inference_steps") if name in values}
     try:
+        said = pipeline.said_of_task(**call | own)
         ids, mask = encode_prompts(
             [values[rows.prompt_column]],
             None,
@@ -219,9 +219,13 @@ def _fault(
             chat_template_kwargs={},
             infill=call.get("infill", False),
         )
-        arguments = DecodingArguments.check(pipeline.scheduler, config, 1, settings={}, **task)
-        model = pipeline.model
-        lay_out(config, ids, mask, [], arguments, model.window_length, model.max_positions)
+        head = model.head_of_call(call.get("head"))
+        task = task_of_call(said, model, ids.shape[1])
+        given = {f.name: task[f.name] for f in fields(DecodingArguments) if f.name in task}
+        arguments = DecodingArguments.check(
+            pipeline.scheduler, model.config, 1, settings={}, **given
+        )
+        lay_out(model.config, ids, mask, [], 0, arguments, head.window_length, model.max_positions)
     except ValueError as error:
         return f"{rows.where(row)}: {error}"
     return None

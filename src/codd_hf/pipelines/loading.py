@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..backbones import load_backbone, load_tokenizer
+from ..generation_settings import scheduler_of
 from ..loading import BACKBONE_ARGUMENTS, OWN_ARGUMENTS
 from ..modeling_codd import CoDDModel
 from ..repositories import (
@@ -20,7 +21,6 @@ from ..repositories import (
     hub_arguments,
     read_config,
 )
-from ..schedulers import CoDDScheduler
 
 COMPONENTS = ("model", "scheduler", "tokenizer")
 
@@ -89,7 +89,7 @@ def load_components(
         of_base = {name: hub[name] for name in CACHE_ARGUMENTS if name in hub}
         of_base["revision"] = config.get("base_model_revision")
         given["tokenizer"] = _tokenizer_beside(config["base_model_name_or_path"], False, of_base)
-    return None, {"scheduler": CoDDScheduler(), **given}
+    return None, {"scheduler": scheduler_of(given["model"].generation_config), **given}
 
 
 def _download(name: str, inside: str, trusted: bool | None, hub: dict[str, Any]) -> str:

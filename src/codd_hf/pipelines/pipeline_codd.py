@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
 
 from ..adapters import unwrapped
-from ..arguments import choice, end_tokens
+from ..arguments import choice
 from ..circuits.random import Generators
 from ..decoding import denoise
-from ..decoding_arguments import DecodingArguments, ForcedTokens, PerRow
+from ..decoding_arguments import ForcedTokens, PerRow
 from ..file_checks import check_files
+from ..generation_settings import said_of_task, task_of_call, with_settings_of
 from ..heads import HeadName
 from ..hub.publishing import PipelinePublishing
 from ..modeling_codd import CoDDModel
@@ -92,8 +99,8 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
 
         That is a pipeline repository (`model_index.json`), a CoDD model, a head (the backbone that
         it names is loaded as well) or a bare backbone (no head: the factorized baseline). The
-        last three get a [`CoDDScheduler`] with default settings and the tokenizer beside the
-        weights, if there is one.
+        last three get a [`CoDDScheduler`] with the settings of the model's generation configuration
+        and the tokenizer beside the weights, if there is one.
 
         Args:
             pretrained_model_name_or_path (`str`): A folder or an id on the Hub.
@@ -112,7 +119,15 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
         with explained(str(folder), {}):
             for component in ("scheduler", "tokenizer"):
                 check_files(folder / component)
-            return super().from_pretrained(str(folder), **arguments)
+            pipeline = super().from_pretrained(str(folder), **arguments)
+        if kwargs.get("model") is None:
+            pipeline.model.generation_config = pipeline.generation_config
+        return pipeline
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The model's, with the settings of the scheduler; what is saved with the model."""
+        return with_settings_of(self.model.generation_config, self.scheduler)
 
     @property
     def num_timesteps(self) -> int:
@@ -149,6 +164,10 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
                     f"{', '.join(self._callback_tensor_inputs)}, got {key!r}."
                 )
 
+    def said_of_task(self, **call: Any) -> dict[str, Any]:
+        """What a call decodes where it says `call`, by the names in `generation_settings.TASK`."""
+        return said_of_task(self.model, call, tokenizer=self.tokenizer)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -159,11 +178,11 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
         use_chat_template: bool = True,
         add_generation_prompt: bool = True,
         chat_template_kwargs: dict[str, Any] | None = None,
-        gen_length: PerRow = 128,
-        block_length: int = 32,
-        num_inference_steps: PerRow = 32,
-        paradigm: str = "block",
-        windowing: str = "aligned",
+        gen_length: PerRow | None = None,
+        block_length: int | None = None,
+        num_inference_steps: PerRow | None = None,
+        paradigm: str | None = None,
+        windowing: str | None = None,
         infill: bool = False,
         free_length: bool = False,
         strategy: str | None = None,
@@ -207,18 +226,22 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
                 Whether a `prompt` becomes a user's message where the tokenizer has a chat template.
             add_generation_prompt (`bool`, defaults to `True`): As in `apply_chat_template`.
             chat_template_kwargs (`dict`, *optional*): Passed to `apply_chat_template`.
-            gen_length (`int` or `list[int]`, defaults to 128): Number of tokens to generate, for
-                all prompts or for each; with `infill` the mask tokens say it.
-            block_length (`int`, defaults to 32): Tokens that are decoded together. It divides the
-                blocks of a block-causal backbone, and is counted from the first token with one.
-            num_inference_steps (`int` or `list[int]`, defaults to 32):
+            gen_length (`int` or `list[int]`, *optional*): Number of tokens to generate, for all
+                prompts or for each; with `infill` the mask tokens say it. What is None here and in
+                the next four is what the model's generation configuration says (for the length,
+                `max_new_tokens`) or, of the length, 128.
+            block_length (`int`, *optional*): Tokens that are decoded together; by default 32. It
+                divides the blocks of a block-causal backbone (then the default), and is counted
+                from the first token with one.
+            num_inference_steps (`int` or `list[int]`, *optional*):
                 The most backbone passes for the whole generation, for all prompts or for each, at
                 least one per block; the remainder of an uneven share goes to the first blocks. The
-                strategies `threshold` and `joint` need fewer where they are sure.
-            paradigm (`str`, defaults to `"block"`): `block`, from left to right, or `full`: any
+                strategies `threshold` and `joint` need fewer where they are sure. By default one
+                for four tokens, and at least one per block.
+            paradigm (`str`, *optional*): `block` (the default), from left to right, or `full`: any
                 position of the whole text in any step; needs no `block_length`.
-            windowing (`str`, defaults to `"aligned"`): How the `full` paradigm lays the circuit's
-                windows over the positions of a step: the fewest `aligned` ones, or one that is
+            windowing (`str`, *optional*): How the `full` paradigm lays the circuit's windows over
+                the positions of a step: the fewest `aligned` ones (the default), or one that is
                 `centred` over as many as it can cover; the others then wait.
             infill (`bool`, defaults to `False`): Whether each prompt holds mask tokens, which are
                 filled in given the text on both sides; nothing is generated after it, and there is
@@ -259,8 +282,8 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
                 Classifier-free guidance by the prompt, for all prompts or for each, as LLaDA counts
                 it: 0 is off, and `s` is what diffusers' image models call `s + 1`.
             early_stop (`bool`, defaults to `True`): Whether a row ends at its end-of-text token.
-            eos_token_id (`int` or `list[int]`, *optional*): The end-of-text token; by default the
-                tokenizer's, or else the model's.
+            eos_token_id (`int` or `list[int]`, *optional*): The end-of-text token, or several; by
+                default the model's (its generation configuration's), or else the tokenizer's.
             head (`str` or `False`, *optional*): The name of the head that couples this call, or
                 `False` for none; by default the model's default one.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
@@ -314,11 +337,17 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
         }
 
         # 2. Encode the prompts.
-        if eos_token_id is None and self.tokenizer is not None:
-            eos_token_id = self.tokenizer.eos_token_id
-        if eos_token_id is None:
-            eos_token_id = self.model.config.eos_token_id
-        ends = end_tokens("eos_token_id", eos_token_id, self.model.config.vocab_size)
+        said = self.said_of_task(
+            gen_length=gen_length,
+            block_length=block_length,
+            num_inference_steps=num_inference_steps,
+            paradigm=paradigm,
+            windowing=windowing,
+            infill=infill,
+            free_length=free_length,
+            min_new_tokens=min_new_tokens,
+            eos_token_id=eos_token_id,
+        )
         ids, mask = encode_prompts(
             prompt,
             messages,
@@ -326,41 +355,30 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
             attention_mask,
             tokenizer=self.tokenizer,
             model=self.model,
-            end_ids=ends,
+            end_ids=said["eos_token_id"],
             use_chat_template=use_chat_template,
             add_generation_prompt=add_generation_prompt,
             chat_template_kwargs=chat_template_kwargs or {},
             infill=infill,
         )
-        task = {
-            "gen_length": gen_length,
-            "block_length": block_length,
-            "num_inference_steps": num_inference_steps,
-            "paradigm": paradigm,
-            "windowing": windowing,
-            "infill": infill,
-            "free_length": free_length,
-            "generator": generator,
-            "min_new_tokens": min_new_tokens,
-            "forced_tokens": forced_tokens,
-        }
-        checked = DecodingArguments.check(
-            self.scheduler, self.model.config, len(ids), settings=settings, **task
-        )
+        task = task_of_call(said, self.model, ids.shape[1])
 
         # 3. Denoise, one block after the other.
-        num_timesteps = self._num_timesteps = max(checked.num_inference_steps)
-        with self.progress_bar(total=num_timesteps) as progress_bar:
+        def on_step(step, timestep, state):
+            kwargs = {key: state[key] for key in callback_on_step_end_tensor_inputs}
+            outputs = callback_on_step_end(self, step, timestep, kwargs)
+            if not isinstance(outputs, dict):
+                raise ValueError(
+                    "`callback_on_step_end` must return a dict (it may be empty), got "
+                    f"{type(outputs).__name__}."
+                )
+            return outputs.get("canvas")
 
-            def on_step(step, timestep, state):
-                kwargs = {key: state[key] for key in callback_on_step_end_tensor_inputs}
-                outputs = callback_on_step_end(self, step, timestep, kwargs)
-                if not isinstance(outputs, dict):
-                    raise ValueError(
-                        "`callback_on_step_end` must return a dict (it may be empty), got "
-                        f"{type(outputs).__name__}."
-                    )
-                return outputs.get("canvas")
+        with ExitStack() as bars:
+
+            def progress(total):
+                self._num_timesteps = total
+                return bars.enter_context(self.progress_bar(total=total))
 
             device = self._execution_device
             output = denoise(
@@ -368,18 +386,18 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
                 self.scheduler,
                 ids.to(device),
                 mask.to(device),
-                eos_token_id=ends,
+                generator=generator,
                 early_stop=early_stop,
+                forced_tokens=forced_tokens,
                 logits_processor=logits_processor,
                 cache=cache,
                 guidance_scale=guidance_scale,
                 on_step=None if callback_on_step_end is None else on_step,
-                on_pass=progress_bar.update,
+                progress=progress,
                 head=head,
                 **task,
                 **settings,
             )
-            progress_bar.update(max(num_timesteps - output.num_passes, 0))
 
         # 4. Decode the text.
         texts = None
