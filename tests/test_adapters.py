@@ -394,7 +394,7 @@ def test_damaged_adapter_is_refused(damage, stored, base):
         save_file(tensors, weights)
     model = CoDDModel.from_backbone(base, random_head())
     plain = coupled(model)
-    with pytest.raises((OSError, ValueError), match=f"`adapter` '{stored}'"):
+    with pytest.raises((OSError, ValueError), match=str(stored)):
         model.load_adapter(stored)
     assert torch.equal(coupled(model), plain)
     assert not hasattr(model, "peft_config")

@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig
 
 from codd_hf import CoDDHead, CoDDModel, CoDDPipeline
+from codd_hf.adapters import add_adapter
 from codd_hf.cli import main
 from tiny_pipeline import tiny_pipeline
 
@@ -154,3 +156,29 @@ def test_value_of_a_wrong_type_is_one_line(copy, capsys, name, field, value):
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("codd-hf generate: error: ")
     assert "Traceback" not in error
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    """The folder of a head with an adapter beside it."""
+    model = tiny_pipeline().model
+    add_adapter(model.backbone, LoraConfig(r=2, target_modules=["q_proj"]), "default")
+    model.save_head(tmp_path / "head")
+    return tmp_path / "head"
+
+
+def test_damaged_adapter_is_named_and_half_of_one_is_not_passed_over(adapted):
+    backbone = tiny_pipeline().model.backbone
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        file = adapted / "adapter" / name
+        content = file.read_bytes()
+        for damage in DAMAGES.values():
+            file.write_bytes(damage(content))
+            with pytest.raises(OSError, match=name) as raised:
+                CoDDModel.from_backbone(backbone, adapted)
+            assert str(file) in str(raised.value)
+        file.unlink()
+        with pytest.raises(OSError, match=f"`{name}`"):
+            CoDDModel.from_backbone(backbone, adapted)
+        file.write_bytes(content)
+    assert CoDDModel.from_backbone(backbone, adapted).active_head

@@ -7,6 +7,7 @@ arguments it gets those that say how to load and where to cache, none that grant
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from .adapter_files import ADAPTER_FILES, read_adapter
 from .backbones import brings_code
 from .backbones.loading import layout_of
 from .configuration_codd import CoDDConfig, CoDDHeadConfig
+from .file_checks import check_files
 from .names import existing, is_local
 from .repositories import CACHE_ARGUMENTS, HUB_ARGUMENTS, find_file, locate, read_config
 
@@ -126,9 +128,23 @@ def load_head(
 
 
 def find_adapter(name: str, **hub: Any) -> str | None:
-    """Folder of the LoRA beside a head or a model (`adapter/`); None if there is none."""
+    """Folder of the LoRA beside a head or a model (`adapter/`); None if there is none.
+
+    Raises:
+        OSError: there is a part of one, without which the predictions would be others.
+    """
     folder = Path(hub.pop("subfolder", None) or "", ADAPTER_FOLDER).as_posix()
-    return _adapter_in(name, subfolder=folder, **hub)
+    found = _adapter_in(name, subfolder=folder, **hub)
+    if found is None and any(os.path.lexists(Path(name, folder, file)) for file in ADAPTER_FILES):
+        raise OSError(_no_adapter(str(Path(name, folder))))
+    return found
+
+
+def _no_adapter(name: str) -> str:
+    return (
+        f"`adapter` {name!r} holds no PEFT adapter: `{ADAPTER_FILES[0]}` and "
+        f"`{ADAPTER_FILES[1]}` are needed."
+    )
 
 
 def _adapter_in(name: str, **hub: Any) -> str | None:
@@ -164,10 +180,8 @@ def load_adapter(
     name = existing(adapter, "adapter")
     folder = find_adapter(name, **hub) or _adapter_in(name, **hub)
     if folder is None or not Path(folder, ADAPTER_FILES[1]).is_file():
-        raise OSError(
-            f"`adapter` {name!r} holds no PEFT adapter: `{ADAPTER_FILES[0]}` and "
-            f"`{ADAPTER_FILES[1]}` are needed."
-        )
+        raise OSError(_no_adapter(name))
+    check_files(Path(folder))
     read_adapter(backbone, folder, adapter_name, name, start_is_off=start_is_off)
 
 
