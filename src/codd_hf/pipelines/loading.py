@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import transformers
 from diffusers import PipelineQuantizationConfig
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..backbones import load_backbone, load_tokenizer
+from ..errors import reading
 from ..generation_settings import scheduler_of
 from ..loading import BACKBONE_ARGUMENTS, OWN_ARGUMENTS
 from ..modeling_codd import CoDDModel
@@ -21,6 +24,7 @@ from ..repositories import (
     hub_arguments,
     read_config,
 )
+from ..schedulers import CoDDScheduler
 
 COMPONENTS = ("model", "scheduler", "tokenizer")
 
@@ -43,12 +47,14 @@ def load_components(
 
     Raises:
         OSError: nothing is found, or nothing that a pipeline can be made of.
+        ValueError: `model_index.json` names anything but a CoDD pipeline's classes.
     """
     hub = hub_arguments(kwargs)
     inside = hub.pop("subfolder", None) or ""
     folder, in_folder = Path(name_or_path, inside), {**hub, "subfolder": inside}
     if folder.is_dir():
         if (folder / "model_index.json").is_file():
+            check_index(folder / "model_index.json", bool(kwargs.get("trust_remote_code")))
             return folder, _with_model(folder, kwargs)
         if not (folder / "config.json").is_file():
             raise OSError(
@@ -61,6 +67,7 @@ def load_components(
             if found == "model_index.json":
                 trusted = kwargs.get("trust_remote_code")
                 folder = Path(_download(name_or_path, inside, trusted, hub), inside)
+                check_index(folder / "model_index.json", bool(trusted))
         if found == "model_index.json":
             return folder, _with_model(folder, kwargs)
 
@@ -90,6 +97,52 @@ def load_components(
         of_base["revision"] = config.get("base_model_revision")
         given["tokenizer"] = _tokenizer_beside(config["base_model_name_or_path"], False, of_base)
     return None, {"scheduler": scheduler_of(given["model"].generation_config), **given}
+
+
+def check_index(path: Path, trusted: bool) -> None:
+    """Raises unless a `model_index.json` describes a CoDD pipeline and nothing else.
+
+    diffusers imports the modules and runs the code that the file names, before it looks at what
+    they hold.
+
+    Args:
+        path: of the file.
+        trusted: whether the user trusts the code of the repository, which a tokenizer may need.
+
+    Raises:
+        ValueError: it names another class, library or component.
+        OSError: it is damaged.
+    """
+    with reading(f"{str(path)!r}"):
+        index = json.loads(path.read_text(encoding="utf-8"))
+    known = ("_class_name", "_diffusers_version", "_module", "_name_or_path", *COMPONENTS)
+    if not isinstance(index, dict):
+        raise OSError(f"{str(path)!r} must hold a JSON object, got {index!r:.100}.")
+    unknown = [name for name in index if name not in known]
+    if unknown or not isinstance(index.get("_class_name"), str):
+        name = unknown[0] if unknown else "_class_name"
+        raise ValueError(
+            f"`{name}` in {str(path)!r} must be {'left out' if unknown else 'a class name'}, got "
+            f"{index.get(name)!r:.100}: a CoDD pipeline has {', '.join(COMPONENTS)} and no more."
+        )
+    for name, cls in (("model", CoDDModel), ("scheduler", CoDDScheduler)):
+        wanted = [cls.__module__, cls.__name__]
+        if index.get(name) != wanted:
+            raise ValueError(
+                f"`{name}` in {str(path)!r} must be {wanted}, got {index.get(name)!r:.100}: give "
+                "the folder of a CoDD pipeline."
+            )
+    tokenizer = index.get("tokenizer", [None, None])
+    if tokenizer != [None, None] and not trusted:
+        library, name = tokenizer if isinstance(tokenizer, list) and len(tokenizer) == 2 else "??"
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        is_tokenizer = isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)
+        if library != "transformers" or not is_tokenizer:
+            raise ValueError(
+                f"`tokenizer` in {str(path)!r} must be a tokenizer of transformers, got "
+                f"{tokenizer!r:.100}: load it yourself and give it as `tokenizer`, and remove it "
+                "from the file."
+            )
 
 
 def _download(name: str, inside: str, trusted: bool | None, hub: dict[str, Any]) -> str:

@@ -1,0 +1,58 @@
+"""Promises that an installation brings every package that the code imports."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import codd_hf
+
+ROOT = Path(__file__).parent.parent
+NAMES = {"sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}
+"""Packages that are installed under another name than they are imported by."""
+OPTIONAL = {"gguf": "quality", "hmmlearn": "test", "pomegranate": None}
+"""Imported only where it is there, and the extra that brings it; a peer in a benchmark has none."""
+
+
+def imported_packages() -> dict[str, set[str]]:
+    """The packages of others that the code imports, and the files in which it does."""
+    found = {}
+    root = Path(codd_hf.__file__).parent
+    for path in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+                names = [a.value for a in node.args[:1] if isinstance(a, ast.Constant)]
+            for name in names:
+                package = name.partition(".")[0]
+                if package and package not in (*sys.stdlib_module_names, "codd_hf"):
+                    found.setdefault(package, set()).add(str(path.relative_to(root)))
+    return found
+
+
+def declared(requirements: list[str]) -> set[str]:
+    return {re.match(r"[\w-]+", requirement).group() for requirement in requirements}
+
+
+def test_every_imported_package_is_declared_and_no_other():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {name: declared(r) for name, r in project["optional-dependencies"].items()}
+    imported = imported_packages()
+    needed = {NAMES.get(name, name) for name in imported if name not in OPTIONAL}
+    assert needed == declared(project["dependencies"])
+    for name, extra in OPTIONAL.items():
+        assert name in imported
+        assert extra is None or name in extras[extra]
+
+
+def test_every_dependency_has_a_lower_bound_and_no_upper_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for requirement in project["dependencies"]:
+        assert re.fullmatch(r"[\w-]+>=\d+(\.\d+)+", requirement), requirement
