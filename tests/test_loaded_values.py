@@ -52,7 +52,6 @@ def model_folder(tmp_path):
 @pytest.mark.parametrize(
     "placement",
     [
-        {"": "disk"},
         {"backbone": "cpu", "coupling_head": "disk"},
         {"backbone": "disk", "coupling_head": "cpu"},
         "cpu",

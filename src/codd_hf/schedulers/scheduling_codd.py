@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -138,6 +140,35 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         self.register_to_config(mask_token_id=mask_token_id, **vars(self.draw_settings()))
         self.num_inference_steps: int | None = None
         self.timesteps: torch.Tensor | None = None
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any] | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> CoDDScheduler:
+        """A scheduler of a stored configuration; `from_pretrained` makes one by this.
+
+        Args:
+            config: the fields; diffusers' own begin with `_`.
+            return_unused_kwargs: as in diffusers.
+            **kwargs: as in diffusers.
+
+        Raises:
+            ValueError: a field is unknown, of the wrong type or out of range.
+        """
+        known = inspect.signature(cls.__init__).parameters
+        for name, value in (config or {}).items() if isinstance(config, Mapping | None) else ():
+            if name not in known and not name.startswith("_"):
+                raise ValueError(
+                    f"`{name}` is no setting of {cls.__name__}, got {value!r:.100}: remove it or "
+                    "correct its name."
+                )
+        try:
+            return super().from_config(config, return_unused_kwargs, **kwargs)
+        except TypeError as error:  # of a file, the value is wrong, whatever its type
+            raise ValueError(str(error)) from error
 
     def draw_settings(self, **overrides: Any) -> DrawSettings:
         """The checked settings of a call that overrides some of the configured ones.
