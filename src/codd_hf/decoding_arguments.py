@@ -13,6 +13,7 @@ from .arguments import choice, flag, generators, integer, per_row, shown, token_
 from .circuits.random import Generators
 from .configuration_codd import CoDDConfig
 from .schedulers import CoDDScheduler
+from .schedulers.scheduling_codd import MOST_STEPS
 
 ForcedTokens = Mapping[int, int] | Sequence[Mapping[int, int]]
 """Tokens by their place among the generated ones, for all rows or for each."""
@@ -62,16 +63,18 @@ class DecodingArguments:
         """Raises for what cannot be decoded.
 
         Raises:
-            ValueError: a length or the number of steps is below 1, a list has not one entry for
-                each of the `batch` rows, a forced token or its place does not exist, arguments or
-                the backbone's attention do not go together, or a setting is out of range.
+            ValueError: a length or the number of steps is below 1 or above `MOST_STEPS`, a list has
+                not one entry for each of the `batch` rows, a forced token or its place does not
+                exist, arguments or the backbone's attention do not go together, or a setting is out
+                of range.
             TypeError: a number is not an integer, or a setting is unknown.
         """
         if config.mask_token_id is None:
             raise ValueError("`mask_token_id` is not known: give it to `from_backbone`.")
         for name, value in (("paradigm", paradigm), ("windowing", windowing)):
             choice(name, value, CHOICES[name])
-        at_least_1, at_least_0 = partial(integer, least=1), partial(integer, least=0)
+        at_least_1 = partial(integer, least=1, most=MOST_STEPS)
+        at_least_0 = partial(integer, least=0)
         lengths = per_row("gen_length", gen_length, batch, at_least_1)
         block_length = integer("block_length", block_length, least=1)
         steps = per_row(

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..chat_templates import bounded_templates
 from ..errors import is_of_a_library, reason
 
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
@@ -160,7 +161,8 @@ def _encode_chat(
 
     messages = [marked(message) for message in messages]
     try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
+        with bounded_templates():
+            rendered = tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
     except Exception as error:  # a template may do anything
         if not is_of_a_library(error):
             raise
