@@ -318,9 +318,16 @@ def rewrite(folder: Path, **changes) -> None:
 
 BACKTRACKING = "(a+)+" * 20 + "$"
 HOSTILE = {
-    "huge rank": ({"r": 2**31}, "`r` or `rank_pattern`.*2147483648.*at most rank 2"),
-    "rank above the stored": ({"r": 3}, "at most rank 2"),
-    "huge rank of a layer": ({"rank_pattern": {"q_proj": 2**31}}, "at most rank 2"),
+    "huge rank": ({"r": 2**31}, "`r` or `rank_pattern`.*, 2 in '.*q_proj', got 2147483648"),
+    "rank above the stored": ({"r": 3}, "must be the rank of its stored weights, 2 in .*, got 3"),
+    "huge rank of a layer": (
+        {"rank_pattern": {"q_proj": 2**31}},
+        "weights, 2 in .*, got 21474",
+    ),
+    "more layers than are stored": (
+        {"target_modules": ["q_proj", "v_proj", "down_proj"]},
+        "not trained on a backbone like this one",
+    ),
     "a module to import": (
         {"megatron_config": {"x": 1}, "megatron_core": "antigravity"},
         "`megatron_c.*cannot be used",

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -62,15 +63,24 @@ def read_adapter(
         raise OSError(f"`adapter` {source!r} is damaged: `{ADAPTER_FILES[0]}` holds no fields.")
     state = {key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}
     used = check_adapter_settings(settings, stored=True)
-    _check_sizes(used, state, source)
+    for key, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"`adapter` {source!r} must hold floats, got {tensor.dtype} in {key!r}."
+            )
     if any(isinstance(used.get(field), str) for field in ("target_modules", "exclude_modules")):
-        used |= {"target_modules": sorted(_layers_in(state)), "exclude_modules": None}
+        used |= {"target_modules": sorted(_ranks(state)), "exclude_modules": None}
         used |= {"layers_to_transform": None, "layers_pattern": None}
     start = used.get("init_lora_weights", True)
     used = {field: value for field, value in used.items() if value is not None}
-    config = peft_module().LoraConfig(
-        **(used | {"init_lora_weights": True, "inference_mode": True})
+    misfit = (
+        f"`adapter` {source!r} was not trained on a backbone like this one: its weights do not "
+        "fit. (One of a whole CoDD model is loaded by `peft.PeftModel.from_pretrained(model, "
+        "adapter)`.)"
     )
+    _check_sizes(backbone, used, state, misfit)
+    used |= {"init_lora_weights": True, "inference_mode": True}
+    config = peft_module().LoraConfig(**used)
     before = active_state(backbone)
     own = {id(parameter) for parameter in backbone.parameters()}
     try:
@@ -89,16 +99,12 @@ def read_adapter(
         if name in getattr(backbone, "peft_config", {}):
             delete_adapter(backbone, name)
         restore(backbone, before)
-        raise ValueError(
-            f"`adapter` {source!r} was not trained on a backbone like this one: its weights do not "
-            "fit. (One of a whole CoDD model is loaded by `peft.PeftModel.from_pretrained(model, "
-            "adapter)`.)"
-        ) from error
+        raise ValueError(misfit) from error
     for parameter in added.values():
         parameter.requires_grad_(False)
 
 
-def _layers_in(state: dict[str, torch.Tensor]) -> dict[str, int]:
+def _ranks(state: dict[str, torch.Tensor]) -> dict[str, int]:
     """The layers that stored weights are of, and their ranks."""
     ranks = {}
     for key, tensor in state.items():
@@ -108,19 +114,26 @@ def _layers_in(state: dict[str, torch.Tensor]) -> dict[str, int]:
     return ranks
 
 
-def _check_sizes(used: dict[str, Any], state: dict[str, torch.Tensor], source: str) -> None:
-    """Refuses ranks that no stored weight has: PEFT would allocate them first."""
-    for key, tensor in state.items():
-        if not tensor.is_floating_point():
+def _check_sizes(
+    backbone: nn.Module, used: dict[str, Any], state: dict[str, torch.Tensor], misfit: str
+) -> None:
+    """Refuses other layers or ranks than those of the stored weights, before PEFT allocates them.
+
+    Raises:
+        ValueError: there are; with the text of `misfit`, if other layers are wanted.
+    """
+    ranks, wanted = _ranks(state), SimpleNamespace(target_parameters=None, **used)
+    chosen = peft_module("peft.tuners.tuners_utils").check_target_module_exists
+    of_pattern = peft_module("peft.utils.other").get_pattern_key
+    if {name for name, _ in backbone.named_modules() if chosen(wanted, name)} != ranks.keys():
+        raise ValueError(misfit)
+    of_layers = used.get("rank_pattern", {})
+    for layer, stored in ranks.items():
+        rank = of_layers.get(of_pattern(of_layers.keys(), layer), used.get("r", 8))
+        if rank != stored:
             raise ValueError(
-                f"`adapter` {source!r} must hold floats, got {tensor.dtype} in {key!r}."
-            )
-    largest = max(_layers_in(state).values(), default=0)
-    for rank in (used.get("r", 8), *(used.get("rank_pattern") or {}).values()):
-        if rank > largest:
-            raise ValueError(
-                f"`r` or `rank_pattern` of `adapter` {source!r} is {rank}, but its stored weights "
-                f"have at most rank {largest}: its files do not belong together."
+                f"`r` or `rank_pattern` of an adapter must be the rank of its stored weights, "
+                f"{stored} in {layer!r}, got {rank}."
             )
 
 
