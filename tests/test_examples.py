@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,13 @@ def test_listed_tokens_says_which_share_of_them_is_distinct(
     assert 0 < shares[1] <= shares[0] <= 100
     windows = [torch.tensor([[1, 2], [2, 3]]), torch.tensor([[1, 2], [1, 2]])]
     assert example.distinct_share(windows) == 3 / 8
+
+
+def test_tests_that_the_readme_names_for_its_promises_are_there():
+    root = Path(__file__).parents[1]
+    table = (root / "README.md").read_text().split("## What is promised")[1].split("\n## ")[0]
+    rows = [row for row in table.splitlines() if row.startswith("| ")][2:]
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/.]+)`", row.split("|")[-2])
+        assert named, row
+        assert all((root / path).exists() for path in named), row
