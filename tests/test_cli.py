@@ -12,7 +12,7 @@ import pytest
 
 import codd_hf
 from codd_hf.cli import COMMANDS, main
-from codd_hf.cli.printing import printable
+from codd_hf.cli.common import printable
 
 SHORT = ["--gen-length", "8", "--block-length", "4", "--num-inference-steps", "2"]
 

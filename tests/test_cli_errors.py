@@ -16,14 +16,15 @@ import warnings
 
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
 from codd_hf.cli import convert, main
 from codd_hf.cli.failures import is_refusal
-from codd_hf.cli.printing import one_line, printable
+from codd_hf.cli.printing import one_line
 from codd_hf.configuration_codd import check_coupling
-from codd_hf.errors import is_of_a_library, reading
-from tiny_pipeline import save_tiny_pipeline
+from codd_hf.errors import is_of_a_library, printable, reading
+from tiny_pipeline import save_tiny_pipeline, tiny_pipeline
 
 HOSTILE = "a\x1b[31mb\x1b]0;title\x07\x9b2J\r\x08\x7f\u202ec\u2066d\u200fe\nf"
 
@@ -327,3 +328,33 @@ def test_setting_of_training_that_cannot_be_is_found_before_anything_is_done(
     assert said in error.splitlines()[-1]
     assert "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+def test_model_without_a_tokenizer_is_one_line(folder, tmp_path, capsys):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "How many?", "answer": "He has 7 eggs."}\n' * 2)
+    model, output = ["--model", str(tmp_path / "model")], str(tmp_path / "out.jsonl")
+    for command in (
+        ["generate", "How many?"],
+        ["generate", "--input", str(rows), "--output", output],
+        ["evaluate", "gap", "--dataset", str(rows)],
+        ["evaluate", "quality", "--judge", "x", "--dataset", str(rows)],
+    ):
+        assert "tokenizer" in refusal(capsys, *command, *model)
+
+
+def test_hub_that_cannot_be_reached_is_one_line(folder, tmp_path, capsys, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise HTTPError("Connection refused")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", unreachable)
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", unreachable)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"answer": "He has 7 eggs."}\n' * 20)
+    command = ["train", "--dataset", str(rows), "--backbone", str(folder), "--push-to-hub"]
+    command += ["--output", str(tmp_path / "run"), "--num-validation", "3"]
+    said = "The Hub cannot be reached (Connection refused): check the connection."
+    assert said in refusal(capsys, *command)
+    with pytest.raises(OSError, match="The Hub cannot be reached"):
+        tiny_pipeline().push_to_hub("mine")

@@ -17,7 +17,7 @@ import torch
 
 from codd_hf import CoDDPipeline
 from codd_hf.cli import main
-from codd_hf.cli.printing import printable
+from codd_hf.cli.common import printable
 from codd_hf.cli.terminal import COLOURS, CanvasView, token_texts, wrapped
 from terminal_emulator import Terminal
 from tiny_pipeline import save_tiny_pipeline

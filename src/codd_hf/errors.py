@@ -7,6 +7,7 @@ passes: its refusals are sentences already, its accidents are bugs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,13 @@ from types import TracebackType
 
 PACKAGE = str(Path(__file__).parent)
 LONGEST_REASON = 300
+# All but newline and tab of what moves a cursor, and what reorders the text after it.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Text without terminal control sequences (newline and tab stay)."""
+    return CONTROLS.sub("", text)
 
 
 def is_of_a_library(error: BaseException) -> bool:
@@ -28,7 +36,7 @@ def is_of_a_library(error: BaseException) -> bool:
 
 def reason(error: BaseException) -> str:
     """What an exception says, in one short line, with its type where the text alone says little."""
-    text = " ".join(str(error).split()).rstrip(". ")
+    text = printable(" ".join(str(error).split())).rstrip(". ")
     if isinstance(error, OSError):
         text = text.partition(". ")[0]  # transformers goes on for paragraphs
     elif not isinstance(error, ValueError) and type(error).__module__ == "builtins":

@@ -142,6 +142,23 @@ def _check_folder(name: str, kwargs: dict[str, Any]) -> None:
     check_files(found.parent)
 
 
+@contextmanager
+def reaching_hub() -> Iterator[None]:
+    """Says in one sentence that the Hub cannot be reached; its own refusals pass as they are.
+
+    Raises:
+        OSError: it cannot.
+    """
+    try:
+        yield
+    except HTTPError as error:
+        if isinstance(error, OSError):
+            raise
+        raise OSError(
+            f"The Hub cannot be reached ({reason(error)}): check the connection."
+        ) from error
+
+
 def _explanation(name: str, kwargs: dict[str, Any], error: BaseException) -> str:
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:

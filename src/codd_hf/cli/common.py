@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import printable as printable
+
 if TYPE_CHECKING:
     import torch
 

@@ -9,8 +9,7 @@ import time
 from itertools import zip_longest
 from pathlib import Path
 
-from .common import count, load_pipeline, seed
-from .printing import printable
+from .common import count, load_pipeline, printable, seed
 
 HELP = "Show factorized and coupled text side by side, at the same number of passes."
 EXAMPLE = """example:

@@ -6,10 +6,13 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..environment import environment
 from .common import DECODING, check_writable, count, load_pipeline, seed
+
+if TYPE_CHECKING:
+    from ..pipelines.pipeline_codd import CoDDPipeline
 
 HELP = "Measure a coupled model on held-out text."
 EXAMPLE = """example:
@@ -184,8 +187,7 @@ def _run_gap(args: argparse.Namespace) -> None:
         if not (name and path):
             raise ValueError(f"`--head` must look like NAME=PATH, got {given!r}.")
         heads[name] = CoDDHead.from_pretrained(path)
-    if pipeline.model.coupling_head is None:
-        raise ValueError("`--model` has no head to measure: fit one with `codd-hf train`.")
+    _check_measurable(pipeline)
     heads["fitted"] = pipeline.model.coupling_head
     if args.evidence_top_k is not None and args.evidence_top_k < 0:
         raise ValueError(
@@ -239,8 +241,7 @@ def _run_quality(args: argparse.Namespace) -> None:
     from ..training.data import load_examples
 
     pipeline = load_pipeline(args.model)
-    if pipeline.model.coupling_head is None:
-        raise ValueError("`--model` has no head to measure: fit one with `codd-hf train`.")
+    _check_measurable(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     plan = QualityPlan(
         samplings=args.samplings,
@@ -293,6 +294,13 @@ def _run_quality(args: argparse.Namespace) -> None:
     if args.output:
         written = {"environment": facts, "conclusion": last, **result.as_dict()}
         Path(args.output).write_text(json.dumps(written, indent=2) + "\n")
+
+
+def _check_measurable(pipeline: CoDDPipeline) -> None:
+    if pipeline.model.coupling_head is None:
+        raise ValueError("`--model` has no head to measure: fit one with `codd-hf train`.")
+    if pipeline.tokenizer is None:
+        raise ValueError("`--model` has no tokenizer for the texts: save one beside the model.")
 
 
 def _settings(text: str) -> dict[str, Any]:

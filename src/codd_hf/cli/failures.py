@@ -12,8 +12,8 @@ import dis
 import sys
 import traceback
 
-from ..errors import innermost, reason
-from .printing import one_line, printable
+from ..errors import innermost, printable, reason
+from .printing import one_line
 
 RAISE = dis.opmap["RAISE_VARARGS"]
 REFUSALS = (ValueError, TypeError, FloatingPointError, ImportError)
@@ -26,7 +26,7 @@ def is_refusal(error: BaseException) -> bool:
     return isinstance(error, REFUSALS) and _raised_on_purpose(error)
 
 
-def report(error: Exception, command: str, debug: bool = False) -> None:
+def report(error: BaseException, command: str, debug: bool = False) -> None:
     """Says on standard error what is wrong: in one line, or as a bug, with the traceback.
 
     Args:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import reading
-from .common import add_decoding_arguments, decoding_arguments, load_pipeline
-from .printing import one_line, printable
+from .common import add_decoding_arguments, decoding_arguments, load_pipeline, printable
+from .printing import one_line
 
 HELP = "Generate text after prompts."
 EXAMPLE = """example:

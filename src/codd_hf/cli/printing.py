@@ -10,15 +10,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# All but newline and tab of what moves a cursor, and what reorders the text after it.
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+from ..errors import printable
+
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 LONGEST_LINE = 1200
-
-
-def printable(text: str) -> str:
-    """Text without terminal control sequences (newline and tab stay)."""
-    return CONTROLS.sub("", text)
 
 
 def one_line(text: str) -> str:

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from .printing import printable
+from .common import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

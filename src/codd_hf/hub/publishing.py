@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 
 from ..adapter_files import ADAPTER_FILES
 from ..names import is_local
+from ..repositories import reaching_hub
 from .cards import Artifact, complete_card, make_card
 from .export import export_code
 
@@ -40,6 +41,7 @@ class Publishing:
         """What a model card is to describe."""
         raise NotImplementedError
 
+    @reaching_hub()
     def push_to_hub(
         self,
         repo_id: str,
@@ -259,6 +261,7 @@ class PipelinePublishing(Publishing):
             self.push_to_hub(repo_id, **options, **kwargs)
 
 
+@reaching_hub()
 def push_folder(
     folder: Path,
     repo_id: str,

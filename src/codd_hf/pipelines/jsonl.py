@@ -92,6 +92,8 @@ def answer_jsonl(
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if pipeline.tokenizer is None:
+        raise ValueError("`pipeline` needs a tokenizer for the texts of `source`.")
     index, count = (0, 1) if state is None else (state.process_index, state.num_processes)
     rows = JSONLRows.read(Path(source), prompt_column, output_column)
     if seed not in SEEDS or seed + len(rows) not in SEEDS:

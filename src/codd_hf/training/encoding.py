@@ -163,7 +163,7 @@ def _encode_chat(
     try:
         with bounded_templates():
             rendered = tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
-    except Exception as error:  # a template may do anything
+    except BaseException as error:  # a template may do anything
         if not is_of_a_library(error):
             raise
         roles = ", ".join(str(message.get("role")) for message in messages)
@@ -186,7 +186,7 @@ def _encoded(
         return []
     try:
         encoded = tokenizer(list(texts), **({"add_special_tokens": False} | options))
-    except Exception as error:
+    except BaseException as error:  # tokenizers' panics are no `Exception`
         if not is_of_a_library(error):
             raise
         raise ValueError(f"a text cannot be encoded by the tokenizer ({reason(error)})") from error

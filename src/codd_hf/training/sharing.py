@@ -18,6 +18,7 @@ from ..hub.cards import REWRITTEN, Artifact, make_card
 from ..hub.publishing import CARD, push_folder
 from ..modeling_codd import CoDDModel
 from ..names import is_local
+from ..repositories import reaching_hub
 from .data import TokenizedExample
 from .files import read_json
 from .settings import STAGES, TrainConfig
@@ -39,6 +40,7 @@ CURVE_ROWS = 12
 BARS = "▁▂▃▄▅▆▇█"
 
 
+@reaching_hub()
 def open_repository(config: TrainConfig) -> str | None:
     """Creates the repository that a run will be pushed to: a refusal comes before the training.
 
