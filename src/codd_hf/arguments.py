@@ -259,16 +259,18 @@ def token_ids(
     return ids
 
 
-def check_tokens(name: str, ids: torch.Tensor, vocab_size: int) -> None:
-    """Raises a ValueError unless all `ids` `[rows, ...]` are tokens of the vocabulary."""
+def check_tokens(
+    name: str, ids: torch.Tensor, vocab_size: int, what: str = "ids of the vocabulary"
+) -> None:
+    """Raises a RowError unless all `ids` `[..., rows, length]` are tokens of the vocabulary."""
     if torch.compiler.is_compiling() or not ids.numel():
         return  # a look at the data would break the graph
     lowest, highest = (int(extreme) for extreme in ids.aminmax())
     if not 0 <= lowest <= highest < vocab_size:
         outside = (ids < 0) | (ids >= vocab_size)
-        row = int(outside.nonzero()[0, 0])
+        row = int(outside.nonzero()[0, -2]) if ids.ndim > 1 else 0
         raise RowError(
-            f"`{name}` must hold ids of the vocabulary, 0 to {vocab_size - 1}, got "
+            f"`{name}` must hold {what}, 0 to {vocab_size - 1}, got "
             f"{int(ids[outside][0])} in row {{row}}.",
             row,
         )

@@ -69,6 +69,8 @@ class DecodingArguments:
                 of range.
             TypeError: a number is not an integer, or a setting is unknown.
         """
+        if not isinstance(scheduler, CoDDScheduler):
+            raise TypeError(f"`scheduler` must be a CoDDScheduler, got {shown(scheduler)}.")
         if config.mask_token_id is None:
             raise ValueError("`mask_token_id` is not known: give it to `from_backbone`.")
         for name, value in (("paradigm", paradigm), ("windowing", windowing)):

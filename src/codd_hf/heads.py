@@ -20,6 +20,7 @@ from .adapters import (
     enable_adapters,
     set_adapter,
 )
+from .arguments import shown
 from .backbones import execution_device
 from .configuration_codd import CoDDHeadConfig
 from .loading import ADAPTER_FOLDER, find_adapter, load_adapter, load_head
@@ -111,7 +112,7 @@ class HeadsMixin:
         if not (head is None or head is False or isinstance(head, str)):
             raise TypeError(
                 "`head` must be the name of a head, None (the model's default) or False (none), "
-                f"got {head!r}."
+                f"got {shown(head)}."
             )
         named = isinstance(head, str)
         with self._lock:
@@ -267,7 +268,7 @@ class HeadsMixin:
     def _check_name(self, name: str) -> None:
         if name not in self._heads:
             there = ", ".join(repr(n) for n in self._heads) or "none"
-            raise ValueError(f"There is no head {name!r}: the model's heads are {there}.")
+            raise ValueError(f"`head`: there is no head {name!r}: the model's heads are {there}.")
 
     def _apply(self, fn, recurse: bool = True) -> HeadsMixin:
         # The heads kept aside, which are no submodules, go where the model goes.

@@ -23,6 +23,7 @@ from .arguments import (
     check_shape,
     check_token_types,
     check_tokens,
+    flag,
     generators,
     integers,
     padding_mask,
@@ -459,6 +460,7 @@ class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTra
             window_start = integers("window_start", window_start, device)
             check_shape("window_start", window_start, input_ids.shape[:1])
         generators("generator", generator, len(input_ids))
+        return_distribution = flag("return_distribution", return_distribution)
         head = self.head_of_call(head)
         with self.adapter_of_call(head):
             states = self.backbone_states(input_ids, attention_mask, position_ids)

@@ -68,6 +68,8 @@ def score(
             without a tokenizer.
         TypeError: an argument is of another kind.
     """
+    if model.config.mask_token_id is None:
+        raise ValueError("`mask_token_id` is not known: give it to `from_backbone`.")
     batch_size = integer("batch_size", batch_size, least=1)
     rows = {
         name: _tokens(model, name, texts, tokenizer)
@@ -114,6 +116,8 @@ def _tokens(
     if tokenizer is None and any(isinstance(row, str) for row in rows):
         raise ValueError(f"`{name}` are texts: give a `tokenizer`, or token ids.")
     if tokenizer is not None:
+        if not callable(tokenizer):
+            raise TypeError(f"`tokenizer` must be a tokenizer, got {shown(tokenizer)}.")
         texts = [row if isinstance(row, str) else "" for row in rows]
         encoded = encode_as_written(name, texts, tokenizer, add_special_tokens=False)
         rows = [e if isinstance(r, str) else r for e, r in zip(encoded, rows, strict=True)]

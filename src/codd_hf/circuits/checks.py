@@ -6,28 +6,44 @@ import math
 
 import torch
 
+from ..arguments import FACTORS, floats, is_factor, number, shown
 from .conditioning import Context
+from .evidence import DenseEvidence
+from .potentials import Potentials
 from .topk import TopKEvidence
 from .transitions import MonarchTransition
-
-
-def check_ids(name: str, ids: torch.Tensor, vocab_size: int) -> None:
-    """Raises a ValueError unless all `ids` are tokens of the vocabulary."""
-    if torch.compiler.is_compiling():
-        return  # a look at the data would break the graph
-    if not ids.numel():
-        return
-    lowest, highest = (int(extreme) for extreme in ids.aminmax())
-    if not 0 <= lowest <= highest < vocab_size:
-        raise ValueError(
-            f"`{name}` must hold token ids in [0, {vocab_size}), got {lowest} to {highest}."
-        )
 
 
 def check_shapes(
     logits, potentials, tokens, observed, present, context, active, temperature, forbidden
 ):
-    """Raises a ValueError unless the arguments of `CoupledCategorical` fit together."""
+    """Raises unless the arguments of `CoupledCategorical` are what they must be and fit together.
+
+    Raises:
+        TypeError: one of them is of another kind.
+        ValueError: shapes do not fit, or the temperature is out of range.
+    """
+    if not isinstance(potentials, Potentials):
+        raise TypeError(f"`potentials` must be Potentials, got {shown(potentials)}.")
+    if isinstance(logits, torch.Tensor):
+        floats("logits", logits)
+    elif not isinstance(logits, DenseEvidence | TopKEvidence):
+        raise TypeError(f"`logits` must be a tensor or evidence, got {shown(logits)}.")
+    if not isinstance(context, Context | torch.Tensor | None):
+        raise TypeError(f"`context` must be a Context or a tensor, got {shown(context)}.")
+    if isinstance(context, torch.Tensor):
+        floats("context", context)
+    for name, value in (
+        ("observed", observed),
+        ("present", present),
+        ("active", active),
+        ("forbidden", forbidden),
+    ):
+        if value is not None and not (
+            isinstance(value, torch.Tensor) and value.dtype == torch.bool
+        ):
+            raise TypeError(f"`{name}` must be a bool tensor, got {shown(value)}.")
+    number("temperature", temperature, f"above 0, {FACTORS}", is_factor)
     shape = (
         (*logits.batch_shape, potentials.vocab_size)
         if isinstance(logits, TopKEvidence)
@@ -82,5 +98,3 @@ def check_shapes(
             raise ValueError(f"`{name}` must have shape {shape}, got {tuple(value.shape)}.")
     if observed is not None and tokens is None and bool(observed.any()):
         raise ValueError("`tokens` must be given where `observed` is True.")
-    if not temperature > 0:
-        raise ValueError(f"`temperature` must be positive, got {temperature}.")

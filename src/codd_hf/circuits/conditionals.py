@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..arguments import as_tensor, check_shape, check_tokens, flags, integers
 from . import chain as chains
 from .evidence import mix_tokens
 from .latent_chain import LatentChain
@@ -27,10 +28,21 @@ class Conditionals(LatentChain):
         Args:
             value: `[B, L]` tokens; used where `known`.
             known: `[*S, B, L]` bool, the positions that count; masked ones.
+
+        Raises:
+            ValueError: `Z` is zero for a row, shapes do not fit, or a token is outside the
+                vocabulary.
         """
+        self._check_possible()
+        shape, device = tuple(self.masked.shape), self.masked.device
+        value = integers("value", value, device)
+        check_shape("value", value, shape)
+        known = as_tensor("known", known, device)
+        known = flags("known", known, (*known.shape[:-2], *shape))
         batch = known.shape[:-2]
         used = known.reshape(-1, *self.masked.shape).any(0)
         value = torch.where(used, value, 0)
+        check_tokens("value", value, self.potentials.vocab_size)
         hard = self._hard_evidence(value)
         evidence = torch.where((known & self.masked)[..., None], hard, self._evidence)
         chain = self._chain(evidence.reshape(-1, *hard.shape[1:]))
@@ -126,6 +138,9 @@ class Conditionals(LatentChain):
 
     def factorized_log_prob_of(self, value: torch.Tensor) -> torch.Tensor:
         """`[B, L]`: the backbone's log-probabilities of tokens `[B, L]`, at masked positions."""
+        value = integers("value", value, self.masked.device)
+        check_shape("value", value, self.masked.shape)
+        check_tokens("value", torch.where(self.masked, value, 0), self.potentials.vocab_size)
         return self._prediction.log_prob_of(torch.where(self.masked, value, 0))
 
     def token_laws(

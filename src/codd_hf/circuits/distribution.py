@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch.distributions import Distribution
 
+from ..arguments import check_shape, check_tokens, flags, integer, integers, several, shown
 from . import chain as chains
 from .best import best_evidence
-from .checks import check_ids, check_shapes
+from .checks import check_shapes
 from .conditionals import Conditionals
 from .conditioning import Context
 from .evidence import DenseEvidence, emission_of_latents
@@ -90,6 +91,18 @@ class CoupledCategorical(Conditionals, Distribution):
         grouped: bool = False,
     ):
         given = isinstance(logits, torch.Tensor)
+        if tokens is not None:
+            tokens = integers("tokens", tokens, getattr(logits, "device", None))
+        check_shapes(
+            logits, potentials, tokens, observed, present, context, active, temperature, forbidden
+        )
+        top_k = integer("top_k", top_k, least=0)
+        if evidence_dtype is not None and not (
+            isinstance(evidence_dtype, torch.dtype) and evidence_dtype.is_floating_point
+        ):
+            raise TypeError(
+                f"`evidence_dtype` must be a floating dtype, got {shown(evidence_dtype)}."
+            )
         self._own_law = isinstance(logits, TopKEvidence) and logits.log_marginal is not None
         listed = bool(top_k) if given else isinstance(logits, TopKEvidence)
         if listed and not self._own_law and potentials.log_marginal is None:
@@ -103,9 +116,6 @@ class CoupledCategorical(Conditionals, Distribution):
                 f"`logits` is evidence computed at temperature {logits.temperature}, so that "
                 f"`temperature` cannot be {temperature}: compute the evidence again."
             )
-        check_shapes(
-            logits, potentials, tokens, observed, present, context, active, temperature, forbidden
-        )
         batch, length = logits.shape[:2] if isinstance(logits, torch.Tensor) else logits.batch_shape
         flags = {"dtype": torch.bool, "device": logits.device}
         self.logits = logits
@@ -127,7 +137,7 @@ class CoupledCategorical(Conditionals, Distribution):
         self.evidence_dtype = evidence_dtype
         self._known_in_prediction = False
         super().__init__((batch,), (length,), validate_args=False)
-        check_ids("tokens", self.tokens, potentials.vocab_size)
+        check_tokens("tokens", self.tokens, potentials.vocab_size)
 
     @cached_property
     def factorized_logits(self) -> torch.Tensor:
@@ -143,6 +153,7 @@ class CoupledCategorical(Conditionals, Distribution):
         Raises:
             ValueError: `Z` is zero for a row, or a token is outside the vocabulary.
         """
+        value = self._checked_value(value)
         gain = self.coupling_gain(value)
         token = self._prediction.log_prob_of(torch.where(self.present, value, 0))
         factorized = token.masked_fill(~self.masked, 0).sum(-1)
@@ -155,7 +166,7 @@ class CoupledCategorical(Conditionals, Distribution):
         Raises:
             ValueError: `Z` is zero for a row, or a token is outside the vocabulary.
         """
-        self._check_value(value)
+        value = self._checked_value(value)
         tokens = torch.where(self.present, value, 0).reshape(-1, *self.event_shape)
         evidence = self._hard_evidence(tokens)
         if "_filter" in self.__dict__:
@@ -165,13 +176,7 @@ class CoupledCategorical(Conditionals, Distribution):
             stacked = torch.cat((self._evidence, evidence))
             both = self._checked(chains.forward_filter(self._chain(stacked)))
             self._filter, joint = both.copy(0, batch), both.log_partition[batch:]
-        impossible = (self.active & (self.log_partition == -torch.inf)).nonzero()[:, 0].tolist()
-        if impossible:
-            raise ValueError(
-                f"`log_partition` is -inf for rows {impossible}: the circuit rules out every "
-                "completion that the backbone allows; use `with_active` to leave them "
-                "factorized, or smooth the potentials."
-            )
+        self._check_possible()
         total = self.log_partition.masked_fill(~self.active, 0)
         return joint.reshape(value.shape[:-1]).masked_fill(~self.active, 0) - total
 
@@ -193,7 +198,7 @@ class CoupledCategorical(Conditionals, Distribution):
 
         What stands at absent positions has no meaning.
         """
-        self._check_value(value)
+        value = self._checked_value(value, samples=False)
         value = torch.where(self.present, value, 0)
         positions = torch.arange(value.shape[1], device=value.device)
         columns = self.potentials.emission.columns(value, positions).to(self._dtype)
@@ -224,8 +229,14 @@ class CoupledCategorical(Conditionals, Distribution):
 
         Given the latents the tokens are independent. One-hot at observed positions, the backbone's
         own at absent ones and in inactive rows.
+
+        Raises:
+            ValueError: the latents have another shape, or there is no such state.
         """
         number = self.potentials.num_latents
+        latents = integers("latents", latents, self.present.device)
+        check_shape("latents", latents, (*latents.shape[:-2], *self.batch_shape, *self.event_shape))
+        check_tokens("latents", latents, number + self._num_copies, "states")
         own = latents.clamp(max=number - 1)
         # The sum over the vocabulary is the evidence of the latent, which is known already.
         coupled = (self.masked & self.active[:, None]).expand(latents.shape)
@@ -255,8 +266,18 @@ class CoupledCategorical(Conditionals, Distribution):
     def sample(
         self, sample_shape: tuple[int, ...] = (), generator: Generators = None
     ) -> torch.Tensor:
-        """Exact joint samples `[*sample_shape, B, L]`; observed tokens stay, absent ones are 0."""
-        sample_shape = tuple(sample_shape)
+        """Exact joint samples `[*sample_shape, B, L]`; observed tokens stay, absent ones are 0.
+
+        Where the circuit and the backbone share no completion, they are the backbone's.
+
+        Raises:
+            ValueError: no token is possible at some position.
+        """
+        sizes = several(sample_shape)
+        if sizes is None:
+            raise TypeError(f"`sample_shape` must be a tuple, got {shown(sample_shape)}.")
+        sample_shape = tuple(integer("sample_shape", size, least=0) for size in sizes)
+        self._check_tokens_left()
         chain = self._chain(self._evidence)
         latents = chains.sample_backward(chain, self._filter, sample_shape, generator)
         samples = int(torch.Size(sample_shape).numel())
@@ -268,7 +289,12 @@ class CoupledCategorical(Conditionals, Distribution):
 
     @torch.no_grad()
     def viterbi(self) -> ViterbiPath:
-        """The most probable latents and tokens together (not the mode of the tokens alone)."""
+        """The most probable latents and tokens together (not the mode of the tokens alone).
+
+        Raises:
+            ValueError: no token is possible at some position.
+        """
+        self._check_tokens_left()
         log_phi = self._log_phi
         rows, positions = (self.masked & self.active[:, None]).nonzero(as_tuple=True)
         best = best_evidence(
@@ -292,10 +318,10 @@ class CoupledCategorical(Conditionals, Distribution):
             tokens: `[B, L]`, used where `observed` and not observed before.
             observed: `[B, L]` bool, the further positions.
         """
-        shape = (*self.batch_shape, *self.event_shape)
-        for name, value in (("tokens", tokens), ("observed", observed)):
-            if tuple(value.shape) != shape:
-                raise ValueError(f"`{name}` must have shape {shape}, got {tuple(value.shape)}.")
+        shape, device = (*self.batch_shape, *self.event_shape), self.present.device
+        tokens = integers("tokens", tokens, device)
+        check_shape("tokens", tokens, shape)
+        observed = flags("observed", observed, shape, device)
         known = torch.where(self.observed, self.tokens, tokens)
         conditioned = self._replace(tokens=known, observed=self.observed | observed)
         if "_evidence" in self.__dict__:  # the products with the vocabulary stay as they are
@@ -325,7 +351,13 @@ class CoupledCategorical(Conditionals, Distribution):
                 "The distribution holds evidence in place of logits, of which no token can be "
                 "taken out: give `forbidden` when the evidence is made."
             )
-        where = torch.ones_like(self.present) if where is None else where
+        token_ids = integers("token_ids", token_ids, self.logits.device)
+        if token_ids.ndim != 1:
+            raise ValueError(f"`token_ids` must have one dimension, got {shown(token_ids)}.")
+        check_tokens("token_ids", token_ids, self.potentials.vocab_size)
+        if where is None:
+            where = torch.ones_like(self.present)
+        where = flags("where", where, self.present.shape, self.present.device)
         chosen = self.logits[..., token_ids].masked_fill(where[..., None], -torch.inf)
         logits = self.logits.index_copy(-1, token_ids, chosen)
         return self._replace(logits=logits)
@@ -367,8 +399,20 @@ class CoupledCategorical(Conditionals, Distribution):
             kept["active"] = None
         return CoupledCategorical(**(kept | changes))
 
-    def _check_value(self, value: torch.Tensor) -> None:
-        shape = (*self.batch_shape, *self.event_shape)
-        if tuple(value.shape[-2:]) != shape:
-            raise ValueError(f"`value` must end with shape {shape}, got {tuple(value.shape)}.")
-        check_ids("value", value[..., self.present], self.potentials.vocab_size)
+    def _checked_value(self, value: torch.Tensor, samples: bool = True) -> torch.Tensor:
+        """Tokens of the vocabulary, `[*S, B, L]` or, without `samples`, `[B, L]`."""
+        value = integers("value", value, self.present.device)
+        leading = value.shape[:-2] if samples else ()
+        check_shape("value", value, (*leading, *self.batch_shape, *self.event_shape))
+        present = torch.where(self.present, value, 0)
+        check_tokens("value", present, self.potentials.vocab_size)
+        return value
+
+    def _check_tokens_left(self) -> None:
+        """Raises a ValueError where no token is possible at a masked position."""
+        none = self.masked & (self._log_phi.amax(-1) == -torch.inf)
+        if not torch.compiler.is_compiling() and bool(none.any()):
+            raise ValueError(
+                f"`logits` leave no token possible in row {int(none.nonzero()[0, 0])}: `forbidden` "
+                "and `without` must leave one."
+            )

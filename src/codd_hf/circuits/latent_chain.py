@@ -182,6 +182,18 @@ class LatentChain:
             )
         return filtered
 
+    def _check_possible(self) -> None:
+        """Raises a ValueError where `Z` is zero: nothing can be divided by it."""
+        if torch.compiler.is_compiling():
+            return
+        impossible = (self.active & (self.log_partition == -torch.inf)).nonzero()[:, 0].tolist()
+        if impossible:
+            raise ValueError(
+                f"`log_partition` is -inf for rows {impossible}: the circuit rules out every "
+                "completion that the backbone allows; use `with_active` to leave them "
+                "factorized, or smooth the potentials."
+            )
+
     @property
     def log_partition(self) -> torch.Tensor:
         """`[B]` log Z; -inf where the circuit and the backbone share no completion."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..arguments import floats, shown
 from .emissions import DenseEmission, Emission
 from .evidence import ONE_PRODUCT, EmissionSummary, summarise, with_factors
 from .grouped import TokenGroups, group_tokens
@@ -46,6 +47,28 @@ class Potentials:
             object.__setattr__(self, "transition", DenseTransition(self.transition))
         if isinstance(self.emission, torch.Tensor):
             object.__setattr__(self, "emission", DenseEmission(self.emission))
+        if not isinstance(self.initial, torch.Tensor):
+            raise TypeError(f"`initial` must be a tensor, got {shown(self.initial)}.")
+        floats("initial", self.initial)
+        if self.initial.ndim != 1 or not len(self.initial):
+            raise ValueError(f"`initial` must have shape [H], got {tuple(self.initial.shape)}.")
+        for name in ("transition", "emission"):
+            part = getattr(self, name)
+            if not hasattr(part, "tensors"):
+                raise TypeError(f"`{name}` must be a tensor, got {shown(part)}.")
+            for tensor in part.tensors():
+                floats(name, tensor)
+            if isinstance(part, DenseTransition | DenseEmission):
+                shape = tuple(part.log_potential.shape)
+                square = name == "emission" or shape[-2:-1] == shape[-1:]
+                if len(shape) != 3 or not square or 0 in shape:
+                    wanted = "[1 or L - 1, H, H]" if name == "transition" else "[1 or L, H, V]"
+                    raise ValueError(f"`{name}` must have shape {wanted}, got {shape}.")
+            if part.num_latents != len(self.initial):
+                raise ValueError(
+                    f"`{name}` has {part.num_latents} latent states, but `initial` "
+                    f"{len(self.initial)}."
+                )
 
     @property
     def num_latents(self) -> int:

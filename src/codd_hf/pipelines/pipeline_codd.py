@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from ..adapters import unwrapped
-from ..arguments import choice
+from ..arguments import choice, flag, several, shown
 from ..circuits.random import Generators
 from ..decoding import denoise
 from ..decoding_arguments import ForcedTokens, PerRow
@@ -155,13 +155,19 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
             raise ValueError("`output_type='text'` needs a tokenizer: use `output_type='seq'`.")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise ValueError(
-                f"`callback_on_step_end` must be callable, got {callback_on_step_end!r}."
+                f"`callback_on_step_end` must be callable, got {shown(callback_on_step_end)}."
             )
-        for key in callback_on_step_end_tensor_inputs or []:
-            if key not in self._callback_tensor_inputs:
+        names = several(callback_on_step_end_tensor_inputs)
+        if names is None:
+            raise TypeError(
+                "`callback_on_step_end_tensor_inputs` must be a list, got "
+                f"{shown(callback_on_step_end_tensor_inputs)}."
+            )
+        for key in names:
+            if not isinstance(key, str) or key not in self._callback_tensor_inputs:
                 raise ValueError(
                     f"`callback_on_step_end_tensor_inputs` must be among "
-                    f"{', '.join(self._callback_tensor_inputs)}, got {key!r}."
+                    f"{', '.join(self._callback_tensor_inputs)}, got {shown(key)}."
                 )
 
     def said_of_task(self, **call: Any) -> dict[str, Any]:
@@ -336,6 +342,12 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
             "remask_threshold": remask_threshold,
         }
 
+        chat = {} if chat_template_kwargs is None else chat_template_kwargs
+        if not isinstance(chat, dict) or not all(isinstance(key, str) for key in chat):
+            raise TypeError(
+                f"`chat_template_kwargs` must be a dict of arguments, got {shown(chat)}."
+            )
+
         # 2. Encode the prompts.
         said = self.said_of_task(
             gen_length=gen_length,
@@ -356,9 +368,9 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
             tokenizer=self.tokenizer,
             model=self.model,
             end_ids=said["eos_token_id"],
-            use_chat_template=use_chat_template,
-            add_generation_prompt=add_generation_prompt,
-            chat_template_kwargs=chat_template_kwargs or {},
+            use_chat_template=flag("use_chat_template", use_chat_template),
+            add_generation_prompt=flag("add_generation_prompt", add_generation_prompt),
+            chat_template_kwargs=chat,
             infill=infill,
         )
         task = task_of_call(said, self.model, ids.shape[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,14 +49,24 @@ def check_prompts(
     if prompt is not None:
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
-            raise TypeError(f"`prompt` must be a string or a list of strings, got {prompt!r}.")
+            raise TypeError(f"`prompt` must be a string or a list of strings, got {shown(prompt)}.")
         if not prompts:
             raise ValueError("`prompt` must hold at least one string, got an empty list.")
     if messages is not None:
-        if not isinstance(messages, list) or not messages or not all(messages):
+        talks = [messages] if isinstance(messages, list) and _is_talk(messages[:1]) else messages
+        if not isinstance(talks, list) or not all(_is_talk(talk) for talk in talks):
+            raise TypeError(
+                "`messages` must be a list of messages such as {'role': 'user', 'content': '...'}, "
+                f"or a list of such lists, got {shown(messages)}."
+            )
+        if not talks or not all(talks):
             raise ValueError("`messages` must hold at least one message per conversation.")
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError("`messages` needs a tokenizer with a chat template: give `prompt`.")
+
+
+def _is_talk(talk: Any) -> bool:
+    return isinstance(talk, list) and all(isinstance(message, Mapping) for message in talk)
 
 
 def encode_prompts(
@@ -109,7 +119,7 @@ def encode_prompts(
             has_template = bool(getattr(tokenizer, "chat_template", None))
             templated = use_chat_template and has_template and not infill
         else:
-            conversations = [messages] if isinstance(messages[0], dict) else messages
+            conversations = [messages] if isinstance(messages[0], Mapping) else messages
             templated = True
         if templated:
             rows, faults = encode_chats(

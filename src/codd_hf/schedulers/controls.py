@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from ..arguments import shown
 from .settings import DrawSettings
 
 
@@ -57,6 +58,12 @@ class Controls:
     def of(
         cls, settings: DrawSettings, processor: LogitsProcessor | LogitsProcessorList | None
     ) -> Controls:
+        """Raises a TypeError for a processor that cannot be called."""
+        if processor is not None and not callable(processor):
+            raise TypeError(
+                "`logits_processor` must be transformers' processors, or a function of ids and "
+                f"scores, got {shown(processor)}."
+            )
         return cls(settings.repetition_penalty, processor)
 
     @property
