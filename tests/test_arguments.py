@@ -21,7 +21,7 @@ from tiny import head_config, random_head, tiny_backbone, tiny_model
 
 MASK, PAD = 2, 0
 PROMPTS = [[5, 6, 7], [9]]
-SHORT = {"max_new_tokens": 6, "num_inference_steps": 2, "sampling": "marginal"}
+SHORT = {"max_new_tokens": 6, "block_length": 4, "num_inference_steps": 2, "sampling": "marginal"}
 
 
 @pytest.fixture(scope="module")
@@ -430,7 +430,7 @@ def test_text_without_a_prompt_is_the_same_by_every_name(tiny_tokenizer):
     model = CoDDModel.from_backbone(backbone, random_head(size, mask_token_id=mask))
     pipe = CoDDPipeline(model=model, scheduler=CoDDScheduler(), tokenizer=tiny_tokenizer)
     pipe.set_progress_bar_config(disable=True)
-    kwargs = {"num_inference_steps": 2, "sampling": "marginal"}
+    kwargs = {"block_length": 4, "num_inference_steps": 2, "sampling": "marginal"}
     empty = torch.zeros(2, 0, dtype=torch.long)
     expected = model.generate(empty, max_new_tokens=6, **kwargs)
     assert expected.shape == (2, 6)
@@ -438,7 +438,7 @@ def test_text_without_a_prompt_is_the_same_by_every_name(tiny_tokenizer):
     for inputs in ([[], []], np.zeros((2, 0)), [torch.tensor([])] * 2):
         assert torch.equal(model.generate(inputs, max_new_tokens=6, **kwargs), expected)
     assert torch.equal(model.generate(max_new_tokens=6, **kwargs), expected[:1])
-    kwargs |= {"gen_length": 6, "block_length": 4}
+    kwargs |= {"gen_length": 6}
     output = pipe("", use_chat_template=False, **kwargs)
     assert torch.equal(output.sequences, expected[:1])
     assert torch.equal(pipe(input_ids=[[]], **kwargs).sequences, expected[:1])

@@ -69,8 +69,7 @@ class DecodingArguments:
                 of range.
             TypeError: a number is not an integer, or a setting is unknown.
         """
-        if not isinstance(scheduler, CoDDScheduler):
-            raise TypeError(f"`scheduler` must be a CoDDScheduler, got {shown(scheduler)}.")
+        check_scheduler(scheduler)
         if config.mask_token_id is None:
             raise ValueError("`mask_token_id` is not known: give it to `from_backbone`.")
         for name, value in (("paradigm", paradigm), ("windowing", windowing)):
@@ -123,6 +122,12 @@ class DecodingArguments:
             fewest,
             forced,
         )
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raises a TypeError for what is no scheduler of ours."""
+    if not isinstance(scheduler, CoDDScheduler):
+        raise TypeError(f"`scheduler` must be a CoDDScheduler, got {shown(scheduler)}.")
 
 
 def _check_attention(config: PretrainedConfig, paradigm: str, block_length: int) -> None:

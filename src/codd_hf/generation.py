@@ -26,7 +26,7 @@ from .arguments import (
 from .canvas import filler
 from .circuits.random import Generators
 from .decoding import OnStep, denoise
-from .decoding_arguments import ForcedTokens
+from .decoding_arguments import ForcedTokens, check_scheduler
 from .generation_settings import (
     SETTINGS,
     TASK,
@@ -143,7 +143,8 @@ def generate(
     given = {} if generation_config is None else generation_config.to_diff_dict()
     own = model.generation_config.to_diff_dict()
     _check_names(kwargs, given, own)
-    if kwargs.get("do_sample") and kwargs.get("temperature") == 0:
+    draws, temperature = (scalar(kwargs.get(name)) for name in ("do_sample", "temperature"))
+    if draws is True and isinstance(temperature, (int, float)) and temperature == 0:
         raise ValueError(
             "`do_sample=True` draws, and `temperature=0` takes the most probable token: give one "
             "of them."
@@ -151,6 +152,7 @@ def generate(
     said = said_of_task(model, kwargs, given)
     task = task_of_call(said, model, inputs.shape[1])
     scheduler = scheduler_of(model.generation_config) if scheduler is None else scheduler
+    check_scheduler(scheduler)
     settings = settings_of_call([kwargs, given], scheduler)
     if task["infill"] and streamer is not None:
         raise ValueError(

@@ -121,6 +121,7 @@ class DrawSettings:
                 f"`{unknown[0]}` is not a setting of the scheduler: use one of {', '.join(names)}."
             )
         given = {name: value for name, value in overrides.items() if value is not None}
+        choice("sampling", given.get("sampling", "latent"), CHOICES["sampling"])
         if given.get("sampling", "latent") not in WITH_LATENTS:
             given.setdefault("confidence", "marginal")
         if given.get("sampling") == "factorized":
