@@ -189,7 +189,8 @@ def denoise(
     )
     reader = CanvasReader(model, canvas.attention_mask, canvas.generated, cache, guidance_scale)
     passes_per_row = torch.zeros_like(canvas.start)
-    num_passes, most_passes = 0, int(sum(stage.num_steps for stage in stages).max())
+    steps = [stage.num_steps for stage in stages]
+    num_passes, most_passes = 0, int(sum(steps, torch.zeros_like(passes_per_row)).max())
     bar = None if progress is None else progress(most_passes)
     for stage in stages:
         memory = CanvasMemory()

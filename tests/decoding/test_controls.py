@@ -181,6 +181,14 @@ def test_forced_tokens_stand_where_they_were_put_and_condition_the_rest(pipe, sa
     assert all(int(canvas[0, 3]) == 9 for canvas in first)
 
 
+def test_text_that_is_forced_throughout_costs_no_pass():
+    forced = {place: 3 + place for place in range(4)}
+    for paradigm in ("block", "full"):
+        model = tiny_model()
+        text = model.generate([[5, 6]], max_new_tokens=4, forced_tokens=forced, paradigm=paradigm)
+        assert text.tolist() == [[5, 6, 3, 4, 5, 6]]
+
+
 def test_block_of_forced_tokens_costs_no_pass_and_leaves_its_steps_to_the_others(pipe):
     output = pipe(
         input_ids=[[3, 4, 5], [3, 4, 5]],

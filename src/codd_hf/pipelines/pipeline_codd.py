@@ -342,6 +342,7 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
             "remask_threshold": remask_threshold,
         }
 
+        return_dict = flag("return_dict", return_dict)
         chat = {} if chat_template_kwargs is None else chat_template_kwargs
         if not isinstance(chat, dict) or not all(isinstance(key, str) for key in chat):
             raise TypeError(
