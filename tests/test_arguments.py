@@ -183,7 +183,7 @@ HIDDEN = torch.tensor([[5, 6, MASK]])
         (lambda m: m.generate(IDS, max_new_tokens=2.0), "`gen_length` must be an integer, got 2."),
         (
             lambda m: m.generate(IDS, max_new_tokens=10**30),
-            "`gen_length` must be at most 1,048,576",
+            "`gen_length` must be at most 1,048",
         ),
         (lambda m: m.generate(IDS, num_inference_steps=10**12), "`num_inference_steps` must be"),
         (lambda m: m.generate(IDS, block_length=0), "`block_length` must be at least 1, got 0"),
