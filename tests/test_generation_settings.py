@@ -264,3 +264,11 @@ def test_end_tokens_that_are_none_are_refused(ends):
     for door in (of_pipe, of_model):
         with pytest.raises((TypeError, ValueError), match="`eos_token_id` must be"):
             door(pipe if door is of_pipe else pipe.model, eos_token_id=ends)
+
+
+def test_mask_token_ends_no_text():
+    pipe = tiny_pipeline()
+    mask = pipe.tokenizer.mask_token_id
+    for door in (of_pipe, of_model):
+        with pytest.raises(ValueError, match="`eos_token_id` must not hold the mask token"):
+            door(pipe if door is of_pipe else pipe.model, gen_length=4, eos_token_id=[3, mask])

@@ -434,3 +434,11 @@ def test_wrong_calls_get_one_clear_sentence():
         scheduler.step(torch.zeros(1, LENGTH, VOCAB), 1.0, sample)
     with pytest.raises(ValueError, match="`timesteps` must be in"):
         scheduler.add_noise(sample, 1.5, mask_token_id=MASK)
+
+
+@pytest.mark.parametrize("num_inference_steps", [1, 7, 1000, 2**20])
+def test_all_timesteps_are_known_again_however_many_there_are(num_inference_steps):
+    scheduler = make_scheduler(num_inference_steps)
+    for index in {0, num_inference_steps // 2, num_inference_steps - 1}:
+        timestep = scheduler.timesteps[index]
+        assert scheduler._steps_left(timestep) == num_inference_steps - index

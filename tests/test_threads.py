@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
 from codd_hf.schedulers.settings import CHOICES
+from codd_hf.training.encoding import encode_texts
 from tiny import random_head, tiny_backbone
 
 MASK, NUM_THREADS = 2, 8
@@ -171,6 +172,35 @@ def test_call_keeps_the_head_that_was_the_default_when_it_began(adapters):
     assert len(steps) > 1
     assert torch.equal(observed, expected)
     assert (model.active_head, model.window_length) == (None, 6)
+
+
+def test_prompts_are_read_alike_while_others_pad_and_cut_with_the_same_tokenizer(tiny_tokenizer):
+    texts, stop = ["Tom has 3 boxes of eggs.", "<|mask|> Ann", "He"], threading.Event()
+    expected = [encode_texts(texts, tiny_tokenizer), encode_texts(texts[:1], tiny_tokenizer)]
+
+    def pad() -> None:
+        while not stop.is_set():
+            tiny_tokenizer(texts, padding="max_length", truncation=True, max_length=3)
+
+    others = [threading.Thread(target=pad) for _ in range(2)]
+    for other in others:
+        other.start()
+    try:
+        for _ in range(200):
+            assert encode_texts(texts, tiny_tokenizer) == expected[0]
+            assert encode_texts(texts[:1], tiny_tokenizer) == expected[1]
+    finally:
+        stop.set()
+        for other in others:
+            other.join()
+
+
+def test_what_is_changed_about_a_tokenizer_counts_from_the_next_text_on(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    (before,), _ = encode_texts(["Tom"], tokenizer)
+    tokenizer.add_tokens(["Tom"])
+    (after,), _ = encode_texts(["Tom"], tokenizer)
+    assert before != after == [len(tokenizer) - 1]
 
 
 def test_disabling_by_several_threads_ends_with_the_last_of_them():

@@ -171,6 +171,11 @@ def denoise(
         settings=settings,
     )
     ends = end_tokens("eos_token_id", eos_token_id, model.config.vocab_size)
+    if model.config.mask_token_id in ends:
+        raise ValueError(
+            f"`eos_token_id` must not hold the mask token ({model.config.mask_token_id}), which "
+            "stands wherever nothing is decoded yet: give the tokens that end a text."
+        )
     early_stop = flag("early_stop", early_stop)
     head = model.head_of_call(head)
     canvas, stages = lay_out(

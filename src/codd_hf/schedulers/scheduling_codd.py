@@ -470,7 +470,9 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("`step` was called before `set_timesteps`: call that first.")
         timestep = number("timestep", timestep, "one of `scheduler.timesteps`", lambda x: True)
         steps = timestep * self.num_inference_steps
-        if not (0.5 < steps < self.num_inference_steps + 0.5 and abs(steps - round(steps)) < 0.01):
+        rounding = max(0.01, self.num_inference_steps * 2.0**-23)  # of timesteps in float32
+        most = self.num_inference_steps + 0.5
+        if not (0.5 < steps < most and abs(steps - round(steps)) < rounding):
             raise ValueError(
                 f"`timestep` must be one of `scheduler.timesteps`, got {timestep} with "
                 f"{self.num_inference_steps} inference steps."

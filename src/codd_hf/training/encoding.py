@@ -8,9 +8,12 @@ that, or has no spelling for a character, the text is refused.
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 from collections.abc import Collection, Sequence
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
@@ -38,6 +41,35 @@ def is_text(text: str) -> bool:
     return True
 
 
+_copies: WeakKeyDictionary = WeakKeyDictionary()
+_copying = Lock()
+
+
+def unshared(tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreTrainedTokenizerBase:
+    """A copy of a fast tokenizer that is always called alike, kept as long as the tokenizer.
+
+    Padding, truncation and whether special tokens are split are states of a fast tokenizer, which
+    every call sets: texts would come out padded or cut where other threads call it meanwhile.
+
+    Args:
+        tokenizer: of the user; what is changed about it afterwards counts as well.
+        **options: of all calls of the copy.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        return tokenizer
+    backend = tokenizer.backend_tokenizer
+    steps = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
+    state = (len(tokenizer), *(pickle.dumps(step) for step in steps))
+    key = tuple(sorted(options.items()))
+    with _copying:
+        kept = _copies.setdefault(tokenizer, {})
+        if key not in kept or kept[key][0] != state:
+            own = copy.deepcopy(tokenizer)
+            own("", **options)  # sets its states, before several threads call it
+            kept[key] = (state, own)
+        return kept[key][1]
+
+
 def encode_texts(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool = False
 ) -> tuple[list[list[int]], dict[int, str]]:
@@ -61,11 +93,10 @@ def encode_texts(
     if add_special_tokens:
         rows = _encoded(tokenizer, texts, add_special_tokens=True)
     if spelling:
-        # The switch is a state of the tokenizer, which other threads may be using.
-        own, chosen = copy.deepcopy(tokenizer), [texts[i] for i in spelling]
-        bare = _encoded(own, chosen, split_special_tokens=True)
+        chosen = [texts[i] for i in spelling]
+        bare = _encoded(tokenizer, chosen, split_special_tokens=True)
         added = {"add_special_tokens": add_special_tokens, "split_special_tokens": True}
-        for i, ids, row in zip(spelling, bare, _encoded(own, chosen, **added), strict=True):
+        for i, ids, row in zip(spelling, bare, _encoded(tokenizer, chosen, **added), strict=True):
             rows[i] = row
             if read := special.intersection(ids):
                 name = tokenizer.convert_ids_to_tokens(min(read))
@@ -180,12 +211,16 @@ def _encode_chat(
 
 
 def _encoded(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    add_special_tokens: bool = False,
+    **options: Any,
 ) -> list[list[int]]:
     if not texts:
         return []
     try:
-        encoded = tokenizer(list(texts), **({"add_special_tokens": False} | options))
+        own = unshared(tokenizer, **options)
+        encoded = own(list(texts), add_special_tokens=add_special_tokens, **options)
     except BaseException as error:  # tokenizers' panics are no `Exception`
         if not is_of_a_library(error):
             raise
