@@ -220,6 +220,19 @@ def test_model_without_a_head_saves_its_adapter(base, tmp_path):
     assert torch.equal(CoDDModel.from_pretrained(tmp_path)(IDS).logits, model(IDS).logits)
 
 
+def test_state_dict_that_the_caller_has_is_saved_without_the_adapter(model, tmp_path):
+    wrapped = get_peft_model(model, lora(modules_to_save=["coupling_head"]))
+    wrapped.add_adapter("second", lora())
+    trained(model).save_pretrained(tmp_path, state_dict=model.state_dict())
+    loaded = CoDDModel.from_pretrained(tmp_path)
+    assert torch.equal(coupled(loaded), coupled(model))
+    plain = CoDDModel.from_backbone(model.backbone.name_or_path, random_head())
+    for strict in (True, False):
+        with pytest.raises(ValueError, match="`state_dict` must hold the adapters"):
+            loaded.load_state_dict(plain.state_dict(), strict=strict)
+    loaded.load_state_dict(loaded.state_dict())
+
+
 def test_merged_adapter_is_not_saved_twice(model, tmp_path):
     wrapped = trained(get_peft_model(model, lora()))
     expected = coupled(model)

@@ -246,19 +246,28 @@ def _not_on(module: str) -> ValueError:
     )
 
 
-def without_adapters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict of a model as if no adapter had been added to its backbone."""
-    renamed = {}
+def without_adapters(
+    model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """The state dict of a model as if no adapter had been added to its backbone.
+
+    Args:
+        model: a [`CoDDModel`].
+        state_dict: its own, where the caller has it already.
+    """
+    renamed: dict[str, str | None] = {}
     for name, layer in adapter_layers(model).items():
-        kept = "base_layer" if "base_layer" in dict(layer.named_children()) else "original_module"
+        children = dict(layer.named_children())
+        kept = "base_layer" if "base_layer" in children else "original_module"
         if name == "coupling_head" and layer.active_adapters and not layer.disable_adapters:
             kept = f"modules_to_save.{layer.active_adapters[0]}"  # what PEFT trains is the head
-        renamed[f"{name}."] = f"{name}.{kept}."
+        renamed[f"{name}.{kept}."] = f"{name}."
+        renamed |= {f"{name}.{child}.": None for child in children if child != kept}
     state = {}
-    for key, tensor in model.state_dict().items():
-        for plain, inner in renamed.items():
-            if key.startswith(plain):
-                key = plain + key.removeprefix(inner) if key.startswith(inner) else None
+    for key, tensor in (model.state_dict() if state_dict is None else state_dict).items():
+        for prefix, plain in renamed.items():
+            if key.startswith(prefix):
+                key = None if plain is None else plain + key.removeprefix(prefix)
                 break
         if key is not None:
             state[key] = tensor
@@ -321,6 +330,22 @@ class AdaptersMixin:
     @peft_config.deleter
     def peft_config(self) -> None:
         del self.backbone.peft_config
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in torch.
+
+        Raises:
+            ValueError: the model has adapters, of which there is nothing: it would go on with those
+                that it has.
+        """
+        absent = adapter_layers(self) and not any(".lora_" in key for key in state_dict)
+        if absent and getattr(self.backbone, "peft_config", None):
+            raise ValueError(
+                "`state_dict` must hold the adapters that the model has, got none of their "
+                "weights: load what `save_pretrained` wrote, or train with transformers' Trainer "
+                "what `peft.get_peft_model` returns, whose checkpoints hold them."
+            )
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
         """Adds a new LoRA to the backbone, for training; it is active and all else is frozen.

@@ -332,8 +332,7 @@ class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTra
             base = None if not base or is_local(base) else base  # the weights are here
             with self._lock:
                 save_adapter(self, Path(save_directory, ADAPTER_FOLDER), base)
-        if kwargs.get("state_dict") is None:
-            kwargs["state_dict"] = without_adapters(self)
+        kwargs["state_dict"] = without_adapters(self, kwargs.get("state_dict"))
         return super().save_pretrained(
             save_directory,
             is_main_process,
