@@ -30,6 +30,7 @@ ABSURD = {
     "{% endset %}",
     "recursion": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}"
     "{% endmacro %}{{ f(60) }}",
+    "itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "a product": "{{ 'a' * 10**11 }}",
     "a product of a list": "{{ ([0] * 10**11)|length }}",
     "doubling": "{% set n = namespace(s='ab') %}{% for a in range(99) %}{% set n.s = n.s ~ n.s %}"

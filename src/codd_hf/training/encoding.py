@@ -194,8 +194,8 @@ def _encode_chat(
     try:
         with bounded_templates():
             rendered = tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
-    except BaseException as error:  # a template may do anything
-        if not is_of_a_library(error):
+    except BaseException as error:  # a template may do anything, call itself without end as well
+        if not (is_of_a_library(error) or isinstance(error, RecursionError)):
             raise
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise ValueError(
