@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from .adapter_files import ADAPTER_FILES, save_adapter
 from .adapters import (
     adapter_in_use,
@@ -131,6 +133,10 @@ class HeadsMixin:
 
         The default head's passes meet the adapters as they are set. Other heads' have their own
         adapter or none; it is put back as it was at the end.
+
+        Raises:
+            ValueError: the adapter is another one than the default head's, and the pass would be
+                repeated later, when gradients are computed.
         """
         if not self._adapted_heads:
             yield
@@ -139,6 +145,13 @@ class HeadsMixin:
             if head.name == self._head_name:
                 yield
                 return
+            repeated = any(getattr(m, "gradient_checkpointing", 0) for m in self.backbone.modules())
+            if repeated and torch.is_grad_enabled():
+                raise ValueError(
+                    f"`head` {head.name!r} has another adapter than the default head: it cannot be "
+                    "trained with gradient checkpointing, which repeats passes, but after "
+                    f"`set_head({head.name!r})`."
+                )
             name = head.name if head.name in self._adapted_heads else None
             with adapter_in_use(self.backbone, name):
                 yield
