@@ -200,6 +200,10 @@ HIDDEN = torch.tensor([[5, 6, MASK]])
         (lambda m: m.generate(IDS, generation_config={}), "`generation_config` must be a Gen"),
         (lambda m: m.generate(IDS, token_type_ids=IDS), "`token_type_ids` must be 0 everywhere"),
         (lambda m: m.generate(IDS, prompt_lookup=3), "`prompt_lookup` is not an argument"),
+        (lambda m: m.generate(IDS, streamer=3), "`streamer` must have `put` and `end`, got 3"),
+        (lambda m: m.generate(IDS, on_step=3), "`on_step` must be a function of the step"),
+        (lambda m: m.generate(IDS, logits_processor=3), "`logits_processor` must be transformers'"),
+        (lambda m: m.generate(IDS, scheduler={}), "`scheduler` must be a CoDDScheduler, got {}"),
         (lambda m: m(HIDDEN.float()), "`input_ids` must be integers, got torch.float32"),
         (lambda m: m(HIDDEN[:, :0]), "`input_ids` must hold at least one token"),
         (lambda m: m(HIDDEN - 3), "`input_ids` must hold ids of the vocabulary, 0 to 11, got -1"),
@@ -408,7 +412,8 @@ def test_what_a_tokenizer_gives_goes_into_the_model_as_it_is(bert_tokenizer, kin
 
 def test_arguments_of_transformers_that_ask_for_nothing_change_nothing(model):
     expected = model(HIDDEN).logits
-    nothing = {"past_key_values": None, "output_router_logits": False, "inputs_embeds": None}
+    nothing = {"past_key_values": None, "output_router_logits": False, "logits_to_keep": 0}
+    nothing |= {"inputs_embeds": None, "cache_position": torch.arange(3)}
     assert torch.equal(model(HIDDEN, use_cache=True, **nothing).logits, expected)
     expected = model.generate(IDS, **SHORT)
     nothing = {"num_beams": np.int64(1), "assistant_model": None, "synced_gpus": False}

@@ -201,6 +201,7 @@ def check_forward(data: st.DataObject) -> None:
 def check_generate(data: st.DataObject) -> None:
     names = ("inputs", "input_ids", "max_new_tokens", "gen_length", "max_length", "do_sample")
     names += ("num_return_sequences", "pad_token_id", "token_type_ids", "generation_config")
+    names += ("streamer", "on_step")
     given = {"inputs": IDS, "max_new_tokens": 6, "num_inference_steps": 2}
     given |= data.draw(changes(*names, *TASK, *DRAWS, "head", "use_cache", "scheduler"))
     holds(lambda: data.draw(models).generate(**given))

@@ -124,6 +124,12 @@ def choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
         raise ValueError(f"`{name}` must be one of {names}, got {shown(value)}.")
 
 
+def check_callable(name: str, value: Any, what: str) -> None:
+    """Raises a TypeError for what cannot be called; `what` says what it must be."""
+    if value is not None and not callable(value):
+        raise TypeError(f"`{name}` must be {what}, got {shown(value)}.")
+
+
 def several(value: Any) -> list | None:
     """The entries of a list, a tuple, an array or a tensor; None of anything else."""
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):

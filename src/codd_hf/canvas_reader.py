@@ -167,7 +167,7 @@ def _run(columns: torch.Tensor) -> tuple[int, int] | None:
 
 
 def _scale_of_each_row(scale: float | Sequence[float] | None, batch: int) -> list[float]:
-    wanted = f"of at least 0 (off) and at most {LARGEST_FACTOR:g}"
+    wanted = f"at least 0 (off) and at most {LARGEST_FACTOR:g}"
 
     def check(name: str, value: Any) -> float:
         return float(number(name, value, wanted, lambda x: 0 <= x <= LARGEST_FACTOR))

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from .arguments import end_tokens, flag
+from .arguments import check_callable, end_tokens, flag
 from .canvas import Canvas, filler
 from .canvas_reader import CanvasReader
 from .circuits.random import Generators
@@ -32,6 +32,7 @@ from .decoding_arguments import DecodingArguments, ForcedTokens, PerRow
 from .decoding_plan import Stage, plan_stages, windows_end
 from .decoding_step import DecodingStep, StepRecord
 from .schedulers import CoDDScheduler
+from .schedulers.controls import PROCESSOR
 from .schedulers.remasking import CanvasMemory
 
 if TYPE_CHECKING:
@@ -154,6 +155,8 @@ def denoise(
             has none, a row has fewer
             steps than blocks, or the canvas exceeds the positions that the backbone has.
     """
+    check_callable("logits_processor", logits_processor, PROCESSOR)
+    check_callable("on_step", on_step, "a function of the step, its timestep and its state")
     arguments = DecodingArguments.check(
         scheduler,
         model.config,

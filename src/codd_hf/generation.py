@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from .arguments import (
+    check_callable,
     check_token_types,
     integer,
     padding_mask,
@@ -158,6 +159,9 @@ def generate(
         raise ValueError(
             "`streamer` is told what follows a prompt, which `infill` has not: leave it out."
         )
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise TypeError(f"`streamer` must have `put` and `end`, got {shown(streamer)}.")
+    check_callable("on_step", on_step, "a function of the step, its timestep and its state")
     if attention_mask is None:
         attention_mask = model.real_tokens(inputs, said["pad_token_id"], said["eos_token_id"])
     else:

@@ -27,6 +27,7 @@ from .arguments import (
     generators,
     integers,
     padding_mask,
+    scalar,
     token_ids,
 )
 from .backbones import (
@@ -393,6 +394,7 @@ class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTra
         output_hidden_states: bool | None = None,
         token_type_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache_position: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CoDDOutput | tuple:
         """Predicts masked tokens.
@@ -420,7 +422,9 @@ class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTra
             output_hidden_states: as `inputs_embeds`.
             token_type_ids: what tokenizers give beside the ids; 0 everywhere.
             use_cache: without effect, for callers that say it of every model.
-            **kwargs: further arguments of transformers' models that ask for nothing (None, False).
+            cache_position: as `use_cache`.
+            **kwargs: further arguments of transformers' models that ask for nothing (None, False,
+                0).
 
         Raises:
             ValueError: an argument is out of range, or asks for what only the backbone can do; or
@@ -434,7 +438,8 @@ class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTra
             **kwargs,
         }
         for name, value in asked.items():
-            if value is not None and value is not False:
+            value = scalar(value)
+            if value is not None and not (isinstance(value, (bool, int)) and value == 0):
                 raise (TypeError if name in kwargs else ValueError)(
                     f"`{name}` cannot be used here: leave it out, or give it to `model.backbone`."
                 )

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from .arguments import check_unmasked, integer, rows_of_ids, several, shown
+from .arguments import check_callable, check_unmasked, integer, rows_of_ids, several, shown
 from .canvas import check_size
 from .training.encoding import encode_as_written
 
@@ -71,6 +71,7 @@ def score(
     if model.config.mask_token_id is None:
         raise ValueError("`mask_token_id` is not known: give it to `from_backbone`.")
     batch_size = integer("batch_size", batch_size, least=1)
+    check_callable("tokenizer", tokenizer, "a tokenizer")
     rows = {
         name: _tokens(model, name, texts, tokenizer)
         for name, texts in (("prompts", prompts), ("answers", answers))
@@ -116,8 +117,6 @@ def _tokens(
     if tokenizer is None and any(isinstance(row, str) for row in rows):
         raise ValueError(f"`{name}` are texts: give a `tokenizer`, or token ids.")
     if tokenizer is not None:
-        if not callable(tokenizer):
-            raise TypeError(f"`tokenizer` must be a tokenizer, got {shown(tokenizer)}.")
         texts = [row if isinstance(row, str) else "" for row in rows]
         encoded = encode_as_written(name, texts, tokenizer, add_special_tokens=False)
         rows = [e if isinstance(r, str) else r for e, r in zip(encoded, rows, strict=True)]

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..arguments import shown
+from ..arguments import check_callable
 from .settings import DrawSettings
+
+PROCESSOR = "transformers' processors, or a function of ids and scores"
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,7 @@ class Controls:
         cls, settings: DrawSettings, processor: LogitsProcessor | LogitsProcessorList | None
     ) -> Controls:
         """Raises a TypeError for a processor that cannot be called."""
-        if processor is not None and not callable(processor):
-            raise TypeError(
-                "`logits_processor` must be transformers' processors, or a function of ids and "
-                f"scores, got {shown(processor)}."
-            )
+        check_callable("logits_processor", processor, PROCESSOR)
         return cls(settings.repetition_penalty, processor)
 
     @property
