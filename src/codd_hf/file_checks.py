@@ -96,6 +96,14 @@ def _index(path: Path) -> None:
             )
 
 
+def _tokenizer(path: Path) -> None:
+    content = json_object(path)
+    if not isinstance(content.get("model"), dict) or not isinstance(
+        content.get("added_tokens"), list
+    ):
+        raise OSError(f"{str(path)!r} must hold a `model` and a list of `added_tokens`: {REMEDY}.")
+
+
 def _text(path: Path) -> None:
     path.read_text("utf-8")
 
@@ -108,7 +116,7 @@ def _weights(path: Path) -> None:
 FILES = {
     "*config.json": _config,
     "model_index.json": json_object,
-    "tokenizer.json": json_object,
+    "tokenizer.json": _tokenizer,
     "special_tokens_map.json": json_object,
     "added_tokens.json": json_object,
     "*.jinja": _text,
