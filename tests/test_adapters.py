@@ -283,6 +283,8 @@ def test_adapters_of_a_model_are_those_of_its_backbone(model, tmp_path):
         model.load_adapter(tmp_path, "b")
     model.set_adapter("b")
     assert torch.equal(coupled(model), second)
+    with pytest.raises(ValueError, match="name of an adapter must be a text without dots"):
+        model.add_adapter(lora(), "v1.0")
     with pytest.raises(TypeError, match="`adapter_config` must be"):
         model.add_adapter({"r": 2})
 
@@ -313,6 +315,45 @@ def test_adapter_of_a_half_precision_backbone_is_kept_in_float32(dtype, tmp_path
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
     loaded = CoDDModel.from_backbone(tmp_path / "base", tmp_path / "head", dtype=dtype)
     assert torch.equal(coupled(loaded), coupled(model))
+
+
+ON_DISK = {
+    "model.embed_tokens": "disk",
+    "model.rotary_emb": "cpu",
+    "model.layers.0": "disk",
+    "model.layers.1": "cpu",
+    "model.norm": "cpu",
+    "lm_head": "cpu",
+}
+
+
+def test_lora_goes_on_offloaded_layers_and_other_kinds_are_refused_there(base, tmp_path):
+    offloaded = {"device_map": ON_DISK, "offload_folder": tmp_path / "offloaded"}
+    kinds = {
+        "plain": {},
+        "DoRA": {"use_dora": True},
+        "PiSSA": {"init_lora_weights": "pissa"},
+        "embedding": {"target_modules": ["embed_tokens"]},
+        "in full": {"modules_to_save": ["norm"]},
+    }
+    for name, changes in kinds.items():
+        folder = tmp_path / name
+        trained(get_peft_model(tiny_backbone(), lora(**changes))).save_pretrained(folder)
+        if name != "plain":
+            with pytest.raises(ValueError, match="offloaded"):
+                CoDDModel.from_backbone(base, random_head(), folder, **offloaded)
+            continue
+        whole = CoDDModel.from_backbone(base, random_head(), folder)
+        model = CoDDModel.from_backbone(base, random_head(), folder, **offloaded)
+        assert torch.equal(coupled(model), coupled(whole))
+        with pytest.raises(ValueError, match="is offloaded and has an adapter"):
+            model.save_pretrained(tmp_path / "model")
+        model.save_head(tmp_path / "head")
+        again = CoDDModel.from_backbone(base, tmp_path / "head")
+        assert torch.equal(coupled(again), coupled(whole))
+        with pytest.raises(ValueError, match="offloaded"):
+            model.add_adapter(lora(), "new")
+        assert torch.equal(coupled(model), coupled(whole))
 
 
 @pytest.fixture

@@ -70,13 +70,22 @@ def read_adapter(
         "adapter)`.)"
     )
     _check_sizes(backbone, used, state, misfit)
+    for layer in _ranks(state):
+        needs_base = start in CHANGING_STARTS or used.get("use_dora") or "modules_to_save" in used
+        needs_base = needs_base or f"{layer}.lora_embedding_A" in state
+        if needs_base and backbone.get_submodule(layer).weight.is_meta:
+            raise ValueError(
+                f"`adapter` {source!r} is not plain LoRA on linear layers, which is all that can "
+                f"go on offloaded ones as {layer!r}: load the backbone without `device_map`."
+            )
     used |= {"init_lora_weights": True, "inference_mode": True}
     config = peft_module().LoraConfig(**used)
     before = active_state(backbone)
     own = {id(parameter) for parameter in backbone.parameters()}
     try:
-        add_adapter(backbone, config, name)
-        if start in CHANGING_STARTS and not start_is_off:
+        whole = start in CHANGING_STARTS and not start_is_off
+        add_adapter(backbone, config, name, to_be_filled=not whole)
+        if whole:
             config = _with_start(backbone, name, start, state)
             delete_adapter(backbone, name)
             add_adapter(backbone, config, name)

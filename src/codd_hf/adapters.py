@@ -39,13 +39,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.get_base_model()
 
 
-def add_adapter(backbone: nn.Module, config: Any, name: str) -> None:
+def add_adapter(backbone: nn.Module, config: Any, name: str, *, to_be_filled: bool = False) -> None:
     """Puts a new adapter on a backbone and makes it the active one.
 
     Args:
         backbone: what it is for.
         config: its options, of PEFT's `LoraConfig`.
         name: what it is called.
+        to_be_filled: whether the caller will set all its weights, which may be on layers that are
+            offloaded.
 
     Raises:
         ValueError: the name is taken, the options are not supported, or the backbone has no layer
@@ -70,6 +72,7 @@ def add_adapter(backbone: nn.Module, config: Any, name: str) -> None:
                 missed -= {wanted for wanted in missed if key.endswith(wanted)}
         if missed:
             raise ValueError(f"There are no modules {sorted(missed)}.")
+        _put_on_devices(backbone, config, name, to_be_filled)
     except Exception as error:  # whatever it is, PEFT leaves what it has done so far
         wanted = {key: getattr(config, key) for key in ("target_modules", "modules_to_save")}
         _remove_layers(backbone, name)
@@ -87,12 +90,36 @@ def add_adapter(backbone: nn.Module, config: Any, name: str) -> None:
     set_adapter(backbone, name)
 
 
+def _put_on_devices(backbone: nn.Module, config: Any, name: str, to_be_filled: bool) -> None:
+    """Gives weights that PEFT made beside offloaded ones, on no device, a place to be loaded to.
+
+    Raises:
+        ValueError: the adapter is computed from weights that are not there now.
+    """
+    layers = adapter_layers(backbone).values()
+    absent = [layer for layer in layers if _is_on_no_device(layer, name)]
+    plain = not config.use_dora and not config.modules_to_save and to_be_filled
+    for layer in absent:
+        hook = getattr(layer.get_base_layer(), "_hf_hook", None) if plain else None
+        if hook is None or layer.lora_embedding_A:
+            raise ValueError("they are offloaded (`device_map`), where a stored LoRA alone can go")
+        for part in (layer.lora_A, layer.lora_B):
+            part[name].to_empty(device=torch.device(hook.execution_device))
+
+
+def _is_on_no_device(layer: nn.Module, name: str) -> bool:
+    own = (p for n, p in layer.named_parameters() if f".{name}." in f".{n}.")
+    return any(parameter.is_meta for parameter in own)
+
+
 def check_room_for(backbone: nn.Module, name: str) -> None:
     """Refuses a new adapter whose name is taken, or beside one that changed the backbone.
 
     Raises:
         ValueError: it is so.
     """
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"The name of an adapter must be a text without dots, got {name!r}.")
     if name in getattr(backbone, "peft_config", {}):
         raise ValueError(
             f"The backbone has an adapter {name!r} already: choose another name or delete it first."
@@ -254,6 +281,9 @@ def without_adapters(
     Args:
         model: a [`CoDDModel`].
         state_dict: its own, where the caller has it already.
+
+    Raises:
+        ValueError: a weight under an adapter is offloaded.
     """
     renamed: dict[str, str | None] = {}
     for name, layer in adapter_layers(model).items():
@@ -268,6 +298,11 @@ def without_adapters(
         for prefix, plain in renamed.items():
             if key.startswith(prefix):
                 key = None if plain is None else plain + key.removeprefix(prefix)
+                if key is not None and tensor.is_meta:
+                    raise ValueError(
+                        f"{key!r} is offloaded and has an adapter: load the model without "
+                        "`device_map` to save it (`save_head` saves head and adapter)."
+                    )
                 break
         if key is not None:
             state[key] = tensor
