@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
+import torch
+from huggingface_hub.dataclasses import strict, type_validator
 from huggingface_hub.errors import (
     StrictDataclassClassValidationError,
     StrictDataclassFieldValidationError,
@@ -49,6 +50,23 @@ OF_TRANSFORMERS = {
     "torch_dtype",
 }
 """Fields of any configuration. Not `transformers_weights`: no file says where weights are."""
+_dtype = str | torch.dtype | None
+_labels = dict[int, str] | dict[str, str] | dict[str, int] | None
+INHERITED = {
+    "architectures": list[str] | None,
+    "chunk_size_feed_forward": int,
+    "dtype": _dtype,
+    "id2label": _labels,
+    "is_encoder_decoder": bool,
+    "label2id": _labels,
+    "num_labels": int | None,
+    "output_hidden_states": bool | None,
+    "problem_type": str | None,
+    "return_dict": bool | None,
+    "torch_dtype": _dtype,
+    "transformers_version": str | None,
+}
+"""Types that transformers' base class leaves unchecked."""
 
 
 def one_sentence(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
@@ -68,8 +86,16 @@ def one_sentence(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
                 f"`{unknown[0]}` is no field of the configuration {cls.__name__}, got "
                 f"{given[unknown[0]]!r:.100}: remove it or correct its name."
             )
+        for name in INHERITED.keys() & given.keys():
+            try:
+                type_validator(name, given[name], INHERITED[name])
+            except TypeError as error:
+                raise ValueError(
+                    f"`{name}` must be of type {INHERITED[name]}, got {given[name]!r:.100}."
+                ) from error
         check_counts({name: value for name, value in given.items() if name not in types})
-        with one_sentence_for(f"the configuration {cls.__name__}"):
+        inherited = [f"`{name}`" for name in given if name in OF_TRANSFORMERS]
+        with one_sentence_for(f"{', '.join(inherited)} in the configuration {cls.__name__}"):
             init(self, **given)
 
     def __setattr__(self, name: str, value: Any) -> None:

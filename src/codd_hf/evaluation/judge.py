@@ -17,7 +17,8 @@ from transformers import (
 from transformers.utils import is_gguf_available
 
 from ..backbones.canvas_cache import cache_argument
-from ..repositories import explained, refuse_adapter
+from ..repositories import explained, read_config, refuse_adapter
+from ..stored_weights import StoredWeights, check_layers, check_report
 from ..training.encoding import encode_chats, encode_texts
 
 
@@ -167,6 +168,12 @@ def load_judge(
         )
     refuse_adapter(name, {})
     with explained(name, {}):
+        if gguf_file is None:
+            check_layers(name, read_config(name, {}), StoredWeights.find(name, {}))
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
-        model = AutoModelForCausalLM.from_pretrained(name, gguf_file=gguf_file, dtype=torch.float32)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, gguf_file=gguf_file, dtype=torch.float32, output_loading_info=True
+        )
+        if gguf_file is None:
+            check_report(name, report)
     return model.to(device), tokenizer
