@@ -358,3 +358,37 @@ def test_hub_that_cannot_be_reached_is_one_line(folder, tmp_path, capsys, monkey
     assert said in refusal(capsys, *command)
     with pytest.raises(OSError, match="The Hub cannot be reached"):
         tiny_pipeline().push_to_hub("mine")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no \x1b[31m\u202eplease') }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[5]['content'] + 1 }}",
+        "{{ messages.missing.part }}",
+        "{% if %}",
+        "{% for x in y",
+        "{{ none }}",
+        "{{ messages[0].content.encode('utf-8').decode('utf-16') }}",
+    ],
+)
+def test_chat_template_that_fails_is_one_line(template, folder, tmp_path, capsys, monkeypatch):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "tokenizer" / "chat_template.jinja").write_text(template)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "How many?"}\n')
+    monkeypatch.setattr("sys.stdin", io.StringIO("How many?\n"))
+    model = ["--model", str(copy), "--gen-length", "4", "--block-length", "4"]
+    model += ["--num-inference-steps", "1"]
+    files = ["--input", str(rows), "--output", str(tmp_path / "out.jsonl")]
+    for command in (["generate", "How many?"], ["chat"], ["generate", *files]):
+        if template == "{{ none }}":  # a text like any other
+            assert main([*command, *model]) == 0
+            continue
+        line = refusal(capsys, *command, *model)
+        assert "chat template" in line
+        assert not any(ord(c) < 32 for c in line)
+        assert "\u202e" not in line
+        if files[0] in command:
+            assert line.startswith("codd-hf generate: error: Line 1 of ")
