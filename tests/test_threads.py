@@ -64,7 +64,7 @@ def coupled(model: CoDDModel, head: str | bool | None) -> torch.Tensor:
         return model(IDS, coupling="marginal", head=head).logits
 
 
-def random_call(draw: random.Random) -> Call:
+def random_call(draw: random.Random, caches: tuple[str | None, ...]) -> Call:
     """A call of any entry point, with choices of its own; seeded where it draws."""
     head, kind, seed = draw.choice(HEADS), draw.randrange(5), draw.randrange(1000)
     prompts = [[draw.randrange(3, 12) for _ in range(draw.randrange(1, 6))] for _ in range(2)]
@@ -76,6 +76,8 @@ def random_call(draw: random.Random) -> Call:
         "strategy": draw.choice(CHOICES["strategy"]),
         "temperature": draw.choice([0.0, 1.0]),
         "paradigm": draw.choice(["block", "full"]),
+        "cache": draw.choice(caches),
+        "guidance_scale": draw.choice([0.0, 1.5]),
         "head": head,
     }
     if kind < 2:
@@ -107,8 +109,9 @@ def results(pipe: CoDDPipeline, calls: list[Call]) -> list:
 
 
 def assert_equal_to_alone(pipe: CoDDPipeline, number: int) -> None:
-    draw = random.Random(0)
-    calls = [random_call(draw) for _ in range(number)]
+    draw, is_decoder = random.Random(0), pipe.model.backbone.config.model_type == "llama"
+    caches = (None, "prefix", "dual") if is_decoder else (None,)
+    calls = [random_call(draw, caches) for _ in range(number)]
     alone = [call(pipe) for call in calls]
     together = results(pipe, calls)
     different = [i for i in range(number) if together[i] != alone[i]]
