@@ -72,8 +72,13 @@ def said_of_task(
     tokens = ("eos_token_id", "pad_token_id")
     parts = [part for part in (model.config, tokenizer) if part is not None]
     special = [{name: getattr(part, name) for name in tokens} for part in parts]
-    said = first_said(TASK, [*sources, model.generation_config.to_diff_dict(), *special])
-    vocab_size = model.config.vocab_size
+    files = [model.generation_config.to_diff_dict(), *special]
+    mask_token_id, vocab_size = model.config.mask_token_id, model.config.vocab_size
+    for part in files:
+        # A file that names the mask token as the end of texts knows no end.
+        if part.get("eos_token_id") in (mask_token_id, [mask_token_id]):
+            part["eos_token_id"] = None
+    said = first_said(TASK, [*sources, *files])
     said["eos_token_id"] = end_tokens("eos_token_id", said["eos_token_id"], vocab_size)
     if said["pad_token_id"] is not None:
         said["pad_token_id"] = token_id("pad_token_id", said["pad_token_id"], vocab_size)
