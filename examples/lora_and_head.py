@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
             windows_per_batch=args.windows,
             num_validation_draws=args.draws,
             evaluation_steps=max(args.steps, 1),
-            mixed_precision="bf16",
+            mixed_precision="auto",
         )
         folder = Path(args.output, backbone)
         if "start" not in scores:

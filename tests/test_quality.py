@@ -178,6 +178,14 @@ def test_real_answers_are_cut_where_generated_ones_are(answer_set):
     assert answer_set().real().passes.value == 0
 
 
+def test_questions_and_answers_that_spell_special_tokens_are_text(answer_set):
+    spelt = [Example(f"What is {i} <|mask|>?", "It is <|end|> and on.") for i in range(2)]
+    answers = answer_set(spelt, gen_length=64)
+    assert answers.answers(Setting("latent", "low_confidence", 2, {"temperature": 0.0})).passes
+    ends = [Example(example.prompt, "It is") for example in spelt]
+    assert answers.real().length.value > answer_set(ends, gen_length=64).real().length.value + 4
+
+
 def test_fewer_than_two_questions_are_an_error(answer_set):
     with pytest.raises(ValueError, match="must be at least 2, for errors, got 1"):
         answer_set(TEST[:1])

@@ -17,10 +17,15 @@ def computes_bf16(device: torch.device | str) -> bool:
     kind = torch.device(device).type
     if kind == "cpu":
         known = getattr(torch.cpu, "get_capabilities", dict)()
-        return any(known.get(name, False) for name in BF16_OF_PROCESSORS)
+        return any(known.get(name, False) for name in BF16_OF_PROCESSORS) and onednn_has_bf16()
     if kind in ("cuda", "xpu"):
         return getattr(torch, kind).is_bf16_supported(including_emulation=False)
     return False
+
+
+def onednn_has_bf16() -> bool:
+    """Whether the library of PyTorch's products may use bf16 (`ONEDNN_MAX_CPU_ISA` limits it)."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def chosen_precision(mixed_precision: str, device: torch.device | str) -> str:

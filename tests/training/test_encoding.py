@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from tokenizers.models import WordPiece
 from transformers import BertTokenizerFast, ByT5Tokenizer
 
 from codd_hf import CoDDPipeline
@@ -53,6 +54,19 @@ def test_tokenizer_in_python_spells_them_too():
     assert tokenizer.decode(row) == "a </s> b"
 
 
+def test_text_that_a_tokenizer_fails_at_is_told_from_the_others(word_tokenizer, tmp_path):
+    words = [word for word in word_tokenizer.get_vocab() if word != "[UNK]"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizerFast.from_pretrained(tmp_path)
+    tokenizer.backend_tokenizer.model = WordPiece(
+        {word: i for i, word in enumerate(words)}, unk_token="[UNK]"
+    )
+    rows, faults = encode_texts(["tom has", "tom \N{EGG}", "tom [MASK]", "eggs"], tokenizer)
+    assert [bool(row) for row in rows] == [True, False, False, True]
+    assert list(faults) == [1, 2]
+    assert all("cannot be encoded by the tokenizer (" in fault for fault in faults.values())
+
+
 def test_chat_template_alone_writes_special_tokens(tiny_tokenizer):
     chat = [
         {"role": "user", "content": SPELT},
@@ -97,8 +111,17 @@ def test_text_that_the_tokenizer_cannot_spell_is_refused_by_its_row_or_left_out(
     number = 2 if example.row is None else example.row
     assert list(report.bad) == [number]
     assert f"1 row ({number}) is left out as bad" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="Nothing is left of `data`: all 1 rows are bad"):
+    with pytest.raises(ValueError, match="Nothing is left of `data`: all 1 rows are bad or empty"):
         tokenize_examples([example], word_tokenizer, never=[3], report=report)
+
+
+def test_answer_without_a_token_is_passed_over_and_spellings_are_told(word_tokenizer, capsys):
+    examples = [Example("", text) for text in ("tom has eggs", "\u200b", "tom")]
+    kept = tokenize_examples([*examples, Example("has [SEP]", "tom")], word_tokenizer)
+    assert [e.answer_ids for e in kept] == [[5, 6, 8, 1], [5, 1], [5, 1]]
+    out = capsys.readouterr().out
+    assert "1 row (2) is passed over: an answer without a token" in out
+    assert "Of 4 examples, 1 spell a special token, such as '[SEP]', which is text" in out
 
 
 def test_role_that_makes_a_template_write_the_mask_token_is_refused_by_its_row(tiny_tokenizer):

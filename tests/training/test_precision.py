@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -53,9 +57,18 @@ def has_bf16(request, monkeypatch):
 )
 def test_processor_is_asked_what_it_has(capabilities, has, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(precision, "onednn_has_bf16", lambda: True)
     assert precision.computes_bf16("cpu") is has
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert not precision.computes_bf16(CPU)
+
+
+def test_processor_whose_products_are_limited_to_older_instructions_has_none():
+    asked = "from codd_hf.precision import computes_bf16; print(computes_bf16('cpu'))"
+    limit = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    told = subprocess.run([sys.executable, "-c", asked], env=limit, capture_output=True, text=True)
+    if platform.machine() in ("x86_64", "AMD64"):
+        assert told.stdout.split() == ["False"]
 
 
 def test_gpu_is_asked_without_its_emulation_and_what_cannot_be_asked_has_none(monkeypatch):

@@ -44,7 +44,7 @@ def test_text_that_looks_like_something_else_is_text(text, tmp_path):
 )
 def test_rows_are_the_same_in_every_form_of_a_file(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
-    assert load_examples(str(tmp_path / name)) == DATES
+    assert load_examples(tmp_path / name) == DATES
     assert load_examples(str(tmp_path / name), split="train[20%:40%]") == DATES[1:2]
 
 
@@ -150,6 +150,7 @@ def test_bad_row_is_refused_by_its_number_or_left_out_and_listed(line, said, tmp
         ("a.txt", b"\n \n", "has no rows"),
         ("a.json", b"[]", "has no rows"),
         ("a.json", b'[{"text": "a"', "cannot be read"),
+        ("a.json", b'[\n{"text": "a"},\n{"text": "b"}\n', "cannot be read"),
         ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.json", b"[1]", "is not a JSON object"),
         ("a.jsonl.gz", b"no gzip", "cannot be read"),

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .encoding import encode_chats, encode_texts
+from .encoding import encode_chats, encode_texts, spelling_pattern
 from .rows import RowReport
 from .sources import Example, load_examples
 
@@ -117,8 +117,11 @@ def tokenize_examples(
     refused = {mask, *never} - {eos, None}
     answers, bad_answers = encode_texts([e.answer for e in examples], tokenizer)
     prompts, bad_prompts = _encode_prompts(examples, tokenizer)
+    special = spelling_pattern(tokenizer)
+    spellings: list[str] = []
     tokenized, cut, left_out = [], 0, 0
     for i, (example, prompt, answer) in enumerate(zip(examples, prompts, answers, strict=True)):
+        number = i + 1 if example.row is None else example.row
         fault = None
         if i in bad_prompts:
             fault = f"has a prompt that {bad_prompts[i]}"
@@ -130,8 +133,13 @@ def tokenize_examples(
             name = tokenizer.convert_ids_to_tokens(min(outside))
             fault = f"has an answer with the token {name!r}, which is never generated"
         if fault is not None:
-            report.refuse(i + 1 if example.row is None else example.row, fault.rstrip("."))
+            report.refuse(number, fault.rstrip("."))
             continue
+        if not answer:
+            report.pass_over(number, "an answer without a token")
+            continue
+        texts = (example.answer, example.prompt, *(content for _, content in example.history))
+        spellings += [found.group() for found in map(special.search, texts) if found][:1]
         room = max_length - len(prompt)
         if packing:
             tokenized.append(TokenizedExample([], [*answer, eos]))
@@ -141,12 +149,17 @@ def tokenize_examples(
         else:
             left_out += 1
     report.tell()
+    if spellings and PartialState().is_main_process:
+        tqdm.write(
+            f"Of {len(examples)} examples, {len(spellings)} spell a special token, such as "
+            f"{spellings[0]!r}, which is text: only a chat template writes special tokens."
+        )
     if examples and not tokenized:
         raise ValueError(
             f"`max_length` ({max_length}) leaves nothing: the prompts of all {left_out} examples "
             "are that long."
             if left_out
-            else f"Nothing is left of {report.source}: all {len(examples)} rows are bad."
+            else f"Nothing is left of {report.source}: all {len(examples)} rows are bad or empty."
         )
     if packing:
         joined = [token for piece in tokenized for token in piece.answer_ids]

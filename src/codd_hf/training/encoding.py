@@ -70,6 +70,20 @@ def unshared(tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreTrainedTo
         return kept[key][1]
 
 
+def spelling_pattern(
+    tokenizer: PreTrainedTokenizerBase, may_spell: Collection[int] = ()
+) -> re.Pattern:
+    """Finds what spells a special token in a text, and the marks that stand for it meanwhile.
+
+    Args:
+        tokenizer: the tokenizer.
+        may_spell: special tokens that are not looked for.
+    """
+    names = tokenizer.convert_ids_to_tokens(sorted(special_token_ids(tokenizer) - set(may_spell)))
+    names = sorted([*names, OPEN, CLOSE], key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)))
+
+
 def encode_texts(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool = False
 ) -> tuple[list[list[int]], dict[int, str]]:
@@ -85,23 +99,41 @@ def encode_texts(
         the end of a sentence.
     """
     faults = {i: "holds half of a surrogate pair" for i, t in enumerate(texts) if not is_text(t)}
-    texts = ["" if i in faults else text for i, text in enumerate(texts)]
+    given = dict(enumerate("" if i in faults else text for i, text in enumerate(texts)))
     special = special_token_ids(tokenizer)
-    bare = _encoded(tokenizer, texts)
-    spelling = [i for i, ids in enumerate(bare) if not special.isdisjoint(ids)]
-    rows = bare
+    rows = bare = _encoded_by_index(tokenizer, given, faults)
     if add_special_tokens:
-        rows = _encoded(tokenizer, texts, add_special_tokens=True)
+        rows = _encoded_by_index(tokenizer, given, faults, add_special_tokens=True)
+    spelling = {i: given[i] for i, ids in bare.items() if not special.isdisjoint(ids)}
     if spelling:
-        chosen = [texts[i] for i in spelling]
-        bare = _encoded(tokenizer, chosen, split_special_tokens=True)
-        added = {"add_special_tokens": add_special_tokens, "split_special_tokens": True}
-        for i, ids, row in zip(spelling, bare, _encoded(tokenizer, chosen, **added), strict=True):
-            rows[i] = row
+        split = {"split_special_tokens": True}
+        bare = _encoded_by_index(tokenizer, spelling, faults, **split)
+        split["add_special_tokens"] = add_special_tokens
+        rows |= _encoded_by_index(tokenizer, spelling, faults, **split)
+        for i, ids in bare.items():
             if read := special.intersection(ids):
                 name = tokenizer.convert_ids_to_tokens(min(read))
                 faults[i] = f"spells {name!r}, which the tokenizer cannot encode as text"
-    return rows, faults
+    return list(rows.values()), faults
+
+
+def _encoded_by_index(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: dict[int, str],
+    faults: dict[int, str],
+    **options: Any,
+) -> dict[int, list[int]]:
+    """Token ids by index; what is wrong with a text that has none goes to `faults`."""
+    try:
+        return dict(zip(texts, _encoded(tokenizer, list(texts.values()), **options), strict=True))
+    except ValueError:  # the tokenizer does not say of which one
+        rows = {}
+        for i, text in texts.items():
+            try:
+                (rows[i],) = _encoded(tokenizer, [text], **options)
+            except ValueError as error:
+                rows[i], faults[i] = [], str(error).removeprefix("a text ")
+        return rows
 
 
 def encode_as_written(
@@ -153,9 +185,7 @@ def encode_chats(
     Returns:
         As `encode_texts`.
     """
-    names = tokenizer.convert_ids_to_tokens(sorted(special_token_ids(tokenizer) - set(may_spell)))
-    names = sorted([*names, OPEN, CLOSE], key=len, reverse=True)
-    special = re.compile("|".join(map(re.escape, names)))
+    special = spelling_pattern(tokenizer, may_spell)
     rows, faults = [], {}
     for i, messages in enumerate(conversations):
         try:

@@ -179,10 +179,9 @@ def _of_json(text: str) -> list[Row]:
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     except ValueError:
-        rows = list(_of_lines(text.split("\n"), _object))
-        if all(isinstance(row, BadRowError) for _, row in rows):
-            raise  # no line of it is an object: it is a damaged array
-        return rows
+        if text.lstrip().startswith("["):
+            raise  # a damaged array, of which lines would say little
+        return list(_of_lines(text.split("\n"), _object))
     rows = []
     for number, row in enumerate(value if isinstance(value, list) else [value], 1):
         try:

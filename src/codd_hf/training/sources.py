@@ -52,7 +52,7 @@ class _NothingToLearn(Exception):
 
 
 def load_examples(
-    source: str,
+    source: str | Path,
     *,
     prompt_column: str | None = None,
     answer_column: str | None = None,
@@ -90,6 +90,7 @@ def load_examples(
         FileNotFoundError: `source` looks like a file and is not there.
         ValueError: the file cannot be read, a column is missing, a row is bad, or nothing is left.
     """
+    source = str(source)
     if sample_by not in SAMPLE_BY:
         raise ValueError(f"`sample_by` must be one of {', '.join(SAMPLE_BY)}, got {sample_by!r}.")
     try:
