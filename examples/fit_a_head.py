@@ -22,6 +22,7 @@ from codd_hf.training.run import split_examples
 from codd_hf.training.settings import ConditionalConfig, GenerativeConfig, TrainConfig
 from codd_hf.training.stages import (
     fit_stage_one,
+    known_mask_token_id,
     load_start,
     start_of_stage_three,
     tokenize_parts,
@@ -62,9 +63,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # 1. The backbone, without a head, and the text as it reads it. The last examples are held out.
     model, tokenizer = load_start(args.backbone)
-    mask_token_id = model.config.mask_token_id or tokenizer.mask_token_id
+    mask_token_id = known_mask_token_id(config, model, tokenizer)
     train, validation, _ = split_examples(load_examples(args.dataset), args.num_validation, 0)
-    train, validation = tokenize_parts(config, tokenizer, train, validation)
+    train, validation = tokenize_parts(
+        config, tokenizer, train, validation, mask_token_id=mask_token_id
+    )
 
     # 2. Stages 1 and 2: a hidden Markov model of the text by EM, from clusters of the backbone's
     #    token embeddings; then its unigram law, which the backbone knows already, is divided out.

@@ -92,10 +92,11 @@ def train(config: TrainConfig) -> Path:
             skip_bad_rows=config.skip_bad_rows,
         )
     examples = split_examples(examples, config.num_validation, config.num_test)
+    repo_id = open_repository(config) if accelerator.is_main_process else None
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
     with locked(output / ".lock", f"`output_dir` {config.output_dir!r}", PartialState()):
-        return _train(config, output, examples, resume, accelerator)
+        return _train(config, output, examples, resume, repo_id, accelerator)
 
 
 def _train(
@@ -103,12 +104,12 @@ def _train(
     output: Path,
     examples: tuple[Sequence[Example], Sequence[Example], Sequence[Example]],
     resume: dict[str, str],
+    repo_id: str | None,
     accelerator: Accelerator,
 ) -> Path:
     """`train` in a folder that no other run writes to."""
     chosen = config.chosen_stages
     train_part, validation, test = examples
-    repo_id = open_repository(config) if accelerator.is_main_process else None
     if accelerator.is_main_process:
         (output / "train_config.json").write_text(json.dumps(asdict(config), indent=2))
         for stage in (s for s in chosen if resume[s] == "none"):
@@ -133,7 +134,7 @@ def _train(
     model, tokenizer = load_start(source)
     mask_token_id = known_mask_token_id(config, model, tokenizer)
     # Test data too: a bad row is to be found before hours have been spent on the others.
-    *parts, held_out = tokenize_parts(config, tokenizer, mask_token_id, *examples)
+    *parts, held_out = tokenize_parts(config, tokenizer, *examples, mask_token_id=mask_token_id)
 
     if "generative" in chosen:
         with tracking(config, "generative") as log:

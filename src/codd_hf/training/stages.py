@@ -101,8 +101,8 @@ def never_generated(tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> s
 def tokenize_parts(
     config: TrainConfig,
     tokenizer: PreTrainedTokenizerBase,
-    mask_token_id: int,
     *parts: Sequence[Example],
+    mask_token_id: int,
 ) -> list[list[TokenizedExample]]:
     """Each part of the examples, tokenized as the run's settings say."""
     return [
@@ -147,7 +147,7 @@ def pretrain(
         model, fit, settings = start.backbone, finetune_backbone, _further(config.pretraining)
         mask_token_id = known_mask_token_id(config, start, tokenizer)
         options["mask_token_id"] = mask_token_id
-    parts = tokenize_parts(config, tokenizer, mask_token_id, train_part, validation)
+    parts = tokenize_parts(config, tokenizer, train_part, validation, mask_token_id=mask_token_id)
     history = fit(model, tokenizer, *parts, folder, settings, log, **options)
     with replacing(finished) as new:
         new.write_text(json.dumps(history, indent=2))
