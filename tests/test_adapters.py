@@ -289,6 +289,21 @@ def test_adapters_of_a_model_are_those_of_its_backbone(model, tmp_path):
         model.add_adapter({"r": 2})
 
 
+def test_switching_heads_trains_nothing_that_was_not_trained(base, stored):
+    model = CoDDModel.from_backbone(base, random_head(), stored)
+    model.load_head(random_head(seed=3), "other", stored)
+    before = {name: p.requires_grad for name, p in model.backbone.named_parameters()}
+    assert not any(flag for name, flag in before.items() if "lora_" in name)
+    for name in ("other", "default", "other"):
+        model.set_head(name)
+        assert {n: p.requires_grad for n, p in model.backbone.named_parameters()} == before
+    model.set_adapter("other")
+    trained = {n for n, p in model.backbone.named_parameters() if p.requires_grad}
+    assert trained - {n for n, flag in before.items() if flag} == {
+        n for n in before if ".other." in n
+    }
+
+
 def test_adapter_that_changed_the_backbone_is_not_shared(model):
     other = random_head(seed=3)
     model.load_head(other, "other")
@@ -303,6 +318,8 @@ def test_adapter_that_changed_the_backbone_is_not_shared(model):
         model.load_head(other, "other")
     with pytest.raises(ValueError, match=r"'default' .*has changed the backbone's weights"):
         model.add_adapter(lora(), "second")
+    with pytest.raises(ValueError, match=r"'default' .*cannot be deleted"):
+        model.delete_adapter("default")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

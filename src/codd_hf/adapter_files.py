@@ -89,8 +89,6 @@ def read_adapter(
             config = _with_start(backbone, name, start, state)
             delete_adapter(backbone, name)
             add_adapter(backbone, config, name)
-        elif start in CHANGING_STARTS:
-            backbone.peft_config[name].init_lora_weights = start
         added = {key: p for key, p in backbone.named_parameters() if id(p) not in own}
         found = peft_module().set_peft_model_state_dict(backbone, state, name)
         if wrong := [*found.unexpected_keys, *(set(found.missing_keys) & added.keys())]:
@@ -100,6 +98,8 @@ def read_adapter(
             delete_adapter(backbone, name)
         restore(backbone, before)
         raise ValueError(misfit) from error
+    if start in CHANGING_STARTS and start_is_off:
+        backbone.peft_config[name].init_lora_weights = start
     for parameter in added.values():
         parameter.requires_grad_(False)
 

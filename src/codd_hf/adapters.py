@@ -142,10 +142,20 @@ def check_backbone_is_whole(backbone: nn.Module, user: str) -> None:
             )
 
 
-def set_adapter(backbone: nn.Module, name: str) -> None:
-    """Makes an adapter the active one, alone, and enables it."""
+def set_adapter(backbone: nn.Module, name: str, *, train: bool = True) -> None:
+    """Makes an adapter the active one, alone, and enables it.
+
+    Args:
+        backbone: carries it.
+        name: the adapter.
+        train: whether it is trained from now on, alone, as PEFT has it; else nothing of that is
+            changed.
+    """
+    trained = {} if train else {p: p.requires_grad for p in backbone.parameters()}
     enable_adapters(backbone)
     peft_module("peft.functional").set_adapter(backbone, name)
+    for parameter, flag in trained.items():
+        parameter.requires_grad_(flag)
 
 
 def enable_adapters(backbone: nn.Module, enabled: bool = True) -> None:
@@ -175,15 +185,20 @@ def delete_adapter(backbone: nn.Module, name: str) -> None:
     """Removes an adapter; if it was active, all others are switched off.
 
     Raises:
-        ValueError: its start was taken off the backbone's weights, or it is merged into them.
+        ValueError: it is merged into the backbone's weights, or has changed them by its start.
         KeyError: there is no such adapter.
     """
     config = backbone.peft_config[name]
     _check_not_merged(backbone)
+    if (start := getattr(config, "init_lora_weights", None)) in CHANGING_STARTS:
+        raise ValueError(
+            f"The adapter {name!r} (`init_lora_weights={start!r}`) cannot be deleted: it has "
+            "changed the backbone's weights, so load the model again instead."
+        )
     del backbone.peft_config[name]
     if name in active_state(backbone)[0]:
         for other in [*backbone.peft_config][:1]:  # else PEFT would choose one, and warn
-            set_adapter(backbone, other)
+            set_adapter(backbone, other, train=False)
         enable_adapters(backbone, not backbone.peft_config)
     prefix = f"{config.peft_type.value.lower()}_"
     peft_module("peft.functional").delete_adapter(backbone, name, prefix)
@@ -210,7 +225,7 @@ def active_state(backbone: nn.Module) -> tuple[list[str], bool]:
 
 def restore(backbone: nn.Module, state: tuple[list[str], bool]) -> None:
     for name in state[0][:1]:
-        set_adapter(backbone, name)
+        set_adapter(backbone, name, train=False)
         enable_adapters(backbone, state[1])
 
 

@@ -245,13 +245,13 @@ class HeadsMixin:
         """
         with self._lock:
             self._check_name(name)
+            if name in self._adapted_heads:
+                delete_adapter(self.backbone, name)
+                self._adapted_heads.remove(name)
             if name == self._head_name:
                 self._set_aside()
                 self.coupling_head = self.config.head_config = self._head_name = None
             del self._heads[name]
-            if name in self._adapted_heads:
-                self._adapted_heads.remove(name)
-                delete_adapter(self.backbone, name)
 
     def save_head(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Saves the active head as a small repository of its own, with the backbone's LoRA if any.
@@ -308,6 +308,6 @@ class HeadsMixin:
     def _switch_adapter(self, name: str) -> None:
         """Activates the adapter that belongs to a head; the user's own ones are left alone."""
         if name in self._adapted_heads:
-            set_adapter(self.backbone, name)
+            set_adapter(self.backbone, name, train=False)
         elif self._adapted_heads:
             enable_adapters(self.backbone, False)
