@@ -89,7 +89,12 @@ class DecodingArguments:
         infill, free_length = flag("infill", infill), flag("free_length", free_length)
         _check_attention(config.text_config, paradigm, block_length)
         generators("generator", generator, batch)
-        forced = per_row("forced_tokens", forced_tokens or {}, batch, partial(_forced, config))
+        forced = per_row(
+            "forced_tokens",
+            {} if forced_tokens is None else forced_tokens,
+            batch,
+            partial(_forced, config),
+        )
         if infill and (any(fewest) or any(forced)):
             name = "forced_tokens" if any(forced) else "min_new_tokens"
             raise ValueError(

@@ -372,7 +372,7 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
             use_chat_template=flag("use_chat_template", use_chat_template),
             add_generation_prompt=flag("add_generation_prompt", add_generation_prompt),
             chat_template_kwargs=chat,
-            infill=infill,
+            infill=said["infill"] is not None and flag("infill", said["infill"]),
         )
         task = task_of_call(said, self.model, ids.shape[1])
 
