@@ -314,7 +314,7 @@ def test_without_early_stop_all_tokens_are_generated_and_the_text_still_ends(
 
 def test_end_of_text_in_the_prompt_ends_nothing(pipe):
     prompt = [pipe.tokenizer.eos_token_id, 40, 41]
-    output = pipe(input_ids=prompt, **SHORT, eos_token_id=[1, pipe.tokenizer.eos_token_id])
+    output = pipe(input_ids=prompt, **SHORT, eos_token_id=[0, pipe.tokenizer.eos_token_id])
     assert not (output.sequences == pipe.tokenizer.eos_token_id).all()
 
 
