@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
-from codd_hf import CoDDConfig, CoDDHeadConfig, CoDDModel
+from codd_hf import CoDDConfig, CoDDHeadConfig, CoDDModel, CoDDScheduler
 from tiny import head_config, tiny_backbone
 
 
@@ -28,6 +29,7 @@ def test_bad_size_is_an_error_that_names_the_field_and_the_value(field, value):
     [
         ("num_latents", True),
         ("window_length", 10**9),
+        ("copy_length", 2**31),
         ("alpha", "1"),
         ("alpha", float("nan")),
         ("alpha", -1.0),
@@ -148,3 +150,46 @@ def test_sizes_are_the_backbones():
     config = CoDDConfig(text_config=text_config())
     assert (config.vocab_size, config.hidden_size) == (12, 16)
     assert (config.eos_token_id, config.pad_token_id) == (1, 0)
+
+
+def test_numbers_of_numpy_are_numbers_and_are_saved(tmp_path):
+    ids = {"mask_token_id": np.int64(2), "forbidden_token_ids": [np.int32(3)]}
+    config = CoDDHeadConfig(vocab_size=np.int64(12), alpha=np.float32(0.5), **ids)
+    config.save_pretrained(tmp_path)
+    loaded = CoDDHeadConfig.from_pretrained(tmp_path)
+    assert (loaded.vocab_size, loaded.alpha, loaded.forbidden_token_ids) == (12, 0.5, [3])
+    assert CoDDModel.from_backbone(tiny_backbone(), **ids).config.mask_token_id == 2
+
+
+def test_field_is_checked_whenever_it_is_set():
+    config = CoDDHeadConfig(vocab_size=12)
+    with pytest.raises(ValueError, match=r"^`num_latents` must be of type int, got 'x'\.$"):
+        config.num_latents = "x"
+    assert config.num_latents == 1024
+
+
+@pytest.mark.parametrize(
+    ("cls", "given"),
+    [
+        (CoDDHeadConfig, {"vocab_size": 12}),
+        (CoDDConfig, {"text_config": text_config()}),
+    ],
+)
+@pytest.mark.parametrize("field", ["num_latens", "transformers_weights", "foo"])
+def test_unknown_field_is_an_error_that_names_it(cls, given, field):
+    with pytest.raises(ValueError, match=f"^`{field}` is no field of the configuration .*got 'x'"):
+        cls(**given, **{field: "x"})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"temperature": "x"}, {"temperatur": 1.0}, {"top_k": 1.5}, {"strategy": 3}, {"threshold": 2}],
+)
+def test_stored_scheduler_of_unknown_or_wrong_settings_is_an_error_that_names_them(
+    fields, tmp_path
+):
+    CoDDScheduler().save_pretrained(tmp_path)
+    path = tmp_path / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(ValueError, match=f"^`{next(iter(fields))}` .*\\.$"):
+        CoDDScheduler.from_pretrained(tmp_path)

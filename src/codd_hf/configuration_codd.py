@@ -26,7 +26,8 @@ STRUCTURES = ("dense", "monarch")
 EMISSIONS = ("dense", "tied")
 CONDITIONINGS = ("latent", "gate", "low_rank", "copy")
 MAX_WINDOW_LENGTH = 1 << 16
-"""A tied circuit has no weights for its positions: only this bounds what a window may take."""
+"""No weights need be stored for positions: only this bounds what those of a window, or those before
+it that are copied from, may take."""
 MOST_LAYERS = 1 << 14
 """More layers or labels than any backbone has; transformers makes lists of so many entries."""
 COUNTS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks?|groups?|experts?|labels)|\w+_layers|depth")
@@ -239,11 +240,11 @@ class CoDDHeadConfig(PreTrainedConfig):
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {getattr(self, name)}.")
-        if self.window_length > MAX_WINDOW_LENGTH:
-            raise ValueError(
-                f"`window_length` must be at most {MAX_WINDOW_LENGTH:,}, got "
-                f"{self.window_length:,}."
-            )
+        for name in ("window_length", "copy_length"):
+            if getattr(self, name) > MAX_WINDOW_LENGTH:
+                raise ValueError(
+                    f"`{name}` must be at most {MAX_WINDOW_LENGTH:,}, got {getattr(self, name)}."
+                )
         if not 0 <= self.alpha <= sys.float_info.max:
             raise ValueError(f"`alpha` must be 0 or a positive number, got {self.alpha}.")
         if self.format_version != 1:
