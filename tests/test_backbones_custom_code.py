@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler, backbones
+from codd_hf.backbones.canvas_cache import cache_argument
 from tiny import BACKBONES, random_head, tiny_backbone
 
 CODE = Path(__file__).parent / "fixtures" / "custom_code"
@@ -171,7 +172,8 @@ def test_block_causal_decoder_is_the_one_run_block_by_block_on_a_cache(kind, att
         for block in ids[row : row + 1, real].split(BLOCK, dim=1):
             seen = cache.get_seq_length() + block.shape[1]
             everything = torch.zeros(1, 1, block.shape[1], seen)
-            blocks.append(backbone(block, attention_mask=everything, past_key_values=cache).logits)
+            seen_before = {cache_argument(backbone): cache}
+            blocks.append(backbone(block, attention_mask=everything, **seen_before).logits)
         assert torch.allclose(found[row, real], torch.cat(blocks, 1)[0], atol=1e-5)
     full = tiny_backbone(kind, attn_implementation=attention)
     assert (CoDDModel.from_backbone(full)(IDS).logits - model(IDS).logits).abs().max() > 1e-2
