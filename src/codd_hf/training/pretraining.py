@@ -7,7 +7,7 @@ number of tokens that could have been masked (LLaDA, arXiv 2502.09992, Eq. 3).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from .lora import add_lora, trained_in_float32
 from .muon import muon
 from .noise import Noise, sample_noise
 from .settings import PretrainingConfig
+from .task_stream import TaskStream
 from .watch import Log
 
 MAY_CHANGE = ("max_steps", "evaluation_steps", "checkpointing_steps")
@@ -80,7 +81,7 @@ def diffusion_loss(
 def pretrain_backbone(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    train: Sequence[TokenizedExample],
+    train: Sequence[TokenizedExample] | TaskStream,
     validation: Sequence[TokenizedExample],
     output_dir: str | Path,
     config: PretrainingConfig | None = None,
@@ -94,7 +95,7 @@ def pretrain_backbone(
     Args:
         model: a backbone whose family is known.
         tokenizer: its tokenizer, with mask, padding and end-of-text tokens.
-        train: what it learns from.
+        train: what it learns from, or a stream of it without end.
         validation: what it is measured on, with fixed noise.
         output_dir: receives the checkpoints, the model and the tokenizer.
         config: how to train.
@@ -135,7 +136,7 @@ def finetuning_config(lora: bool) -> PretrainingConfig:
 def finetune_backbone(
     backbone: PreTrainedModel | str | Path,
     tokenizer: PreTrainedTokenizerBase,
-    train: Sequence[TokenizedExample],
+    train: Sequence[TokenizedExample] | TaskStream,
     validation: Sequence[TokenizedExample],
     output_dir: str | Path,
     config: PretrainingConfig | None = None,
@@ -155,7 +156,7 @@ def finetune_backbone(
         backbone: a model, which is trained in place, or the folder or id of one; an autoregressive
             decoder becomes a bidirectional one by it.
         tokenizer: its tokenizer, with padding and end-of-text tokens.
-        train: what it learns from.
+        train: what it learns from, or a stream of it without end.
         validation: what it is measured on, with fixed noise.
         output_dir: receives the checkpoints, the result and the tokenizer. A run that goes on is
             given the backbone as it was before the first step.
@@ -240,7 +241,7 @@ def _train(
     model: PreTrainedModel,
     optimizers: list[torch.optim.Optimizer],
     noise: _Noise,
-    train: Sequence[TokenizedExample],
+    train: Sequence[TokenizedExample] | TaskStream,
     validation: Sequence[TokenizedExample],
     checkpoints: Checkpoints,
     resume_from_checkpoint: str | Path,
@@ -256,14 +257,12 @@ def _train(
     computing = autocast(precision, device)
     model.to(device).train()
     trained = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
-    windows = config.window_length
-    lengths = [len(e.prompt_ids) + -(-len(e.answer_ids) // windows) * windows for e in train]
     made_of = {
         **asdict(config),
         "mixed_precision": precision,
         "mask_token_id": noise.mask_token_id,
         "num_trained": sum(p.numel() for p in trained.values()),
-        "data": data_fingerprint(train),
+        "data": data_fingerprint(train.beginning() if isinstance(train, TaskStream) else train),
         "validation_data": data_fingerprint(validation),
         "model_settings": settings_fingerprint(model.config),
         **tokenizer_fingerprint(noise.tokenizer),
@@ -288,13 +287,11 @@ def _train(
         loop.show(f"The pretraining {going_on if loop.step < steps else 'is complete'}.")
     if loop.step < config.max_steps:
         loop.show(precision_note(precision, device))
-    batches = batch_indices(lengths, config.tokens_per_batch, config.seed, first_batch=loop.step)
+    batches = _batches(train, config, loop.step)
 
     def backward(step: int) -> tuple[dict[str, float], int, dict[str, str]]:
         seed = config.seed * 1_000_003 + step
-        canvas, drawn = noise.draw(
-            [train[i] for i in next(batches)], torch.Generator().manual_seed(seed)
-        )
+        canvas, drawn = noise.draw(next(batches), torch.Generator().manual_seed(seed))
         rate = config.learning_rate * _schedule(step, config)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -316,6 +313,18 @@ def _train(
     history = loop.run(backward, lambda: _evaluate(model, validation, noise))
     model.eval()
     return history
+
+
+def _batches(
+    train: Sequence[TokenizedExample] | TaskStream, config: PretrainingConfig, first_batch: int
+) -> Iterator[list[TokenizedExample]]:
+    """Endless batches; a pure function of the arguments and a batch's number."""
+    size, windows = config.tokens_per_batch, config.window_length
+    if isinstance(train, TaskStream):
+        yield from train.batches(size, windows, config.seed, first_batch)
+    lengths = [len(e.prompt_ids) + -(-len(e.answer_ids) // windows) * windows for e in train]
+    for indices in batch_indices(lengths, size, config.seed, first_batch):
+        yield [train[i] for i in indices]
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..locks import locked
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
+from ..tasks import TASKS
 from .checkpoint import Checkpoints
 from .conditional import fit_conditional
 from .data import Example, load_examples
@@ -81,17 +82,7 @@ def train(config: TrainConfig) -> Path:
     check_head_settings(config)
     resume = resume_choices(config)
     with accelerator.main_process_first():  # the others find what it has converted
-        examples = load_examples(
-            config.dataset,
-            prompt_column=config.prompt_column,
-            answer_column=config.answer_column,
-            remove_pattern=config.remove_pattern,
-            dataset_config=config.dataset_config,
-            split=config.split,
-            sample_by=config.sample_by,
-            skip_bad_rows=config.skip_bad_rows,
-        )
-    examples = split_examples(examples, config.num_validation, config.num_test)
+        examples = load_parts(config)
     repo_id = open_repository(config) if accelerator.is_main_process else None
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
@@ -203,6 +194,33 @@ def _train(
             tqdm.write(f"The pipeline is on the Hub: {pushed.repo_url}")
     accelerator.wait_for_everyone()
     return pipeline
+
+
+def load_parts(config: TrainConfig) -> tuple[Sequence[Example], ...]:
+    """Training, validation and test examples.
+
+    Raises:
+        FileNotFoundError: the dataset is not there.
+        ValueError: it cannot be used.
+    """
+    columns = {
+        "prompt_column": config.prompt_column,
+        "answer_column": config.answer_column,
+        "remove_pattern": config.remove_pattern,
+        "dataset_config": config.dataset_config,
+        "sample_by": config.sample_by,
+        "skip_bad_rows": config.skip_bad_rows,
+    }
+    examples = load_examples(config.dataset, split=config.split, **columns)
+    if config.dataset != TASKS:
+        return split_examples(examples, config.num_validation, config.num_test)
+    if not config.split.startswith("train"):
+        raise ValueError(f"`split` of {TASKS!r} must be a part of 'train', got {config.split!r}.")
+    held_out = [
+        load_examples(TASKS, split=f"{name}[:{number}]", **columns) if number else []
+        for name, number in (("validation", config.num_validation), ("test", config.num_test))
+    ]
+    return examples, *held_out
 
 
 def split_examples(

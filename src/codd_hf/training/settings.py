@@ -213,9 +213,11 @@ class TrainConfig:
     """What `train` does.
 
     Attributes:
-        dataset: a JSONL, Parquet or text file, or a Hub dataset id.
+        dataset: a JSONL, Parquet or text file, a Hub dataset id, or tasks: the package's own, which
+            pretraining reads without end and the other stages in a sample (split train[:50000]).
         output_dir: receives everything; a run that stopped is continued from it.
-        dataset_config: configuration of a Hub dataset, such as main.
+        dataset_config: configuration of a Hub dataset, such as main; or the kinds of tasks, such as
+            records,sums.
         split: split of the dataset, or a part of one, such as train[:1000].
         sample_by: what is one text of a text file: line, paragraph or document.
         backbone: a path or Hub id of a backbone, or of a CoDD model or pipeline, whose own head is

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import is_of_a_library, reason
+from ..tasks import TASKS, sample_tasks
 from .encoding import is_text
 from .rows import SAMPLE_BY, BadRowError, Row, RowReport, file_kind, read_rows, short
 
@@ -75,7 +76,8 @@ def load_examples(
 
     Args:
         source: a path that ends in .jsonl, .json, .txt (each may be packed, with .gz) or .parquet,
-            a Hub dataset id, or a folder that `datasets` can read.
+            a Hub dataset id, a folder that `datasets` can read, or `tasks`: the package's own,
+            whose kinds are `dataset_config`.
         prompt_column: the column that is given; without it texts have no prompt.
         answer_column: the column that is generated, or of conversations; found by its usual name
             (answer, completion, messages, conversations, text) if not given.
@@ -90,6 +92,12 @@ def load_examples(
         FileNotFoundError: `source` looks like a file and is not there.
         ValueError: the file cannot be read, a column is missing, a row is bad, or nothing is left.
     """
+    if source == TASKS:
+        columns = {"prompt_column": prompt_column, "answer_column": answer_column}
+        for name, value in (columns | {"remove_pattern": remove_pattern}).items():
+            if value is not None:
+                raise ValueError(f"`{name}` must not be given with {TASKS!r}, got {value!r}.")
+        return [Example(t.question, t.answer) for t in sample_tasks(split, dataset_config)]
     source = str(source)
     if sample_by not in SAMPLE_BY:
         raise ValueError(f"`sample_by` must be one of {', '.join(SAMPLE_BY)}, got {sample_by!r}.")

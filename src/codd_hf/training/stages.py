@@ -25,6 +25,7 @@ from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..repositories import explained, locate
+from ..tasks import TASKS
 from .checkpoint import Checkpoints
 from .data import Example, TokenizedExample, tokenize_examples
 from .files import replacing
@@ -37,6 +38,7 @@ from .pretraining import (
 )
 from .rows import RowReport
 from .settings import PretrainingConfig, TrainConfig
+from .task_stream import TaskStream
 from .tokenizers import train_tokenizer
 from .watch import Log
 
@@ -148,6 +150,8 @@ def pretrain(
         mask_token_id = known_mask_token_id(config, start, tokenizer)
         options["mask_token_id"] = mask_token_id
     parts = tokenize_parts(config, tokenizer, train_part, validation, mask_token_id=mask_token_id)
+    if config.dataset == TASKS:
+        parts[0] = TaskStream(tokenizer, config.dataset_config, config.max_length)
     history = fit(model, tokenizer, *parts, folder, settings, log, **options)
     with replacing(finished) as new:
         new.write_text(json.dumps(history, indent=2))

@@ -1,0 +1,60 @@
+"""Numbers or names are put in order."""
+
+from __future__ import annotations
+
+import re
+from random import Random
+
+from .ranges import NUM_SORTED, SORTED
+from .task import Mark, Task, listed
+from .words import NAMES
+
+QUESTIONS = {
+    ("numbers", False): (
+        "Sort from small to large: {}.",
+        "Put {} in order, the smallest first.",
+        "Order {} from low to high.",
+    ),
+    ("numbers", True): (
+        "Sort from large to small: {}.",
+        "Put {} in order, the largest first.",
+        "Order {} from high to low.",
+    ),
+    ("names", False): (
+        "Sort by the alphabet: {}.",
+        "Put {} in order from A to Z.",
+        "Order {} by name.",
+    ),
+    ("names", True): (
+        "Sort from Z to A: {}.",
+        "Put {} in order from Z to A.",
+        "Order {} by name, the last one first.",
+    ),
+}
+ITEM = re.compile(r"[0-9]+|\b(?:" + "|".join(NAMES) + r")\b")
+SIGN = re.compile(r"[<>]")
+
+
+def draw(rng: Random) -> Task:
+    """A task with a few distinct numbers or names."""
+    what, falling = rng.choice(list(QUESTIONS))
+    items = rng.sample(SORTED if what == "numbers" else NAMES, rng.choice(NUM_SORTED))
+    ordered = [str(item) for item in sorted(items, reverse=falling)]
+    given = rng.choice((listed(items), ", ".join(map(str, items))))
+    question = rng.choice(QUESTIONS[what, falling]).format(given)
+    sign = " > " if falling else " < "
+    plain = ", ".join(ordered)
+    answer = rng.choice((plain, sign.join(ordered), f"In order: {plain}", f"{listed(ordered)}."))
+    return Task("ordering", question, answer, f"{what} {falling} {sorted(items)}")
+
+
+def check(task: Task, text: str) -> list[Mark]:
+    """Whether each item is at its place, and whether signs between them say what is true."""
+    truth, found = ITEM.findall(task.answer), ITEM.findall(text)
+    marks = [
+        Mark(item, place < len(truth) and item == truth[place]) for place, item in enumerate(found)
+    ]
+    marks += [Mark(item, False) for item in truth[len(found) :]]
+    numbers = truth[0].isdigit()
+    falls = int(truth[0]) > int(truth[1]) if numbers else truth[0] > truth[1]
+    return marks + [Mark(sign, (sign == ">") == falls) for sign in SIGN.findall(text)]

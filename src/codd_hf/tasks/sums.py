@@ -1,0 +1,41 @@
+"""Sums, differences and products, worked out step by step in GSM8K's answer format."""
+
+from __future__ import annotations
+
+from random import Random
+
+from .equations import check_worked_answer
+from .ranges import FACTOR, NUM_TERMS, TERM
+from .task import Mark, Task
+
+QUESTIONS = ("What is {}?", "Work out {}.", "How much is {}?", "{} = ?")
+ANSWERS = (
+    lambda steps: "\n".join(steps),
+    lambda steps: " and ".join(steps),
+    lambda steps: "First " + ", then ".join(steps) + ".",
+)
+
+
+def draw(rng: Random) -> Task:
+    """A task of two or three numbers; no difference on the way is negative."""
+    num_steps = rng.choice(NUM_TERMS) - 1
+    if rng.random() < 0.3:
+        total, factor = rng.choice(FACTOR), rng.choice(FACTOR)
+        expression, steps = f"{total} * {factor}", [f"{total}*{factor}={total * factor}"]
+        total *= factor
+    else:
+        total = rng.choice(TERM)
+        expression, steps = str(total), []
+    while len(steps) < num_steps:
+        term = rng.choice(TERM)
+        sign = "-" if term <= total and rng.random() < 0.5 else "+"
+        value = total + term if sign == "+" else total - term
+        steps.append(f"{total}{sign}{term}={value}")
+        expression, total = f"{expression} {sign} {term}", value
+    answer = f"{rng.choice(ANSWERS)(steps)}\n#### {total}"
+    return Task("sums", rng.choice(QUESTIONS).format(expression), answer, expression)
+
+
+def check(task: Task, text: str) -> list[Mark]:
+    """Whether each equation is true, and the result right."""
+    return check_worked_answer(task.answer, text)

@@ -1,0 +1,193 @@
+"""Promises of the made-up tasks: right answers pass, others do not, and test tasks are unseen."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from itertools import islice, pairwise
+
+import pytest
+
+from codd_hf.tasks import (
+    KINDS,
+    Task,
+    check,
+    draw_tasks,
+    is_right,
+    sample_tasks,
+    split_of,
+)
+from codd_hf.tasks.equations import equations, result
+from codd_hf.tasks.word_problems import PROBLEMS
+
+SPLITS = ("train", "validation", "test")
+
+
+def some(kind: str, number: int = 400, split: str = "train") -> list[Task]:
+    return list(islice(draw_tasks(split, 0, [kind]), number))
+
+
+def wrong_parts(kind: str, answer: str, text: str) -> list[str]:
+    marks = check(Task(kind, "", answer, ""), text)
+    return [mark.part for mark in marks if not mark.right]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_answer_passes_the_checker_of_its_kind(kind):
+    for task in some(kind):
+        assert is_right(task, task.answer), task
+        assert is_right(task, f"{task.answer}\n" if kind != "dates" else task.answer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answer_with_another_digit_or_name_fails(kind):
+    """A digit or a capital letter is replaced; where there is none, the task has names alone."""
+    draw = random.Random(1)
+    for task in some(kind):
+        places = [m.start() for m in re.finditer(r"[0-9]|(?<=\")[A-Z]", task.answer)]
+        places = places or [m.start() for m in re.finditer(r"[A-HJ-Z](?=[a-z])", task.answer)][1:]
+        place = draw.choice(places)
+        other = str((int(task.answer[place]) + 1) % 10) if task.answer[place].isdigit() else "Q"
+        spoilt = task.answer[:place] + other + task.answer[place + 1 :]
+        assert not is_right(task, spoilt), (task, spoilt)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answer_to_another_task_fails(kind):
+    for task, other in pairwise(some(kind)):
+        results = result(task.answer), result(other.answer)
+        if results[0] != results[1] or (results[0] is None and task.content != other.content):
+            assert not is_right(task, other.answer), (task, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", " ", "\0", "\ud800", "{}", "[]", "null", "NaN", '{"name": NaN}', "####", "#### x", "=",
+        "<>" * 9, "1/0=1", "9" * 5000, "0-" * 9000, "1" * 30_000, "1 " * 15_000, "=" * 10_000,
+        "-" * 9000 + "=", "9*" * 9000 + "9=1", '{"a":' * 9000, "[" * 30_000, "4th of May " * 3000,
+        "4 May, " * 4000, "1,000" * 6000, "x " * 9000, "#### " * 6000, "Ann " * 6000,
+    ],
+)  # fmt: skip
+def test_no_text_is_right_by_accident_nor_breaks_a_checker_nor_takes_long(kind, text):
+    task = some(kind, 1)[0]
+    start = time.process_time()
+    assert not is_right(task, text)
+    assert time.process_time() - start < 5
+
+
+def test_record_may_have_its_fields_in_any_order_but_no_other_values():
+    answer = '{"name": "Ann", "age": 31}'
+    assert wrong_parts("records", answer, '{"age":31,"name":"Ann"}') == []
+    assert wrong_parts("records", answer, '{"age": 13, "name": "Ann"}') == ["age"]
+    assert wrong_parts("records", answer, '{"age": "31", "name": "Ann"}') == ["age"]
+    assert wrong_parts("records", answer, '{"age": 31.0, "name": "Ann"}') == ["age"]
+    assert wrong_parts("records", '{"age": 1}', '{"age": true}') == ["age"]
+    assert wrong_parts("records", answer, '{"age": 31}') == ["name"]
+    assert wrong_parts("records", answer, '{"age": 31, "name": "Ann", "job": "cook"}') == ["job"]
+    assert wrong_parts("records", answer, '{"age": 3, "age": 31, "name": "Ann"}') == ["JSON"]
+    assert wrong_parts("records", answer, '{"age": 31, "name": "Ann"') == ["JSON"]
+
+
+def test_order_is_that_of_items_whatever_stands_between_and_signs_must_be_true():
+    assert wrong_parts("ordering", "3, 9, 12", "They are 3 < 9 < 12.") == []
+    assert wrong_parts("ordering", "3, 9, 12", "3 > 9 > 12") == [">", ">"]
+    assert wrong_parts("ordering", "12, 9, 3", "12 > 9 > 3") == []
+    assert wrong_parts("ordering", "3, 9, 12", "3, 12, 9") == ["12", "9"]
+    assert wrong_parts("ordering", "3, 9, 12", "3, 9") == ["12"]
+    assert wrong_parts("ordering", "3, 9, 12", "3, 9, 12, 12") == ["12"]
+    assert wrong_parts("ordering", "Ann, Bob", "Bob and Ann") == ["Bob", "Ann"]
+
+
+def test_each_written_equation_and_the_result_are_marked():
+    answer = "3*4=12\n#### 12"
+    for kind in ("sums", "word problems"):
+        assert wrong_parts(kind, answer, "#### 12") == []
+        assert wrong_parts(kind, answer, "3*4=13 eggs\n#### 12") == ["3*4=13"]
+        assert wrong_parts(kind, answer, "3*4=12 eggs\n#### 13") == ["#### 13"]
+        assert wrong_parts(kind, answer, "3*4=12 eggs. So 12.") == ["no result"]
+        assert wrong_parts(kind, answer, "#### 12\nor so") == ["no result"]
+        assert wrong_parts(kind, answer, "3*=12\n#### 12") == ["3*=12"]
+
+
+@pytest.mark.parametrize(
+    ("text", "marks"),
+    [
+        ("5*3=$15, and 15-20=-5.", [True, True]),
+        ("1,000+1=1,001", [True]),
+        ("3 \N{MULTIPLICATION SIGN} 4 x 2 = 24 = 25", [True, False]),
+        ("2+3*4=14; 12/5=2.4; 1/3=0.33", [True, True, False]),
+        ("box =3", [False]),
+        ("4/0=0", [False]),
+        ("no equation, 12 eggs", []),
+    ],
+)
+def test_equations_of_a_text_are_found_and_computed(text, marks):
+    assert [mark.right for mark in equations(text)] == marks
+
+
+def test_date_is_right_in_the_form_that_is_asked_for_alone():
+    assert wrong_parts("dates", "2019-03-04", "That was on 2019-03-04, then.") == []
+    assert wrong_parts("dates", "2019-03-04", "2019-04-03") == ["day", "month"]
+    assert wrong_parts("dates", "2019-03-04", "4 March 2019") == ["date"]
+    assert wrong_parts("dates", "2019-03-04", "2019-03-04 2019-03-04") == ["date"]
+    for right in ("4 March 2019", "March 4, 2019", "It is the 4th of March 2019."):
+        assert wrong_parts("dates", "March 4, 2019", right) == []
+    assert wrong_parts("dates", "4 March 2019", "14 March 2019") == ["day"]
+    assert wrong_parts("dates", "4 March 2019", "2019-03-04") == ["date"]
+
+
+def test_seed_and_split_determine_the_tasks():
+    first = list(islice(draw_tasks("train", 3), 50))
+    assert list(islice(draw_tasks("train", 3), 50)) == first
+    assert list(islice(draw_tasks("train", 4), 50)) != first
+    assert {task.kind for task in first} == set(KINDS)
+    assert sample_tasks("test[:20]") == sample_tasks("test[:30]")[:20]
+
+
+def test_splits_are_disjoint_in_content_and_in_questions():
+    tasks = {split: list(islice(draw_tasks(split, 0), 3000)) for split in SPLITS}
+    for split, drawn in tasks.items():
+        assert {split_of(task) for task in drawn} == {split}
+        for other in (tasks[name] for name in SPLITS if name != split):
+            for key in (lambda t: (t.kind, t.content), lambda t: t.question):
+                assert not {key(t) for t in drawn} & {key(t) for t in other}
+
+
+def test_wording_does_not_decide_the_split():
+    by_content: dict = {}
+    for task in islice(draw_tasks("train", 0, ["sums"]), 4000):
+        by_content.setdefault(task.content, set()).add((task.question, task.answer))
+    most = max(by_content.values(), key=len)
+    assert len({question for question, _ in most}) > 2
+    assert len({answer for _, answer in most}) > 1
+
+
+def test_word_problems_have_kinds_of_one_to_three_steps_all_of_which_are_drawn():
+    steps: dict[str, int] = {}
+    for task in some("word problems", 1000):
+        name = task.content.rstrip(" 0123456789")
+        steps[name] = len(equations(task.answer))
+    assert steps.keys() == PROBLEMS.keys()
+    assert len(steps) >= 8
+    assert set(steps.values()) == {1, 2, 3}
+
+
+def test_question_of_a_record_holds_every_value():
+    for task in some("records"):
+        assert all(str(value) in task.question for value in json.loads(task.answer).values())
+
+
+@pytest.mark.parametrize("split", ["dev", "train[:0]", "train[5:]", "", "train[:10"])
+def test_split_that_is_not_there_is_refused(split):
+    with pytest.raises(ValueError, match="`split`"):
+        sample_tasks(split)
+
+
+@pytest.mark.parametrize("kinds", ["riddles", "", "sums,", "sums;dates"])
+def test_kind_that_is_not_there_is_refused(kinds):
+    with pytest.raises(ValueError, match="`kinds` must be among records, ordering, sums"):
+        sample_tasks(kinds=kinds)
