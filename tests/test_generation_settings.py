@@ -272,3 +272,13 @@ def test_mask_token_ends_no_text():
     for door in (of_pipe, of_model):
         with pytest.raises(ValueError, match="`eos_token_id` must not hold the mask token"):
             door(pipe if door is of_pipe else pipe.model, gen_length=4, eos_token_id=[3, mask])
+
+
+def test_end_token_that_the_tokenizer_alone_knows_is_stored_for_the_model(tmp_path):
+    pipe = tiny_pipeline(sampling="marginal")
+    tokens = pipe.tokenizer.eos_token_id, pipe.tokenizer.pad_token_id
+    for config in (pipe.model.config.text_config, pipe.model.generation_config):
+        config.eos_token_id = config.pad_token_id = None
+    pipe.save_pretrained(tmp_path)
+    stored = CoDDModel.from_pretrained(tmp_path).generation_config
+    assert (stored.eos_token_id, stored.pad_token_id) == ([tokens[0]], tokens[1])

@@ -126,8 +126,17 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """The model's, with the settings of the scheduler; what is saved with the model."""
-        return with_settings_of(self.model.generation_config, self.scheduler)
+        """The model's, with the settings of the scheduler; what is saved with the model.
+
+        Special tokens that the model does not know are the tokenizer's.
+        """
+        config = with_settings_of(self.model.generation_config, self.scheduler)
+        said = self.said_of_task()
+        if config.eos_token_id is None and said["eos_token_id"]:
+            config.eos_token_id = said["eos_token_id"]
+        if config.pad_token_id is None:
+            config.pad_token_id = said["pad_token_id"]
+        return config
 
     @property
     def num_timesteps(self) -> int:
