@@ -152,6 +152,13 @@ def test_batch_masks_one_window_of_the_answer_and_labels_it(collator):
     assert not torch.equal(collator(given)["input_ids"], ids)
 
 
+def test_batch_of_one_always_has_something_to_learn(collator):
+    torch.manual_seed(0)
+    for _ in range(40):
+        batch = collator(features(1))
+        assert ((batch["input_ids"] == MASK) & (batch["labels"] != -100)).any()
+
+
 def test_evaluation_set_keeps_its_noise(collator):
     given = features(30)
     state = torch.get_rng_state()
