@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 
+from .arguments import floats
 from .circuits import (
     Context,
     ContextMaps,
@@ -352,6 +353,8 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
     def _context(self, logits, observed, last_hidden_state, present, preceding) -> Context:
         leading = logits.shape[:2] if isinstance(logits, torch.Tensor) else logits.batch_shape
         shape = (*leading, self.config.context_size)
+        if last_hidden_state is not None:
+            last_hidden_state = floats("last_hidden_state", last_hidden_state, logits.device)
         if last_hidden_state is None or tuple(last_hidden_state.shape) != shape:
             given = None if last_hidden_state is None else tuple(last_hidden_state.shape)
             raise ValueError(
