@@ -36,10 +36,10 @@ def test_text_that_looks_like_something_else_is_text(text, tmp_path):
         ("a.jsonl", codecs.BOM_UTF8 + LINES.replace("\n", "\r\n").encode()),
         ("a.jsonl", LINES.encode("utf-16")),
         ("a.jsonl", LINES.encode("utf-32")),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
         ("a.json", LINES.encode()),
         ("a.json", codecs.BOM_UTF8 + json.dumps(ANSWERS, indent=1).encode()),
-        ("a.json.gz", gzip.compress(json.dumps(ANSWERS).encode("utf-16"))),
+        ("a.json.gz", gzip.compress(json.dumps(ANSWERS).encode("utf-16"), mtime=0)),
     ],
 )
 def test_rows_are_the_same_in_every_form_of_a_file(name, content, tmp_path):
@@ -154,7 +154,7 @@ def test_bad_row_is_refused_by_its_number_or_left_out_and_listed(line, said, tmp
         ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.json", b"[1]", "is not a JSON object"),
         ("a.jsonl.gz", b"no gzip", "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-9], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], "cannot be read"),
         ("a.txt", b"\xff\xfe\x00", "cannot be read"),
         ("a.txt", b"a\n\xff\n", "line 2 is not text"),
     ],
