@@ -7,7 +7,18 @@ from typing import NamedTuple
 import torch
 from torch.distributions import Distribution
 
-from ..arguments import check_shape, check_tokens, flags, integer, integers, several, shown
+from ..arguments import (
+    FACTORS,
+    check_shape,
+    check_tokens,
+    flags,
+    integer,
+    integers,
+    is_factor,
+    number,
+    several,
+    shown,
+)
 from . import chain as chains
 from .best import best_evidence
 from .checks import check_shapes
@@ -364,6 +375,7 @@ class CoupledCategorical(Conditionals, Distribution):
 
     def with_temperature(self, temperature: float) -> CoupledCategorical:
         """The same distribution at another evidence temperature."""
+        number("temperature", temperature, f"above 0, {FACTORS}", is_factor)
         if temperature == self.temperature:
             return self
         if not isinstance(self.logits, torch.Tensor):
