@@ -38,6 +38,12 @@ class LatentChain:
             logits, how = self.logits.to(self._dtype), (self.temperature, self.forbidden)
             if not self.top_k:
                 prediction = DenseEvidence.from_logits(logits, *how)
+                undefined = prediction.log_probs[..., 0].isnan() & self.masked
+                if not torch.compiler.is_compiling() and bool(undefined.any()):
+                    raise ValueError(
+                        "`logits` hold NaN or infinity in row "
+                        f"{int(undefined.nonzero()[0, 0])}: check what made them."
+                    )
                 if not (torch.compiler.is_compiling() or prediction.log_probs.requires_grad):
                     self._known_in_prediction = True
                     self._sure_where_observed(prediction.log_probs, ours=True)
