@@ -36,7 +36,8 @@ def test_the_row_of_a_batch_is_named(pipe):
         pipe(["Tom has", HALF], use_chat_template=False, **SHORT)
 
 
-def test_what_a_tokenizer_cannot_encode_is_one_sentence(pipe, monkeypatch):
-    monkeypatch.setattr(pipe.tokenizer, "model_max_length", "many")
+def test_what_a_tokenizer_cannot_encode_is_one_sentence():
+    pipe = tiny_pipeline()
+    pipe.tokenizer.model_max_length = "many"
     with pytest.raises(ValueError, match=r"`prompt`.* a text cannot be encoded by the tokenizer"):
         pipe("Tom has", **SHORT)
