@@ -215,6 +215,12 @@ HIDDEN = torch.tensor([[5, 6, MASK]])
         ),
         (lambda m: m(HIDDEN, labels=HIDDEN), "`labels` must be -100 or tokens that the model may"),
         (lambda m: m(IDS, labels=IDS), "`labels` supervise tokens, but `input_ids` hold the mask"),
+        (
+            lambda m: m(
+                HIDDEN, (HIDDEN != MASK).long(), labels=torch.where(HIDDEN == MASK, 6, -100)
+            ),
+            "hold the mask token (2) at none of them but padding: mask some",
+        ),
         (lambda m: m(HIDDEN, position_ids=HIDDEN + 126), "`position_ids` must be from 0 to 127"),
         (lambda m: m(HIDDEN, window_start=3), "`window_start` must have shape (1,), got ()"),
         (lambda m: m(HIDDEN, token_type_ids=HIDDEN[0]), "`token_type_ids` must have shape (1, 3)"),

@@ -410,6 +410,7 @@ def test_run_is_not_continued_with_other_settings_or_another_input(
         ('{"question": "a"}\n', {"seed": 2**64}, "`seed` must be from"),
         ('{"question": "a"}\n', {"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ('{"question": "a"}\n', {"strategy": "luck"}, "`strategy`"),
+        ('{"question": "a"}\n', {"temperature": float("nan")}, "`temperature` must be 0"),
     ],
 )
 def test_what_cannot_be_answered_is_one_sentence_that_gives_the_line(
@@ -420,8 +421,7 @@ def test_what_cannot_be_answered_is_one_sentence_that_gives_the_line(
     with pytest.raises(ValueError, match=said):
         answer_jsonl(pipe, source, tmp_path / "answers.jsonl", **LENGTHS, **options)
     assert not (tmp_path / "answers.jsonl").exists()
-    if "strategy" not in options:
-        assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-32"])

@@ -186,3 +186,45 @@ def test_text_without_labels_is_all_answer_and_one_without_an_answer_is_refused(
         ValueError, match=r"`labels` must leave a token to learn, got -100 for all 3"
     ):
         collator([{"input_ids": [5, 6, 7], "labels": [-100] * 3}])
+
+
+@pytest.mark.parametrize(
+    ("feature", "said"),
+    [
+        ({"input_ids": [5.5, 6]}, "`input_ids` must be integers, got torch.float32"),
+        ({"input_ids": [True, False]}, "`input_ids` must be integers, got torch.bool"),
+        ({"input_ids": "56"}, "`input_ids` must be a tensor, an array, or rows"),
+        (
+            {"input_ids": [[5, 6]]},
+            r"`input_ids` of a feature must have shape \[length\], got \(1, 2\)",
+        ),
+        ({"input_ids": [5, 6], "labels": [5.0, 6.0]}, "`labels` must be integers, got"),
+        (
+            {"text": "a"},
+            r"`features` must hold at least one, each with `input_ids`, got \[\['text'\]",
+        ),
+    ],
+)
+def test_feature_without_tokens_is_named(collator, feature, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        collator([feature])
+    with pytest.raises(ValueError, match=r"`features` must hold at least one, .* got \[\]"):
+        collator([])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mask_token_id": 1.5},
+        {"mask_token_id": -1},
+        {"mask_token_id": None},
+        {"window_length": 0},
+        {"max_extra_windows": -1},
+        {"mean_span_length": float("nan")},
+        {"tokenizer": None},
+    ],
+)
+def test_collator_checks_its_settings_when_it_is_made(tiny_tokenizer, wrong):
+    arguments = {"tokenizer": tiny_tokenizer, "mask_token_id": MASK, "window_length": 4}
+    with pytest.raises((TypeError, ValueError), match=f"`{next(iter(wrong))}` must be .*, got"):
+        DataCollatorForMaskedDiffusion(**arguments | wrong)

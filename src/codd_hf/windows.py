@@ -280,6 +280,8 @@ class WindowsMixin:
 
     def _loss(self, states, input_ids, attention_mask, labels, head: CallHead) -> torch.Tensor:
         supervised = (labels != -100) & (input_ids == self.config.mask_token_id)
+        if attention_mask is not None:
+            supervised &= attention_mask.bool()
         first = (labels != -100).long().argmax(1)
         window = (torch.arange(labels.shape[1], device=labels.device) - first[:, None]).div(
             head.window_length, rounding_mode="floor"
@@ -289,7 +291,7 @@ class WindowsMixin:
             if bool((labels != -100).any()):
                 raise ValueError(
                     "`labels` supervise tokens, but `input_ids` hold the mask token "
-                    f"({self.config.mask_token_id}) at none of them: mask some, as "
+                    f"({self.config.mask_token_id}) at none of them but padding: mask some, as "
                     "`DataCollatorForMaskedDiffusion` does, or give -100 as all `labels`."
                 )
             return 0.0 * states.last_hidden_state.sum()

@@ -110,6 +110,20 @@ def test_pred_logits_are_those_after_the_processors():
     torch.testing.assert_close(output.pred_logits.exp(), expected)
 
 
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda scores: None, "must be a tensor, an array, or rows of equal length, got None"),
+        (lambda scores: scores[:, :3], "must have shape (4, 12), got (4, 3)"),
+        (lambda scores: scores.long(), "must be floating-point numbers, got torch.int64"),
+    ],
+)
+def test_processors_that_return_no_scores_are_named(model, returned, said):
+    with pytest.raises((TypeError, ValueError)) as error:
+        model.generate(PROMPT, logits_processor=lambda ids, scores: returned(scores), **SHORT)
+    assert str(error.value) == f"`scores` of `logits_processor` {said}."
+
+
 @pytest.mark.parametrize("sampling", MODES)
 def test_forbidden_tokens_lose_their_potential_before_the_circuit_sees_them(sampling):
     """Not renormalised afterwards: the law of the others is the one given their absence."""

@@ -210,3 +210,19 @@ def test_backbone_without_a_mask_token_needs_one_named(tiny_tokenizer, examples,
     tokenizer.mask_token = None
     with pytest.raises(ValueError, match="`mask_token_id` must be given"):
         finetune(tokenizer, examples, tmp_path, new_backbone(tiny_tokenizer))
+
+
+def test_pretraining_that_diverges_says_so_and_leaves_no_backbone(
+    tiny_tokenizer, examples, tmp_path
+):
+    with pytest.raises(FloatingPointError, match=r"validation's .* is nan: lower `learning_rate`"):
+        run(tiny_tokenizer, examples, tmp_path, max_steps=2, learning_rate=1e30, evaluation_steps=1)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("size", [7, 130])
+def test_hidden_size_that_attention_cannot_share_is_named(tiny_tokenizer, size):
+    with pytest.raises(
+        ValueError, match=rf"`hidden_size` must give each .*, got {size}: take a mul"
+    ):
+        small_backbone_config(tiny_tokenizer, hidden_size=size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 
 import numpy as np
@@ -54,6 +55,25 @@ def test_every_stage_checks_its_numbers_and_takes_numpys(kind):
                 kind(**{name: wrong})
         same = kind(**{name: np.float64(value) if isinstance(value, float) else np.int64(value)})
         assert json.dumps(asdict(same)) == json.dumps(asdict(kind()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (ConditionalConfig, "evidence_temperature", 0.0),
+        (ConditionalConfig, "evidence_temperature", 1e30),
+        (JointConfig, "evidence_temperature", 0.0),
+        (EvidenceConfig, "temperature", 1e-30),
+        (PretrainingConfig, "window_length", 1),
+        (PretrainingConfig, "window_probability", 2.0),
+        (PretrainingConfig, "decay_fraction", 1.5),
+    ],
+)
+def test_number_that_a_stage_cannot_compute_with_is_named_before_anything_runs(kind, name, value):
+    with pytest.raises(
+        ValueError, match=rf"`{name}` must be at (least|most) .*, got {re.escape(repr(value))}"
+    ):
+        kind(**{name: value})
 
 
 def test_window_of_one_token_is_one_sentence_on_the_command_line(capsys):

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from ..decoding import lay_out
 from ..decoding_arguments import DecodingArguments
-from ..generation_settings import task_of_call
+from ..generation_settings import SETTINGS, task_of_call
 from ..locks import locked
 from ..training.fingerprint import PASSING, weights_fingerprint
 from .jsonl_files import RunFiles
@@ -101,6 +101,8 @@ def answer_jsonl(
             f"`seed` must be from -2**63 to 2**64 - 1 in each row, which gets `seed` plus its "
             f"number, got {seed} for {len(rows)} rows."
         )
+    draws = {name: settings[name] for name in SETTINGS if name in settings}
+    pipeline.scheduler.draw_settings(**draws).check_vocabulary(pipeline.model.config.vocab_size)
     lengths = {"gen_length": gen_length, "num_inference_steps": num_inference_steps}
     run = {
         "input_sha256": rows.sha256,

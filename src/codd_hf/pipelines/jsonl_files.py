@@ -68,7 +68,7 @@ class RunFiles:
         before = self._begun()
         for name in {**before, **self.run}:
             theirs, ours = before.get(name), self.run.get(name)
-            if theirs != ours:
+            if json.dumps(theirs) != json.dumps(ours):  # NaN is itself here
                 what = DIGESTS.get(name, f"`{name}` {theirs!r}, not {ours!r}")
                 raise ValueError(
                     f"`output` {str(self.output)!r} was begun with {what}: run it as it was to go "

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..arguments import check_callable
+from ..arguments import check_callable, check_shape, floats
 from .settings import DrawSettings
 
 PROCESSOR = "transformers' processors, or a function of ids and scores"
+RETURNED = "scores` of `logits_processor"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class Controls:
             scores: `[n, vocab]` log-probabilities.
             rows: `[n]` the row of `text` that each line belongs to, in order.
             text: what the rows hold.
+
+        Raises:
+            TypeError: the processor returns no scores.
+            ValueError: it returns scores of another shape.
         """
         if self.repetition_penalty != 1:
             at = text.known.nonzero(as_tuple=True)
@@ -90,6 +95,9 @@ class Controls:
             parts = []
             for row in rows.unique_consecutive().tolist():
                 own = scores[rows == row]
-                parts.append(self.processor(text.ids(row).expand(len(own), -1), own))
+                ids = text.ids(row).expand(len(own), -1)
+                processed = floats(RETURNED, self.processor(ids, own))
+                check_shape(RETURNED, processed, own.shape)
+                parts.append(processed.to(own))
             scores = torch.cat(parts) if parts else scores
         return scores

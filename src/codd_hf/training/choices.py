@@ -9,6 +9,7 @@ from typing import Any
 
 LOSSES = ("elbo", "token")
 PRECISIONS = ("auto", "no", "bf16")
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-6, 1e6  # what circuits take
 
 
 def check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -22,11 +23,12 @@ def check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be {choices}, got {value!r}.")
 
 
-def check_numbers(config: Any, **least: float) -> None:
+def check_numbers(config: Any, most: dict[str, float] | None = None, **least: float) -> None:
     """Raises unless all numbers among a configuration's settings are in their range.
 
     Args:
         config: a dataclass, whose numbers become Python's own (numpy's are not JSON).
+        most: the largest value of a setting that has one.
         **least: the smallest value of a setting; usually 1 of whole numbers and 0 of others.
 
     Raises:
@@ -45,4 +47,6 @@ def check_numbers(config: Any, **least: float) -> None:
             raise ValueError(f"`{field.name}` must be {noun}, got {value!r}.")
         if value < low:
             raise ValueError(f"`{field.name}` must be at least {low}, got {value!r}.")
+        if value > (most or {}).get(field.name, math.inf):
+            raise ValueError(f"`{field.name}` must be at most {most[field.name]}, got {value!r}.")
         setattr(config, field.name, int(value) if whole else float(value))

@@ -10,6 +10,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments import integers, shown
+from .choices import check_numbers
 from .data import TokenizedExample, padding_token_id
 from .encoding import encode_texts
 from .window_cache import draw_windows
@@ -37,6 +39,10 @@ class DataCollatorForMaskedDiffusion:
         window_length: the head's (`model.window_length`).
         max_extra_windows: canvases end with up to this many windows of end-of-text.
         mean_span_length: mean length of the spans that are masked together; 1: each token alone.
+
+    Raises:
+        TypeError: there is no tokenizer.
+        ValueError: a number is out of its range.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -45,13 +51,27 @@ class DataCollatorForMaskedDiffusion:
     max_extra_windows: int = 1
     mean_span_length: float = 1.0
 
+    def __post_init__(self):
+        if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(f"`tokenizer` must be a tokenizer, got {shown(self.tokenizer)}.")
+        check_numbers(self, mask_token_id=0, max_extra_windows=0, mean_span_length=1)
+
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch: `input_ids`, `attention_mask` and `labels`, `[batch, length]` each.
 
         Labels are the text in the noised window, masked there or not, so that the model aligns its
         windows with it, and -100 elsewhere. At least one of them is masked. Features
         that `fixed` made are only padded.
+
+        Raises:
+            TypeError: tokens are no integers.
+            ValueError: there is no feature, one has nothing to learn, or its parts do not match.
         """
+        if not features or any("input_ids" not in feature for feature in features):
+            raise ValueError(
+                "`features` must hold at least one, each with `input_ids`, got "
+                f"{shown([list(feature) for feature in features])}."
+            )
         fixed = [_is_noised(feature) for feature in features]
         if all(fixed):
             return self._padded(features)
@@ -107,9 +127,13 @@ class DataCollatorForMaskedDiffusion:
         return columns
 
     def _example(self, feature: Mapping[str, Any]) -> TokenizedExample:
-        ids = [int(token) for token in feature["input_ids"]]
-        labels = feature.get("labels")
-        labels = ids if labels is None else [int(label) for label in labels]
+        ids = integers("input_ids", feature["input_ids"])
+        if ids.ndim != 1:
+            raise ValueError(
+                f"`input_ids` of a feature must have shape [length], got {tuple(ids.shape)}."
+            )
+        labels = ids if feature.get("labels") is None else integers("labels", feature["labels"])
+        ids, labels = ids.tolist(), labels.tolist()
         real = feature.get("attention_mask", [1] * len(ids))
         if not len(ids) == len(labels) == len(real):
             raise ValueError(

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .choices import LOSSES, PRECISIONS, check_numbers, check_one_of
+from .choices import (
+    HIGHEST_TEMPERATURE,
+    LOSSES,
+    LOWEST_TEMPERATURE,
+    PRECISIONS,
+    check_numbers,
+    check_one_of,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -76,7 +83,15 @@ class JointConfig:
     seed: int = 0
 
     def __post_init__(self):
-        check_numbers(self, warmup_steps=0, max_extra_windows=0, mean_span_length=1, seed=0)
+        check_numbers(
+            self,
+            most={"evidence_temperature": HIGHEST_TEMPERATURE},
+            evidence_temperature=LOWEST_TEMPERATURE,
+            warmup_steps=0,
+            max_extra_windows=0,
+            mean_span_length=1,
+            seed=0,
+        )
         check_one_of("backbone", self.backbone, tuple(BACKBONE_RATES))
         check_one_of("loss", self.loss, LOSSES)
         check_one_of("mixed_precision", self.mixed_precision, PRECISIONS)

@@ -47,13 +47,23 @@ def small_backbone_config(
     num_layers: int = 4,
     max_position_embeddings: int = 2048,
 ) -> LlamaConfig:
-    """A bidirectional Llama of a few million parameters (the embedded default's shape)."""
+    """A bidirectional Llama of a few million parameters (the embedded default's shape).
+
+    Raises:
+        ValueError: a head of attention would not have an even number of features.
+    """
+    num_heads = max(hidden_size // 64, 1)
+    if hidden_size % (2 * num_heads):
+        raise ValueError(
+            f"`hidden_size` must give each of {num_heads} attention heads an even number of "
+            f"features, got {hidden_size}: take a multiple of 64."
+        )
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=hidden_size * 11 // 4,
         num_hidden_layers=num_layers,
-        num_attention_heads=max(hidden_size // 64, 1),
+        num_attention_heads=num_heads,
         max_position_embeddings=max_position_embeddings,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -352,6 +362,12 @@ def _evaluate(
             total += (loss if name == "elbo" else losses.mean()).item() * size
             count += size
         result[name] = total / count
+        if not math.isfinite(result[name]):
+            raise FloatingPointError(
+                f"The validation's {name} is {result[name]}: lower `learning_rate` (now "
+                f"{noise.config.learning_rate}) or `weight_decay` (now "
+                f"{noise.config.weight_decay}), or use `mixed_precision='no'`."
+            )
     model.train()
     return result
 

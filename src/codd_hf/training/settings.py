@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from .choices import LOSSES, PRECISIONS, check_numbers, check_one_of
+from .choices import (
+    HIGHEST_TEMPERATURE,
+    LOSSES,
+    LOWEST_TEMPERATURE,
+    PRECISIONS,
+    check_numbers,
+    check_one_of,
+)
 from .joint_settings import JointConfig
 
 STAGES = ("pretraining", "generative", "conditional", "joint")
@@ -49,7 +56,15 @@ class PretrainingConfig:
     seed: int = 0
 
     def __post_init__(self):
-        check_numbers(self, warmup_steps=0, max_extra_windows=0, mean_span_length=1, seed=0)
+        check_numbers(
+            self,
+            most={"decay_fraction": 1, "window_probability": 1},
+            window_length=2,  # of one token, nothing is seen beside the mask
+            warmup_steps=0,
+            max_extra_windows=0,
+            mean_span_length=1,
+            seed=0,
+        )
         check_one_of("mixed_precision", self.mixed_precision, PRECISIONS)
 
 
@@ -119,7 +134,14 @@ class EvidenceConfig:
     seed: int = 0
 
     def __post_init__(self):
-        check_numbers(self, max_extra_windows=0, mean_span_length=1, seed=0)
+        check_numbers(
+            self,
+            most={"temperature": HIGHEST_TEMPERATURE},
+            temperature=LOWEST_TEMPERATURE,
+            max_extra_windows=0,
+            mean_span_length=1,
+            seed=0,
+        )
         check_one_of("mixed_precision", self.mixed_precision, PRECISIONS)
         check_one_of("precision", self.precision, ("half", "single"))
 
@@ -181,7 +203,15 @@ class ConditionalConfig:
     seed: int = 0
 
     def __post_init__(self):
-        check_numbers(self, warmup_steps=0, max_extra_windows=0, mean_span_length=1, seed=0)
+        check_numbers(
+            self,
+            most={"evidence_temperature": HIGHEST_TEMPERATURE},
+            evidence_temperature=LOWEST_TEMPERATURE,
+            warmup_steps=0,
+            max_extra_windows=0,
+            mean_span_length=1,
+            seed=0,
+        )
         check_one_of("keep", self.keep, ("last", "best"))
         check_one_of("loss", self.loss, LOSSES)
         self.evidence(self.num_draws, self.seed)
