@@ -6,10 +6,17 @@ import json
 
 import numpy as np
 import pytest
-from transformers import BertConfig, GPT2Config, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+)
 
-from codd_hf import CoDDConfig, CoDDHeadConfig, CoDDModel, CoDDScheduler
-from tiny import head_config, tiny_backbone
+from codd_hf import CoDDConfig, CoDDHead, CoDDHeadConfig, CoDDModel, CoDDScheduler
+from tiny import head_config, tiny_backbone, tiny_model
 
 
 def text_config() -> LlamaConfig:
@@ -166,6 +173,28 @@ def test_field_is_checked_whenever_it_is_set():
     with pytest.raises(ValueError, match=r"^`num_latents` must be of type int, got 'x'\.$"):
         config.num_latents = "x"
     assert config.num_latents == 1024
+
+
+PLACED = {"mask_token_id": 12, "forbidden_token_ids": [-1]}
+
+
+@pytest.mark.parametrize(("field", "value"), [*PLACED.items(), ("coupling", "x")])
+def test_what_is_said_in_place_of_a_models_file_is_checked_as_the_file_is(field, value, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    for cls in (CoDDConfig, AutoConfig, CoDDModel, AutoModelForCausalLM):
+        with pytest.raises(ValueError, match=f"`{field}`.* must .*, got"):
+            cls.from_pretrained(tmp_path, **{field: value})
+    assert CoDDModel.from_pretrained(tmp_path, coupling="latent").config.coupling == "latent"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [*PLACED.items(), ("evidence_top_k", -4), ("conditioning", ["x"])]
+)
+def test_what_is_said_in_place_of_a_heads_file_is_checked_as_the_file_is(field, value, tmp_path):
+    tiny_model().coupling_head.save_pretrained(tmp_path)
+    for cls in (CoDDHeadConfig, AutoConfig, CoDDHead, AutoModel):
+        with pytest.raises(ValueError, match=f"`{field}`.* must .*, got"):
+            cls.from_pretrained(tmp_path, **{field: value})
 
 
 @pytest.mark.parametrize(

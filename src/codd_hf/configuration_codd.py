@@ -74,11 +74,13 @@ def one_sentence(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """Makes a configuration strict: each refusal is a ValueError of one sentence.
 
     Types are checked whenever a field is set; what the methods `validate_*` check, when the
-    configuration is made or saved; and unknown fields are refused when it is made.
+    configuration is made or saved; and unknown fields are refused when it is made. What a caller
+    says in place of a file's fields is checked as those are.
     """
     cls = strict(cls)
     types = {field.name: field.type for field in fields(cls)}
     init, assign, validate = cls.__init__, cls.__setattr__, cls.validate
+    from_dict = cls.from_dict.__func__
 
     def __init__(self, **given: Any) -> None:
         unknown = [name for name in given if name not in types and name not in OF_TRANSFORMERS]
@@ -112,7 +114,13 @@ def one_sentence(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         except StrictDataclassClassValidationError as error:
             raise error.__cause__ from None
 
+    def read(cls: type[PreTrainedConfig], config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        own = [name for name in kwargs if name in types and name not in OF_TRANSFORMERS]
+        said = {name: kwargs.pop(name) for name in own}
+        return from_dict(cls, {**config_dict, **said}, **kwargs)
+
     cls.__init__, cls.__setattr__, cls.validate = __init__, __setattr__, validated
+    cls.from_dict = classmethod(read)
     return cls
 
 

@@ -166,10 +166,14 @@ def test_shards_that_a_kill_left_out_are_written_and_the_others_kept(
     assert not list(tmp_path.glob("*.new"))
 
 
-def test_damaged_shard_is_an_error_that_says_what_to_do(tiny_tokenizer, tmp_path):
+@pytest.mark.parametrize("pattern", ["*.arrow", "state.json", "dataset_info.json"])
+@pytest.mark.parametrize("content", [None, b"{", b"[]", b"{}"])
+def test_damaged_shard_is_an_error_that_says_what_to_do(tiny_tokenizer, tmp_path, pattern, content):
+    if (pattern, content) == ("dataset_info.json", b"{}"):
+        return  # it says nothing that the shards do not
     write(new_model(tiny_tokenizer), tiny_tokenizer, tmp_path)
-    shard = next(tmp_path.glob("*.arrow"))
-    shard.write_bytes(shard.read_bytes()[:200])
+    shard = next(tmp_path.glob(pattern))
+    shard.write_bytes(shard.read_bytes()[:20] if content is None else content)
     with pytest.raises(ValueError, match=r"is damaged .* delete the folder"):
         WindowCache.open(tmp_path)
 

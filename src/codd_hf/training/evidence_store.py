@@ -113,7 +113,14 @@ def open_shards(folder: Path) -> list[NoisedWindows]:
         raise FileNotFoundError(f"{str(folder)!r} holds no complete evidence: write it first.")
     try:
         table = load_from_disk(str(folder)).data
-    except (pa.ArrowException, OSError) as error:
+    except (
+        pa.ArrowException,
+        AttributeError,
+        KeyError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ValueError(
             f"The evidence in {str(folder)!r} is damaged ({error}): delete the folder, and it is "
             "written anew."
