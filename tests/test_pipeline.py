@@ -379,6 +379,16 @@ def test_callback_must_return_a_dict_and_keep_the_shape(pipe):
         )
 
 
+@pytest.mark.parametrize("change", [lambda canvas: canvas * 0 - 1, lambda canvas: canvas + 0.5])
+def test_canvas_of_a_callback_must_hold_tokens(pipe, change):
+    with pytest.raises((TypeError, ValueError), match=r"`canvas` must (hold|be) .*, got"):
+        pipe(
+            input_ids=PROMPTS[0],
+            **SHORT,
+            callback_on_step_end=lambda p, s, t, kwargs: {"canvas": change(kwargs["canvas"])},
+        )
+
+
 def test_progress_bar_configuration_is_left_alone(pipe):
     before = dict(pipe._progress_bar_config)
     pipe(input_ids=PROMPTS[0], **SHORT)

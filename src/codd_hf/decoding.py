@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from .arguments import check_callable, end_tokens, flag
+from .arguments import check_callable, check_tokens, end_tokens, flag, integers
 from .canvas import Canvas, filler
 from .canvas_reader import CanvasReader
 from .circuits.random import Generators
@@ -220,11 +220,13 @@ def denoise(
                 timestep = torch.tensor(1 - number / most_steps)
                 returned = on_step(num_passes, timestep, record.state(canvas))
                 if returned is not None:
+                    returned = integers("canvas", returned, canvas.tokens.device)
                     if returned.shape != canvas.tokens.shape:
                         raise ValueError(
                             f"`canvas` returned by the callback must keep its shape "
                             f"{tuple(canvas.tokens.shape)}, got {tuple(returned.shape)}."
                         )
+                    check_tokens("canvas", returned, model.config.vocab_size)
                     canvas.tokens = returned.clone()
             if bar is not None:
                 bar.update()

@@ -72,6 +72,7 @@ class DecodingArguments:
         check_scheduler(scheduler)
         if config.mask_token_id is None:
             raise ValueError("`mask_token_id` is not known: give it to `from_backbone`.")
+        token_id("mask_token_id", config.mask_token_id, config.vocab_size)
         for name, value in (("paradigm", paradigm), ("windowing", windowing)):
             choice(name, value, CHOICES[name])
         at_least_1 = partial(integer, least=1, most=MOST_STEPS)

@@ -56,6 +56,16 @@ WITHOUT_EFFECT = (
     "transformers_version",
 )
 """What transformers' callers pass along and what changes nothing here."""
+OFF_AT_ONE = (
+    "encoder_repetition_penalty",
+    "guidance_scale",
+    "length_penalty",
+    "num_beam_groups",
+    "num_beams",
+    "top_h",
+    "typical_p",
+)
+"""Of what transformers knows and decoding by diffusion has not: 1 asks for nothing."""
 
 
 def generate(
@@ -224,10 +234,10 @@ def _check_names(*sources: dict[str, Any]) -> None:
         for name, value in source.items():
             if name in (*CONFIGURABLE, *WITHOUT_EFFECT) or name.startswith("_"):
                 continue
-            if name in known_elsewhere and not _is_off(value):
+            if name in known_elsewhere and not _is_off(name, value):
                 raise ValueError(
-                    f"`{name}={value!r}` asks for something that decoding by diffusion has not: "
-                    f"leave it out; what can be set is {', '.join(CONFIGURABLE)}."
+                    f"`{name}={shown(value)}` asks for something that decoding by diffusion has "
+                    f"not: leave it out; what can be set is {', '.join(CONFIGURABLE)}."
                 )
             if name not in known_elsewhere and source is sources[0]:
                 raise TypeError(
@@ -235,10 +245,13 @@ def _check_names(*sources: dict[str, Any]) -> None:
                 )
 
 
-def _is_off(value: Any) -> bool:
-    """Whether a value asks for nothing, as `num_beams=1` or `repetition_penalty=1.0`."""
+def _is_off(name: str, value: Any) -> bool:
+    """Whether a value asks for nothing, as `num_beams=1` or `length_penalty=0.0`."""
     value = scalar(value)
-    return value is None or value is False or (type(value) in (int, float) and value in (0, 1))
+    if value is None or value is False:
+        return True
+    off = () if name.endswith("_token_id") else (0, 1) if name in OFF_AT_ONE else (0,)
+    return type(value) in (int, float) and value in off
 
 
 def _parameters_of(function: Callable) -> list[str]:

@@ -10,7 +10,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from .arguments import check_callable, check_unmasked, integer, rows_of_ids, several, shown
+from .arguments import (
+    check_callable,
+    check_unmasked,
+    integer,
+    rows_of_ids,
+    several,
+    shown,
+    token_id,
+)
 from .canvas import check_size
 from .training.encoding import encode_as_written
 
@@ -70,6 +78,7 @@ def score(
     """
     if model.config.mask_token_id is None:
         raise ValueError("`mask_token_id` is not known: give it to `from_backbone`.")
+    token_id("mask_token_id", model.config.mask_token_id, model.config.vocab_size)
     batch_size = integer("batch_size", batch_size, least=1)
     check_callable("tokenizer", tokenizer, "a tokenizer")
     rows = {
