@@ -9,7 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -23,7 +26,6 @@ from .adapters import (
     check_room_for,
     delete_adapter,
     lora_layers,
-    peft_module,
     restore,
 )
 
@@ -79,7 +81,7 @@ def read_adapter(
                 f"go on offloaded ones as {layer!r}: load the backbone without `device_map`."
             )
     used |= {"init_lora_weights": True, "inference_mode": True}
-    config = peft_module().LoraConfig(**used)
+    config = peft.LoraConfig(**used)
     before = active_state(backbone)
     own = {id(parameter) for parameter in backbone.parameters()}
     try:
@@ -90,7 +92,7 @@ def read_adapter(
             delete_adapter(backbone, name)
             add_adapter(backbone, config, name)
         added = {key: p for key, p in backbone.named_parameters() if id(p) not in own}
-        found = peft_module().set_peft_model_state_dict(backbone, state, name)
+        found = peft.set_peft_model_state_dict(backbone, state, name)
         if wrong := [*found.unexpected_keys, *(set(found.missing_keys) & added.keys())]:
             raise ValueError(f"Weights that are missing, or that no layer has: {wrong[:3]}.")
     except (KeyError, RuntimeError, ValueError) as error:  # other shapes or names
@@ -123,13 +125,12 @@ def _check_sizes(
         ValueError: there are; with the text of `misfit`, if other layers are wanted.
     """
     ranks, wanted = _ranks(state), SimpleNamespace(target_parameters=None, **used)
-    chosen = peft_module("peft.tuners.tuners_utils").check_target_module_exists
-    of_pattern = peft_module("peft.utils.other").get_pattern_key
-    if {name for name, _ in backbone.named_modules() if chosen(wanted, name)} != ranks.keys():
+    layers = [name for name, _ in backbone.named_modules()]
+    if {name for name in layers if check_target_module_exists(wanted, name)} != ranks.keys():
         raise ValueError(misfit)
     of_layers = used.get("rank_pattern", {})
     for layer, stored in ranks.items():
-        rank = of_layers.get(of_pattern(of_layers.keys(), layer), used.get("r", 8))
+        rank = of_layers.get(get_pattern_key(of_layers.keys(), layer), used.get("r", 8))
         if rank != stored:
             raise ValueError(
                 f"`r` or `rank_pattern` of an adapter must be the rank of its stored weights, "

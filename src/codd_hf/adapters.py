@@ -6,23 +6,18 @@ holds the adapters' configurations (`backbone.peft_config`), also where PEFT wra
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+from peft import functional
 from torch import nn
 
 from .adapter_settings import CHANGING_STARTS, PLAIN_STARTS, check_adapter_settings
-
-
-def peft_module(module: str = "peft") -> Any:
-    # An import statement would make transformers ask for PEFT where this code is loaded as part of
-    # a repository (`hub.export`), adapter or not.
-    return importlib.import_module(module)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -65,7 +60,7 @@ def add_adapter(backbone: nn.Module, config: Any, name: str, *, to_be_filled: bo
     try:
         with warnings.catch_warnings():  # of several adapters, which is what is wanted
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
-            peft_module().inject_adapter_in_model(config, backbone, name)
+            peft.inject_adapter_in_model(config, backbone, name)
         missed = set(config.modules_to_save or ()) - {"coupling_head"}
         for key, layer in adapter_layers(backbone).items():
             if name in getattr(layer, "modules_to_save", ()):
@@ -84,7 +79,7 @@ def add_adapter(backbone: nn.Module, config: Any, name: str, *, to_be_filled: bo
             f"{told} of an adapter must name layers of the backbone that PEFT can adapt "
             f"({str(error).partition(chr(10))[0][:120]})."
         ) from error
-    peft_module("peft.functional").cast_adapter_dtype(backbone, name)
+    functional.cast_adapter_dtype(backbone, name)
     backbone._hf_peft_config_loaded = True  # how transformers knows of it
     backbone.train(training)
     set_adapter(backbone, name)
@@ -153,7 +148,7 @@ def set_adapter(backbone: nn.Module, name: str, *, train: bool = True) -> None:
     """
     trained = {} if train else {p: p.requires_grad for p in backbone.parameters()}
     enable_adapters(backbone)
-    peft_module("peft.functional").set_adapter(backbone, name)
+    functional.set_adapter(backbone, name)
     for parameter, flag in trained.items():
         parameter.requires_grad_(flag)
 
@@ -201,7 +196,7 @@ def delete_adapter(backbone: nn.Module, name: str) -> None:
             set_adapter(backbone, other, train=False)
         enable_adapters(backbone, not backbone.peft_config)
     prefix = f"{config.peft_type.value.lower()}_"
-    peft_module("peft.functional").delete_adapter(backbone, name, prefix)
+    functional.delete_adapter(backbone, name, prefix)
     if not backbone.peft_config:
         del backbone.peft_config
         backbone._hf_peft_config_loaded = False
@@ -326,7 +321,7 @@ def without_adapters(
 
 def adapter_state_dict(backbone: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """An adapter's weights, without its name. Embeddings are the backbone's and not among them."""
-    return peft_module().get_peft_model_state_dict(
+    return peft.get_peft_model_state_dict(
         backbone, backbone.state_dict(), adapter_name=name, save_embedding_layers=False
     )
 

@@ -72,7 +72,7 @@ def check_head_model_and_pipeline_are_pushed(work):
     commit = model.coupling_head.push_to_hub("tester/head", license="mit", datasets="openai/gsm8k")
     assert commit.repo_url.repo_id == "tester/head"
     results = [EvalResult("text-generation", "openai/gsm8k", "GSM8K", "accuracy", 0.5)]
-    model.push_to_hub("model", custom_code=True, license="mit", eval_results=results)
+    model.push_to_hub("model", license="mit", eval_results=results)
     tokenizer.push_to_hub("tester/model")
     pipe.push_to_hub("tester/pipeline", commit_message="The first pipeline")
     save_file(model.state_dict(), work / "expected.safetensors")

@@ -72,9 +72,8 @@ def test_repositories_hold_weights_as_safetensors_and_a_card_that_the_hub_accept
         assert weights in files
         assert not errors_in_card(files["README.md"].decode())
     assert not {path for path in hub.files("tester/pipeline") if path.endswith("/README.md")}
-    assert {"modeling_codd.py", "configuration_codd.py", "tokenizer.json"} <= set(
-        hub.files("tester/model")
-    )
+    assert "tokenizer.json" in hub.files("tester/model")
+    assert not {path for path in hub.files("tester/model") if path.endswith(".py")}
     index = json.loads(hub.files("tester/pipeline")["model_index.json"])
     assert index["_class_name"] == "CoDDPipeline"
     assert index["model"] == ["codd_hf.modeling_codd", "CoDDModel"]

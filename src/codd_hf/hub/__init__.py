@@ -1,13 +1,11 @@
-"""Sharing: model cards, pushing to the Hub, and the code that a repository can carry along."""
+"""Sharing: model cards and pushing to the Hub."""
 
 from .cards import make_card
-from .export import export_code
 from .publishing import HeadPublishing, ModelPublishing, PipelinePublishing
 
 __all__ = [
     "HeadPublishing",
     "ModelPublishing",
     "PipelinePublishing",
-    "export_code",
     "make_card",
 ]

@@ -76,7 +76,7 @@ def make_card(
     datasets: str | list[str] | None = None,
     eval_results: list[EvalResult] | None = None,
     tags: list[str] | None = None,
-    custom_code: bool = False,
+    comes_with_code: bool = False,
     training: str | None = None,
 ) -> ModelCard:
     """The card of a repository.
@@ -88,7 +88,7 @@ def make_card(
         datasets: ids of the data sets that it was trained on, if they are to be named.
         eval_results: measured results, if there are any.
         tags: further tags.
-        custom_code: whether the repository holds its own code.
+        comes_with_code: whether the repository holds its own code.
         training: what is to be said of the training, in Markdown; the card is then marked as one
             that the next training may replace.
     """
@@ -109,7 +109,7 @@ def make_card(
     parts.append(
         f"## Use\n\nWith the package codd-hf:\n\n```python\n{_usage(artifact, repo_id)}```"
     )
-    if custom_code:
+    if comes_with_code:
         auto_class = "AutoModel" if artifact.kind == "head" else "AutoModelForCausalLM"
         parts.append(
             "Without it, by the code in this repository (which transformers runs only if asked "

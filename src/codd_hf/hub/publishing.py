@@ -25,7 +25,6 @@ from ..adapter_files import ADAPTER_FILES
 from ..names import is_local
 from ..repositories import reaching_hub
 from .cards import Artifact, complete_card, make_card
-from .export import export_code
 
 CARD = "README.md"
 FACTS = ("license", "datasets", "eval_results", "tags")
@@ -97,7 +96,7 @@ class Publishing:
             datasets=datasets,
             eval_results=eval_results,
             tags=tags,
-            custom_code=kwargs.get("custom_code", False) or _comes_with_code(self),
+            comes_with_code=_comes_with_code(self),
         )
         present = _card_of_repository(api, repo_id, revision)
         if present is not None:
@@ -121,12 +120,15 @@ class Publishing:
                 create_pr=create_pr,
             )
 
-    def _write_card(self, folder: Path, options: dict[str, Any], custom_code: bool = False) -> None:
+    def _write_card(self, folder: Path, options: dict[str, Any]) -> None:
         """Adds a card to a folder that has none."""
         if not (folder / CARD).exists():
             facts = {name: options[name] for name in FACTS if name in options}
             name = options.get("repo_id", folder.resolve().name)
-            make_card(self._artifact(), name, custom_code=custom_code, **facts).save(folder / CARD)
+            card = make_card(
+                self._artifact(), name, comes_with_code=_comes_with_code(self), **facts
+            )
+            card.save(folder / CARD)
 
 
 class WeightsPublishing(Publishing):
@@ -138,7 +140,6 @@ class WeightsPublishing(Publishing):
         is_main_process: bool = True,
         *,
         push_to_hub: bool = False,
-        custom_code: bool = False,
         max_shard_size: int | str = "50GB",
         variant: str | None = None,
         save_peft_format: bool = True,
@@ -150,8 +151,6 @@ class WeightsPublishing(Publishing):
             save_directory: a folder, created if it does not exist.
             is_main_process: whether this process is the one that writes.
             push_to_hub: also push to `repo_id`, or else to a repository of the folder's name.
-            custom_code: write the code too, so that transformers' `trust_remote_code=True` loads
-                the folder where codd-hf is not installed.
             max_shard_size: as in transformers.
             variant: as in transformers.
             save_peft_format: as in transformers.
@@ -159,8 +158,7 @@ class WeightsPublishing(Publishing):
                 `license`, `datasets`, `eval_results` and `tags` go into a new card.
         """
         options = _take_options(kwargs)
-        comes_with_code = _comes_with_code(self)
-        if not comes_with_code and hasattr(self.config, "auto_map"):
+        if not _comes_with_code(self) and hasattr(self.config, "auto_map"):
             del self.config.auto_map  # it names code beside the files that were loaded
         super().save_pretrained(
             save_directory,
@@ -173,13 +171,10 @@ class WeightsPublishing(Publishing):
         if not is_main_process:
             return
         folder = Path(save_directory)
-        if custom_code and not comes_with_code:
-            export_code(folder, type(self))
-        self._write_card(folder, options, custom_code or comes_with_code)
+        self._write_card(folder, options)
         if push_to_hub:
             self.push_to_hub(
                 options.pop("repo_id", folder.resolve().name),
-                custom_code=custom_code,
                 max_shard_size=max_shard_size,
                 variant=variant,
                 **options,
