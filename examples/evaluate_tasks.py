@@ -15,7 +15,7 @@ from itertools import islice
 from transformers import AutoTokenizer
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
-from codd_hf.tasks import KINDS, draw_tasks, is_right
+from codd_hf.data.tasks import KINDS, draw_tasks, is_right
 
 WINDOW, NUM_WINDOWS = 32, 2
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from codd_hf import CoDDModel, CoDDPipeline, default_model
-from codd_hf.training.conditional import fit_conditional
-from codd_hf.training.data import load_examples
+from codd_hf.data.canvases import load_examples
+from codd_hf.training.fits.conditional import fit_conditional
 from codd_hf.training.run import split_examples
 from codd_hf.training.settings import ConditionalConfig, GenerativeConfig, TrainConfig
 from codd_hf.training.stages import (

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from codd_hf import CoDDPipeline, default_model
-from codd_hf.training.data import load_examples, tokenize_examples
-from codd_hf.training.joint import fit_joint
+from codd_hf.data.canvases import load_examples, tokenize_examples
+from codd_hf.training.evidence.live_windows import window_scores
+from codd_hf.training.fits.joint import fit_joint
 from codd_hf.training.joint_settings import JointConfig
-from codd_hf.training.live_windows import window_scores
 from codd_hf.training.run import split_examples
 
 

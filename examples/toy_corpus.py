@@ -19,10 +19,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from codd_hf import CoDDHead, CoDDHeadConfig, CoDDModel, CoDDPipeline, CoDDScheduler
-from codd_hf.training.conditional import fit_conditional
-from codd_hf.training.data import TokenizedExample
-from codd_hf.training.generative import fit_generative, text_windows
-from codd_hf.training.pretraining import pretrain_backbone, small_backbone_config
+from codd_hf.data.canvases import TokenizedExample
+from codd_hf.training.fits.conditional import fit_conditional
+from codd_hf.training.fits.generative import fit_generative, text_windows
+from codd_hf.training.fits.pretraining import pretrain_backbone, small_backbone_config
 from codd_hf.training.settings import ConditionalConfig, GenerativeConfig, PretrainingConfig
 
 LENGTH = 16

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+from codd_hf.data.tokenizers import train_tokenizer
 from codd_hf.training.run import train
 from codd_hf.training.settings import (
     ConditionalConfig,
@@ -19,7 +20,6 @@ from codd_hf.training.settings import (
     PretrainingConfig,
     TrainConfig,
 )
-from codd_hf.training.tokenizers import train_tokenizer
 from tiny import SENTENCES
 
 

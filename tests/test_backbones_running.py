@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
-from codd_hf.adapters import add_adapter
+from codd_hf.coupling.adapters import add_adapter
 from tiny import random_head
 
 FIXTURES = Path(__file__).parent / "fixtures"

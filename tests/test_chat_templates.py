@@ -9,9 +9,9 @@ from time import monotonic
 
 import pytest
 
-from codd_hf import chat_templates
-from codd_hf.chat_templates import bounded_templates
-from codd_hf.training.encoding import encode_chats
+from codd_hf.text import chat_templates
+from codd_hf.text.chat_templates import bounded_templates
+from codd_hf.text.encoding import encode_chats
 from tiny_pipeline import tiny_pipeline
 
 CHAT = [

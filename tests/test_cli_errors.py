@@ -19,11 +19,11 @@ import torch
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
+from codd_hf.checks.errors import is_of_a_library, printable, reading
 from codd_hf.cli import convert, main
 from codd_hf.cli.failures import is_refusal
 from codd_hf.cli.printing import one_line
 from codd_hf.configuration_codd import check_coupling
-from codd_hf.errors import is_of_a_library, printable, reading
 from tiny_pipeline import save_tiny_pipeline, tiny_pipeline
 
 HOSTILE = "a\x1b[31mb\x1b]0;title\x07\x9b2J\r\x08\x7f\u202ec\u2066d\u200fe\nf"

@@ -10,8 +10,8 @@ import pytest
 from peft import LoraConfig
 
 from codd_hf import CoDDHead, CoDDModel, CoDDPipeline
-from codd_hf.adapters import add_adapter
 from codd_hf.cli import main
+from codd_hf.coupling.adapters import add_adapter
 from tiny_pipeline import tiny_pipeline
 
 SHORT = ["--gen-length", "8", "--block-length", "4", "--num-inference-steps", "2"]

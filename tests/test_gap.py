@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from codd_hf import CoDDHead, CoDDModel, CoDDPipeline
+from codd_hf.data.canvases import TokenizedExample, load_examples, tokenize_examples
 from codd_hf.evaluation.gap import SMALLEST_GAP, TEMPERED, gap_table, measure_gap
-from codd_hf.training.data import TokenizedExample, load_examples, tokenize_examples
 from tiny import correlated_examples, enumerate_window, head_config, random_head, tiny_backbone
 
 EXAMPLES = correlated_examples(6)

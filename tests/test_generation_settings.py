@@ -11,7 +11,7 @@ from transformers import GenerationConfig, pipeline
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler, default_model
 from codd_hf.cli import main
-from codd_hf.generation_settings import scheduler_of, with_settings_of
+from codd_hf.decoding.generation_settings import scheduler_of, with_settings_of
 from tiny import random_head, tiny_backbone
 from tiny_pipeline import tiny_pipeline
 

@@ -18,7 +18,7 @@ import torch
 
 from codd_hf import CoDDPipeline
 from codd_hf.cli import main
-from codd_hf.pipelines.jsonl import JSONLRows, RunFiles, answer_jsonl
+from codd_hf.cli.jsonl import JSONLRows, RunFiles, answer_jsonl
 from tiny_pipeline import save_tiny_pipeline
 
 LENGTHS = {"gen_length": 8, "block_length": 4, "num_inference_steps": 4}

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
-from codd_hf.adapters import enable_adapters
+from codd_hf.coupling.adapters import enable_adapters
 from tiny import head_config, random_head, tiny_backbone
 
 MASK = 2

@@ -12,11 +12,11 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 from codd_hf import CoDDHead, CoDDModel
 from codd_hf.configuration_codd import CoDDHeadConfig
-from codd_hf.decoding import denoise
-from codd_hf.decoding_plan import share_steps
+from codd_hf.data.tokenizers import train_tokenizer
+from codd_hf.decoding.loop import denoise
+from codd_hf.decoding.plan import share_steps
 from codd_hf.pipelines import CoDDPipeline, CoDDPipelineOutput
 from codd_hf.schedulers import CoDDScheduler
-from codd_hf.training.tokenizers import train_tokenizer
 from tiny import random_head, tiny_backbone
 
 WINDOW = 4

@@ -10,12 +10,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from codd_hf.cli import main
+from codd_hf.data.canvases import Example
 from codd_hf.evaluation.generated_answers import AnswerSet, AnswerStore, Figures, Setting
 from codd_hf.evaluation.judge import Judge, load_judge
 from codd_hf.evaluation.quality import QualityPlan, Row, best, find_matches, measure_quality
 from codd_hf.evaluation.quality_report import conclusion, quality_tables
 from codd_hf.evaluation.text_statistics import Estimate
-from codd_hf.training.data import Example
 from tiny import SENTENCES
 from tiny_pipeline import save_tiny_pipeline, tiny_pipeline
 

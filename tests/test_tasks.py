@@ -10,7 +10,7 @@ from itertools import islice, pairwise
 
 import pytest
 
-from codd_hf.tasks import (
+from codd_hf.data.tasks import (
     KINDS,
     Task,
     check,
@@ -19,8 +19,8 @@ from codd_hf.tasks import (
     sample_tasks,
     split_of,
 )
-from codd_hf.tasks.equations import equations, result
-from codd_hf.tasks.word_problems import PROBLEMS
+from codd_hf.data.tasks.equations import equations, result
+from codd_hf.data.tasks.word_problems import PROBLEMS
 
 SPLITS = ("train", "validation", "test")
 

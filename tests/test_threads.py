@@ -16,8 +16,8 @@ from peft import LoraConfig, get_peft_model
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
 from codd_hf.schedulers.settings import CHOICES
-from codd_hf.training.encoding import encode_texts
-from codd_hf.training.joint import _checkpointing
+from codd_hf.text.encoding import encode_texts
+from codd_hf.training.fits.joint import _checkpointing
 from tiny import random_head, tiny_backbone
 
 MASK, NUM_THREADS = 2, 8

@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from codd_hf import CoDDModel
-from codd_hf.training.collator import DataCollatorForMaskedDiffusion
+from codd_hf.data.collator import DataCollatorForMaskedDiffusion
 from tiny import correlated_examples, random_head, tiny_backbone
 
 MASK, PAD, EOS = 1, 0, 2

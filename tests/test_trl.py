@@ -53,7 +53,7 @@ def test_sft_trainer_steps_as_the_trainer_of_transformers(peft_config, tiny_toke
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainingArguments
 
-    from codd_hf.training.collator import DataCollatorForMaskedDiffusion
+    from codd_hf.data.collator import DataCollatorForMaskedDiffusion
 
     rows = Dataset.from_list([{"input_ids": [18, 10, 14, 11, 15, 2]}] * 8)
 

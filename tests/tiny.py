@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from codd_hf import CoDDHead, CoDDHeadConfig, CoDDModel
-from codd_hf.training.data import TokenizedExample
+from codd_hf.data.canvases import TokenizedExample
 
 SENTENCES = [
     "Tom has 3 boxes of eggs and sells 4 eggs.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
-from codd_hf.training.tokenizers import train_tokenizer
+from codd_hf.data.tokenizers import train_tokenizer
 from tiny import SENTENCES, random_head, tiny_backbone
 
 

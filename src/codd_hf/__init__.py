@@ -21,7 +21,7 @@ _EXPORTS = {
     "CoDDSchedulerOutput": "schedulers.scheduling_codd",
     "CoupledCategorical": "circuits",
     "Potentials": "circuits",
-    "default_model": "defaults",
+    "default_model": "hub.defaults",
 }
 
 __all__ = [
@@ -43,7 +43,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .circuits import CoupledCategorical, Potentials
     from .configuration_codd import CoDDConfig, CoDDHeadConfig
-    from .defaults import default_model
+    from .hub.defaults import default_model
     from .modeling_codd import CoDDModel, CoDDOutput
     from .modeling_head import CoDDHead
     from .pipelines.pipeline_codd import CoDDPipeline

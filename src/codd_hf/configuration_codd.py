@@ -17,9 +17,9 @@ from huggingface_hub.errors import (
 )
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
-from .arguments import choice, plain
-from .errors import is_of_a_library, reason
-from .names import is_local
+from .checks.arguments import choice, plain
+from .checks.errors import is_of_a_library, reason
+from .checks.names import is_local
 
 COUPLINGS = ("none", "marginal", "latent")
 STRUCTURES = ("dense", "monarch")

@@ -17,9 +17,15 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .adapter_files import save_adapter
-from .adapters import AdaptersMixin, unwrapped, without_adapters
-from .arguments import (
+from .backbones import (
+    BackboneFamily,
+    brings_code,
+    execution_device,
+    family_of,
+    load_backbone,
+    nested_custom_config,
+)
+from .checks.arguments import (
     check_shape,
     check_token_types,
     check_tokens,
@@ -30,23 +36,17 @@ from .arguments import (
     scalar,
     token_ids,
 )
-from .backbones import (
-    BackboneFamily,
-    brings_code,
-    execution_device,
-    family_of,
-    load_backbone,
-    nested_custom_config,
-)
+from .checks.names import existing, is_local
 from .circuits import CoupledCategorical
 from .circuits.random import Generators
 from .configuration_codd import CoDDConfig, CoDDHeadConfig, check_coupling
-from .heads import DEFAULT_NAME, HeadName, HeadsMixin
+from .coupling.adapter_files import save_adapter
+from .coupling.adapters import AdaptersMixin, unwrapped, without_adapters
+from .coupling.heads import DEFAULT_NAME, HeadName, HeadsMixin
+from .coupling.windows import WindowsMixin
+from .hub.loading import ADAPTER_FOLDER, find_adapter, load_adapter, load_head, named_backbone
 from .hub.publishing import ModelPublishing
-from .loading import ADAPTER_FOLDER, find_adapter, load_adapter, load_head, named_backbone
-from .modeling_head import CoDDHead
-from .names import existing, is_local
-from .repositories import (
+from .hub.repositories import (
     CACHE_ARGUMENTS,
     explained,
     hub_arguments,
@@ -54,17 +54,17 @@ from .repositories import (
     read_config,
     refuse_adapter,
 )
-from .stored_weights import (
+from .hub.stored_weights import (
     StoredWeights,
     check_head,
     check_layers,
     check_report,
     check_sizes,
 )
-from .windows import WindowsMixin
+from .modeling_head import CoDDHead
 
 if TYPE_CHECKING:
-    from .scoring import ScoreOutput
+    from .coupling.scoring import ScoreOutput
 
 
 @dataclass
@@ -373,7 +373,7 @@ class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTra
         """As `forward`; trl's trainers, which replace that, get what they ask for from here."""
         if not fused_lm_head:
             return super().__call__(*args, **kwargs)
-        from .per_token import per_token_output
+        from .coupling.per_token import per_token_output
 
         return per_token_output(self, *args, **kwargs)
 
@@ -493,7 +493,7 @@ class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTra
         return output.to_tuple() if return_dict is False else output
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        """Decodes by diffusion; see [`~codd_hf.generation.generate`] for the arguments.
+        """Decodes by diffusion; see [`~codd_hf.decoding.generation.generate`] for the arguments.
 
         Args:
             inputs: `[batch, length]` prompt tokens (`input_ids` is another name for it).
@@ -504,13 +504,13 @@ class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTra
         Returns:
             `[batch, length + gen_length]`: the prompts, as they were given, and what follows.
         """
-        from .generation import generate
+        from .decoding.generation import generate
 
         return generate(self, inputs, **kwargs)
 
     def score(self, prompts, answers, **kwargs) -> ScoreOutput:
-        """Log-likelihoods of answers; see [`~codd_hf.scoring.score`] for the arguments."""
-        from .scoring import score
+        """Log-likelihoods of answers; see [`~codd_hf.coupling.scoring.score`] for the arguments."""
+        from .coupling.scoring import score
 
         return score(self, prompts, answers, **kwargs)
 

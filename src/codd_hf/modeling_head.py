@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 
-from .arguments import floats
+from .checks.arguments import floats
+from .checks.names import existing
 from .circuits import (
     Context,
     ContextMaps,
@@ -25,15 +26,14 @@ from .circuits import (
     TopKEvidence,
 )
 from .circuits.evidence import ONE_PRODUCT
+from .circuits.factorized import forbidden_tokens
+from .circuits.fitted_circuit import FittedCircuit
 from .circuits.topk import law_of_rest
 from .configuration_codd import CoDDHeadConfig
-from .factorized import forbidden_tokens
-from .fitted_circuit import FittedCircuit
+from .hub.loading import head_in_model
 from .hub.publishing import HeadPublishing
-from .loading import head_in_model
-from .names import existing
-from .repositories import explained, refuse_adapter
-from .stored_weights import StoredWeights, check_head, check_report
+from .hub.repositories import explained, refuse_adapter
+from .hub.stored_weights import StoredWeights, check_head, check_report
 
 DEFAULT_TOP_K = 64
 """Tokens kept of a prediction over a large vocabulary."""

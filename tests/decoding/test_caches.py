@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
-from codd_hf.canvas_reader import CanvasReader
+from codd_hf.decoding.reader import CanvasReader
 from tiny import random_head, tiny_backbone
 
 PROMPTS = [[3, 4], [5, 6, 7, 8, 9, 10, 3], [4, 5, 6]]

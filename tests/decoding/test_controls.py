@@ -10,7 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenalty
 from windows import LENGTH, MASK, VOCAB, one_step, window
 
 from codd_hf import CoDDPipeline, CoDDScheduler
-from codd_hf.decoding import denoise
+from codd_hf.decoding.loop import denoise
 from tiny import tiny_model
 
 OPEN = [MASK] * LENGTH

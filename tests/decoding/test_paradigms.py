@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
-from codd_hf.decoding import denoise
+from codd_hf.decoding.loop import denoise
 from tiny import random_head, tiny_backbone, tiny_model
 
 MASK, EOS, PAD, WINDOW = 2, 1, 0, 4
@@ -133,7 +133,9 @@ def test_block_causal_backbone_reads_no_further_than_the_windows(
 
     cut = generate()
     assert min(lengths) < prompt_length + 12 == max(lengths)
-    monkeypatch.setattr("codd_hf.decoding.windows_end", lambda canvas, *_: canvas.tokens.shape[1])
+    monkeypatch.setattr(
+        "codd_hf.decoding.loop.windows_end", lambda canvas, *_: canvas.tokens.shape[1]
+    )
     assert torch.equal(cut, generate())
     assert set(lengths) == {prompt_length + 12}
 

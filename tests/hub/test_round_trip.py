@@ -14,7 +14,7 @@ from checks import names_in, run_script
 from huggingface_hub import ModelCard
 from server import TOKEN, LocalHub, Repository
 
-from codd_hf.training.tokenizers import train_tokenizer
+from codd_hf.data.tokenizers import train_tokenizer
 from tiny import SENTENCES
 
 

@@ -18,9 +18,12 @@ from safetensors.torch import save_file
 
 from codd_hf import CoDDModel
 from codd_hf.cli import main
-from codd_hf.training import window_cache
-from codd_hf.training.conditional import fit_conditional
-from codd_hf.training.generative import fit_generative
+from codd_hf.data.tokenizers import train_tokenizer
+from codd_hf.training.evidence import cache as window_cache
+from codd_hf.training.evidence.cache import cache_windows
+from codd_hf.training.fits.conditional import fit_conditional
+from codd_hf.training.fits.generative import fit_generative
+from codd_hf.training.processes.sharding import shard_backbone
 from codd_hf.training.run import train
 from codd_hf.training.settings import (
     ConditionalConfig,
@@ -28,9 +31,6 @@ from codd_hf.training.settings import (
     GenerativeConfig,
     TrainConfig,
 )
-from codd_hf.training.sharding import shard_backbone
-from codd_hf.training.tokenizers import train_tokenizer
-from codd_hf.training.window_cache import cache_windows
 from tiny import SENTENCES, correlated_examples, random_head, tiny_backbone
 
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from codd_hf.training.checkpoint import (
+from codd_hf.training.loop.checkpoints import (
     load_checkpoint,
     optimizer_tensors,
     restore_optimizers,

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from codd_hf import CoDDHead, CoDDModel
-from codd_hf.training.checkpoint import Checkpoints
-from codd_hf.training.conditional import fit_conditional, fit_head
-from codd_hf.training.data import TokenizedExample
-from codd_hf.training.gains import evaluate_head, window_gains
+from codd_hf.data.canvases import TokenizedExample
+from codd_hf.training.evidence.cache import cache_windows, draw_windows
+from codd_hf.training.fits.conditional import fit_conditional, fit_head
+from codd_hf.training.fits.gains import evaluate_head, window_gains
+from codd_hf.training.loop.checkpoints import Checkpoints
 from codd_hf.training.settings import ConditionalConfig, EvidenceConfig
-from codd_hf.training.window_cache import cache_windows, draw_windows
 from tiny import correlated_examples, head_config, random_head, tiny_backbone
 
 CONFIG = ConditionalConfig(

@@ -12,8 +12,8 @@ from hmm_cases import NO_PRIOR, counts_by_enumeration, random_hmm, sample_window
 from codd_hf import Potentials
 from codd_hf.circuits.em import Counts, expected_counts, log_likelihood, maximise
 from codd_hf.circuits.transitions import MonarchTransition
-from codd_hf.training.counting import batch_counts, model_counts
-from codd_hf.training.generative import fit_generative
+from codd_hf.training.fits.counting import batch_counts, model_counts
+from codd_hf.training.fits.generative import fit_generative
 from codd_hf.training.settings import GenerativeConfig
 
 LENGTH = 4

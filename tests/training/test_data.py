@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from codd_hf.training.data import (
+from codd_hf.data.canvases import (
     Example,
     TokenizedExample,
     batch_indices,
@@ -17,8 +17,8 @@ from codd_hf.training.data import (
     load_examples,
     tokenize_examples,
 )
+from codd_hf.data.tokenizers import train_tokenizer
 from codd_hf.training.run import split_examples
-from codd_hf.training.tokenizers import train_tokenizer
 from tiny import SENTENCES
 
 ROWS = [{"question": "2 + 2?", "answer": "4 <<2+2=4>>!"}, {"question": "3 + 4?", "answer": "7"}]

@@ -7,8 +7,8 @@ import json
 import pytest
 from datasets import Dataset
 
-from codd_hf.training.data import Example, load_examples, tokenize_examples
-from codd_hf.training.tokenizers import train_tokenizer
+from codd_hf.data.canvases import Example, load_examples, tokenize_examples
+from codd_hf.data.tokenizers import train_tokenizer
 from tiny import SENTENCES
 
 CHAT = [

@@ -11,11 +11,11 @@ from transformers import BertTokenizerFast, ByT5Tokenizer
 
 from codd_hf import CoDDPipeline
 from codd_hf.cli import main
+from codd_hf.data.canvases import Example, TokenizedExample, tokenize_examples
+from codd_hf.data.collator import DataCollatorForMaskedDiffusion
+from codd_hf.data.rows import RowReport
 from codd_hf.evaluation.gap import measure_gap
-from codd_hf.training.collator import DataCollatorForMaskedDiffusion
-from codd_hf.training.data import Example, TokenizedExample, tokenize_examples
-from codd_hf.training.encoding import encode_chats, encode_texts, special_token_ids
-from codd_hf.training.rows import RowReport
+from codd_hf.text.encoding import encode_chats, encode_texts, special_token_ids
 from tiny import tiny_model
 
 SPELT = "Say <|mask|>, <|end|> and <|user|>."

@@ -9,8 +9,8 @@ import torch
 from hmm_cases import NO_PRIOR, counts_by_enumeration, random_hmm, sample_windows
 
 from codd_hf.circuits.em import Counts, expected_counts, log_likelihood, maximise
-from codd_hf.training.data import TokenizedExample
-from codd_hf.training.generative import (
+from codd_hf.data.canvases import TokenizedExample
+from codd_hf.training.fits.generative import (
     cluster_tokens,
     fit_generative,
     initial_potentials,

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from codd_hf import CoDDModel
-from codd_hf.locks import locked
-from codd_hf.training.checkpoint import Checkpoints
-from codd_hf.training.conditional import fit_conditional, fit_head
-from codd_hf.training.pretraining import finetune_backbone
+from codd_hf.data.tokenizers import train_tokenizer
+from codd_hf.runtime.locks import locked
+from codd_hf.training.evidence.cache import cache_windows
+from codd_hf.training.fits.conditional import fit_conditional, fit_head
+from codd_hf.training.fits.pretraining import finetune_backbone
+from codd_hf.training.loop.checkpoints import Checkpoints
 from codd_hf.training.run import train
 from codd_hf.training.settings import ConditionalConfig, PretrainingConfig, TrainConfig
-from codd_hf.training.tokenizers import train_tokenizer
-from codd_hf.training.window_cache import cache_windows
 from tiny import SENTENCES, correlated_examples, random_head, tiny_backbone
 
 TRAIN, VALIDATION = correlated_examples(12), correlated_examples(6, seed=1)

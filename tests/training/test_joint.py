@@ -10,12 +10,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from codd_hf import CoDDModel
-from codd_hf.training.checkpoint import Checkpoints
-from codd_hf.training.conditional import fit_conditional
-from codd_hf.training.data import CanvasBatch, TokenizedExample
-from codd_hf.training.joint import fit_joint
+from codd_hf.data.canvases import CanvasBatch, TokenizedExample
+from codd_hf.training.evidence.live_windows import LiveWindows, WindowScores, window_scores
+from codd_hf.training.fits.conditional import fit_conditional
+from codd_hf.training.fits.joint import fit_joint
 from codd_hf.training.joint_settings import JointConfig
-from codd_hf.training.live_windows import LiveWindows, WindowScores, window_scores
+from codd_hf.training.loop.checkpoints import Checkpoints
 from codd_hf.training.settings import ConditionalConfig
 from tiny import correlated_examples, enumerate_window, random_head, tiny_backbone, tiny_model
 

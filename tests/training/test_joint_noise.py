@@ -9,8 +9,8 @@ import torch
 from scipy.stats import chi2
 
 from codd_hf import CoDDScheduler
-from codd_hf.training.data import TokenizedExample, collate
-from codd_hf.training.noise import sample_noise
+from codd_hf.data.canvases import TokenizedExample, collate
+from codd_hf.data.noise import sample_noise
 
 MASK = 9
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from codd_hf import CoDDModel
-from codd_hf.training.joint import fit_joint
+from codd_hf.data.tokenizers import train_tokenizer
+from codd_hf.training.fits.joint import fit_joint
 from codd_hf.training.joint_settings import JointConfig
-from codd_hf.training.tokenizers import train_tokenizer
 from tiny import SENTENCES, correlated_examples, random_head, tiny_backbone
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from codd_hf.noise import span_uniforms
-from codd_hf.training.data import CanvasBatch, TokenizedExample, collate
-from codd_hf.training.noise import Noise, sample_noise
+from codd_hf.data.canvases import CanvasBatch, TokenizedExample, collate
+from codd_hf.data.noise import Noise, sample_noise
+from codd_hf.schedulers.noise import span_uniforms
 
 WINDOW = 4
 

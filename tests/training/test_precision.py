@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from codd_hf import precision
-from codd_hf.training.joint import fit_joint
+from codd_hf.runtime import precision
+from codd_hf.training.fits.joint import fit_joint
+from codd_hf.training.fits.muon import FloatMuon, muon
 from codd_hf.training.joint_settings import JointConfig
-from codd_hf.training.muon import FloatMuon, muon
 from codd_hf.training.run import train
 from codd_hf.training.settings import PretrainingConfig
 from tiny import correlated_examples, tiny_model
@@ -64,7 +64,7 @@ def test_processor_is_asked_what_it_has(capabilities, has, monkeypatch):
 
 
 def test_processor_whose_products_are_limited_to_older_instructions_has_none():
-    asked = "from codd_hf.precision import computes_bf16; print(computes_bf16('cpu'))"
+    asked = "from codd_hf.runtime.precision import computes_bf16; print(computes_bf16('cpu'))"
     limit = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     told = subprocess.run([sys.executable, "-c", asked], env=limit, capture_output=True, text=True)
     if platform.machine() in ("x86_64", "AMD64"):

@@ -10,17 +10,17 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from codd_hf import CoDDModel
-from codd_hf.adapters import enable_adapters
-from codd_hf.training.checkpoint import Checkpoints
-from codd_hf.training.data import Example, collate, tokenize_examples
-from codd_hf.training.noise import Noise, sample_noise
-from codd_hf.training.pretraining import (
+from codd_hf.coupling.adapters import enable_adapters
+from codd_hf.data.canvases import Example, collate, tokenize_examples
+from codd_hf.data.noise import Noise, sample_noise
+from codd_hf.training.fits.pretraining import (
     diffusion_loss,
     finetune_backbone,
     finetuning_config,
     pretrain_backbone,
     small_backbone_config,
 )
+from codd_hf.training.loop.checkpoints import Checkpoints
 from codd_hf.training.settings import PretrainingConfig
 from tiny import SENTENCES, Interrupted, tiny_backbone
 

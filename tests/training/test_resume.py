@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from codd_hf import CoDDHead, CoDDModel, CoDDPipeline
-from codd_hf.training.checkpoint import Checkpoints
-from codd_hf.training.conditional import fit_head
-from codd_hf.training.gains import evaluate_head
+from codd_hf.training.evidence.cache import cache_windows
+from codd_hf.training.fits.conditional import fit_head
+from codd_hf.training.fits.gains import evaluate_head
 from codd_hf.training.joint_settings import JointConfig
+from codd_hf.training.loop.checkpoints import Checkpoints
 from codd_hf.training.run import train
 from codd_hf.training.settings import ConditionalConfig, TrainConfig
-from codd_hf.training.window_cache import cache_windows
 from tiny import correlated_examples, random_head, tiny_backbone
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from codd_hf.training.checkpoint import Checkpoints, load_checkpoint
-from codd_hf.training.launching import ONE_PROCESS, join_processes
+from codd_hf.training.loop.checkpoints import Checkpoints, load_checkpoint
+from codd_hf.training.processes.launching import ONE_PROCESS, join_processes
 from codd_hf.training.settings import TrainConfig
 
 

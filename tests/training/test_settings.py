@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from codd_hf.cli import main
-from codd_hf.training.data import Example, collate, padding_token_id, tokenize_examples
-from codd_hf.training.generative import fit_generative
+from codd_hf.data.canvases import Example, collate, padding_token_id, tokenize_examples
+from codd_hf.data.tokenizers import train_tokenizer
+from codd_hf.training.fits.generative import fit_generative
 from codd_hf.training.joint_settings import JointConfig
 from codd_hf.training.settings import (
     ConditionalConfig,
@@ -21,7 +22,6 @@ from codd_hf.training.settings import (
     PretrainingConfig,
     TrainConfig,
 )
-from codd_hf.training.tokenizers import train_tokenizer
 from tiny import SENTENCES, tiny_backbone
 
 

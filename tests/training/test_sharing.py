@@ -13,12 +13,12 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from codd_hf import CoDDModel, CoDDPipeline
+from codd_hf.data.canvases import Example, load_examples
 from codd_hf.hub.cards import REWRITTEN
-from codd_hf.training.data import Example, load_examples
+from codd_hf.training.card import sparkline
 from codd_hf.training.result import save_held_out
 from codd_hf.training.run import train
 from codd_hf.training.settings import ConditionalConfig, TrainConfig
-from codd_hf.training.sharing import sparkline
 
 
 @pytest.fixture(autouse=True)

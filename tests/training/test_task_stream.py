@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from codd_hf.tasks import draw_tasks, sample_tasks
-from codd_hf.training.data import Example, load_examples
-from codd_hf.training.pretraining import pretrain_backbone, small_backbone_config
+from codd_hf.data.canvases import Example, load_examples
+from codd_hf.data.tasks import draw_tasks, sample_tasks
+from codd_hf.training.fits.pretraining import pretrain_backbone, small_backbone_config
 from codd_hf.training.run import train
 from codd_hf.training.settings import PretrainingConfig
 from codd_hf.training.task_stream import STRETCH, TaskStream

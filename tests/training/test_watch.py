@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from codd_hf.training.loop.trackers import Speedometer, check_trackers, tracking
 from codd_hf.training.run import train
-from codd_hf.training.watch import Speedometer, check_trackers, tracking
 
 BUCKETS = ["0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00"]
 

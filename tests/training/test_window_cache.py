@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from codd_hf import CoDDModel
-from codd_hf.training import window_cache
-from codd_hf.training.conditional import fit_conditional, fit_head
-from codd_hf.training.data import TokenizedExample, batch_indices
-from codd_hf.training.gains import evaluate_head, window_gains
-from codd_hf.training.settings import ConditionalConfig, EvidenceConfig
-from codd_hf.training.window_cache import (
+from codd_hf.data.canvases import TokenizedExample, batch_indices
+from codd_hf.training.evidence import cache as window_cache
+from codd_hf.training.evidence.cache import (
     WindowCache,
     bytes_per_window,
     cache_windows,
     draw_windows,
 )
+from codd_hf.training.fits.conditional import fit_conditional, fit_head
+from codd_hf.training.fits.gains import evaluate_head, window_gains
+from codd_hf.training.settings import ConditionalConfig, EvidenceConfig
 from tiny import correlated_examples, random_head, tiny_backbone
 
 EXAMPLES = correlated_examples(24)

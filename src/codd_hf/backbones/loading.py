@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from ..configuration_codd import one_sentence_for
-from ..repositories import refuse_adapter
-from ..stored_weights import StoredWeights, check_layers, check_report, check_sizes
+from ..hub.repositories import refuse_adapter
+from ..hub.stored_weights import StoredWeights, check_layers, check_report, check_sizes
 from .custom_code import CustomCodeFamily, brings_code, check_trust
 from .layout import CheckpointLayout
 from .registry import LAYOUTS, family_of, unsupported

@@ -29,11 +29,11 @@ from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
-from ..defaults import default_model
+from ..data.canvases import load_examples, tokenize_examples
+from ..hub.defaults import default_model
 from ..modeling_codd import CoDDModel
 from ..pipelines import CoDDPipeline
 from ..schedulers import CoDDScheduler
-from ..training.data import load_examples, tokenize_examples
 from .report import Options, Report
 from .timing import median_seconds
 

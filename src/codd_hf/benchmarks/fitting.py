@@ -17,10 +17,10 @@ import torch
 
 from ..circuits import Potentials
 from ..circuits.em import Counts, expected_counts, maximise
-from ..defaults import default_model
+from ..data.canvases import collate, load_examples, padding_token_id, tokenize_examples
+from ..data.noise import sample_noise
+from ..hub.defaults import default_model
 from ..pipelines import CoDDPipeline
-from ..training.data import collate, load_examples, padding_token_id, tokenize_examples
-from ..training.noise import sample_noise
 from .report import Options, Report
 from .timing import Rates, measure_rates, median_seconds
 

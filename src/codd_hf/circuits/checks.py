@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..arguments import FACTORS, floats, is_factor, number, shown
+from ..checks.arguments import FACTORS, floats, is_factor, number, shown
 from .conditioning import Context
 from .evidence import DenseEvidence
 from .potentials import Potentials

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..arguments import as_tensor, check_shape, check_tokens, flags, integers
+from ..checks.arguments import as_tensor, check_shape, check_tokens, flags, integers
 from . import chain as chains
 from .evidence import mix_tokens
 from .latent_chain import LatentChain

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.distributions import Distribution
 
-from ..arguments import (
+from ..checks.arguments import (
     FACTORS,
     check_shape,
     check_tokens,

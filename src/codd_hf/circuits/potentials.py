@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..arguments import floats, shown
+from ..checks.arguments import floats, shown
 from .emissions import DenseEmission, Emission
 from .evidence import ONE_PRODUCT, EmissionSummary, summarise, with_factors
 from .grouped import TokenGroups, group_tokens

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..arguments import generators
+from ..checks.arguments import generators
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 

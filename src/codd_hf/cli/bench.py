@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 from ..benchmarks import BENCHMARKS, Options, run_benchmark
-from ..environment import environment
-from ..errors import reason
+from ..checks.errors import reason
+from ..runtime.environment import environment
 from .common import check_writable, quiet_loading, seed
 
 HELP = "Measure speed and memory on this machine."

@@ -7,7 +7,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from ..errors import reading
+from ..checks.errors import reading
 from .common import add_decoding_arguments, decoding_arguments, load_pipeline
 from .printing import one_line
 

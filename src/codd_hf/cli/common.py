@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import printable as printable
+from ..checks.errors import printable as printable
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +104,7 @@ def load_pipeline(
     """The pipeline of a path or id, or the embedded default, on a device (default: a GPU's)."""
     import torch
 
-    from ..defaults import default_model
+    from ..hub.defaults import default_model
     from ..pipelines.pipeline_codd import CoDDPipeline
 
     quiet_loading()

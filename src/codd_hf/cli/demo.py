@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from ..defaults import default_model
-    from ..pipelines.jsonl_rows import JSONLRows
+    from ..hub.defaults import default_model
+    from .jsonl_rows import JSONLRows
 
     folder = Path(args.model or default_model())
     if not (folder / "demo.jsonl").is_file():

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..environment import environment
+from ..runtime.environment import environment
 from .common import DECODING, check_writable, count, load_pipeline, seed
 
 if TYPE_CHECKING:
@@ -165,11 +165,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run_gap(args: argparse.Namespace) -> None:
-    from ..defaults import default_model
+    from ..data.canvases import load_examples, tokenize_examples
+    from ..data.rows import RowReport
     from ..evaluation.gap import RATIOS, gap_table, measure_gap
+    from ..hub.defaults import default_model
     from ..modeling_head import CoDDHead
-    from ..training.data import load_examples, tokenize_examples
-    from ..training.rows import RowReport
 
     folder = Path(args.model or default_model())
     pipeline = load_pipeline(args.model)
@@ -233,12 +233,12 @@ def _run_gap(args: argparse.Namespace) -> None:
 
 
 def _run_quality(args: argparse.Namespace) -> None:
-    from ..defaults import default_model
+    from ..data.canvases import load_examples
     from ..evaluation.generated_answers import AnswerSet, AnswerStore
     from ..evaluation.judge import load_judge
     from ..evaluation.quality import QualityPlan, measure_quality
     from ..evaluation.quality_report import conclusion, quality_tables
-    from ..training.data import load_examples
+    from ..hub.defaults import default_model
 
     pipeline = load_pipeline(args.model)
     _check_measurable(pipeline)

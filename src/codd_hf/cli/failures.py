@@ -12,7 +12,7 @@ import dis
 import sys
 import traceback
 
-from ..errors import innermost, printable, reason
+from ..checks.errors import innermost, printable, reason
 from .printing import one_line
 
 RAISE = dis.opmap["RAISE_VARARGS"]

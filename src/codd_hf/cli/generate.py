@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import reading
+from ..checks.errors import reading
 from .common import add_decoding_arguments, decoding_arguments, load_pipeline, printable
 from .printing import one_line
 
@@ -102,7 +102,7 @@ def _run_on_file(args: argparse.Namespace) -> None:
     import torch
     from accelerate import PartialState
 
-    from ..pipelines.jsonl import answer_jsonl
+    from .jsonl import answer_jsonl
 
     # Without a GPU accelerate counts the processes of a launcher only if it is told to use the CPU.
     state = PartialState(cpu=not torch.cuda.is_available())

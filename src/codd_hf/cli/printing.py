@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..errors import printable
+from ..checks.errors import printable
 
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 LONGEST_LINE = 1200

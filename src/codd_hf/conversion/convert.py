@@ -15,12 +15,12 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
 )
 
+from ..checks.files import json_object
+from ..checks.names import can_only_be_a_path
 from ..circuits import Potentials, occupancy
 from ..configuration_codd import CoDDHeadConfig
-from ..file_checks import json_object
+from ..hub.repositories import explained, find_file, first_file
 from ..modeling_head import CoDDHead
-from ..names import can_only_be_a_path
-from ..repositories import explained, find_file, first_file
 from .jpc import HiddenMarkovModel
 
 FILE_NAME = "model.jpc"

@@ -21,11 +21,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..factorized import without_tokens
-from ..heads import CallHead
+from ..circuits.factorized import without_tokens
+from ..coupling.heads import CallHead
+from ..data.canvases import CanvasBatch, TokenizedExample, collate, padding_token_id
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
-from ..training.data import CanvasBatch, TokenizedExample, collate, padding_token_id
 
 RATIOS = tuple(i / 10 for i in range(1, 11))
 SMALLEST_GAP = 0.05

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.canvases import Example, tokenize_examples
+from ..data.fingerprint import weights_fingerprint
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..schedulers.settings import DrawSettings
-from ..training.data import Example, tokenize_examples
-from ..training.encoding import encode_texts
-from ..training.fingerprint import weights_fingerprint
+from ..text.encoding import encode_texts
 from .judge import Judge
 from .text_statistics import Estimate, entropy, mean, ratio, repeated_ngrams, repeated_words
 

@@ -17,9 +17,9 @@ from transformers import (
 from transformers.utils import is_gguf_available
 
 from ..backbones.canvas_cache import cache_argument
-from ..repositories import explained, read_config, refuse_adapter
-from ..stored_weights import StoredWeights, check_layers, check_report
-from ..training.encoding import encode_chats, encode_texts
+from ..hub.repositories import explained, read_config, refuse_adapter
+from ..hub.stored_weights import StoredWeights, check_layers, check_report
+from ..text.encoding import encode_chats, encode_texts
 
 
 class Judged(NamedTuple):

@@ -21,10 +21,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..adapter_files import ADAPTER_FILES
-from ..names import is_local
-from ..repositories import reaching_hub
+from ..checks.names import is_local
+from ..coupling.adapter_files import ADAPTER_FILES
 from .cards import Artifact, complete_card, make_card
+from .repositories import reaching_hub
 
 CARD = "README.md"
 FACTS = ("license", "datasets", "eval_results", "tags")

@@ -12,11 +12,10 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..backbones import load_backbone, load_tokenizer
-from ..errors import reading
-from ..generation_settings import scheduler_of
-from ..loading import BACKBONE_ARGUMENTS, OWN_ARGUMENTS
-from ..modeling_codd import CoDDModel
-from ..repositories import (
+from ..checks.errors import reading
+from ..decoding.generation_settings import scheduler_of
+from ..hub.loading import BACKBONE_ARGUMENTS, OWN_ARGUMENTS
+from ..hub.repositories import (
     CACHE_ARGUMENTS,
     ask_once,
     explained,
@@ -24,6 +23,7 @@ from ..repositories import (
     hub_arguments,
     read_config,
 )
+from ..modeling_codd import CoDDModel
 from ..schedulers import CoDDScheduler
 
 COMPONENTS = ("model", "scheduler", "tokenizer")

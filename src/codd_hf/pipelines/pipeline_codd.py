@@ -16,18 +16,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..adapters import unwrapped
-from ..arguments import choice, flag, several, shown
+from ..checks.arguments import choice, flag, several, shown
+from ..checks.files import check_files
+from ..checks.names import existing
 from ..circuits.random import Generators
-from ..decoding import denoise
-from ..decoding_arguments import ForcedTokens, PerRow
-from ..file_checks import check_files
-from ..generation_settings import said_of_task, task_of_call, with_settings_of
-from ..heads import HeadName
+from ..coupling.adapters import unwrapped
+from ..coupling.heads import HeadName
+from ..decoding.arguments import ForcedTokens, PerRow
+from ..decoding.generation_settings import said_of_task, task_of_call, with_settings_of
+from ..decoding.loop import denoise
 from ..hub.publishing import PipelinePublishing
+from ..hub.repositories import explained
 from ..modeling_codd import CoDDModel
-from ..names import existing
-from ..repositories import explained
 from ..schedulers import CoDDScheduler
 from .loading import load_components
 from .pipeline_output import CoDDPipelineOutput

@@ -9,8 +9,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from ..arguments import check_unmasked, padding_mask, rows_of_ids, several, shown
-from ..training.encoding import encode_as_written, encode_chats
+from ..checks.arguments import check_unmasked, padding_mask, rows_of_ids, several, shown
+from ..text.encoding import encode_as_written, encode_chats
 
 if TYPE_CHECKING:
     from ..modeling_codd import CoDDModel

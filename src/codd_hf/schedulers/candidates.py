@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from ..arguments import RowError
+from ..checks.arguments import RowError
 from ..circuits import CoupledCategorical
+from ..circuits.factorized import without_tokens
 from ..circuits.numerics import sure_of, sure_where
 from ..circuits.random import Generators, draw_categorical, uniform
-from ..factorized import without_tokens
 from .settings import DrawSettings
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..arguments import check_callable, check_shape, floats
+from ..checks.arguments import check_callable, check_shape, floats
 from .settings import DrawSettings
 
 PROCESSOR = "transformers' processors, or a function of ids and scores"

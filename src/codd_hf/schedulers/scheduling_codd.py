@@ -11,7 +11,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..arguments import (
+from ..checks.arguments import (
     as_tensor,
     check_shape,
     flags,
@@ -25,12 +25,12 @@ from ..arguments import (
     token_ids,
 )
 from ..circuits import CoupledCategorical
+from ..circuits.factorized import without_tokens
 from ..circuits.random import Generators, uniform
-from ..factorized import without_tokens
-from ..noise import span_uniforms
 from .any_order import AnyOrder, Drawn
 from .candidates import CoupledWindows, draw_tokens, read_logits
 from .controls import Controls, RowText
+from .noise import span_uniforms
 from .positions import choose, fewest, fixed_scores, select
 from .remasking import CommitMemory, take_back
 from .scheduler_output import CoDDSchedulerOutput

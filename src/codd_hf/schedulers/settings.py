@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..arguments import FACTORS, choice, integer, is_factor, list_of_ids, number
+from ..checks.arguments import FACTORS, choice, integer, is_factor, list_of_ids, number
 
 ADAPTIVE = ("threshold", "joint")
 """Strategies that commit as many tokens as are sure enough."""

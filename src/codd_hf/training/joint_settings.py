@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .choices import (
+from ..checks.choices import (
     HIGHEST_TEMPERATURE,
     LOSSES,
     LOWEST_TEMPERATURE,

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..adapters import without_adapters
+from ..coupling.adapters import without_adapters
+from ..data.canvases import Example
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
-from .data import Example
 
 
 def save_held_out(

@@ -18,20 +18,21 @@ import torch
 from accelerate import Accelerator, PartialState
 from tqdm.auto import tqdm
 
-from ..locks import locked
+from ..data.canvases import Example, load_examples
+from ..data.tasks import TASKS
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
-from ..tasks import TASKS
-from .checkpoint import Checkpoints
-from .conditional import fit_conditional
-from .data import Example, load_examples
-from .files import read_json, replacing
-from .joint import fit_joint
-from .launching import join_processes
+from ..runtime.files import read_json, replacing
+from ..runtime.locks import locked
+from .card import measure_final_gap, open_repository, push_pipeline, write_card
+from .fits.conditional import fit_conditional
+from .fits.joint import fit_joint
+from .loop.checkpoints import Checkpoints
+from .loop.trackers import check_trackers, tracking
+from .processes.launching import join_processes
+from .processes.sharding import shard_backbone, wants_shards
 from .result import save_held_out, save_pipeline
 from .settings import TrainConfig
-from .sharding import shard_backbone, wants_shards
-from .sharing import measure_final_gap, open_repository, push_pipeline, write_card
 from .stages import (
     PRETRAINED,
     check_head_settings,
@@ -42,7 +43,6 @@ from .stages import (
     start_of_stage_three,
     tokenize_parts,
 )
-from .watch import check_trackers, tracking
 
 OF_THE_START = ("alpha", "emission_power", "transition_power")
 """Settings of what the conditional fit begins with, beside those of the head itself."""

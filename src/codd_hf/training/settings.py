@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from .choices import (
+from ..checks.choices import (
     HIGHEST_TEMPERATURE,
     LOSSES,
     LOWEST_TEMPERATURE,

@@ -18,29 +18,29 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..adapters import active_adapter
 from ..circuits import Potentials, occupancy, token_marginal
 from ..configuration_codd import CoDDHeadConfig
+from ..coupling.adapters import active_adapter
+from ..data.canvases import Example, TokenizedExample, tokenize_examples
+from ..data.rows import RowReport
+from ..data.tasks import TASKS
+from ..data.tokenizers import train_tokenizer
+from ..hub.repositories import explained, locate
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
 from ..pipelines.pipeline_codd import CoDDPipeline
-from ..repositories import explained, locate
-from ..tasks import TASKS
-from .checkpoint import Checkpoints
-from .data import Example, TokenizedExample, tokenize_examples
-from .files import replacing
-from .generative import fit_generative, text_windows
-from .pretraining import (
+from ..runtime.files import replacing
+from .fits.generative import fit_generative, text_windows
+from .fits.pretraining import (
     finetune_backbone,
     finetuning_config,
     pretrain_backbone,
     small_backbone_config,
 )
-from .rows import RowReport
+from .loop.checkpoints import Checkpoints
+from .loop.trackers import Log
 from .settings import PretrainingConfig, TrainConfig
 from .task_stream import TaskStream
-from .tokenizers import train_tokenizer
-from .watch import Log
 
 PRETRAINED = "pretraining_history.json"
 """Written beside a backbone once it is complete."""

@@ -10,9 +10,9 @@ from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
-from ..tasks import draw_tasks, kind_names
-from .data import TokenizedExample, tokenize_examples
-from .sources import Example
+from ..data.canvases import TokenizedExample, tokenize_examples
+from ..data.sources import Example
+from ..data.tasks import draw_tasks, kind_names
 
 STRETCH = 16
 """Batches that are drawn together, so that tasks of like length share one."""

@@ -1,0 +1,1 @@
+"""Checks of what users, files and repositories give."""

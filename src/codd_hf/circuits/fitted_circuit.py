@@ -1,0 +1,87 @@
+"""Changes of a head's circuit as a whole: a fitted one taken over, corrected, flattened."""
+
+from __future__ import annotations
+
+import torch
+
+from . import DenseTransition, MonarchTransition, Potentials, fit_tied, token_marginal
+
+
+class FittedCircuit:
+    """`set_potentials`, `set_alpha` and `temper` of a [`CoDDHead`]."""
+
+    @torch.no_grad()
+    def set_potentials(
+        self, potentials: Potentials, marginal: torch.Tensor | None = None, alpha: float = 1.0
+    ) -> None:
+        """Takes over a fitted circuit.
+
+        A head with another structure takes over what of it fits: Monarch transitions the closest
+        law of the two halves of a step, tied emissions the least-squares fit of the logarithms.
+
+        Args:
+            potentials: a normalised circuit, before any correction.
+            marginal: its token marginal `u`, `[V]` or `[L, V]`; computed from it if not given.
+            alpha: the emissions are divided by `u ** alpha`.
+        """
+        self._check_bound()
+        if marginal is None:
+            marginal = token_marginal(potentials, self.config.window_length)
+        if marginal.ndim > self.token_marginal.ndim:
+            marginal = marginal.mean(0)
+        corrected = potentials.scaled_by_marginal(marginal.log(), -alpha)
+        self.token_marginal.copy_(marginal)
+        self.config.alpha = alpha
+        self.initial.copy_(corrected.initial)
+        transition = corrected.transition
+        if self.config.structure == "monarch" and isinstance(transition, DenseTransition):
+            transition = MonarchTransition.from_dense(transition.log_potential)
+        elif self.config.structure == "dense":
+            transition = DenseTransition(transition.dense())
+        for parameter, value in zip(
+            self._transition_parameters(), transition.tensors(), strict=True
+        ):
+            _copy(parameter, value)
+        if self.config.emission == "tied":
+            fitted = fit_tied(
+                corrected.emission.dense()[0],
+                self._bound[0].to(self.emission_projection.dtype),
+                marginal,
+                self.config.emission_rank,
+            )
+            self.emission_latents.copy_(fitted[0])
+            self.emission_projection.copy_(fitted[1])
+            self.emission_bias.copy_(fitted[2])
+        else:
+            _copy(self.emission, corrected.emission.dense())
+
+    @torch.no_grad()
+    def set_alpha(self, alpha: float) -> None:
+        """Changes the power of the marginal correction (0 gives the raw product back)."""
+        shift = (self.config.alpha - alpha) * self.token_marginal.log()
+        if self.config.tie_emissions:
+            shift = shift.reshape(-1, shift.shape[-1])[0]
+        if self.config.emission == "tied":
+            self.emission_bias.add_(shift)
+        else:
+            self.emission.add_(shift if shift.ndim == 1 else shift[:, None])
+        self.config.alpha = alpha
+
+    @torch.no_grad()
+    def temper(self, emission_power: float, transition_power: float) -> None:
+        """Flattens the circuit: its emissions and its transitions to a power below 1.
+
+        The backbone has already seen the observed tokens, whose dependencies a static circuit
+        counts again; flattening gives some of that back at low mask ratios. Transitions and the
+        initial law are normalised again, emissions are not (they are ratios).
+        """
+        tied = self.config.emission == "tied"
+        for parameter in (self.emission_latents, self.emission_bias) if tied else (self.emission,):
+            parameter.mul_(emission_power)
+        for parameter in (self.initial, *self._transition_parameters()):
+            parameter.copy_((parameter * transition_power).log_softmax(-1))
+
+
+def _copy(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Copies a value with a leading axis for positions into a parameter with or without one."""
+    parameter.copy_(value.expand(parameter.shape) if value.ndim == parameter.ndim else value[0])

@@ -1,0 +1,1 @@
+"""What joins a backbone and a head: windows, heads, adapters, scores."""

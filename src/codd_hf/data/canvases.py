@@ -1,0 +1,256 @@
+"""From a data source to token canvases: prompt, answer, end-of-text fill, padding.
+
+A canvas is what a diffusion LM denoises. Its answer part starts where decoding would start and is
+filled with end-of-text tokens to a whole number of windows, so that a model learns to end, and
+windows in training are cut exactly as decoding cuts them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..text.encoding import encode_chats, encode_texts, spelling_pattern
+from .rows import RowReport
+from .sources import Example, load_examples
+
+__all__ = [
+    "CanvasBatch",
+    "Example",
+    "TokenizedExample",
+    "batch_indices",
+    "collate",
+    "load_examples",
+    "padding_token_id",
+    "tokenize_examples",
+]
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """`prompt_ids` are given; `answer_ids` end with end-of-text."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+
+
+@dataclass
+class CanvasBatch:
+    """Right-padded canvases.
+
+    Attributes:
+        input_ids: `[batch, length]` clean tokens.
+        attention_mask: `[batch, length]`, 0 at padding.
+        answer_start: `[batch]` index of the first generated token, where the windows begin.
+        answer_end: `[batch]` index after the last position of the canvas.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    answer_start: torch.Tensor
+    answer_end: torch.Tensor
+
+    def to(self, device: torch.device) -> CanvasBatch:
+        return CanvasBatch(*(getattr(self, f).to(device) for f in self.__dataclass_fields__))
+
+
+def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills rows of a batch: the end-of-text token where there is no padding token.
+
+    No model reads it, since `attention_mask` is 0 there.
+    """
+    padding = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if padding is None else padding
+
+
+def tokenize_examples(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = 512,
+    *,
+    packing: bool = False,
+    mask_token_id: int | None = None,
+    never: Collection[int] = (),
+    report: RowReport | None = None,
+) -> list[TokenizedExample]:
+    """Tokenizes with the chat template where there is one; answers end with end-of-text.
+
+    Special tokens come from the template alone: a text that spells one is text. An example longer
+    than `max_length` tokens loses the end of its answer (and its end-of-text); one whose prompt
+    alone is that long is left out. How many these are is said.
+
+    Args:
+        examples: the examples.
+        tokenizer: with an end-of-text token, and a chat template if there are messages.
+        max_length: tokens of an example; None for any number.
+        packing: join texts without prompts, end-of-text after each, and cut all of it into pieces
+            of `max_length` tokens (the last one may be shorter). A piece may begin and end within a
+            text: let `max_length` be a multiple of the window, and `max_extra_windows` be 0.
+        mask_token_id: the model's mask token; default, the tokenizer's.
+        never: further tokens that the model never generates, so that no answer may hold them, such
+            as that of unknown characters.
+        report: what becomes of examples that cannot be encoded; by default the first is an error.
+
+    Raises:
+        ValueError: the tokenizer lacks what is needed, an example cannot be encoded (the message
+            gives its row), nothing is left, or there is a prompt where texts are to be packed.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("`tokenizer` needs an `eos_token`, so that answers can end.")
+    if packing and any(e.messages for e in examples):
+        raise ValueError("`packing` is for plain text, but there are examples with a prompt.")
+    if any(e.history for e in examples) and tokenizer.chat_template is None:
+        raise ValueError(
+            "`tokenizer` needs a chat template for messages: set `tokenizer.chat_template`, or "
+            "use a prompt column and an answer column."
+        )
+    report = RowReport("`examples`") if report is None else report
+    mask = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
+    max_length = sys.maxsize if max_length is None else max_length
+    refused = {mask, *never} - {eos, None}
+    answers, bad_answers = encode_texts([e.answer for e in examples], tokenizer)
+    prompts, bad_prompts = _encode_prompts(examples, tokenizer)
+    special = spelling_pattern(tokenizer)
+    spellings: list[str] = []
+    tokenized, cut, left_out = [], 0, 0
+    for i, (example, prompt, answer) in enumerate(zip(examples, prompts, answers, strict=True)):
+        number = i + 1 if example.row is None else example.row
+        fault = None
+        if i in bad_prompts:
+            fault = f"has a prompt that {bad_prompts[i]}"
+        elif mask in prompt:
+            fault = "has a prompt with the mask token in it"
+        elif i in bad_answers:
+            fault = f"has an answer that {bad_answers[i]}"
+        elif outside := refused.intersection(answer):
+            name = tokenizer.convert_ids_to_tokens(min(outside))
+            fault = f"has an answer with the token {name!r}, which is never generated"
+        if fault is not None:
+            report.refuse(number, fault.rstrip("."))
+            continue
+        if not answer:
+            report.pass_over(number, "an answer without a token")
+            continue
+        texts = (example.answer, example.prompt, *(content for _, content in example.history))
+        spellings += [found.group() for found in map(special.search, texts) if found][:1]
+        room = max_length - len(prompt)
+        if packing:
+            tokenized.append(TokenizedExample([], [*answer, eos]))
+        elif room > 0:
+            cut += len(answer) >= room
+            tokenized.append(TokenizedExample(prompt, [*answer, eos][:room]))
+        else:
+            left_out += 1
+    report.tell()
+    if spellings and PartialState().is_main_process:
+        tqdm.write(
+            f"Of {len(examples)} examples, {len(spellings)} spell a special token, such as "
+            f"{spellings[0]!r}, which is text: only a chat template writes special tokens."
+        )
+    if examples and not tokenized:
+        raise ValueError(
+            f"`max_length` ({max_length}) leaves nothing: the prompts of all {left_out} examples "
+            "are that long."
+            if left_out
+            else f"Nothing is left of {report.source}: all {len(examples)} rows are bad or empty."
+        )
+    if packing:
+        joined = [token for piece in tokenized for token in piece.answer_ids]
+        pieces = (joined[first : first + max_length] for first in range(0, len(joined), max_length))
+        return [TokenizedExample([], piece) for piece in pieces]
+    if (cut or left_out) and PartialState().is_main_process:
+        tqdm.write(
+            f"Of {len(examples)} examples, {cut} lose the end of their answer to `max_length` "
+            f"({max_length} tokens), and {left_out} with a prompt of that length are left out."
+        )
+    return tokenized
+
+
+def _encode_prompts(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], dict[int, str]]:
+    """What is before the answers, in the chat template where there is one; as `encode_texts`."""
+    given = [i for i, example in enumerate(examples) if example.messages]
+    if tokenizer.chat_template is None:
+        prompts = [examples[i].prompt for i in given]
+        encoded, bad = encode_texts(prompts, tokenizer, add_special_tokens=True)
+    else:
+        chats = [examples[i].messages for i in given]
+        encoded, bad = encode_chats(chats, tokenizer, add_generation_prompt=True)
+    rows: list[list[int]] = [[] for _ in examples]
+    for i, row in zip(given, encoded, strict=True):
+        rows[i] = row
+    return rows, {given[i]: fault for i, fault in bad.items()}
+
+
+def collate(
+    examples: Sequence[TokenizedExample],
+    *,
+    window_length: int,
+    eos_token_id: int,
+    pad_token_id: int,
+    extra_windows: Sequence[int] | None = None,
+) -> CanvasBatch:
+    """Lays examples out as canvases.
+
+    Args:
+        examples: the examples, one a row.
+        window_length: the answer part is filled to a multiple of it.
+        eos_token_id: fills the answer part.
+        pad_token_id: fills rows to the batch's longest.
+        extra_windows: per row, how many windows of end-of-text follow (a model should not learn
+            that the canvas's length gives the answer's length away).
+    """
+    extra_windows = extra_windows or [0] * len(examples)
+    starts = [len(e.prompt_ids) for e in examples]
+    spans = [
+        (-(-len(e.answer_ids) // window_length) + extra) * window_length
+        for e, extra in zip(examples, extra_windows, strict=True)
+    ]
+    length = max(s + n for s, n in zip(starts, spans, strict=True))
+    input_ids = torch.full((len(examples), length), pad_token_id)
+    attention_mask = torch.zeros(len(examples), length, dtype=torch.long)
+    for row, (example, span) in enumerate(zip(examples, spans, strict=True)):
+        fill = [eos_token_id] * (span - len(example.answer_ids))
+        ids = [*example.prompt_ids, *example.answer_ids, *fill]
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        attention_mask[row, : len(ids)] = 1
+    start = torch.tensor(starts)
+    return CanvasBatch(input_ids, attention_mask, start, start + torch.tensor(spans))
+
+
+def batch_indices(
+    lengths: Sequence[int], tokens_per_batch: int, seed: int, first_batch: int = 0
+) -> Iterator[list[int]]:
+    """Endless batches of example indices, a pure function of `seed` and the batch's number.
+
+    Every epoch is a new permutation; within stretches of it, examples of like length share a batch,
+    so that little is padded. `first_batch` skips ahead, which makes a run resumable by its step.
+    """
+    lengths = torch.as_tensor(lengths)
+    number, epoch = 0, 0
+    while True:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(len(lengths), generator=generator)
+        batches: list[list[int]] = []
+        for stretch in order.split(2048):
+            stretch = stretch[lengths[stretch].argsort(stable=True)]
+            batch: list[int] = []
+            for index in stretch.tolist():
+                if batch and (len(batch) + 1) * int(lengths[index]) > tokens_per_batch:
+                    batches.append(batch)
+                    batch = []
+                batch.append(index)
+            batches.append(batch)
+        for i in torch.randperm(len(batches), generator=generator).tolist():
+            if number >= first_batch:
+                yield batches[i]
+            number += 1
+        epoch += 1

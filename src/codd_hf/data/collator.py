@@ -1,0 +1,171 @@
+"""Noised batches for `transformers.Trainer`, whose loss is the model's own (`labels`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from ..checks.arguments import integers, shown
+from ..checks.choices import check_numbers
+from ..text.encoding import encode_texts
+from ..training.evidence.cache import draw_windows
+from .canvases import TokenizedExample, padding_token_id
+
+IGNORED = -100
+NAMES = ("input_ids", "attention_mask", "labels")
+
+
+@dataclass
+class DataCollatorForMaskedDiffusion:
+    """Lays texts out as canvases and masks a window of each, as block decoding meets it.
+
+    A feature has `input_ids` and may have `labels`, -100 where the text is given: the answer begins
+    at the first other label, or at the first token without any. It should end with end-of-text.
+    The answer is filled with end-of-text to whole windows, one of which is noised at a level
+    `t ~ U(0, 1)`; earlier ones are visible and later ones masked. A mask token in the text itself,
+    where a text spelt it, is replaced by the tokens of its spelling.
+
+    Noise is drawn from torch's global generator, so that it is new in every epoch (and after a
+    `Trainer` resumed). For an evaluation set that is the same every time, noise it once: `fixed`.
+
+    Args:
+        tokenizer: its end-of-text token fills windows, its padding token batches.
+        mask_token_id: the model's mask token (`model.config.mask_token_id`).
+        window_length: the head's (`model.window_length`).
+        max_extra_windows: canvases end with up to this many windows of end-of-text.
+        mean_span_length: mean length of the spans that are masked together; 1: each token alone.
+
+    Raises:
+        TypeError: there is no tokenizer.
+        ValueError: a number is out of its range.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    mask_token_id: int
+    window_length: int = 32
+    max_extra_windows: int = 1
+    mean_span_length: float = 1.0
+
+    def __post_init__(self):
+        if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(f"`tokenizer` must be a tokenizer, got {shown(self.tokenizer)}.")
+        check_numbers(self, mask_token_id=0, max_extra_windows=0, mean_span_length=1)
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """A batch: `input_ids`, `attention_mask` and `labels`, `[batch, length]` each.
+
+        Labels are the text in the noised window, masked there or not, so that the model aligns its
+        windows with it, and -100 elsewhere. At least one of them is masked. Features
+        that `fixed` made are only padded.
+
+        Raises:
+            TypeError: tokens are no integers.
+            ValueError: there is no feature, one has nothing to learn, or its parts do not match.
+        """
+        if not features or any("input_ids" not in feature for feature in features):
+            raise ValueError(
+                "`features` must hold at least one, each with `input_ids`, got "
+                f"{shown([list(feature) for feature in features])}."
+            )
+        fixed = [_is_noised(feature) for feature in features]
+        if all(fixed):
+            return self._padded(features)
+        if any(fixed):
+            raise ValueError(
+                "`features` must be all noised by `fixed` or none, got one of the other kind at "
+                f"{fixed.index(not fixed[0])}."
+            )
+        examples, noise = [self._example(feature) for feature in features], None
+        while noise is None or not bool(noise.target.any()):  # a batch has something to learn
+            seed = int(torch.empty((), dtype=torch.long).random_())
+            canvas, noise, _ = draw_windows(
+                examples,
+                self.tokenizer,
+                self.window_length,
+                self.max_extra_windows,
+                torch.Generator().manual_seed(seed),
+                self.mean_span_length,
+            )
+        return {
+            "input_ids": canvas.input_ids.masked_fill(noise.masked, self.mask_token_id),
+            "attention_mask": canvas.attention_mask,
+            "labels": canvas.input_ids.masked_fill(~noise.span, IGNORED),
+        }
+
+    def fixed(
+        self, features: Sequence[Mapping[str, Any]], seed: int = 0
+    ) -> list[dict[str, list[int]]]:
+        """The features noised once, for an evaluation set; those that nothing hides are left out.
+
+        Levels are spread evenly over the features.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            batch = self(features)
+        rows = zip(*(batch[name] for name in NAMES), strict=True)
+        noised = [
+            {"input_ids": ids[real.bool()].tolist(), "labels": labels[real.bool()].tolist()}
+            for ids, real, labels in rows
+        ]
+        return [feature for feature in noised if _is_noised(feature)]
+
+    def _padded(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        columns = {}
+        for name, padding in zip(
+            NAMES, (padding_token_id(self.tokenizer), 0, IGNORED), strict=True
+        ):
+            rows = [
+                torch.as_tensor(f[name]) if name in f else torch.ones(len(f["input_ids"])).long()
+                for f in features
+            ]
+            columns[name] = pad_sequence(rows, batch_first=True, padding_value=padding)
+        return columns
+
+    def _example(self, feature: Mapping[str, Any]) -> TokenizedExample:
+        ids = integers("input_ids", feature["input_ids"])
+        if ids.ndim != 1:
+            raise ValueError(
+                f"`input_ids` of a feature must have shape [length], got {tuple(ids.shape)}."
+            )
+        labels = ids if feature.get("labels") is None else integers("labels", feature["labels"])
+        ids, labels = ids.tolist(), labels.tolist()
+        real = feature.get("attention_mask", [1] * len(ids))
+        if not len(ids) == len(labels) == len(real):
+            raise ValueError(
+                "`labels` and `attention_mask` must be as long as `input_ids`, got "
+                f"{len(labels)} and {len(real)} for {len(ids)}."
+            )
+        start = next((i for i, label in enumerate(labels) if label != IGNORED and real[i]), None)
+        if start is None:
+            raise ValueError(
+                f"`labels` must leave a token to learn, got -100 for all {len(ids)}: leave such "
+                "features out."
+            )
+        parts = range(start), range(start, len(ids))
+        return TokenizedExample(*(self._spelt([ids[i] for i in part if real[i]]) for part in parts))
+
+    def _spelt(self, ids: list[int]) -> list[int]:
+        """Tokens with the mask token's spelling in place of any mask token."""
+        if self.mask_token_id not in ids:
+            return ids
+        name = self.tokenizer.convert_ids_to_tokens(self.mask_token_id)
+        (spelling,), faults = encode_texts([name], self.tokenizer)
+        if faults or self.mask_token_id in spelling:
+            raise ValueError(
+                f"`input_ids` must not hold the mask token ({self.mask_token_id}), which the "
+                "tokenizer cannot encode as text: leave such features out."
+            )
+        return [own for t in ids for own in (spelling if t == self.mask_token_id else (t,))]
+
+
+def _is_noised(feature: Mapping[str, Any]) -> bool:
+    """Whether labels tell what is hidden; those of a text are its tokens, or -100."""
+    ids, labels = feature["input_ids"], feature.get("labels")
+    return labels is not None and any(
+        label not in (IGNORED, token) for token, label in zip(ids, labels, strict=False)
+    )

@@ -1,0 +1,81 @@
+"""The forward process of masked diffusion, and the draws of it that training uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..schedulers.noise import span_uniforms
+from .canvases import CanvasBatch
+
+
+@dataclass
+class Noise:
+    """Which tokens of a batch of canvases are hidden, and what counts in the loss.
+
+    Attributes:
+        masked: `[batch, length]` bool, the positions that the model sees as mask tokens.
+        target: `[batch, length]` bool, the positions that count in the loss: masked ones in the
+            noised span (later windows are masked too, but are no target).
+        span: `[batch, length]` bool, the positions that the noise could have hidden.
+        level: `[batch]`, the probability `t` in (0, 1] with which it did.
+    """
+
+    masked: torch.Tensor
+    target: torch.Tensor
+    span: torch.Tensor
+    level: torch.Tensor
+
+
+def sample_noise(
+    canvas: CanvasBatch,
+    *,
+    window_length: int,
+    generator: torch.Generator,
+    window_probability: float = 0.5,
+    prompt_probability: float = 0.15,
+    minimum_level: float = 1e-2,
+    mean_span_length: float = 1.0,
+) -> Noise:
+    """Draws masks for a batch, one noise level `t ~ U(0, 1)` a row (stratified over the batch).
+
+    A row is noised in one of two ways. *Window* noise is what block decoding meets: one window of
+    the answer is the span, earlier ones are visible and later ones fully masked. Otherwise the
+    span is the whole answer, or prompt and answer.
+
+    Args:
+        canvas: the clean canvases.
+        window_length: length of a window; windows start at each row's `answer_start`.
+        generator: source of all randomness, on the CPU.
+        window_probability: share of rows with window noise.
+        prompt_probability: share of the other rows in which the prompt is noised as well.
+        minimum_level: the smallest `t`; the loss weight is `1/t`.
+        mean_span_length: mean length of the spans of tokens that are masked together; 1 masks each
+            token on its own.
+
+    Raises:
+        ValueError: `mean_span_length` is below 1.
+    """
+    batch, length = canvas.input_ids.shape
+    start, end = canvas.answer_start[:, None], canvas.answer_end[:, None]
+    position = torch.arange(length)
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    strata = torch.randperm(batch, generator=generator)
+    level = ((strata + uniform(batch)) / batch).clamp(min=minimum_level)
+
+    by_window = uniform(batch, 1) < window_probability
+    num_windows = (end - start) // window_length
+    window_start = start + (uniform(batch, 1) * num_windows).long() * window_length
+    in_window = (position >= window_start) & (position < window_start + window_length)
+    with_prompt = uniform(batch, 1) < prompt_probability
+    in_canvas = (position < end) & (with_prompt | (position >= start))
+    span = torch.where(by_window, in_window, in_canvas)
+
+    draws = span_uniforms((batch, length), mean_span_length, generator)
+    target = span & (draws < level[:, None])
+    later = by_window & (position >= window_start + window_length) & (position < end)
+    return Noise(masked=target | later, target=target, span=span, level=level)

@@ -1,0 +1,1 @@
+"""From a canvas of mask tokens to text, step by step."""

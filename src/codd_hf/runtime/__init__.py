@@ -1,0 +1,1 @@
+"""The machine and its files: versions, precision, locks, whole files."""

@@ -1,0 +1,246 @@
+"""What a run says of itself: settings, curves and figures for the model card, and the push."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from huggingface_hub import CommitInfo, HfApi
+from transformers import PreTrainedTokenizerBase
+
+from ..checks.names import is_local
+from ..data.canvases import TokenizedExample
+from ..evaluation.gap import GapRow, gap_table, measure_gap, plus_minus
+from ..hub.cards import REWRITTEN, Artifact, make_card
+from ..hub.publishing import CARD, push_folder
+from ..hub.repositories import reaching_hub
+from ..modeling_codd import CoDDModel
+from ..runtime.environment import environment
+from ..runtime.files import read_json
+from .settings import STAGES, TrainConfig
+
+HISTORIES = {
+    "pretraining": "backbone/pretraining_history.json",
+    "generative": "generative_history.json",
+    "conditional": "conditional_history.json",
+    "joint": "joint_history.json",
+}
+"""Where a stage's history is, in the output folder."""
+
+GAP_RATIOS = (0.25, 0.5, 0.75, 1.0)
+NOT_PUSHED = ("*.jsonl",)
+"""The held-out examples are somebody's data, and stay on this machine."""
+
+OF_THIS_RUN = ("output_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_private")
+CURVE_ROWS = 12
+BARS = "▁▂▃▄▅▆▇█"
+
+
+@reaching_hub()
+def open_repository(config: TrainConfig) -> str | None:
+    """Creates the repository that a run will be pushed to: a refusal comes before the training.
+
+    Returns:
+        Its id; None if nothing is to be pushed.
+
+    Raises:
+        OSError: the Hub refuses, or cannot be reached.
+        ValueError: the repository should be private, and is public.
+    """
+    if not config.push_to_hub:
+        return None
+    api = HfApi(library_name="codd-hf")
+    name = config.hub_model_id or Path(config.output_dir).resolve().name
+    repo_id = api.create_repo(name, private=config.hub_private or None, exist_ok=True).repo_id
+    if config.hub_private and not api.model_info(repo_id).private:
+        raise ValueError(
+            f"`hub_private` is set, but the repository {repo_id!r} is public: make it private, or "
+            "choose another `hub_model_id`."
+        )
+    return repo_id
+
+
+def measure_final_gap(
+    config: TrainConfig,
+    model: CoDDModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[TokenizedExample],
+) -> list[GapRow] | None:
+    """The gap measure on `config.num_gap_problems` held-out examples; None if none has a window."""
+    examples = [e for e in examples if len(e.answer_ids) > model.window_length]
+    examples = examples[: config.num_gap_problems]
+    if not examples:
+        return None
+    head = model.coupling_head
+    return measure_gap(model, {"coupled": head}, tokenizer, examples, ratios=GAP_RATIOS)
+
+
+def write_card(
+    config: TrainConfig,
+    folder: Path,
+    model: CoDDModel,
+    tokenizer: PreTrainedTokenizerBase,
+    repo_id: str | None,
+    sizes: dict[str, int],
+    gap: list[GapRow] | None,
+) -> None:
+    """Writes `README.md` and `training/` (settings, histories, gap) into a pipeline folder.
+
+    A card that somebody wrote, which lacks the mark of `hub.cards.REWRITTEN`, stays as it is.
+
+    Args:
+        config: of the run.
+        folder: the pipeline.
+        model: what the run ends with.
+        tokenizer: its tokenizer.
+        repo_id: where it will be pushed, if anywhere.
+        sizes: numbers of the training, validation and test examples.
+        gap: what was measured at the end, if anything.
+    """
+    figures = folder / "training"
+    figures.mkdir(parents=True, exist_ok=True)
+    settings = _public(config)
+    histories = {}
+    for stage, path in HISTORIES.items():
+        source = Path(config.output_dir, path)
+        if source.exists():
+            histories[stage] = read_json(source, list)
+            (figures / f"{stage}_history.json").write_text(json.dumps(histories[stage], indent=2))
+    facts = environment() | {"processes": PartialState().num_processes}
+    measured = None if gap is None else [row.as_dict() for row in gap]
+    run = {"environment": facts, "examples": sizes, "settings": settings, "gap": measured}
+    (figures / "run.json").write_text(json.dumps(run, indent=2))
+    path = folder / CARD
+    if path.exists() and REWRITTEN not in path.read_text(encoding="utf-8"):
+        return
+    make_card(
+        Artifact("pipeline", model.coupling_head, model.backbone, tokenizer, model.config),
+        repo_id or folder.resolve().name,
+        datasets=None if is_local(config.dataset) else config.dataset,
+        training=_section(config, settings, histories, sizes, gap, facts),
+    ).save(path)
+
+
+def push_pipeline(folder: Path, repo_id: str, private: bool) -> CommitInfo:
+    """Pushes a pipeline folder, without the held-out examples in it."""
+    message = "Trained with codd-hf"
+    return push_folder(
+        folder, repo_id, private=private, ignore_patterns=NOT_PUSHED, commit_message=message
+    )
+
+
+def _public(config: TrainConfig) -> dict[str, Any]:
+    """The settings without what is about this machine."""
+    settings = {k: v for k, v in asdict(config).items() if k not in OF_THIS_RUN}
+    settings["conditional"].pop("evidence_dir")
+    for name in ("dataset", "backbone"):
+        if settings[name] is not None and is_local(settings[name]):
+            settings[name] = Path(settings[name]).name
+    return settings
+
+
+def _section(
+    config: TrainConfig,
+    settings: dict[str, Any],
+    histories: dict[str, list[dict[str, float]]],
+    sizes: dict[str, int],
+    gap: list[GapRow] | None,
+    facts: dict[str, Any],
+) -> str:
+    """What the card says of the training."""
+    parts = [
+        "Trained with `codd-hf train`; all settings, histories and figures are in `training/`.",
+        "\n".join(_facts(config, settings, sizes, facts)),
+    ]
+    for stage in STAGES:
+        if stage in histories:
+            parts.append(f"### Stage: {stage}\n\n{_settings_line(config, settings, stage)}")
+            parts.append(_curve(stage, histories[stage]))
+    if gap is not None:
+        parts.append(_gap_section(config, sizes, gap))
+    return "\n\n".join(parts)
+
+
+def _facts(
+    config: TrainConfig, settings: dict[str, Any], sizes: dict[str, int], facts: dict[str, Any]
+) -> list[str]:
+    kind = "the local file" if is_local(config.dataset) else "the dataset"
+    of = [f"configuration `{config.dataset_config}`"] if config.dataset_config else []
+    data = ", ".join([f"{kind} `{settings['dataset']}`", *of, f"split `{config.split}`"])
+    numbers = ", ".join(f"{number:,} for {name}" for name, number in sizes.items() if number)
+    packed = ", packed" if config.packing else ""
+    if config.backbone is None:
+        backbone = "trained on the same data, from random weights"
+    else:
+        local = " (a local model)" if is_local(config.backbone) else ""
+        further = ", trained further" if "pretraining" in config.chosen_stages else ""
+        backbone = f"`{settings['backbone']}`{local}{further}"
+    machine = ", ".join(f"{name} {value}" for name, value in facts.items())
+    return [
+        f"- Data: {data}; {numbers}; at most {config.max_length} tokens each{packed}.",
+        f"- Backbone: {backbone}.",
+        f"- Machine and versions: {machine}.",
+    ]
+
+
+def _settings_line(config: TrainConfig, settings: dict[str, Any], stage: str) -> str:
+    if stage not in config.chosen_stages:
+        return "Run earlier, with settings that are not recorded here."
+    values = (f"`{name}` {value}" for name, value in settings[stage].items())
+    return f"Settings: {', '.join(values)}."
+
+
+def _curve(stage: str, history: list[dict[str, float]]) -> str:
+    """A history as a table in Markdown, of evenly spread rows if it is long."""
+    names = [name for name in history[-1] if name not in ("seconds", "tokens")]
+    last = len(history) - 1
+    number = min(len(history), CURVE_ROWS)
+    shown = [history[round(i * last / max(number - 1, 1))] for i in range(number)]
+    lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |"]
+    lines.append("|" + " --- |" * len(names))
+    for entry in shown:
+        cells = [_cell(entry.get(name)) for name in names]
+        lines.append("| " + " | ".join(cells) + " |")
+    notes = []
+    if "gain" in history[-1]:
+        notes.append(
+            "Gains are nats per masked token over factorized prediction on the validation "
+            "examples, which choices were made on; `gain 0.25-0.50` is of windows whose tokens "
+            "were masked with a probability in that range."
+        )
+        notes.append(f"Gain: {sparkline([entry['gain'] for entry in history])}")
+    if "seconds" in history[-1]:
+        notes.append(f"It took {history[-1]['seconds'] / 60:.1f} minutes.")
+    return "\n\n".join(["\n".join(lines), *notes])
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Values as bars of text, the smallest as the lowest."""
+    low, high = min(values), max(values)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((value - low) * scale)] for value in values)
+
+
+def _gap_section(config: TrainConfig, sizes: dict[str, int], gap: list[GapRow]) -> str:
+    part = "test" if sizes["test"] else "validation"
+    caution = "" if sizes["test"] else " (choices were made on these)"
+    gains = "; ".join(
+        f"{row.ratio:g}: {row.gains['coupled']:+.3f}{plus_minus(row.gain_errors['coupled'])}"
+        for row in gap
+    )
+    return (
+        f"### Measured gap\n\nOne full window in each of at most {config.num_gap_problems} {part} "
+        f"examples{caution}, as `codd-hf evaluate gap` measures it: nats per masked token ± "
+        "standard error in one parallel step, and of the backbone that reveals one token at a time "
+        f"(sequential).\n\n{gap_table(gap)}\n\nPaired gains over factorized by mask ratio: {gains}."
+    )

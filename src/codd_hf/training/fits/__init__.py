@@ -1,0 +1,1 @@
+"""One fit a file: pretraining, generative, conditional, joint."""
