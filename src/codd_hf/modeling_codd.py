@@ -36,15 +36,15 @@ from .checks.arguments import (
     scalar,
     token_ids,
 )
-from .checks.names import existing, is_local
+from .checks.names import ADAPTER_FOLDER, existing, is_local
 from .circuits import CoupledCategorical
 from .circuits.random import Generators
 from .configuration_codd import CoDDConfig, CoDDHeadConfig, check_coupling
 from .coupling.adapter_files import save_adapter
 from .coupling.adapters import AdaptersMixin, unwrapped, without_adapters
 from .coupling.heads import DEFAULT_NAME, HeadName, HeadsMixin
+from .coupling.loading import find_adapter, load_adapter, load_head, named_backbone
 from .coupling.windows import WindowsMixin
-from .hub.loading import ADAPTER_FOLDER, find_adapter, load_adapter, load_head, named_backbone
 from .hub.publishing import ModelPublishing
 from .hub.repositories import (
     CACHE_ARGUMENTS,

@@ -9,7 +9,8 @@ import torch
 
 from codd_hf import CoDDHead, CoDDModel
 from codd_hf.data.canvases import TokenizedExample
-from codd_hf.training.evidence.cache import cache_windows, draw_windows
+from codd_hf.data.noise import draw_windows
+from codd_hf.training.evidence.cache import cache_windows
 from codd_hf.training.fits.conditional import fit_conditional, fit_head
 from codd_hf.training.fits.gains import evaluate_head, window_gains
 from codd_hf.training.loop.checkpoints import Checkpoints

@@ -12,13 +12,9 @@ import torch
 
 from codd_hf import CoDDModel
 from codd_hf.data.canvases import TokenizedExample, batch_indices
+from codd_hf.data.noise import draw_windows
 from codd_hf.training.evidence import cache as window_cache
-from codd_hf.training.evidence.cache import (
-    WindowCache,
-    bytes_per_window,
-    cache_windows,
-    draw_windows,
-)
+from codd_hf.training.evidence.cache import WindowCache, bytes_per_window, cache_windows
 from codd_hf.training.fits.conditional import fit_conditional, fit_head
 from codd_hf.training.fits.gains import evaluate_head, window_gains
 from codd_hf.training.settings import ConditionalConfig, EvidenceConfig

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_FOLDER = "adapter"
+
 
 def existing(name: str | Path, argument: str) -> str:
     """The path or id as a string.

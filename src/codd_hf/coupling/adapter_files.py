@@ -16,6 +16,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..checks.names import ADAPTER_FILES
 from .adapter_settings import CHANGING_STARTS, check_adapter_settings
 from .adapters import (
     active_adapter,
@@ -29,7 +30,6 @@ from .adapters import (
     restore,
 )
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PREFIX = "base_model.model."
 """What PEFT puts before the names of stored weights."""
 

@@ -436,7 +436,7 @@ class AdaptersMixin:
             OSError: there is no adapter, or it is damaged.
             ValueError: it is of an unsupported kind, or of another backbone.
         """
-        from ..hub.loading import load_adapter
+        from .loading import load_adapter
 
         load_adapter(self.backbone, adapter, adapter_name or "default", **hub)
 

@@ -16,10 +16,9 @@ import torch
 
 from ..backbones import execution_device
 from ..checks.arguments import shown
-from ..checks.names import existing
+from ..checks.names import ADAPTER_FILES, ADAPTER_FOLDER, existing
 from ..configuration_codd import CoDDHeadConfig
-from ..hub.loading import ADAPTER_FOLDER, find_adapter, load_adapter, load_head
-from .adapter_files import ADAPTER_FILES, save_adapter
+from .adapter_files import save_adapter
 from .adapters import (
     adapter_in_use,
     check_backbone_is_whole,
@@ -27,6 +26,7 @@ from .adapters import (
     enable_adapters,
     set_adapter,
 )
+from .loading import find_adapter, load_adapter, load_head
 
 if TYPE_CHECKING:
     from ..modeling_head import CoDDHead

@@ -19,8 +19,8 @@ from ..checks.arguments import (
     shown,
     token_id,
 )
-from ..decoding.canvas import check_size
 from ..text.encoding import encode_as_written
+from .windows import check_size
 
 if TYPE_CHECKING:
     from ..modeling_codd import CoDDModel

@@ -14,7 +14,6 @@ from ..backbones import BackboneStates
 from ..checks.arguments import LARGEST_INTEGER, RowError, integers, several
 from ..circuits import CoupledCategorical, Preceding
 from ..circuits.factorized import forbidden_tokens, trivial_potentials, without_tokens
-from ..decoding.canvas import check_size
 from ..modeling_head import CoDDHead
 from .heads import CallHead, HeadName
 
@@ -341,4 +340,12 @@ def check_logits(logits: torch.Tensor, rows: torch.Tensor) -> None:
             "The backbone's logits are NaN or infinite in row {row}: look for the cause in its "
             "weights and its dtype.",
             int(rows[~defined][0]),
+        )
+
+
+def check_size(most: int | None, size: int, what: str) -> None:
+    """Raises a ValueError if `size` tokens are more than `most`; `what` says what they are."""
+    if most is not None and size > most:
+        raise ValueError(
+            f"{what} exceed the {most} positions of the backbone: shorten one of them."
         )

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from ..checks.arguments import integers, shown
 from ..checks.choices import check_numbers
 from ..text.encoding import encode_texts
-from ..training.evidence.cache import draw_windows
 from .canvases import TokenizedExample, padding_token_id
+from .noise import draw_windows
 
 IGNORED = -100
 NAMES = ("input_ids", "attention_mask", "labels")

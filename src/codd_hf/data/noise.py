@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..schedulers.noise import span_uniforms
-from .canvases import CanvasBatch
+from .canvases import CanvasBatch, TokenizedExample, collate, padding_token_id
 
 
 @dataclass
@@ -79,3 +81,34 @@ def sample_noise(
     target = span & (draws < level[:, None])
     later = by_window & (position >= window_start + window_length) & (position < end)
     return Noise(masked=target | later, target=target, span=span, level=level)
+
+
+def draw_windows(
+    examples: Sequence[TokenizedExample],
+    tokenizer: PreTrainedTokenizerBase,
+    window_length: int,
+    max_extra_windows: int,
+    generator: torch.Generator,
+    mean_span_length: float = 1.0,
+) -> tuple[CanvasBatch, Noise, torch.Tensor]:
+    """Canvases with one noised window a row, earlier ones visible and later ones masked.
+
+    Returns:
+        canvases, noise, and `[batch]` the start of each row's window.
+    """
+    extra = torch.randint(max_extra_windows + 1, (len(examples),), generator=generator)
+    canvas = collate(
+        examples,
+        window_length=window_length,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=padding_token_id(tokenizer),
+        extra_windows=extra.tolist(),
+    )
+    noise = sample_noise(
+        canvas,
+        window_length=window_length,
+        generator=generator,
+        window_probability=1.0,
+        mean_span_length=mean_span_length,
+    )
+    return canvas, noise, noise.span.long().argmax(1)

@@ -9,6 +9,7 @@ import torch
 
 from ..checks.arguments import check_unmasked
 from ..configuration_codd import CoDDConfig
+from ..coupling.windows import check_size
 
 
 @dataclass
@@ -230,14 +231,6 @@ def _real(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
     if attention_mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
     return attention_mask.bool()
-
-
-def check_size(most: int | None, size: int, what: str) -> None:
-    """Raises a ValueError if `size` tokens are more than `most`; `what` says what they are."""
-    if most is not None and size > most:
-        raise ValueError(
-            f"{what} exceed the {most} positions of the backbone: shorten one of them."
-        )
 
 
 def filler(config: CoDDConfig, end_ids: Sequence[int], pad_token_id: int | None) -> int:

@@ -21,8 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..checks.names import is_local
-from ..coupling.adapter_files import ADAPTER_FILES
+from ..checks.names import ADAPTER_FILES, is_local
 from .cards import Artifact, complete_card, make_card
 from .repositories import reaching_hub
 

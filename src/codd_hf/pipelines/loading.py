@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..backbones import load_backbone, load_tokenizer
 from ..checks.errors import reading
+from ..coupling.loading import BACKBONE_ARGUMENTS, OWN_ARGUMENTS
 from ..decoding.generation_settings import scheduler_of
-from ..hub.loading import BACKBONE_ARGUMENTS, OWN_ARGUMENTS
 from ..hub.repositories import (
     CACHE_ARGUMENTS,
     ask_once,

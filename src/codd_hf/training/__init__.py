@@ -1,1 +1,30 @@
-"""Training: data, noise, backbone pretraining and the fitting of heads."""
+"""Fits of circuits and backbones: `run.train` is the whole way, each stage also stands alone."""
+
+from __future__ import annotations
+
+import importlib
+
+_EXPORTS = {
+    "ConditionalConfig": ".settings",
+    "DataCollatorForMaskedDiffusion": "..data.collator",
+    "EvidenceConfig": ".settings",
+    "GenerativeConfig": ".settings",
+    "JointConfig": ".joint_settings",
+    "PretrainingConfig": ".settings",
+    "TrainConfig": ".settings",
+    "add_lora": ".fits.lora",
+    "fit_conditional": ".fits.conditional",
+    "fit_generative": ".fits.generative",
+    "fit_joint": ".fits.joint",
+    "load_examples": "..data.sources",
+    "train": ".run",
+    "train_tokenizer": "..data.tokenizers",
+}
+
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name], __name__), name)

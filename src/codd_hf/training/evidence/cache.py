@@ -26,15 +26,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ...circuits import CoupledCategorical, TopKEvidence
 from ...circuits.factorized import forbidden_tokens
-from ...data.canvases import CanvasBatch, TokenizedExample, batch_indices, collate, padding_token_id
-from ...data.fingerprint import (
-    check_fingerprint,
-    evidence_fingerprint,
-    json_fingerprint,
-    model_fingerprint,
-    tensor_fingerprint,
-)
-from ...data.noise import Noise, sample_noise
+from ...data.canvases import TokenizedExample, batch_indices
+from ...data.fingerprint import json_fingerprint, tensor_fingerprint
+from ...data.noise import draw_windows
 from ...modeling_codd import CoDDModel
 from ...modeling_head import CoDDHead
 from ...runtime.files import replacing
@@ -42,6 +36,7 @@ from ...runtime.locks import locked
 from ...runtime.precision import autocast, chosen_precision, precision_note
 from ..processes.sharding import is_sharded
 from ..settings import EvidenceConfig
+from .fingerprint import check_fingerprint, evidence_fingerprint, model_fingerprint
 from .noised_windows import NoisedWindows
 from .store import (
     FINGERPRINT,
@@ -131,37 +126,6 @@ class WindowCache:
     def distribution(self, head: CoDDHead, rows: torch.Tensor) -> CoupledCategorical:
         """The coupled distributions of some windows `rows [B]`, on the head's device."""
         return self.take(rows).distribution(head, self.temperature)
-
-
-def draw_windows(
-    examples: Sequence[TokenizedExample],
-    tokenizer: PreTrainedTokenizerBase,
-    window_length: int,
-    max_extra_windows: int,
-    generator: torch.Generator,
-    mean_span_length: float = 1.0,
-) -> tuple[CanvasBatch, Noise, torch.Tensor]:
-    """Canvases with one noised window a row, earlier ones visible and later ones masked.
-
-    Returns:
-        canvases, noise, and `[batch]` the start of each row's window.
-    """
-    extra = torch.randint(max_extra_windows + 1, (len(examples),), generator=generator)
-    canvas = collate(
-        examples,
-        window_length=window_length,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=padding_token_id(tokenizer),
-        extra_windows=extra.tolist(),
-    )
-    noise = sample_noise(
-        canvas,
-        window_length=window_length,
-        generator=generator,
-        window_probability=1.0,
-        mean_span_length=mean_span_length,
-    )
-    return canvas, noise, noise.span.long().argmax(1)
 
 
 def bytes_per_window(model: CoDDModel, config: EvidenceConfig) -> float:

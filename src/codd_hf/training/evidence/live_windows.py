@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from ...data.canvases import CanvasBatch, TokenizedExample
+from ...data.noise import draw_windows
 from ...modeling_codd import CoDDModel
 from ...runtime.precision import autocast
 from ..fits.counting import summing_dtype
 from ..fits.gains import gains_by_level
 from ..joint_settings import JointConfig
-from .cache import draw_windows
 
 EVALUATION_CHUNK = 32
 

@@ -22,11 +22,11 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from ...data.canvases import TokenizedExample
-from ...data.fingerprint import fit_identity, model_fingerprint
 from ...modeling_codd import CoDDModel
 from ...modeling_head import CoDDHead
 from ...runtime.precision import chosen_precision
 from ..evidence.cache import WindowCache, cache_windows
+from ..evidence.fingerprint import fit_identity, model_fingerprint
 from ..loop.checkpoints import Checkpoints, load_checkpoint
 from ..loop.steps import StepLoop
 from ..loop.trackers import Log

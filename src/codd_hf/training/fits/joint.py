@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...coupling.adapters import active_adapter, set_adapter
 from ...data.canvases import TokenizedExample
-from ...data.fingerprint import fit_identity, model_fingerprint
 from ...modeling_codd import CoDDModel
 from ...runtime.precision import chosen_precision, precision_note
+from ..evidence.fingerprint import fit_identity, model_fingerprint
 from ..evidence.live_windows import LiveWindows, window_scores
 from ..joint_settings import JointConfig
 from ..loop.checkpoints import Checkpoints

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
@@ -57,11 +56,6 @@ def shard_backbone(model: CoDDModel) -> None:
 def is_sharded(model: CoDDModel) -> bool:
     """Whether `shard_backbone` was called on it."""
     return any(isinstance(module, FSDPModule) for module in model.backbone.modules())
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor, gathered from all processes if it is sharded; they then call it together."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
