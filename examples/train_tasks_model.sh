@@ -4,6 +4,10 @@
 #
 #   bash examples/train_tasks_model.sh [STEPS] [OUTPUT]
 #   python examples/evaluate_tasks.py OUTPUT/backbone
+#
+# Not yet trained to the end. What is known is of a vocabulary of 768 and six heads of attention, 2,000
+# steps (6.7 M tokens): 33 % of 60 sums right one token at a time, 22 % of dates, 7 % of orderings, no
+# record and no word problem. Digits are copied by then, words are not: 768 tokens split some of them.
 set -euo pipefail
 steps=${1:-12000} output=${2:-runs/tasks}
 
@@ -11,7 +15,7 @@ exec codd-hf train \
     --dataset tasks \
     --output "$output" \
     --stages pretraining \
-    --vocab-size 768 \
+    --vocab-size 1024 \
     --hidden-size 192 \
     --num-layers 4 \
     --pretraining-max-steps "$steps" \
