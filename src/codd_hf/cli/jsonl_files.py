@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..runtime.files import make_durable, replacing
 from .jsonl_rows import JSONLRows, line_at, parsed
 
 DIGESTS = {
@@ -86,13 +87,8 @@ class RunFiles:
     def begin(self) -> None:
         """Makes the folder of the parts and says what the run is; nothing is answered yet."""
         self.folder.mkdir(exist_ok=True)
-        temporary = self.folder / "run.json"
-        with temporary.open("w") as file:
-            file.write(json.dumps(self.run, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.about)
-        _sync_folder(self.output.parent)
+        with replacing(self.about) as new:
+            new.write_text(json.dumps(self.run, indent=2) + "\n")
 
     def part(self, process: int) -> Part:
         return Part(self.folder / f"part-{process:05d}.jsonl")
@@ -130,7 +126,7 @@ class RunFiles:
             if not self.output.exists():
                 raise
             return
-        _sync_folder(self.output.parent)
+        make_durable(self.output.parent)
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # a complete run is not written again
             self.lock.unlink()
@@ -151,7 +147,7 @@ class Part:
                 if written.read() != b"\n":
                     # What a kill tore becomes a line of its own, which is no JSON.
                     self.file.write(b"\n")
-        _sync_folder(path.parent)
+        make_durable(path.parent)
 
     def __enter__(self) -> Part:
         return self
@@ -189,13 +185,3 @@ def _merged_lines(
     finally:
         for file in opened.values():
             file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Forces the names in a folder to the disk, where that can be done (not on Windows)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

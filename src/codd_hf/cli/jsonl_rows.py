@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..checks.arguments import shown
 from ..checks.errors import reason
 
 USUAL_PROMPTS = ("question", "prompt")
@@ -154,9 +155,7 @@ class _Columns(dict):
 def _check(values: dict[str, Any], prompt_column: str, output_column: str | None) -> None:
     prompt = values.get(prompt_column)
     if not isinstance(prompt, str) or not prompt:
-        shown = repr(prompt)
-        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-        raise ValueError(f"must have a text in column {prompt_column!r}, got {shown}")
+        raise ValueError(f"must have a text in column {prompt_column!r}, got {shown(prompt)}")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:

@@ -19,6 +19,8 @@ from typing import Any
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from ..checks.arguments import shown
+
 SAMPLE_BY = ("line", "paragraph", "document")
 WIDE_ENCODINGS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -168,7 +170,7 @@ def _object(text: str) -> dict[str, Any]:
 
 def _checked(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise BadRowError(f"is not a JSON object ({short(value)})")
+        raise BadRowError(f"is not a JSON object ({shown(value)})")
     return value
 
 
@@ -189,9 +191,3 @@ def _of_json(text: str) -> list[Row]:
         except BadRowError as error:
             rows.append((number, error))
     return rows
-
-
-def short(value: Any) -> str:
-    """A value in a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks.arguments import shown
 from ..checks.errors import is_of_a_library, reason
 from ..text.encoding import is_text
-from .rows import SAMPLE_BY, BadRowError, Row, RowReport, file_kind, read_rows, short
+from .rows import SAMPLE_BY, BadRowError, Row, RowReport, file_kind, read_rows
 from .tasks import TASKS, sample_tasks
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ def _prompt_turns(value: Any, column: str, answer_column: str, chat: bool) -> li
     if chat:
         raise BadRowError(
             f"must hold messages in column {column!r} too, as in column {answer_column!r}, got "
-            f"{short(value)}"
+            f"{shown(value)}"
         )
     return [("user", _text(value, column))]
 
@@ -252,7 +253,7 @@ def _messages(value: Any, column: str) -> list[Any] | None:
                 value = json.loads(value)
         if not isinstance(value, list):
             raise BadRowError(
-                f"must hold a list of messages in column {column!r}, got {short(value)}"
+                f"must hold a list of messages in column {column!r}, got {shown(value)}"
             )
         return value
     return value if isinstance(value, list) and all(isinstance(m, dict) for m in value) else None
@@ -276,14 +277,14 @@ def _turn(message: Any, column: str) -> tuple[str, str]:
     if not isinstance(role, str) or not isinstance(content, str):
         raise BadRowError(
             f"must hold messages with a text `role` and a text `content` in column {column!r}, "
-            f"got {short(message)}"
+            f"got {shown(message)}"
         )
     return ROLES.get(role, role), _text(content, column)
 
 
 def _text(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise BadRowError(f"must hold a text in column {column!r}, got {short(value)}")
+        raise BadRowError(f"must hold a text in column {column!r}, got {shown(value)}")
     if not is_text(value):
-        raise BadRowError(f"holds half of a surrogate pair in column {column!r}: {short(value)}")
+        raise BadRowError(f"holds half of a surrogate pair in column {column!r}: {shown(value)}")
     return value

@@ -28,7 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
         except BaseException:
             new.unlink(missing_ok=True)  # what a full disk could not take is in the way
             raise
-    new.rename(path)
+    new.replace(path)
     make_durable(path.parent)
 
 
@@ -52,7 +52,9 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def make_durable(path: Path) -> None:
-    """Returns when a file, or what a folder lists, is on the disk."""
+    """Returns when a file, or what a folder lists, is on the disk (on Windows, files alone)."""
+    if path.is_dir() and os.name != "posix":
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
