@@ -19,10 +19,10 @@ from transformers.utils import ModelOutput
 
 from .backbones import (
     BackboneFamily,
-    brings_code,
     execution_device,
     family_of,
     load_backbone,
+    needs_remote_code,
     nested_custom_config,
 )
 from .checks.arguments import (
@@ -36,7 +36,7 @@ from .checks.arguments import (
     scalar,
     token_ids,
 )
-from .checks.names import ADAPTER_FOLDER, existing, is_local
+from .checks.names import ADAPTER_FOLDER, checked_name, is_local
 from .circuits import CoupledCategorical
 from .circuits.random import Generators
 from .configuration_codd import CoDDConfig, CoDDHeadConfig, check_coupling
@@ -48,7 +48,7 @@ from .coupling.windows import WindowsMixin
 from .hub.publishing import ModelPublishing
 from .hub.repositories import (
     CACHE_ARGUMENTS,
-    explained,
+    explain_load_errors,
     hub_arguments,
     locate,
     read_config,
@@ -168,8 +168,8 @@ class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTra
         """
         shared = {k: v for k, v in kwargs.items() if k in (*CACHE_ARGUMENTS, "token")}
         if isinstance(backbone, str | Path):
-            name = existing(backbone, "backbone")
-            with explained(name, kwargs):
+            name = checked_name(backbone, "backbone")
+            with explain_load_errors(name, kwargs):
                 backbone = load_backbone(name, **kwargs)
         elif refused := [k for k in kwargs if k not in shared]:
             raise ValueError(
@@ -184,7 +184,7 @@ class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTra
             )
         family_of(backbone.config).adopt(backbone.config)
         if adapter is None and isinstance(head, str | Path):
-            adapter = find_adapter(existing(head, "head"), **shared)
+            adapter = find_adapter(checked_name(head, "head"), **shared)
         if head is not None:
             head = load_head(head, backbone, mask_token_id, **shared)
         if adapter is not None:
@@ -227,7 +227,7 @@ class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTra
                 what the configuration describes.
             OSError: nothing is found, or the weights are damaged.
         """
-        name = existing(pretrained_model_name_or_path, "pretrained_model_name_or_path")
+        name = checked_name(pretrained_model_name_or_path, "pretrained_model_name_or_path")
         found = {}
         if kwargs.get("config") is None:
             found, kwargs = locate(name, kwargs)
@@ -241,7 +241,7 @@ class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTra
         sizes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         with_report = kwargs.pop("output_loading_info", False)
         refuse_adapter(name, kwargs)
-        with explained(name, kwargs):
+        with explain_load_errors(name, kwargs):
             stored = StoredWeights.find(name, kwargs)
             config = cls._checked_config(name, found, kwargs, stored)
             if config.head_config is not None and stored is not None and not sizes_may_differ:
@@ -301,7 +301,7 @@ class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTra
                 "it with a head by `CoDDModel.from_backbone`."
             )
         text_config = found.get("text_config")
-        if isinstance(text_config, dict) and brings_code(text_config):
+        if isinstance(text_config, dict) and needs_remote_code(text_config):
             hub = hub_arguments(kwargs)
             nested = nested_custom_config(name, text_config, kwargs.get("trust_remote_code"), **hub)
             found = {**found, "text_config": nested}

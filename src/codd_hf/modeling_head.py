@@ -11,7 +11,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 
 from .checks.arguments import floats
-from .checks.names import existing
+from .checks.names import checked_name
 from .circuits import (
     Context,
     ContextMaps,
@@ -32,7 +32,7 @@ from .circuits.topk import law_of_rest
 from .configuration_codd import CoDDHeadConfig
 from .hub.loading import head_in_model
 from .hub.publishing import HeadPublishing
-from .hub.repositories import explained, refuse_adapter
+from .hub.repositories import explain_load_errors, refuse_adapter
 from .hub.stored_weights import StoredWeights, check_head, check_report
 
 DEFAULT_TOP_K = 64
@@ -126,14 +126,14 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
             ValueError: there is no head, or its weights are not what its configuration describes.
             OSError: nothing is found, or the weights are damaged.
         """
-        name = existing(pretrained_model_name_or_path, "pretrained_model_name_or_path")
+        name = checked_name(pretrained_model_name_or_path, "pretrained_model_name_or_path")
         config, prefix = kwargs.get("config"), ""
         if config is None:
             config, kwargs, prefix = head_in_model(name, kwargs)
         sizes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
         with_report = kwargs.pop("output_loading_info", False)
         refuse_adapter(name, kwargs)
-        with explained(name, kwargs):
+        with explain_load_errors(name, kwargs):
             if not sizes_may_differ and (stored := StoredWeights.find(name, kwargs)) is not None:
                 check_head(name, config, stored, prefix)
             head, report = super().from_pretrained(

@@ -63,7 +63,7 @@ do, and check that a causal control differs.
 
 from .block_causal import block_causal_mask
 from .canvas_cache import CanvasCache
-from .custom_code import CustomCodeFamily, brings_code, nested_custom_config
+from .custom_code import CustomCodeFamily, needs_remote_code, nested_custom_config
 from .decoder import DecoderFamily
 from .dream import DreamLayout
 from .family import BackboneFamily, BackboneStates, execution_device
@@ -86,11 +86,11 @@ __all__ = [
     "LLaDALayout",
     "MaskedLMFamily",
     "block_causal_mask",
-    "brings_code",
     "execution_device",
     "family_of",
     "layout_of",
     "load_backbone",
     "load_tokenizer",
+    "needs_remote_code",
     "nested_custom_config",
 ]

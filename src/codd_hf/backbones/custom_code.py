@@ -76,7 +76,7 @@ class CustomCodeFamily(BackboneFamily):
             custom_object_save(model.config, folder, config=model.config)
 
 
-def brings_code(config: dict[str, Any]) -> bool:
+def needs_remote_code(config: dict[str, Any]) -> bool:
     """Whether a `config.json` with this content needs code that transformers does not have."""
     return "AutoConfig" in config.get("auto_map", {}) and (
         config.get("model_type") not in CONFIG_MAPPING

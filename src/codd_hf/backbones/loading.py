@@ -17,7 +17,7 @@ from transformers import (
 from ..configuration_codd import one_sentence_for
 from ..hub.repositories import refuse_adapter
 from ..hub.stored_weights import StoredWeights, check_layers, check_report, check_sizes
-from .custom_code import CustomCodeFamily, brings_code, check_trust
+from .custom_code import CustomCodeFamily, check_trust, needs_remote_code
 from .layout import CheckpointLayout
 from .registry import LAYOUTS, family_of, unsupported
 
@@ -80,7 +80,7 @@ def load_backbone(
         if layout is not None:
             config = layout.translate(found)
             kwargs["key_mapping"] = layout.key_mapping
-        elif brings_code(found):
+        elif needs_remote_code(found):
             check_trust(name_or_path, found, trust_remote_code)
             config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=True, **hub)
         elif model_type is not None and model_type not in CONFIG_MAPPING:

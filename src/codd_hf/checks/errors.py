@@ -1,8 +1,8 @@
-"""What libraries raise while they read what a user or a repository gave, in one sentence.
+"""Exceptions of libraries that read what a user or a repository gave, told in one sentence.
 
-Whatever the type of such an exception, it is about the file. The doors at which files are handed
-to libraries (`reading`, `repositories.explained`) make a sentence of it. What this package raises
-passes: its refusals are sentences already, its accidents are bugs.
+Where files are handed to libraries, `reading` and `hub.repositories.explain_load_errors` make a
+sentence of whatever those raise. Exceptions of this package pass: its refusals are sentences
+already, and its accidents are bugs.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 ADAPTER_FOLDER = "adapter"
 
 
-def existing(name: str | Path, argument: str) -> str:
+def checked_name(name: str | Path, argument: str) -> str:
     """The path or id as a string.
 
     Args:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..runtime.files import make_durable, replacing
+from ..runtime.files import atomic_write, make_durable
 from .jsonl_rows import JSONLRows, line_at, parsed
 
 DIGESTS = {
@@ -87,7 +87,7 @@ class RunFiles:
     def begin(self) -> None:
         """Makes the folder of the parts and says what the run is; nothing is answered yet."""
         self.folder.mkdir(exist_ok=True)
-        with replacing(self.about) as new:
+        with atomic_write(self.about) as new:
             new.write_text(json.dumps(self.run, indent=2) + "\n")
 
     def part(self, process: int) -> Part:

@@ -19,7 +19,7 @@ from ..checks.files import json_object
 from ..checks.names import can_only_be_a_path
 from ..circuits import Potentials, occupancy
 from ..configuration_codd import CoDDHeadConfig
-from ..hub.repositories import explained, find_file, first_file
+from ..hub.repositories import explain_load_errors, find_file, first_file
 from ..modeling_head import CoDDHead
 from .jpc import HiddenMarkovModel
 
@@ -185,7 +185,7 @@ def _find(source: str | Path, **hub) -> _Found:
             f"{str(source)!r} is neither a file, nor a folder, nor an id on the Hub: check it."
         )
     try:
-        with explained(str(source), hub):
+        with explain_load_errors(str(source), hub):
             cached = Path(hf_hub_download(str(source), FILE_NAME, **hub))
     except OSError as error:
         if not isinstance(error.__cause__, RemoteEntryNotFoundError):

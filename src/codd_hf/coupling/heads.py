@@ -16,7 +16,7 @@ import torch
 
 from ..backbones import execution_device
 from ..checks.arguments import shown
-from ..checks.names import ADAPTER_FILES, ADAPTER_FOLDER, existing
+from ..checks.names import ADAPTER_FILES, ADAPTER_FOLDER, checked_name
 from ..configuration_codd import CoDDHeadConfig
 from .adapter_files import save_adapter
 from .adapters import (
@@ -191,7 +191,7 @@ class HeadsMixin:
         if self.config.mask_token_id is None:
             self.config.mask_token_id = loaded.config.mask_token_id
         if adapter is None and isinstance(head, str | Path):
-            adapter = find_adapter(existing(head, "head"), **hub)
+            adapter = find_adapter(checked_name(head, "head"), **hub)
         with self._lock:
             if adapter is not None:
                 load_adapter(self.backbone, adapter, name, **hub)

@@ -13,10 +13,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..backbones import brings_code
+from ..backbones import needs_remote_code
 from ..backbones.loading import layout_of
 from ..checks.files import check_files
-from ..checks.names import ADAPTER_FILES, ADAPTER_FOLDER, existing, is_local
+from ..checks.names import ADAPTER_FILES, ADAPTER_FOLDER, checked_name, is_local
 from ..configuration_codd import CoDDHeadConfig
 from ..conversion import convert_jpc, holds_circuit
 from ..hub.repositories import CACHE_ARGUMENTS, HUB_ARGUMENTS, find_file, read_config
@@ -62,7 +62,7 @@ def load_head(
     if isinstance(head, CoDDHeadConfig):
         head = CoDDHead(head)
     elif isinstance(head, str | Path):
-        name = existing(head, "head")
+        name = checked_name(head, "head")
         if holds_circuit(name, **hub):
             head = convert_jpc(
                 name,
@@ -143,7 +143,7 @@ def load_adapter(
         OSError: there is no adapter.
         ValueError: it was not trained on a backbone like this one, or is of an unsupported kind.
     """
-    name = existing(adapter, "adapter")
+    name = checked_name(adapter, "adapter")
     folder = find_adapter(name, **hub) or _adapter_in(name, **hub)
     if folder is None or not Path(folder, ADAPTER_FILES[1]).is_file():
         raise OSError(_no_adapter(name))
@@ -188,9 +188,9 @@ def named_backbone(
     own = {k: v for k, v in kwargs.items() if k in (*BACKBONE_ARGUMENTS, *OWN_ARGUMENTS)}
     if head.base_model_revision is not None:
         own["revision"] = head.base_model_revision
-    base = existing(base, "base_model_name_or_path")
+    base = checked_name(base, "base_model_name_or_path")
     found = read_config(base, own)
-    if layout_of(found) is None and brings_code(found):
+    if layout_of(found) is None and needs_remote_code(found):
         raise ValueError(
             f"The head {name!r} names the backbone {base!r}, which brings its own code: if you "
             f"trust that code, use `CoDDModel.from_backbone({base!r}, {name!r}, "

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils import is_gguf_available
 
 from ..backbones.canvas_cache import cache_argument
-from ..hub.repositories import explained, read_config, refuse_adapter
+from ..hub.repositories import explain_load_errors, read_config, refuse_adapter
 from ..hub.stored_weights import StoredWeights, check_layers, check_report
 from ..text.encoding import encode_chats, encode_texts
 
@@ -167,7 +167,7 @@ def load_judge(
             "`judge_file` needs the package gguf: install it with `pip install codd-hf[quality]`."
         )
     refuse_adapter(name, {})
-    with explained(name, {}):
+    with explain_load_errors(name, {}):
         if gguf_file is None:
             check_layers(name, read_config(name, {}), StoredWeights.find(name, {}))
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)

@@ -109,7 +109,7 @@ def ask_once(name: str, filename: str, hub: dict[str, Any]) -> bool | None:
 
 
 @contextmanager
-def explained(name: str, kwargs: dict[str, Any]) -> Iterator[None]:
+def explain_load_errors(name: str, kwargs: dict[str, Any]) -> Iterator[None]:
     """A door at which a library loads `name` with `kwargs`; one sentence where that fails.
 
     One thread loads at a time, as what transformers changes meanwhile is the whole process's: the
@@ -225,7 +225,7 @@ def read_config(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     Raises:
         OSError: there is none, or it cannot be read.
     """
-    with explained(name, kwargs):
+    with explain_load_errors(name, kwargs):
         try:
             found = PreTrainedConfig.get_config_dict(name, **hub_arguments(kwargs))[0]
         except (ValueError, RecursionError, TypeError) as error:
@@ -250,7 +250,7 @@ def locate(name: str, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     Raises:
         OSError: there is no configuration.
     """
-    with explained(name, kwargs):
+    with explain_load_errors(name, kwargs):
         found = first_file(name, ("config.json", "model_index.json"), **hub_arguments(kwargs))
     if found == "model_index.json":
         folder = Path(kwargs.get("subfolder") or "", "model")

@@ -18,7 +18,7 @@ from ..decoding.generation_settings import scheduler_of
 from ..hub.repositories import (
     CACHE_ARGUMENTS,
     ask_once,
-    explained,
+    explain_load_errors,
     first_file,
     hub_arguments,
     read_config,
@@ -62,7 +62,7 @@ def load_components(
                 "(a model, a head or a backbone): give the folder of one of these."
             )
     else:
-        with explained(name_or_path, hub):
+        with explain_load_errors(name_or_path, hub):
             found = first_file(name_or_path, ("model_index.json", "config.json"), **in_folder)
             if found == "model_index.json":
                 trusted = kwargs.get("trust_remote_code")
@@ -86,7 +86,7 @@ def load_components(
         else:
             parts = {k: kwargs.pop(k) for k in ("head", "adapter", *OWN_ARGUMENTS) if k in kwargs}
             shared = {k: v for k, v in kwargs.items() if k in (*CACHE_ARGUMENTS, "token")}
-            with explained(name_or_path, hub):
+            with explain_load_errors(name_or_path, hub):
                 backbone = load_backbone(name_or_path, **kwargs)
             tokens = _tokens_of_backbone(backbone.config, given["tokenizer"])
             given["model"] = CoDDModel.from_backbone(backbone, **{**tokens, **shared, **parts})

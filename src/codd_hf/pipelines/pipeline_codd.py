@@ -18,7 +18,7 @@ from transformers import (
 
 from ..checks.arguments import choice, flag, several, shown
 from ..checks.files import check_files
-from ..checks.names import existing
+from ..checks.names import checked_name
 from ..circuits.random import Generators
 from ..coupling.adapters import unwrapped
 from ..coupling.heads import HeadName
@@ -26,7 +26,7 @@ from ..decoding.arguments import ForcedTokens, PerRow
 from ..decoding.generation_settings import said_of_task, task_of_call, with_settings_of
 from ..decoding.loop import denoise
 from ..hub.publishing import PipelinePublishing
-from ..hub.repositories import explained
+from ..hub.repositories import explain_load_errors
 from ..modeling_codd import CoDDModel
 from ..schedulers import CoDDScheduler
 from .loading import load_components
@@ -112,11 +112,11 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
             OSError: there is no such folder or repository, or it holds none of these.
             TypeError: the name is neither a path nor an id.
         """
-        name = existing(pretrained_model_name_or_path, "pretrained_model_name_or_path")
+        name = checked_name(pretrained_model_name_or_path, "pretrained_model_name_or_path")
         folder, arguments = load_components(name, kwargs)
         if folder is None:
             return cls(**arguments)
-        with explained(str(folder), {}):
+        with explain_load_errors(str(folder), {}):
             for component in ("scheduler", "tokenizer"):
                 check_files(folder / component)
             pipeline = super().from_pretrained(str(folder), **arguments)

@@ -18,7 +18,7 @@ NO_ROOM = {
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Gives a path to write to, which takes the place of `path` when the block ends well."""
     new = path.with_name(path.name + ".new")
     with explained_lack_of_room(path):

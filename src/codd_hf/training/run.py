@@ -22,7 +22,7 @@ from ..data.canvases import Example, load_examples
 from ..data.tasks import TASKS
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
-from ..runtime.files import read_json, replacing
+from ..runtime.files import atomic_write, read_json
 from ..runtime.locks import locked
 from .card import measure_final_gap, open_repository, push_pipeline, write_card
 from .fits.conditional import fit_conditional
@@ -326,5 +326,5 @@ def _check_start(
         )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with replacing(path) as new:
+        with atomic_write(path) as new:
             new.write_text(json.dumps(began | {stage: now}))

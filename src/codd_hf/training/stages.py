@@ -25,11 +25,11 @@ from ..data.canvases import Example, TokenizedExample, tokenize_examples
 from ..data.rows import RowReport
 from ..data.tasks import TASKS
 from ..data.tokenizers import train_tokenizer
-from ..hub.repositories import explained, locate
+from ..hub.repositories import explain_load_errors, locate
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
 from ..pipelines.pipeline_codd import CoDDPipeline
-from ..runtime.files import replacing
+from ..runtime.files import atomic_write
 from .fits.generative import fit_generative, text_windows
 from .fits.pretraining import (
     finetune_backbone,
@@ -57,7 +57,7 @@ def load_start(name: str) -> tuple[CoDDModel, PreTrainedTokenizerBase]:
         OSError: nothing is found.
         ValueError: the backbone carries a LoRA, or there is no tokenizer.
     """
-    with explained(name, {}):
+    with explain_load_errors(name, {}):
         found, _ = locate(name, {})
     if found.get("model_type") not in ("codd", "codd-head"):
         model = CoDDModel.from_backbone(name, dtype=torch.float32)
@@ -153,7 +153,7 @@ def pretrain(
     if config.dataset == TASKS:
         parts[0] = TaskStream(tokenizer, config.dataset_config, config.max_length)
     history = fit(model, tokenizer, *parts, folder, settings, log, **options)
-    with replacing(finished) as new:
+    with atomic_write(finished) as new:
         new.write_text(json.dumps(history, indent=2))
 
 

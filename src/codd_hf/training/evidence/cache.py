@@ -31,7 +31,7 @@ from ...data.fingerprint import json_fingerprint, tensor_fingerprint
 from ...data.noise import draw_windows
 from ...modeling_codd import CoDDModel
 from ...modeling_head import CoDDHead
-from ...runtime.files import replacing
+from ...runtime.files import atomic_write
 from ...runtime.locks import locked
 from ...runtime.precision import autocast, chosen_precision, precision_note
 from ..processes.sharding import is_sharded
@@ -215,7 +215,7 @@ def cache_windows(
                     path.unlink()
                 found = None
             if found is None:
-                with replacing(folder / FINGERPRINT) as new:
+                with atomic_write(folder / FINGERPRINT) as new:
                     new.write_text(json.dumps(fingerprint, indent=2))
         state.wait_for_everyone()
         check_fingerprint(folder, read_fingerprint(folder), fingerprint)

@@ -18,7 +18,7 @@ import torch
 from datasets import DatasetInfo, Features, List, Value, load_from_disk
 from datasets.arrow_writer import ArrowWriter
 
-from ...runtime.files import read_json, replacing
+from ...runtime.files import atomic_write, read_json
 from .noised_windows import NoisedWindows
 
 FINGERPRINT = "fingerprint.json"
@@ -76,7 +76,7 @@ def write_shard(path: Path, windows: NoisedWindows) -> None:
     arrays["log_rest"] = pa.ListArray.from_arrays(offsets, pa.array(windows.log_rest.numpy()))
     table = pa.Table.from_arrays(list(arrays.values()), schema=features.arrow_schema)
     with (
-        replacing(path) as new,
+        atomic_write(path) as new,
         ArrowWriter(path=str(new), features=features) as writer,
     ):
         writer.write_table(table, writer_batch_size=count)
@@ -98,7 +98,7 @@ def finish(folder: Path, num_shards: int, fingerprint: str) -> None:
         "_output_all_columns": False,
         "_split": None,
     }
-    with replacing(folder / "state.json") as new:
+    with atomic_write(folder / "state.json") as new:
         new.write_text(json.dumps(state, indent=2))
 
 
