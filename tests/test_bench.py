@@ -11,9 +11,9 @@ import torch
 from codd_hf.benchmarks import BENCHMARKS, Options
 from codd_hf.benchmarks.end_to_end import BLOCK, BLOCK_CAUSAL, FACTORIZED, measure
 from codd_hf.benchmarks.head_step import QUICK, random_head, random_window
-from codd_hf.benchmarks.plain_paper import plain_step
 from codd_hf.benchmarks.timing import Rates, measure_rates, median_seconds
 from codd_hf.circuits import CoupledCategorical
+from codd_hf.circuits.reference import plain_step
 from codd_hf.cli import main
 from tiny import random_head as tiny_head
 

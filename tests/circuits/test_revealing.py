@@ -9,8 +9,8 @@ from cases import ALL, random_case
 from test_conditionals import conditional
 
 from codd_hf.circuits import CoupledCategorical
+from codd_hf.circuits.distribution.incremental import Revealing
 from codd_hf.circuits.random import draw_categorical
-from codd_hf.circuits.revealing import Revealing
 
 
 def at_two_temperatures(distribution: CoupledCategorical) -> list[CoupledCategorical]:

@@ -11,7 +11,7 @@ import torch
 from agreement import assert_logs_agree
 from brute_force import Case
 
-from codd_hf.circuits import chain as chains
+from codd_hf.circuits.recursions import chain as chains
 
 ROWS, LENGTH, STATES = 6, 6, 4
 STRUCTURES = [

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from .. import circuits
+from ..circuits.reference import plain_step
 from ..configuration_codd import CoDDHeadConfig
 from ..modeling_head import DEFAULT_TOP_K, CoDDHead
-from .plain_paper import plain_step
 from .report import Options, Report
 from .timing import LINE, RateProbes, Rates, median_seconds
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ..circuits.reference import plain_step
 from .head_step import (
     EVIDENCE,
     LLADA_8B,
@@ -27,7 +28,6 @@ from .head_step import (
     random_head,
     random_window,
 )
-from .plain_paper import plain_step
 from .report import Options, Report
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")

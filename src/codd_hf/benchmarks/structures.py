@@ -7,7 +7,7 @@ import math
 import torch
 
 from ..circuits import DenseTransition, MonarchTransition
-from ..circuits.chain import Chain, forward_filter, sample_backward
+from ..circuits.recursions.chain import Chain, forward_filter, sample_backward
 from ..circuits.transitions import Steps
 from .report import Options, Report
 from .timing import measure_rates, median_seconds

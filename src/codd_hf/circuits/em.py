@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .chain import Chain, forward_filter
 from .evidence import hard_evidence
 from .potentials import Potentials
+from .recursions.chain import Chain, forward_filter
 from .transitions import Steps
 
 

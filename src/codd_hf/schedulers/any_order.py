@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..circuits.revealing import Revealing
+from ..circuits.distribution.incremental import Revealing
 from .candidates import CoupledWindows, draw_tokens
 from .controls import Controls, RowText
 from .positions import first_in_order, order_scores

@@ -6,8 +6,8 @@ import torch
 from accelerate import Accelerator
 
 from ...circuits import Potentials
-from ...circuits.chain import Chain, forward_filter
 from ...circuits.em import Counts, expected_counts
+from ...circuits.recursions.chain import Chain, forward_filter
 from ...circuits.transitions import Steps
 
 

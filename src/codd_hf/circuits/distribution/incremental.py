@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .chain import Chain, forward_filter, posterior, step_left, step_right
+from ..numerics import full_precision, shifted_exp
+from ..recursions.chain import Chain, forward_filter, posterior, step_left, step_right
 from .conditionals import Conditionals
-from .numerics import full_precision, shifted_exp
 
 
 class Revealing:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import torch
 
-from ..checks.arguments import as_tensor, check_shape, check_tokens, flags, integers
-from . import chain as chains
-from .evidence import mix_tokens
-from .latent_chain import LatentChain
-from .numerics import logsumexp, normalised_exp, safe_log
-from .sweep import sweep
+from ...checks.arguments import as_tensor, check_shape, check_tokens, flags, integers
+from ..evidence import mix_tokens
+from ..numerics import logsumexp, normalised_exp, safe_log
+from ..recursions import chain as chains
+from ..recursions.sweep import sweep
+from .latents import LatentChain
 
 Draw = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 """`draw(position, laws, rows)` draws tokens `[n]` from `laws` `[n, V]` for the rows `[n]`."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from . import chain as chains
-from .copies import CopyStates, CopySteps
-from .evidence import DenseEvidence, EmissionSummary, hard_evidence, summarise
-from .grouped import GroupedEvidence
-from .lazy import cached_property
-from .numerics import sure_where
-from .topk import TopKEvidence
-from .transitions import Steps
+from ..copies import CopyStates, CopySteps
+from ..evidence import DenseEvidence, EmissionSummary, hard_evidence, summarise
+from ..grouped import GroupedEvidence
+from ..lazy import cached_property
+from ..numerics import sure_where
+from ..recursions import chain as chains
+from ..topk import TopKEvidence
+from ..transitions import Steps
 
 
 class LatentChain:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..numerics import LOST_MASS, full_precision, logsumexp, safe_log, shifted_exp
 from .chain import Chain
-from .numerics import LOST_MASS, full_precision, logsumexp, safe_log, shifted_exp
 
 Visit = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 """`visit(position, around, rows)`, with `around` `[n, H]` the log-weights that all other positions

@@ -6,12 +6,12 @@ import math
 
 import torch
 
-from ..checks.arguments import FACTORS, floats, is_factor, number, shown
-from .conditioning import Context
-from .evidence import DenseEvidence
-from .potentials import Potentials
-from .topk import TopKEvidence
-from .transitions import MonarchTransition
+from ...checks.arguments import FACTORS, floats, is_factor, number, shown
+from ..conditioning import Context
+from ..evidence import DenseEvidence
+from ..potentials import Potentials
+from ..topk import TopKEvidence
+from ..transitions import MonarchTransition
 
 
 def check_shapes(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.distributions import Distribution
 
-from ..checks.arguments import (
+from ...checks.arguments import (
     FACTORS,
     check_shape,
     check_tokens,
@@ -19,17 +19,17 @@ from ..checks.arguments import (
     several,
     shown,
 )
-from . import chain as chains
-from .best import best_evidence
+from ..best import best_evidence
+from ..conditioning import Context
+from ..evidence import DenseEvidence, emission_of_latents
+from ..lazy import cached_property
+from ..numerics import logsumexp, safe_log, sure_where
+from ..potentials import Potentials
+from ..random import Generators, draw_categorical, uniform
+from ..recursions import chain as chains
+from ..topk import TopKEvidence
 from .checks import check_shapes
 from .conditionals import Conditionals
-from .conditioning import Context
-from .evidence import DenseEvidence, emission_of_latents
-from .lazy import cached_property
-from .numerics import logsumexp, safe_log, sure_where
-from .potentials import Potentials
-from .random import Generators, draw_categorical, uniform
-from .topk import TopKEvidence
 
 
 class ViterbiPath(NamedTuple):

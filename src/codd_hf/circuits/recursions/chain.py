@@ -22,11 +22,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .copies import CopySteps
-from .lazy import cached_property
-from .numerics import LOST_MASS, full_precision, logsumexp, normalised_exp, safe_log, shifted_exp
-from .random import Generators, draw_categorical, uniform
-from .transitions import Steps
+from ..copies import CopySteps
+from ..lazy import cached_property
+from ..numerics import LOST_MASS, full_precision, logsumexp, normalised_exp, safe_log, shifted_exp
+from ..random import Generators, draw_categorical, uniform
+from ..transitions import Steps
 
 SAFE_SPREAD = 32.0
 """Transitions whose entries are all within this many nats of the largest need no second look.
