@@ -307,7 +307,7 @@ def test_judge_that_cannot_be_had_is_one_line(folder, tmp_path, capsys, monkeypa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--dtype", "int8"], "`dtype` must be 'bfloat16' or 'float16' or 'float32', got 'int8'"),
+        (["--dtype", "int8"], "`dtype` must be one of bfloat16, float16, float32, got 'int8'"),
         (["--emission", "x"], "`emission` must be one of dense, tied, got 'x'"),
         (["--structure", "x"], "`structure` must be one of dense, monarch, got 'x'"),
         (["--conditioning", "x"], "`conditioning` must list some of"),

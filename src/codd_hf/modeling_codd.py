@@ -26,14 +26,13 @@ from .backbones import (
     nested_custom_config,
 )
 from .checks.arguments import (
-    check_shape,
+    as_tensor,
     check_token_types,
     check_tokens,
     flag,
     generators,
-    integers,
     padding_mask,
-    scalar,
+    plain,
     token_ids,
 )
 from .checks.names import ADAPTER_FOLDER, checked_name, is_local
@@ -438,7 +437,7 @@ class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTra
             **kwargs,
         }
         for name, value in asked.items():
-            value = scalar(value)
+            value = plain(value)
             if value is not None and not (isinstance(value, (bool, int)) and value == 0):
                 raise (TypeError if name in kwargs else ValueError)(
                     f"`{name}` cannot be used here: leave it out, or give it to `model.backbone`."
@@ -457,12 +456,10 @@ class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTra
         if position_ids is not None:
             position_ids = self._check_positions(position_ids, input_ids)
         if labels is not None:
-            labels = integers("labels", labels, device)
-            check_shape("labels", labels, input_ids.shape)
+            labels = as_tensor("labels", labels, int, input_ids.shape, device)
             check_tokens("labels", labels.masked_fill(labels == -100, 0), config.vocab_size)
         if window_start is not None:
-            window_start = integers("window_start", window_start, device)
-            check_shape("window_start", window_start, input_ids.shape[:1])
+            window_start = as_tensor("window_start", window_start, int, input_ids.shape[:1], device)
         generators("generator", generator, len(input_ids))
         return_distribution = flag("return_distribution", return_distribution)
         head = self.head_of_call(head)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 
-from .checks.arguments import floats
+from .checks.arguments import as_tensor
 from .checks.names import checked_name
 from .circuits import (
     Context,
@@ -354,7 +354,9 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
         leading = logits.shape[:2] if isinstance(logits, torch.Tensor) else logits.batch_shape
         shape = (*leading, self.config.context_size)
         if last_hidden_state is not None:
-            last_hidden_state = floats("last_hidden_state", last_hidden_state, logits.device)
+            last_hidden_state = as_tensor(
+                "last_hidden_state", last_hidden_state, float, device=logits.device
+            )
         if last_hidden_state is None or tuple(last_hidden_state.shape) != shape:
             given = None if last_hidden_state is None else tuple(last_hidden_state.shape)
             raise ValueError(

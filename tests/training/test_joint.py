@@ -320,7 +320,5 @@ def test_other_settings_text_or_model_are_refused(tiny_tokenizer, tmp_path):
         run(tiny_tokenizer, tmp_path, train=TRAIN[::-1])
     with pytest.raises(ValueError, match="`model` has no head to fit"):
         run(tiny_tokenizer, None, CoDDModel.from_backbone(tiny_backbone()))
-    with pytest.raises(
-        ValueError, match="`backbone` must be 'lora' or 'full' or 'frozen', got 'all'"
-    ):
+    with pytest.raises(ValueError, match="`backbone` must be one of lora, full, frozen, got 'all'"):
         JointConfig(backbone="all")

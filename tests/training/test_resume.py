@@ -241,10 +241,10 @@ def test_given_backbone_is_trained_further_if_that_is_asked_for(config, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stages": ["em"]}, "`stages` must be 'pretraining' or .*, got 'em'"),
+        ({"stages": ["em"]}, "`stages` must be one of pretraining, .*, got 'em'"),
         ({"stages": []}, "`stages` must name one of pretraining, generative"),
         ({"checkpoints_total_limit": 0}, "`checkpoints_total_limit` must be at least 1, got 0"),
-        ({"report_to": ["mlflow"]}, "`report_to` must be 'tensorboard' or .*, got 'mlflow'"),
+        ({"report_to": ["mlflow"]}, "`report_to` must be one of tensorboard, .*, got 'mlflow'"),
     ],
 )
 def test_impossible_setting_is_an_error_that_names_it(config, changes, message):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..checks.arguments import floats, shown
+from ..checks.arguments import as_tensor, shown
 from .emissions import DenseEmission, Emission
 from .evidence import ONE_PRODUCT, EmissionSummary, summarise, with_factors
 from .grouped import TokenGroups, group_tokens
@@ -49,7 +49,7 @@ class Potentials:
             object.__setattr__(self, "emission", DenseEmission(self.emission))
         if not isinstance(self.initial, torch.Tensor):
             raise TypeError(f"`initial` must be a tensor, got {shown(self.initial)}.")
-        floats("initial", self.initial)
+        as_tensor("initial", self.initial, float)
         if self.initial.ndim != 1 or not len(self.initial):
             raise ValueError(f"`initial` must have shape [H], got {tuple(self.initial.shape)}.")
         for name in ("transition", "emission"):
@@ -57,7 +57,7 @@ class Potentials:
             if not hasattr(part, "tensors"):
                 raise TypeError(f"`{name}` must be a tensor, got {shown(part)}.")
             for tensor in part.tensors():
-                floats(name, tensor)
+                as_tensor(name, tensor, float)
             if isinstance(part, DenseTransition | DenseEmission):
                 shape = tuple(part.log_potential.shape)
                 square = name == "emission" or shape[-2:-1] == shape[-1:]

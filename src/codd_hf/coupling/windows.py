@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from ..backbones import BackboneStates
-from ..checks.arguments import LARGEST_INTEGER, RowError, integers, several
+from ..checks.arguments import LARGEST_INTEGER, RowError, as_tensor, several
 from ..circuits import CoupledCategorical, Preceding
 from ..circuits.factorized import forbidden_tokens, trivial_potentials, without_tokens
 from ..modeling_head import CoDDHead
@@ -81,7 +81,7 @@ class WindowsMixin:
 
     def _check_positions(self, position_ids: Any, input_ids: torch.Tensor) -> torch.Tensor:
         """`position_ids` `[batch or 1, length]`, all of which the backbone has."""
-        positions = integers("position_ids", position_ids, input_ids.device)
+        positions = as_tensor("position_ids", position_ids, int, device=input_ids.device)
         batch, length = input_ids.shape
         if tuple(positions.shape) not in ((batch, length), (1, length)):
             raise ValueError(

@@ -10,8 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from ..checks.arguments import integers, shown
-from ..checks.choices import check_numbers
+from ..checks.arguments import as_tensor, check_numbers, shown
 from ..text.encoding import encode_texts
 from .canvases import TokenizedExample, padding_token_id
 from .noise import draw_windows
@@ -127,12 +126,14 @@ class DataCollatorForMaskedDiffusion:
         return columns
 
     def _example(self, feature: Mapping[str, Any]) -> TokenizedExample:
-        ids = integers("input_ids", feature["input_ids"])
+        ids = as_tensor("input_ids", feature["input_ids"], int)
         if ids.ndim != 1:
             raise ValueError(
                 f"`input_ids` of a feature must have shape [length], got {tuple(ids.shape)}."
             )
-        labels = ids if feature.get("labels") is None else integers("labels", feature["labels"])
+        labels = (
+            ids if feature.get("labels") is None else as_tensor("labels", feature["labels"], int)
+        )
         ids, labels = ids.tolist(), labels.tolist()
         real = feature.get("attention_mask", [1] * len(ids))
         if not len(ids) == len(labels) == len(real):

@@ -19,7 +19,7 @@ from ..checks.arguments import (
     check_token_types,
     integer,
     padding_mask,
-    scalar,
+    plain,
     several,
     shown,
     token_ids,
@@ -154,7 +154,7 @@ def generate(
     given = {} if generation_config is None else generation_config.to_diff_dict()
     own = model.generation_config.to_diff_dict()
     _check_names(kwargs, given, own)
-    draws, temperature = (scalar(kwargs.get(name)) for name in ("do_sample", "temperature"))
+    draws, temperature = (plain(kwargs.get(name)) for name in ("do_sample", "temperature"))
     if draws is True and isinstance(temperature, (int, float)) and temperature == 0:
         raise ValueError(
             "`do_sample=True` draws, and `temperature=0` takes the most probable token: give one "
@@ -247,7 +247,7 @@ def _check_names(*sources: dict[str, Any]) -> None:
 
 def _is_off(name: str, value: Any) -> bool:
     """Whether a value asks for nothing, as `num_beams=1` or `length_penalty=0.0`."""
-    value = scalar(value)
+    value = plain(value)
     if value is None or value is False:
         return True
     off = () if name.endswith("_token_id") else (0, 1) if name in OFF_AT_ONE else (0,)

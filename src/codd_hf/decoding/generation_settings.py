@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..checks.arguments import end_tokens, flag, integer, scalar, several, token_id
+from ..checks.arguments import end_tokens, flag, integer, plain, several, token_id
 from ..schedulers import CoDDScheduler
 from ..schedulers.settings import DrawSettings
 
@@ -147,7 +147,7 @@ def settings_of_call(sources: Sequence[Source], scheduler: CoDDScheduler) -> dic
 def _temperature(sources: Sequence[Source]) -> float | None:
     draws = False
     for source in sources:
-        do_sample, temperature = source.get("do_sample"), scalar(source.get("temperature"))
+        do_sample, temperature = source.get("do_sample"), plain(source.get("temperature"))
         do_sample = None if do_sample is None else flag("do_sample", do_sample)
         if do_sample is False and not draws:
             return 0.0

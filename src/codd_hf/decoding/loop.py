@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..checks.arguments import check_callable, check_tokens, end_tokens, flag, integers
+from ..checks.arguments import as_tensor, check_callable, check_tokens, end_tokens, flag
 from ..circuits.random import Generators
 from ..configuration_codd import CoDDConfig
 from ..schedulers import CoDDScheduler
@@ -220,7 +220,7 @@ def denoise(
                 timestep = torch.tensor(1 - number / most_steps)
                 returned = on_step(num_passes, timestep, record.state(canvas))
                 if returned is not None:
-                    returned = integers("canvas", returned, canvas.tokens.device)
+                    returned = as_tensor("canvas", returned, int, device=canvas.tokens.device)
                     if returned.shape != canvas.tokens.shape:
                         raise ValueError(
                             f"`canvas` returned by the callback must keep its shape "

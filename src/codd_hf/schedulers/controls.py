@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..checks.arguments import check_callable, check_shape, floats
+from ..checks.arguments import as_tensor, check_callable
 from .settings import DrawSettings
 
 PROCESSOR = "transformers' processors, or a function of ids and scores"
@@ -96,8 +96,7 @@ class Controls:
             for row in rows.unique_consecutive().tolist():
                 own = scores[rows == row]
                 ids = text.ids(row).expand(len(own), -1)
-                processed = floats(RETURNED, self.processor(ids, own))
-                check_shape(RETURNED, processed, own.shape)
+                processed = as_tensor(RETURNED, self.processor(ids, own), float, own.shape)
                 parts.append(processed.to(own))
             scores = torch.cat(parts) if parts else scores
         return scores

@@ -11,19 +11,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..checks.arguments import (
-    as_tensor,
-    check_shape,
-    flags,
-    floats,
-    generators,
-    integer,
-    integers,
-    number,
-    shown,
-    token_id,
-    token_ids,
-)
+from ..checks.arguments import as_tensor, generators, integer, number, shown, token_id, token_ids
 from ..circuits import CoupledCategorical
 from ..circuits.factorized import without_tokens
 from ..circuits.random import Generators, uniform
@@ -267,7 +255,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(model_output, CoupledCategorical):
             vocab_size, device = model_output.potentials.vocab_size, model_output.present.device
         else:
-            model_output = floats("model_output", model_output)
+            model_output = as_tensor("model_output", model_output, float)
             vocab_size, device = (1, *model_output.shape)[-1], model_output.device
         settings.check_vocabulary(vocab_size)
         if mask_token_id is not None:
@@ -275,13 +263,11 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         sample = token_ids("sample", sample, vocab_size, device)
         generators("generator", generator, len(sample))
         if eligible is not None:
-            eligible = flags("eligible", eligible, sample.shape, sample.device)
+            eligible = as_tensor("eligible", eligible, bool, sample.shape, sample.device)
         if at_least is not None:
-            at_least = integers("at_least", at_least, sample.device)
-            check_shape("at_least", at_least, sample.shape[:1])
+            at_least = as_tensor("at_least", at_least, int, sample.shape[:1], sample.device)
         if mask_ratio is not None:
-            mask_ratio = floats("mask_ratio", mask_ratio, sample.device)
-            check_shape("mask_ratio", mask_ratio, sample.shape[:1])
+            mask_ratio = as_tensor("mask_ratio", mask_ratio, float, sample.shape[:1], sample.device)
         for name, value, kind in (("text", text, RowText), ("memory", memory, CommitMemory)):
             if not isinstance(value, kind | None):
                 raise TypeError(f"`{name}` must be a {kind.__name__}, got {shown(value)}.")
@@ -388,13 +374,13 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             `torch.BoolTensor` of shape `(batch_size, length)`.
         """
         settings = self.draw_settings(**overrides)
-        logits = floats("logits", logits)
+        logits = as_tensor("logits", logits, float)
         if logits.ndim != 3:
             raise ValueError(
                 f"`logits` must have shape [batch, length, vocab], got {tuple(logits.shape)}."
             )
         settings.check_vocabulary(logits.shape[-1])
-        eligible = flags("eligible", eligible, logits.shape[:2], logits.device)
+        eligible = as_tensor("eligible", eligible, bool, logits.shape[:2], logits.device)
         generators("generator", generator, len(logits))
         logits = without_tokens(logits, None, settings.forbidden_token_ids)
         log_probs = logits.float().log_softmax(-1)
@@ -434,7 +420,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         if mask_token_id is None:
             raise ValueError("`mask_token_id` must be given here or in the scheduler's config.")
         mask_token_id = integer("mask_token_id", mask_token_id, least=0)
-        original_samples = integers("original_samples", original_samples)
+        original_samples = as_tensor("original_samples", original_samples, int)
         if original_samples.ndim != 2:
             raise ValueError(
                 "`original_samples` must have shape [batch, length], got "
@@ -443,7 +429,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         generators("generator", generator, len(original_samples))
         levels = as_tensor("timesteps", timesteps).to(original_samples.device, torch.float32)
         if levels.ndim:
-            check_shape("timesteps", levels, original_samples.shape[:1])
+            as_tensor("timesteps", levels, shape=original_samples.shape[:1])
         if not bool(((levels >= 0) & (levels <= 1)).all()):
             raise ValueError(f"`timesteps` must be in [0, 1], got {levels.tolist()}.")
         uniforms = span_uniforms(
@@ -452,7 +438,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         masked = uniforms < levels.reshape(-1, 1)
         if maskable is not None:
             shape = original_samples.shape
-            masked = masked & flags("maskable", maskable, shape, original_samples.device)
+            masked = masked & as_tensor("maskable", maskable, bool, shape, original_samples.device)
         return original_samples.masked_fill(masked, mask_token_id)
 
     @staticmethod

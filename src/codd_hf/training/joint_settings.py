@@ -5,18 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..checks.choices import (
-    HIGHEST_TEMPERATURE,
-    LOSSES,
-    LOWEST_TEMPERATURE,
-    PRECISIONS,
-    check_numbers,
-    check_one_of,
-)
+from ..checks.arguments import LARGEST_FACTOR, check_numbers, choice
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+LOSSES = ("elbo", "token")
+PRECISIONS = ("auto", "no", "bf16")
 BACKBONE_RATES = {"lora": 5e-4, "full": 5e-5, "frozen": 0.0}
 """Default peaks of the backbone's learning rate."""
 
@@ -85,16 +80,16 @@ class JointConfig:
     def __post_init__(self):
         check_numbers(
             self,
-            most={"evidence_temperature": HIGHEST_TEMPERATURE},
-            evidence_temperature=LOWEST_TEMPERATURE,
+            most={"evidence_temperature": LARGEST_FACTOR},
+            evidence_temperature=1 / LARGEST_FACTOR,
             warmup_steps=0,
             max_extra_windows=0,
             mean_span_length=1,
             seed=0,
         )
-        check_one_of("backbone", self.backbone, tuple(BACKBONE_RATES))
-        check_one_of("loss", self.loss, LOSSES)
-        check_one_of("mixed_precision", self.mixed_precision, PRECISIONS)
+        choice("backbone", self.backbone, tuple(BACKBONE_RATES))
+        choice("loss", self.loss, LOSSES)
+        choice("mixed_precision", self.mixed_precision, PRECISIONS)
         if self.lora_dropout >= 1:
             raise ValueError(f"`lora_dropout` must be below 1, got {self.lora_dropout}.")
         if self.backbone_learning_rate is None:

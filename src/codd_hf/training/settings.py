@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ..checks.choices import (
-    HIGHEST_TEMPERATURE,
-    LOSSES,
-    LOWEST_TEMPERATURE,
-    PRECISIONS,
-    check_numbers,
-    check_one_of,
-)
-from .joint_settings import JointConfig
+from ..checks.arguments import LARGEST_FACTOR, check_numbers, choice
+from .joint_settings import LOSSES, PRECISIONS, JointConfig
 
 STAGES = ("pretraining", "generative", "conditional", "joint")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -65,7 +58,7 @@ class PretrainingConfig:
             mean_span_length=1,
             seed=0,
         )
-        check_one_of("mixed_precision", self.mixed_precision, PRECISIONS)
+        choice("mixed_precision", self.mixed_precision, PRECISIONS)
 
 
 @dataclass
@@ -102,7 +95,7 @@ class GenerativeConfig:
 
     def __post_init__(self):
         check_numbers(self, seed=0)
-        check_one_of("update", self.update, ("stepwise", "anemone"))
+        choice("update", self.update, ("stepwise", "anemone"))
 
 
 @dataclass
@@ -136,14 +129,14 @@ class EvidenceConfig:
     def __post_init__(self):
         check_numbers(
             self,
-            most={"temperature": HIGHEST_TEMPERATURE},
-            temperature=LOWEST_TEMPERATURE,
+            most={"temperature": LARGEST_FACTOR},
+            temperature=1 / LARGEST_FACTOR,
             max_extra_windows=0,
             mean_span_length=1,
             seed=0,
         )
-        check_one_of("mixed_precision", self.mixed_precision, PRECISIONS)
-        check_one_of("precision", self.precision, ("half", "single"))
+        choice("mixed_precision", self.mixed_precision, PRECISIONS)
+        choice("precision", self.precision, ("half", "single"))
 
 
 @dataclass
@@ -205,15 +198,15 @@ class ConditionalConfig:
     def __post_init__(self):
         check_numbers(
             self,
-            most={"evidence_temperature": HIGHEST_TEMPERATURE},
-            evidence_temperature=LOWEST_TEMPERATURE,
+            most={"evidence_temperature": LARGEST_FACTOR},
+            evidence_temperature=1 / LARGEST_FACTOR,
             warmup_steps=0,
             max_extra_windows=0,
             mean_span_length=1,
             seed=0,
         )
-        check_one_of("keep", self.keep, ("last", "best"))
-        check_one_of("loss", self.loss, LOSSES)
+        choice("keep", self.keep, ("last", "best"))
+        choice("loss", self.loss, LOSSES)
         self.evidence(self.num_draws, self.seed)
 
     def with_steps(self, num_windows: int) -> ConditionalConfig:
@@ -354,10 +347,10 @@ class TrainConfig:
         none = {"num_test": 0, "num_gap_problems": 0, "mask_token_id": 0}
         check_numbers(self, window_length=2, **none)  # a window of one token couples nothing
         for stage in self.stages or []:
-            check_one_of("stages", stage, STAGES)
-        check_one_of("dtype", self.dtype, DTYPES)
+            choice("stages", stage, STAGES)
+        choice("dtype", self.dtype, DTYPES)
         for tracker in self.report_to:
-            check_one_of("report_to", tracker, (*TRACKERS, "none"))
+            choice("report_to", tracker, (*TRACKERS, "none"))
         if self.stages is not None and not self.stages:
             raise ValueError(f"`stages` must name one of {', '.join(STAGES)} at least.")
         if self.packing and self.max_length % self.window_length:

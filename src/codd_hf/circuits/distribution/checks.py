@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ...checks.arguments import FACTORS, floats, is_factor, number, shown
+from ...checks.arguments import FACTORS, as_tensor, is_factor, number, shown
 from ..conditioning import Context
 from ..evidence import DenseEvidence
 from ..potentials import Potentials
@@ -26,13 +26,13 @@ def check_shapes(
     if not isinstance(potentials, Potentials):
         raise TypeError(f"`potentials` must be Potentials, got {shown(potentials)}.")
     if isinstance(logits, torch.Tensor):
-        floats("logits", logits)
+        as_tensor("logits", logits, float)
     elif not isinstance(logits, DenseEvidence | TopKEvidence):
         raise TypeError(f"`logits` must be a tensor or evidence, got {shown(logits)}.")
     if not isinstance(context, Context | torch.Tensor | None):
         raise TypeError(f"`context` must be a Context or a tensor, got {shown(context)}.")
     if isinstance(context, torch.Tensor):
-        floats("context", context)
+        as_tensor("context", context, float)
     for name, value in (
         ("observed", observed),
         ("present", present),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ...checks.arguments import as_tensor, check_shape, check_tokens, flags, integers
+from ...checks.arguments import as_tensor, check_tokens
 from ..evidence import mix_tokens
 from ..numerics import logsumexp, normalised_exp, safe_log
 from ..recursions import chain as chains
@@ -35,10 +35,9 @@ class Conditionals(LatentChain):
         """
         self._check_possible()
         shape, device = tuple(self.masked.shape), self.masked.device
-        value = integers("value", value, device)
-        check_shape("value", value, shape)
-        known = as_tensor("known", known, device)
-        known = flags("known", known, (*known.shape[:-2], *shape))
+        value = as_tensor("value", value, int, shape, device)
+        known = as_tensor("known", known, device=device)
+        known = as_tensor("known", known, bool, (*known.shape[:-2], *shape))
         batch = known.shape[:-2]
         used = known.reshape(-1, *self.masked.shape).any(0)
         value = torch.where(used, value, 0)
@@ -138,8 +137,7 @@ class Conditionals(LatentChain):
 
     def factorized_log_prob_of(self, value: torch.Tensor) -> torch.Tensor:
         """`[B, L]`: the backbone's log-probabilities of tokens `[B, L]`, at masked positions."""
-        value = integers("value", value, self.masked.device)
-        check_shape("value", value, self.masked.shape)
+        value = as_tensor("value", value, int, self.masked.shape, self.masked.device)
         check_tokens("value", torch.where(self.masked, value, 0), self.potentials.vocab_size)
         return self._prediction.log_prob_of(torch.where(self.masked, value, 0))
 

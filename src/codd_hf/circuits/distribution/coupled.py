@@ -9,11 +9,9 @@ from torch.distributions import Distribution
 
 from ...checks.arguments import (
     FACTORS,
-    check_shape,
+    as_tensor,
     check_tokens,
-    flags,
     integer,
-    integers,
     is_factor,
     number,
     several,
@@ -103,7 +101,7 @@ class CoupledCategorical(Conditionals, Distribution):
     ):
         given = isinstance(logits, torch.Tensor)
         if tokens is not None:
-            tokens = integers("tokens", tokens, getattr(logits, "device", None))
+            tokens = as_tensor("tokens", tokens, int, device=getattr(logits, "device", None))
         check_shapes(
             logits, potentials, tokens, observed, present, context, active, temperature, forbidden
         )
@@ -245,8 +243,9 @@ class CoupledCategorical(Conditionals, Distribution):
             ValueError: the latents have another shape, or there is no such state.
         """
         number = self.potentials.num_latents
-        latents = integers("latents", latents, self.present.device)
-        check_shape("latents", latents, (*latents.shape[:-2], *self.batch_shape, *self.event_shape))
+        latents = as_tensor("latents", latents, int, device=self.present.device)
+        shape = (*latents.shape[:-2], *self.batch_shape, *self.event_shape)
+        as_tensor("latents", latents, shape=shape)
         check_tokens("latents", latents, number + self._num_copies, "states")
         own = latents.clamp(max=number - 1)
         # The sum over the vocabulary is the evidence of the latent, which is known already.
@@ -330,9 +329,8 @@ class CoupledCategorical(Conditionals, Distribution):
             observed: `[B, L]` bool, the further positions.
         """
         shape, device = (*self.batch_shape, *self.event_shape), self.present.device
-        tokens = integers("tokens", tokens, device)
-        check_shape("tokens", tokens, shape)
-        observed = flags("observed", observed, shape, device)
+        tokens = as_tensor("tokens", tokens, int, shape, device)
+        observed = as_tensor("observed", observed, bool, shape, device)
         known = torch.where(self.observed, self.tokens, tokens)
         conditioned = self._replace(tokens=known, observed=self.observed | observed)
         if "_evidence" in self.__dict__:  # the products with the vocabulary stay as they are
@@ -362,13 +360,13 @@ class CoupledCategorical(Conditionals, Distribution):
                 "The distribution holds evidence in place of logits, of which no token can be "
                 "taken out: give `forbidden` when the evidence is made."
             )
-        token_ids = integers("token_ids", token_ids, self.logits.device)
+        token_ids = as_tensor("token_ids", token_ids, int, device=self.logits.device)
         if token_ids.ndim != 1:
             raise ValueError(f"`token_ids` must have one dimension, got {shown(token_ids)}.")
         check_tokens("token_ids", token_ids, self.potentials.vocab_size)
         if where is None:
             where = torch.ones_like(self.present)
-        where = flags("where", where, self.present.shape, self.present.device)
+        where = as_tensor("where", where, bool, self.present.shape, self.present.device)
         chosen = self.logits[..., token_ids].masked_fill(where[..., None], -torch.inf)
         logits = self.logits.index_copy(-1, token_ids, chosen)
         return self._replace(logits=logits)
@@ -413,9 +411,9 @@ class CoupledCategorical(Conditionals, Distribution):
 
     def _checked_value(self, value: torch.Tensor, samples: bool = True) -> torch.Tensor:
         """Tokens of the vocabulary, `[*S, B, L]` or, without `samples`, `[B, L]`."""
-        value = integers("value", value, self.present.device)
+        value = as_tensor("value", value, int, device=self.present.device)
         leading = value.shape[:-2] if samples else ()
-        check_shape("value", value, (*leading, *self.batch_shape, *self.event_shape))
+        as_tensor("value", value, shape=(*leading, *self.batch_shape, *self.event_shape))
         present = torch.where(self.present, value, 0)
         check_tokens("value", present, self.potentials.vocab_size)
         return value
