@@ -1,20 +1,21 @@
 """Answers to the rows of a JSONL file, by one process or several, that survive being killed.
 
-A row's answer is a function of the row, its seed and the settings alone, never of its batch or its
-process. Row `i` belongs to process `i % num_processes`, which appends the answers of a batch to its
-own file in the folder `<output>.parts` and forces them to the disk before it goes on. Whoever finds
+A row's answer depends on the row, its seed and the settings alone, never on its batch or process.
+Row `i` belongs to process `i % num_processes`, which appends the answers of each batch to a file of
+its own in `<output>.parts` and forces them to the disk before it goes on. The process that finds
 all rows answered writes `<output>`, in the order of the input, in one atomic step. A later run
-takes all whole lines of all parts as done, whatever the number of processes that wrote them; a line
-that a kill tore is no JSON and its row is done again. `<output>.run.json` says what the run was, so
-that it is continued on the same input, by the same model and settings only.
+takes the whole lines of all parts as done, whatever the number of processes that wrote them.
+`<output>.run.json` says what the run was: only the same input, model and settings continue it.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+import uuid
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,17 +24,30 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..data.fingerprint import PASSING, weights_fingerprint
+from ..checks.arguments import integer
+from ..data.fingerprint import (
+    json_fingerprint,
+    settings_fingerprint,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
 from ..decoding.arguments import DecodingArguments
 from ..decoding.generation_settings import SETTINGS, task_of_call
 from ..decoding.loop import lay_out
 from ..pipelines.prompts import encode_prompts
+from ..runtime.files import make_durable, read_json, replacing
 from ..runtime.locks import locked
-from .jsonl_files import RunFiles
-from .jsonl_rows import SEEDS, JSONLRows
+from .jsonl_rows import JSONLRows, parsed
 
 if TYPE_CHECKING:
     from ..pipelines.pipeline_codd import CoDDPipeline
+
+LARGEST_SEED = 2**63 - 1
+DIGESTS = {
+    "input_sha256": "another content of its input",
+    "model_digest": "another model (other weights, settings or tokenizer)",
+}
+"""How an error names what differs where a digest does."""
 
 
 def answer_jsonl(
@@ -47,34 +61,30 @@ def answer_jsonl(
     seed: int = 0,
     gen_length: int | None = None,
     num_inference_steps: int | None = None,
+    use_chat_template: bool = True,
     state: PartialState | None = None,
     progress: bool = False,
-    use_chat_template: bool = True,
     skip: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> int:
-    """Answers every row of a JSONL file.
-
-    A killed run is continued by the same call, with any batch size and number of processes.
-    While it runs, no other run writes to `output`.
+    """Answers every row of a JSONL file; the same call continues a killed run.
 
     The columns `gen_length`, `num_inference_steps` and `seed`, where a line has them, stand for the
     arguments in its row.
 
     Args:
         pipeline: on this process's device, with a tokenizer.
-        source: a JSONL file, an object a line (blank lines are passed over).
+        source: a JSONL file, an object a line.
         output: the file to write: the lines of `source` as they are, with one more column.
-        prompt_column: the column with the prompt, a text; default `question` or else `prompt`.
+        prompt_column: the column of the prompts; default `question` or else `prompt`.
         output_column: the new column.
         batch_size: rows decoded together; it changes the speed, not the answers.
-        seed: row `i`, counted from 0, is drawn with a generator of seed `seed + i`; a line's own
-            seed is taken as it is.
-        gen_length: tokens to generate in each row; default, as in the pipeline.
-        num_inference_steps: the most backbone passes for a row; default, as in the pipeline.
+        seed: row `i`, from 0, is drawn with seed `seed + i`; a line's own seed is taken as it is.
+        gen_length: as in the pipeline.
+        num_inference_steps: as in the pipeline.
+        use_chat_template: as in the pipeline.
         state: accelerate's, when there are several processes; they need one file system.
         progress: whether the main process shows a bar of its rows.
-        use_chat_template: as in the pipeline.
         skip: is told, in a sentence, of each bad row of this process; these rows are left out of
             `output`. Without it a bad row is an error, before any row is answered.
         **settings: arguments of the pipeline's call (`block_length`, `infill`, `sampling`, ...).
@@ -83,153 +93,215 @@ def answer_jsonl(
         The number of rows that this process answered now.
 
     Raises:
-        ValueError: a line is no JSON object, has no prompt, has `output_column` already or a column
-            `gen_length`, `num_inference_steps` or `seed` that is no integer, or a prompt cannot be
-            decoded; no row is left; `batch_size` or `seed` is out of range; `output` was begun by a
-            run of another input, model or setting; or the input is changed while it is answered.
+        ValueError: a row or an argument is bad, no row is left, or `output` was begun by a run of
+            another input, model or setting.
         OSError: a file cannot be read or written, `output` exists and is of no such run, or another
             run is writing it.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    if pipeline.tokenizer is None:
+    model, tokenizer = pipeline.model, pipeline.tokenizer
+    if tokenizer is None:
         raise ValueError("`pipeline` needs a tokenizer for the texts of `source`.")
-    index, count = (0, 1) if state is None else (state.process_index, state.num_processes)
-    rows = JSONLRows.read(Path(source), prompt_column, output_column)
-    if seed not in SEEDS or seed + len(rows) not in SEEDS:
-        raise ValueError(
-            f"`seed` must be from -2**63 to 2**64 - 1 in each row, which gets `seed` plus its "
-            f"number, got {seed} for {len(rows)} rows."
-        )
     draws = {name: settings[name] for name in SETTINGS if name in settings}
-    pipeline.scheduler.draw_settings(**draws).check_vocabulary(pipeline.model.config.vocab_size)
+    pipeline.scheduler.draw_settings(**draws).check_vocabulary(model.config.vocab_size)
+    rows = JSONLRows.read(Path(source), prompt_column, output_column)
     lengths = {"gen_length": gen_length, "num_inference_steps": num_inference_steps}
+    call = {"use_chat_template": use_chat_template, **settings}
+    # All that an answer depends on beside its row.
     run = {
         "input_sha256": rows.sha256,
-        "num_rows": len(rows),
         "prompt_column": rows.prompt_column,
         "output_column": output_column,
         "seed": seed,
-        "model": pipeline.model.config._name_or_path,
-        "model_digest": _model_digest(pipeline),
-        "use_chat_template": use_chat_template,
-        **settings,
-        **pipeline.said_of_task(**lengths, **settings),
+        "model": model.config._name_or_path,
+        "model_digest": json_fingerprint(
+            [
+                weights_fingerprint(model),
+                settings_fingerprint(model.config),
+                tokenizer_fingerprint(tokenizer),
+                tokenizer.special_tokens_map,
+                tokenizer.chat_template,
+            ]
+        ),
         "scheduler": {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")},
+        **call,
+        **pipeline.said_of_task(**lengths, **settings),
     }
     files = RunFiles(Path(output), run)
     if files.is_complete():
         return 0
-    if rows.bad and skip is None:
-        raise ValueError(next(iter(rows.bad.values())))
-    own, bad = range(index, len(rows), count), set()
-    for row in own:
-        said = rows.bad.get(row) or _fault(
-            pipeline, rows, row, use_chat_template, lengths | settings
-        )
-        if said is None:
-            continue
-        if skip is None:
-            raise ValueError(said)
-        skip(said)
-        bad.add(row)
+
+    def values(row: int) -> dict[str, Any]:
+        return {"seed": seed + row, **lengths, **rows.values(row)}
+
+    index, count = (0, 1) if state is None else (state.process_index, state.num_processes)
+    wait = (lambda: None) if state is None else state.wait_for_everyone
+    mine, bad = range(index, len(rows), count), []
+    for row in mine:
+        fault = rows.bad.get(row)
+        if fault is None:
+            try:
+                _check(pipeline, values(row), rows.prompt_column, call)
+            except (TypeError, ValueError) as error:
+                fault = f"{rows.where(row)}: {error}"
+        if fault is not None and skip is None:
+            raise ValueError(fault)
+        if fault is not None:
+            skip(fault)
+            bad.append(row)
     if len(bad) == len(rows):
         raise ValueError(f"`source` {str(source)!r} has no row that can be answered.")
-    if state is not None:
-        # Nothing is begun, and no process may be done already, before all have looked.
-        state.wait_for_everyone()
+    wait()  # nothing is begun, and no process may be done already, before all have looked
     with locked(files.lock, f"`output` {str(output)!r}", state):
         complete = files.is_complete()
         if index == 0 and not complete:
             files.begin()
-        if state is not None:
-            state.wait_for_everyone()
+        wait()
         if complete:
             return 0
         files.check_same()
         done = files.answers()
-        left = [row for row in own if row not in done and row not in bad]
-        with (
-            files.part(index) as part,
-            tqdm(total=len(left), unit="row", disable=not (progress and index == 0)) as bar,
-        ):
-            part.append((row, None) for row in sorted(bad) if row not in done)
+        files.append(index, [(row, None) for row in bad if row not in done])
+        left = [row for row in mine if row not in done and row not in bad]
+        with tqdm(total=len(left), unit="row", disable=not progress or index > 0) as bar:
             for start in range(0, len(left), batch_size):
                 batch = left[start : start + batch_size]
-                values = [rows.values(row) for row in batch]
-                seeds = [v.get("seed", seed + row) for v, row in zip(values, batch, strict=True)]
+                columns = [values(row) for row in batch]
                 texts = pipeline(
-                    [v[rows.prompt_column] for v in values],
-                    use_chat_template=use_chat_template,
-                    generator=[torch.Generator().manual_seed(s) for s in seeds],
-                    **{
-                        name: [v.get(name, usual) for v in values]
-                        for name, usual in lengths.items()
-                    },
-                    **settings,
+                    [column[rows.prompt_column] for column in columns],
+                    generator=[torch.Generator().manual_seed(c["seed"]) for c in columns],
+                    **{name: [column[name] for column in columns] for name in lengths},
+                    **call,
                 ).texts
-                part.append(zip(batch, texts, strict=True))
+                files.append(index, zip(batch, texts, strict=True))
                 bar.update(len(batch))
         files.finish(rows)
     return len(left)
 
 
-def _model_digest(pipeline: CoDDPipeline) -> str:
-    """Of all that an answer depends on beside the call: weights, settings, tokenizer."""
-    settings = json.loads(
-        json.dumps(pipeline.model.config.to_dict(), sort_keys=True, default=str),
-        object_hook=lambda config: {k: v for k, v in config.items() if k not in PASSING},
+def _check(
+    pipeline: CoDDPipeline, row: dict[str, Any], prompt_column: str, call: dict[str, Any]
+) -> None:
+    """Raises for a row that cannot be decoded, before hours have been spent on others."""
+    model = pipeline.model
+    integer("seed", row["seed"], most=LARGEST_SEED)
+    call = call | {name: row[name] for name in ("gen_length", "num_inference_steps")}
+    said = pipeline.said_of_task(**call)
+    ids, mask = encode_prompts(
+        [row[prompt_column]],
+        None,
+        None,
+        None,
+        tokenizer=pipeline.tokenizer,
+        model=model,
+        use_chat_template=call["use_chat_template"],
+        add_generation_prompt=True,
+        chat_template_kwargs={},
+        infill=call.get("infill", False),
     )
-    tokenizer = pipeline.tokenizer
-    parts = [
-        weights_fingerprint(pipeline.model),
-        settings,
-        sorted(tokenizer.get_vocab().items()),
-        tokenizer.special_tokens_map,
-        tokenizer.chat_template,
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    head = model.head_of_call(call.get("head"))
+    task = task_of_call(said, model, ids.shape[1])
+    given = {f.name: task[f.name] for f in fields(DecodingArguments) if f.name in task}
+    arguments = DecodingArguments.check(pipeline.scheduler, model.config, 1, settings={}, **given)
+    lay_out(model.config, ids, mask, [], 0, arguments, head.window_length, model.max_positions)
 
 
-def _fault(
-    pipeline: CoDDPipeline,
-    rows: JSONLRows,
-    row: int,
-    use_chat_template: bool,
-    call: dict[str, Any],
-) -> str | None:
-    """What is wrong with a row that cannot be decoded, before hours have been spent on others.
+class RunFiles:
+    """The files of a run: the result, what the run is, and the parts on the way there.
 
     Args:
-        pipeline: with a tokenizer.
-        rows: the file.
-        row: which one.
-        use_chat_template: as in the pipeline.
-        call: other arguments of the pipeline.
+        output: the result.
+        run: what must be the same for a run to be continued; values that JSON has.
     """
-    model, values = pipeline.model, rows.values(row)
-    own = {name: values[name] for name in ("gen_length", "num_inference_steps") if name in values}
-    try:
-        said = pipeline.said_of_task(**call | own)
-        ids, mask = encode_prompts(
-            [values[rows.prompt_column]],
-            None,
-            None,
-            None,
-            tokenizer=pipeline.tokenizer,
-            model=pipeline.model,
-            use_chat_template=use_chat_template,
-            add_generation_prompt=True,
-            chat_template_kwargs={},
-            infill=call.get("infill", False),
-        )
-        head = model.head_of_call(call.get("head"))
-        task = task_of_call(said, model, ids.shape[1])
-        given = {f.name: task[f.name] for f in fields(DecodingArguments) if f.name in task}
-        arguments = DecodingArguments.check(
-            pipeline.scheduler, model.config, 1, settings={}, **given
-        )
-        lay_out(model.config, ids, mask, [], 0, arguments, head.window_length, model.max_positions)
-    except ValueError as error:
-        return f"{rows.where(row)}: {error}"
-    return None
+
+    def __init__(self, output: Path, run: dict[str, Any]) -> None:
+        if not output.name:
+            raise ValueError(f"`output` must be the path of a file, got {str(output)!r}.")
+        self.output, self.run = output, json.loads(json.dumps(run))
+        self.about = output.with_name(output.name + ".run.json")
+        self.lock = output.with_name(output.name + ".lock")
+        self.folder = output.with_name(output.name + ".parts")
+
+    def is_complete(self) -> bool:
+        """Whether this very run has written its result.
+
+        Raises:
+            ValueError: the files are of another run that has answered rows.
+            OSError: there are a result or answers, and nothing says of which run.
+        """
+        answered = self.output.exists() or bool(self.answers())
+        if answered and not self.about.exists():
+            there = self.output if self.output.exists() else self.folder
+            raise FileExistsError(
+                f"`output` {str(self.output)!r}: {str(there)!r} exists, and no {self.about.name!r} "
+                "says of which run it is: remove it, or give another file."
+            )
+        if answered:
+            self.check_same()
+        return self.output.exists()
+
+    def check_same(self) -> None:
+        """Raises a ValueError where what has begun is another run."""
+        before = read_json(self.about)
+        for name in {**before, **self.run}:
+            theirs, ours = before.get(name), self.run.get(name)
+            if json.dumps(theirs) != json.dumps(ours):  # NaN is itself here
+                what = DIGESTS.get(name, f"`{name}` {theirs!r}, not {ours!r}")
+                raise ValueError(
+                    f"`output` {str(self.output)!r} was begun with {what}: run it as it was to go "
+                    "on, or give another file; what is answered stays."
+                )
+
+    def begin(self) -> None:
+        """Makes the folder of the parts and says what the run is; nothing is answered yet."""
+        self.folder.mkdir(exist_ok=True)
+        with replacing(self.about) as new:
+            new.write_text(json.dumps(self.run, indent=2) + "\n")
+
+    def append(self, process: int, answers: Iterable[tuple[int, str | None]]) -> None:
+        """Adds rows and their texts (None: left out) to a process's part, on the disk."""
+        # A line begins with its break, so that one that a kill tore ends there.
+        lines = ("\n" + json.dumps({"row": row, "text": text}) for row, text in answers)
+        data, path = "".join(lines).encode(), self.folder / f"part-{process:05d}.jsonl"
+        # Unbuffered: a process that a kill left over may write to the same file.
+        with path.open("ab", buffering=0) as file:
+            if file.write(data) < len(data):
+                raise OSError(f"{str(path)!r} could not be written: is the disk full?")
+            os.fsync(file.fileno())
+        make_durable(self.folder)
+
+    def answers(self) -> dict[int, str | None]:
+        """The texts of the rows that are done; None where a row was left out."""
+        found: dict[int, str | None] = {}
+        for path in sorted(self.folder.glob("part-*.jsonl")):
+            for line in path.read_bytes().split(b"\n"):
+                with contextlib.suppress(ValueError, KeyError):
+                    answer = parsed(line)
+                    found.setdefault(answer["row"], answer["text"])
+        return found
+
+    def finish(self, rows: JSONLRows) -> None:
+        """Writes the result if all rows are done; processes that come at once write the same."""
+        try:
+            answers = self.answers()
+            if len(answers) < len(rows) or read_json(self.about) != self.run:
+                return
+            merged = self.folder / f"merged-{uuid.uuid4().hex}.jsonl"
+            column = json.dumps(self.run["output_column"])
+            with merged.open("wb") as file:
+                for row, line in enumerate(rows.lines):
+                    if answers[row] is not None:
+                        text = json.dumps(answers[row], ensure_ascii=False)
+                        start = line.removesuffix(b"}").rstrip()
+                        file.write(start + f", {column}: {text}}}\n".encode())
+            make_durable(merged)
+            merged.replace(self.output)
+        except FileNotFoundError:  # another process has finished
+            if not self.output.exists():
+                raise
+            return
+        make_durable(self.output.parent)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a complete run is not written again
+            self.lock.unlink()

@@ -28,8 +28,12 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def settings_fingerprint(config: PreTrainedConfig) -> str:
     """A digest of the settings of a backbone on which its predictions depend."""
-    settings = {k: v for k, v in config.to_dict().items() if k not in PASSING}
-    return json_fingerprint(json.loads(json.dumps(settings, default=str)))
+    return json_fingerprint(
+        json.loads(
+            json.dumps(config.to_dict(), default=str),
+            object_hook=lambda part: {k: v for k, v in part.items() if k not in PASSING},
+        )
+    )
 
 
 def weights_fingerprint(module: torch.nn.Module) -> str:
