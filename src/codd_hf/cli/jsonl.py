@@ -35,7 +35,7 @@ from ..decoding.arguments import DecodingArguments
 from ..decoding.generation_settings import SETTINGS, task_of_call
 from ..decoding.loop import lay_out
 from ..pipelines.prompts import encode_prompts
-from ..runtime.files import make_durable, read_json, replacing
+from ..runtime.files import atomic_write, make_durable, read_json
 from ..runtime.locks import locked
 from .jsonl_rows import JSONLRows, parsed
 
@@ -256,7 +256,7 @@ class RunFiles:
     def begin(self) -> None:
         """Makes the folder of the parts and says what the run is; nothing is answered yet."""
         self.folder.mkdir(exist_ok=True)
-        with replacing(self.about) as new:
+        with atomic_write(self.about) as new:
             new.write_text(json.dumps(self.run, indent=2) + "\n")
 
     def append(self, process: int, answers: Iterable[tuple[int, str | None]]) -> None:
