@@ -255,9 +255,9 @@ def test_stream_of_gaps_shows_the_text_around_them(folder, pipe, screen, monkeyp
     template = f"Tom has {3 * pipe.tokenizer.mask_token} eggs."
     drawn = []
     monkeypatch.setattr(CanvasView, "_write", keeping(drawn, CanvasView._write))
-    argv = ["generate", template, "--infill", "--free-length", "--stream", "--model", str(folder)]
+    argv = ["generate", template, "--infill", "--stream", "--model", str(folder)]
     run_on(screen, *argv, *SHORT, "--paradigm", "full", "--num-inference-steps", "3")
-    lengths = LENGTHS | {"num_inference_steps": 3, "paradigm": "full", "free_length": True}
+    lengths = LENGTHS | {"num_inference_steps": 3, "paradigm": "full"}
     text = pipe(template, **lengths, infill=True, generator=seeded(0)).texts[0]
     assert screen.terminal.text.rstrip() == printable(text).rstrip()
     frames = [OWN.sub("", frame) for frame in drawn]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from codd_hf import CoDDModel, CoDDScheduler, CoupledCategorical, Potentials
 from codd_hf.configuration_codd import COUPLINGS
-from codd_hf.decoding.arguments import CHOICES as TASKS
+from codd_hf.decoding.arguments import PARADIGMS
 from codd_hf.schedulers.settings import CHOICES as SETTINGS
 from tiny import random_head, tiny_backbone, tiny_model
 from tiny_pipeline import tiny_pipeline
@@ -69,7 +69,8 @@ wild = st.recursive(
     max_leaves=4,
 )
 plausible: dict[str, list[Any]] = {
-    **{name: list(choices) for name, choices in (SETTINGS | TASKS).items()},
+    **{name: list(choices) for name, choices in SETTINGS.items()},
+    "paradigm": list(PARADIGMS),
     "temperature": [0.0, 1.0, 1e-6, 1e6],
     "evidence_temperature": [0.5, 1e-6, 1e6],
     "repetition_penalty": [1.5, 1e-6, 1e6],
@@ -98,7 +99,6 @@ plausible: dict[str, list[Any]] = {
     "num_return_sequences": [1, 2],
     "generator": [torch.Generator(), [torch.Generator(), torch.Generator()]],
     "infill": [True],
-    "free_length": [True],
     "do_sample": [True, False],
     "early_stop": [False],
     "logits_processor": [lambda ids, scores: scores, lambda ids, scores: scores - torch.inf],
@@ -109,7 +109,6 @@ plausible: dict[str, list[Any]] = {
     "sample": [[[MASK] * 4] * 2, [[MASK, 5, MASK, 6], [5, 5, 5, 5]]],
     "eligible": [torch.tensor([[True, False, True, True]] * 2)],
     "at_least": [[1, 2], [0, 9]],
-    "mask_ratio": [torch.tensor([0.5, 1.0])],
     "timestep": [1.0, 0.5],
     "timesteps": [0.5, [0.0, 1.0]],
     "mean_span_length": [1, 2.5, 1e9],
@@ -172,7 +171,7 @@ def holds(call: Callable[[], Any]) -> Any:
 
 DRAWS = (*SETTINGS, "temperature", "evidence_temperature", "top_k", "top_p", "threshold")
 DRAWS += ("activation_ratio", "repetition_penalty", "forbidden_token_ids", "remask_threshold")
-TASK = ("block_length", "num_inference_steps", "paradigm", "windowing", "infill", "free_length")
+TASK = ("block_length", "num_inference_steps", "paradigm", "infill")
 TASK += ("min_new_tokens", "forced_tokens", "generator", "cache", "guidance_scale", "early_stop")
 TASK += ("logits_processor", "eos_token_id", "attention_mask")
 IDS = torch.tensor([[5, 6, 7, 8], [9, 3, 4, 10]])
@@ -233,7 +232,7 @@ def check_scheduler(data: st.DataObject) -> None:
     output = data.draw(st.sampled_from(["logits", "distribution"]))
     output = torch.randn(2, 4, VOCAB) if output == "logits" else a_distribution({})
     names = ("model_output", "timestep", "sample", "generator", "eligible", "at_least")
-    names += ("mask_ratio", "mask_token_id", "logits_processor", "text", "memory")
+    names += ("mask_token_id", "logits_processor", "text", "memory")
     given = {"model_output": output, "timestep": 1.0, "sample": [[MASK] * 4] * 2}
     holds(lambda: scheduler.step(**given | data.draw(changes(*names, *DRAWS))))
     given = {"logits": torch.randn(2, 4, VOCAB), "timestep": 0.5, "eligible": torch.ones(2, 4) > 0}

@@ -139,14 +139,6 @@ def test_confidence_is_the_coupled_probability_at_evidence_temperature_one():
     torch.testing.assert_close(output.sampled_probs, expected)
 
 
-def test_latent_confidence_is_the_probability_given_the_drawn_latents():
-    distribution, sample = make_distribution()
-    scheduler = make_scheduler(temperature=1.0, confidence="latent")
-    output = scheduler.step(distribution, 1.0, sample, generator=torch.Generator().manual_seed(2))
-    probability = output.pred_logits.exp().gather(-1, output.sampled_tokens[..., None])[..., 0]
-    torch.testing.assert_close(output.sampled_probs, probability)
-
-
 def test_factorized_sampling_ignores_the_circuit():
     distribution, sample = make_distribution()
     scheduler = make_scheduler(sampling="factorized", temperature=1.0, evidence_temperature=0.5)
@@ -300,23 +292,6 @@ def test_circuit_is_applied_only_up_to_the_activation_ratio_of_each_window():
     torch.testing.assert_close(log_probs[1], distribution.factorized_logits[1].exp())
 
 
-def test_row_scope_measures_the_whole_row():
-    observed = torch.zeros(2, LENGTH, dtype=torch.bool)
-    observed[0] = True  # one row of two windows, half of it masked
-    distribution, sample = make_distribution(2, observed)
-    factorized = distribution.factorized_logits[1].exp()
-    for given, ratio, expected in (
-        (None, 0.5, distribution.marginals[1]),
-        (None, 0.4, factorized),
-        (torch.tensor([0.1]), 0.4, distribution.marginals[1]),
-    ):
-        scheduler = make_scheduler(sampling="marginal", temperature=1.0, activation_scope="row")
-        output = scheduler.step(
-            distribution, 1.0, sample.view(1, -1), activation_ratio=ratio, mask_ratio=given
-        )
-        torch.testing.assert_close(output.pred_logits[0, LENGTH:].exp(), expected)
-
-
 @pytest.mark.parametrize("sampling", ["latent", "marginal"])
 def test_window_without_any_possible_completion_is_drawn_factorized(sampling):
     emission = torch.zeros(1, 2, VOCAB)
@@ -382,6 +357,13 @@ def test_scheduler_saves_and_loads_its_settings(tmp_path):
     assert CoDDScheduler.from_pretrained(tmp_path).draw_settings() == scheduler.draw_settings()
 
 
+def test_settings_that_left_load_where_they_changed_nothing_and_are_refused_elsewhere():
+    saved = {"sampling": "marginal", "confidence": "marginal", "activation_scope": "window"}
+    assert CoDDScheduler.from_config(saved).config.sampling == "marginal"
+    with pytest.raises(ValueError, match="`confidence='latent'` in a configuration of CoDDSch"):
+        CoDDScheduler.from_config(saved | {"confidence": "latent"})
+
+
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
@@ -394,8 +376,6 @@ def test_scheduler_saves_and_loads_its_settings(tmp_path):
         ("top_k", 2.5, "integer"),
         ("top_p", 1.5, "at most 1"),
         ("activation_ratio", 2, "from 0 to 1"),
-        ("activation_scope", "batch", "one of window, row"),
-        ("confidence", "joint", "one of marginal, latent"),
     ],
 )
 def test_bad_settings_get_one_clear_sentence(name, value, said):
@@ -412,8 +392,6 @@ def test_settings_that_do_not_exist_or_fit_are_refused():
         scheduler.step(distribution, 1.0, sample, top_q=3)
     with pytest.raises(TypeError, match="`temperature` must be a number"):
         scheduler.step(distribution, 1.0, sample, temperature="hot")
-    with pytest.raises(ValueError, match="`confidence='latent'`"):
-        scheduler.step(distribution, 1.0, sample, confidence="latent", sampling="marginal")
 
 
 def test_wrong_calls_get_one_clear_sentence():

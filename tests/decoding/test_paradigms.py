@@ -47,40 +47,33 @@ def committed(model, input_ids, monkeypatch=None, **kwargs) -> tuple[list[list[i
     return steps, windows
 
 
-@pytest.mark.parametrize("windowing", ["aligned", "centred"])
 @pytest.mark.parametrize("strategy", ["low_confidence", "entropy", "random", "joint"])
 def test_full_paradigm_commits_under_its_windows_alone_and_fills_everything(
-    model, monkeypatch, windowing, strategy
+    model, monkeypatch, strategy
 ):
     steps, windows = committed(
         model,
         PROMPT,
         monkeypatch,
         paradigm="full",
-        windowing=windowing,
         strategy=strategy,
         threshold=0.9,
         num_inference_steps=6,
     )
     assert sorted(p for positions in steps for p in positions) == list(range(3, 19))
     assert len(steps) == len(windows) <= 6
-    for number, (positions, starts) in enumerate(zip(steps, windows, strict=True)):
+    for positions, starts in zip(steps, windows, strict=True):
         assert all(any(s <= p < s + WINDOW for s in starts) for p in positions)
-        if windowing == "aligned" or number == 5:
-            assert all((s - len(PROMPT)) % WINDOW == 0 for s in starts)
-            if strategy != "joint":  # a minimum cover: no window without a token
-                assert all(any(s <= p < s + WINDOW for p in positions) for s in starts)
-        else:
-            assert len(starts) == 1
-            assert 0 <= starts[0] <= 19 - WINDOW
+        assert all((s - len(PROMPT)) % WINDOW == 0 for s in starts)
+        if strategy != "joint":  # a minimum cover: no window without a token
+            assert all(any(s <= p < s + WINDOW for p in positions) for s in starts)
     # Not in the order of blocks.
     firsts = [min(positions) for positions in steps]
     assert firsts != sorted(firsts)
 
 
-@pytest.mark.parametrize("windowing", ["aligned", "centred"])
-def test_full_paradigm_in_a_single_step_fills_everything(model, windowing):
-    steps, _ = committed(model, PROMPT, paradigm="full", windowing=windowing, num_inference_steps=1)
+def test_full_paradigm_in_a_single_step_fills_everything(model):
+    steps, _ = committed(model, PROMPT, paradigm="full", num_inference_steps=1)
     assert steps == [list(range(3, 19))]
 
 
@@ -205,7 +198,7 @@ def test_steps_are_shared_by_the_blocks_that_have_gaps(model):
 @pytest.mark.parametrize("paradigm", ["block", "full"])
 def test_windows_cover_given_text_on_both_sides_of_a_gap(model, monkeypatch, paradigm):
     template = [3, 4, 5, 6, MASK, MASK, 7, 8, 9, 10]
-    kwargs = {"infill": True, "paradigm": paradigm, "windowing": "centred"}
+    kwargs = {"infill": True, "paradigm": paradigm}
     _, windows = committed(model, template, monkeypatch, num_inference_steps=1, **kwargs)
     assert windows == [[3]]  # positions 3 to 6: one given token on each side
 
@@ -217,7 +210,6 @@ def test_gap_follows_the_exact_law_given_all_other_text(model, paradigm):
     filled = model.generate(
         template,
         infill=True,
-        free_length=True,
         early_stop=False,
         sampling="any_order",
         temperature=1.0,
@@ -228,6 +220,7 @@ def test_gap_follows_the_exact_law_given_all_other_text(model, paradigm):
     assert torch.equal(filled[template != MASK], template[template != MASK])
     with torch.no_grad():
         logits = model(template[:1]).logits[:, 2:6]
+        logits[..., [EOS, PAD]] = -torch.inf
         at = template[:1, 2:6]
         law = model.coupling_head(logits, tokens=at, observed=at != MASK)
     drawn, counts = filled[:, 2:6].unique(dim=0, return_counts=True)
@@ -240,49 +233,14 @@ def test_gap_follows_the_exact_law_given_all_other_text(model, paradigm):
 
 @pytest.mark.parametrize("paradigm", ["block", "full"])
 @pytest.mark.parametrize("sampling", ["latent", "marginal", "factorized"])
-def test_gap_of_fixed_length_holds_no_end_and_no_padding(pipe, sampling, paradigm):
+def test_gap_holds_no_end_and_no_padding(pipe, sampling, paradigm):
     template = [3] + [MASK] * 9 + [4] + [MASK] * 3
     kwargs = {"sampling": sampling, "temperature": 50.0, "output_type": "seq"}
     kwargs |= {"infill": True, "paradigm": paradigm, "num_inference_steps": 3}
-    free = 0
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
-        fixed = pipe(input_ids=template, generator=generator, **kwargs).sequences
-        assert not torch.isin(fixed, torch.tensor([EOS, PAD, MASK])).any()
-        free += int((pipe(input_ids=template, free_length=True, **kwargs).sequences == EOS).any())
-    assert free
-
-
-@pytest.mark.parametrize("end", [EOS, PAD])
-def test_gap_of_free_length_ends_at_an_end_token_and_the_next_gap_does_not(model, end):
-    template = torch.tensor([[3, MASK, MASK, MASK, 4, MASK, MASK]])
-
-    def write_end(step, timestep, state):
-        canvas = state["canvas"].clone()
-        canvas[0, 2] = end
-        return canvas
-
-    output = denoise(
-        model,
-        CoDDScheduler(sampling="marginal"),
-        template,
-        gen_length=1,
-        block_length=8,
-        num_inference_steps=5,
-        infill=True,
-        free_length=True,
-        eos_token_id=EOS,
-        forced_tokens=None,
-        on_step=write_end,
-    )
-    sequence = output.sequences[0].tolist()
-    first = sequence[1:4].index(end) if sequence[1] != EOS else 0
-    assert sequence[2 + first : 4] == [PAD] * (2 - first)
-    assert output.is_text[0, [0, 4]].all()
-    assert not output.is_text[0, 1 + first : 4].any()
-    assert sequence[0] == 3
-    assert sequence[4] == 4
-    assert MASK not in sequence
+        filled = pipe(input_ids=template, generator=generator, **kwargs).sequences
+        assert not torch.isin(filled, torch.tensor([EOS, PAD, MASK])).any()
 
 
 def test_generate_puts_what_it_filled_in_where_the_padding_leaves_it(model):
@@ -299,11 +257,9 @@ def test_generate_puts_what_it_filled_in_where_the_padding_leaves_it(model):
     ("kwargs", "said"),
     [
         ({"infill": True}, "`infill` fills mask tokens, of which there is none in row 0"),
-        ({"free_length": True}, "`free_length` is about the gaps of `infill`"),
         ({"infill": True, "min_new_tokens": 2}, "`min_new_tokens` is for text after a prompt"),
         ({"infill": True, "forced_tokens": {0: 3}}, "`forced_tokens` is for text after a prompt"),
         ({"paradigm": "fuller"}, "`paradigm` must be one of block, full, got 'fuller'"),
-        ({"windowing": "left"}, "`windowing` must be one of aligned, centred, got 'left'"),
         ({"gen_length": [4, 5]}, "`gen_length` must have one entry per prompt (1), got 2"),
         ({"gen_length": [0]}, "`gen_length` must be at least 1, got 0"),
         ({"num_inference_steps": [2, 3]}, "`num_inference_steps` must have one entry per prompt"),

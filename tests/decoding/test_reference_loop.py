@@ -33,7 +33,7 @@ def ranks(strategy, law, sure):
     }.get(strategy, sure)
 
 
-def placed(row, logits, begin, steps_left, windowing, strategy, threshold):
+def placed(row, logits, begin, steps_left, strategy, threshold):
     """The full paradigm: the chosen positions, the windows over them, and where to commit."""
     phi = logits.index_fill(-1, torch.tensor([MASK]), -torch.inf).softmax(-1)
     score, best = ranks(strategy, phi, phi.amax(-1)).tolist(), phi.amax(-1).tolist()
@@ -42,15 +42,12 @@ def placed(row, logits, begin, steps_left, windowing, strategy, threshold):
     sure = [i for i in left if strategy in ("threshold", "joint") and best[i] >= threshold]
     chosen, count = sorted({*chosen, *sure}), len(chosen)
     starts = sorted({i - (i - begin) % W for i in chosen})
-    if windowing == "centred" and steps_left > 1:
-        held = max(([j for j in chosen if i <= j < i + W] for i in chosen), key=len)
-        starts = [min(max((held[0] + held[-1] + 1 - W) // 2, 0), len(row) - W)]
     where = left if strategy in ("threshold", "joint") else chosen
     where = [i for i in where if any(s <= i < s + W for s in starts)]
     return starts, where, count
 
 
-def plain_loop(model, row, blocks, begin, generator, windowing=None, **settings):
+def plain_loop(model, row, blocks, begin, generator, full, never, **settings):
     """One row; no library code but the distribution's own queries."""
     sampling, strategy, threshold = (settings[k] for k in ("sampling", "strategy", "threshold"))
     row, passes = list(row), 0
@@ -60,12 +57,11 @@ def plain_loop(model, row, blocks, begin, generator, windowing=None, **settings)
             if not where:
                 break
             logits, passes = model(torch.tensor([row])).logits[0], passes + 1
+            logits[:, never] = -torch.inf
             starts, count = sorted({i - (i - begin) % W for i in block}), len(where)
             count = -(-count // steps_left)
-            if windowing:
-                starts, where, count = placed(
-                    row, logits, begin, steps_left, windowing, strategy, threshold
-                )
+            if full:
+                starts, where, count = placed(row, logits, begin, steps_left, strategy, threshold)
             place = [s + i for s in starts for i in range(W)]
             present = torch.tensor(place).view(-1, W) < len(row)
             at = torch.tensor([row[i] if i < len(row) else 0 for i in place]).view(-1, W)
@@ -104,30 +100,12 @@ def plain_loop(model, row, blocks, begin, generator, windowing=None, **settings)
 
 
 FROM, EVERYTHING = len(PROMPT), range(len(PROMPT), len(PROMPT) + LENGTH)
-# Of free length, so that the law of a gap has no token ruled out.
-FREE = {"infill": True, "free_length": True}
 CASES = {
-    "block": (
-        {"block_length": W},
-        [(range(FROM, FROM + W), 2), (range(FROM + W, FROM + LENGTH), 2)],
-        FROM,
-        None,
-    ),
-    "aligned": ({"paradigm": "full"}, [(EVERYTHING, STEPS)], FROM, "aligned"),
-    "centred": (
-        {"paradigm": "full", "windowing": "centred"},
-        [(EVERYTHING, STEPS)],
-        FROM,
-        "centred",
-    ),
+    "block": ({"block_length": W}, [(EVERYTHING[:W], 2), (EVERYTHING[W:], 2)], FROM),
+    "full": ({"paradigm": "full"}, [(EVERYTHING, STEPS)], FROM),
     # The gaps span positions 3 to 9, two windows with one position to spare: none on the left.
-    "infill": ({**FREE, "block_length": 4}, [([3, 6], 2), ([7, 9], 2)], 3, None),
-    "infill_full": (
-        {**FREE, "paradigm": "full", "windowing": "centred"},
-        [([3, 6, 7, 9], STEPS)],
-        3,
-        "centred",
-    ),
+    "infill": ({"infill": True, "block_length": 4}, [([3, 6], 2), ([7, 9], 2)], 3),
+    "infill_full": ({"infill": True, "paradigm": "full"}, [([3, 6, 7, 9], STEPS)], 3),
 }
 
 
@@ -137,7 +115,7 @@ CASES = {
 def test_generate_the_pipeline_and_a_plain_loop_give_the_same_tokens(
     model, case, sampling, strategy
 ):
-    arguments, blocks, begin, windowing = CASES[case]
+    arguments, blocks, begin = CASES[case]
     settings = {"sampling": sampling, "strategy": strategy, "temperature": 0.8, "threshold": 0.6}
     pipe = CoDDPipeline(model=model, scheduler=CoDDScheduler(evidence_temperature=0.7))
     pipe.set_progress_bar_config(disable=True)
@@ -152,7 +130,8 @@ def test_generate_the_pipeline_and_a_plain_loop_give_the_same_tokens(
                 blocks,
                 begin,
                 torch.Generator().manual_seed(seed),
-                windowing,
+                full="paradigm" in arguments,
+                never=[0, 1] if infill else [],  # padding and end of text
                 tau=0.7,
                 **settings,
             )

@@ -27,8 +27,7 @@ CONTROLS = {
 }
 TASKS = {
     "block": {},
-    "aligned": {"paradigm": "full"},
-    "centred": {"paradigm": "full", "windowing": "centred"},
+    "full": {"paradigm": "full"},
 }
 ROW_KEYS = ("gen_length", "num_inference_steps", "min_new_tokens")
 
@@ -136,7 +135,6 @@ def test_template_alone_in_a_batch_and_padded(pipe, task, sampling, number):
         sampling=sampling,
         strategy=STRATEGIES[number],
         infill=True,
-        free_length=number > 1,
         num_inference_steps=[2, 4, 3],
         block_length=4,
         output_type="seq",

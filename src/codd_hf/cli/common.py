@@ -18,7 +18,6 @@ LARGEST_SEED = 2**40
 
 DECODING = {
     "paradigm": (str, "block, from left to right, or full: any position in any step"),
-    "windowing": (str, "of the full paradigm's windows: aligned or centred"),
     "strategy": (
         str,
         "which positions to commit: low_confidence, margin, entropy, random, left_to_right, or as "
@@ -31,8 +30,6 @@ DECODING = {
     "top_p": (float, "draw from the tokens that reach this mass"),
     "threshold": (float, "least probability, for the strategies threshold and joint"),
     "activation_ratio": (float, "largest mask ratio under which the circuit is applied"),
-    "activation_scope": (str, "whose mask ratio: window or row"),
-    "confidence": (str, "what ranks positions: marginal or latent"),
     "repetition_penalty": (float, "above 1: tokens that have occurred become less probable"),
     "remask_threshold": (float, "tokens less probable than this are predicted again"),
     "min_new_tokens": (int, "tokens before the text may end"),

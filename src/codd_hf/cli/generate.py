@@ -40,9 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--infill", action="store_true", help="fill the mask tokens in the prompts, add nothing"
     )
-    parser.add_argument(
-        "--free-length", action="store_true", help="a run of mask tokens may get fewer tokens"
-    )
     add_decoding_arguments(parser)
     group = parser.add_argument_group("files")
     group.add_argument("--input", metavar="JSONL", help="a file with a prompt in every line")
@@ -93,7 +90,6 @@ def _call(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "use_chat_template": not args.no_chat_template,
         "infill": args.infill,
-        "free_length": args.free_length,
         **decoding_arguments(args),
     }
 

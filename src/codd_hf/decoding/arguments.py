@@ -21,7 +21,7 @@ ForcedTokens = Mapping[int, int] | Sequence[Mapping[int, int]]
 PerRow = int | Sequence[int]
 """A number for all rows, or one for each."""
 
-CHOICES = {"paradigm": ("block", "full"), "windowing": ("aligned", "centred")}
+PARADIGMS = ("block", "full")
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,7 @@ class DecodingArguments:
     block_length: int
     num_inference_steps: list[int | None]
     paradigm: str
-    windowing: str
     infill: bool
-    free_length: bool
     min_new_tokens: list[int]
     forced_tokens: Sequence[Mapping[int, int]]
 
@@ -53,9 +51,7 @@ class DecodingArguments:
         block_length: int = 32,
         num_inference_steps: PerRow | None = None,
         paradigm: str = "block",
-        windowing: str = "aligned",
         infill: bool = False,
-        free_length: bool = False,
         min_new_tokens: PerRow | None = None,
         forced_tokens: ForcedTokens | None = None,
         generator: Generators = None,
@@ -73,8 +69,7 @@ class DecodingArguments:
         if config.mask_token_id is None:
             raise ValueError("`mask_token_id` is not known: give it to `from_backbone`.")
         token_id("mask_token_id", config.mask_token_id, config.vocab_size)
-        for name, value in (("paradigm", paradigm), ("windowing", windowing)):
-            choice(name, value, CHOICES[name])
+        choice("paradigm", paradigm, PARADIGMS)
         at_least_1 = partial(integer, least=1, most=MOST_STEPS)
         at_least_0 = partial(integer, least=0)
         lengths = per_row("gen_length", gen_length, batch, at_least_1)
@@ -87,7 +82,7 @@ class DecodingArguments:
         )
         fewest = 0 if min_new_tokens is None else min_new_tokens
         fewest = per_row("min_new_tokens", fewest, batch, at_least_0)
-        infill, free_length = flag("infill", infill), flag("free_length", free_length)
+        infill = flag("infill", infill)
         _check_attention(config.text_config, paradigm, block_length)
         generators("generator", generator, batch)
         forced = per_row(
@@ -102,8 +97,6 @@ class DecodingArguments:
                 f"`{name}` is for text after a prompt, not for `infill`: leave it out and write "
                 "what is given into the template."
             )
-        if free_length and not infill:
-            raise ValueError("`free_length` is about the gaps of `infill`: give both or neither.")
         for number, length in zip(fewest, lengths, strict=True):
             if number > length:
                 raise ValueError(
@@ -122,9 +115,7 @@ class DecodingArguments:
             block_length,
             steps,
             paradigm,
-            windowing,
             infill,
-            free_length,
             fewest,
             forced,
         )

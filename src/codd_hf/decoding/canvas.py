@@ -117,7 +117,6 @@ class Canvas:
         end_ids: Sequence[int],
         behind: int,
         window_length: int,
-        free_length: bool,
         max_positions: int | None = None,
     ) -> Canvas:
         """Rows that hold mask tokens, the gaps, anywhere among given ones.
@@ -132,7 +131,6 @@ class Canvas:
             end_ids: end-of-text tokens; in a gap, padding counts as one.
             behind: what stands behind the end of a gap's text.
             window_length: of the circuit.
-            free_length: whether a gap may end before its last mask; if not, it holds no end token.
             max_positions: of the backbone; None where nothing bounds them.
 
         Raises:
@@ -165,7 +163,7 @@ class Canvas:
             start,
             length,
             start - torch.minimum(slack // 2, start),
-            torch.zeros_like(start) if free_length else size,
+            size,
             torch.tensor(end_ids, dtype=torch.long, device=size.device),
             config.mask_token_id,
             behind,

@@ -31,6 +31,7 @@ from .canvas import filler
 from .generation_settings import (
     SETTINGS,
     TASK,
+    entries,
     first_said,
     said_of_task,
     scheduler_of,
@@ -120,9 +121,8 @@ def generate(
         **kwargs: `max_new_tokens` (or `gen_length`, default 128; or `max_length`, with the prompt),
             `block_length` (default 32, or the blocks of a block-causal backbone),
             `num_inference_steps` (passes of the backbone; default one for four tokens, and at least
-            one per block), `paradigm`, `windowing`, `infill`, `free_length`,
-            `do_sample`, `num_return_sequences`, `eos_token_id` (one or several) and
-            `pad_token_id` (default the model's),
+            one per block), `paradigm`, `infill`, `do_sample`, `num_return_sequences`,
+            `eos_token_id` (one or several) and `pad_token_id` (default the model's),
             `min_new_tokens`, and the scheduler's settings (`temperature`, `top_k`, `top_p`,
             `strategy`, `sampling`, `repetition_penalty`, ...). Lengths and steps are one number, or
             a list with one for each row.
@@ -151,8 +151,8 @@ def generate(
             f"`generation_config` must be a GenerationConfig, got {shown(generation_config)}."
         )
     head = model.head_of_call(head)
-    given = {} if generation_config is None else generation_config.to_diff_dict()
-    own = model.generation_config.to_diff_dict()
+    given = {} if generation_config is None else entries(generation_config)
+    own = entries(model.generation_config)
     _check_names(kwargs, given, own)
     draws, temperature = (plain(kwargs.get(name)) for name in ("do_sample", "temperature"))
     if draws is True and isinstance(temperature, (int, float)) and temperature == 0:

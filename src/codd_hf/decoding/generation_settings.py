@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..checks.arguments import end_tokens, flag, integer, plain, several, token_id
+from ..checks.versions import without_left_fields
 from ..schedulers import CoDDScheduler
-from ..schedulers.settings import DrawSettings
+from ..schedulers.settings import LEFT, DrawSettings
 
 if TYPE_CHECKING:
     from ..modeling_codd import CoDDModel
@@ -33,16 +34,27 @@ TASK = (
     "block_length",
     "num_inference_steps",
     "paradigm",
-    "windowing",
     "infill",
-    "free_length",
     "min_new_tokens",
     "eos_token_id",
     "pad_token_id",
 )
 SETTINGS = tuple(field.name for field in fields(DrawSettings))
 
+LEFT_TASK = {"windowing": "aligned", "free_length": False}
+"""Of version 0.1, each with the value that is the only one now."""
+
 Source = Mapping[str, Any]
+
+
+def entries(generation_config: GenerationConfig) -> dict[str, Any]:
+    """What a generation configuration says.
+
+    Raises:
+        ValueError: it asks for what an earlier version had.
+    """
+    said = generation_config.to_diff_dict()
+    return without_left_fields(said, LEFT | LEFT_TASK, "the generation configuration")
 
 
 def first_said(names: Sequence[str], sources: Sequence[Source]) -> dict[str, Any]:
@@ -72,7 +84,7 @@ def said_of_task(
     tokens = ("eos_token_id", "pad_token_id")
     parts = [part for part in (model.config, tokenizer) if part is not None]
     special = [{name: getattr(part, name) for name in tokens} for part in parts]
-    files = [model.generation_config.to_diff_dict(), *special]
+    files = [entries(model.generation_config), *special]
     mask_token_id, vocab_size = model.config.mask_token_id, model.config.vocab_size
     for part in files:
         # A file that names the mask token as the end of texts knows no end.
@@ -94,16 +106,14 @@ def task_of_call(said: Source, model: CoDDModel, prompt_length: int) -> dict[str
         prompt_length: of the longest prompt, which `max_length` counts.
 
     Raises:
-        TypeError: `max_length` is no integer, or `infill` or `free_length` no bool.
+        TypeError: `max_length` is no integer, or `infill` no bool.
         ValueError: `max_length` leaves nothing to generate.
     """
     attended = getattr(model.config.text_config, "block_length", None)
     default = {
         "block_length": DEFAULT_BLOCK_LENGTH if attended is None else attended,
         "paradigm": "block",
-        "windowing": "aligned",
         "infill": False,
-        "free_length": False,
     }
     task = {name: said[name] for name in TASK if name not in LENGTHS}
     task |= {name: value for name, value in default.items() if task[name] is None}
@@ -164,7 +174,7 @@ def scheduler_of(generation_config: GenerationConfig) -> CoDDScheduler:
     Raises:
         TypeError, ValueError: a setting is out of its range.
     """
-    own = generation_config.to_diff_dict()
+    own = entries(generation_config)
     settings = first_said(SETTINGS, [own]) | {"temperature": _temperature([own])}
     return CoDDScheduler(**{name: v for name, v in settings.items() if v is not None})
 
@@ -174,6 +184,8 @@ def with_settings_of(
 ) -> GenerationConfig:
     """A generation configuration by which a model decodes as a pipeline with a scheduler does."""
     config = copy.deepcopy(generation_config)
+    for name in (LEFT | LEFT_TASK).keys() & vars(config).keys():
+        delattr(config, name)
     settings = {name: getattr(scheduler.draw_settings(), name) for name in SETTINGS}
     # transformers stores the limits of a draw only beside `do_sample=True`.
     draws = settings["temperature"] > 0 or bool(settings["top_k"] or settings["top_p"])

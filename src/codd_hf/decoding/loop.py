@@ -76,9 +76,7 @@ def denoise(
     block_length: int,
     num_inference_steps: PerRow | None = None,
     paradigm: str = "block",
-    windowing: str = "aligned",
     infill: bool = False,
-    free_length: bool = False,
     generator: Generators = None,
     eos_token_id: int | list[int] | None = None,
     pad_token_id: int | None = None,
@@ -111,13 +109,8 @@ def denoise(
             commits more at once, are not run. Default: one for four masks, and at least one for
             each block.
         paradigm: `block`, or `full` for no block order (`block_length` then has no effect).
-        windowing: how windows are placed in the full paradigm, `aligned` or `centred`; see
-            `decoding_plan.dynamic_windows`.
         infill: whether the rows of `input_ids` are templates, in which every mask token is a
-            position to fill. Mask tokens in succession are a gap.
-        free_length: whether a gap may hold fewer tokens than masks: it then ends at the first
-            end-of-text or padding token that is drawn in it. Without, none is drawn. A backbone
-            that never saw a text end in the middle will hardly end a gap early.
+            position to fill. No end-of-text or padding token is drawn there.
         generator: one for all rows, or a list with one per row: a row's tokens then do not depend
             on the rest of the batch.
         eos_token_id: the end-of-text token, or several.
@@ -165,9 +158,7 @@ def denoise(
         block_length=block_length,
         num_inference_steps=num_inference_steps,
         paradigm=paradigm,
-        windowing=windowing,
         infill=infill,
-        free_length=free_length,
         generator=generator,
         min_new_tokens=min_new_tokens,
         forced_tokens=forced_tokens,
@@ -192,9 +183,7 @@ def denoise(
         model.max_positions,
     )
     scheduler = copy.copy(scheduler)  # its timesteps are this call's, and threads may share it
-    decoding_step = DecodingStep(
-        model, head, scheduler, paradigm, windowing, logits_processor, settings
-    )
+    decoding_step = DecodingStep(model, head, scheduler, paradigm, logits_processor, settings)
     reader = CanvasReader(model, canvas.attention_mask, canvas.generated, cache, guidance_scale)
     passes_per_row = torch.zeros_like(canvas.start)
     steps = [stage.num_steps for stage in stages]
@@ -275,7 +264,6 @@ def lay_out(
             end_ids,
             behind,
             window_length,
-            arguments.free_length,
             max_positions,
         )
     else:

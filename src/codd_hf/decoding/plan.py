@@ -5,8 +5,7 @@ full paradigm, everything. In a step of a stage, the windows of a row are
 
 - in the block paradigm those of its grid that hold a position of the block;
 - in the full paradigm those that hold the positions which the backbone's prediction chooses
-  (dynamic windowing): either of the grid, which is the smallest such cover (`aligned`), or one
-  window centred over as many of them as it can cover (`centred`).
+  (dynamic windowing), which is the smallest such cover of the grid.
 
 Rows have different numbers of steps and of windows. Those that agree in both are stepped together;
 no number of one row enters the shapes, and so the random draws, of another.
@@ -149,7 +148,6 @@ def dynamic_windows(
     selected: torch.Tensor,
     step: int,
     window_length: int,
-    windowing: str,
     adaptive: bool,
 ) -> Iterator[WindowPlan]:
     """The windows of the full paradigm, placed over the positions of a step.
@@ -161,15 +159,10 @@ def dynamic_windows(
         selected: `[n, T]` bool, those of them that the backbone's prediction chose.
         step: the number of the step, from 0.
         window_length: of the circuit.
-        windowing: `aligned` or `centred`; the last step of a row, in which everything has to be
-            committed, is always aligned.
         adaptive: whether the coupled distribution decides what is committed in the windows, at
             least at an even pace; otherwise that is what was selected.
     """
     starts = _grid_starts(canvas, selected, window_length)
-    if windowing == "centred":
-        last = (stage.num_steps == step + 1)[:, None]
-        starts = torch.where(last, starts, _centred_start(canvas, selected, window_length))
     covered = starts.long().cumsum(-1)
     ended = torch.nn.functional.pad(covered, (window_length, 0))[:, : covered.shape[1]]
     covered = covered > ended
@@ -189,23 +182,6 @@ def _grid_starts(canvas: Canvas, wanted: torch.Tensor, window_length: int) -> to
     starts = torch.zeros_like(wanted)
     starts[rows, columns - (columns - origin) % window_length] = True
     return starts
-
-
-def _centred_start(canvas: Canvas, wanted: torch.Tensor, window_length: int) -> torch.Tensor:
-    """`[n, T]` bool: where one window a row begins, centred over the most wanted positions.
-
-    Of several windows that hold the most, the leftmost counts. It stays on the row's tokens.
-    """
-    column = torch.arange(wanted.shape[1], device=wanted.device)
-    padded = torch.nn.functional.pad(wanted.long().cumsum(-1), (1, window_length), mode="constant")
-    padded[:, wanted.shape[1] + 1 :] = padded[:, wanted.shape[1], None]
-    held = padded[:, window_length : window_length + wanted.shape[1]] - padded[:, : len(column)]
-    first = torch.where(wanted, held, -1).argmax(-1, keepdim=True)
-    in_reach = wanted & (column >= first) & (column < first + window_length)
-    last = torch.where(in_reach, column, 0).amax(-1, keepdim=True)
-    start = (first + last + 1 - window_length) // 2
-    most = (canvas.attention_mask.sum(-1, keepdim=True) - window_length).clamp(min=0)
-    return column == torch.minimum(start.clamp(min=0), most)
 
 
 def _rows_alike(

@@ -63,7 +63,6 @@ class DecodingStep:
         head: of the call.
         scheduler: of this call alone: its timesteps are set here.
         paradigm: `block` or `full`.
-        windowing: `aligned` or `centred`.
         logits_processor: transformers' processors.
         settings: the scheduler's settings of the call.
     """
@@ -74,7 +73,6 @@ class DecodingStep:
         head: CallHead,
         scheduler: CoDDScheduler,
         paradigm: str,
-        windowing: str,
         logits_processor: LogitsProcessor | LogitsProcessorList | None,
         settings: dict[str, Any],
     ) -> None:
@@ -82,7 +80,6 @@ class DecodingStep:
         self.head = head
         self.scheduler = scheduler
         self.paradigm = paradigm
-        self.windowing = windowing
         self.logits_processor = logits_processor
         self.settings = settings
         self.drawing = scheduler.draw_settings(**settings)
@@ -139,7 +136,6 @@ class DecodingStep:
             place = position.clamp(max=part.tokens.shape[1] - 1)
             window_start = plan.window_start.repeat_interleave(length, dim=1)
             remembered = memory.read(group_rows, position, window_start)
-            undecided = group.open(early_stop=False).sum(-1)
             known = group.attention_mask.bool() & (group.tokens != canvas.mask_token_id)
             self.scheduler.set_timesteps(plan.num_steps, device=rows.device)
             with numbered(group_rows):
@@ -150,7 +146,6 @@ class DecodingStep:
                     generator=_of_rows(generator, plan.rows),
                     eligible=plan.eligible.gather(1, place),
                     at_least=plan.at_least,
-                    mask_ratio=undecided / group.generated.sum(-1),
                     mask_token_id=canvas.mask_token_id,
                     logits_processor=self.logits_processor,
                     text=RowText(group.tokens, known, position),
@@ -198,7 +193,6 @@ class DecodingStep:
             selected,
             number,
             length,
-            self.windowing,
             adaptive=self.drawing.strategy in ADAPTIVE,
         )
 

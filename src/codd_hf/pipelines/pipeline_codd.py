@@ -197,9 +197,7 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
         block_length: int | None = None,
         num_inference_steps: PerRow | None = None,
         paradigm: str | None = None,
-        windowing: str | None = None,
         infill: bool = False,
-        free_length: bool = False,
         strategy: str | None = None,
         sampling: str | None = None,
         temperature: float | None = None,
@@ -208,8 +206,6 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
         top_p: float | None = None,
         threshold: float | None = None,
         activation_ratio: float | None = None,
-        activation_scope: str | None = None,
-        confidence: str | None = None,
         repetition_penalty: float | None = None,
         forbidden_token_ids: list[int] | None = None,
         remask_threshold: float | None = None,
@@ -255,14 +251,9 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
                 for four tokens, and at least one per block.
             paradigm (`str`, *optional*): `block` (the default), from left to right, or `full`: any
                 position of the whole text in any step; needs no `block_length`.
-            windowing (`str`, *optional*): How the `full` paradigm lays the circuit's windows over
-                the positions of a step: the fewest `aligned` ones (the default), or one that is
-                `centred` over as many as it can cover; the others then wait.
             infill (`bool`, defaults to `False`): Whether each prompt holds mask tokens, which are
                 filled in given the text on both sides; nothing is generated after it, and there is
                 no chat template but for `messages`. `sequences` and `texts` are the whole texts.
-            free_length (`bool`, defaults to `False`): Whether a run of mask tokens may be filled
-                by fewer tokens: it then ends at the first end-of-text or padding token drawn there.
             strategy (`str`, *optional*): How positions are ranked. This and what follows up to
                 `remask_threshold` are settings of [`CoDDScheduler`], which says what they do, for
                 this call; None takes the scheduler's.
@@ -276,8 +267,6 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
             threshold (`float`, *optional*): For the strategies `threshold` and `joint`.
             activation_ratio (`float`, *optional*): Largest mask ratio under which the circuit is
                 applied; 1: always.
-            activation_scope (`str`, *optional*): Whose mask ratio: `window` or `row`.
-            confidence (`str`, *optional*): `marginal` or `latent`.
             repetition_penalty (`float`, *optional*): Above 1, tokens of the prompt and of the text
                 so far become less probable.
             forbidden_token_ids (`list[int]`, *optional*): Tokens that are never generated.
@@ -344,8 +333,6 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
             "top_p": top_p,
             "threshold": threshold,
             "activation_ratio": activation_ratio,
-            "activation_scope": activation_scope,
-            "confidence": confidence,
             "repetition_penalty": repetition_penalty,
             "forbidden_token_ids": forbidden_token_ids,
             "remask_threshold": remask_threshold,
@@ -364,9 +351,7 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
             block_length=block_length,
             num_inference_steps=num_inference_steps,
             paradigm=paradigm,
-            windowing=windowing,
             infill=infill,
-            free_length=free_length,
             min_new_tokens=min_new_tokens,
             eos_token_id=eos_token_id,
         )

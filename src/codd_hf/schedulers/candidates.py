@@ -85,7 +85,6 @@ class CoupledWindows:
         distribution: CoupledCategorical,
         sample: torch.Tensor,
         settings: DrawSettings,
-        mask_ratio: torch.Tensor | None = None,
     ) -> CoupledWindows:
         """Applies the settings to a distribution.
 
@@ -93,8 +92,6 @@ class CoupledWindows:
             distribution: over `batch * W` windows of `L` positions.
             sample: `[batch, W * L]`, the windows' tokens.
             settings: what shapes the draw.
-            mask_ratio: `[batch]`, each row's, for `activation_scope="row"`; default that of
-                `sample`.
 
         Raises:
             ValueError: `sample` does not fit the windows.
@@ -109,7 +106,7 @@ class CoupledWindows:
         if settings.forbidden_token_ids:
             ids = torch.tensor(settings.forbidden_token_ids, device=sample.device)
             distribution = distribution.without(ids)
-        active = _active_windows(distribution, batch, settings, mask_ratio)
+        active = distribution.active & (_mask_ratio(distribution) <= settings.activation_ratio)
         if settings.sampling == "factorized":
             active = torch.zeros_like(active)
         if not torch.equal(active, distribution.active):
@@ -118,13 +115,9 @@ class CoupledWindows:
         sharpened = distribution.with_temperature(settings.evidence_temperature)
         fallback = torch.zeros_like(active)
         if bool(active.any()):
-            only_given_latents = settings.confidence == "latent" and settings.strategy != "joint"
-            both = not only_given_latents or bool(settings.remask_threshold)
-            if both and plain is not sharpened:
+            if plain is not sharpened:
                 plain.filter_with(sharpened)
-            impossible = sharpened.log_partition.isneginf()
-            if both:
-                impossible = impossible | plain.log_partition.isneginf()
+            impossible = sharpened.log_partition.isneginf() | plain.log_partition.isneginf()
             fallback = active & impossible
             if bool(fallback.any()):
                 plain = plain.with_active(active & ~fallback)
@@ -148,9 +141,8 @@ class CoupledWindows:
         """Reads laws from which the candidates of all positions are drawn independently.
 
         Args:
-            settings: `sampling` and `confidence` count.
+            settings: `sampling` counts.
             generator: one for all, or one per row, for the latents.
-
         """
         sharpened, plain = self.sharpened, self.plain
         drawn = settings.sampling == "latent" and not settings.is_greedy
@@ -178,18 +170,11 @@ class CoupledWindows:
             log_prob = plain.partial_log_prob(self.windows(tokens), self.windows(sets))
             return log_prob.unflatten(-1, (self.batch, -1)).sum(-1)
 
-        if settings.confidence == "latent":
-            same = plain is sharpened
-            given = Confidence.factorized(
-                lambda: self.rows(log_probs if same else plain.logits_given(latents))
-            )
-            confidence = given._replace(log_joint=log_joint)
-        else:
-            confidence = Confidence(
-                lambda tokens: self.rows(plain.marginal_probs_of(self.windows(tokens))),
-                lambda: self.rows(plain.marginals),
-                log_joint,
-            )
+        confidence = Confidence(
+            lambda tokens: self.rows(plain.marginal_probs_of(self.windows(tokens))),
+            lambda: self.rows(plain.marginals),
+            log_joint,
+        )
         return CandidateSource(self.masked, self.rows(log_probs), confidence, self.fallback)
 
     def _per_window(self, generator: Generators) -> Generators:
@@ -318,19 +303,7 @@ def draw_tokens(
     return tokens, shaped
 
 
-def _active_windows(
-    distribution: CoupledCategorical,
-    batch: int,
-    settings: DrawSettings,
-    mask_ratio: torch.Tensor | None,
-) -> torch.Tensor:
-    """The windows `[batch * W]` in which the circuit is applied at the current mask ratio."""
+def _mask_ratio(distribution: CoupledCategorical) -> torch.Tensor:
+    """The share `[batch * W]` of each window's positions that are masked."""
     masked = distribution.present & ~distribution.observed
-    num_masked, num_present = masked.sum(-1), distribution.present.sum(-1)
-    if settings.activation_scope == "row":
-        if mask_ratio is None:
-            mask_ratio = num_masked.view(batch, -1).sum(-1) / num_present.view(batch, -1).sum(-1)
-        ratio = mask_ratio.repeat_interleave(len(masked) // batch)
-    else:
-        ratio = num_masked / num_present.clamp(min=1)
-    return distribution.active & (ratio <= settings.activation_ratio)
+    return masked.sum(-1) / distribution.present.sum(-1).clamp(min=1)

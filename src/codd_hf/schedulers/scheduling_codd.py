@@ -12,6 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..checks.arguments import as_tensor, generators, integer, number, shown, token_id, token_ids
+from ..checks.versions import without_left_fields
 from ..circuits import CoupledCategorical
 from ..circuits.factorized import without_tokens
 from ..circuits.random import Generators, uniform
@@ -22,7 +23,7 @@ from .noise import span_uniforms
 from .positions import choose, fewest, fixed_scores, select
 from .remasking import CommitMemory, take_back
 from .scheduler_output import CoDDSchedulerOutput
-from .settings import DrawSettings
+from .settings import LEFT, DrawSettings
 
 MOST_STEPS = 1 << 20
 """More would only hold memory: a step commits a token at least."""
@@ -82,12 +83,8 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             For `threshold`, the least confidence of a token; for `joint`, the least probability of
             all tokens of a step together.
         activation_ratio (`float`, defaults to 1.0):
-            The circuit is applied while the mask ratio is at most this (the paper's gamma); 1
-            means always.
-        activation_scope (`str`, defaults to `"window"`): Whose mask ratio: `window` or `row`.
-        confidence (`str`, defaults to `"marginal"`):
-            Whether confidence is the candidate's coupled `marginal` probability or its probability
-            given the `latent` path (only with `latent` and `viterbi` sampling).
+            The circuit is applied to a window while its mask ratio is at most this (the paper's
+            gamma); 1 means always.
         repetition_penalty (`float`, defaults to 1.0):
             Multiplies the log-probability of tokens that the row holds already, prompt included;
             above 1 they become less probable.
@@ -115,8 +112,6 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         top_p: float | None = None,
         threshold: float = 0.9,
         activation_ratio: float = 1.0,
-        activation_scope: str = "window",
-        confidence: str = "marginal",
         repetition_penalty: float = 1.0,
         forbidden_token_ids: list[int] | None = None,
         remask_threshold: float | None = None,
@@ -147,6 +142,8 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             ValueError: a field is unknown, of the wrong type or out of range.
         """
         known = inspect.signature(cls.__init__).parameters
+        if isinstance(config, Mapping):
+            config = without_left_fields(config, LEFT, f"a configuration of {cls.__name__}")
         for name, value in (config or {}).items() if isinstance(config, Mapping | None) else ():
             if name not in known and not name.startswith("_"):
                 raise ValueError(
@@ -198,7 +195,6 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         generator: Generators = None,
         eligible: torch.BoolTensor | None = None,
         at_least: torch.LongTensor | None = None,
-        mask_ratio: torch.Tensor | None = None,
         mask_token_id: int | None = None,
         logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
         text: RowText | None = None,
@@ -223,9 +219,6 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             at_least (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 The fewest tokens that each row commits, if so many are eligible; by default, those
                 of an even pace, `ceil(m / k)`.
-            mask_ratio (`torch.Tensor` of shape `(batch_size,)`, *optional*):
-                Each row's mask ratio, for `activation_scope="row"` when `sample` is not the whole
-                row; by default, that of `sample`.
             mask_token_id (`int`, *optional*):
                 The mask token; used with plain logits and to remask.
             logits_processor (`LogitsProcessorList`, *optional*):
@@ -266,8 +259,6 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             eligible = as_tensor("eligible", eligible, bool, sample.shape, sample.device)
         if at_least is not None:
             at_least = as_tensor("at_least", at_least, int, sample.shape[:1], sample.device)
-        if mask_ratio is not None:
-            mask_ratio = as_tensor("mask_ratio", mask_ratio, float, sample.shape[:1], sample.device)
         for name, value, kind in (("text", text, RowText), ("memory", memory, CommitMemory)):
             if not isinstance(value, kind | None):
                 raise TypeError(f"`{name}` must be a {kind.__name__}, got {shown(value)}.")
@@ -276,7 +267,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         # 1. What is drawn from, and where a token may be committed.
         windows = None
         if isinstance(model_output, CoupledCategorical):
-            windows = CoupledWindows.of(model_output, sample, settings, mask_ratio)
+            windows = CoupledWindows.of(model_output, sample, settings)
             masked, fallback = windows.masked, windows.fallback
         else:
             source = read_logits(model_output, sample, settings, mask_token_id)

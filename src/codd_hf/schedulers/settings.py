@@ -14,12 +14,10 @@ ADAPTIVE = ("threshold", "joint")
 CHOICES = {
     "strategy": ("low_confidence", "margin", "entropy", "random", "left_to_right", *ADAPTIVE),
     "sampling": ("factorized", "latent", "any_order", "marginal", "viterbi"),
-    "activation_scope": ("window", "row"),
-    "confidence": ("marginal", "latent"),
 }
 
-WITH_LATENTS = ("latent", "viterbi")
-"""Sampling modes that draw tokens given a path of latents."""
+LEFT = {"activation_scope": "window", "confidence": "marginal"}
+"""Settings of version 0.1 that left, each with the value that is the only one now."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,6 @@ class DrawSettings:
     top_p: float | None
     threshold: float
     activation_ratio: float
-    activation_scope: str
-    confidence: str
     repetition_penalty: float
     forbidden_token_ids: list[int] | None
     remask_threshold: float | None
@@ -70,12 +66,6 @@ class DrawSettings:
             self._check_number("top_p", "above 0 and at most 1 (1: off)", lambda x: 0 < x <= 1)
         if self.top_k is not None:
             self._set("top_k", integer("top_k", self.top_k, least=0))
-        if self.confidence == "latent" and self.sampling not in WITH_LATENTS:
-            raise ValueError(
-                "`confidence='latent'` ranks by the latents that only `sampling='latent'` and "
-                f"`sampling='viterbi'` have, got `sampling={self.sampling!r}`: use "
-                "`confidence='marginal'`."
-            )
         if self.remask_threshold is not None:
             self._check_number(
                 "remask_threshold", "a probability from 0 (off) to 1", lambda x: 0 <= x <= 1
@@ -103,9 +93,8 @@ class DrawSettings:
     def resolve(cls, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> DrawSettings:
         """The settings of one call: those given in `overrides`, the others from `config`.
 
-        A configured `confidence="latent"` holds for sampling with latents, and a configured
-        `remask_threshold` for sampling with the circuit; a call that asks for another sampling
-        alone is ranked by marginals and, if factorized, remasks nothing.
+        A configured `remask_threshold` holds for sampling with the circuit; a call that asks for
+        factorized sampling alone remasks nothing.
 
         Args:
             config: a scheduler's configuration.
@@ -121,9 +110,6 @@ class DrawSettings:
                 f"`{unknown[0]}` is not a setting of the scheduler: use one of {', '.join(names)}."
             )
         given = {name: value for name, value in overrides.items() if value is not None}
-        choice("sampling", given.get("sampling", "latent"), CHOICES["sampling"])
-        if given.get("sampling", "latent") not in WITH_LATENTS:
-            given.setdefault("confidence", "marginal")
-        if given.get("sampling") == "factorized":
+        if isinstance(given.get("sampling"), str) and given["sampling"] == "factorized":
             given.setdefault("remask_threshold", 0.0)
         return cls(**{name: given.get(name, config[name]) for name in names})
