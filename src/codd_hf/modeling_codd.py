@@ -181,7 +181,7 @@ class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTra
                 "`backbone` must be a transformers model, or the folder or id of one, got "
                 f"{type(backbone).__name__}."
             )
-        family_of(backbone.config).adopt(backbone.config)
+        family_of(backbone.config).make_bidirectional(backbone.config)
         if adapter is None and isinstance(head, str | Path):
             adapter = find_adapter(checked_name(head, "head"), **shared)
         if head is not None:

@@ -5,9 +5,9 @@ A *layout* reads checkpoints whose own code does not run here as models of a fam
 `DreamLayout`). `load_backbone` goes from a name to a model, `family_of` from a model's
 configuration to its family.
 
-**Adding an architecture that transformers has.** Say which model types it covers, how to give each
-position the whole sequence (`adopt`), and how to run it (`run`: the hidden state and the logits
-computed at each position). For a decoder that heeds `is_causal`, the model type is all:
+**Adding an architecture that transformers has.** Name its model types, let each position see the
+whole sequence (`make_bidirectional`), and read the hidden state and the logits computed at each
+position (`run`). For a decoder that heeds `is_causal`, the model type is all:
 
     from codd_hf.backbones import FAMILIES, DecoderFamily
 
@@ -21,14 +21,17 @@ computed at each position). For a decoder that heeds `is_causal`, the model type
 Padding, block-causal attention (`config.block_length`) and logits that are of the next token
 (`config.logit_shift`) are common to all families, and need nothing.
 
-**Adding a checkpoint layout.** Recognise its `config.json`, translate it to a native configuration,
-and map its names of weights. Use patterns with at most one group, anchored at the start:
+**Adding a checkpoint layout.** Recognise its `config.json`, give the fields of the native
+configuration (by `fields`, where names are equal, or by `other_fields`), and map the names of
+weights. Use patterns with at most one group, anchored at the start:
 
     from transformers import LlamaConfig
     from codd_hf.backbones import LAYOUTS, CheckpointLayout
 
 
     class AcmeLayout(CheckpointLayout):
+        config_class = LlamaConfig
+        fields = ("vocab_size", "rms_norm_eps")
         key_mapping = {
             r"^embed\\.": "model.embed_tokens.",
             r"^head\\.": "lm_head.",
@@ -39,17 +42,14 @@ and map its names of weights. Use patterns with at most one group, anchored at t
         def reads(self, config):
             return config.get("model_type") == "acme-diffusion"
 
-        def translate(self, config):
-            return LlamaConfig(
-                vocab_size=config["tokens"],
-                hidden_size=config["width"],
-                intermediate_size=4 * config["width"],
-                num_hidden_layers=config["depth"],
-                num_attention_heads=config["heads"],
-                mask_token_id=config["mask"],
-                bos_token_id=None,
-                eos_token_id=config["end"],
-            )
+        def other_fields(self, config):
+            return {
+                "hidden_size": config["width"],
+                "intermediate_size": 4 * config["width"],
+                "num_hidden_layers": config["depth"],
+                "num_attention_heads": config["heads"],
+                "mask_token_id": config["mask"],
+            }
 
 
     LAYOUTS.append(AcmeLayout())
@@ -61,7 +61,6 @@ do, and check that a causal control differs.
 `hidden_states`, if the user passes `trust_remote_code=True`.
 """
 
-from .block_causal import block_causal_mask
 from .canvas_cache import CanvasCache
 from .custom_code import CustomCodeFamily, needs_remote_code, nested_custom_config
 from .decoder import DecoderFamily
@@ -69,9 +68,9 @@ from .dream import DreamLayout
 from .family import BackboneFamily, BackboneStates, execution_device
 from .layout import CheckpointLayout
 from .llada import LLaDALayout
-from .loading import layout_of, load_backbone, load_tokenizer
+from .loading import load_backbone, load_tokenizer
 from .masked_lm import MaskedLMFamily
-from .registry import FAMILIES, LAYOUTS, family_of
+from .registry import FAMILIES, LAYOUTS, family_of, layout_of
 
 __all__ = [
     "FAMILIES",
@@ -85,7 +84,6 @@ __all__ = [
     "DreamLayout",
     "LLaDALayout",
     "MaskedLMFamily",
-    "block_causal_mask",
     "execution_device",
     "family_of",
     "layout_of",

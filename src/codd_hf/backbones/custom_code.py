@@ -1,4 +1,4 @@
-"""Models that bring their own code (LLaDA2, SDAR, ...), with the user's `trust_remote_code=True`.
+"""Models that bring their own code, with the user's `trust_remote_code=True`.
 
 The code runs only if the user passes that switch, and only from the repository or folder that the
 user named. Its class is then registered with transformers' Auto class for its configuration, which
@@ -20,11 +20,11 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
 
-from .family import BackboneFamily, BackboneStates
-from .whole_model import run_whole_model
+from .family import BackboneFamily
 
 AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel)
 BLOCK_DIFFUSION = ("llada2", "sdar")
+DOWNLOADED = "transformers_modules."
 CODE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
@@ -32,23 +32,15 @@ class CustomCodeFamily(BackboneFamily):
     """Read through `logits` and `hidden_states`; attention is the model's own, or block-causal."""
 
     def matches(self, config: PretrainedConfig) -> bool:
-        if type(config).__module__.startswith("transformers_modules."):
-            return True
-        if config.model_type not in CONFIG_MAPPING:
-            return True
-        known = CONFIG_MAPPING[config.model_type].__module__
-        return not known.startswith(("transformers.", "codd_hf."))
+        kind = type(config)
+        if config.model_type in CONFIG_MAPPING and not kind.__module__.startswith(DOWNLOADED):
+            kind = CONFIG_MAPPING[config.model_type]
+        return not kind.__module__.startswith(("transformers.", "codd_hf."))
 
-    def adopt(self, config: PretrainedConfig) -> None:
-        """Asks for the block length of models that are known to be trained in blocks.
-
-        Raises:
-            ValueError: it is not known.
-        """
-        if (
-            config.model_type.startswith(BLOCK_DIFFUSION)
-            and getattr(config, "block_length", None) is None
-        ):
+    def make_bidirectional(self, config: PretrainedConfig) -> None:
+        """Asks for the block length of models that are known to be trained in blocks."""
+        in_blocks = config.model_type.startswith(BLOCK_DIFFUSION)
+        if in_blocks and getattr(config, "block_length", None) is None:
             raise ValueError(
                 f"`block_length` is missing: {config.model_type!r} is trained with block-causal "
                 "attention, so give `from_backbone` the length of its blocks."
@@ -60,14 +52,12 @@ class CustomCodeFamily(BackboneFamily):
     def from_pretrained(
         self, name_or_path: str, config: PretrainedConfig, **kwargs
     ) -> PreTrainedModel:
+        self.make_bidirectional(config)
         hub = {name: kwargs[name] for name in CODE_ARGUMENTS if name in kwargs}
         # Not through the Auto class: a repository that also holds an adapter's configuration would
         # send it, and the user's consent, on to the repository that this names.
         model_class = _registered_class(name_or_path, config, **hub)
         return model_class.from_pretrained(name_or_path, config=config, **kwargs)
-
-    def run(self, model, input_ids, attention_mask, position_ids) -> BackboneStates:
-        return run_whole_model(model, input_ids, attention_mask, position_ids)
 
     def save_code(self, model: PreTrainedModel, folder: str | Path) -> None:
         if model.is_remote_code():
@@ -89,10 +79,7 @@ def check_trust(name: str, config: dict[str, Any], trust_remote_code: bool | Non
     Args:
         name: the folder or id that the user named.
         config: content of its `config.json`, or of the part that describes the backbone.
-        trust_remote_code: what the user passed.
-
-    Raises:
-        ValueError: the switch is not set, or the code is another repository's.
+        trust_remote_code: from the user.
     """
     if not trust_remote_code:
         raise ValueError(
@@ -116,7 +103,7 @@ def nested_custom_config(
     Args:
         name: folder or id of the CoDD model, which holds the code as well.
         config: its `text_config`.
-        trust_remote_code: what the user passed for `name`.
+        trust_remote_code: from the user, for `name`.
         **hub: `revision`, `token` and the like, for downloads.
 
     Raises:
@@ -143,6 +130,7 @@ def _registered_class(name: str, config: PretrainedConfig, **hub: Any) -> type[P
 
 
 def _auto_class(config: PretrainedConfig) -> type:
+    """The first of `AUTO_CLASSES` that a configuration names or that knows it."""
     auto_map = getattr(config, "auto_map", None) or {}
     known = [c for c in AUTO_CLASSES if c.__name__ in auto_map]
     known += [c for c in AUTO_CLASSES if type(config) in c._model_mapping]

@@ -12,23 +12,14 @@ from .family import BackboneFamily, BackboneStates, execution_device
 class DecoderFamily(BackboneFamily):
     """`is_causal = False` in the configuration makes transformers build bidirectional masks."""
 
+    auto_class = AutoModelForCausalLM
     model_types = ("llama", "qwen2")
 
     def matches(self, config: PretrainedConfig) -> bool:
         return config.model_type in self.model_types
 
-    def adopt(self, config: PretrainedConfig) -> None:
+    def make_bidirectional(self, config: PretrainedConfig) -> None:
         config.is_causal = False
-
-    def from_config(self, config: PretrainedConfig, **kwargs) -> PreTrainedModel:
-        self.adopt(config)
-        return AutoModelForCausalLM.from_config(config, **kwargs)
-
-    def from_pretrained(
-        self, name_or_path: str, config: PretrainedConfig, **kwargs
-    ) -> PreTrainedModel:
-        self.adopt(config)
-        return AutoModelForCausalLM.from_pretrained(name_or_path, config=config, **kwargs)
 
     def make_cache(self, model: PreTrainedModel, num_rows: int) -> CanvasCache:
         implementation = model.config._attn_implementation or "eager"
@@ -45,24 +36,20 @@ class DecoderFamily(BackboneFamily):
         return CanvasCache(num_rows, execution_device(model))
 
     def run(self, model, input_ids, attention_mask, position_ids, cache=None) -> BackboneStates:
-        if cache is not None and cache.positions is not None:
+        decoder, project = model.get_decoder(), model.get_output_embeddings()
+        cached = {"use_cache": False}
+        if cache is not None:
+            cached = {"use_cache": True, cache_argument(decoder): cache}
             position_ids = cache.positions
-            input_ids = input_ids.gather(1, position_ids)
-        elif cache is not None:
-            # Left out, they would be counted from the end of what is kept.
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        decoder = model.get_decoder()
-        cached = {} if cache is None else {cache_argument(decoder): cache}
+            if position_ids is None:  # left out, they would be counted from the end of the cache
+                position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+            else:
+                input_ids = input_ids.gather(1, position_ids)
         hidden = decoder(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=cache is not None,
-            **cached,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **cached
         ).last_hidden_state.to(input_ids.device)
         if cache is not None:
             hidden = cache.keep(hidden)
-        project = model.get_output_embeddings()
 
         def read_logits(index):
             # With a device map over several devices, the last layer is not where the tokens are.

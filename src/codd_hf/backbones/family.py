@@ -1,18 +1,17 @@
-"""What CoDD needs to know of a family of diffusion language models.
+"""A family of diffusion language models: how its models are built, and how they are read.
 
-A backbone is an ordinary `PreTrainedModel`. A family says how to build it so that every position
-sees the whole sequence, and how to read from it, for position `i`, the logits of token `i` and the
-hidden state that predicted them. Families are stateless; the model stays the user's own object.
+A backbone is an ordinary `PreTrainedModel`. A family builds it so that every position sees the
+whole sequence, and reads for position `i` the logits of token `i` and the hidden state that they
+are made of. Families are stateless. Two fields of a configuration count for all of them:
 
-Two fields of a backbone's configuration change how any family reads it:
-
-- `block_length`: attention is block-causal in blocks of so many tokens (`block_causal.py`);
+- `block_length`: attention is block-causal, as SDAR's and LLaDA2's: token `i` belongs to block
+  `i // block_length`, and a position sees its own block, both ways, and all earlier ones;
 - `logit_shift`: what the model computes at a position predicts the next one (Dream).
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .block_causal import block_causal_mask
+from ..checks.arguments import integer
 from .canvas_cache import CanvasCache
 
 Index = tuple[torch.Tensor, ...]
@@ -32,8 +31,8 @@ class BackboneStates:
 
     Attributes:
         last_hidden_state: `[batch, length, hidden]`; entry `i` is what predicts token `i`.
-        read_logits: maps an index into the first two dimensions to logits, so that the output
-            projection runs only where logits are wanted.
+        read_logits: maps an index into the first two dimensions (None: everything) to logits, so
+            that the output projection runs only where logits are needed.
     """
 
     last_hidden_state: torch.Tensor
@@ -46,78 +45,59 @@ class BackboneStates:
     def shifted(self, attention_mask: torch.Tensor | None = None) -> BackboneStates:
         """The states of a next-token predictor, lined up with the tokens that they predict.
 
-        Entry `i` becomes entry `i - 1`. A row's first real position, which no other predicts, keeps
+        Entry `i - 1` becomes entry `i`. A row's first real position, which no other predicts, keeps
         its own, as in Dream's code.
-
-        Args:
-            attention_mask: `[batch, length]`, 0 at padding; what follows padding is first.
         """
         batch, length = self.last_hidden_state.shape[:2]
-        device = self.last_hidden_state.device
-        row = torch.arange(batch, device=device)[:, None].expand(-1, length)
-        position = torch.arange(length, device=device).expand(batch, -1)
+        position = torch.arange(length, device=self.last_hidden_state.device).expand(batch, -1)
+        row = torch.arange(batch, device=position.device)[:, None].expand(-1, length)
         source = (position - 1).clamp(min=0)
         if attention_mask is not None:
             source = torch.where(attention_mask.gather(1, source).bool(), source, position)
 
         def read_logits(index: Index | None) -> torch.Tensor:
-            at = (row, source) if index is None else (row[index], source[index])
-            return self.logits(at)
+            return self.logits((row, source) if index is None else (row[index], source[index]))
 
         return BackboneStates(self.last_hidden_state[row, source], read_logits)
 
 
-class BackboneFamily(ABC):
-    """Builds and reads one family of backbones.
+class BackboneFamily:
+    """Builds and reads models by the conventions of transformers alone.
 
     Attributes:
+        auto_class: transformers' class that builds and loads the models.
         unused_weights: a pattern of the names of weights that a checkpoint may hold and that
             denoising does not need; None if all are needed.
     """
 
+    auto_class: type
     unused_weights: str | None = None
 
-    @abstractmethod
     def matches(self, config: PretrainedConfig) -> bool:
         """Whether a model with this configuration belongs to the family."""
+        raise NotImplementedError
 
-    def adopt(self, config: PretrainedConfig) -> None:  # noqa: B027
-        """Changes what must be changed in a configuration (or a loaded model's) to run in CoDD."""
+    def make_bidirectional(self, config: PretrainedConfig) -> None:
+        """Changes a configuration, also that of a loaded model, to see the whole sequence."""
 
-    @abstractmethod
     def from_config(self, config: PretrainedConfig, **kwargs) -> PreTrainedModel:
         """A randomly initialised backbone."""
+        self.make_bidirectional(config)
+        return self.auto_class.from_config(config, **kwargs)
 
-    @abstractmethod
     def from_pretrained(
         self, name_or_path: str, config: PretrainedConfig, **kwargs
     ) -> PreTrainedModel:
         """A pretrained backbone; `kwargs` go to transformers' `from_pretrained`."""
-
-    @abstractmethod
-    def run(
-        self,
-        model: PreTrainedModel,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-    ) -> BackboneStates:
-        """One forward pass of `model` on `[batch, length]` tokens.
-
-        Entry `i` of what it returns is what the model computes at position `i`. `attention_mask` is
-        `[batch, length]`, 0 at padding, or `[batch, 1, length, length]`, additive.
-        """
+        self.make_bidirectional(config)
+        return self.auto_class.from_pretrained(name_or_path, config=config, **kwargs)
 
     def max_positions(self, model: PreTrainedModel) -> int | None:
         """How many tokens a row may have; None where nothing bounds it."""
         return getattr(model.config, "max_position_embeddings", None)
 
     def make_cache(self, model: PreTrainedModel, num_rows: int) -> CanvasCache:
-        """An empty cache for passes over parts of a canvas; `run` then takes it as `cache`.
-
-        Args:
-            model: the backbone.
-            num_rows: rows of the batch.
+        """An empty cache for passes over parts of a canvas of `num_rows` rows.
 
         Raises:
             ValueError: the model cannot be read in parts.
@@ -127,8 +107,43 @@ class BackboneFamily(ABC):
             f"type {model.config.model_type!r}: leave `cache` out."
         )
 
-    def save_code(self, model: PreTrainedModel, folder: str | Path) -> None:  # noqa: B027
-        """Copies into `folder` what is needed, beside weights, to load `model` from there."""
+    def save_code(self, model: PreTrainedModel, folder: str | Path) -> None:
+        """Copies into `folder` the code, if any, that loads `model` from there."""
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> BackboneStates:
+        """One forward pass; entry `i` of the result is what the model computes at position `i`.
+
+        `attention_mask` is `[batch, length]`, 0 at padding, or `[batch, 1, length, length]`,
+        additive. By default the whole model runs, and its `logits` and `hidden_states` are read.
+
+        Raises:
+            ValueError: the model takes no `position_ids`.
+        """
+        taken = inspect.signature(model.forward).parameters
+        kwargs = {"use_cache": False} if "use_cache" in taken else {}
+        if position_ids is not None:
+            if "position_ids" not in taken:
+                raise ValueError(
+                    f"`position_ids` cannot be given to {type(model).__name__}: leave them out."
+                )
+            kwargs["position_ids"] = position_ids
+        output = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            output_hidden_states=True,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = output.logits
+        return BackboneStates(
+            output.hidden_states[-1], lambda index: logits if index is None else logits[index]
+        )
 
     def states(
         self,
@@ -139,9 +154,6 @@ class BackboneFamily(ABC):
         cache: CanvasCache | None = None,
     ) -> BackboneStates:
         """Runs `model` so that entry `i` of the result predicts token `i`.
-
-        Every position sees all unpadded ones or, if the configuration has a `block_length`, those
-        of its own block and of earlier ones.
 
         Args:
             model: the backbone.
@@ -171,6 +183,28 @@ class BackboneFamily(ABC):
         states = self.run(model, input_ids, visible, position_ids, **cached)
         shift = getattr(model.config, "logit_shift", False)
         return states.shifted(attention_mask) if shift else states
+
+
+def block_causal_mask(
+    attention_mask: torch.Tensor, block_length: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """An additive mask `[batch, 1, query, key]` that is block-causal over each row's real tokens.
+
+    Blocks are counted from a row's first real token, as in the models' own code. Padding is seen by
+    itself alone, so that no row of scores is empty.
+
+    Args:
+        attention_mask: `[batch, length]`, 0 at padding.
+        block_length: tokens in a block.
+        dtype: of the result; the model's.
+    """
+    integer("block_length", block_length, least=1)
+    real = attention_mask.bool()
+    block = (real.long().cumsum(1) - 1).div(block_length, rounding_mode="floor")
+    sees = (block[:, :, None] >= block[:, None, :]) & real[:, None, :] & real[:, :, None]
+    sees = sees | torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
+    hidden = torch.zeros(sees.shape, dtype=dtype, device=real.device)
+    return hidden.masked_fill(~sees, torch.finfo(dtype).min)[:, None]
 
 
 def execution_device(model: PreTrainedModel) -> torch.device:

@@ -2,47 +2,56 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
 
-class CheckpointLayout(ABC):
+
+class CheckpointLayout:
     """Translates one layout of `config.json` and weights to a native configuration and names.
 
     Nothing of the checkpoint's own code is run or kept. What is saved afterwards is native.
 
     Attributes:
+        config_class: the native configuration.
+        fields: the native fields whose names, and meaning, are the checkpoint's.
+        only: values that options of the checkpoint must have, since the native model has no others.
         key_mapping: patterns of the checkpoint's names of weights to replacements, as for
             `from_pretrained`; None where the names are the native ones.
         tokenizer_class: a native class for tokenizers that bring their own code; None where
             `AutoTokenizer` needs no help.
     """
 
+    config_class: type[PretrainedConfig]
+    fields: tuple[str, ...] = ()
+    only: ClassVar[dict[str, Any]] = {}
     key_mapping: dict[str, str] | None = None
     tokenizer_class: str | None = None
 
-    @abstractmethod
     def reads(self, config: dict[str, Any]) -> bool:
         """Whether a `config.json` with this content describes a checkpoint of the layout."""
+        raise NotImplementedError
 
-    @abstractmethod
+    def other_fields(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The native fields that are called or computed otherwise."""
+        return {}
+
     def translate(self, config: dict[str, Any]) -> PretrainedConfig:
         """The native configuration.
 
         Raises:
             ValueError: the configuration asks for what the native model does not have.
         """
-
-
-SHARED_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
-
-
-def shared_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """What any configuration names alike: special tokens, dtype, a stored quantization."""
-    fields = {name: config.get(name) for name in SHARED_FIELDS}
-    fields["dtype"] = config.get("dtype", config.get("torch_dtype"))
-    if config.get("quantization_config") is not None:
-        fields["quantization_config"] = config["quantization_config"]
-    return fields
+        for name, value in self.only.items():
+            if config.get(name, value) != value:
+                raise ValueError(
+                    f"`{name}` is {config[name]!r} in the configuration of this "
+                    f"{config.get('model_type')!r} checkpoint; only {value!r} can be loaded."
+                )
+        names = (*self.fields, "quantization_config")
+        fields = {name: config[name] for name in names if config.get(name) is not None}
+        fields |= {name: config.get(name) for name in SPECIAL_TOKENS}
+        fields["dtype"] = config.get("dtype", config.get("torch_dtype"))
+        return self.config_class(**fields | self.other_fields(config))

@@ -6,28 +6,13 @@ a counterpart in Llama, and others are refused. LLaDA-MoE shares the model type 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import LlamaConfig
 
-from .layout import CheckpointLayout, shared_fields
+from .layout import CheckpointLayout
 
 BLOCK = r"^model\.transformer\.blocks\.(\d+)\."
-LLAMA_OPTIONS = {
-    "activation_type": "silu",
-    "alibi": False,
-    "attention_layer_norm": False,
-    "block_group_size": 1,
-    "block_type": "llama",
-    "clip_qkv": None,
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
-    "rope": True,
-    "scale_logits": False,
-}
 # For a configuration of LLaDA-8B's vocabulary that does not name its mask token.
 VOCAB_SIZE_8B, MASK_TOKEN_ID_8B = 126464, 126336
 
@@ -35,7 +20,23 @@ VOCAB_SIZE_8B, MASK_TOKEN_ID_8B = 126464, 126336
 class LLaDALayout(CheckpointLayout):
     """`model.transformer.{wte, blocks, ln_f, ff_out}` to Llama's names."""
 
-    key_mapping = {  # noqa: RUF012
+    config_class = LlamaConfig
+    only: ClassVar = {
+        "activation_type": "silu",
+        "alibi": False,
+        "attention_layer_norm": False,
+        "block_group_size": 1,
+        "block_type": "llama",
+        "clip_qkv": None,
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "input_emb_norm": False,
+        "layer_norm_type": "rms",
+        "layer_norm_with_affine": True,
+        "rope": True,
+        "scale_logits": False,
+    }
+    key_mapping: ClassVar = {
         r"^model\.transformer\.wte\.": "model.embed_tokens.",
         r"^model\.transformer\.ln_f\.": "model.norm.",
         r"^model\.transformer\.ff_out\.": "lm_head.",
@@ -53,31 +54,25 @@ class LLaDALayout(CheckpointLayout):
     def reads(self, config: dict[str, Any]) -> bool:
         return config.get("model_type") == "llada" and "d_model" in config
 
-    def translate(self, config: dict[str, Any]) -> PretrainedConfig:
-        for name, needed in LLAMA_OPTIONS.items():
-            if config.get(name, needed) != needed:
-                raise ValueError(
-                    f"`{name}` is {config[name]!r} in this LLaDA configuration; only {needed!r} "
-                    "can be loaded."
-                )
-        heads = config["n_heads"]
-        fields = shared_fields(config)
-        if fields["mask_token_id"] is None and config["vocab_size"] == VOCAB_SIZE_8B:
-            fields["mask_token_id"] = MASK_TOKEN_ID_8B
-        return LlamaConfig(
-            vocab_size=config.get("embedding_size") or config["vocab_size"],
-            hidden_size=config["d_model"],
-            intermediate_size=config.get("mlp_hidden_size")
-            or config.get("mlp_ratio", 4) * config["d_model"],
-            num_hidden_layers=config["n_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=config.get("n_kv_heads")
+    def other_fields(self, config: dict[str, Any]) -> dict[str, Any]:
+        heads, width = config["n_heads"], config["d_model"]
+        mask = config.get("mask_token_id")
+        if mask is None and config["vocab_size"] == VOCAB_SIZE_8B:
+            mask = MASK_TOKEN_ID_8B
+        return {
+            "vocab_size": config.get("embedding_size") or config["vocab_size"],
+            "hidden_size": width,
+            "intermediate_size": config.get("mlp_hidden_size")
+            or config.get("mlp_ratio", 4) * width,
+            "num_hidden_layers": config["n_layers"],
+            "num_attention_heads": heads,
+            "num_key_value_heads": config.get("n_kv_heads")
             or (1 if config.get("multi_query_attention") else heads),
-            max_position_embeddings=config["max_sequence_length"],
-            rms_norm_eps=config.get("rms_norm_eps", 1e-5),
-            rope_theta=config.get("rope_theta", 10000.0),
-            attention_dropout=config.get("attention_dropout", 0.0),
-            initializer_range=config.get("init_std", 0.02),
-            tie_word_embeddings=config.get("weight_tying", True),
-            **fields,
-        )
+            "max_position_embeddings": config["max_sequence_length"],
+            "rms_norm_eps": config.get("rms_norm_eps", 1e-5),
+            "rope_theta": config.get("rope_theta", 10000.0),
+            "attention_dropout": config.get("attention_dropout", 0.0),
+            "initializer_range": config.get("init_std", 0.02),
+            "tie_word_embeddings": config.get("weight_tying", True),
+            "mask_token_id": mask,
+        }

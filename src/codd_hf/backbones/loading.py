@@ -15,21 +15,10 @@ from transformers import (
 )
 
 from ..configuration_codd import one_sentence_for
-from ..hub.repositories import refuse_adapter
+from ..hub.repositories import hub_arguments, refuse_adapter
 from ..hub.stored_weights import StoredWeights, check_layers, check_report, check_sizes
 from .custom_code import CustomCodeFamily, check_trust, needs_remote_code
-from .layout import CheckpointLayout
-from .registry import LAYOUTS, family_of, unsupported
-
-HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-)
+from .registry import family_of, layout_of, unsupported
 
 
 def load_backbone(
@@ -46,10 +35,10 @@ def load_backbone(
         name_or_path: a folder or an id on the Hub.
         trust_remote_code: allows the code in that repository, if transformers has none for the
             model. LLaDA and Dream checkpoints load without, and their code is never run.
-        block_length: attention is block-causal in blocks of so many tokens; default, what the
-            configuration says (`block_length`), or else full attention.
-        logit_shift: whether the model's logits at a position are of the next token; default, what
-            the layout or the configuration says (`logit_shift`), or else no.
+        block_length: attention is block-causal in blocks of so many tokens; default, that of the
+            configuration (`block_length`), or else full attention.
+        logit_shift: whether the model's logits at a position are of the next token; default, that
+            of the layout or the configuration (`logit_shift`), or else no.
         **kwargs: for transformers' `from_pretrained`: `dtype`, `device_map`,
             `attn_implementation`, `quantization_config`, `revision`, `token`, `cache_dir`,
             `local_files_only`, `subfolder`, ...
@@ -58,12 +47,11 @@ def load_backbone(
         ValueError: no family can hold the model, or it brings code that the user did not allow.
         OSError: nothing is found.
     """
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    hub = hub_arguments(kwargs)
     found = PretrainedConfig.get_config_dict(name_or_path, **hub)[0]
     if not found or not isinstance(found, dict):
         raise ValueError(f"{name_or_path!r} has no `config.json`: give a backbone's folder or id.")
-    model_type = found.get("model_type")
-    if model_type == "codd":
+    if found.get("model_type") == "codd":
         raise ValueError(
             f"`backbone` {name_or_path!r} is a CoDD model already: use `CoDDModel.from_pretrained`."
         )
@@ -80,22 +68,15 @@ def load_backbone(
         if layout is not None:
             config = layout.translate(found)
             kwargs["key_mapping"] = layout.key_mapping
-        elif needs_remote_code(found):
-            check_trust(name_or_path, found, trust_remote_code)
-            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=True, **hub)
-        elif model_type is not None and model_type not in CONFIG_MAPPING:
-            raise ValueError(unsupported(model_type))
         else:
-            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub)
-    if block_length is not None:
-        config.block_length = block_length
-    if logit_shift is not None:
-        config.logit_shift = logit_shift
+            config = _native_config(name_or_path, found, trust_remote_code, hub)
+    for name, value in (("block_length", block_length), ("logit_shift", logit_shift)):
+        if value is not None:
+            setattr(config, name, value)
     # transformers looks for an adapter in the repository, but not in the cache that it is given.
     cache = {name: hub[name] for name in ("cache_dir", "local_files_only") if name in hub}
     kwargs["adapter_kwargs"] = {**cache, **kwargs.get("adapter_kwargs", {})}
     family = family_of(config)
-    family.adopt(config)
     if not isinstance(family, CustomCodeFamily):  # whose class is known only as it is loaded
         check_sizes(name_or_path, config, stored, family.from_config, kwargs.get("key_mapping"))
     sizes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
@@ -109,9 +90,16 @@ def load_backbone(
     return model
 
 
-def layout_of(config: dict[str, Any]) -> CheckpointLayout | None:
-    """The foreign layout that the content of a `config.json` describes, if it is one."""
-    return next((layout for layout in LAYOUTS if layout.reads(config)), None)
+def _native_config(
+    name: str, found: dict[str, Any], trust_remote_code: bool | None, hub: dict[str, Any]
+) -> PretrainedConfig:
+    """The configuration of a class of transformers, or of the repository's own if it may run."""
+    model_type, runs_code = found.get("model_type"), needs_remote_code(found)
+    if runs_code:
+        check_trust(name, found, trust_remote_code)
+    elif model_type is not None and model_type not in CONFIG_MAPPING:
+        raise ValueError(unsupported(model_type))
+    return AutoConfig.from_pretrained(name, trust_remote_code=runs_code, **hub)
 
 
 def load_tokenizer(

@@ -13,8 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..backbones import needs_remote_code
-from ..backbones.loading import layout_of
+from ..backbones import layout_of, needs_remote_code
 from ..checks.files import check_files
 from ..checks.names import ADAPTER_FILES, ADAPTER_FOLDER, checked_name, is_local
 from ..configuration_codd import CoDDHeadConfig

@@ -189,7 +189,7 @@ def finetune_backbone(
     config = config or finetuning_config(lora is not None)
     if isinstance(backbone, str | Path):
         backbone = load_backbone(str(backbone))
-    family_of(backbone.config).adopt(backbone.config)
+    family_of(backbone.config).make_bidirectional(backbone.config)
     for known in (getattr(backbone.config, "mask_token_id", None), tokenizer.mask_token_id):
         mask_token_id = known if mask_token_id is None else mask_token_id
     if mask_token_id is None:
