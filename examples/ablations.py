@@ -11,7 +11,7 @@ command. Every comparison is on validation problems that nothing here was fitted
   with one `--work` shares the fits among them.
 - `decoding`: the same prompts are answered with and without the part. The figure is how likely the
   backbone finds the answers when it reveals them one token at a time, in nats per token.
-- `speed`: seconds of a head step, or of the product, with and without, in turns.
+- `speed`: seconds of a product, with and without, in turns.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from pathlib import Path
 import torch
 
 from codd_hf import CoDDHead, CoDDModel, CoDDPipeline, default_model
-from codd_hf.benchmarks import head_step
-from codd_hf.benchmarks.report import Options
 from codd_hf.benchmarks.timing import median_seconds
 from codd_hf.circuits.numerics import product
 from codd_hf.data.canvases import Example, TokenizedExample, load_examples, tokenize_examples
@@ -44,19 +42,11 @@ SEEDS = (0, 1, 2)
 BASE = ["latent", "copy"]
 FITS = {  # name: (what it is compared with, settings of the run, mean span length of the noise)
     "base": (None, {}, 1.0),
-    "gate": ("base", {"conditioning": [*BASE, "gate"]}, 1.0),
-    "low_rank": ("base", {"conditioning": [*BASE, "low_rank"]}, 1.0),
     "noise_conditioning": ("base", {"noise_conditioning": True}, 1.0),
     "mean_span_length 4": ("base", {}, 4.0),
     "stepwise, dense 448": (None, {"update": "stepwise"}, 1.0),
     "anemone, dense 448": ("stepwise, dense 448", {"update": "anemone"}, 1.0),
-    "stepwise, monarch 1024": (
-        "stepwise, dense 448",
-        {"update": "stepwise", "structure": "monarch", "num_latents": 1024},
-        1.0,
-    ),
 }
-"""A Monarch chain of 1,024 states takes as long as a dense one of 448 (`bench structures`)."""
 
 DECODING = {
     "confidence latent": ({"sampling": "latent", "confidence": "latent"}, {"sampling": "latent"}),
@@ -216,7 +206,7 @@ def answers(
 
 
 def speed(args: argparse.Namespace, done: dict, keep: Callable) -> None:
-    """Seconds with and without the blocked product and evidence in half precision."""
+    """Seconds with and without the blocked product."""
     torch.manual_seed(0)
     for rows in (1, 2, 8, 32):
         message, matrix = torch.rand(rows, 1024), torch.rand(1024, 1024)
@@ -225,25 +215,6 @@ def speed(args: argparse.Namespace, done: dict, keep: Callable) -> None:
             "plain": lambda m=message, w=matrix: m @ w,
         }
         keep("speed", f"product, {rows} rows", median_seconds(sides, 201, "cpu"))
-    options = Options(False, "cpu", None, None, 0)
-    for batch in (1, 8):
-        shape = head_step.Shape(batch=batch)
-        head, window = (
-            head_step.random_head(shape, options),
-            head_step.random_window(shape, options),
-        )
-        given = (window.logits, window.tokens, window.observed)
-
-        def step(dtype: str | None, evidence: str, head=head, given=given):
-            head.config.evidence_dtype = dtype
-            return head_step.head_step(head, *given, evidence=evidence)
-
-        sides = {
-            f"{evidence}, {dtype or 'float32'}": lambda d=dtype, e=evidence, s=step: s(d, e)
-            for evidence in ("exact", "topk", "grouped")
-            for dtype in (None, "bfloat16")
-        }
-        keep("speed", f"head step, batch {batch}", median_seconds(sides, 5, "cpu"))
 
 
 def split(args: argparse.Namespace) -> tuple[list[Example], list[Example]]:

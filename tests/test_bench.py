@@ -23,7 +23,6 @@ COLUMNS = {
     "end-to-end": "tokens/s",
     "memory": "emission matrices",
     "scaling": "exact / limit",
-    "structures": "limit, ms",
     "fitting": "ms",
 }
 

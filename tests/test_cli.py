@@ -127,19 +127,19 @@ def test_evaluate_gap_reads_as_many_likeliest_tokens_as_asked(trained_pipeline, 
     argv += ["--num-problems", "4", "--no-sequential"]
     for k in (0, 1, 10**6):
         path = tmp_path / f"{k}.json"
-        assert main([*argv, "--evidence-top-k", str(k), "--output", str(path)]) == 0
+        assert main([*argv, "--evidence-size", str(k), "--output", str(path)]) == 0
         (row,) = json.loads(path.read_text())["rows"]
         nats[k] = row["nats"]["fitted"]
     path = tmp_path / "groups.json"
     argv += ["--output", str(path)]
-    assert main([*argv, "--evidence-top-k", "1", "--evidence-groups"]) == 0
+    assert main([*argv, "--evidence-size", "1", "--evidence-groups"]) == 0
     (row,) = json.loads(path.read_text())["rows"]
     assert len({row["nats"]["fitted"], nats[0], nats[1]}) == 3
-    assert main([*argv, "--evidence-top-k", "1"]) == 0  # each head's own setting: none
+    assert main([*argv, "--evidence-size", "1"]) == 0  # each head's own setting: none
     (plain,) = json.loads(path.read_text())["rows"]
     assert plain["nats"]["fitted"] == nats[1]
     assert nats[10**6] == pytest.approx(nats[0], abs=1e-4)
-    assert "got -1" in failure(capsys, *argv, "--evidence-top-k", "-1")
+    assert "got -1" in failure(capsys, *argv, "--evidence-size", "-1")
 
 
 def test_train_writes_a_model_that_generate_takes(trained_pipeline, cities_jsonl, capsys, tmp_path):

@@ -268,7 +268,7 @@ def test_damaged_questions_of_the_demo_are_one_line(content, said, folder, capsy
 
 
 @pytest.mark.parametrize(
-    "command", [["bench", "structures", "--quick"], ["evaluate", "gap"], ["evaluate", "quality"]]
+    "command", [["bench", "memory", "--quick"], ["evaluate", "gap"], ["evaluate", "quality"]]
 )
 def test_output_that_cannot_be_written_is_found_before_the_work(command, tmp_path, capsys):
     judge = ["--judge", "x"] if command[-1] == "quality" else []
@@ -279,7 +279,7 @@ def test_output_that_cannot_be_written_is_found_before_the_work(command, tmp_pat
 
 @pytest.mark.parametrize("device", ["abacus", "", "meta", "cuda:99"])
 def test_device_that_is_not_there_is_one_line(device, capsys):
-    line = refusal(capsys, "bench", "structures", "--quick", "--device", device)
+    line = refusal(capsys, "bench", "memory", "--quick", "--device", device)
     assert f"`--device` must be one that torch has here, got '{device}'" in line
 
 
@@ -308,7 +308,6 @@ def test_judge_that_cannot_be_had_is_one_line(folder, tmp_path, capsys, monkeypa
     [
         (["--dtype", "int8"], "`dtype` must be one of bfloat16, float16, float32, got 'int8'"),
         (["--emission", "x"], "`emission` must be one of dense, tied, got 'x'"),
-        (["--structure", "x"], "`structure` must be one of dense, monarch, got 'x'"),
         (["--conditioning", "x"], "`conditioning` must list some of"),
         (["--window-length", "1"], "`window_length` must be"),
         (["--alpha", "nan"], "`alpha` must be"),

@@ -41,10 +41,10 @@ def test_bad_size_is_an_error_that_names_the_field_and_the_value(field, value):
         ("alpha", float("nan")),
         ("alpha", -1.0),
         ("tie_emissions", "yes"),
-        ("evidence_top_k", "all"),
+        ("evidence_size", "all"),
         ("evidence_groups", 1),
-        ("evidence_dtype", 16),
-        ("evidence_dtype", "float8"),
+        ("evidence_temperature", "cold"),
+        ("evidence_temperature", 0.0),
         ("mask_token_id", 1.0),
         ("forbidden_token_ids", "123"),
         ("forbidden_token_ids", ["1"]),
@@ -80,8 +80,8 @@ def test_token_beyond_the_vocabulary_is_an_error(ids):
 
 
 def test_head_of_a_later_format_is_an_error_that_says_to_upgrade():
-    with pytest.raises(ValueError, match=r"`format_version` is 2.*upgrade"):
-        CoDDHeadConfig(vocab_size=12, format_version=2)
+    with pytest.raises(ValueError, match=r"`format_version` is 3.*upgrade"):
+        CoDDHeadConfig(vocab_size=12, format_version=3)
 
 
 def test_missing_backbone_configuration_is_an_error_that_names_the_field():
@@ -188,7 +188,7 @@ def test_what_is_said_in_place_of_a_models_file_is_checked_as_the_file_is(field,
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [*PLACED.items(), ("evidence_top_k", -4), ("conditioning", ["x"])]
+    ("field", "value"), [*PLACED.items(), ("evidence_size", -4), ("conditioning", ["x"])]
 )
 def test_what_is_said_in_place_of_a_heads_file_is_checked_as_the_file_is(field, value, tmp_path):
     tiny_model().coupling_head.save_pretrained(tmp_path)

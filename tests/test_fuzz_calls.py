@@ -119,7 +119,6 @@ plausible: dict[str, list[Any]] = {
     "active": [torch.tensor([True, False])],
     "forbidden": [torch.arange(VOCAB) == MASK, torch.ones(VOCAB).bool()],
     "context": [torch.randn(2, 4, 3)],
-    "evidence_dtype": [torch.bfloat16],
     "value": [torch.full((2, 4), 5), torch.full((3, 2, 4), 6)],
     "known": [torch.tensor([[True, False, False, True]] * 2)],
     "where": [torch.tensor([[True, False, False, True]] * 2)],
@@ -182,7 +181,7 @@ MODELS = {
     "bert": tiny_model("bert"),
     "roberta": tiny_model("roberta"),
     "blocks": CoDDModel.from_backbone(tiny_backbone(block_length=4), random_head()),
-    "listed": CoDDModel.from_backbone(tiny_backbone(), random_head(evidence_top_k=3)),
+    "listed": CoDDModel.from_backbone(tiny_backbone(), random_head(evidence_size=3)),
     "bare": CoDDModel.from_backbone(tiny_backbone(), mask_token_id=MASK, forbidden_token_ids=[3]),
     "unknown mask": CoDDModel.from_backbone(tiny_backbone()),
 }
@@ -272,7 +271,7 @@ ATTRIBUTES += ("soft_evidence", "log_partition_bounds")
 
 def check_distribution(data: st.DataObject) -> None:
     names = ("logits", "potentials", "tokens", "observed", "present", "context", "active")
-    names += ("temperature", "forbidden", "top_k", "evidence_dtype", "grouped")
+    names += ("temperature", "forbidden", "top_k", "grouped")
     distribution = holds(lambda: a_distribution(data.draw(changes(*names))))
     distribution = distribution or a_distribution({})
     for _ in range(2):

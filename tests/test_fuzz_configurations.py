@@ -25,7 +25,7 @@ from tiny import head_config, random_head, tiny_backbone
 REFUSALS = (ValueError, TypeError, OSError)
 NUMBERS = [0, 1, 2, 3, 4, 5, 12, -1, -3, 17, 2**15, 2**31, 2**63, 2**64, 10**12, 10**30, 10**400]
 NUMBERS += [0.0, -0.0, 0.5, 1.5, 1e-320, 1e308, math.inf, -math.inf, math.nan]
-TEXTS = ["", "x", "latent", "dense", "monarch", "tied", "float16", "bfloat16", "none", "llama"]
+TEXTS = ["", "x", "latent", "dense", "tied", "float16", "bfloat16", "none", "llama"]
 TEXTS += ["\x00", "\x1b[31m", "é", "../..", "low_confidence", "threshold", "viterbi", "row"]
 SCALARS = st.sampled_from([None, True, False, *NUMBERS, *TEXTS]) | st.text(max_size=8)
 VALUES = st.recursive(

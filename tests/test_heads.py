@@ -13,7 +13,7 @@ MASK = 2
 IDS = torch.tensor([[5, 6, 7, MASK, 8, MASK, MASK], [9, 4, MASK, MASK, 3, MASK, 10]])
 OTHERS = {
     "longer": {"window_length": 6, "seed": 2},
-    "monarch": {"structure": "monarch", "num_latents": 4, "seed": 3},
+    "larger": {"num_latents": 4, "seed": 3},
     "conditioned": {"conditioning": ["latent", "copy"], "context_size": 16, "seed": 4},
     "tied": {"emission": "tied", "emission_rank": 4, "context_size": 16, "seed": 5},
 }
@@ -107,7 +107,7 @@ def test_saved_model_has_the_active_head_alone_disabled_or_not(model, tmp_path):
 
 def test_parameters_are_those_of_the_active_head(model):
     own = {id(p) for p in model.coupling_head.parameters()}
-    model.set_head("monarch")
+    model.set_head("larger")
     there = {id(p) for p in model.parameters()}
     assert not own & there
     assert {id(p) for p in model.coupling_head.parameters()} <= there
@@ -115,7 +115,7 @@ def test_parameters_are_those_of_the_active_head(model):
 
 def test_deleted_head_is_gone_and_the_active_one_leaves_the_model_factorized(model):
     model.delete_head("tied")
-    assert model.heads == ["default", "longer", "monarch", "conditioned"]
+    assert model.heads == ["default", "longer", "larger", "conditioned"]
     model.delete_head("default")
     assert (model.active_head, model.coupling_head, model.config.head_config) == (None, None, None)
     model.set_head("longer")

@@ -12,11 +12,11 @@ from transformers.initialization import guard_torch_init_functions
 from codd_hf import CoDDHead, CoDDModel, CoDDPipeline, CoDDScheduler
 from tiny import head_config, random_head, tiny_backbone, tiny_model
 
-CONDITIONING = ["latent", "gate", "low_rank", "copy"]
+CONDITIONING = ["latent", "copy"]
 
 
 def conditioned_head(**changes) -> CoDDHead:
-    given = {"conditioning": CONDITIONING, "context_size": 16, "num_gate_groups": 3}
+    given = {"conditioning": CONDITIONING, "context_size": 16}
     head = random_head(**given, **changes)
     with torch.no_grad():
         head.token_marginal.copy_(torch.arange(1.0, 13).div(78))
@@ -109,7 +109,7 @@ def test_head_has_the_stored_values_while_other_threads_make_models(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_new_head_is_float32_whatever_dtype_is_asked_for(dtype):
-    config = head_config(conditioning=CONDITIONING, context_size=16, num_gate_groups=3)
+    config = head_config(conditioning=CONDITIONING, context_size=16)
     model = CoDDModel._from_config(tiny_model().config, dtype=dtype)
     assert model.backbone.dtype == dtype
     heads = [

@@ -433,4 +433,4 @@ def test_saved_configuration_of_a_head_names_its_type_and_version(tmp_path):
     random_head().save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     assert content["model_type"] == "codd-head"
-    assert content["format_version"] == 1
+    assert content["format_version"] == 2

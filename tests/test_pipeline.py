@@ -684,10 +684,10 @@ def test_listed_evidence_decodes_at_any_evidence_temperature(groups):
     """What a large vocabulary gets by default, and all tokens listed is the exact reading."""
     texts = {}
     for top_k in (0, 3, 12):
-        head = random_head(12, mask_token_id=1, evidence_top_k=top_k, evidence_groups=groups)
+        head = random_head(12, mask_token_id=1, evidence_size=top_k, evidence_groups=groups)
         backbone = tiny_backbone(vocab_size=12, eos_token_id=2)
         model = CoDDModel.from_backbone(backbone, head)
-        assert model.coupling_head.evidence_top_k == top_k
+        assert model.coupling_head.evidence_size == top_k
         texts[top_k] = model.generate(
             torch.tensor([[3, 4]]),
             gen_length=8,

@@ -1,7 +1,6 @@
 """Configurations of a CoDD head and of a backbone with a head."""
 
 # Annotations are not postponed here: they are what `strict` checks values against.
-import math
 import re
 import sys
 from collections.abc import Iterator
@@ -17,21 +16,30 @@ from huggingface_hub.errors import (
 )
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
-from .checks.arguments import choice, plain
+from .checks.arguments import FACTORS, choice, is_factor, number, plain
 from .checks.errors import is_of_a_library, reason
+from .checks.formats import upgraded
 from .checks.names import is_local
 
 COUPLINGS = ("none", "marginal", "latent")
-STRUCTURES = ("dense", "monarch")
 EMISSIONS = ("dense", "tied")
-CONDITIONINGS = ("latent", "gate", "low_rank", "copy")
+CONDITIONINGS = ("latent", "copy")
+FORMAT_VERSION = 2
+RENAMED = {"evidence_top_k": "evidence_size"}
+"""Fields of `format_version` 1 that have another name now."""
+DROPPED = {
+    "structure": ("dense",),
+    "evidence_dtype": (None,),
+    "num_gate_groups": None,
+    "transition_rank": None,
+}
+"""Fields of `format_version` 1 that are no more, and the values of them that a head may have."""
 MAX_WINDOW_LENGTH = 1 << 16
 """No weights need be stored for positions: only this bounds what those of a window, or those before
 it that are copied from, may take."""
 MOST_LAYERS = 1 << 14
 """More layers or labels than any backbone has; transformers makes lists of so many entries."""
 COUNTS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks?|groups?|experts?|labels)|\w+_layers|depth")
-EVIDENCE_DTYPES = ("bfloat16", "float16")
 OF_TRANSFORMERS = {
     *(field.name for field in fields(PreTrainedConfig)),
     *GenerationConfig().to_dict(),  # which transformers drops from a model's configuration
@@ -83,6 +91,8 @@ def one_sentence(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     from_dict = cls.from_dict.__func__
 
     def __init__(self, **given: Any) -> None:
+        if "format_version" in types and given.get("format_version") == 1:
+            given = cls.upgrade(given)
         unknown = [name for name in given if name not in types and name not in OF_TRANSFORMERS]
         if unknown:
             raise ValueError(
@@ -164,31 +174,25 @@ class CoDDHeadConfig(PreTrainedConfig):
         window_length (`int`, defaults to 32): number of positions `L`.
         tie_transitions (`bool`, defaults to `True`): one transition matrix for all steps.
         tie_emissions (`bool`, defaults to `True`): one emission matrix for all positions.
-        structure (`str`, defaults to `"dense"`): of the transitions: `"dense"`, or `"monarch"`,
-            whose steps cost `2 H^{3/2}` products instead of `H^2` (`H` must be a square).
         emission (`str`, defaults to `"dense"`): `"dense"`, a matrix `[H, V]`, or `"tied"` to the
             backbone's output embedding through a map of rank `emission_rank`.
         emission_rank (`int`, defaults to 128): rank of tied emissions.
         conditioning (`list[str]`, defaults to none): how the backbone's hidden states steer the
-            circuit: any of `"latent"`, `"gate"`, `"low_rank"`, `"copy"`.
-        num_gate_groups (`int`, defaults to 16): groups of states between which the gate rescales
-            transitions.
-        transition_rank (`int`, defaults to 1): rank of what `"low_rank"` adds to the transitions.
+            circuit: any of `"latent"`, `"copy"`.
         noise_conditioning (`bool`, defaults to `False`): the share of the window that is masked is
             an input of the conditioning too.
         copy_length (`int`, defaults to 256): how many tokens before the window `"copy"` can copy.
         copy_size (`int`, defaults to 64): size of its queries and keys.
         context_size (`int`, *optional*): the backbone's hidden size; needed with conditioning or
             tied emissions.
-        evidence_top_k (`int`, *optional*): how many of a prediction's likeliest tokens the circuit
+        evidence_size (`int`, *optional*): how many of a prediction's likeliest tokens the circuit
             reads in decoding, the others' mass being spread by the token marginal; 0 reads all
             exactly. By default all, unless the vocabulary is large.
-        evidence_groups (`bool`, defaults to `False`): with `evidence_top_k`, keep how much of the
+        evidence_groups (`bool`, defaults to `False`): with `evidence_size`, keep how much of the
             others' mass the backbone gave to the tokens of each latent, and spread it by the token
             marginal only among these. Closer to reading all, for a little more time.
-        evidence_dtype (`str`, *optional*): `"bfloat16"` or `"float16"` for the operands of the
-            products that read all tokens; their sums are held in float32. Faster where the machine
-            multiplies so, for relative errors of about 1e-2. By default float32.
+        evidence_temperature (`float`, defaults to 1.0): the temperature that divided the backbone's
+            logits when the head was fitted or tuned, and divides them wherever none is named.
         alpha (`float`, defaults to 1.0): power of the token marginal by which the emissions are
             divided. 1 removes the unigram distribution that the backbone already carries; 0 is the
             raw product of the paper.
@@ -199,7 +203,7 @@ class CoDDHeadConfig(PreTrainedConfig):
         base_model_revision (`str`, *optional*): its revision.
         converted_from (`str`, *optional*): what a converted circuit was made of, for people to
             read: its file, repository and commit, and the file's digest.
-        format_version (`int`, defaults to 1): version of the layout on disk.
+        format_version (`int`, defaults to 2): version of the layout on disk.
 
     Raises:
         ValueError: a field is missing or out of range.
@@ -213,37 +217,50 @@ class CoDDHeadConfig(PreTrainedConfig):
     window_length: int = 32
     tie_transitions: bool = True
     tie_emissions: bool = True
-    structure: str = "dense"
     emission: str = "dense"
     emission_rank: int = 128
     conditioning: list[str] | tuple[str, ...] | None = None
-    num_gate_groups: int = 16
-    transition_rank: int = 1
     noise_conditioning: bool = False
     copy_length: int = 256
     copy_size: int = 64
     context_size: int | None = None
-    evidence_top_k: int | None = None
+    evidence_size: int | None = None
     evidence_groups: bool = False
-    evidence_dtype: str | None = None
+    evidence_temperature: float | int = 1.0
     alpha: float | int = 1.0
     mask_token_id: int | None = None
     forbidden_token_ids: list[int] | tuple[int, ...] | None = None
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     converted_from: str | None = None
-    format_version: int = 1
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.conditioning = list(self.conditioning or [])
+
+    @staticmethod
+    def upgrade(fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a configuration of `format_version` 1 as those of this version.
+
+        Raises:
+            ValueError: it asks for something that a head no longer has.
+        """
+        gone = [name for name in fields.get("conditioning") or [] if name in ("gate", "low_rank")]
+        if gone:
+            raise ValueError(
+                f"`conditioning` of this head names {gone[0]!r}, which codd-hf no longer has: fit "
+                "the head again without it, or load it with codd-hf 0.1."
+            )
+        fields = upgraded(fields, RENAMED, DROPPED)
+        return fields | {"format_version": FORMAT_VERSION}
 
     def validate_sizes(self) -> None:
         """Checks every number by itself."""
         if self.vocab_size is None:
             raise ValueError("`vocab_size` is missing from the head's configuration.")
         positive = ["vocab_size", "num_latents", "window_length", "emission_rank"]
-        positive += ["num_gate_groups", "transition_rank", "copy_length", "copy_size"]
+        positive += ["copy_length", "copy_size"]
         positive += [] if self.context_size is None else ["context_size"]
         for name in positive:
             if getattr(self, name) < 1:
@@ -255,23 +272,19 @@ class CoDDHeadConfig(PreTrainedConfig):
                 )
         if not 0 <= self.alpha <= sys.float_info.max:
             raise ValueError(f"`alpha` must be 0 or a positive number, got {self.alpha}.")
-        if self.format_version != 1:
+        if self.format_version != FORMAT_VERSION:
             raise ValueError(
-                f"`format_version` is {self.format_version}; this version of codd-hf reads 1: "
-                "upgrade codd-hf."
+                f"`format_version` is {self.format_version}; this version of codd-hf reads up to "
+                f"{FORMAT_VERSION}: upgrade codd-hf."
             )
 
     def validate_evidence(self) -> None:
         """Checks how predictions are read."""
-        if self.evidence_top_k is not None and self.evidence_top_k < 0:
+        if self.evidence_size is not None and self.evidence_size < 0:
             raise ValueError(
-                f"`evidence_top_k` must be 0 (exact) or positive, got {self.evidence_top_k}."
+                f"`evidence_size` must be 0 (exact) or positive, got {self.evidence_size}."
             )
-        if self.evidence_dtype not in (None, *EVIDENCE_DTYPES):
-            raise ValueError(
-                f"`evidence_dtype` must be one of {', '.join(EVIDENCE_DTYPES)}, or None (float32), "
-                f"got {self.evidence_dtype!r}."
-            )
+        number("evidence_temperature", self.evidence_temperature, f"above 0, {FACTORS}", is_factor)
         tied = self.emission == "tied" or (self.tie_emissions and self.tie_transitions)
         if self.evidence_groups and not tied:
             raise ValueError(
@@ -285,11 +298,7 @@ class CoDDHeadConfig(PreTrainedConfig):
 
     def validate_structure(self) -> None:
         """Checks which parts there are, and that they go together."""
-        for name, known in (("structure", STRUCTURES), ("emission", EMISSIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(known)}, got {getattr(self, name)!r}."
-                )
+        choice("emission", self.emission, EMISSIONS)
         unknown = [c for c in self.conditioning if c not in CONDITIONINGS]
         if unknown or len(set(self.conditioning)) < len(self.conditioning):
             raise ValueError(
@@ -309,19 +318,6 @@ class CoDDHeadConfig(PreTrainedConfig):
         if self.emission == "tied" and not self.tie_emissions:
             raise ValueError(
                 "`emission` 'tied' is the same at all positions: set `tie_emissions` to true."
-            )
-        side = math.isqrt(self.num_latents)
-        monarch = self.structure == "monarch"
-        if monarch and side * side != self.num_latents:
-            raise ValueError(
-                f"`num_latents` must be a square with `structure` 'monarch', got "
-                f"{self.num_latents}: {side * side} and {(side + 1) ** 2} are the nearest."
-            )
-        divided = side if monarch else self.num_latents
-        if "gate" in self.conditioning and divided % self.num_gate_groups:
-            what = "the square root of `num_latents`" if monarch else "`num_latents`"
-            raise ValueError(
-                f"`num_gate_groups` ({self.num_gate_groups}) must divide {what} ({divided}) evenly."
             )
 
 

@@ -18,8 +18,6 @@ from .circuits import (
     CoupledCategorical,
     DenseEmission,
     DenseEvidence,
-    DenseTransition,
-    MonarchTransition,
     Potentials,
     Preceding,
     TiedEmission,
@@ -46,11 +44,10 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
     `transition [H, H]` (or `[L-1, H, H]`), `emission [H, V]` (or `[L, H, V]`). The buffer
     `token_marginal [V]` (or `[L, V]`) is the unigram distribution that `config.alpha` refers to.
 
-    With `config.structure = "monarch"` the transitions are `transition_left` and
-    `transition_right`, `[S, S, S]` with `S = sqrt(H)`. With `config.emission = "tied"` the
-    emissions are `emission_latents [H, r]`, `emission_projection [r, d]` and `emission_bias [V]`,
-    and the head works only when it is bound to the backbone's output embedding (`bind`; a
-    [`CoDDModel`] does it). `context_maps` holds what `config.conditioning` asks for.
+    With `config.emission = "tied"` the emissions are `emission_latents [H, r]`,
+    `emission_projection [r, d]` and `emission_bias [V]`, and the head works only when it is bound
+    to the backbone's output embedding (`bind`; a [`CoDDModel`] does it). `context_maps` holds what
+    `config.conditioning` asks for.
 
     A new head changes nothing: its potentials are constant, so the coupled distribution is the
     factorized one.
@@ -78,12 +75,7 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
         latents, vocab, length = config.num_latents, config.vocab_size, config.window_length
         steps = () if config.tie_transitions else (max(length - 1, 1),)
         self.initial = nn.Parameter(torch.empty(latents))
-        if config.structure == "monarch":
-            side = math.isqrt(latents)
-            self.transition_left = nn.Parameter(torch.empty(*steps, side, side, side))
-            self.transition_right = nn.Parameter(torch.empty(*steps, side, side, side))
-        else:
-            self.transition = nn.Parameter(torch.empty(*steps, latents, latents))
+        self.transition = nn.Parameter(torch.empty(*steps, latents, latents))
         if config.emission == "tied":
             self.emission_latents = nn.Parameter(torch.empty(latents, config.emission_rank))
             shape = (config.emission_rank, config.context_size)
@@ -100,8 +92,6 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
                 config.conditioning,
                 context_size=config.context_size,
                 num_latents=latents,
-                num_gate_groups=config.num_gate_groups,
-                transition_rank=config.transition_rank,
                 noise_conditioning=config.noise_conditioning,
                 copy_size=config.copy_size,
                 vocab_size=vocab,
@@ -183,8 +173,7 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
         if module is not self:
             return
         init.constant_(self.initial, -math.log(self.config.num_latents))
-        for parameter in self._transition_parameters():
-            init.constant_(parameter, -math.log(parameter.shape[-1]))
+        init.constant_(self.transition, -math.log(self.config.num_latents))
         if self.config.emission == "tied":
             init.zeros_(self.emission_latents)  # the projection alone keeps gradients alive
             init.normal_(self.emission_projection, std=self.config.context_size**-0.5)
@@ -192,11 +181,6 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
         else:
             init.zeros_(self.emission)
         init.constant_(self.token_marginal, 1 / self.config.vocab_size)
-
-    def _transition_parameters(self) -> tuple[nn.Parameter, ...]:
-        if self.config.structure == "monarch":
-            return self.transition_left, self.transition_right
-        return (self.transition,)
 
     def bind(self, output_embedding: torch.Tensor) -> None:
         """Tells tied emissions the backbone's output embedding, `[V, d]`; it is not stored.
@@ -221,8 +205,6 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
         """
         self._check_bound()
         cache = self._cache  # read once: other threads may replace it
-        if torch.compiler.is_compiling() and not torch.is_grad_enabled() and cache:
-            return cache[1]  # as of the last call that was not compiled
         parameters = [*self.parameters(recurse=False), *self._bound]
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
             self._cache = None  # a fused optimiser's step does not tell that it changes them
@@ -252,8 +234,6 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
         """`[V]` bool, the tokens that are never generated; None if there are none."""
         config, device = self.config, self.token_marginal.device
         given = (config.vocab_size, config.mask_token_id, config.forbidden_token_ids, device)
-        if torch.compiler.is_compiling():
-            return forbidden_tokens(*given)
         key = (*given[:2], tuple(given[2] or ()), device)
         kept, mask = self._forbidden or (None, None)
         if kept != (key, None if mask is None else mask._version):  # nor is it changed in place
@@ -263,15 +243,15 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
         return mask
 
     @property
-    def evidence_top_k(self) -> int:
+    def evidence_size(self) -> int:
         """How many of a prediction's likeliest tokens a model's decoding keeps; 0: all, exactly.
 
-        `config.evidence_top_k`, or, if that is not set, all where one product of the vocabulary
+        `config.evidence_size`, or, if that is not set, all where one product of the vocabulary
         with the states is cheap and `DEFAULT_TOP_K` otherwise.
         """
         config = self.config
-        if config.evidence_top_k is not None:
-            return min(config.evidence_top_k, config.vocab_size)
+        if config.evidence_size is not None:
+            return min(config.evidence_size, config.vocab_size)
         return 0 if config.num_latents * config.vocab_size <= ONE_PRODUCT else DEFAULT_TOP_K
 
     @property
@@ -289,8 +269,7 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
         def stacked(parameter: torch.Tensor, tied: bool) -> torch.Tensor:
             return parameter[None] if tied else parameter
 
-        matrices = [stacked(p, config.tie_transitions) for p in self._transition_parameters()]
-        structure = MonarchTransition if config.structure == "monarch" else DenseTransition
+        transition = stacked(self.transition, config.tie_transitions)
         if config.emission == "tied":
             projection = self.emission_projection
             with torch.autocast(projection.device.type, enabled=False):
@@ -298,7 +277,7 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
             emission = TiedEmission(self.emission_latents, embedding, self.emission_bias)
         else:
             emission = DenseEmission(stacked(self.emission, config.tie_emissions))
-        return Potentials(self.initial, structure(*matrices), emission, self.log_spread)
+        return Potentials(self.initial, transition, emission, self.log_spread)
 
     def forward(
         self,
@@ -334,7 +313,6 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
         context = None
         if self.context_maps is not None:
             context = self._context(logits, observed, last_hidden_state, present, preceding)
-        dtype = self.config.evidence_dtype
         return CoupledCategorical(
             logits,
             self.potentials,
@@ -346,7 +324,6 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
             temperature=temperature,
             forbidden=self.forbidden,
             top_k=top_k,
-            evidence_dtype=None if dtype is None else getattr(torch, dtype),
             grouped=self.config.evidence_groups,
         )
 

@@ -3,11 +3,8 @@ r"""The coupled distribution by enumeration, in float64, straight from its defin
     w(x, z) = pi(z_1) c_1(z_1) E_1(z_1, x_1) \prod_{i>1} A_i(z_{i-1}, z_i) c_i(z_i) E_i(z_i, x_i)
               \prod_{i in M} phi_i(x_i)
 
-over every sequence of tokens and every path of latents, with what the circuit's structure and the
-context make of its transitions and emissions:
+over every sequence of tokens and every path of latents, with
 
-    A_i(z, z') = A(z, z') exp(gate_i[g(z), g(z')]) + \sum_r a_{i,r}(z) b_{i,r}(z')
-    A[(a, b), (c, d)] = left[a, b, d] right[d, a, c]           Monarch transitions
     log E(z, v) = <U_z, P W_out(v)> + b_v                      tied emissions
     phi(v) = r u(v) / (1 - u(T))    for v outside the list T   top-k evidence
 
@@ -23,7 +20,6 @@ It shares no code with the package.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -35,15 +31,12 @@ from codd_hf.circuits import (
     CopyStates,
     CoupledCategorical,
     GroupedEvidence,
-    MonarchTransition,
     Potentials,
-    StepContext,
     TiedEmission,
     TopKEvidence,
 )
 
-LEAVES = ["logits", "initial", "transition", "left", "right", "emission"]
-LEAVES += ["latents", "projection", "bias", "gate", "before", "after"]
+LEAVES = ["logits", "initial", "transition", "emission", "latents", "projection", "bias"]
 LEAVES += ["start", "follow", "emitted", "out", "copy_weight"]
 """The fields that a distribution is differentiable in (and the context, which is an option)."""
 
@@ -55,18 +48,13 @@ class Case:
     Attributes:
         logits: `[B, L, V]`.
         initial: `[H]`.
-        transition: `[1 or L-1, H, H]`; None where there are Monarch factors.
+        transition: `[1 or L-1, H, H]`.
         emission: `[1 or L, H, V]`; None where the emissions are tied.
         options: of `CoupledCategorical`; `context` is the tensor of the latents.
-        left: `[1 or L-1, S, S, S]`, Monarch.
-        right: likewise.
         latents: `[H, r]`, tied emissions.
         projection: `[r, d]`, likewise.
         bias: `[V]`, likewise.
         embedding: `[V, d]`, `W_out`, which is frozen.
-        gate: `[B, L, G, G]`.
-        before: `[B, L, r, H]`, log of the low-rank term's factor of the previous state.
-        after: `[B, L, r, H]`, of the next state.
         copied: `[B, J]`, the tokens of copy states.
         start: `[B, L, J]`, log-weights of beginning to copy.
         follow: `[B, L, J]`, of coming from the copy state before.
@@ -82,18 +70,13 @@ class Case:
 
     logits: torch.Tensor
     initial: torch.Tensor
-    transition: torch.Tensor | None = None
+    transition: torch.Tensor
     emission: torch.Tensor | None = None
     options: dict = field(default_factory=dict)
-    left: torch.Tensor | None = None
-    right: torch.Tensor | None = None
     latents: torch.Tensor | None = None
     projection: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     embedding: torch.Tensor | None = None
-    gate: torch.Tensor | None = None
-    before: torch.Tensor | None = None
-    after: torch.Tensor | None = None
     copied: torch.Tensor | None = None
     start: torch.Tensor | None = None
     follow: torch.Tensor | None = None
@@ -112,24 +95,17 @@ class Case:
             return None if tensor is None else tensor.to(dtype)
 
         options = dict(self.options)
-        low_rank = None if self.before is None else (cast(self.before), cast(self.after))
-        copies = None
         if self.copied is not None:
             parts = (cast(getattr(self, name)) for name in LEAVES[-5:])
             copies = CopyStates(self.copied, *parts, self.copy_limits)
-        if any(part is not None for part in (self.gate, low_rank, copies)):
-            steps = StepContext(cast(self.gate), low_rank)
-            options["context"] = Context(cast(options.get("context")), steps, copies)
+            options["context"] = Context(cast(options.get("context")), copies)
         elif options.get("context") is not None:
             options["context"] = cast(options["context"])
         return CoupledCategorical(self.prediction(dtype), self.circuit(dtype), **options)
 
     def circuit(self, dtype: torch.dtype = torch.float32) -> Potentials:
         """Our circuit."""
-        if self.transition is None:
-            transition = MonarchTransition(self.left.to(dtype), self.right.to(dtype))
-        else:
-            transition = self.transition.to(dtype)
+        transition = self.transition.to(dtype)
         if self.emission is None:
             embedding = self.embedding.to(dtype) @ self.projection.to(dtype).T
             emission = TiedEmission(self.latents.to(dtype), embedding, self.bias.to(dtype))
@@ -169,25 +145,7 @@ class Case:
     def log_step(self, row: int, i: int) -> torch.Tensor:
         """`[H, H]` log of `A_i` in a row, the step into position `i`, as its formula says."""
         states = len(self.initial)
-
-        def of_step(potential):
-            return potential[i - 1 if len(potential) > 1 else 0].double()
-
-        if self.transition is not None:
-            step = of_step(self.transition)
-        else:
-            left, right, side = of_step(self.left), of_step(self.right), math.isqrt(states)
-            entries = []
-            for previous, following in product(range(states), repeat=2):
-                (a, b), (c, d) = divmod(previous, side), divmod(following, side)
-                entries.append(left[a, b, d] + right[d, a, c])
-            step = torch.stack(entries).view(states, states)
-        if self.gate is not None:
-            group = torch.arange(states) * self.gate.shape[-1] // states
-            step = step + self.gate[row, i].double()[group][:, group]
-        if self.before is not None:
-            ranks = zip(self.before[row, i].double(), self.after[row, i].double(), strict=True)
-            step = torch.stack([step, *(a[:, None] + b for a, b in ranks)]).logsumexp(0)
+        step = self.transition[i - 1 if len(self.transition) > 1 else 0].double()
         if self.copied is None:
             return step
         emitted, out = self.emitted[row].double(), self.out[row].double()
@@ -253,7 +211,7 @@ class Case:
         """The same with some rows only, in that order."""
         by_row = ("tokens", "observed", "present", "context", "active")
         options = {k: v[rows] if k in by_row else v for k, v in self.options.items()}
-        held = {name: getattr(self, name) for name in ("logits", "copied", *LEAVES[-8:])}
+        held = {name: getattr(self, name) for name in ("logits", "copied", *LEAVES[-5:])}
         held = {name: tensor[rows] for name, tensor in held.items() if tensor is not None}
         return replace(self, options=options, **held)
 

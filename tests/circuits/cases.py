@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import product
 
 import torch
@@ -25,10 +24,7 @@ def random_case(
     spread: float = 1.5,
     logit_spread: float = 2.0,
     dtype: torch.dtype = torch.float32,
-    monarch: bool = False,
     tied_to_embedding: bool = False,
-    gate: float = 0.0,
-    low_rank: float = 0.0,
     copies: float = 0.0,
     top_k: int | None = None,
     untied_marginal: bool = False,
@@ -37,7 +33,7 @@ def random_case(
 ) -> Case:
     """Unnormalised normal log-potentials of standard deviation `spread`, in float32 numbers.
 
-    `context`, `gate`, `low_rank` and `copies` are the standard deviations of what the context does.
+    `context` and `copies` are the standard deviations of what the context does.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -77,19 +73,11 @@ def random_case(
         top_k=top_k,
         grouped=grouped,
     )
-    if monarch:
-        side = math.isqrt(states)
-        case.transition = None
-        case.left, case.right = (spread * normal(steps, side, side, side) for _ in range(2))
     if tied_to_embedding:
         rank, size = 2, 3
         case.emission = None
         case.latents, case.projection = spread * normal(states, rank), normal(rank, size)
         case.embedding, case.bias = normal(vocab, size), spread * normal(vocab)
-    if gate:
-        case.gate = gate * normal(batch, length, 2, 2)
-    if low_rank:
-        case.before, case.after = (low_rank * normal(batch, length, 2, states) for _ in range(2))
     if copies:
         case.copied = torch.randint(vocab, (batch, 3), generator=g)
         case.start, case.follow = (copies * normal(batch, length, 3) for _ in range(2))
@@ -187,10 +175,8 @@ CASES = {
 CONTEXTS = {
     "no context": {},
     "latent": {"context": 1.0},
-    "gate": {"gate": 1.0},
-    "low rank": {"low_rank": 1.0},
     "copies": {"copies": 1.0},
-    "all of them": {"context": 1.0, "gate": 1.0, "low_rank": 1.0, "copies": 1.0},
+    "all of them": {"context": 1.0, "copies": 1.0},
 }
 
 
@@ -198,11 +184,10 @@ def structures() -> dict[str, Case]:
     """Every combination of structures, each with some positions observed and some absent."""
     cases = {}
     presence = ["scattered", "interior", "all", "leading", "trailing"]
-    for number, (monarch, tied_steps, to_embedding, name) in enumerate(
-        product((False, True), (True, False), (False, True), CONTEXTS)
+    for number, (tied_steps, to_embedding, name) in enumerate(
+        product((True, False), (False, True), CONTEXTS)
     ):
         words = [
-            "monarch" if monarch else "dense",
             "tied steps" if tied_steps else "untied steps",
             "tied to the embedding" if to_embedding else "dense emission",
             name,
@@ -214,8 +199,7 @@ def structures() -> dict[str, Case]:
             vocab=3,
             states=4,
             tied_transition=tied_steps,
-            present=presence[(number + number // 6) % 5],
-            monarch=monarch,
+            present=presence[(number + number // 4) % 5],
             tied_to_embedding=to_embedding,
             **CONTEXTS[name],
         )
@@ -226,11 +210,8 @@ STRUCTURES = structures()
 
 EVERYTHING = {
     "states": 4,
-    "monarch": True,
     "tied_to_embedding": True,
     "context": 1.0,
-    "gate": 1.0,
-    "low_rank": 1.0,
     "copies": 1.0,
 }
 
@@ -271,18 +252,10 @@ STRUCTURED = {
     "hard zeros, everything": hard_zero_case(
         312, batch=6, length=3, observed="none", tied_transition=False, **EVERYTHING
     ),
-    "hard zeros, dense, gate and low rank": hard_zero_case(
-        313, batch=6, length=3, observed="none", states=4, gate=1.0, low_rank=1.0, copies=1.0
-    ),
-    "hard zeros, monarch": hard_zero_case(
-        314, batch=6, observed="none", states=4, length=3, monarch=True
+    "hard zeros, copies": hard_zero_case(
+        313, batch=6, length=3, observed="none", states=4, copies=1.0
     ),
     "hard zeros, top 2": hard_zero_case(315, batch=6, observed="none", top_k=2),
-    "monarch over hundreds of nats": random_case(
-        316, batch=6, length=3, states=4, monarch=True, spread=100.0
-    ),
-    "strong gate": random_case(317, batch=6, length=3, states=4, gate=100.0),
-    "strong low rank": random_case(318, batch=6, length=3, states=4, low_rank=100.0),
     "strong copies": random_case(321, batch=6, length=3, states=4, copies=100.0),
     "strong everything": random_case(
         319, batch=6, length=3, **(EVERYTHING | dict.fromkeys(CONTEXTS["all of them"], 60.0))
@@ -362,59 +335,14 @@ def nearly_forced_state_case() -> Case:
     return case
 
 
-def _log(matrix: torch.Tensor, floor: float) -> torch.Tensor:
-    """Log-potentials that are 0 where `matrix` is 1 and `floor` where it is 0."""
-    return torch.where(matrix.bool(), 0.0, floor)
-
-
-def monarch_underflow_case(floor: float = -120.0) -> Case:
-    """Monarch factors that keep the state as it is; late evidence contradicts the likely start."""
-    case = random_case(43, batch=3, length=3, vocab=2, observed="none", spread=0.3, states=4)
-    case.transition = None
-    stay = _log(torch.eye(2), floor)
-    # left[a, b, d] keeps b, right[d, a, c] keeps a
-    case.left, case.right = (stay[None, None].repeat(1, 2, 1, 1) for _ in range(2))
-    context = torch.zeros(3, 3, 4)
-    context[0, 2] = torch.tensor([-300.0, -300.0, -300.0, 0.0])
-    context[0, 0] = torch.tensor([0.0, -200.0, -200.0, -130.0])
-    context[1, 1] = torch.tensor([0.0, -90.0, -300.0, -400.0])
-    context[1, 2] = torch.tensor([-500.0, 0.0, -30.0, -120.0])
-    case.options["context"] = context
-    return case
-
-
-def gate_underflow_case() -> Case:
-    """A gate all but closes the way between two groups that the evidence asks for."""
-    case = random_case(44, batch=3, length=3, vocab=2, observed="none", spread=0.3, states=4)
-    case.gate = torch.zeros(3, 3, 2, 2)
-    case.gate[0] = _log(torch.eye(2), -150.0)
-    case.gate[1, 2] = torch.tensor([[-300.0, -310.0], [-150.0, -500.0]])
-    context = torch.zeros(3, 3, 4)
-    context[:2, 0] = torch.tensor([0.0, 0.0, -120.0, -120.0])
-    context[:2, 2] = torch.tensor([-200.0, -200.0, 0.0, 0.0])
-    case.options["context"] = context
-    return case
-
-
-def low_rank_underflow_case() -> Case:
-    """The only way to where the evidence is leads through a term hundreds of nats smaller."""
+def copies_underflow_case() -> Case:
+    """The only way to where the evidence is leads through copy states hundreds of nats away."""
     case = random_case(45, batch=3, length=3, vocab=2, observed="none", spread=0.3, states=4)
-    case.transition = _log(torch.eye(4), -torch.inf)[None]
-    case.before = torch.full((3, 3, 2, 4), -150.0)
-    case.after = torch.zeros(3, 3, 2, 4)
-    case.before[1] = torch.tensor([-400.0, -300.0, -200.0, 100.0])
-    case.after[1, :, 1] = torch.tensor([-300.0, 0.0, -100.0, -50.0])
+    case.transition = torch.where(torch.eye(4).bool(), 0.0, -torch.inf)[None]
     context = torch.zeros(3, 3, 4)
     context[:, 0] = torch.tensor([0.0, -300.0, -300.0, -400.0])
     context[:, 2] = torch.tensor([-400.0, -300.0, 0.0, -300.0])
     case.options["context"] = context
-    return case
-
-
-def copies_underflow_case() -> Case:
-    """The only way to where the evidence is leads through copy states hundreds of nats away."""
-    case = low_rank_underflow_case()
-    case.before = case.after = None
     case.copied = torch.tensor([0, 1]).repeat(3, 1)
     case.start = torch.full((3, 3, 2), -150.0)
     case.start[1, :, 0] = -500.0
@@ -426,16 +354,6 @@ def copies_underflow_case() -> Case:
     return case
 
 
-def small_transitions_without_low_rank_case() -> Case:
-    """The low-rank term is zero where the transitions are far below one: they are all there is."""
-    case = random_case(46, batch=3, length=3, vocab=2, observed="none", states=4)
-    case.transition = case.transition - 200
-    case.before = torch.full((3, 3, 1, 4), -torch.inf)
-    case.after = torch.zeros(3, 3, 1, 4)
-    case.before[1] = -205.0
-    return case
-
-
 AWKWARD = {
     "rows that underflow and rows that do not": underflow_case(),
     "a state that falls behind early and wins late": slow_loss_case(),
@@ -443,11 +361,7 @@ AWKWARD = {
     "a ruled-out state that would have won": ruled_out_winner_case(),
     "a forced state that the backbone all but rules out": forced_state_case(),
     "a forced state with denormal evidence": nearly_forced_state_case(),
-    "monarch factors that forbid what the evidence asks for": monarch_underflow_case(),
-    "a gate that all but closes": gate_underflow_case(),
-    "a tiny low-rank term that is the only way": low_rank_underflow_case(),
     "a tiny copied step that is the only way": copies_underflow_case(),
-    "tiny transitions and no low-rank term": small_transitions_without_low_rank_case(),
 }
 
 ALL = CASES | AWKWARD

@@ -82,7 +82,7 @@ def test_leave_one_out_takes_a_token_as_it_was_predicted_in_an_earlier_pass():
     case = random_case(8, observed="none")
     case.initial, case.transition, case.emission = (
         earlier.potentials.initial,
-        earlier.potentials.transition.dense(),
+        earlier.potentials.transition.log_potential,
         earlier.potentials.emission.dense(),
     )
     mixed = random_case(8, observed="none")

@@ -7,9 +7,7 @@ from cases import random_case
 from codd_hf.circuits import (
     Context,
     CoupledCategorical,
-    MonarchTransition,
     Potentials,
-    StepContext,
 )
 
 
@@ -29,6 +27,7 @@ def make(**changes):
         ({"observed": torch.zeros(1, 5).bool()}, r"`observed` must have shape \(2, 5\)"),
         ({"present": torch.zeros(5).bool()}, r"`present` must have shape \(2, 5\)"),
         ({"context": torch.zeros(2, 5, 4)}, r"`context` must have shape \(2, 5, 3\)"),
+        ({"context": Context(torch.zeros(2, 4, 3))}, r"`context` must have shape \(2, 5, 3\)"),
         ({"active": torch.zeros(2, 1).bool()}, r"`active` must have shape \(2,\)"),
         ({"forbidden": torch.zeros(5).bool()}, r"`forbidden` must have shape \(4,\)"),
         ({"temperature": 0.0}, r"`temperature` must be above 0, within 1e-06 to 1e[+]06, got 0.0"),
@@ -57,41 +56,6 @@ def test_a_wrong_argument_is_named(changes, message):
         make(**changes)
 
 
-@pytest.mark.parametrize(
-    ("context", "message"),
-    [
-        (Context(torch.zeros(2, 4, 3)), r"`context` must have shape \(2, 5, 3\)"),
-        (
-            Context(steps=StepContext(gate=torch.zeros(2, 4, 3, 3))),
-            r"`context.steps.gate` must have shape \(2, 5, 3, 3\), got \(2, 4, 3, 3\)",
-        ),
-        (
-            Context(steps=StepContext(gate=torch.zeros(2, 5, 2, 2))),
-            r"`context.steps.gate` has 2 groups, which do not divide the 3 latent states",
-        ),
-        (
-            Context(steps=StepContext(low_rank=(torch.zeros(2, 5, 2, 3), torch.zeros(2, 4, 2, 3)))),
-            r"`context.steps.low_rank` must have shape \(2, 5, 2, 3\), got \(2, 4, 2, 3\)",
-        ),
-        (
-            Context(steps=StepContext(low_rank=(torch.zeros(2, 5, 2, 3), torch.zeros(2, 5, 1, 3)))),
-            r"`context.steps.low_rank`",
-        ),
-    ],
-)
-def test_a_context_of_a_wrong_shape_is_named(context, message):
-    with pytest.raises(ValueError, match=message):
-        make(context=context)
-
-
-def test_a_gate_of_monarch_steps_must_divide_the_halves_of_the_states():
-    monarch = MonarchTransition(torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2))
-    circuit = Potentials(torch.zeros(4), monarch, torch.zeros(1, 4, 4))
-    context = Context(steps=StepContext(gate=torch.zeros(2, 5, 4, 4)))
-    with pytest.raises(ValueError, match=r"4 groups, .* the 2 halves of the latent states"):
-        make(potentials=circuit, context=context)
-
-
 def test_ids_at_positions_that_are_not_observed_do_not_matter():
     make(tokens=torch.full((2, 5), -100))
 
@@ -114,11 +78,9 @@ def test_condition_names_a_wrong_shape_and_a_wrong_id():
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
-@pytest.mark.parametrize("name", ["logits", "context", "gate", "before", "after"])
+@pytest.mark.parametrize("name", ["logits", "context"])
 def test_nan_from_the_backbone_is_an_error(name, top_k):
-    case = random_case(
-        110, states=4, observed="none", context=1.0, gate=1.0, low_rank=1.0, top_k=top_k
-    )
+    case = random_case(110, states=4, observed="none", context=1.0, top_k=top_k)
     case.leaves()[name][1, 2, 0] = torch.nan
     with pytest.raises(ValueError, match="hold NaN"):
         _ = case.distribution().log_partition

@@ -117,7 +117,7 @@ def test_forbidden_tokens_get_nothing_of_the_rest_whatever_the_circuits_law(rows
 @pytest.mark.parametrize("untied", [False, True])
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_bounds_hold_the_exact_log_partition_of_the_full_prediction(k, untied):
-    everything = {"states": 4, "gate": 1.0, "low_rank": 1.0, "context": 1.0}
+    everything = {"states": 4, "copies": 1.0, "context": 1.0}
     for seed in range(20):
         case = random_case(
             410 + seed, tied_emission=not untied, present="interior", top_k=k, **everything

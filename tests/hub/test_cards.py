@@ -27,7 +27,6 @@ def test_card_describes_the_circuit_as_it_is(tmp_path):
     head = random_head(
         num_latents=9,
         window_length=5,
-        structure="monarch",
         tie_emissions=False,
         conditioning=["latent"],
         context_size=16,
@@ -41,7 +40,7 @@ def test_card_describes_the_circuit_as_it_is(tmp_path):
         "| latent states | 9 |",
         "| window | 5 tokens |",
         "| vocabulary | 12 tokens |",
-        "| transitions | monarch, the same at all positions |",
+        "| transitions | the same at all positions |",
         "| emissions | dense, one for each position |",
         "| conditioning on the backbone | latent |",
         "| marginal correction (`alpha`) | 0.25 |",

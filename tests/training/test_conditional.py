@@ -78,10 +78,8 @@ def test_fit_improves_the_held_out_gain_and_leaves_the_backbone_as_it_was(tiny_t
     "changes",
     [
         {"conditioning": ["latent"]},
-        {"conditioning": ["gate"], "num_gate_groups": 2},
-        {"conditioning": ["low_rank"], "noise_conditioning": True},
+        {"conditioning": ["latent"], "noise_conditioning": True},
         {"conditioning": ["copy"], "copy_length": 6},
-        {"conditioning": ["latent"], "structure": "monarch", "num_latents": 9},
         {"conditioning": ["latent"], "emission": "tied", "emission_rank": 8},
     ],
     ids=str,

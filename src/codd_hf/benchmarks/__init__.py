@@ -17,7 +17,6 @@ BENCHMARKS = {
     "end-to-end": "CoDDPipeline against diffusers' LLaDA2Pipeline on one backbone",
     "memory": "peak extra memory of a head step",
     "scaling": "head step against batch, window, states and vocabulary",
-    "structures": "the chain against its number of states, dense and Monarch transitions",
 }
 
 

@@ -13,7 +13,7 @@ from .evidence import DenseEvidence
 from .grouped import GroupedEvidence, TokenGroups, group_tokens
 from .potentials import Potentials, occupancy, token_marginal
 from .topk import TopKEvidence
-from .transitions import DenseTransition, MonarchTransition, StepContext
+from .transitions import StepTransitions
 
 __all__ = [
     "Context",
@@ -22,12 +22,10 @@ __all__ = [
     "CoupledCategorical",
     "DenseEmission",
     "DenseEvidence",
-    "DenseTransition",
     "GroupedEvidence",
-    "MonarchTransition",
     "Potentials",
     "Preceding",
-    "StepContext",
+    "StepTransitions",
     "TiedEmission",
     "TokenGroups",
     "TopKEvidence",

@@ -3,9 +3,6 @@ r"""Context: how the backbone's hidden states steer the circuit (CoDD, Appendix 
 Every map only rescales potentials or adds latents, so every query stays exact:
 
 - *latent*: a factor `c_i(z) = exp(W x_i + b)_z` on the latents of every position;
-- *gate*: a factor `exp(G x_i)[group(z), group(z')]` on the transitions into position `i`, within
-  `exp(4)` of 1;
-- *low_rank*: a sum `sum_r a_r(x_i) b_r(x_i)^T` added to the transitions into position `i`;
 - *copy*: a copy state for each token before the window (`copies.py`), begun with weight
   `exp(q(x_i) . k(y_j) + b)` and followed by the next one with `exp(q'(x_i) . k'(y_j) + b')`; `y_j`
   is the hidden state that predicts that token.
@@ -17,20 +14,13 @@ for, the noise level. All maps start as no-ops.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .copies import CopyStates
-from .transitions import StepContext
-
-GATE_LIMIT = 4.0
-"""Largest absolute value of a gate, in nats (reached smoothly, as a tanh)."""
-
-LOW_RANK_LIMIT = 2.0
-"""Largest `log a_r` of a low-rank term; `b_r` is a law over the states."""
 
 COPY_LIMIT = 4.0
 """Largest log-weight of beginning to copy, and of following."""
@@ -47,9 +37,6 @@ SUGGESTED_STATES = 8
 LARGEST_WEIGHT = 12.0
 """Largest log-potential with which a copy state emits its token."""
 
-NO_OP_LOG_SCALE = -16.0
-"""Log of the mass that an untrained low-rank term adds to the transitions."""
-
 COPY_START = -3.0
 """Log-weight of beginning to copy at which a fit begins (from a no-op it would take long)."""
 
@@ -60,12 +47,10 @@ class Context:
 
     Attributes:
         latent: `[B, L, H]`, log of a factor on the latents at every position.
-        steps: what happens to the transitions.
         copies: further latents that copy the tokens before the windows.
     """
 
     latent: torch.Tensor | None = None
-    steps: StepContext = field(default_factory=StepContext)
     copies: CopyStates | None = None
 
 
@@ -125,11 +110,9 @@ class ContextMaps(nn.Module):
     """The maps from hidden states to [`Context`].
 
     Args:
-        conditioning: any of `"latent"`, `"gate"`, `"low_rank"`, `"copy"`.
+        conditioning: any of `"latent"`, `"copy"`.
         context_size: size `d` of the hidden states.
         num_latents: number of latent states `H`.
-        num_gate_groups: number of groups `G` of the gate; equal stretches of the latents.
-        transition_rank: rank `r` of the low-rank term.
         noise_conditioning: the share of the window that is masked is an input as well.
         copy_size: size of the queries and keys of `"copy"`.
         vocab_size: number of tokens, for `"copy"`.
@@ -140,25 +123,14 @@ class ContextMaps(nn.Module):
         conditioning: list[str],
         context_size: int,
         num_latents: int,
-        num_gate_groups: int,
-        transition_rank: int,
         noise_conditioning: bool,
         copy_size: int = 64,
         vocab_size: int = 0,
     ):
         super().__init__()
         self.noise_conditioning = noise_conditioning
-        self.shapes = {
-            "latent": (num_latents,),
-            "gate": (num_gate_groups, num_gate_groups),
-            "before": (transition_rank, num_latents),
-            "after": (transition_rank, num_latents),
-        }
         size = context_size + (2 if noise_conditioning else 0)
-        names = [n for n in ("latent", "gate") if n in conditioning]
-        names += ["before", "after"] if "low_rank" in conditioning else []
-        for name in names:
-            setattr(self, name, HeadLinear(size, int(torch.Size(self.shapes[name]).numel())))
+        self.latent = HeadLinear(size, num_latents) if "latent" in conditioning else None
         self.copies = "copy" in conditioning
         if self.copies:
             self.query = HeadLinear(size, copy_size, bias=False)
@@ -180,8 +152,8 @@ class ContextMaps(nn.Module):
         """Makes every map a no-op; what transformers has loaded from a file stays."""
         for name, map_ in self.named_children():
             if map_.bias is not None:
-                _fill(map_.bias, NO_OP_LOG_SCALE if name == "before" else 0)
-            if name in ("latent", "gate"):
+                _fill(map_.bias, 0)
+            if name == "latent":
                 _fill(map_.weight, 0)
             elif not _is_loaded(map_.weight):  # ranks must differ for their gradients to differ
                 map_.weight.normal_(std=0.02)
@@ -236,17 +208,11 @@ class ContextMaps(nn.Module):
             level = (masked.sum(1) / length).to(inputs.dtype)
             level = torch.stack((level, level * level), -1)[:, None]
             inputs = torch.cat((inputs, level.expand(-1, inputs.shape[1], -1)), -1)
-        names = [n for n in ("latent", "gate", "before", "after") if hasattr(self, n)]
-        maps = {n: getattr(self, n)(inputs).unflatten(-1, self.shapes[n]) for n in names}
-        gate = low_rank = copies = None
-        if "gate" in maps:
-            gate = GATE_LIMIT * (maps["gate"] / GATE_LIMIT).tanh()
-        if "before" in maps:
-            low_rank = (_below(LOW_RANK_LIMIT, maps["before"]), maps["after"].log_softmax(-1))
+        latent = None if self.latent is None else self.latent(inputs)
+        copies = None
         if self.copies:
             copies = self._copy_states(inputs, preceding, log_marginal, alpha)
-        steps = StepContext(gate, low_rank, GATE_LIMIT, LOW_RANK_LIMIT)
-        return Context(maps.get("latent"), steps, copies)
+        return Context(latent, copies)
 
     def _copy_states(self, inputs, preceding: Preceding, log_marginal, alpha) -> CopyStates:
         hidden = preceding.hidden.to(inputs.dtype)

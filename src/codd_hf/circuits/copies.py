@@ -23,7 +23,7 @@ import torch
 
 from .lazy import cached_property
 from .numerics import logsumexp, safe_log
-from .transitions import Steps
+from .transitions import StepTransitions
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,14 @@ class CopyStates:
 
 
 class CopySteps:
-    """Transitions over `H + J` states; the interface is that of [`Steps`].
+    """Transitions over `H + J` states; the interface is that of [`StepTransitions`].
 
     Args:
         inner: the transitions between the states of the circuit.
         copies: the copy states.
     """
 
-    def __init__(self, inner: Steps, copies: CopyStates):
+    def __init__(self, inner: StepTransitions, copies: CopyStates):
         self.inner = inner
         self.copies = copies
         self.batch, length, _ = copies.start.shape
@@ -117,8 +117,8 @@ class CopySteps:
         self.num_latents = copies.emitted.shape[-1]
 
     @cached_property
-    def spread(self) -> float:
-        """As that of `Steps`, for the entries that every state has.
+    def log_range(self) -> float:
+        """As that of `StepTransitions`, for the entries that every state has.
 
         Following a copy state is an entry of one state alone. If that state's mass was rounded to
         zero, the next one can still be begun anew, from any state, which is not rarer than that.
@@ -128,11 +128,11 @@ class CopySteps:
         low, high = self.copies.limits
         fewest, most = self.inner.row_sums
         smallest, largest = self.inner.bounds
-        spread = max(largest, high + max(most, 0.0)) - min(smallest, low + fewest)
-        return spread if spread == spread else math.inf
+        log_range = max(largest, high + max(most, 0.0)) - min(smallest, low + fewest)
+        return log_range if log_range == log_range else math.inf
 
     def log_scales(self, length: int, batch: int) -> torch.Tensor:
-        """As those of `Steps`."""
+        """As those of `StepTransitions`."""
         return self.scale[1:].repeat(1, batch // self.scale.shape[1])
 
     def _split(self, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,31 +144,31 @@ class CopySteps:
         return torch.cat((own, copied), -1).transpose(0, 1).flatten(0, 1)
 
     def _through(self, move, vector: torch.Tensor, position: int) -> torch.Tensor:
-        """`inner.push` or `inner.pull` of `[B, S, H]`."""
+        """`inner.forward` or `inner.backward` of `[B, S, H]`."""
         moved = move(vector.transpose(0, 1).flatten(0, 1), position)
         return moved.unflatten(0, (-1, self.batch)).transpose(0, 1)
 
-    def push(self, message: torch.Tensor, position: int) -> torch.Tensor:
+    def forward(self, message: torch.Tensor, position: int) -> torch.Tensor:
         own, copied = self._split(message)
-        moved = self._through(self.inner.push, torch.baddbmm(own, copied, self.left), position)
+        moved = self._through(self.inner.forward, torch.baddbmm(own, copied, self.left), position)
         entered = (moved @ self.emitted.transpose(1, 2)) * self.start[position]
         entered[..., 1:].addcmul_(copied[..., :-1], self.follow[position])
         return self._joined(moved * self.share[position], entered)
 
-    def pull(self, weights: torch.Tensor, position: int) -> torch.Tensor:
+    def backward(self, weights: torch.Tensor, position: int) -> torch.Tensor:
         own, copied = self._split(weights)
         entered = copied * self.start[position]
         own = torch.baddbmm(own * self.share[position], entered, self.emitted)
-        moved = self._through(self.inner.pull, own, position)
+        moved = self._through(self.inner.backward, own, position)
         left = moved @ self.left.transpose(1, 2)
         left[..., :-1].addcmul_(copied[..., 1:], self.follow[position])
         return self._joined(moved, left)
 
-    def into(self, state: torch.Tensor, position: int) -> torch.Tensor:
+    def column(self, state: torch.Tensor, position: int) -> torch.Tensor:
         """`A'(., state)`, `[S, B, H + J]`, up to the scale, of states `[S, B]`."""
         size = self.num_latents + self.copies.tokens.shape[1]
         one_hot = torch.nn.functional.one_hot(state, size).to(self.emitted.dtype)
-        return self.pull(one_hot.flatten(0, 1), position).unflatten(0, state.shape)
+        return self.backward(one_hot.flatten(0, 1), position).unflatten(0, state.shape)
 
     def log_matrix(self, position: int, rows: torch.Tensor | None = None) -> torch.Tensor:
         """`[n, H + J, H + J]`, for `rows` or all; sums over states in float64."""
@@ -197,9 +197,9 @@ class CopySteps:
         return self._log_matrix_anew(0).transpose(1, 2).contiguous()
 
     def best_into(self, score: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """As that of `Steps`."""
+        """As that of `StepTransitions`."""
         inner = self.inner
-        if inner.by_position or inner.transition.num_steps > 1:
+        if inner.num_steps > 1:
             into = self._log_matrix_anew(position).transpose(1, 2)
         else:
             into = self._log_matrix_into

@@ -14,7 +14,6 @@ import torch
 from .evidence import hard_evidence
 from .potentials import Potentials
 from .recursions.chain import Chain, forward_filter
-from .transitions import Steps
 
 
 @dataclass
@@ -37,7 +36,7 @@ def log_likelihood(
 ) -> torch.Tensor:
     """`log p_w(x)`, `[B]`, of tokens `[B, L]`; absent positions are skipped."""
     evidence = hard_evidence(potentials.emission, tokens)
-    chain = Chain.start(potentials.initial, Steps(potentials.transition), evidence, present)
+    chain = Chain.start(potentials.initial, potentials.transition, evidence, present)
     return forward_filter(chain).log_partition
 
 
@@ -57,7 +56,7 @@ def maximise(potentials: Potentials, counts: Counts, prior: Counts) -> Potential
     """M-step: the normalised circuit with these counts.
 
     Args:
-        potentials: gives the structure.
+        potentials: gives the kind of emissions.
         counts: expected counts.
         prior: pseudo-counts (broadcast), so that nothing becomes impossible for ever.
     """

@@ -56,10 +56,7 @@ class EmissionSummary:
 
     @cached_property
     def needs_repair(self) -> bool:
-        """Whether soft evidence could underflow: some state likes some tokens so much more.
-
-        Looks at the data once; ask before compiling or capturing what uses the summary.
-        """
+        """Whether soft evidence could underflow: some state likes some tokens so much more."""
         spread = self.log_max - self.log_min  # NaN for a state that emits nothing: rather repair
         return not bool((spread.exp() < 1 / UNDERFLOW).all())
 
@@ -186,7 +183,6 @@ class DenseEvidence:
         positions: torch.Tensor,
         summary: EmissionSummary | None = None,
         repair: bool = True,
-        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Exact `log s(z)`, `[N, H]`, of a batch of `N` predictions; differentiable.
 
@@ -196,9 +192,6 @@ class DenseEvidence:
             summary: of this emission, if at hand: saves a pass over it.
             repair: whether sums that underflow are repeated in log space, which makes the work
                 depend on the data. Nothing is lost by False where `summary.needs_repair` is False.
-            dtype: of the operands of each product, such as `torch.bfloat16` (errors of about
-                1e-2, relative); what products add up to is held in float32. Default: float32, or
-                float64 if an input is.
         """
         if summary is None:
             summary = summarise(emission)
@@ -207,10 +200,10 @@ class DenseEvidence:
         rows_of, sums = [], []
         for position, rows in _by_position(emission, positions):
             scale = summary.scale(position).to(phi.dtype)
-            if dtype is None and summary.holds_factors(phi.dtype):
+            if summary.holds_factors(phi.dtype):
                 product = phi[rows] @ summary.factors.T
             else:
-                product = _sum_over_tokens(emission, phi[rows], position, scale, dtype)
+                product = _sum_over_tokens(emission, phi[rows], position, scale)
             rows_of.append(rows)
             sums.append((product, scale.expand_as(product)))
         product, scale = (_in_order(rows_of, parts) for parts in zip(*sums, strict=True))
@@ -347,15 +340,11 @@ def emission_factors(log_emission: torch.Tensor, scale: torch.Tensor) -> torch.T
     return exp_of_difference(log_emission.to(scale.dtype), scale[:, None])
 
 
-def _sum_over_tokens(emission, weights, position: int, scale, dtype) -> torch.Tensor:
+def _sum_over_tokens(emission, weights, position: int, scale) -> torch.Tensor:
     """`sum_v weights(v) E(z, v) exp(-scale(z))`, `[N, H]`, of weights `[N, V]`."""
 
     def part_of_sum(weights, log_emission, scale):
-        factors = emission_factors(log_emission, scale).T
-        if dtype is None:
-            return weights @ factors
-        product = weights.to(dtype) @ factors.to(dtype)
-        return product.to(weights.dtype)
+        return weights @ emission_factors(log_emission, scale).T
 
     width = product_width(emission)
     total = weights.new_zeros(len(weights), emission.num_latents)

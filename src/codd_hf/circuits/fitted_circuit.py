@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import DenseTransition, MonarchTransition, Potentials, fit_tied, token_marginal
+from . import Potentials, fit_tied, token_marginal
 
 
 class FittedCircuit:
@@ -16,8 +16,7 @@ class FittedCircuit:
     ) -> None:
         """Takes over a fitted circuit.
 
-        A head with another structure takes over what of it fits: Monarch transitions the closest
-        law of the two halves of a step, tied emissions the least-squares fit of the logarithms.
+        Tied emissions take over the least-squares fit of the logarithms.
 
         Args:
             potentials: a normalised circuit, before any correction.
@@ -33,15 +32,7 @@ class FittedCircuit:
         self.token_marginal.copy_(marginal)
         self.config.alpha = alpha
         self.initial.copy_(corrected.initial)
-        transition = corrected.transition
-        if self.config.structure == "monarch" and isinstance(transition, DenseTransition):
-            transition = MonarchTransition.from_dense(transition.log_potential)
-        elif self.config.structure == "dense":
-            transition = DenseTransition(transition.dense())
-        for parameter, value in zip(
-            self._transition_parameters(), transition.tensors(), strict=True
-        ):
-            _copy(parameter, value)
+        _copy(self.transition, corrected.transition.log_potential)
         if self.config.emission == "tied":
             fitted = fit_tied(
                 corrected.emission.dense()[0],
@@ -78,7 +69,7 @@ class FittedCircuit:
         tied = self.config.emission == "tied"
         for parameter in (self.emission_latents, self.emission_bias) if tied else (self.emission,):
             parameter.mul_(emission_power)
-        for parameter in (self.initial, *self._transition_parameters()):
+        for parameter in (self.initial, self.transition):
             parameter.copy_((parameter * transition_power).log_softmax(-1))
 
 

@@ -124,8 +124,7 @@ class GroupedEvidence(TopKEvidence):
             ValueError: `k` is out of range, or the groups' law gives mass to forbidden tokens.
         """
         law = groups.log_marginal
-        looked_at = forbidden is not None and not torch.compiler.is_compiling()
-        if looked_at and gives_mass_to(law, forbidden):
+        if forbidden is not None and gives_mass_to(law, forbidden):
             raise ValueError(
                 "The law of `groups` gives mass to `forbidden` tokens: make the groups with a law "
                 "that does not (`Potentials.law_of_rest`)."

@@ -94,7 +94,7 @@ def sure_where(
         log_probs: the log-probabilities.
         ours: whether they may be changed in place.
     """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and log_probs.requires_grad):
+    if torch.is_grad_enabled() and log_probs.requires_grad:
         return torch.where(where[..., None], sure_of(tokens, log_probs), log_probs)
     at = where.nonzero(as_tuple=True)
     if not len(at[0]):
@@ -112,7 +112,7 @@ def sure_of(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def log_softmax(x: torch.Tensor) -> torch.Tensor:
     """`log_softmax` over the last axis; a row that is -inf throughout stays so, not NaN."""
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+    if torch.is_grad_enabled() and x.requires_grad:
         total = logsumexp(x, -1).unsqueeze(-1)
         return x - total.masked_fill(total == -torch.inf, 0)
     result = x.log_softmax(-1)  # one fused pass

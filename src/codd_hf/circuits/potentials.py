@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..checks.arguments import as_tensor, shown
-from .emissions import DenseEmission, Emission
+from .emissions import DenseEmission, Emission, TiedEmission
 from .evidence import ONE_PRODUCT, EmissionSummary, summarise, with_factors
 from .grouped import TokenGroups, group_tokens
 from .lazy import cached_property
 from .topk import gives_mass_to, law_of_rest
-from .transitions import DenseTransition, Transition
+from .transitions import StepTransitions
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Potentials:
 
     Attributes:
         initial: `[H]`.
-        transition: a structure, or a tensor `[1, H, H]` or `[L-1, H, H]`, row = previous state.
+        transition: the steps, or a tensor `[1, H, H]` or `[L-1, H, H]`, row = previous state.
         emission: emissions, or a tensor `[1, H, V]` or `[L, H, V]`.
         log_marginal: `[1 or L, V]`, log of the (normalised) law by which a top-k prediction's
             remaining mass is spread; needed with top-k evidence only.
@@ -37,14 +37,14 @@ class Potentials:
     """
 
     initial: torch.Tensor
-    transition: Transition
+    transition: StepTransitions
     emission: Emission
     log_marginal: torch.Tensor | None = None
     lasting: bool = False
 
     def __post_init__(self):
         if isinstance(self.transition, torch.Tensor):
-            object.__setattr__(self, "transition", DenseTransition(self.transition))
+            object.__setattr__(self, "transition", StepTransitions(self.transition))
         if isinstance(self.emission, torch.Tensor):
             object.__setattr__(self, "emission", DenseEmission(self.emission))
         if not isinstance(self.initial, torch.Tensor):
@@ -54,11 +54,12 @@ class Potentials:
             raise ValueError(f"`initial` must have shape [H], got {tuple(self.initial.shape)}.")
         for name in ("transition", "emission"):
             part = getattr(self, name)
-            if not hasattr(part, "tensors"):
+            if not isinstance(part, StepTransitions | DenseEmission | TiedEmission):
                 raise TypeError(f"`{name}` must be a tensor, got {shown(part)}.")
-            for tensor in part.tensors():
+            step = isinstance(part, StepTransitions)
+            for tensor in [part.log_potential] if step else part.tensors():
                 as_tensor(name, tensor, float)
-            if isinstance(part, DenseTransition | DenseEmission):
+            if not isinstance(part, TiedEmission):
                 shape = tuple(part.log_potential.shape)
                 square = name == "emission" or shape[-2:-1] == shape[-1:]
                 if len(shape) != 3 or not square or 0 in shape:
@@ -99,16 +100,12 @@ class Potentials:
 
     def token_groups_without(self, forbidden: torch.Tensor | None) -> TokenGroups:
         """`token_groups` by `law_of_rest`, which is mostly `log_marginal` itself."""
-        if torch.compiler.is_compiling():
-            return self.token_groups
         law = self.law_of_rest(forbidden)
         same = law is self.log_marginal
         return self.token_groups if same else group_tokens(self.emission, law, self.summary)
 
     def law_of_rest(self, forbidden: torch.Tensor | None) -> torch.Tensor:
         """`log_marginal` without some tokens, `[V]` bool; itself if it gives them nothing."""
-        if torch.compiler.is_compiling():
-            return law_of_rest(self.log_marginal, forbidden)
         if forbidden is None or self._known_to_be_without(forbidden):
             return self.log_marginal
         if gives_mass_to(self.log_marginal, forbidden):
@@ -124,18 +121,15 @@ class Potentials:
 
     def leaves(self) -> tuple[torch.Tensor, ...]:
         """The tensors of log-potentials that the circuit is made of."""
-        return (self.initial, *self.transition.tensors(), *self.emission.tensors())
+        return (self.initial, self.transition.log_potential, *self.emission.tensors())
 
     def with_leaves(self, leaves: Sequence[torch.Tensor]) -> Potentials:
         """A circuit of the same structure from other tensors, in the order of `leaves()`."""
-        split = len(leaves) - len(self.emission.tensors())
-        return Potentials(
-            leaves[0], type(self.transition)(*leaves[1:split]), type(self.emission)(*leaves[split:])
-        )
+        return Potentials(leaves[0], leaves[1], type(self.emission)(*leaves[2:]))
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`initial [H]`, `transition [1 or L-1, H, H]`, `emission [1 or L, H, V]`, all dense."""
-        return self.initial, self.transition.dense(), self.emission.dense()
+        return self.initial, self.transition.log_potential, self.emission.dense()
 
     def scaled_by_marginal(self, log_token_marginal: torch.Tensor, power: float) -> Potentials:
         """Multiplies the emissions `E_i(z, v)` by `u(v) ** power` (`theory`: marginal correction).
@@ -149,7 +143,7 @@ class Potentials:
 
 def occupancy(potentials: Potentials, length: int) -> torch.Tensor:
     """`[L, H]`: how likely a normalised circuit is to be in each state, no token being known."""
-    transition = potentials.transition.dense().exp()
+    transition = potentials.transition.log_potential.exp()
     state = potentials.initial.exp()
     states = [state]
     for i in range(1, length):

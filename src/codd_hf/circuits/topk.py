@@ -10,8 +10,7 @@ Soft evidence then needs `k` columns of the emission instead of all `V`:
     s(z) = \sum_{v in T} phi(v) E(z, v) + r (U(z) - \sum_{v in T} u(v) E(z, v)) / (1 - u(T)),
 
 with `U(z) = \sum_v u(v) E(z, v)` computed once. It is exact when `k = V`, and otherwise within
-`soft_evidence_bounds`. All shapes are fixed by those of the inputs, so that the evidence can be
-compiled or captured in a graph.
+`soft_evidence_bounds`.
 """
 
 from __future__ import annotations
@@ -243,13 +242,9 @@ class TopKEvidence:
             scale: `[H]`.
             weights: `[N, n, k]`, what the tokens count in each sum.
         """
-        if torch.compiler.is_compiling():
-            tokens = self.indices.flatten()
-            place = torch.arange(len(tokens), device=self.device).view_as(self.indices)
-        else:
-            # Predictions share many of their tokens: these are read once, and in the order in which
-            # they lie in memory.
-            tokens, place = self.indices.unique(return_inverse=True)
+        # Predictions share many of their tokens: these are read once, and in the order in which
+        # they lie in memory.
+        tokens, place = self.indices.unique(return_inverse=True)
         number = min(max(slice_size(self.device) // max(len(tokens), 1), 1), STATES_AT_ONCE)
         sums = scale.new_empty(len(weights), weights.shape[1], emission.num_latents)
         for first in range(0, emission.num_latents, number):
@@ -347,7 +342,7 @@ def list_and_rest(
     """
     if not 1 <= k <= logits.shape[-1]:
         raise ValueError(f"`k` must be in [1, {logits.shape[-1]}], got {k}.")
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and logits.requires_grad):
+    if torch.is_grad_enabled() and logits.requires_grad:
         logits = scaled_logits(logits, temperature, forbidden)
         listed, indices = logits.topk(k, -1)
         others, shift = shifted_exp(logits.scatter(-1, indices, -torch.inf), -1)

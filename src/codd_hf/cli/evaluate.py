@@ -90,7 +90,7 @@ def _add_gap_arguments(parser: argparse.ArgumentParser) -> None:
         "validation data, with --dataset validation.jsonl --no-sequential",
     )
     parser.add_argument(
-        "--evidence-top-k",
+        "--evidence-size",
         type=int,
         help="how many of a prediction's likeliest tokens the circuits read; 0: all (default: each "
         "head's own)",
@@ -189,14 +189,14 @@ def _run_gap(args: argparse.Namespace) -> None:
         heads[name] = CoDDHead.from_pretrained(path)
     _check_measurable(pipeline)
     heads["fitted"] = pipeline.model.coupling_head
-    if args.evidence_top_k is not None and args.evidence_top_k < 0:
+    if args.evidence_size is not None and args.evidence_size < 0:
         raise ValueError(
-            f"`--evidence-top-k` must be 0 (all) or positive, got {args.evidence_top_k}."
+            f"`--evidence-size` must be 0 (all) or positive, got {args.evidence_size}."
         )
     for head in heads.values():
         head.to(pipeline.model.device)
-        if args.evidence_top_k is not None:
-            head.config.evidence_top_k = args.evidence_top_k
+        if args.evidence_size is not None:
+            head.config.evidence_size = args.evidence_size
         if args.evidence_groups is not None:
             head.config.evidence_groups = args.evidence_groups
     started = time.perf_counter()
@@ -222,7 +222,7 @@ def _run_gap(args: argparse.Namespace) -> None:
     facts = environment() | {
         "examples": len(examples),
         "evidence_temperature": args.evidence_temperature,
-        "evidence_top_k": heads["fitted"].evidence_top_k,
+        "evidence_size": heads["fitted"].evidence_size,
         "evidence_groups": heads["fitted"].config.evidence_groups,
         "seed": args.seed,
     }

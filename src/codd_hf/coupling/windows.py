@@ -152,7 +152,7 @@ class WindowsMixin:
         """The coupled distribution over `N` windows of a batch.
 
         Logits are projected at masked positions only. Without a head it is factorized. Large
-        vocabularies are read by their likeliest tokens (`CoDDHead.evidence_top_k`).
+        vocabularies are read by their likeliest tokens (`CoDDHead.evidence_size`).
 
         Args:
             states: the backbone's pass over `input_ids`.
@@ -210,7 +210,7 @@ class WindowsMixin:
                 temperature=temperature,
                 active=active,
                 preceding=preceding,
-                top_k=head.evidence_top_k,
+                top_k=head.evidence_size,
             )
         return CoupledCategorical(
             logits,

@@ -201,7 +201,7 @@ def _table(artifact: Artifact) -> str:
             ("latent states", f"{config.num_latents:,}"),
             ("window", f"{config.window_length} tokens"),
             ("vocabulary", f"{config.vocab_size:,} tokens"),
-            ("transitions", f"{config.structure}, {_shared(config.tie_transitions)}"),
+            ("transitions", _shared(config.tie_transitions)),
             ("emissions", f"{emissions}, {_shared(config.tie_emissions)}"),
             ("conditioning on the backbone", ", ".join(config.conditioning) or "none"),
             ("marginal correction (`alpha`)", f"{config.alpha:g}"),

@@ -279,13 +279,10 @@ class TrainConfig:
         num_layers: of a new backbone.
         num_latents: states of the circuit.
         window_length: tokens in a window.
-        structure: of the transitions, "dense" or "monarch".
         emission: "dense", or "tied" to the backbone's output embedding.
         emission_rank: rank of tied emissions.
-        conditioning: how the context steers the circuit, any of latent, gate, low_rank, copy;
-            none for a static circuit.
-        num_gate_groups: groups of states of the gate.
-        transition_rank: rank of the low-rank term.
+        conditioning: how the context steers the circuit, any of latent, copy; none for
+            a static circuit.
         noise_conditioning: the share of masked positions is an input of the conditioning too.
         alpha: power of the marginal correction.
         emission_power: emissions are flattened to this power before stage 3 (1: not).
@@ -326,12 +323,9 @@ class TrainConfig:
     num_layers: int = 4
     num_latents: int = 448
     window_length: int = 32
-    structure: str = "dense"
     emission: str = "dense"
     emission_rank: int = 128
     conditioning: list[str] = field(default_factory=lambda: ["latent", "copy"])
-    num_gate_groups: int = 16
-    transition_rank: int = 1
     noise_conditioning: bool = False
     alpha: float = 1.0
     emission_power: float = 0.8

@@ -199,7 +199,6 @@ def fit_stage_one(
         config.num_latents,
         config.generative,
         config.output_dir,
-        config.structure,
         log,
         resume_from_checkpoint=resume_from_checkpoint,
         checkpoints_total_limit=config.checkpoints_total_limit,
@@ -217,7 +216,6 @@ def fit_stage_one(
         vocab_size=model.config.vocab_size,
         num_latents=config.num_latents,
         window_length=config.window_length,
-        structure=config.structure,
         mask_token_id=mask_token_id,
         forbidden_token_ids=sorted({*forbidden, *beyond} - {mask_token_id}),
         base_model_name_or_path=None if config.trains_backbone else model.backbone.name_or_path,
@@ -239,7 +237,6 @@ def check_head_settings(config: TrainConfig) -> None:
         vocab_size=config.num_latents,
         num_latents=config.num_latents,
         window_length=config.window_length,
-        structure=config.structure,
         alpha=config.alpha,
         context_size=1,
         **_conditional_settings(config),
@@ -252,8 +249,6 @@ def _conditional_settings(config: TrainConfig) -> dict[str, Any]:
         "emission": config.emission,
         "emission_rank": config.emission_rank,
         "conditioning": config.conditioning,
-        "num_gate_groups": config.num_gate_groups,
-        "transition_rank": config.transition_rank,
         "noise_conditioning": config.noise_conditioning,
     }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ...checks.arguments import FACTORS, as_tensor, is_factor, number, shown
@@ -11,7 +9,6 @@ from ..conditioning import Context
 from ..evidence import DenseEvidence
 from ..potentials import Potentials
 from ..topk import TopKEvidence
-from ..transitions import MonarchTransition
 
 
 def check_shapes(
@@ -64,32 +61,12 @@ def check_shapes(
             )
     if isinstance(context, torch.Tensor):
         context = Context(context)
-    latent = gate = None
-    groups = 1
-    if context is not None:
-        latent, gate = context.latent, context.steps.gate
-        groups = 1 if gate is None else gate.shape[-1]
-        divided, what = potentials.num_latents, "latent states"
-        if isinstance(potentials.transition, MonarchTransition):
-            divided, what = math.isqrt(divided), "halves of the latent states"
-        if divided % groups:
-            raise ValueError(
-                f"`context.steps.gate` has {groups} groups, which do not divide the {divided} "
-                f"{what} evenly."
-            )
-        for part in context.steps.low_rank or ():
-            rank = context.steps.low_rank[0].shape[2]
-            expected = (batch, length, rank, potentials.num_latents)
-            if tuple(part.shape) != expected:
-                raise ValueError(
-                    f"`context.steps.low_rank` must have shape {expected}, got {tuple(part.shape)}."
-                )
+    latent = None if context is None else context.latent
     expected = {
         "tokens": (tokens, (batch, length)),
         "observed": (observed, (batch, length)),
         "present": (present, (batch, length)),
         "context": (latent, (batch, length, potentials.num_latents)),
-        "context.steps.gate": (gate, (batch, length, groups, groups)),
         "active": (active, (batch,)),
         "forbidden": (forbidden, (potentials.vocab_size,)),
     }

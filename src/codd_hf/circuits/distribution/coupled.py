@@ -66,13 +66,9 @@ class CoupledCategorical(Conditionals, Distribution):
             factor on them at every position; default none.
         active: `[B]` bool, False for rows that are to stay factorized; default all.
         temperature: the evidence temperature, which divides the logits.
-        forbidden: `[V]` bool, tokens that get zero potential at masked positions. In compiled code
-            with `top_k`, `potentials.log_marginal` must give them nothing already.
+        forbidden: `[V]` bool, tokens that get zero potential at masked positions.
         top_k: read logits by so many of their likeliest tokens, the remaining mass spread by
             `potentials.log_marginal`; 0 reads all, exactly.
-        evidence_dtype: of the operands of the products that read all tokens, such as
-            `torch.bfloat16` (relative errors of about 1e-2); sums are float32. Default: float32, or
-            float64 if the potentials are.
         grouped: with `top_k`, spread the remaining mass group by group (`GroupedEvidence`).
 
     Raises:
@@ -96,7 +92,6 @@ class CoupledCategorical(Conditionals, Distribution):
         temperature: float = 1.0,
         forbidden: torch.Tensor | None = None,
         top_k: int = 0,
-        evidence_dtype: torch.dtype | None = None,
         grouped: bool = False,
     ):
         given = isinstance(logits, torch.Tensor)
@@ -106,12 +101,6 @@ class CoupledCategorical(Conditionals, Distribution):
             logits, potentials, tokens, observed, present, context, active, temperature, forbidden
         )
         top_k = integer("top_k", top_k, least=0)
-        if evidence_dtype is not None and not (
-            isinstance(evidence_dtype, torch.dtype) and evidence_dtype.is_floating_point
-        ):
-            raise TypeError(
-                f"`evidence_dtype` must be a floating dtype, got {shown(evidence_dtype)}."
-            )
         self._own_law = isinstance(logits, TopKEvidence) and logits.log_marginal is not None
         listed = bool(top_k) if given else isinstance(logits, TopKEvidence)
         if listed and not self._own_law and potentials.log_marginal is None:
@@ -143,7 +132,6 @@ class CoupledCategorical(Conditionals, Distribution):
         self.forbidden = forbidden
         self.top_k = top_k
         self.grouped = grouped
-        self.evidence_dtype = evidence_dtype
         self._known_in_prediction = False
         super().__init__((batch,), (length,), validate_args=False)
         check_tokens("tokens", self.tokens, potentials.vocab_size)
@@ -254,7 +242,7 @@ class CoupledCategorical(Conditionals, Distribution):
         impossible = evidence == -torch.inf
         coupled = coupled[..., None] & ~impossible
         total = evidence.masked_fill(~coupled, 0)
-        in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        in_place = not torch.is_grad_enabled()
         if in_place:
             scores = self._prediction.given_latents(
                 self.potentials.emission, own, total[..., 0].to(self._dtype)
@@ -400,7 +388,6 @@ class CoupledCategorical(Conditionals, Distribution):
             "forbidden",
             "top_k",
             "grouped",
-            "evidence_dtype",
         ]
         kept = {name: getattr(self, name) for name in names}
         if self._all_present:
@@ -421,7 +408,7 @@ class CoupledCategorical(Conditionals, Distribution):
     def _check_tokens_left(self) -> None:
         """Raises a ValueError where no token is possible at a masked position."""
         none = self.masked & (self._log_phi.amax(-1) == -torch.inf)
-        if not torch.compiler.is_compiling() and bool(none.any()):
+        if bool(none.any()):
             raise ValueError(
                 f"`logits` leave no token possible in row {int(none.nonzero()[0, 0])}: `forbidden` "
                 "and `without` must leave one."

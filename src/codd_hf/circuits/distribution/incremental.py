@@ -93,7 +93,7 @@ class Revealing:
         if len(windows) < len(self.wanted):
             present = None if chain.present is None else chain.present[rows]
             chain = Chain(chain.steps.select(windows), chain.evidence[rows], present)
-        if not chain.is_safe:  # the past stands for both, and what meets it is 1
+        if not chain.cannot_underflow:  # the past stands for both, and what meets it is 1
             self._past[:, rows] = posterior(chain, forward_filter(chain)).transpose(0, 1)
             return
         weights = shifted_exp(chain.evidence, 2)[0].unbind(1)

@@ -12,7 +12,7 @@ from ..lazy import cached_property
 from ..numerics import sure_where
 from ..recursions import chain as chains
 from ..topk import TopKEvidence
-from ..transitions import Steps
+from ..transitions import StepTransitions
 
 
 class LatentChain:
@@ -39,12 +39,12 @@ class LatentChain:
             if not self.top_k:
                 prediction = DenseEvidence.from_logits(logits, *how)
                 undefined = prediction.log_probs[..., 0].isnan() & self.masked
-                if not torch.compiler.is_compiling() and bool(undefined.any()):
+                if bool(undefined.any()):
                     raise ValueError(
                         "`logits` hold NaN or infinity in row "
                         f"{int(undefined.nonzero()[0, 0])}: check what made them."
                     )
-                if not (torch.compiler.is_compiling() or prediction.log_probs.requires_grad):
+                if not prediction.log_probs.requires_grad:
                     self._known_in_prediction = True
                     self._sure_where_observed(prediction.log_probs, ours=True)
                 return prediction
@@ -75,13 +75,12 @@ class LatentChain:
             log_prob_of: what copied tokens are taken to have; default, the prediction's.
         """
         emission, wanted = self.potentials.emission, self.masked & self.active[:, None]
-        compiled = torch.compiler.is_compiling()
-        if isinstance(self._prediction, TopKEvidence) or compiled:
+        if isinstance(self._prediction, TopKEvidence):
             # Cheap enough to be computed everywhere, which keeps all shapes fixed.
             positions = torch.arange(wanted.shape[1], device=wanted.device).repeat(len(wanted))
             soft = evaluate(self._prediction.flat(), positions).to(self._dtype)
             evidence = soft.unflatten(0, wanted.shape)
-            if compiled or not bool(wanted.all()):
+            if not bool(wanted.all()):
                 hard = hard_evidence(emission, self.tokens).to(self._dtype)
                 evidence = torch.where(wanted[..., None], evidence, hard)
         else:
@@ -113,11 +112,9 @@ class LatentChain:
         """`[B, L, H + J]` log-evidence without context."""
         summary = self._summary
         emission = self.potentials.emission
-        exact = isinstance(self._prediction, DenseEvidence)
-        how = {"dtype": self.evidence_dtype} if exact else {}
         return self._soft_evidence(
             lambda prediction, positions: prediction.soft_evidence(
-                emission, positions, summary, repair=summary.needs_repair, **how
+                emission, positions, summary, repair=summary.needs_repair
             )
         )
 
@@ -126,8 +123,7 @@ class LatentChain:
         if not isinstance(self._prediction, TopKEvidence):
             return self.potentials.summary
         law = self._prediction.log_marginal
-        compiled = torch.compiler.is_compiling() and not self._own_law  # then taken to be the same
-        if compiled or law is self.potentials.log_marginal:
+        if law is self.potentials.log_marginal:
             return self.potentials.top_k_summary
         # Another law than the circuit's: what is kept with the circuit is not for it.
         return summarise(self.potentials.emission, law)
@@ -138,9 +134,8 @@ class LatentChain:
         return None if copies is None else copies.to(self._dtype)
 
     @cached_property
-    def _steps(self) -> Steps | CopySteps:
-        context = None if self.context is None else self.context.steps.map(self._cast)
-        steps = Steps(self.potentials.transition.to(self._dtype), context)
+    def _steps(self) -> StepTransitions | CopySteps:
+        steps = self.potentials.transition.to(self._dtype)
         return steps if self._copies is None else CopySteps(steps, self._copies)
 
     @cached_property
@@ -182,7 +177,7 @@ class LatentChain:
         self._filter, other._filter = both.copy(0, batch), both.copy(1, batch)
 
     def _checked(self, filtered: chains.Filter) -> chains.Filter:
-        if not torch.compiler.is_compiling() and bool(filtered.log_partition.isnan().any()):
+        if bool(filtered.log_partition.isnan().any()):
             raise ValueError(
                 "`logits`, `context` or the potentials hold NaN: check what made them."
             )
@@ -190,8 +185,6 @@ class LatentChain:
 
     def _check_possible(self) -> None:
         """Raises a ValueError where `Z` is zero: nothing can be divided by it."""
-        if torch.compiler.is_compiling():
-            return
         impossible = (self.active & (self.log_partition == -torch.inf)).nonzero()[:, 0].tolist()
         if impossible:
             raise ValueError(

@@ -26,9 +26,9 @@ from ..copies import CopySteps
 from ..lazy import cached_property
 from ..numerics import LOST_MASS, full_precision, logsumexp, normalised_exp, safe_log, shifted_exp
 from ..random import Generators, draw_categorical, uniform
-from ..transitions import Steps
+from ..transitions import StepTransitions
 
-SAFE_SPREAD = 32.0
+SAFE_RANGE = 32.0
 """Transitions whose entries are all within this many nats of the largest need no second look.
 
 What float32 rounds to zero in a step is then less than `exp(-87 + 32)` of the mass that is kept,
@@ -48,7 +48,7 @@ class Chain:
         present: `[B, L]` bool; None where all positions are.
     """
 
-    steps: Steps | CopySteps
+    steps: StepTransitions | CopySteps
     evidence: torch.Tensor
     present: torch.Tensor | None = None
 
@@ -56,7 +56,7 @@ class Chain:
     def start(
         cls,
         initial: torch.Tensor,
-        steps: Steps | CopySteps,
+        steps: StepTransitions | CopySteps,
         evidence: torch.Tensor,
         present: torch.Tensor | None = None,
     ) -> Chain:
@@ -77,14 +77,14 @@ class Chain:
         return self.evidence.device
 
     @cached_property
-    def is_safe(self) -> bool:
+    def cannot_underflow(self) -> bool:
         """Can no row need log space?"""
-        return self.steps.spread <= SAFE_SPREAD
+        return self.steps.log_range <= SAFE_RANGE
 
     @property
     def smallest(self) -> float:
         """Mass up to here counts as lost in a step."""
-        return 0.0 if self.is_safe else LOST_MASS
+        return 0.0 if self.cannot_underflow else LOST_MASS
 
     def divisor(self, scale: torch.Tensor) -> torch.Tensor:
         """What a message is rescaled by: `scale`, or 1 where it is lost."""
@@ -147,7 +147,7 @@ def _where(condition: torch.Tensor | None, value: torch.Tensor, other) -> torch.
 def forward_filter(chain: Chain) -> Filter:
     """Runs the scaled forward recursion; differentiable in all potentials."""
     result, lost = _scaled_forward(chain)
-    if chain.is_safe:
+    if chain.cannot_underflow:
         return result
     # Each step kept enough mass, but what is rounded to zero early may win late: the past must also
     # meet the future. (The gradient of a message is the future's weight over that same total.)
@@ -202,7 +202,7 @@ def step_right(
     """
     predicted = message
     if position > 0:
-        predicted = _where(chain.moves(position), chain.steps.push(message, position), message)
+        predicted = _where(chain.moves(position), chain.steps.forward(message, position), message)
     joint = _where(chain.at(position), predicted * weights, message)
     scale = joint.sum(-1, keepdim=True)
     return joint / chain.divisor(scale), scale
@@ -219,7 +219,7 @@ def step_left(
         weights: `[B, H]`, the evidence there in probability space, up to a factor.
         position: where from, not 0.
     """
-    past = chain.steps.pull(weights * future, position)
+    past = chain.steps.backward(weights * future, position)
     past = past / chain.divisor(past.amax(-1, keepdim=True))
     return _where(chain.moves(position), past, future)
 
@@ -308,7 +308,7 @@ def sample_backward(
     states = [state]
     for i in reversed(range(1, length)):
         # `state` is the latent of the last present position up to i.
-        weights = messages[i - 1] * chain.steps.into(state, i)
+        weights = messages[i - 1] * chain.steps.column(state, i)
         if filtered.log_messages is not None:
             rows = filtered.log_rows
             matrix = chain.steps.log_matrix(i, rows).transpose(1, 2).expand(len(rows), -1, -1)

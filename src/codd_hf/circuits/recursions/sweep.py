@@ -36,7 +36,7 @@ def sweep(chain: Chain, visit: Visit) -> None:
     """
     every = torch.arange(len(chain.evidence), device=chain.device)
     fragile = _pass(chain, visit, every, exact=False)
-    if not chain.is_safe and bool(fragile.any()):
+    if not chain.cannot_underflow and bool(fragile.any()):
         rows = every[fragile]
         _pass(chain.select(rows), visit, rows, exact=True)
 
@@ -73,7 +73,7 @@ def _futures(chain: Chain, exact: bool) -> list[torch.Tensor]:
             pulled = logsumexp(weights[:, None] + chain.steps.log_matrix(i), 2)
         else:
             scaled, _ = shifted_exp(weights, -1)
-            pulled = safe_log(chain.steps.pull(scaled, i))
+            pulled = safe_log(chain.steps.backward(scaled, i))
         largest = pulled.amax(-1, keepdim=True)
         pulled = pulled - largest.masked_fill(largest == -torch.inf, 0)
         moves = chain.moves(i)
@@ -85,4 +85,4 @@ def _futures(chain: Chain, exact: bool) -> list[torch.Tensor]:
 def _push(chain: Chain, log_message: torch.Tensor, position: int, exact: bool) -> torch.Tensor:
     if exact:
         return logsumexp(log_message[:, :, None] + chain.steps.log_matrix(position), 1)
-    return safe_log(chain.steps.push(log_message.exp(), position))
+    return safe_log(chain.steps.forward(log_message.exp(), position))

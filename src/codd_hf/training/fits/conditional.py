@@ -47,12 +47,9 @@ MAY_CHANGE = (
 OF_THE_HEAD = (
     "num_latents",
     "window_length",
-    "structure",
     "emission",
     "emission_rank",
     "conditioning",
-    "num_gate_groups",
-    "transition_rank",
     "noise_conditioning",
     "copy_length",
 )

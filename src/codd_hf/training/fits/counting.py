@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from ...circuits import Potentials
 from ...circuits.em import Counts, expected_counts
 from ...circuits.recursions.chain import Chain, forward_filter
-from ...circuits.transitions import Steps
+from ...circuits.transitions import StepTransitions
 
 
 def summing_dtype(device: torch.device) -> torch.dtype:
@@ -60,10 +60,10 @@ def model_counts(potentials: Potentials, length: int) -> Counts:
         length: tokens in a window.
     """
     evidence = potentials.initial.new_zeros(1, length, potentials.num_latents).requires_grad_()
-    path = (potentials.initial, *potentials.transition.tensors())
-    initial, *steps = path = tuple(leaf.detach().requires_grad_() for leaf in path)
+    path = (potentials.initial, potentials.transition.log_potential)
+    initial, transition = path = tuple(leaf.detach().requires_grad_() for leaf in path)
     with torch.enable_grad():
-        chain = Chain.start(initial, Steps(type(potentials.transition)(*steps)), evidence)
+        chain = Chain.start(initial, StepTransitions(transition), evidence)
         log_partition = forward_filter(chain).log_partition.sum()
     *uses, states = torch.autograd.grad(log_partition, (*path, evidence))
     emission = potentials.emission.dense().detach().exp()

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from tqdm.auto import tqdm
 
-from ...circuits import DenseTransition, MonarchTransition, Potentials
+from ...circuits import Potentials
 from ...circuits.em import Counts, log_likelihood, maximise
 from ...data.canvases import TokenizedExample, collate
 from ...data.fingerprint import tensor_fingerprint
@@ -32,7 +32,6 @@ from ..loop.trackers import Log, Speedometer
 from ..settings import GenerativeConfig
 from .counting import batch_counts, model_counts, summing_dtype
 
-STRUCTURES = {"dense": DenseTransition, "monarch": MonarchTransition}
 MAY_CHANGE = ("num_epochs", "checkpointing_steps")
 """Settings that a run may be continued with other values of."""
 
@@ -86,7 +85,6 @@ def initial_potentials(
     clusters: torch.Tensor,
     num_latents: int,
     config: GenerativeConfig,
-    structure: str = "dense",
 ) -> Potentials:
     """A circuit whose states are clusters of tokens and whose transitions are cluster bigrams."""
     vocab_size = len(clusters)
@@ -111,9 +109,7 @@ def initial_potentials(
         noise = config.noise * torch.randn(weights.shape, generator=generator)
         return (weights.log() + noise).log_softmax(-1)
 
-    steps = DenseTransition(noisy(transition)[None])
-    if structure == "monarch":
-        steps = MonarchTransition.from_dense(steps.log_potential)
+    steps = noisy(transition)[None]
     return Potentials(noisy(starts), steps, noisy(emission)[None])
 
 
@@ -124,7 +120,6 @@ def fit_generative(
     num_latents: int,
     config: GenerativeConfig | None = None,
     checkpoint_dir: str | Path | None = None,
-    structure: str = "dense",
     log: Log | None = None,
     *,
     resume_from_checkpoint: str | Path = "latest",
@@ -139,7 +134,6 @@ def fit_generative(
         num_latents: number of states `H`.
         config: how to fit.
         checkpoint_dir: receives the checkpoints, in `checkpoint_dir/generative`.
-        structure: of the transitions, `"dense"` or `"monarch"`.
         log: told of every step.
         resume_from_checkpoint: `"latest"` goes on from the newest checkpoint there, if there is
             one; `"none"` deletes them and begins; a checkpoint's folder goes on from that, and
@@ -170,7 +164,6 @@ def fit_generative(
         checkpoints = Checkpoints(Path(checkpoint_dir) / "generative", checkpoints_total_limit)
     made_of = asdict(config) | {
         "num_latents": num_latents,
-        "structure": structure,
         "windows": tensor_fingerprint(windows),
         "validation": tensor_fingerprint(validation),
         "embeddings": tensor_fingerprint(embeddings),
@@ -182,20 +175,17 @@ def fit_generative(
             clusters = cluster_tokens(embeddings, unigrams, num_latents, config.seed)
         # They are zero elsewhere, so the sum is the main process's.
         clusters = accelerator.reduce(clusters.to(device), "sum").cpu()
-        potentials = initial_potentials(windows, clusters, num_latents, config, structure)
+        potentials = initial_potentials(windows, clusters, num_latents, config)
         counts, step, history, total = None, 0, [], 0.0
     else:
         tensors, state = found
         check_same_run(checkpoints.folder, state["config"], made_of, MAY_CHANGE)
-        potentials, counts = _restored(tensors, structure, device)
+        potentials, counts = _restored(tensors, device)
         step, history, total = state["step"], state["history"], state["total"]
     potentials = potentials.with_leaves([leaf.to(device) for leaf in potentials.leaves()])
-    pseudo = [torch.ones(1)]
-    pseudo += [
-        torch.full((leaf.shape[-1],), config.transition_prior / leaf.shape[-1])
-        for leaf in potentials.transition.tensors()
-    ]
-    prior = Counts(tuple(p.to(device) for p in (*pseudo, config.emission_prior * spread)))
+    steps = torch.full((num_latents,), config.transition_prior / num_latents)
+    prior = (torch.ones(1), steps, config.emission_prior * spread)
+    prior = Counts(tuple(part.to(device) for part in prior))
 
     per_epoch = -(-len(windows) // config.windows_per_batch)
     if found is not None and accelerator.is_main_process:
@@ -262,7 +252,7 @@ def fit_generative(
 
 
 def _restored(
-    tensors: dict[str, torch.Tensor], structure: str, device: torch.device
+    tensors: dict[str, torch.Tensor], device: torch.device
 ) -> tuple[Potentials, Counts | None]:
     """The circuit and the running counts of a checkpoint."""
 
@@ -270,9 +260,8 @@ def _restored(
         number = sum(name.startswith(f"{kind}.") for name in tensors)
         return [tensors[f"{kind}.{i}"].to(device) for i in range(number)]
 
-    initial, *steps, emission = leaves("potentials")
+    potentials = Potentials(*leaves("potentials"))
     counts = leaves("counts")
-    potentials = Potentials(initial, STRUCTURES[structure](*steps), emission)
     return potentials, Counts(tuple(counts)) if counts else None
 
 
