@@ -10,9 +10,8 @@ import torch
 
 from codd_hf.benchmarks import BENCHMARKS, Options
 from codd_hf.benchmarks.end_to_end import BLOCK, BLOCK_CAUSAL, FACTORIZED, measure
-from codd_hf.benchmarks.head_step import QUICK, random_head, random_window
-from codd_hf.benchmarks.timing import Rates, measure_rates, median_seconds
-from codd_hf.circuits import CoupledCategorical
+from codd_hf.benchmarks.head_case import QUICK, HeadCase
+from codd_hf.benchmarks.timing import Rates, median_seconds
 from codd_hf.circuits.reference import plain_step
 from codd_hf.cli import main
 from tiny import random_head as tiny_head
@@ -107,16 +106,11 @@ def test_plain_paper_draws_latents_from_the_exact_posterior():
         assert abs(int(count - other)) < 5 * math.sqrt(2 * max(int(count), int(other)))
 
 
-def test_random_head_is_normalised_and_its_logits_exclude_the_mask_token():
-    options = Options(quick=True)
-    head = random_head(QUICK, options)
-    for parameter in (head.initial, head.transition, head.emission):
+def test_random_head_is_normalised_and_its_predictions_exclude_the_mask_token():
+    case = HeadCase(QUICK, Options(quick=True))
+    for parameter in (case.head.initial, case.head.transition, case.head.emission):
         torch.testing.assert_close(parameter.logsumexp(-1), torch.zeros(parameter.shape[:-1]))
-    window = random_window(QUICK, options)
-    assert window.logits[..., head.config.mask_token_id].isneginf().all()
-    assert isinstance(
-        head(window.logits, tokens=window.tokens, observed=window.observed), CoupledCategorical
-    )
+    assert case.logits[..., case.head.config.mask_token_id].isneginf().all()
 
 
 def test_sides_are_timed_in_turns():
@@ -128,10 +122,9 @@ def test_sides_are_timed_in_turns():
 
 
 def test_physical_limit_is_the_slower_of_moving_and_computing():
-    rates = Rates(bytes_per_second=10.0, flops_per_second=100.0)
-    assert rates.limit(num_bytes=20, flops=100) == 2
-    assert rates.limit(num_bytes=20, flops=1000) == 10
-    assert measure_rates("cpu", quick=True).flops_per_second > 0
+    rates = Rates(copy=10.0, product=100.0, scattered=5.0, new=10.0, cached=20.0)
+    assert rates.limit(100, copy=20, cached=20) == 3
+    assert rates.limit(1000, copy=20) == 10
 
 
 @pytest.mark.parametrize(

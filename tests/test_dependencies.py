@@ -13,7 +13,7 @@ import codd_hf
 ROOT = Path(__file__).parent.parent
 NAMES = {"sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}
 """Packages that are installed under another name than they are imported by."""
-OPTIONAL = {"hmmlearn": "test", "pomegranate": None}
+OPTIONAL = {"hmmlearn": "test"}
 """Imported only where it is there, and the extra that brings it; a peer in a benchmark has none."""
 
 

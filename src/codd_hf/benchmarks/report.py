@@ -1,9 +1,11 @@
-"""What a benchmark gives back: a table for people and the same figures for JSON."""
+"""How a benchmark is run, and its outcome: a table for people, the same figures for JSON."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from ..runtime.report import listed, table
 
 
 @dataclass
@@ -11,10 +13,10 @@ class Options:
     """How a benchmark is run.
 
     Attributes:
-        quick: small sizes that take seconds; their figures mean nothing.
+        quick: tiny sizes, to see that it works; their figures mean nothing.
         device: a torch device.
-        batch_size: rows at once; None takes the benchmark's own choice.
-        repeats: timed runs of each side; None takes the benchmark's own choice.
+        batch_size: rows at once; default: each benchmark's.
+        repeats: timed runs of each side; default: each benchmark's.
         seed: of weights, logits and draws.
     """
 
@@ -34,6 +36,10 @@ class Options:
         """The number of timed runs: as asked, two for `quick`, or `usual`."""
         return self.repeats or (2 if self.quick else usual)
 
+    def batches_or(self, *usual: int) -> list[int]:
+        """The batch sizes: as asked, or `usual`."""
+        return [self.batch_size] if self.batch_size else list(usual)
+
 
 @dataclass
 class Report:
@@ -41,10 +47,10 @@ class Report:
 
     Attributes:
         name: of the benchmark.
-        sizes: what was measured (shapes, dtypes, repeats).
-        rows: the table; each row is a dict from column to value, columns name their units.
-        rates: the machine's measured rates that physical limits refer to.
-        notes: one sentence each, printed below the table.
+        sizes: shapes, dtypes and repeats.
+        rows: the table, from column to value; a column names its unit.
+        rates: the machine's measured rates, to which physical limits refer.
+        notes: one sentence each.
     """
 
     name: str
@@ -58,26 +64,7 @@ class Report:
 
     def markdown(self) -> str:
         """Title, sizes, table, rates and notes."""
-        columns = list(dict.fromkeys(column for row in self.rows for column in row))
-        lines = [f"### {self.name}", "", _listed(self.sizes), ""]
-        lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-        for row in self.rows:
-            lines.append("| " + " | ".join(shown(row.get(c)) for c in columns) + " |")
+        parts = [f"### {self.name}", listed(self.sizes), table(self.rows)]
         if self.rates:
-            lines += ["", "measured on this machine: " + _listed(self.rates)]
-        for note in self.notes:
-            lines += ["", note]
-        return "\n".join(lines)
-
-
-def shown(value: Any) -> str:
-    """A cell: three significant digits for numbers, `-` for what there is not."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return str(value)
-
-
-def _listed(facts: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {shown(value)}" for name, value in facts.items())
+            parts.append(f"measured on this machine: {listed(self.rates)}")
+        return "\n\n".join([*parts, *self.notes])
