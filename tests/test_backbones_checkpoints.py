@@ -226,7 +226,9 @@ def test_only_the_vocabulary_of_llada_8b_implies_a_mask_token(vocab_size, mask):
 
 def test_llada_option_that_llama_lacks_is_an_error_that_names_it(tmp_path):
     folder = copied("llada", tmp_path / "alibi", alibi=True)
-    with pytest.raises(ValueError, match="`alibi` is True in the configuration of this 'llada' checkpoint"):
+    with pytest.raises(
+        ValueError, match="`alibi` is True in the configuration of this 'llada' checkpoint"
+    ):
         CoDDModel.from_backbone(folder)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ..circuits import GroupedEvidence, TopKEvidence
 from ..circuits.reference import plain_step
 from ..configuration_codd import CoDDHeadConfig
 from ..modeling_head import DEFAULT_TOP_K, CoDDHead
@@ -94,19 +93,13 @@ class HeadCase:
         Returns:
             `[B, L, V]` log-probabilities given the sampled latents.
         """
-        logits, head = self.logits, self.head
-        if evidence == "topk":
-            logits = TopKEvidence.from_logits(
-                logits, k=self._listed(evidence), forbidden=head.forbidden
-            )
-        if evidence == "grouped":
-            logits = GroupedEvidence.from_logits(
-                logits,
-                k=self._listed(evidence),
-                forbidden=head.forbidden,
-                groups=head.potentials.token_groups,
-            )
-        distribution = head(logits, tokens=self.tokens, observed=self.observed)
+        self.head.config.evidence_groups = evidence == "grouped"
+        distribution = self.head(
+            self.logits,
+            tokens=self.tokens,
+            observed=self.observed,
+            top_k=self._listed(evidence),
+        )
         coupled = distribution.logits_given(distribution.sample_latents())
         if marginals:
             distribution.marginal_probs_of(coupled.argmax(-1))
@@ -119,12 +112,11 @@ class HeadCase:
 
     def num_listed(self, evidence: str) -> int:
         """How many tokens are in the list of any prediction."""
-        if evidence == "exact":
-            return self.shape.vocab
-        return len(self.logits.topk(self._listed(evidence), -1, sorted=False).indices.unique())
+        k = self._listed(evidence) or self.shape.vocab
+        return len(self.logits.topk(k, -1, sorted=False).indices.unique())
 
     def _listed(self, evidence: str) -> int:
-        return min(LISTS[evidence], self.shape.vocab)
+        return min(LISTS.get(evidence, 0), self.shape.vocab)
 
     def limit(self, rates: Rates, evidence: str = "exact") -> float:
         """Least seconds of a step on this machine: the sum of four parts that wait for each other.
