@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file
+from transformers import AutoConfig
 
-from codd_hf import CoDDHead, CoDDModel, CoDDPipeline, CoDDScheduler
+from codd_hf import CoDDHead, CoDDHeadConfig, CoDDModel, CoDDPipeline, CoDDScheduler
 from codd_hf.backbones import execution_device
 from tiny import random_head, tiny_backbone
 
@@ -224,3 +227,60 @@ def test_arguments_for_the_model_reach_it_through_a_pipeline(artifact, dtype, fo
     assert pipe.model.dtype == (torch.float32 if dtype == "auto" else torch.bfloat16)
     assert pipe.model.backbone.config._attn_implementation == "eager"
     assert pipe.model.config.coupling == "latent"
+
+
+OLD = Path(__file__).parent / "fixtures" / "version_1"
+
+
+def old_config(**changes) -> dict:
+    return json.loads((OLD / "static" / "config.json").read_text()) | changes
+
+
+@pytest.mark.parametrize("name", ["static", "untied", "tied", "conditioned"])
+def test_head_that_version_0_1_saved_gives_the_same_logits(name, tmp_path):
+    ids = torch.tensor([[5, 6, 7, 2, 8, 2, 2], [9, 4, 2, 2, 3, 2, 10]])
+    model = CoDDModel.from_backbone(tiny_backbone(), OLD / name)
+    config = model.coupling_head.config
+    assert (config.format_version, config.evidence_temperature) == (2, 1.0)
+    assert config.evidence_size == {"untied": 5, "tied": 5}.get(name)
+    assert AutoConfig.from_pretrained(OLD / name).to_dict().keys() == config.to_dict().keys()
+    expected = load_file(OLD / "logits.safetensors")[name]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, coupling="marginal").logits, expected)
+        model.save_pretrained(tmp_path)
+        of_model = json.loads((tmp_path / "config.json").read_text())
+        of_model["head_config"] |= json.loads((OLD / name / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(of_model))
+        model = CoDDModel.from_pretrained(tmp_path)
+        torch.testing.assert_close(model(ids, coupling="marginal").logits, expected)
+
+
+def test_what_the_caller_says_counts_before_the_file_of_version_0_1():
+    changes = {"evidence_size": 3, "evidence_temperature": 0.5}
+    config = CoDDHead.from_pretrained(OLD / "tied", **changes).config
+    assert (config.evidence_size, config.evidence_temperature) == (3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"structure": "monarch"}, "`structure='monarch'`"),
+        ({"evidence_dtype": "bfloat16"}, "`evidence_dtype='bfloat16'`"),
+        ({"conditioning": ["latent", "gate"]}, "`conditioning='gate'`"),
+        ({"conditioning": ["low_rank"]}, "`conditioning='low_rank'`"),
+    ],
+)
+@pytest.mark.parametrize("cls", [CoDDHeadConfig, AutoConfig, CoDDHead])
+def test_head_with_a_part_that_is_no_more_is_an_error_that_names_it(cls, changes, said, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(old_config(**changes)))
+    with pytest.raises(ValueError, match=f"^{re.escape(said)} in a head's configuration is no lon"):
+        cls.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"format_version": 3}, "upgrade codd-hf"), ({"evidence_tok_k": 3}, "`evidence_tok_k` is no")],
+)
+def test_head_of_a_later_version_or_with_an_unknown_field_is_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        CoDDHeadConfig.from_dict(old_config(**changes))

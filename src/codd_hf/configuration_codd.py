@@ -18,22 +18,15 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTraine
 
 from .checks.arguments import FACTORS, choice, is_factor, number, plain
 from .checks.errors import is_of_a_library, reason
-from .checks.formats import upgraded
 from .checks.names import is_local
+from .checks.versions import without_left_fields
 
 COUPLINGS = ("none", "marginal", "latent")
 EMISSIONS = ("dense", "tied")
 CONDITIONINGS = ("latent", "copy")
 FORMAT_VERSION = 2
-RENAMED = {"evidence_top_k": "evidence_size"}
-"""Fields of `format_version` 1 that have another name now."""
-DROPPED = {
-    "structure": ("dense",),
-    "evidence_dtype": (None,),
-    "num_gate_groups": None,
-    "transition_rank": None,
-}
-"""Fields of `format_version` 1 that are no more, and the values of them that a head may have."""
+LEFT = {"structure": "dense", "evidence_dtype": None}
+"""Fields of `format_version` 1, each with the value that is the only one now."""
 MAX_WINDOW_LENGTH = 1 << 16
 """No weights need be stored for positions: only this bounds what those of a window, or those before
 it that are copied from, may take."""
@@ -91,7 +84,7 @@ def one_sentence(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     from_dict = cls.from_dict.__func__
 
     def __init__(self, **given: Any) -> None:
-        if "format_version" in types and given.get("format_version") == 1:
+        if "format_version" in types:
             given = cls.upgrade(given)
         unknown = [name for name in given if name not in types and name not in OF_TRANSFORMERS]
         if unknown:
@@ -244,16 +237,25 @@ class CoDDHeadConfig(PreTrainedConfig):
         """The fields of a configuration of `format_version` 1 as those of this version.
 
         Raises:
-            ValueError: it asks for something that a head no longer has.
+            ValueError: it asks for something that a head no longer has, or is a later version's.
         """
-        gone = [name for name in fields.get("conditioning") or [] if name in ("gate", "low_rank")]
-        if gone:
+        version = fields.get("format_version", FORMAT_VERSION)
+        if version not in (1, FORMAT_VERSION):
             raise ValueError(
-                f"`conditioning` of this head names {gone[0]!r}, which codd-hf no longer has: fit "
-                "the head again without it, or load it with codd-hf 0.1."
+                f"`format_version` is {version!r:.100}; this version of codd-hf reads up to "
+                f"{FORMAT_VERSION}: upgrade codd-hf."
             )
-        fields = upgraded(fields, RENAMED, DROPPED)
-        return fields | {"format_version": FORMAT_VERSION}
+        if version != 1:
+            return fields
+        what = "a head's configuration"
+        fields = {"evidence_size": fields.get("evidence_top_k"), **fields}
+        for kind in ("gate", "low_rank"):
+            if kind in (fields.get("conditioning") or []):
+                without_left_fields({"conditioning": kind}, {"conditioning": None}, what)
+        fields = without_left_fields(fields, LEFT, what) | {"format_version": FORMAT_VERSION}
+        for name in ("evidence_top_k", "num_gate_groups", "transition_rank"):
+            fields.pop(name, None)
+        return fields
 
     def validate_sizes(self) -> None:
         """Checks every number by itself."""
@@ -272,11 +274,6 @@ class CoDDHeadConfig(PreTrainedConfig):
                 )
         if not 0 <= self.alpha <= sys.float_info.max:
             raise ValueError(f"`alpha` must be 0 or a positive number, got {self.alpha}.")
-        if self.format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"`format_version` is {self.format_version}; this version of codd-hf reads up to "
-                f"{FORMAT_VERSION}: upgrade codd-hf."
-            )
 
     def validate_evidence(self) -> None:
         """Checks how predictions are read."""
