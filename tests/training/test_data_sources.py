@@ -91,7 +91,7 @@ def test_conversation_needs_a_chat_template():
 def test_template_that_refuses_the_roles_is_an_error_that_names_them():
     tokenizer = train_tokenizer(SENTENCES, vocab_size=300)
     tokenizer.chat_template = "{{ raise_exception('no system, please') }}"
-    with pytest.raises(ValueError, match=r"system, user, assistant, user: no system, please"):
+    with pytest.raises(ValueError, match=r"roles system, .*: TemplateError: no system, please"):
         tokenize_examples([CHAT_EXAMPLE], tokenizer)
 
 

@@ -18,11 +18,13 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedTokenizerBase
 
 from ..checks.errors import is_of_a_library, reason
-from .chat_templates import bounded_templates
+from .chat_templates import render_chat
 
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
 """Around the number of a spelling that is set aside while a template is rendered: characters of the
 private use area, which are set aside themselves where a text has them."""
+HALF = "holds half of a surrogate pair"
+AS_TEXT = {"split_special_tokens": True}
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -41,44 +43,10 @@ def is_text(text: str) -> bool:
     return True
 
 
-_copies: WeakKeyDictionary = WeakKeyDictionary()
-_copying = Lock()
-
-
-def unshared(tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreTrainedTokenizerBase:
-    """A copy of a fast tokenizer that is always called alike, kept as long as the tokenizer.
-
-    Padding, truncation and whether special tokens are split are states of a fast tokenizer, which
-    every call sets: texts would come out padded or cut where other threads call it meanwhile.
-
-    Args:
-        tokenizer: of the user; what is changed about it afterwards counts as well.
-        **options: of all calls of the copy.
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        return tokenizer
-    backend = tokenizer.backend_tokenizer
-    steps = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
-    state = (len(tokenizer), *(pickle.dumps(step) for step in steps))
-    key = tuple(sorted(options.items()))
-    with _copying:
-        kept = _copies.setdefault(tokenizer, {})
-        if key not in kept or kept[key][0] != state:
-            own = copy.deepcopy(tokenizer)
-            own("", **options)  # sets its states, before several threads call it
-            kept[key] = (state, own)
-        return kept[key][1]
-
-
 def spelling_pattern(
     tokenizer: PreTrainedTokenizerBase, may_spell: Collection[int] = ()
 ) -> re.Pattern:
-    """Finds what spells a special token in a text, and the marks that stand for it meanwhile.
-
-    Args:
-        tokenizer: the tokenizer.
-        may_spell: special tokens that are not looked for.
-    """
+    """Finds the spellings of special tokens in a text, but of some, and the marks for them."""
     names = tokenizer.convert_ids_to_tokens(sorted(special_token_ids(tokenizer) - set(may_spell)))
     names = sorted([*names, OPEN, CLOSE], key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)))
@@ -95,45 +63,27 @@ def encode_texts(
         add_special_tokens: whether the tokenizer adds its own (beginning, end).
 
     Returns:
-        The ids, and what is wrong with the texts that cannot be encoded so, by their indices, as
-        the end of a sentence.
+        The ids, and by their indices what is wrong with the texts that cannot be encoded so, as the
+        end of a sentence.
     """
-    faults = {i: "holds half of a surrogate pair" for i, t in enumerate(texts) if not is_text(t)}
-    given = dict(enumerate("" if i in faults else text for i, text in enumerate(texts)))
-    special = special_token_ids(tokenizer)
-    rows = bare = _encoded_by_index(tokenizer, given, faults)
-    if add_special_tokens:
-        rows = _encoded_by_index(tokenizer, given, faults, add_special_tokens=True)
-    spelling = {i: given[i] for i, ids in bare.items() if not special.isdisjoint(ids)}
-    if spelling:
-        split = {"split_special_tokens": True}
-        bare = _encoded_by_index(tokenizer, spelling, faults, **split)
-        split["add_special_tokens"] = add_special_tokens
-        rows |= _encoded_by_index(tokenizer, spelling, faults, **split)
-        for i, ids in bare.items():
-            if read := special.intersection(ids):
-                name = tokenizer.convert_ids_to_tokens(min(read))
-                faults[i] = f"spells {name!r}, which the tokenizer cannot encode as text"
-    return list(rows.values()), faults
-
-
-def _encoded_by_index(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: dict[int, str],
-    faults: dict[int, str],
-    **options: Any,
-) -> dict[int, list[int]]:
-    """Token ids by index; what is wrong with a text that has none goes to `faults`."""
+    faults = {i: HALF for i, text in enumerate(texts) if not is_text(text)}
+    texts = ["" if i in faults else text for i, text in enumerate(texts)]
+    options = {**AS_TEXT, "add_special_tokens": add_special_tokens}
     try:
-        return dict(zip(texts, _encoded(tokenizer, list(texts.values()), **options), strict=True))
-    except ValueError:  # the tokenizer does not say of which one
-        rows = {}
-        for i, text in texts.items():
-            try:
-                (rows[i],) = _encoded(tokenizer, [text], **options)
-            except ValueError as error:
-                rows[i], faults[i] = [], str(error).removeprefix("a text ")
-        return rows
+        rows = _encode(tokenizer, texts, **options)
+        bare = _encode(tokenizer, texts, **AS_TEXT) if add_special_tokens else rows
+    except ValueError as error:  # the tokenizer does not say of which one
+        if len(texts) == 1:
+            return [[]], {0: str(error).removeprefix("a text ")}
+        each = [encode_texts([t], tokenizer, add_special_tokens=add_special_tokens) for t in texts]
+        told = {i: fault[0] for i, (_, fault) in enumerate(each) if fault}
+        return [row for (row,), _ in each], told | faults
+    special = special_token_ids(tokenizer)
+    for i, ids in enumerate(bare):
+        if read := special.intersection(ids):
+            name = tokenizer.convert_ids_to_tokens(min(read))
+            faults[i] = f"spells {name!r}, which the tokenizer cannot encode as text"
+    return rows, faults
 
 
 def encode_as_written(
@@ -156,11 +106,9 @@ def encode_as_written(
     """
     for row, text in enumerate(texts):
         if not is_text(text):
-            raise ValueError(
-                f"`{name}` cannot be encoded: row {row} holds half of a surrogate pair."
-            )
+            raise ValueError(f"`{name}` cannot be encoded: row {row} {HALF}.")
     try:
-        return _encoded(tokenizer, texts, add_special_tokens=add_special_tokens)
+        return _encode(tokenizer, texts, add_special_tokens)
     except ValueError as error:
         raise ValueError(f"`{name}`: {error}.") from error
 
@@ -174,7 +122,7 @@ def encode_chats(
 ) -> tuple[list[list[int]], dict[int, str]]:
     """Token ids of conversations in the tokenizer's chat template.
 
-    The special tokens are the template's own: what spells one in a message is text.
+    The special tokens are the template's own: the spelling of one in a message is text.
 
     Args:
         conversations: messages for the template; texts may stand anywhere in them.
@@ -212,7 +160,7 @@ def _encode_chat(
     def marked(value: Any) -> Any:
         if isinstance(value, str):
             if not is_text(value):
-                raise ValueError("holds half of a surrogate pair")
+                raise ValueError(HALF)
             return special.sub(mark, value)
         if isinstance(value, list):
             return [marked(part) for part in value]
@@ -222,10 +170,9 @@ def _encode_chat(
 
     messages = [marked(message) for message in messages]
     try:
-        with bounded_templates():
-            rendered = tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
-    except BaseException as error:  # a template may do anything, call itself without end as well
-        if not (is_of_a_library(error) or isinstance(error, RecursionError)):
+        rendered = render_chat(tokenizer, messages, **template_kwargs)
+    except Exception as error:
+        if not (is_of_a_library(error) or isinstance(error, ValueError)):
             raise
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise ValueError(
@@ -233,26 +180,53 @@ def _encode_chat(
         ) from error
     pieces = re.split(f"{OPEN}([0-9]+){CLOSE}", rendered)
     ids: list[list[int]] = [[]] * len(pieces)
-    ids[::2] = _encoded(tokenizer, pieces[::2])
+    ids[::2] = _encode(tokenizer, pieces[::2])
     ids[1::2], faults = encode_texts([set_aside[int(i)] for i in pieces[1::2]], tokenizer)
     for fault in faults.values():
         raise ValueError(fault)
     return [token for piece in ids for token in piece]
 
 
-def _encoded(
+def _encode(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     add_special_tokens: bool = False,
     **options: Any,
 ) -> list[list[int]]:
+    """Calls the tokenizer; raises a ValueError where it fails at a text."""
     if not texts:
         return []
     try:
-        own = unshared(tokenizer, **options)
+        own = _unshared(tokenizer, **options)
         encoded = own(list(texts), add_special_tokens=add_special_tokens, **options)
     except BaseException as error:  # tokenizers' panics are no `Exception`
         if not is_of_a_library(error):
             raise
         raise ValueError(f"a text cannot be encoded by the tokenizer ({reason(error)})") from error
     return [list(ids) for ids in encoded["input_ids"]]
+
+
+_copies: WeakKeyDictionary = WeakKeyDictionary()
+_copying = Lock()
+
+
+def _unshared(tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreTrainedTokenizerBase:
+    """A copy of a fast tokenizer that is always called with the same options.
+
+    Padding, truncation and whether special tokens are split are states of a fast tokenizer, which
+    every call sets: texts would come out padded or cut where other threads call it meanwhile. A
+    copy is made anew when the user's tokenizer was changed.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        return tokenizer
+    backend = tokenizer.backend_tokenizer
+    steps = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
+    state = (len(tokenizer), *(pickle.dumps(step) for step in steps))
+    with _copying:
+        copies = _copies.setdefault(tokenizer, {})
+        found, own = copies.get(bool(options), (None, None))
+        if found != state:
+            own = copy.deepcopy(tokenizer)
+            own("", **options)  # sets its states, before several threads call it
+            copies[bool(options)] = state, own
+        return own
