@@ -23,10 +23,10 @@ from .circuits import (
     TiedEmission,
     TopKEvidence,
 )
-from .circuits.evidence import ONE_PRODUCT
+from .circuits.evidence.dense import ONE_PRODUCT
+from .circuits.evidence.lists import law_of_rest
 from .circuits.factorized import forbidden_tokens
 from .circuits.fitted_circuit import FittedCircuit
-from .circuits.topk import law_of_rest
 from .configuration_codd import CoDDHeadConfig
 from .hub.loading import head_in_model
 from .hub.publishing import HeadPublishing

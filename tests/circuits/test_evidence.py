@@ -5,10 +5,9 @@ import torch
 from agreement import assert_logs_agree
 
 from codd_hf.circuits import best as best_module
-from codd_hf.circuits import evidence as evidence_module
 from codd_hf.circuits.best import best_evidence
-from codd_hf.circuits.emissions import DenseEmission, TiedEmission
-from codd_hf.circuits.evidence import (
+from codd_hf.circuits.evidence import dense as evidence_module
+from codd_hf.circuits.evidence.dense import (
     DenseEvidence,
     emission_of_latents,
     hard_evidence,
@@ -16,7 +15,8 @@ from codd_hf.circuits.evidence import (
     summarise,
     with_factors,
 )
-from codd_hf.circuits.topk import TopKEvidence
+from codd_hf.circuits.evidence.lists import TopKEvidence
+from codd_hf.circuits.potentials.emissions import DenseEmission, TiedEmission
 
 BATCH, LENGTH, LATENTS, VOCAB = 3, 4, 5, 11
 KINDS = ["dense", "dense, untied", "dense, by token", "tied"]

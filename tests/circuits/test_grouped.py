@@ -8,8 +8,8 @@ from agreement import assert_logs_agree
 from cases import random_case
 
 from codd_hf.circuits import DenseEmission, DenseEvidence, GroupedEvidence, TopKEvidence
-from codd_hf.circuits.evidence import summarise
-from codd_hf.circuits.grouped import SMALLEST_PART, group_tokens
+from codd_hf.circuits.evidence.dense import summarise
+from codd_hf.circuits.evidence.grouped import SMALLEST_PART, group_tokens
 
 STATES, VOCAB, BATCH = 5, 40, 6
 POSITIONS = torch.zeros(BATCH, dtype=torch.long)

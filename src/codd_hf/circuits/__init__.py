@@ -5,15 +5,15 @@ evidence (`evidence`), over which the chain recursions run (`chain`); `CoupledCa
 behind the interface of `torch.distributions`; `em` fits a circuit to tokens.
 """
 
-from .conditioning import Context, ContextMaps, Preceding
-from .copies import CopyStates
+from .context.copies import CopyStates
+from .context.maps import Context, ContextMaps, Preceding
 from .distribution import CoupledCategorical, ViterbiPath
-from .emissions import DenseEmission, TiedEmission, fit_tied
-from .evidence import DenseEvidence
-from .grouped import GroupedEvidence, TokenGroups, group_tokens
+from .evidence.dense import DenseEvidence
+from .evidence.grouped import GroupedEvidence, TokenGroups, group_tokens
+from .evidence.lists import TopKEvidence
 from .potentials import Potentials, occupancy, token_marginal
-from .topk import TopKEvidence
-from .transitions import StepTransitions
+from .potentials.emissions import DenseEmission, TiedEmission, fit_tied
+from .potentials.transitions import StepTransitions
 
 __all__ = [
     "Context",

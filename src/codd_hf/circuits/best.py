@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from .emissions import Emission
-from .evidence import ELEMENTS_AT_ONCE, EmissionSummary, columns_of_lists, summarise
+from .evidence.dense import ELEMENTS_AT_ONCE, EmissionSummary, columns_of_lists, summarise
 from .numerics import full_precision
+from .potentials.emissions import Emission
 
 FIRST_LIST = 64
 """How many of a prediction's likeliest tokens are tried first where one is looked for."""

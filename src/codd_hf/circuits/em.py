@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .evidence import hard_evidence
+from .evidence.dense import hard_evidence
 from .potentials import Potentials
 from .recursions.chain import Chain, forward_filter
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from ...checks.arguments import FACTORS, as_tensor, is_factor, number, shown
-from ..conditioning import Context
-from ..evidence import DenseEvidence
+from ..context.maps import Context
+from ..evidence.dense import DenseEvidence
+from ..evidence.lists import TopKEvidence
 from ..potentials import Potentials
-from ..topk import TopKEvidence
 
 
 def check_shapes(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ...checks.arguments import as_tensor, check_tokens
-from ..evidence import mix_tokens
+from ..evidence.dense import mix_tokens
 from ..numerics import logsumexp, normalised_exp, safe_log
 from ..recursions import chain as chains
 from ..recursions.sweep import sweep

@@ -18,14 +18,14 @@ from ...checks.arguments import (
     shown,
 )
 from ..best import best_evidence
-from ..conditioning import Context
-from ..evidence import DenseEvidence, emission_of_latents
+from ..context.maps import Context
+from ..evidence.dense import DenseEvidence, emission_of_latents
+from ..evidence.lists import TopKEvidence
 from ..lazy import cached_property
 from ..numerics import logsumexp, safe_log, sure_where
 from ..potentials import Potentials
 from ..random import Generators, draw_categorical, uniform
 from ..recursions import chain as chains
-from ..topk import TopKEvidence
 from .checks import check_shapes
 from .conditionals import Conditionals
 

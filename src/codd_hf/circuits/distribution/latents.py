@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from ..copies import CopyStates, CopySteps
-from ..evidence import DenseEvidence, EmissionSummary, hard_evidence, summarise
-from ..grouped import GroupedEvidence
+from ..context.copies import CopyStates, CopySteps
+from ..evidence.dense import DenseEvidence, EmissionSummary, hard_evidence, summarise
+from ..evidence.grouped import GroupedEvidence
+from ..evidence.lists import TopKEvidence
 from ..lazy import cached_property
 from ..numerics import sure_where
+from ..potentials.transitions import StepTransitions
 from ..recursions import chain as chains
-from ..topk import TopKEvidence
-from ..transitions import StepTransitions
 
 
 class LatentChain:

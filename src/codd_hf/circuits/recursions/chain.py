@@ -22,11 +22,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..copies import CopySteps
+from ..context.copies import CopySteps
 from ..lazy import cached_property
 from ..numerics import LOST_MASS, full_precision, logsumexp, normalised_exp, safe_log, shifted_exp
+from ..potentials.transitions import StepTransitions
 from ..random import Generators, draw_categorical, uniform
-from ..transitions import StepTransitions
 
 SAFE_RANGE = 32.0
 """Transitions whose entries are all within this many nats of the largest need no second look.

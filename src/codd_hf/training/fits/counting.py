@@ -7,8 +7,8 @@ from accelerate import Accelerator
 
 from ...circuits import Potentials
 from ...circuits.em import Counts, expected_counts
+from ...circuits.potentials.transitions import StepTransitions
 from ...circuits.recursions.chain import Chain, forward_filter
-from ...circuits.transitions import StepTransitions
 
 
 def summing_dtype(device: torch.device) -> torch.dtype:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .numerics import exp_of_difference
+from ..numerics import exp_of_difference
 
 SLICE_IN_CACHE = 1 << 21
 """Numbers that are worked on at once on a CPU."""

@@ -24,16 +24,16 @@ from dataclasses import dataclass
 
 import torch
 
-from .emissions import Emission
-from .evidence import (
+from ..lazy import cached_property
+from ..numerics import full_precision, logsumexp, safe_log
+from ..potentials.emissions import Emission
+from .dense import (
     DenseEvidence,
     EmissionSummary,
     emission_factors,
     product_width,
 )
-from .lazy import cached_property
-from .numerics import full_precision, logsumexp, safe_log
-from .topk import TopKEvidence, gives_mass_to, list_and_rest
+from .lists import TopKEvidence, gives_mass_to, list_and_rest
 
 SMALLEST_PART = 1e-3
 """Of a group's marginal: keeps what is spread within it accurate to about a ten-thousandth."""

@@ -16,10 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from .emissions import Emission, stored_by_latent
-from .lazy import cached_property
-from .listing import slice_size
-from .numerics import (
+from ..lazy import cached_property
+from ..numerics import (
     LOST_MASS,
     exp_of_difference,
     full_precision,
@@ -27,6 +25,8 @@ from .numerics import (
     logsumexp,
     normalised_exp,
 )
+from ..potentials.emissions import Emission, stored_by_latent
+from .listing import slice_size
 
 UNDERFLOW = 1e-30
 """A sum of float32 products below this may lack terms that were rounded to zero."""

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .lazy import cached_property
-from .numerics import logsumexp, safe_log
-from .transitions import StepTransitions
+from ..lazy import cached_property
+from ..numerics import logsumexp, safe_log
+from ..potentials.transitions import StepTransitions
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..checks.arguments import as_tensor, shown
+from ...checks.arguments import as_tensor, shown
+from ..evidence.dense import ONE_PRODUCT, EmissionSummary, summarise, with_factors
+from ..evidence.grouped import TokenGroups, group_tokens
+from ..evidence.lists import gives_mass_to, law_of_rest
+from ..lazy import cached_property
 from .emissions import DenseEmission, Emission, TiedEmission
-from .evidence import ONE_PRODUCT, EmissionSummary, summarise, with_factors
-from .grouped import TokenGroups, group_tokens
-from .lazy import cached_property
-from .topk import gives_mass_to, law_of_rest
 from .transitions import StepTransitions
 
 

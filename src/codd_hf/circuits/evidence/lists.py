@@ -20,8 +20,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 
-from .emissions import DenseEmission, Emission, stored_by_latent
-from .evidence import (
+from ..lazy import cached_property
+from ..numerics import exp_of_difference, full_precision, logsumexp, safe_log, shifted_exp
+from ..potentials.emissions import DenseEmission, Emission, stored_by_latent
+from .dense import (
     DenseEvidence,
     EmissionSummary,
     columns_of_lists,
@@ -30,9 +32,7 @@ from .evidence import (
     summarise,
     working_dtype,
 )
-from .lazy import cached_property
 from .listing import list_likeliest, slice_size, sum_by_group
-from .numerics import exp_of_difference, full_precision, logsumexp, safe_log, shifted_exp
 
 STATES_AT_ONCE = 256
 """States whose emissions of the listed tokens are gathered together: the fastest on a CPU."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .lazy import cached_property
-from .numerics import product, shifted_exp
+from ..lazy import cached_property
+from ..numerics import product, shifted_exp
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""How the backbone's hidden states and the tokens before a window steer a circuit."""

@@ -1,0 +1,1 @@
+"""What a prediction over the vocabulary says to the latents."""
