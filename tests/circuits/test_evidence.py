@@ -198,7 +198,7 @@ def test_the_rest_is_spread_in_proportion_to_the_marginal(kind, rows, k):
 @pytest.mark.parametrize("k", [1, 3, VOCAB])
 @torch.no_grad()
 def test_without_gradients_a_list_adds_up_to_the_same(kind, rows, k, monkeypatch):
-    monkeypatch.setattr("codd_hf.circuits.listing.SLICE_IN_CACHE", 2 * BATCH * LENGTH * k)
+    monkeypatch.setattr("codd_hf.circuits.evidence.listing.SLICE_IN_CACHE", 2 * BATCH * LENGTH * k)
     emission = emission_of(kind)
     listed = TopKEvidence.from_logits(logits_of(), k).spread_by(marginal_of(rows))
     expected = plain(emission, listed.dense())
@@ -214,7 +214,7 @@ def test_without_gradients_a_list_adds_up_to_the_same(kind, rows, k, monkeypatch
 def test_what_is_given_latents_is_a_sum_however_few_rows_are_made_at_once(
     kind, rows, k, samples, monkeypatch
 ):
-    monkeypatch.setattr("codd_hf.circuits.listing.SLICE_IN_CACHE", 5 * VOCAB)
+    monkeypatch.setattr("codd_hf.circuits.evidence.listing.SLICE_IN_CACHE", 5 * VOCAB)
     emission = emission_of(kind)
     latents = torch.randint(LATENTS, (*samples, BATCH, LENGTH))
     total = torch.randn(*samples, BATCH, LENGTH)

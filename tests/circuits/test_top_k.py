@@ -207,7 +207,7 @@ def test_a_row_does_not_depend_on_its_batchmates(name):
 @pytest.mark.parametrize("vocab_size", [5 * 64 * 4 + 7, 64 * 100])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_listing_in_slices_equals_a_plain_sort(monkeypatch, dtype, vocab_size, temperature):
-    monkeypatch.setattr("codd_hf.circuits.listing.SLICE_IN_CACHE", 3 * vocab_size)
+    monkeypatch.setattr("codd_hf.circuits.evidence.listing.SLICE_IN_CACHE", 3 * vocab_size)
     generator = torch.Generator().manual_seed(vocab_size)
     logits = 30 * torch.randn(2, 4, vocab_size, generator=generator)
     logits[0, 0, :4] += 300  # the rest is far below what is listed
