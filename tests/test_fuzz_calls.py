@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from codd_hf import CoDDModel, CoDDScheduler, CoupledCategorical, Potentials
 from codd_hf.configuration_codd import COUPLINGS
-from codd_hf.decoding.arguments import PARADIGMS
+from codd_hf.decoding.call import PARADIGMS
 from codd_hf.schedulers.settings import CHOICES as SETTINGS
 from tiny import random_head, tiny_backbone, tiny_model
 from tiny_pipeline import tiny_pipeline

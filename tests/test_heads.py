@@ -179,7 +179,7 @@ def test_head_of_another_vocabulary_than_a_resized_backbone_is_an_error(model):
         lambda: model(IDS, labels=IDS),
         lambda: model.score([[5]], [[6, 7]]),
     ):
-        with pytest.raises(ValueError, match=r"of 12 tokens, .* now of 16: .*`disable_head\(\)`"):
+        with pytest.raises(ValueError, match=r"of 12 tokens, .* now of 16: .*`head=False`"):
             call()
     with model.disable_head():
         assert model(IDS, coupling="marginal").logits.shape[-1] == 16

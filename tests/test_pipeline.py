@@ -13,8 +13,6 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 from codd_hf import CoDDHead, CoDDModel
 from codd_hf.configuration_codd import CoDDHeadConfig
 from codd_hf.data.tokenizers import train_tokenizer
-from codd_hf.decoding.loop import denoise
-from codd_hf.decoding.plan import share_steps
 from codd_hf.pipelines import CoDDPipeline, CoDDPipelineOutput
 from codd_hf.schedulers import CoDDScheduler
 from tiny import random_head, tiny_backbone
@@ -195,11 +193,6 @@ def test_every_position_is_filled_whatever_the_lengths(pipe, gen_length, block_l
     assert sequences.max() < len(pipe.tokenizer)
 
 
-def test_steps_are_shared_by_the_blocks_and_the_first_take_the_remainder():
-    assert share_steps(11, 4) == [3, 3, 3, 2]
-    assert share_steps(4, 4) == [1, 1, 1, 1]
-
-
 def test_num_inference_steps_is_the_number_of_backbone_passes(pipe, passes):
     output = pipe(input_ids=PROMPTS, **SHORT, early_stop=False, output_type="seq")
     assert passes == [3] * 4
@@ -371,7 +364,7 @@ def test_diffusers_callback_objects_work(pipe):
 def test_callback_must_return_a_dict_and_keep_the_shape(pipe):
     with pytest.raises(ValueError, match="must return a dict"):
         pipe(input_ids=PROMPTS[0], **SHORT, callback_on_step_end=lambda *args: None)
-    with pytest.raises(ValueError, match="must keep its shape"):
+    with pytest.raises(ValueError, match="`canvas` must have shape"):
         pipe(
             input_ids=PROMPTS[0],
             **SHORT,
@@ -668,8 +661,8 @@ def test_generate_understands_the_names_of_transformers(pipe):
 
 def test_prompt_without_a_token_is_text_without_a_prompt_alone_and_in_a_batch(pipe):
     ids, mask = torch.tensor([[40], [41]]), torch.tensor([[1], [0]])
-    batch = denoise(pipe.model, pipe.scheduler, ids, mask, generator=seeds()[:2], **SHORT)
-    batch = batch.sequences
+    kwargs = {"attention_mask": mask, "generator": seeds()[:2], "scheduler": pipe.scheduler}
+    batch = pipe.model.generate(ids, **kwargs, **SHORT)[:, ids.shape[1] :]
     alone = pipe(input_ids=torch.zeros(1, 0), generator=seeds()[1:2], **SHORT).sequences
     assert torch.equal(batch[1], alone[0])
     assert torch.equal(pipe(input_ids=[[40], []], generator=seeds()[:2], **SHORT).sequences, batch)

@@ -18,7 +18,6 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .backbones import (
-    BackboneFamily,
     execution_device,
     family_of,
     load_backbone,
@@ -41,9 +40,9 @@ from .circuits.random import Generators
 from .configuration_codd import CoDDConfig, CoDDHeadConfig, check_coupling
 from .coupling.adapter_files import save_adapter
 from .coupling.adapters import AdaptersMixin, unwrapped, without_adapters
-from .coupling.heads import DEFAULT_NAME, HeadName, HeadsMixin
+from .coupling.heads import DEFAULT_NAME, HeadName
 from .coupling.loading import find_adapter, load_adapter, load_head, named_backbone
-from .coupling.windows import WindowsMixin
+from .coupling.windows import CoupledBackbone
 from .hub.publishing import ModelPublishing
 from .hub.repositories import (
     CACHE_ARGUMENTS,
@@ -87,7 +86,7 @@ class CoDDOutput(ModelOutput):
     distribution: CoupledCategorical | None = None
 
 
-class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTrainedModel):
+class CoDDModel(CoupledBackbone, AdaptersMixin, ModelPublishing, PreTrainedModel):
     """A diffusion language model (`backbone`) with a circuit (`coupling_head`).
 
     Use [`~CoDDModel.from_backbone`] to join the two, `from_pretrained` to load a saved pair,
@@ -346,16 +345,6 @@ class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTra
         """True: `generate` decodes by diffusion."""
         return True
 
-    @property
-    def family(self) -> BackboneFamily:
-        """The family that knows how to read the backbone."""
-        return family_of(self.config.text_config)
-
-    @property
-    def device(self) -> torch.device:
-        """The device that tokens go to, also while weights are offloaded."""
-        return execution_device(self.backbone)
-
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 
@@ -454,7 +443,10 @@ class CoDDModel(WindowsMixin, HeadsMixin, AdaptersMixin, ModelPublishing, PreTra
         else:
             attention_mask = padding_mask("attention_mask", attention_mask, input_ids.shape, device)
         if position_ids is not None:
-            position_ids = self._check_positions(position_ids, input_ids)
+            shape = (1 if len(position_ids) == 1 else len(input_ids), input_ids.shape[1])
+            position_ids = as_tensor("position_ids", position_ids, int, shape, device)
+            if self.max_positions is not None:
+                check_tokens("position_ids", position_ids, self.max_positions, "positions")
         if labels is not None:
             labels = as_tensor("labels", labels, int, input_ids.shape, device)
             check_tokens("labels", labels.masked_fill(labels == -100, 0), config.vocab_size)

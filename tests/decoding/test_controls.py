@@ -10,7 +10,6 @@ from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenalty
 from windows import LENGTH, MASK, VOCAB, one_step, window
 
 from codd_hf import CoDDPipeline, CoDDScheduler
-from codd_hf.decoding.loop import denoise
 from tiny import tiny_model
 
 OPEN = [MASK] * LENGTH
@@ -78,18 +77,17 @@ def test_mask_tokens_and_padding_do_not_count_as_repeated(model):
 def test_processors_see_the_known_tokens_of_each_row_in_order(model, sampling):
     recorder = Recorder(never=7)
     canvases = []
-    output = denoise(
-        model,
-        CoDDScheduler(sampling=sampling, temperature=1.0, strategy="left_to_right"),
+    sequences = model.generate(
         torch.tensor([[0, 3, 4], [5, 6, 7]]),
-        torch.tensor([[0, 1, 1], [1, 1, 1]]),
+        attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]),
+        scheduler=CoDDScheduler(sampling=sampling, temperature=1.0, strategy="left_to_right"),
         **SHORT,
         logits_processor=LogitsProcessorList([recorder]),
         early_stop=False,
         on_step=lambda step, t, state: canvases.append(state["canvas"]),
     )
-    assert not (output.sequences == 7).any()
-    text = [[3, 4, *output.sequences[0].tolist()], [5, 6, 7, *output.sequences[1].tolist()]]
+    assert not (sequences[:, 3:] == 7).any()
+    text = [sequences[0, 1:].tolist(), sequences[1].tolist()]
     for ids, scores in recorder.seen:
         assert ids.shape[0] == len(scores)
         row = 0 if int(ids[0, 0]) == 3 else 1

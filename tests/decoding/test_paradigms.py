@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
-from codd_hf.decoding.loop import denoise
 from tiny import random_head, tiny_backbone, tiny_model
 
 MASK, EOS, PAD, WINDOW = 2, 1, 0, 4
@@ -33,9 +32,9 @@ def committed(model, input_ids, monkeypatch=None, **kwargs) -> tuple[list[list[i
     if monkeypatch is not None:
         read = model.window_distribution
 
-        def recorded(states, tokens, window_start, **others):
+        def recorded(states, tokens, window_start, *rest, **others):
             windows.append(window_start.tolist())
-            return read(states, tokens, window_start, **others)
+            return read(states, tokens, window_start, *rest, **others)
 
         monkeypatch.setattr(model, "window_distribution", recorded)
 
@@ -43,7 +42,7 @@ def committed(model, input_ids, monkeypatch=None, **kwargs) -> tuple[list[list[i
         steps.append(state["transfer_index"][0].nonzero()[:, 0].tolist())
 
     kwargs = {"gen_length": 16, "block_length": 4, "early_stop": False, **kwargs}
-    denoise(model, CoDDScheduler(), torch.tensor([input_ids]), on_step=remember, **kwargs)
+    model.generate(torch.tensor([input_ids]), on_step=remember, **kwargs)
     return steps, windows
 
 
@@ -170,20 +169,11 @@ def test_nothing_is_decoded_behind_the_end_of_a_text(model, paradigm):
     kwargs = {"paradigm": paradigm, "num_inference_steps": 16, "eos_token_id": 9}
     ended, _ = committed(model, PROMPT, forced_tokens={5: 9}, early_stop=True, **kwargs)
     assert sorted(p for positions in ended for p in positions) == [3, 4, 5, 6, 7]
-    output = denoise(
-        model,
-        CoDDScheduler(),
-        torch.tensor([PROMPT]),
-        gen_length=16,
-        block_length=4,
-        forced_tokens={5: 9},
-        **kwargs,
-    )
-    end = output.sequences[0].tolist().index(9)
+    kwargs |= {"gen_length": 16, "block_length": 4, "forced_tokens": {5: 9}}
+    text = model.generate(torch.tensor([PROMPT]), **kwargs)[0, 3:]
+    end = text.tolist().index(9)
     assert end <= 5
-    assert (output.sequences[0, end + 1 :] == PAD).all()
-    assert output.finished.tolist() == [True]
-    assert output.is_text.sum() == end
+    assert (text[end + 1 :] == PAD).all()
 
 
 def test_steps_are_shared_by_the_blocks_that_have_gaps(model):

@@ -50,15 +50,19 @@ class BackboneStates:
         """
         batch, length = self.last_hidden_state.shape[:2]
         position = torch.arange(length, device=self.last_hidden_state.device).expand(batch, -1)
-        row = torch.arange(batch, device=position.device)[:, None].expand(-1, length)
         source = (position - 1).clamp(min=0)
         if attention_mask is not None:
             source = torch.where(attention_mask.gather(1, source).bool(), source, position)
+        return self.gathered(source)
+
+    def gathered(self, columns: torch.Tensor) -> BackboneStates:
+        """The states whose entry `i` of a row is now at `columns` `[batch, n]` of that row."""
+        row = torch.arange(len(columns), device=columns.device)[:, None].expand_as(columns)
 
         def read_logits(index: Index | None) -> torch.Tensor:
-            return self.logits((row, source) if index is None else (row[index], source[index]))
+            return self.logits((row, columns) if index is None else (row[index], columns[index]))
 
-        return BackboneStates(self.last_hidden_state[row, source], read_logits)
+        return BackboneStates(self.last_hidden_state[row, columns], read_logits)
 
 
 class BackboneFamily:

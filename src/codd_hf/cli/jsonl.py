@@ -16,7 +16,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ from ..data.fingerprint import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from ..decoding.arguments import DecodingArguments
+from ..decoding.call import DecodingCall
 from ..decoding.generation_settings import SETTINGS, task_of_call
 from ..decoding.loop import lay_out
 from ..pipelines.prompts import encode_prompts
@@ -200,11 +199,9 @@ def _check(
         chat_template_kwargs={},
         infill=call.get("infill", False),
     )
-    head = model.head_of_call(call.get("head"))
     task = task_of_call(said, model, ids.shape[1])
-    given = {f.name: task[f.name] for f in fields(DecodingArguments) if f.name in task}
-    arguments = DecodingArguments.check(pipeline.scheduler, model.config, 1, settings={}, **given)
-    lay_out(model.config, ids, mask, [], 0, arguments, head.window_length, model.max_positions)
+    decoding = DecodingCall.of(model, pipeline.scheduler, 1, head=call.get("head"), **task)
+    lay_out(model, decoding, ids, mask)
 
 
 class RunFiles:

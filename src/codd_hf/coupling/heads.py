@@ -125,7 +125,23 @@ class HeadsMixin:
             aside = self._heads.get(name)
             module = self.coupling_head if aside is None else self._placed(aside)
             length = self.window_length if module is None else module.config.window_length
+            if module is not None and not off:
+                self.bind(module)
             return CallHead(name, None if off else module, length)
+
+    def bind(self, head: CoDDHead) -> None:
+        """Gives tied emissions the output embedding; where that is offloaded, a copy, once."""
+        if head.config.emission != "tied":
+            return
+        embedding = self.get_output_embeddings()
+        if not embedding.weight.is_meta:
+            head.bind(embedding.weight)
+        elif not head._bound:
+            embedding._hf_hook.pre_forward(embedding)  # accelerate's, which fetches the weight
+            try:
+                head.bind(embedding.weight)
+            finally:
+                embedding._hf_hook.post_forward(embedding, None)
 
     @contextmanager
     def adapter_of_call(self, head: CallHead) -> Iterator[None]:

@@ -8,13 +8,11 @@ after its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
-
-if TYPE_CHECKING:
-    from ..modeling_codd import CoDDModel
 
 
 @dataclass
@@ -38,7 +36,7 @@ class PerTokenOutput(ModelOutput):
 
 
 def per_token_output(
-    model: CoDDModel,
+    model: PreTrainedModel,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,

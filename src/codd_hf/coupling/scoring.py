@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
@@ -17,14 +18,10 @@ from ..checks.arguments import (
     rows_of_ids,
     several,
     shown,
-    token_id,
 )
 from ..text.encoding import encode_as_written
-from .windows import check_size
-
-if TYPE_CHECKING:
-    from ..modeling_codd import CoDDModel
-    from .heads import CallHead, HeadName
+from .heads import HeadName
+from .windows import CoupledBackbone, check_size
 
 Texts = Sequence[str] | Sequence[Sequence[int]]
 
@@ -46,12 +43,13 @@ class ScoreOutput(ModelOutput):
 
 @torch.no_grad()
 def score(
-    model: CoDDModel,
+    model: CoupledBackbone,
     prompts: Texts,
     answers: Texts,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 8,
+    evidence_temperature: float | None = None,
     head: HeadName = None,
 ) -> ScoreOutput:
     """Log-likelihoods of answers given their prompts, factorized and coupled.
@@ -63,102 +61,84 @@ def score(
 
     Args:
         model: a backbone with a head (or without one).
-        prompts: texts, or token ids in lists, arrays or tensors, of which padding is left out; a
+        prompts: texts, or token ids in lists, arrays or tensors, whose padding is left out; a
             prompt may be empty.
         answers: as many, none of them empty.
         tokenizer: for texts, which are tokenised without special tokens of their own.
         batch_size: windows at once.
+        evidence_temperature: divides the backbone's logits before the circuit sees them; default,
+            the head's. The factorized likelihood is at temperature 1.
         head: the name of the head; None, the model's default; False, none.
 
     Raises:
-        ValueError: prompts and answers do not pair up, an answer is empty, a row holds what is no
-            token or the mask token, or is longer than the backbone's positions, or texts are given
-            without a tokenizer.
+        ValueError: prompts and answers do not pair up, an answer is empty, a row holds no token or
+            the mask token, or is longer than the backbone's positions, or texts are given without a
+            tokenizer.
         TypeError: an argument is of another kind.
     """
-    if model.config.mask_token_id is None:
-        raise ValueError("`mask_token_id` is not known: give it to `from_backbone`.")
-    token_id("mask_token_id", model.config.mask_token_id, model.config.vocab_size)
+    mask_token_id = model.mask_token_id
     batch_size = integer("batch_size", batch_size, least=1)
     check_callable("tokenizer", tokenizer, "a tokenizer")
-    rows = {
-        name: _tokens(model, name, texts, tokenizer)
-        for name, texts in (("prompts", prompts), ("answers", answers))
-    }
-    counts = len(rows["prompts"]), len(rows["answers"])
-    if counts[0] != counts[1] or counts[0] == 0:
+    prompts = _tokens(model, "prompts", prompts, tokenizer)
+    answers = _tokens(model, "answers", answers, tokenizer)
+    if len(prompts) != len(answers) or not prompts:
         raise ValueError(
-            f"`prompts` and `answers` must be of the same, positive length, got {counts[0]} and "
-            f"{counts[1]}."
+            f"`prompts` and `answers` must be of the same, positive length, got {len(prompts)} and "
+            f"{len(answers)}."
         )
-    pairs = list(zip(rows["prompts"], rows["answers"], strict=True))
-    for row, (prompt, answer) in enumerate(pairs):
-        if not answer:
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        if not len(answer):
             raise ValueError(
                 f"`answers` must hold at least one token each, got none in row {row}: leave empty "
                 "ones out."
             )
         what = f"In row {row} of `prompts` and `answers`, {len(prompt)} and {len(answer)} tokens"
         check_size(model.max_positions, len(prompt) + len(answer), what)
-    head = model.head_of_call(head)
+    head, device = model.head_of_call(head), model.device
     length = head.window_length
     windows = [
-        (row, start)
-        for row, (_, answer) in enumerate(pairs)
+        (row, len(prompt) + start)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
         for start in range(0, len(answer), length)
     ]
-    totals = torch.zeros(2, len(pairs), dtype=torch.float64)
+    totals = torch.zeros(2, len(prompts), dtype=torch.float64)
     for first in range(0, len(windows), batch_size):
-        batch = windows[first : first + batch_size]
-        rows = torch.tensor([row for row, _ in batch])
-        totals.index_add_(1, rows, _score_windows(model, head, pairs, batch).double().cpu())
-    num_tokens = torch.tensor([len(answer) for _, answer in pairs])
+        rows, starts = torch.tensor(windows[first : first + batch_size]).unbind(1)
+        texts = [torch.cat((prompts[row], answers[row])) for row in rows]
+        truth = pad_sequence(texts, batch_first=True).to(device)
+        attention_mask = pad_sequence([torch.ones_like(t) for t in texts], True).to(device)
+        starts, column = starts.to(device), torch.arange(truth.shape[1], device=device)
+        hidden = (column >= starts[:, None]) & attention_mask.bool()
+        ids = truth.masked_fill(hidden, mask_token_id)
+        columns = starts[:, None] + torch.arange(length, device=device)
+        targets = truth.gather(1, columns.clamp(max=truth.shape[1] - 1))
+        with model.adapter_of_call(head):
+            window = model.backbone_states(ids, attention_mask), ids, starts, attention_mask
+            for total, temperature, coupled_by in (
+                (totals[0], 1.0, head._replace(module=None)),
+                (totals[1], evidence_temperature, head),
+            ):
+                distribution = model.window_distribution(
+                    *window, temperature=temperature, head=coupled_by
+                )
+                total.index_add_(0, rows, distribution.log_prob(targets).double().cpu())
+    num_tokens = torch.tensor([len(answer) for answer in answers])
     return ScoreOutput(factorized=totals[0], coupled=totals[1], num_tokens=num_tokens)
 
 
 def _tokens(
-    model: CoDDModel, name: str, texts: Any, tokenizer: PreTrainedTokenizerBase | None
-) -> list[list[int]]:
-    """The tokens of each text, without padding."""
+    model: CoupledBackbone, name: str, texts: Any, tokenizer: PreTrainedTokenizerBase | None
+) -> list[torch.Tensor]:
+    """The tokens of each text, `[length]`, without padding."""
     rows = several(texts)
     if rows is None:
         raise TypeError(f"`{name}` must be a list of texts or of token ids, got {shown(texts)}.")
-    if tokenizer is None and any(isinstance(row, str) for row in rows):
-        raise ValueError(f"`{name}` are texts: give a `tokenizer`, or token ids.")
-    if tokenizer is not None:
+    if any(isinstance(row, str) for row in rows):
+        if tokenizer is None:
+            raise ValueError(f"`{name}` are texts: give a `tokenizer`, or token ids.")
         texts = [row if isinstance(row, str) else "" for row in rows]
         encoded = encode_as_written(name, texts, tokenizer, add_special_tokens=False)
         rows = [e if isinstance(r, str) else r for e, r in zip(encoded, rows, strict=True)]
     ids = model.unpadded(rows_of_ids(name, rows, model.config.vocab_size))
     check_unmasked(name, ids, model.config.mask_token_id)
-    return [row.tolist() for row in ids]
-
-
-def _score_windows(
-    model: CoDDModel, head: CallHead, pairs, batch: list[tuple[int, int]]
-) -> torch.Tensor:
-    """Log-likelihoods `[2, batch]` of single windows, factorized and coupled."""
-    size = max(len(pairs[row][0]) + len(pairs[row][1]) for row, _ in batch)
-    truth = torch.zeros(len(batch), size, dtype=torch.long)
-    attention_mask = torch.zeros_like(truth)
-    starts = torch.tensor([len(pairs[row][0]) + start for row, start in batch])
-    for i, (row, _) in enumerate(batch):
-        tokens = torch.tensor(pairs[row][0] + pairs[row][1])
-        truth[i, : len(tokens)] = tokens
-        attention_mask[i, : len(tokens)] = 1
-    hidden = (torch.arange(size) >= starts[:, None]) & attention_mask.bool()
-    device = model.device
-    ids = truth.masked_fill(hidden, model.config.mask_token_id).to(device)
-    attention_mask, starts = attention_mask.to(device), starts.to(device)
-    columns = starts[:, None] + torch.arange(head.window_length, device=device)
-    targets = truth.to(device).gather(1, columns.clamp(max=size - 1))
-    with model.adapter_of_call(head):
-        states = model.backbone_states(ids, attention_mask)
-        return torch.stack(
-            [
-                model.window_distribution(
-                    states, ids, starts, attention_mask, head=coupled_by
-                ).log_prob(targets)
-                for coupled_by in (head._replace(module=None), head)
-            ]
-        )
+    return [row.cpu() for row in ids]

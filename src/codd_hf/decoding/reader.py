@@ -6,26 +6,20 @@
 | `"prefix"` | the whole canvas | the block and what follows it |
 | `"dual"` | the whole canvas | the block |
 
-What is not computed is kept from the block's first step, when the block and what follows it were
-masked (Fast-dLLM, arXiv 2505.22618, which calls the second `DualCache`). With full attention that
-is an approximation: tokens committed in the block change the others' keys and values a little.
+The rest is kept from the block's first step, when the block and what follows it were masked
+(Fast-dLLM, arXiv 2505.22618, which calls the second `DualCache`). With full attention that is an
+approximation: tokens committed in the block change the others' keys and values a little.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
 from ..backbones import BackboneStates
-from ..checks.arguments import LARGEST_FACTOR, choice, number, per_row
-
-if TYPE_CHECKING:
-    from ..modeling_codd import CoDDModel
-
-CACHES = (None, "prefix", "dual")
+from ..coupling.windows import CoupledBackbone
 
 
 class CanvasReader:
@@ -36,60 +30,61 @@ class CanvasReader:
     Args:
         model: the backbone, with or without a head.
         attention_mask: `[batch, length]`, 0 at padding, which comes last in every row.
-        generated: `[batch, length]` bool, what is generated; the other real tokens are the prompt.
-        cache: what is computed in each step; see the table above.
-        guidance_scale: strength `s` of classifier-free guidance, for all rows or for each; 0 or
-            None: none. A second pass sees mask tokens in place of the prompt, and logits become
-            `without_prompt + (s + 1) * (with_prompt - without_prompt)`, as in LLaDA
+        generated: `[batch, length]` bool, the generated positions; the other real ones are prompt.
+        cache: None, `prefix` or `dual`; see the table above.
+        guidance_scale: strength `s` of classifier-free guidance for each row; 0: none. A second
+            pass sees mask tokens in place of the prompt, and logits become `without_prompt +
+            (s + 1) * (with_prompt - without_prompt)`, as in LLaDA
             ([arXiv 2502.09992](https://arxiv.org/abs/2502.09992), appendix A.2). Both are run as
             one batch. Hidden states are those of the pass with the prompt.
 
     Raises:
-        ValueError: `cache` is unknown or the backbone cannot be read in parts, or `guidance_scale`
-            is not a number of at least 0, or one for each row.
-        TypeError: `guidance_scale` is no number.
+        ValueError: the backbone cannot be read in parts.
     """
 
     def __init__(
         self,
-        model: CoDDModel,
+        model: CoupledBackbone,
         attention_mask: torch.Tensor,
         generated: torch.Tensor,
         cache: str | None = None,
-        guidance_scale: float | Sequence[float] | None = None,
+        guidance_scale: Sequence[float] = (),
     ):
-        choice("cache", cache, CACHES)
-        self.model, self.mode, self.batch = model, cache, len(attention_mask)
-        scales = _scale_of_each_row(guidance_scale, self.batch)
-        self.scale = torch.tensor(scales, device=attention_mask.device) if any(scales) else None
-        self.attention_mask, self.prompt = attention_mask, attention_mask.bool() & ~generated
-        if self.scale is not None:
+        self.family, self.backbone, self.mode = model.family, model.backbone, cache
+        self.mask_token_id = model.config.mask_token_id
+        self.batch, self.prompt = len(attention_mask), attention_mask.bool() & ~generated
+        self.attention_mask, self.scale = attention_mask, None
+        if any(guidance_scale):
+            self.scale = torch.tensor(guidance_scale, device=attention_mask.device)
             self.attention_mask = attention_mask.repeat(2, 1)
-        self.is_block_causal = getattr(model.config.text_config, "block_length", None) is not None
         self.cache = None
         if cache is not None:
-            self.cache = model.family.make_cache(model.backbone, len(self.attention_mask))
+            self.cache = self.family.make_cache(self.backbone, len(self.attention_mask))
 
     def open_block(self, block: torch.Tensor, end: int | None = None) -> None:
-        """Says what the next steps fill; what they read first is read whole.
+        """Says what the next steps fill; their first reading is of the whole canvas.
 
         Args:
             block: `[batch, length]` bool, columns in which tokens may be committed.
             end: columns from this one on are not asked for; None: all may be.
         """
-        self.end = end if self.is_block_causal else None
+        # A block-causal backbone sees nothing beyond: the columns need not be computed.
+        is_block_causal = getattr(self.backbone.config, "block_length", None) is not None
+        self.end = end if is_block_causal else None
         if self.cache is None:
             return
         self.cache.reset()
         again = block
         if self.mode == "prefix":
             again = (block.long().cumsum(1) > 0) & self.attention_mask[: self.batch].bool()
-        if getattr(self.model.backbone.config, "logit_shift", False):
+        if getattr(self.backbone.config, "logit_shift", False):
             again = again | F.pad(again[:, 1:], (0, 1))  # where the first of them is predicted
-        self.read_again, self.positions = again, _columns(again)
-        self.run = _run(self.positions)
+        self.read_again, self.columns = again, _columns(again)
+        first, number = int(self.columns[0, 0]), self.columns.shape[1]
+        run = torch.arange(first, first + number, device=again.device)
+        self.run = (first, first + number) if bool((self.columns == run).all()) else None
         if self.scale is not None:
-            self.read_again, self.positions = again.repeat(2, 1), self.positions.repeat(2, 1)
+            self.read_again, self.columns = again.repeat(2, 1), self.columns.repeat(2, 1)
 
     def read(self, rows: torch.Tensor, canvas: torch.Tensor) -> BackboneStates:
         """Predicts the tokens of some rows.
@@ -103,27 +98,26 @@ class CanvasReader:
         """
         if self.scale is None:
             return self._read(rows, canvas)
-        without_prompt = canvas.masked_fill(self.prompt[rows], self.model.config.mask_token_id)
-        states = self._read(
-            torch.cat((rows, rows + self.batch)), torch.cat((canvas, without_prompt))
-        )
-        return guided(states, self.scale[rows])
+        without_prompt = canvas.masked_fill(self.prompt[rows], self.mask_token_id)
+        both = torch.cat((rows, rows + self.batch)), torch.cat((canvas, without_prompt))
+        return guided(self._read(*both), self.scale[rows])
 
     def _read(self, rows: torch.Tensor, canvas: torch.Tensor) -> BackboneStates:
-        family, backbone = self.model.family, self.model.backbone
         mask = self.attention_mask[rows]
         if self.cache is None:
-            return family.states(backbone, canvas[:, : self.end], mask[:, : self.end])
+            return self.family.states(self.backbone, canvas[:, : self.end], mask[:, : self.end])
         # Rows come here in a later step of a block, and tokens outside it change, only by the hand
         # of a caller who edits the canvas.
         outdated = self.cache.outdated(rows, canvas, self.read_again[rows])
         if bool(outdated.any()):
             self.cache.whole(rows[outdated], canvas[outdated])
-            states = family.states(backbone, canvas[outdated], mask[outdated], cache=self.cache)
+            states = self.family.states(
+                self.backbone, canvas[outdated], mask[outdated], cache=self.cache
+            )
             if bool(outdated.all()):
                 return states
-        self.cache.part(rows, self.positions[rows], self.run)
-        return family.states(backbone, canvas, mask, cache=self.cache)
+        self.cache.part(rows, self.columns[rows], self.run)
+        return self.family.states(self.backbone, canvas, mask, cache=self.cache)
 
 
 def guided(states: BackboneStates, scale: torch.Tensor) -> BackboneStates:
@@ -148,28 +142,12 @@ def guided(states: BackboneStates, scale: torch.Tensor) -> BackboneStates:
     return BackboneStates(states.last_hidden_state[:number], read_logits)
 
 
-def _columns(wanted: torch.Tensor) -> torch.Tensor:
-    """The columns `[batch, n]` where `wanted` `[batch, length]` is True.
+def _columns(chosen: torch.Tensor) -> torch.Tensor:
+    """The columns `[batch, n]` where `chosen` `[batch, length]` is True.
 
     Rows that have fewer repeat their last one: computing it twice gives it twice.
     """
-    count = wanted.sum(-1, keepdim=True)
-    order = wanted.logical_not().long().argsort(dim=1, stable=True)
-    nth = torch.arange(int(count.max()), device=wanted.device)
+    count = chosen.sum(-1, keepdim=True)
+    order = chosen.logical_not().long().argsort(dim=1, stable=True)
+    nth = torch.arange(int(count.max()), device=chosen.device)
     return order.gather(1, torch.minimum(nth, (count - 1).clamp(min=0)))
-
-
-def _run(columns: torch.Tensor) -> tuple[int, int] | None:
-    """The first of the columns `[batch, n]` and the last plus one, if all rows have that run."""
-    first, number = int(columns[0, 0]), columns.shape[1]
-    run = torch.arange(first, first + number, device=columns.device)
-    return (first, first + number) if bool((columns == run).all()) else None
-
-
-def _scale_of_each_row(scale: float | Sequence[float] | None, batch: int) -> list[float]:
-    wanted = f"at least 0 (off) and at most {LARGEST_FACTOR:g}"
-
-    def check(name: str, value: Any) -> float:
-        return float(number(name, value, wanted, lambda x: 0 <= x <= LARGEST_FACTOR))
-
-    return per_row("guidance_scale", 0.0 if scale is None else scale, batch, check)

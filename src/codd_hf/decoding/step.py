@@ -4,36 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import logging
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..backbones import BackboneStates
 from ..checks.arguments import numbered
 from ..circuits.factorized import forbidden_tokens
 from ..circuits.random import Generators
-from ..schedulers import CoDDScheduler, RowText
+from ..coupling.windows import CoupledBackbone
+from ..schedulers import RowText
 from ..schedulers.remasking import CanvasMemory
 from ..schedulers.settings import ADAPTIVE
+from .call import DecodingCall
 from .canvas import Canvas
-from .plan import Stage, WindowPlan, block_windows, dynamic_windows
-
-if TYPE_CHECKING:
-    from ..coupling.heads import CallHead
-    from ..modeling_codd import CoDDModel
+from .placement import Placement, Stage, place_on_block, place_on_chosen
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass
 class StepRecord:
-    """What a step did, on the whole canvas `[batch, T]`.
+    """The work of a step, on the whole canvas `[batch, T]`.
 
     Attributes:
         transfer_index: bool, where tokens were committed.
-        sampled_tokens: the candidates, and what is known in the windows; elsewhere the mask token.
+        sampled_tokens: the candidates, and the known tokens in the windows; elsewhere the mask
+            token.
         sampled_probs: their probabilities; elsewhere 0.
     """
 
@@ -50,81 +47,63 @@ class StepRecord:
             torch.zeros(canvas.tokens.shape, device=canvas.tokens.device),
         )
 
-    def state(self, canvas: Canvas) -> dict[str, torch.Tensor]:
-        """What a callback is shown after the step."""
-        return {"canvas": canvas.tokens.clone(), "generated": canvas.generated, **vars(self)}
-
 
 class DecodingStep:
     """Commits tokens in all the rows of a pass, those that are alike at once.
 
     Args:
         model: the backbone, with or without a head.
-        head: of the call.
-        scheduler: of this call alone: its timesteps are set here.
-        paradigm: `block` or `full`.
-        logits_processor: transformers' processors.
-        settings: the scheduler's settings of the call.
+        call: the choices of the call.
+        canvas: all rows.
     """
 
-    def __init__(
-        self,
-        model: CoDDModel,
-        head: CallHead,
-        scheduler: CoDDScheduler,
-        paradigm: str,
-        logits_processor: LogitsProcessor | LogitsProcessorList | None,
-        settings: dict[str, Any],
-    ) -> None:
-        self.model = model
-        self.head = head
-        self.scheduler = scheduler
-        self.paradigm = paradigm
-        self.logits_processor = logits_processor
-        self.settings = settings
-        self.drawing = scheduler.draw_settings(**settings)
+    def __init__(self, model: CoupledBackbone, call: DecodingCall, canvas: Canvas) -> None:
+        self.model, self.call, self.canvas = model, call, canvas
+        self.scheduler, self.settings = call.scheduler, vars(call.settings)
+        config, self.never = model.config, None
+        if call.block_length is None:
+            ids = config.mask_token_id, config.forbidden_token_ids
+            self.never = forbidden_tokens(config.vocab_size, *ids, canvas.tokens.device)
         self._warned = False
 
     def run(
         self,
-        canvas: Canvas,
         rows: torch.Tensor,
         states: BackboneStates,
         stage: Stage,
         number: int,
         wanted: torch.Tensor,
-        generator: Generators,
         memory: CanvasMemory,
         record: StepRecord | None,
     ) -> None:
         """Writes the tokens of a step onto the canvas.
 
         Args:
-            canvas: all rows.
             rows: `[n]`, those that take part.
             states: the backbone's pass over them.
-            stage: what is decoded.
+            stage: the part of the canvas that is decoded.
             number: of the step in the stage, from 0.
             wanted: `[batch, T]` bool, where tokens may be committed.
-            generator: one, or one for each row of the canvas.
             memory: of the stage's earlier steps.
-            record: takes down what was done, if anyone asks.
+            record: takes down the step, if anyone asks.
         """
-        part, generator = canvas.rows(rows), _of_rows(generator, rows)
-        length = self.head.window_length
-        for plan in self._plans(part, states, stage.rows(rows), number, wanted[rows], generator):
+        call, canvas, part = self.call, self.canvas, self.canvas.rows(rows)
+        length = call.head.window_length
+        for place in self._placements(part, rows, states, stage, number, wanted[rows]):
             # 1. The distribution over the windows.
-            group, group_rows = part.rows(plan.rows), rows[plan.rows]
-            position = plan.position(length)
+            group, group_rows = part.rows(place.index), rows[place.index]
+            window_start = place.window_start.repeat_interleave(length, dim=1)
+            within = torch.arange(length, device=rows.device)
+            position = window_start + within.repeat(place.window_start.shape[1])
             with numbered(rows):
                 distribution = self.model.window_distribution(
                     states,
                     part.tokens,
-                    plan.window_start.flatten(),
-                    attention_mask=part.attention_mask,
-                    rows=plan.rows.repeat_interleave(plan.window_start.shape[1]),
-                    temperature=self.drawing.evidence_temperature,
-                    head=self.head,
+                    place.window_start.flatten(),
+                    part.attention_mask,
+                    rows=place.index.repeat_interleave(place.window_start.shape[1]),
+                    temperature=call.settings.evidence_temperature,
+                    head=call.head,
                 )
             too_early = position < group.no_end_before[:, None]
             if len(canvas.end_ids) and bool(too_early.any()):
@@ -133,21 +112,20 @@ class DecodingStep:
                 )
 
             # 2. Some of the masked tokens are committed.
-            place = position.clamp(max=part.tokens.shape[1] - 1)
-            window_start = plan.window_start.repeat_interleave(length, dim=1)
+            column = position.clamp(max=part.tokens.shape[1] - 1)
             remembered = memory.read(group_rows, position, window_start)
             known = group.attention_mask.bool() & (group.tokens != canvas.mask_token_id)
-            self.scheduler.set_timesteps(plan.num_steps, device=rows.device)
+            self.scheduler.set_timesteps(place.num_steps, device=rows.device)
             with numbered(group_rows):
                 output = self.scheduler.step(
                     distribution,
                     self.scheduler.timesteps[number],
-                    group.tokens.gather(1, place),
-                    generator=_of_rows(generator, plan.rows),
-                    eligible=plan.eligible.gather(1, place),
-                    at_least=plan.at_least,
+                    group.tokens.gather(1, column),
+                    generator=_of_rows(call.generator, group_rows),
+                    eligible=place.eligible.gather(1, column),
+                    at_least=place.at_least,
                     mask_token_id=canvas.mask_token_id,
-                    logits_processor=self.logits_processor,
+                    logits_processor=call.logits_processor,
                     text=RowText(group.tokens, known, position),
                     memory=remembered,
                     output_logits=False,
@@ -164,84 +142,49 @@ class DecodingStep:
             # 3. They go onto the canvas.
             at, values = _places(group_rows, position, output.transfer_index | output.remasked)
             canvas.tokens[at] = output.prev_sample[values]
-            if record is None:
-                continue
-            present = distribution.present.view_as(position)
-            at, values = _places(group_rows, position, present)
-            record.transfer_index[at] = output.transfer_index[values]
-            record.sampled_tokens[at] = output.sampled_tokens[values]
-            record.sampled_probs[at] = output.sampled_probs[values].to(record.sampled_probs.dtype)
+            if record is not None:
+                present = distribution.present.view_as(position)
+                at, values = _places(group_rows, position, present)
+                record.transfer_index[at] = output.transfer_index[values]
+                record.sampled_tokens[at] = output.sampled_tokens[values]
+                record.sampled_probs[at] = output.sampled_probs[values].float()
 
-    def _plans(
+    def _placements(
         self,
         part: Canvas,
+        rows: torch.Tensor,
         states: BackboneStates,
         stage: Stage,
         number: int,
         wanted: torch.Tensor,
-        generator: Generators,
-    ) -> Iterator[WindowPlan]:
-        """Where the windows lie, and where in them tokens may be committed."""
-        length = self.head.window_length
-        if self.paradigm == "block":
-            return block_windows(part, stage, wanted, length)
-        selected = self._select(part, states, stage, number, wanted, generator)
-        return dynamic_windows(
-            part,
-            stage,
-            wanted,
-            selected,
-            number,
-            length,
-            adaptive=self.drawing.strategy in ADAPTIVE,
-        )
-
-    def _select(
-        self,
-        part: Canvas,
-        states: BackboneStates,
-        stage: Stage,
-        number: int,
-        wanted: torch.Tensor,
-        generator: Generators,
-    ) -> torch.Tensor:
-        """`[n, T]` bool: what the backbone's prediction would commit in this step."""
-        selected = torch.zeros_like(wanted)
+    ) -> Iterator[Placement]:
+        """The windows of the rows in `part`, and where in them tokens may be committed."""
+        stage, length = Stage(*(value[rows] for value in stage)), self.call.head.window_length
+        if self.never is None:
+            return place_on_block(part, stage, wanted, length)
+        chosen = torch.zeros_like(wanted)
         alike = torch.stack((stage.num_steps, part.length), dim=-1)
-        for num_steps, length in alike.unique(dim=0).tolist():
-            rows = (alike == alike.new_tensor((num_steps, length))).all(-1).nonzero()[:, 0]
-            column = part.start[rows, None] + torch.arange(length, device=rows.device)
-            eligible = wanted[rows].gather(1, column)
+        for num_steps, span in alike.unique(dim=0).tolist():
+            index = (alike == alike.new_tensor((num_steps, span))).all(-1).nonzero()[:, 0]
+            column = part.start[index, None] + torch.arange(span, device=rows.device)
+            eligible = wanted[index].gather(1, column)
             at = eligible.nonzero(as_tuple=True)
-            where = rows[at[0]], column[at]
-            logits = self._allowed(
-                states.logits(where), where[1] < part.no_end_before[where[0]], part
-            )
+            where = index[at[0]], column[at]
+            too_early = where[1] < part.no_end_before[where[0]]
+            is_end = torch.zeros_like(self.never).index_fill(0, part.end_ids, True)
+            never = self.never | (too_early[:, None] & is_end)
+            logits = states.logits(where).masked_fill(never, -torch.inf)
             logits = logits.new_zeros(*column.shape, logits.shape[-1]).index_put_(at, logits)
             self.scheduler.set_timesteps(num_steps, device=rows.device)
-            selected[rows[:, None], column] = self.scheduler.select_positions(
+            chosen[index[:, None], column] = self.scheduler.select_positions(
                 logits,
                 self.scheduler.timesteps[number],
                 eligible,
-                generator=_of_rows(generator, rows),
+                generator=_of_rows(self.call.generator, rows[index]),
                 **self.settings,
             )
-        return selected
-
-    def _allowed(self, logits: torch.Tensor, too_early: torch.Tensor, part: Canvas) -> torch.Tensor:
-        """Logits `[m, vocab]` without what the model never generates and ends that come too early.
-
-        Args:
-            logits: `[m, vocab]`.
-            too_early: `[m]` bool, where no end token may stand.
-            part: says which these are.
-        """
-        config, vocab_size = self.model.config, logits.shape[-1]
-        never = forbidden_tokens(
-            vocab_size, config.mask_token_id, config.forbidden_token_ids, logits.device
-        )
-        is_end = torch.zeros_like(never).index_fill(0, part.end_ids, True)
-        return logits.masked_fill(never | (too_early[:, None] & is_end), -torch.inf)
+        adaptive = self.call.settings.strategy in ADAPTIVE
+        return place_on_chosen(part, stage, wanted, chosen, number, length, adaptive)
 
 
 def _places(

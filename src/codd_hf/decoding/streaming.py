@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
-from .loop import OnStep
+from .call import DecodingCall
+
+OnStep = Callable[[int, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor | None]
 
 
 class DiffusionStreamer(Protocol):
-    """What `generate` needs of a streamer, as `transformers.TextDiffusionStreamer` has it.
+    """A streamer for `generate`, such as `transformers.TextDiffusionStreamer`.
 
     A streamer may also have `put_draft(value)`; one without (`TextStreamer`,
     `TextIteratorStreamer`) hears of complete blocks only.
@@ -35,51 +38,38 @@ class BlockStream:
 
     Args:
         streamer: the receiver.
-        mask_token_id: what a position holds before it is committed.
-        block_length: tokens in a block; None for one block, everything.
-        behind: what stands behind the end of rows that are shorter than the longest one.
+        prompts: `[batch, prompt_length]`.
+        mask_token_id: the token of a position before one is committed.
+        call: gives the length of blocks and the padding behind rows that are shorter than others.
+        on_step: is called before the streamer hears of a step.
     """
 
     def __init__(
         self,
         streamer: DiffusionStreamer,
+        prompts: torch.Tensor,
         mask_token_id: int,
-        block_length: int | None,
-        behind: int,
+        call: DecodingCall,
+        on_step: OnStep | None = None,
     ) -> None:
-        self.streamer = streamer
-        self.mask_token_id = mask_token_id
-        self.block_length = block_length
-        self.behind = behind
-        self._complete = 0
-        self._begun = 0
+        self.streamer, self.on_step = streamer, on_step
+        self.mask_token_id, self.behind = mask_token_id, call.behind
+        self.block_length = call.block_length
+        self._complete = self._begun = 0
+        streamer.put(prompts.cpu())
 
-    def begin(self, prompts: torch.Tensor) -> None:
-        """Puts the prompts `[batch, prompt_length]`, as they were given."""
-        self.streamer.put(prompts.cpu())
-
-    def after(self, on_step: OnStep | None) -> OnStep:
-        """A callback for `denoise` that calls `on_step` and shows the canvas that results."""
-
-        def report(step: int, timestep: Any, state: dict[str, torch.Tensor]) -> torch.Tensor | None:
-            returned = None if on_step is None else on_step(step, timestep, state)
-            self._step(state if returned is None else state | {"canvas": returned})
-            return returned
-
-        return report
-
-    def finish(self, sequences: torch.Tensor) -> None:
-        """Puts the blocks that are still open, from the result `[batch, n]`, and ends."""
-        self._put_until(self._begun, sequences)
-        self.streamer.end()
-
-    def _step(self, state: dict[str, torch.Tensor]) -> None:
+    def __call__(
+        self, step: int, timestep: torch.Tensor, state: dict[str, torch.Tensor]
+    ) -> torch.Tensor | None:
+        """A callback for `denoise`: calls `on_step` and shows the canvas that results."""
+        returned = None if self.on_step is None else self.on_step(step, timestep, state)
+        canvas = state["canvas"] if returned is None else returned
         generated = state["generated"]
         size = generated.sum(-1, keepdim=True)
         number = torch.arange(int(size.max()), device=generated.device)
         place = generated.long().argmax(-1, keepdim=True) + number
         place = place.clamp(max=generated.shape[1] - 1)
-        tokens = torch.where(number < size, state["canvas"].gather(1, place), self.behind)
+        tokens = torch.where(number < size, canvas.gather(1, place), self.behind)
         changed = state["transfer_index"].gather(1, place) & (number < size)
         in_work = ((tokens == self.mask_token_id) | changed).any(0).nonzero()[:, 0].tolist()
         block_length = self.block_length or tokens.shape[1]
@@ -88,6 +78,12 @@ class BlockStream:
         self._begun = start + block_length
         if hasattr(self.streamer, "put_draft"):
             self.streamer.put_draft(tokens[:, start : self._begun].cpu())
+        return returned
+
+    def finish(self, sequences: torch.Tensor) -> None:
+        """Puts the blocks that are still open, from the result `[batch, n]`, and ends."""
+        self._put_until(self._begun, sequences)
+        self.streamer.end()
 
     def _put_until(self, end: int, tokens: torch.Tensor) -> None:
         while self._complete < min(end, tokens.shape[1]):

@@ -95,6 +95,8 @@ def measure_gap(
     """
     if bad := [r for r in ratios if not 0 < r <= 1]:
         raise ValueError(f"`ratios` must lie in (0, 1], got {bad}.")
+    for head in heads.values():
+        model.bind(head)
     length = model.window_length
     generator = torch.Generator().manual_seed(seed)
     canvas, starts, numbers = _full_windows(examples, tokenizer, length, generator)

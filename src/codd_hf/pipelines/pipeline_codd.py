@@ -22,7 +22,7 @@ from ..checks.names import checked_name
 from ..circuits.random import Generators
 from ..coupling.adapters import unwrapped
 from ..coupling.heads import HeadName
-from ..decoding.arguments import ForcedTokens, PerRow
+from ..decoding.call import DecodingCall, ForcedTokens, PerRow
 from ..decoding.generation_settings import said_of_task, task_of_call, with_settings_of
 from ..decoding.loop import denoise
 from ..hub.publishing import PipelinePublishing
@@ -388,22 +388,27 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
                 return bars.enter_context(self.progress_bar(total=total))
 
             device = self._execution_device
-            output = denoise(
+            call = DecodingCall.of(
                 self.model,
                 self.scheduler,
-                ids.to(device),
-                mask.to(device),
+                len(ids),
                 generator=generator,
                 early_stop=early_stop,
                 forced_tokens=forced_tokens,
                 logits_processor=logits_processor,
                 cache=cache,
                 guidance_scale=guidance_scale,
-                on_step=None if callback_on_step_end is None else on_step,
-                progress=progress,
                 head=head,
                 **task,
                 **settings,
+            )
+            output = denoise(
+                self.model,
+                call,
+                ids.to(device),
+                mask.to(device),
+                on_step=None if callback_on_step_end is None else on_step,
+                progress=progress,
             )
 
         # 4. Decode the text.
