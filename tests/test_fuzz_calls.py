@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from codd_hf import CoDDModel, CoDDScheduler, CoupledCategorical, Potentials
 from codd_hf.configuration_codd import COUPLINGS
 from codd_hf.decoding.call import PARADIGMS
-from codd_hf.schedulers.settings import CHOICES as SETTINGS
+from codd_hf.schedulers.settings import SAMPLING, STRATEGIES
 from tiny import random_head, tiny_backbone, tiny_model
 from tiny_pipeline import tiny_pipeline
 
@@ -69,7 +69,8 @@ wild = st.recursive(
     max_leaves=4,
 )
 plausible: dict[str, list[Any]] = {
-    **{name: list(choices) for name, choices in SETTINGS.items()},
+    "strategy": list(STRATEGIES),
+    "sampling": list(SAMPLING),
     "paradigm": list(PARADIGMS),
     "temperature": [0.0, 1.0, 1e-6, 1e6],
     "evidence_temperature": [0.5, 1e-6, 1e6],
@@ -168,7 +169,15 @@ def holds(call: Callable[[], Any]) -> Any:
     return result
 
 
-DRAWS = (*SETTINGS, "temperature", "evidence_temperature", "top_k", "top_p", "threshold")
+DRAWS = (
+    "strategy",
+    "sampling",
+    "temperature",
+    "evidence_temperature",
+    "top_k",
+    "top_p",
+    "threshold",
+)
 DRAWS += ("activation_ratio", "repetition_penalty", "forbidden_token_ids", "remask_threshold")
 TASK = ("block_length", "num_inference_steps", "paradigm", "infill")
 TASK += ("min_new_tokens", "forced_tokens", "generator", "cache", "guidance_scale", "early_stop")

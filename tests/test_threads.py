@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
-from codd_hf.schedulers.settings import CHOICES
+from codd_hf.schedulers.settings import SAMPLING, STRATEGIES
 from codd_hf.text.encoding import encode_texts
 from codd_hf.training.fits.joint import _checkpointing
 from tiny import random_head, tiny_backbone
@@ -72,8 +72,8 @@ def random_call(draw: random.Random, caches: tuple[str | None, ...]) -> Call:
     decoding = {
         "block_length": 4,
         "num_inference_steps": draw.randrange(4, 9),
-        "sampling": draw.choice(CHOICES["sampling"]),
-        "strategy": draw.choice(CHOICES["strategy"]),
+        "sampling": draw.choice(SAMPLING),
+        "strategy": draw.choice(list(STRATEGIES)),
         "temperature": draw.choice([0.0, 1.0]),
         "paradigm": draw.choice(["block", "full"]),
         "cache": draw.choice(caches),

@@ -7,7 +7,7 @@ import torch
 from windows import HEAD, LENGTH, MASK, VOCAB, window
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
-from codd_hf.schedulers.settings import CHOICES
+from codd_hf.schedulers.settings import SAMPLING, STRATEGIES
 from tiny import enumerate_window, random_head, tiny_backbone
 
 PROMPTS = [[5, 6, 7], [9, 4], [3, 8, 10, 11]]
@@ -27,8 +27,8 @@ def tokens(pipe, prompts=PROMPTS, seed: int = 0, **call) -> list[list[int]]:
     return pipe(input_ids=prompts, output_type="seq", **call).sequences.tolist()
 
 
-@pytest.mark.parametrize("strategy", CHOICES["strategy"])
-@pytest.mark.parametrize("sampling", CHOICES["sampling"])
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+@pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("paradigm", ["block", "full"])
 def test_greedy_tokens_depend_on_no_seed_no_generator_and_no_batchmate(
     pipe, strategy, sampling, paradigm
@@ -54,7 +54,7 @@ def test_greedy_remasking_and_late_activation_draw_nothing_either(pipe, sampling
 
 
 @pytest.mark.parametrize("kwargs", [{"do_sample": False}, {"temperature": 0}, {}])
-@pytest.mark.parametrize("sampling", CHOICES["sampling"])
+@pytest.mark.parametrize("sampling", SAMPLING)
 def test_generate_without_sampling_repeats_itself(pipe, kwargs, sampling):
     ids = torch.tensor(PROMPTS[:1])
     call = {"max_new_tokens": 8, "sampling": sampling, "strategy": "random", **kwargs}

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -127,6 +128,15 @@ def choice(name: str, value: Any, choices: Iterable[str | None]) -> None:
     if not (isinstance(value, str | None) and value in (choices := tuple(choices))):
         names = ", ".join(map(str, choices))
         raise ValueError(f"`{name}` must be one of {names}, got {shown(value)}.")
+
+
+def check_known(names: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raises a TypeError for a name that is not known, with those that are spelt alike."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            near = get_close_matches(str(name), known, cutoff=0.5) or known
+            raise TypeError(f"`{name}` is not {what}: use one of {', '.join(near)}.")
 
 
 def check_callable(name: str, value: Any, what: str) -> None:

@@ -7,7 +7,9 @@ other positions are those of the present pass. One forward-backward over the cha
 them. Of the tokens below the threshold the least probable of each window goes back, and the others
 are judged again without it, until none is left.
 
-A token goes back at most once, and the last step of a block takes none back: decoding ends.
+A token goes back at most once, and the last step of a block takes none back: decoding ends. It is
+judged only under the states that it was committed under: those of a window at the same place, with
+the same text to copy from.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
-from .candidates import CoupledWindows
+from .windows import CoupledWindows
 
 
 @dataclass
@@ -29,32 +32,23 @@ class CommitMemory:
         tokens: `[batch, length]`, the tokens after the last step.
         held: `[batch, length]` bool, committed while the circuit was applied.
         returned: `[batch, length]` bool, positions that went back once.
-        soft_evidence: `[batch, length, H + J]`, what the prediction of the pass that committed the
-            token gave to the latents.
-        log_probs: `[batch, length]`, the backbone's log-probability of the token in that pass.
+        log_probs: `[batch, length]`, the backbone's log-probability of the token in the pass that
+            committed it.
+        soft_evidence: `[batch, length, H + J]`, what the prediction of that pass gave to the
+            latents.
+        states: `[batch, length]`, a fingerprint of the copy states of the window then.
     """
 
     tokens: torch.Tensor | None = None
     held: torch.Tensor | None = None
     returned: torch.Tensor | None = None
-    soft_evidence: torch.Tensor | None = None
     log_probs: torch.Tensor | None = None
-
-    def _remember(self, tokens, held, returned, soft_evidence, log_probs) -> None:
-        self.tokens, self.held, self.returned = tokens, held, returned
-        self.soft_evidence, self.log_probs = soft_evidence, log_probs
-
-    @property
-    def _tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.tokens, self.held, self.returned, self.soft_evidence, self.log_probs
+    soft_evidence: torch.Tensor | None = None
+    states: torch.Tensor | None = None
 
 
 class CanvasMemory:
-    """A memory by position on a canvas `[batch, T]`, on which windows may lie anew in each step.
-
-    What a prediction gave to the latents of one window says nothing about those of another, so that
-    a token is judged again only under the window that it was committed under.
-    """
+    """A memory by position on a canvas `[batch, T]`, on which windows may lie anew in each step."""
 
     def __init__(self) -> None:
         self.memory = CommitMemory()
@@ -74,9 +68,8 @@ class CanvasMemory:
             return CommitMemory()
         last = self.window_start.shape[1] - 1
         at = rows[:, None], position.clamp(max=last)
-        memory = CommitMemory(*(t[at] for t in self.memory._tensors))
-        same = (position <= last) & (self.window_start[at] == window_start)
-        memory.held = memory.held & same
+        memory = CommitMemory(*(tensor[at] for tensor in vars(self.memory).values()))
+        memory.held &= (position <= last) & (self.window_start[at] == window_start)
         return memory
 
     def write(
@@ -92,13 +85,35 @@ class CanvasMemory:
             return
         if self.window_start is None:
             self.window_start = torch.full_like(canvas, -1)
-            empty = (t.new_zeros(*canvas.shape, *t.shape[2:]) for t in memory._tensors)
-            self.memory._remember(*empty)
+            new = {n: t.new_zeros(*canvas.shape, *t.shape[2:]) for n, t in vars(memory).items()}
+            self.memory = CommitMemory(**new)
         row, column = (position < canvas.shape[1]).nonzero(as_tuple=True)
         at = rows[row], position[row, column]
         self.window_start[at] = window_start[row, column]
-        for own, new in zip(self.memory._tensors, memory._tensors, strict=True):
-            own[at] = new[row, column]
+        for name, tensor in vars(memory).items():
+            kept = getattr(self.memory, name)
+            if tensor.ndim == 3:
+                width = max(kept.shape[-1], tensor.shape[-1])
+                kept, tensor = _of_width(kept, width), _of_width(tensor, width)
+                self.memory.soft_evidence = kept
+            kept[at] = tensor[row, column]
+
+
+def _of_width(evidence: torch.Tensor, width: int) -> torch.Tensor:
+    """Evidence `[..., width]`; what is cut off or added belongs to copy states that are absent."""
+    return F.pad(evidence, (0, width - evidence.shape[-1]), value=-torch.inf)
+
+
+def _fingerprint(windows: CoupledWindows) -> torch.Tensor:
+    """`[batch * W, L]`: equal where the copy states of the windows emit the same."""
+    plain = windows.plain
+    states = torch.zeros_like(plain.tokens)
+    if plain.context is None or plain.context.copies is None:
+        return states
+    copies = plain.context.copies
+    emitted = torch.where(copies.start[:, 0] > -torch.inf, copies.tokens + 1, 0)
+    powers = torch.full_like(emitted[0], 6364136223846793005).cumprod(0)  # modulo 2**64
+    return states + (emitted * powers).sum(-1, keepdim=True)
 
 
 def take_back(
@@ -119,17 +134,18 @@ def take_back(
     """
     plain = windows.plain
     active = plain.active[:, None].expand_as(plain.masked)
-    tokens, committed = windows.windows(tokens), windows.windows(committed)
-    of_now = plain.soft_evidence, plain.factorized_log_prob_of(tokens)
-    if memory.held is None:
-        held, returned = torch.zeros_like(committed), torch.zeros_like(committed)
-        evidence, log_probs = of_now
-    else:
-        held, returned = windows.windows(memory.held), windows.windows(memory.returned)
+    tokens, committed = windows.split(tokens), windows.split(committed)
+    held, returned = torch.zeros_like(committed), torch.zeros_like(committed)
+    evidence, log_probs = plain.soft_evidence, plain.factorized_log_prob_of(tokens)
+    states = _fingerprint(windows)
+    if memory.held is not None:
+        returned = windows.split(memory.returned)
         # What the caller has changed since is not ours to take back.
-        held = held & (windows.windows(memory.tokens) == tokens) & ~committed
-        evidence = torch.where(held[..., None], memory.soft_evidence.view_as(of_now[0]), of_now[0])
-        log_probs = torch.where(held, windows.windows(memory.log_probs), of_now[1])
+        same = (windows.split(memory.tokens) == tokens) & (windows.split(memory.states) == states)
+        held = windows.split(memory.held) & same & ~committed
+        past = _of_width(memory.soft_evidence, evidence.shape[-1]).view_as(evidence)
+        evidence = torch.where(held[..., None], past, evidence)
+        log_probs = torch.where(held, windows.split(memory.log_probs), log_probs)
     held = held | (committed & active)
     known = plain.observed | committed
     back = torch.zeros_like(held)
@@ -137,11 +153,10 @@ def take_back(
     while bool(judged.any()):
         probs = plain.leave_one_out(tokens, known, evidence, log_probs)
         least, place = probs.masked_fill(~judged, torch.inf).min(-1)
-        goes = (
-            torch.nn.functional.one_hot(place, held.shape[1]).bool() & (least < threshold)[:, None]
-        )
+        goes = F.one_hot(place, held.shape[1]).bool() & (least < threshold)[:, None]
         back, known, judged = back | goes, known & ~goes, judged & ~goes
         judged = judged & goes.any(-1, keepdim=True)  # nothing changed in the other windows
-    rows = windows.rows
-    memory._remember(*map(rows, (tokens, held & ~back, returned | back, evidence, log_probs)))
-    return rows(back)
+    memory.tokens, memory.held = windows.join(tokens), windows.join(held & ~back)
+    memory.returned, memory.log_probs = windows.join(returned | back), windows.join(log_probs)
+    memory.soft_evidence, memory.states = windows.join(evidence), windows.join(states)
+    return windows.join(back)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,22 +12,48 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..checks.arguments import as_tensor, generators, integer, number, shown, token_id, token_ids
+from ..checks.arguments import (
+    as_tensor,
+    check_callable,
+    generators,
+    integer,
+    number,
+    shown,
+    token_id,
+    token_ids,
+)
 from ..checks.versions import without_left_fields
 from ..circuits import CoupledCategorical
 from ..circuits.factorized import without_tokens
-from ..circuits.random import Generators, uniform
-from .any_order import AnyOrder, Drawn
-from .candidates import CoupledWindows, draw_tokens, read_logits
-from .controls import Controls, RowText
+from ..circuits.random import Generators
+from .any_order import draw_in_any_order
+from .controls import PROCESSOR, RowText
+from .draws import Step, draw_independently
 from .noise import span_uniforms
-from .positions import choose, fewest, fixed_scores, select
 from .remasking import CommitMemory, take_back
 from .scheduler_output import CoDDSchedulerOutput
 from .settings import LEFT, DrawSettings
+from .strategies import even_pace, select
+from .windows import CoupledWindows, of_logits
 
 MOST_STEPS = 1 << 20
 """More would only hold memory: a step commits a token at least."""
+
+
+def _with_draw_settings(init: Callable) -> Callable:
+    """Gives an `__init__` with `**settings` the parameters of [`DrawSettings`], to be saved."""
+    own = list(inspect.signature(init).parameters.values())[:-1]
+    settings = (
+        inspect.Parameter(
+            setting.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=setting.default,
+            annotation=setting.type,
+        )
+        for setting in fields(DrawSettings)
+    )
+    init.__signature__ = inspect.Signature([*own, *settings])
+    return register_to_config(init)
 
 
 class CoDDScheduler(SchedulerMixin, ConfigMixin):
@@ -39,9 +66,8 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
     The strategies `threshold` and `joint` commit more where they are sure: `threshold` every
     candidate whose confidence reaches the threshold, `joint` the longest run of candidates, in
     order of confidence, whose exact joint probability under the coupled distribution stays at or
-    above it. Never fewer than `ceil(m / k)`: the number of steps is a ceiling, which is kept
-    without a rush at the end, and with a step for each token the floor is one token. Steps that a
-    block does not need are not run.
+    above it. Steps that a block does not need are not run, so that the number of steps is a
+    ceiling.
 
     | `sampling` | a token is drawn from | exact sample of the joint |
     | --- | --- | --- |
@@ -52,71 +78,23 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
     | `viterbi` | the best path of latents and tokens together; no randomness | no |
 
     The paper's are `latent` and `any_order` ([CoDD](https://arxiv.org/abs/2603.00045), section
-    5.1). `any_order` draws only what it commits: the next position is the one that the strategy
-    ranks first by its law given all tokens revealed so far.
+    5.1). `any_order` draws only the tokens that it commits: the next position is the one that the
+    strategy ranks first given all tokens revealed so far. At temperature 0 `latent` takes the most
+    probable path of latents and the most probable token given it.
 
-    Confidence is always read at evidence temperature 1, since a sharpened distribution saturates
-    and cannot rank.
-
-    With `remask_threshold`, tokens of the present block that the others make improbable go back to
-    being masked (see `remasking.py`).
-
-    Every setting but the mask token can be overridden in a call of [`~CoDDScheduler.step`].
+    Confidence is read at evidence temperature 1, since a sharpened distribution saturates and
+    cannot rank.
 
     Args:
-        strategy (`str`, defaults to `"low_confidence"`):
-            How positions are ranked: by the candidate's probability (`low_confidence`, `threshold`,
-            `joint`), by the distance of the two best probabilities (`margin`), by the smallest
-            entropy (`entropy`), in a random order (`random`) or from left to right
-            (`left_to_right`).
-        sampling (`str`, defaults to `"latent"`): One of the table above.
-        temperature (`float`, defaults to 0.0):
-            Of the final draw. At 0 nothing is drawn in any mode, and no generator is read: `latent`
-            takes the most probable path of latents and the most probable token given it, and the
-            order of `random` is a fixed one. (`top_k=1` above 0 draws the path alone.)
-        evidence_temperature (`float`, defaults to 1.0):
-            Divides the backbone's logits before the circuit sees them (the paper's tau).
-        top_k (`int`, *optional*): Draw from the `top_k` most probable tokens; 0 or None: from all.
-        top_p (`float`, *optional*):
-            Draw from the fewest tokens whose probabilities reach `top_p`; 1 or None: from all.
-        threshold (`float`, defaults to 0.9):
-            For `threshold`, the least confidence of a token; for `joint`, the least probability of
-            all tokens of a step together.
-        activation_ratio (`float`, defaults to 1.0):
-            The circuit is applied to a window while its mask ratio is at most this (the paper's
-            gamma); 1 means always.
-        repetition_penalty (`float`, defaults to 1.0):
-            Multiplies the log-probability of tokens that the row holds already, prompt included;
-            above 1 they become less probable.
-        forbidden_token_ids (`list[int]`, *optional*):
-            Tokens never drawn, besides those that the model forbids: they get no potential before
-            the circuit sees them.
-        remask_threshold (`float`, *optional*):
-            Tokens of the present block whose probability given all other tokens is below this go
-            back; 0 or None: none.
-        mask_token_id (`int`, *optional*):
-            The mask token; needed to step with plain logits, to remask and to add noise, unless
-            given there.
+        mask_token_id (`int`, *optional*): The mask token; needed to step with plain logits, to
+            remask and to add noise, unless given there.
+        **settings: Those of [`DrawSettings`]. A call of [`~CoDDScheduler.step`] may override them.
     """
 
     order = 1
 
-    @register_to_config
-    def __init__(
-        self,
-        strategy: str = "low_confidence",
-        sampling: str = "latent",
-        temperature: float = 0.0,
-        evidence_temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        threshold: float = 0.9,
-        activation_ratio: float = 1.0,
-        repetition_penalty: float = 1.0,
-        forbidden_token_ids: list[int] | None = None,
-        remask_threshold: float | None = None,
-        mask_token_id: int | None = None,
-    ) -> None:
+    @_with_draw_settings
+    def __init__(self, mask_token_id: int | None = None, **settings: Any) -> None:
         if mask_token_id is not None:
             mask_token_id = integer("mask_token_id", mask_token_id, least=0)
         # As plain numbers, which can be saved.
@@ -144,12 +122,12 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         known = inspect.signature(cls.__init__).parameters
         if isinstance(config, Mapping):
             config = without_left_fields(config, LEFT, f"a configuration of {cls.__name__}")
-        for name, value in (config or {}).items() if isinstance(config, Mapping | None) else ():
-            if name not in known and not name.startswith("_"):
-                raise ValueError(
-                    f"`{name}` is no setting of {cls.__name__}, got {value!r:.100}: remove it or "
-                    "correct its name."
-                )
+            for name, value in config.items():
+                if name not in known and not name.startswith("_"):
+                    raise ValueError(
+                        f"`{name}` is no setting of {cls.__name__}, got {value!r:.100}: remove it "
+                        "or correct its name."
+                    )
         try:
             return super().from_config(config, return_unused_kwargs, **kwargs)
         except TypeError as error:  # of a file, the value is wrong, whatever its type
@@ -262,59 +240,42 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         for name, value, kind in (("text", text, RowText), ("memory", memory, CommitMemory)):
             if not isinstance(value, kind | None):
                 raise TypeError(f"`{name}` must be a {kind.__name__}, got {shown(value)}.")
-        controls = Controls.of(settings, logits_processor)
+        check_callable("logits_processor", logits_processor, PROCESSOR)
 
-        # 1. What is drawn from, and where a token may be committed.
-        windows = None
-        if isinstance(model_output, CoupledCategorical):
-            windows = CoupledWindows.of(model_output, sample, settings)
-            masked, fallback = windows.masked, windows.fallback
-        else:
-            source = read_logits(model_output, sample, settings, mask_token_id)
-            masked, fallback = source.masked, source.fallback
-        committable = masked if eligible is None else masked & eligible
+        # 1. The distribution, and where a token may be committed.
+        draw = draw_in_any_order if settings.sampling == "any_order" else draw_independently
+        if isinstance(model_output, torch.Tensor):
+            model_output = of_logits(model_output, sample, mask_token_id)
+            draw = draw_independently
+        windows = CoupledWindows.of(model_output, sample, settings)
+        committable = windows.masked if eligible is None else windows.masked & eligible
         if at_least is None:
-            at_least = fewest(committable, steps_left)
-        if text is None:
+            at_least = even_pace(committable, steps_left)
+        if settings.repetition_penalty == 1 and not logits_processor:
+            text = None
+        elif text is None:
             every = torch.arange(sample.shape[1], device=sample.device).expand_as(sample)
-            text = RowText(sample, ~masked, every)
+            text = RowText(sample, ~windows.masked, every)
 
         # 2. Candidates, and those of them that are committed.
-        if windows is not None and settings.sampling == "any_order":
-            uniforms = self._uniforms(settings, sample, generator)
-            step = AnyOrder(
-                windows, sample, settings, committable, uniforms, controls, text, output_logits
+        drawn = draw(
+            Step(
+                windows,
+                sample,
+                settings,
+                committable,
+                at_least,
+                text,
+                logits_processor,
+                generator,
+                output_logits,
             )
-            scores = fixed_scores(settings, step.probs, generator)
-            if scores is None:
-                drawn = step.draw_one_by_one(at_least)
-            else:
-                drawn = step.draw_at_once(scores, at_least)
-            candidates = drawn.tokens
-        else:
-            if windows is not None:
-                source = windows.read(settings, generator)
-            log_probs = source.log_probs
-            if not controls.change_nothing:
-                at = masked.nonzero(as_tuple=True)
-                log_probs = log_probs.index_put(at, controls.apply(log_probs[at], at[0], text))
-            uniforms = self._uniforms(settings, sample, generator)
-            row = torch.arange(len(sample), device=sample.device)[:, None].expand_as(sample)
-            candidates, pred_logits = draw_tokens(
-                log_probs, settings, uniforms, row, committable, output_logits
-            )
-            candidates = torch.where(masked, candidates, sample)
-            probs = source.confidence.of(candidates)
-            where = choose(
-                settings, source.confidence, candidates, probs, committable, at_least, generator
-            )
-            tokens = torch.where(where, candidates, sample)
-            drawn = Drawn(tokens, where, probs, pred_logits)
+        )
 
         # 3. Tokens that the others make improbable go back.
         prev_sample, transfer_index = drawn.tokens, drawn.where
-        remasked = torch.zeros_like(masked)
-        if settings.remask_threshold and windows is not None and steps_left > 1:
+        remasked = torch.zeros_like(transfer_index)
+        if settings.remask_threshold and steps_left > 1:
             if mask_token_id is None:
                 raise ValueError(
                     "`mask_token_id` must be given here or in the scheduler's config to remask."
@@ -329,10 +290,10 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         output = CoDDSchedulerOutput(
             prev_sample=prev_sample,
             transfer_index=transfer_index,
-            sampled_tokens=candidates,
+            sampled_tokens=drawn.candidates,
             sampled_probs=drawn.probs,
             pred_logits=drawn.pred_logits,
-            fallback=fallback,
+            fallback=windows.fallback,
             remasked=remasked,
         )
         return output if return_dict else output.to_tuple()
@@ -431,15 +392,6 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             shape = original_samples.shape
             masked = masked & as_tensor("maskable", maskable, bool, shape, original_samples.device)
         return original_samples.masked_fill(masked, mask_token_id)
-
-    @staticmethod
-    def _uniforms(
-        settings: DrawSettings, sample: torch.Tensor, generator: Generators
-    ) -> torch.Tensor | None:
-        """A number in [0, 1) for each position; None where nothing is random."""
-        if settings.is_greedy or settings.sampling == "viterbi":
-            return None
-        return uniform(sample.shape, generator, sample.device)
 
     def _steps_left(self, timestep: float | torch.Tensor) -> int:
         """How many steps remain at `timestep`, itself included."""

@@ -1,0 +1,165 @@
+"""Which of the masked positions a step commits.
+
+With `k` steps left and `m` masked positions a step commits the `ceil(m / k)` that rank highest, so
+that the last step commits everything; an adaptive strategy goes on down the ranking while it is
+sure. Ties go to the leftmost position.
+
+A strategy is a function that scores positions, and an entry of `STRATEGIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from ..circuits.random import Generators, uniform
+
+if TYPE_CHECKING:
+    from .settings import DrawSettings
+    from .windows import CoupledWindows
+
+Probs = Callable[[], torch.Tensor]
+"""Gives the probabilities `[..., vocab]` of all tokens."""
+
+
+class Strategy(NamedTuple):
+    """How positions are ranked, and how far down the ranking a step goes.
+
+    Attributes:
+        score: scores `[...]` by the confidence `[...]` and the probabilities of all tokens.
+        order: scores `[batch, length]` before anything is predicted, like a tensor of that shape;
+            a strategy has either this or `score`.
+        goes_on: while `each` token reaches the threshold, while they reach it `together`, or not.
+    """
+
+    score: Callable[[torch.Tensor, Probs], torch.Tensor] | None = None
+    order: Callable[[torch.Tensor, Generators, bool], torch.Tensor] | None = None
+    goes_on: str | None = None
+
+
+def confidence(confidence: torch.Tensor, probs: Probs) -> torch.Tensor:
+    """The probability of the candidate."""
+    return confidence
+
+
+def margin(confidence: torch.Tensor, probs: Probs) -> torch.Tensor:
+    """By how much the best token leads."""
+    first, second = probs().topk(2, dim=-1).values.unbind(-1)
+    return first - second
+
+
+def certainty(confidence: torch.Tensor, probs: Probs) -> torch.Tensor:
+    """The negative entropy."""
+    return -torch.special.entr(probs()).sum(-1)
+
+
+def at_random(like: torch.Tensor, generator: Generators, greedy: bool) -> torch.Tensor:
+    """A random order; at temperature 0 the same in every row and call."""
+    if greedy:
+        always = torch.Generator().manual_seed(0)
+        return uniform(like.shape[1:], always, like.device).expand_as(like)
+    return uniform(like.shape, generator, like.device)
+
+
+def left_to_right(like: torch.Tensor, generator: Generators, greedy: bool) -> torch.Tensor:
+    """The leftmost first."""
+    return -torch.arange(like.shape[1], device=like.device).expand_as(like).float()
+
+
+STRATEGIES = {
+    "low_confidence": Strategy(confidence),
+    "margin": Strategy(margin),
+    "entropy": Strategy(certainty),
+    "random": Strategy(order=at_random),
+    "left_to_right": Strategy(order=left_to_right),
+    "threshold": Strategy(confidence, goes_on="each"),
+    "joint": Strategy(confidence, goes_on="together"),
+}
+
+
+def even_pace(committable: torch.Tensor, steps_left: int) -> torch.Tensor:
+    """`[batch]`: the tokens a step must commit so that all positions are filled in time."""
+    return (committable.sum(-1) + steps_left - 1) // steps_left
+
+
+def best_scored(
+    scores: torch.Tensor, committable: torch.Tensor, count: torch.Tensor
+) -> torch.Tensor:
+    """`[batch, length]` bool: the `count` `[batch]` best-scored of the committable positions."""
+    return committable & (_ranks(scores, committable) < count[:, None])
+
+
+def _ranks(scores: torch.Tensor, committable: torch.Tensor) -> torch.Tensor:
+    scores = scores.masked_fill(~committable, -torch.inf)
+    return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+
+
+def _scores(
+    settings: DrawSettings, confidence: torch.Tensor, probs: Probs, generator: Generators
+) -> torch.Tensor:
+    strategy = STRATEGIES[settings.strategy]
+    if strategy.order is not None:
+        return strategy.order(confidence, generator, settings.is_greedy)
+    return strategy.score(confidence, probs)
+
+
+def choose(
+    settings: DrawSettings,
+    windows: CoupledWindows,
+    tokens: torch.Tensor,
+    probs: torch.Tensor,
+    committable: torch.Tensor,
+    at_least: torch.Tensor,
+    generator: Generators,
+) -> torch.Tensor:
+    """`[batch, length]` bool: the positions whose candidates are committed.
+
+    Args:
+        settings: the strategy and its threshold.
+        windows: how sure the model is.
+        tokens: `[batch, length]`, the candidates.
+        probs: `[batch, length]`, their confidence.
+        committable: `[batch, length]` bool.
+        at_least: `[batch]`, the fewest to commit, if there are so many.
+        generator: for `random`.
+    """
+    strategy, count = STRATEGIES[settings.strategy], at_least
+    scores = _scores(settings, probs, windows.probs, generator)
+    if strategy.goes_on == "each":
+        count = torch.maximum(count, (committable & (probs >= settings.threshold)).sum(-1))
+    if strategy.goes_on == "together":
+        longest = int(committable.sum(-1).max())
+        lengths = torch.arange(1, longest + 1, device=scores.device)[:, None, None]
+        nested = (_ranks(scores, committable) < lengths) & committable  # [longest, batch, length]
+        sure = windows.log_prob(tokens, nested) >= settings.log_threshold
+        sure = sure & (lengths[..., 0] <= committable.sum(-1))
+        count = torch.maximum(count, sure.long().cumprod(0).sum(0))
+    return best_scored(scores, committable, count)
+
+
+def select(
+    settings: DrawSettings,
+    log_probs: torch.Tensor,
+    committable: torch.Tensor,
+    steps_left: int,
+    generator: Generators,
+) -> torch.Tensor:
+    """`[batch, length]` bool: the positions that a prediction is surest of, at an even pace.
+
+    With an adaptive strategy, also all others whose best token reaches the threshold.
+
+    Args:
+        settings: the strategy and its threshold.
+        log_probs: `[batch, length, vocab]`, of independent tokens.
+        committable: `[batch, length]` bool.
+        steps_left: steps that remain, this one included.
+        generator: for `random`.
+    """
+    best = log_probs.amax(-1).exp()
+    scores = _scores(settings, best, log_probs.exp, generator)
+    selected = best_scored(scores, committable, even_pace(committable, steps_left))
+    if STRATEGIES[settings.strategy].goes_on:
+        selected = selected | (committable & (best >= settings.threshold))
+    return selected
