@@ -263,7 +263,6 @@ METHODS = {
     "log_prob": ("value",),
     "coupling_gain": ("value",),
     "marginal_probs_of": ("value",),
-    "factorized_log_prob_of": ("value",),
     "partial_log_prob": ("value", "known"),
     "sample_latents": ("generator",),
     "logits_given": ("latents",),
@@ -275,7 +274,7 @@ METHODS = {
     "with_active": ("active",),
 }
 ATTRIBUTES = ("marginals", "factorized_logits", "log_partition", "latent_posterior", "masked")
-ATTRIBUTES += ("soft_evidence", "log_partition_bounds")
+ATTRIBUTES += ("log_partition_bounds",)
 
 
 def check_distribution(data: st.DataObject) -> None:

@@ -266,7 +266,7 @@ def test_a_head_groups_what_its_lists_leave_out_where_its_config_says_so(tmp_pat
     own = GroupedEvidence.from_logits(logits, 3, forbidden=head.forbidden, groups=groups)
     torch.testing.assert_close(found.log_partition, head(own).log_partition)
     for changed in (found.with_temperature(0.5), found.with_active(torch.tensor([True, False]))):
-        assert isinstance(changed._prediction, GroupedEvidence)
+        assert isinstance(changed.prediction, GroupedEvidence)
     head.emission.mul_(-1)
     assert not torch.equal(head.potentials.token_groups.index, groups.index)
 

@@ -8,6 +8,7 @@ from agreement import assert_logs_agree
 from brute_force import Case
 from cases import ALL, CASES, random_case
 
+from codd_hf.circuits.distribution.conditionals import draw_left_to_right, leave_one_out
 from codd_hf.circuits.random import draw_categorical
 
 DENSE = [name for name in ALL if ALL[name].top_k is None]
@@ -37,7 +38,7 @@ def draw_half(case: Case, seed: int):
         laws.update({(int(row), i): law[k] for k, row in enumerate(rows)})
         return draw_categorical(law, numbers[rows, i])
 
-    return ours, where, ours.draw_left_to_right(where, draw), laws
+    return ours, where, draw_left_to_right(ours, where, draw), laws
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -63,8 +64,8 @@ def test_leave_one_out_is_the_conditional_given_all_other_known_tokens(name):
     before, where, tokens, _ = draw_half(case, 3)
     known = where | before.observed
     tokens = torch.where(before.observed, before.tokens, tokens)
-    ours = before.leave_one_out(
-        tokens, known, before.soft_evidence, before.factorized_log_prob_of(tokens)
+    ours = leave_one_out(
+        before, tokens, known, before.latents.evidence, before.prediction.log_prob_of(tokens)
     )
     for row in range(len(case)):
         exact = case.enumerate(row)
@@ -92,10 +93,10 @@ def test_leave_one_out_takes_a_token_as_it_was_predicted_in_an_earlier_pass():
     tokens = torch.tensor([[1, 2, 3, 0]] * 3)
     known = torch.tensor([[True, True, False, True]] * 3)
     now = case.distribution().condition(tokens, known)
-    evidence, log_probs = now.soft_evidence.clone(), torch.zeros(3, 4)
-    evidence[:, 1] = earlier.soft_evidence[:, 1]
-    log_probs[:, 1] = earlier.factorized_log_prob_of(tokens)[:, 1]
-    ours = now.leave_one_out(tokens, known, evidence, log_probs)
+    evidence, log_probs = now.latents.evidence.clone(), torch.zeros(3, 4)
+    evidence[:, 1] = earlier.latents.evidence[:, 1]
+    log_probs[:, 1] = earlier.prediction.log_prob_of(tokens)[:, 1]
+    ours = leave_one_out(now, tokens, known, evidence, log_probs)
     for row in range(3):
         expected = conditional(mixed.enumerate(row), 1, {0: 1, 3: 0})
         assert abs(float(ours[row, 1]) - float(expected[2])) < 1e-5

@@ -66,7 +66,7 @@ def extreme_case(seed: int, structure: str, spread: float = LIMIT) -> Case:
 
 def agrees(case: Case, safe: bool) -> None:
     ours = case.distribution()
-    assert ours._chain(ours._evidence).cannot_underflow == safe
+    assert ours.latents.chain(ours.latents.evidence).cannot_underflow == safe
     posterior, log_partition = ours.latent_posterior, ours.log_partition
     rows = [case.enumerate(row) for row in range(len(case))]
     assert_logs_agree(log_partition, torch.stack([row.log_partition for row in rows]))
@@ -95,7 +95,7 @@ def test_both_paths_agree_below_the_limit(structure, monkeypatch):
     drawn = fast.sample_latents([torch.Generator().manual_seed(row) for row in range(ROWS)])
     monkeypatch.setattr(chains, "SAFE_RANGE", -1.0)
     careful = case.distribution()
-    assert not careful._chain(careful._evidence).cannot_underflow
+    assert not careful.latents.chain(careful.latents.evidence).cannot_underflow
     assert_logs_agree(results[0], careful.log_partition)
     assert float((results[1] - careful.latent_posterior).abs().max()) < 1e-5
     generators = [torch.Generator().manual_seed(row) for row in range(ROWS)]
@@ -121,7 +121,7 @@ def test_gradients_of_the_fast_path_are_finite_and_those_of_the_careful_one(stru
 def test_the_spread_of_a_step_is_never_underestimated(structure):
     for seed in range(10):
         case = extreme_case(seed, structure)
-        spread = case.distribution()._steps.log_range
+        spread = case.distribution().latents.steps.log_range
         for row in range(ROWS):
             for i in range(1, case.logits.shape[1]):
                 step = case.log_step(row, i)

@@ -7,13 +7,14 @@ import torch
 from windows import HEAD, LENGTH, LOGITS, MASK, VOCAB, law, one_step
 
 from codd_hf.circuits import CoupledCategorical, Potentials
+from codd_hf.circuits.distribution.conditionals import leave_one_out
 from codd_hf.schedulers import CoDDScheduler, CommitMemory
 
 OPEN = [MASK] * LENGTH
 ENUMERATED = law(OPEN)
 
 
-def leave_one_out(tokens: list[int], i: int) -> float:
+def enumerated(tokens: list[int], i: int) -> float:
     """`p(x_i | all other known tokens)` by enumeration, the open window's law."""
     completions, joint = ENUMERATED
     others = torch.ones(len(completions), dtype=torch.bool)
@@ -28,7 +29,7 @@ def taken_back(tokens: list[int], judged: list[int], threshold: float) -> set[in
     """The least probable first, the others judged again without it."""
     tokens, back = list(tokens), set()
     while True:
-        probs = {i: leave_one_out(tokens, i) for i in judged if i not in back}
+        probs = {i: enumerated(tokens, i) for i in judged if i not in back}
         if not probs or min(probs.values()) >= threshold:
             return back
         worst = min(probs, key=probs.get)
@@ -178,8 +179,8 @@ def test_repeated_tokens_that_the_circuit_excludes_go_back():
     ours = CoupledCategorical(logits, Potentials(torch.zeros(states), transition, emission))
     tokens = torch.tensor([[0, 0, 1, 0]])
     known = torch.ones(1, 4, dtype=torch.bool)
-    probs = ours.leave_one_out(
-        tokens, known, ours.soft_evidence, ours.factorized_log_prob_of(tokens)
+    probs = leave_one_out(
+        ours, tokens, known, ours.latents.evidence, ours.prediction.log_prob_of(tokens)
     )[0]
     assert probs[0] < 0.1
     assert probs[1] < 0.1

@@ -83,29 +83,25 @@ def normalised_exp(log_weights: torch.Tensor) -> torch.Tensor:
     return weights / total.masked_fill(total <= 0, 1)
 
 
-def sure_where(
-    where: torch.Tensor, tokens: torch.Tensor, log_probs: torch.Tensor, ours: bool = False
+def pin_tokens(
+    where: torch.Tensor, tokens: torch.Tensor, log_probs: torch.Tensor, in_place: bool
 ) -> torch.Tensor:
-    """Log-probabilities `[..., V]` that are sure of `tokens` `[...]` at some places.
+    """Log-probabilities `[..., V]` that are sure of `tokens` `[...]` where `where` `[...]` says so.
 
-    Args:
-        where: `[...]` bool, the places.
-        tokens: `[...]`, used there.
-        log_probs: the log-probabilities.
-        ours: whether they may be changed in place.
+    They are changed in place only where that is allowed and they have no gradient.
     """
     if torch.is_grad_enabled() and log_probs.requires_grad:
-        return torch.where(where[..., None], sure_of(tokens, log_probs), log_probs)
+        return torch.where(where[..., None], one_hot_log_probs(tokens, log_probs), log_probs)
     at = where.nonzero(as_tuple=True)
     if not len(at[0]):
         return log_probs
-    result = log_probs if ours else log_probs.clone()
+    result = log_probs if in_place else log_probs.clone()
     result[at] = -torch.inf
     result[(*at, tokens[at])] = 0.0
     return result
 
 
-def sure_of(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def one_hot_log_probs(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Log-probabilities `[..., V]`, as `like`, of nothing but the tokens `[...]`."""
     return torch.full_like(like, -torch.inf).scatter_(-1, tokens[..., None], 0.0)
 

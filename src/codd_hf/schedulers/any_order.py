@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import torch
 
-from ..circuits.distribution.incremental import Revealing
+from ..circuits.distribution.conditionals import draw_left_to_right
+from ..circuits.distribution.incremental import IncrementalPosterior
 from .draws import Drawn, Step
 from .strategies import STRATEGIES, best_scored
 
@@ -79,9 +80,9 @@ class AnyOrder:
             self.probs[rows, columns] = probs.gather(-1, tokens[:, None])[:, 0].to(self.probs.dtype)
             return tokens
 
-        self.sharpened.draw_left_to_right(in_windows, draw)
+        draw_left_to_right(self.sharpened, in_windows, draw)
         if self.sharpened is not self.plain:
-            self.plain.draw_left_to_right(in_windows, rate)
+            draw_left_to_right(self.plain, in_windows, rate)
         self.where = where
 
     def draw_one_by_one(self) -> None:
@@ -91,7 +92,7 @@ class AnyOrder:
         distributions = [self.plain]
         if self.sharpened is not self.plain:
             distributions.append(self.sharpened)
-        known = Revealing(distributions, step.windows.split(step.committable))
+        known = IncrementalPosterior(distributions, step.windows.split(step.committable))
         per_row, length = len(known.wanted) // len(self.tokens), known.wanted.shape[1]
 
         def place(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +119,7 @@ class AnyOrder:
                 renewed[windows] = True
                 renewed = renewed.view_as(left)
             at = (renewed & left & going[:, None]).nonzero(as_tuple=True)
-            probs = known.laws(0, *place(*at))
+            probs = known.token_probs(0, *place(*at))
             confidence[at] = probs.amax(-1)
             scores[at] = strategy.score(confidence[at], lambda probs=probs: probs)
             chosen = scores.masked_fill(~left, -torch.inf).argmax(-1)  # [batch]
@@ -129,9 +130,9 @@ class AnyOrder:
                     return
             rows = going.nonzero()[:, 0]
             columns = chosen[rows]
-            probs = known.laws(len(distributions) - 1, *place(rows, columns))
+            probs = known.token_probs(len(distributions) - 1, *place(rows, columns))
             tokens, logits = self._draw(probs, rows, columns)
-            rated = known.probs(0, *place(rows, columns), tokens)
+            rated = known.prob_of(tokens, 0, *place(rows, columns))
             if strategy.goes_on == "together":
                 log_joint[rows] += rated.log()
                 stays = (log_joint[rows] >= settings.log_threshold) | due[rows]

@@ -9,7 +9,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..checks.arguments import RowError
-from ..circuits.numerics import sure_of
+from ..circuits.numerics import one_hot_log_probs
 from ..circuits.random import Generators, draw_categorical, uniform
 from .controls import RowText, controlled
 from .settings import DrawSettings
@@ -92,7 +92,7 @@ class Step:
         if uniforms is None:
             best, tokens = scores.max(-1)
             undefined = ~best.isfinite()
-            shaped = sure_of(tokens, scores) if self.output_logits else None
+            shaped = one_hot_log_probs(tokens, scores) if self.output_logits else None
         else:
             shaped = shape_logits(
                 scores, self.settings.temperature, self.settings.top_k, self.settings.top_p
@@ -141,7 +141,7 @@ def shape_logits(
         `[..., vocab]`, normalised; -inf where a token cannot be drawn.
     """
     if temperature == 0:
-        return sure_of(logits.argmax(-1), logits)
+        return one_hot_log_probs(logits.argmax(-1), logits)
     logits = (logits / temperature).log_softmax(-1)
     limited = 0 < (top_k or 0) < logits.shape[-1]
     nucleus = top_p is not None and top_p < 1

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from ..circuits.distribution.conditionals import leave_one_out
 from .windows import CoupledWindows
 
 
@@ -136,7 +137,8 @@ def take_back(
     active = plain.active[:, None].expand_as(plain.masked)
     tokens, committed = windows.split(tokens), windows.split(committed)
     held, returned = torch.zeros_like(committed), torch.zeros_like(committed)
-    evidence, log_probs = plain.soft_evidence, plain.factorized_log_prob_of(tokens)
+    evidence = plain.latents.evidence
+    log_probs = plain.prediction.log_prob_of(torch.where(plain.masked, tokens, 0))
     states = _fingerprint(windows)
     if memory.held is not None:
         returned = windows.split(memory.returned)
@@ -151,7 +153,7 @@ def take_back(
     back = torch.zeros_like(held)
     judged = held & ~returned & active
     while bool(judged.any()):
-        probs = plain.leave_one_out(tokens, known, evidence, log_probs)
+        probs = leave_one_out(plain, tokens, known, evidence, log_probs)
         least, place = probs.masked_fill(~judged, torch.inf).min(-1)
         goes = F.one_hot(place, held.shape[1]).bool() & (least < threshold)[:, None]
         back, known, judged = back | goes, known & ~goes, judged & ~goes

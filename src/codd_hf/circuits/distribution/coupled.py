@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch.distributions import Distribution
@@ -19,15 +21,13 @@ from ...checks.arguments import (
 )
 from ..best import best_evidence
 from ..context.maps import Context
-from ..evidence.dense import DenseEvidence, emission_of_latents
+from ..evidence.dense import DenseEvidence
+from ..evidence.grouped import GroupedEvidence
 from ..evidence.lists import TopKEvidence
-from ..lazy import cached_property
-from ..numerics import logsumexp, safe_log, sure_where
 from ..potentials import Potentials
 from ..random import Generators, draw_categorical, uniform
-from ..recursions import chain as chains
-from .checks import check_shapes
-from .conditionals import Conditionals
+from ..recursions.queries import best_path
+from .latents import Latents
 
 
 class ViterbiPath(NamedTuple):
@@ -44,14 +44,15 @@ class ViterbiPath(NamedTuple):
     log_prob: torch.Tensor
 
 
-class CoupledCategorical(Conditionals, Distribution):
+@dataclass(eq=False, repr=False)
+class CoupledCategorical(Distribution):
     r"""A joint distribution over the masked tokens of a window (CoDD, arXiv 2603.00045).
 
         p(x_M | x_O) = p_w(x_M, x_O) \prod_{i in M} phi_i(x_i) / Z
 
     `phi_i` is the backbone's prediction and `p_w` a hidden Markov model. Everything here is exact,
-    at a cost of one forward recursion over latents (and a backward one where laws of single
-    positions are asked for). It stands where `Independent(Categorical(logits=logits), 1)` would.
+    at a cost of one forward recursion over latents (and a backward one for the distributions of
+    single positions). It stands where `Independent(Categorical(logits=logits), 1)` would.
 
     Args:
         logits: `[B, L, V]`, the backbone's logits, of any floating dtype; used at masked positions.
@@ -72,75 +73,171 @@ class CoupledCategorical(Conditionals, Distribution):
         grouped: with `top_k`, spread the remaining mass group by group (`GroupedEvidence`).
 
     Raises:
-        ValueError: shapes do not fit, or a logit is NaN.
+        TypeError: an argument is of another kind.
+        ValueError: shapes do not fit, a number is out of range, or a logit is NaN.
     """
 
-    arg_constraints: dict = {}  # noqa: RUF012
-    support = torch.distributions.constraints.independent(
+    logits: torch.Tensor | DenseEvidence | TopKEvidence
+    potentials: Potentials
+    tokens: torch.Tensor | None = None
+    observed: torch.Tensor | None = None
+    present: torch.Tensor | None = None
+    context: Context | torch.Tensor | None = None
+    active: torch.Tensor | None = None
+    temperature: float = 1.0
+    forbidden: torch.Tensor | None = None
+    top_k: int = 0
+    grouped: bool = False
+    _shares_prediction: bool = field(default=False, init=False)
+
+    arg_constraints: ClassVar[dict] = {}
+    support: ClassVar = torch.distributions.constraints.independent(
         torch.distributions.constraints.nonnegative_integer, 1
     )
 
-    def __init__(
-        self,
-        logits: torch.Tensor | DenseEvidence | TopKEvidence,
-        potentials: Potentials,
-        tokens: torch.Tensor | None = None,
-        observed: torch.Tensor | None = None,
-        present: torch.Tensor | None = None,
-        context: Context | torch.Tensor | None = None,
-        active: torch.Tensor | None = None,
-        temperature: float = 1.0,
-        forbidden: torch.Tensor | None = None,
-        top_k: int = 0,
-        grouped: bool = False,
-    ):
-        given = isinstance(logits, torch.Tensor)
-        if tokens is not None:
-            tokens = as_tensor("tokens", tokens, int, device=getattr(logits, "device", None))
-        check_shapes(
-            logits, potentials, tokens, observed, present, context, active, temperature, forbidden
-        )
-        top_k = integer("top_k", top_k, least=0)
-        self._own_law = isinstance(logits, TopKEvidence) and logits.log_marginal is not None
-        listed = bool(top_k) if given else isinstance(logits, TopKEvidence)
-        if listed and not self._own_law and potentials.log_marginal is None:
-            what = f"`top_k` is {top_k}" if given else "`logits` is top-k evidence"
+    def __post_init__(self):
+        if not isinstance(self.potentials, Potentials):
+            raise TypeError(f"`potentials` must be Potentials, got {shown(self.potentials)}.")
+        number("temperature", self.temperature, f"above 0, {FACTORS}", is_factor)
+        self.top_k = integer("top_k", self.top_k, least=0)
+        batch, length = shape = self._shape_of_prediction()
+        states, vocab = self.potentials.num_latents, self.potentials.vocab_size
+        for name, held, needed in (
+            ("transition", self.potentials.transition.num_steps, length - 1),
+            ("emission", self.potentials.emission.num_positions, length),
+        ):
+            if held != 1 and held < needed:
+                raise ValueError(
+                    f"`logits` cover {length} positions, but the circuit's untied {name} has "
+                    f"{held}."
+                )
+        if isinstance(self.context, torch.Tensor | None):
+            self.context = Context(self.context)
+        elif not isinstance(self.context, Context):
+            raise TypeError(f"`context` must be a Context or a tensor, got {shown(self.context)}.")
+        if self.context.latent is not None:
+            as_tensor("context", self.context.latent, float, (*shape, states))
+        if self.forbidden is not None:
+            as_tensor("forbidden", self.forbidden, bool, (vocab,))
+
+        def where(name: str, shape: tuple[int, ...], default: bool) -> torch.Tensor:
+            value = getattr(self, name)
+            if value is None:
+                return torch.full(shape, default, device=self.logits.device)
+            return as_tensor(name, value, bool, shape, self.logits.device)
+
+        self.present = where("present", shape, True)
+        self.active = where("active", (batch,), True)
+        self.observed = where("observed", shape, False) & self.present
+        if self.tokens is not None:
+            tokens = as_tensor("tokens", self.tokens, int, shape, self.logits.device)
+            self.tokens = torch.where(self.observed, tokens, 0)
+        elif bool(self.observed.any()):
+            raise ValueError("`tokens` must be given where `observed` is True.")
+        else:
+            self.tokens = torch.zeros(shape, dtype=torch.long, device=self.logits.device)
+        check_tokens("tokens", self.tokens, vocab)
+        self.masked = self.present & ~self.observed
+        super().__init__((batch,), (length,), validate_args=False)
+
+    def _shape_of_prediction(self) -> tuple[int, int]:
+        """`[B, L]`, once `logits` is what it must be."""
+        logits, vocab = self.logits, self.potentials.vocab_size
+        if isinstance(logits, torch.Tensor):
+            shape = as_tensor("logits", logits, float).shape
+        elif isinstance(logits, DenseEvidence):
+            shape = logits.log_probs.shape
+        elif isinstance(logits, TopKEvidence):
+            shape = (*logits.batch_shape, vocab)
+        else:
+            raise TypeError(f"`logits` must be a tensor or evidence, got {shown(logits)}.")
+        if len(shape) != 3 or shape[-1] != vocab:
             raise ValueError(
-                f"{what}, but there is no law by which its remaining mass is spread: call its "
-                "`spread_by(log_marginal)`, or give the potentials a `log_marginal`."
+                f"`logits` must have shape [batch, length, {vocab}], got {tuple(shape)}."
             )
-        if not isinstance(logits, torch.Tensor) and logits.temperature != temperature:
+        if not isinstance(logits, torch.Tensor) and logits.temperature != self.temperature:
             raise ValueError(
                 f"`logits` is evidence computed at temperature {logits.temperature}, so that "
-                f"`temperature` cannot be {temperature}: compute the evidence again."
+                f"`temperature` cannot be {self.temperature}: compute the evidence again."
             )
-        batch, length = logits.shape[:2] if isinstance(logits, torch.Tensor) else logits.batch_shape
-        flags = {"dtype": torch.bool, "device": logits.device}
-        self.logits = logits
-        self.potentials = potentials
-        self._all_present = present is None
-        self.present = torch.ones(batch, length, **flags) if present is None else present
-        observed = torch.zeros(batch, length, **flags) if observed is None else observed
-        self.observed = observed & self.present
-        self.tokens = torch.zeros_like(self.observed, dtype=torch.long)
-        if tokens is not None:
-            self.tokens = torch.where(self.observed, tokens, 0)
-        self.context = Context(context) if isinstance(context, torch.Tensor) else context
-        self._all_active = active is None
-        self.active = torch.ones(batch, **flags) if active is None else active
-        self.temperature = temperature
-        self.forbidden = forbidden
-        self.top_k = top_k
-        self.grouped = grouped
-        self._known_in_prediction = False
-        super().__init__((batch,), (length,), validate_args=False)
-        check_tokens("tokens", self.tokens, potentials.vocab_size)
+        if isinstance(logits, TopKEvidence) or (self.top_k and isinstance(logits, torch.Tensor)):
+            law = getattr(logits, "log_marginal", None)
+            if law is None and self.potentials.log_marginal is None:
+                raise ValueError(
+                    "There is no law by which the mass outside of top-k evidence is spread: call "
+                    "its `spread_by(log_marginal)`, or give the potentials a `log_marginal`."
+                )
+        return tuple(shape[:2])
+
+    @cached_property
+    def prediction(self) -> DenseEvidence | TopKEvidence:
+        """The backbone's prediction without the circuit."""
+        prediction = self.logits
+        if isinstance(prediction, torch.Tensor):
+            logits = prediction.to(
+                torch.promote_types(self.potentials.emission.dtype, torch.float32)
+            )
+            how = (self.temperature, self.forbidden)
+            if self.top_k and self.grouped:
+                groups = self.potentials.token_groups_without(self.forbidden)
+                return GroupedEvidence.from_logits(logits, self.top_k, *how, groups=groups)
+            if self.top_k:
+                prediction = TopKEvidence.from_logits(logits, self.top_k, *how)
+            else:
+                prediction = DenseEvidence.from_logits(logits, *how)
+                undefined = (prediction.log_probs[..., 0].isnan() & self.masked).nonzero()
+                if len(undefined):
+                    raise ValueError(
+                        f"`logits` hold NaN or infinity in row {int(undefined[0, 0])}: check what "
+                        "made them."
+                    )
+        if isinstance(prediction, TopKEvidence) and prediction.log_marginal is None:
+            return prediction.spread_by_law(self.potentials.law_of_rest(self.forbidden))
+        return prediction
+
+    @cached_property
+    def latents(self) -> Latents:
+        """The distribution of the latents, on which all queries rest."""
+        return Latents(
+            self.potentials,
+            self.prediction,
+            self.tokens,
+            self.observed,
+            None if bool(self.present.all()) else self.present,
+            self.active,
+            self.context,
+        )
+
+    @property
+    def log_partition(self) -> torch.Tensor:
+        """`[B]` log Z; -inf where the circuit and the backbone share no completion."""
+        return self.latents.filter.log_partition
+
+    @cached_property
+    def log_partition_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lower and upper `log Z`, `[B]` each, whatever top-k evidence left out.
+
+        Both are `log_partition` where the evidence is exact. The log-probability of listed tokens
+        is off by no more than `log_partition` is.
+        """
+        if not isinstance(self.prediction, TopKEvidence):
+            return self.log_partition, self.log_partition
+        bounds = self.latents.filters(*(self.latents.evidence_bound(side) for side in (0, 1)))
+        return tuple(bound.log_partition for bound in bounds)
+
+    @property
+    def latent_posterior(self) -> torch.Tensor:
+        """`[B, L, H + J]`: the distribution of each latent; zeros at absent positions.
+
+        `J` copy states come last if the context has any.
+        """
+        return self.latents.posterior
 
     @cached_property
     def factorized_logits(self) -> torch.Tensor:
         """`[B, L, V]` log-probabilities without the circuit; one-hot at observed positions."""
-        log_phi = self._log_phi
-        return log_phi if self._known_in_prediction else self._sure_where_observed(log_phi)
+        theirs = self._shares_prediction or isinstance(self.logits, DenseEvidence)
+        return self.latents.pinned(self.prediction.dense(), in_place=not theirs)
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         """Log-probability `[*S, B]` of tokens `[*S, B, L]`; -inf where it is zero.
@@ -150,12 +247,10 @@ class CoupledCategorical(Conditionals, Distribution):
         Raises:
             ValueError: `Z` is zero for a row, or a token is outside the vocabulary.
         """
-        value = self._checked_value(value)
-        gain = self.coupling_gain(value)
-        token = self._prediction.log_prob_of(torch.where(self.present, value, 0))
-        factorized = token.masked_fill(~self.masked, 0).sum(-1)
+        value = self._checked(value)
+        token = self.prediction.log_prob_of(value).masked_fill(~self.masked, 0)
         agrees = ((value == self.tokens) | ~self.observed).all(-1)
-        return torch.where(agrees, gain + factorized, -torch.inf)
+        return torch.where(agrees, self.coupling_gain(value) + token.sum(-1), -torch.inf)
 
     def coupling_gain(self, value: torch.Tensor) -> torch.Tensor:
         """`log p_w(x) - log Z`, `[*S, B]`: what the circuit adds to the factorized log-likelihood.
@@ -163,19 +258,43 @@ class CoupledCategorical(Conditionals, Distribution):
         Raises:
             ValueError: `Z` is zero for a row, or a token is outside the vocabulary.
         """
-        value = self._checked_value(value)
-        tokens = torch.where(self.present, value, 0).reshape(-1, *self.event_shape)
-        evidence = self._hard_evidence(tokens)
-        if "_filter" in self.__dict__:
-            joint = chains.forward_filter(self._chain(evidence)).log_partition
-        else:  # both at once: half as many steps, and their context is read once
-            (batch,) = self.batch_shape
-            stacked = torch.cat((self._evidence, evidence))
-            both = self._checked(chains.forward_filter(self._chain(stacked)))
-            self._filter, joint = both.copy(0, batch), both.log_partition[batch:]
-        self._check_possible()
-        total = self.log_partition.masked_fill(~self.active, 0)
-        return joint.reshape(value.shape[:-1]).masked_fill(~self.active, 0) - total
+        evidence = self.latents.hard_evidence(self._checked(value))
+        return torch.where(self.active, self._log_share(evidence), 0)
+
+    def partial_log_prob(self, value: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities `[*S, B]` of the tokens at some masked positions, others summed out.
+
+        Several sets of positions cost one recursion over a larger batch.
+
+        Args:
+            value: `[B, L]` tokens; used where `known`.
+            known: `[*S, B, L]` bool, the positions that count; masked ones.
+
+        Raises:
+            ValueError: `Z` is zero for a row, shapes do not fit, or a token is outside the
+                vocabulary.
+        """
+        shape, device = self.tokens.shape, self.tokens.device
+        known = as_tensor("known", known, bool, device=device)
+        as_tensor("known", known, shape=(*known.shape[:-2], *shape))
+        value = as_tensor("value", value, int, shape, device)
+        value = self._checked(torch.where(known.reshape(-1, *shape).any(0), value, 0))
+        hard = self.latents.hard_evidence(value)
+        evidence = torch.where((known & self.masked)[..., None], hard, self.latents.evidence)
+        token = torch.where(known, self.prediction.log_prob_of(value), 0)
+        return self._log_share(evidence) + token.sum(-1)
+
+    def _log_share(self, evidence: torch.Tensor) -> torch.Tensor:
+        """`[*S, B]`: log of the share of `Z` of the paths with evidence `[*S, B, L, H + J]`."""
+        weight = self.latents.log_weight(evidence)
+        impossible = (self.active & (self.log_partition == -torch.inf)).nonzero()[:, 0].tolist()
+        if impossible:
+            raise ValueError(
+                f"`log_partition` is -inf for rows {impossible}: the circuit rules out every "
+                "completion that the backbone allows; use `with_active` to leave them "
+                "factorized, or smooth the potentials."
+            )
+        return weight - self.log_partition
 
     @cached_property
     def marginals(self) -> torch.Tensor:
@@ -184,42 +303,36 @@ class CoupledCategorical(Conditionals, Distribution):
         One-hot at observed positions; the backbone's own at absent ones and in rows where the
         circuit is not active or `Z` is zero.
         """
-        coupled = self.active & (self.log_partition > -torch.inf)
-        rows, positions = (self.masked & coupled[:, None]).nonzero(as_tuple=True)
-        mixed = self.token_laws(rows, positions, self.latent_posterior[rows, positions])
-        marginals = self.factorized_logits.exp()
-        return marginals.index_put((rows, positions), mixed)
+        rows, positions, posterior = self._coupled_positions()
+        mixed = self.latents.token_probs(rows, positions, posterior)
+        return self.factorized_logits.exp().index_put((rows, positions), mixed)
 
     def marginal_probs_of(self, value: torch.Tensor) -> torch.Tensor:
         """`[B, L]`: what `marginals` give the tokens `[B, L]`, at no cost in the vocabulary.
 
         What stands at absent positions has no meaning.
         """
-        value = self._checked_value(value, samples=False)
-        value = torch.where(self.present, value, 0)
-        positions = torch.arange(value.shape[1], device=value.device)
-        columns = self.potentials.emission.columns(value, positions).to(self._dtype)
-        number = self.potentials.num_latents
-        own, copied = self.latent_posterior.split((number, self._num_copies), -1)
-        weights = safe_log(own)
-        weights = weights - torch.where(weights == -torch.inf, 0, self._evidence[..., :number])
-        log_phi = self._prediction.log_prob_of(value)
+        value = self._checked(value, samples=False)
+        rows, positions, posterior = self._coupled_positions()
+        mixed = self.latents.prob_of(value[rows, positions], rows, positions, posterior)
+        probs = self.prediction.log_prob_of(value).exp()
+        probs = torch.where(self.observed, (value == self.tokens).to(probs.dtype), probs)
+        return probs.index_put((rows, positions), mixed)
+
+    def _coupled_positions(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Masked rows and positions `[N]` where the circuit counts, and the posterior there."""
         coupled = self.active & (self.log_partition > -torch.inf)
-        mixed = torch.where(coupled[:, None], logsumexp(weights + columns, -1), 0)
-        probs = torch.where(self.present, log_phi + mixed, log_phi).exp()
-        if self._copies is not None:
-            emitted = copied * self._copies.emits(value)
-            probs = probs + torch.where(coupled[:, None], emitted.sum(-1), 0)
-        return torch.where(self.observed, (value == self.tokens).to(probs.dtype), probs)
+        rows, positions = (self.masked & coupled[:, None]).nonzero(as_tuple=True)
+        return rows, positions, self.latent_posterior[rows, positions]
 
     def sample_latents(self, generator: Generators = None) -> torch.Tensor:
         """A joint sample of the latent path, `[B, L]`, one per row."""
-        return chains.sample_backward(self._chain(self._evidence), self._filter, (), generator)
+        return self.latents.sample((), generator)
 
     @torch.no_grad()
     def best_latents(self) -> torch.Tensor:
         """The most probable latent path `[B, L]`, whatever the tokens (`viterbi` chooses both)."""
-        return chains.best_path(self._chain(self._evidence))[0]
+        return best_path(self.latents.chain(self.latents.evidence))[0]
 
     def logits_given(self, latents: torch.Tensor) -> torch.Tensor:
         """Log-probabilities `[*S, B, L, V]` of each token given the latents `[*S, B, L]`.
@@ -230,35 +343,11 @@ class CoupledCategorical(Conditionals, Distribution):
         Raises:
             ValueError: the latents have another shape, or there is no such state.
         """
-        number = self.potentials.num_latents
-        latents = as_tensor("latents", latents, int, device=self.present.device)
-        shape = (*latents.shape[:-2], *self.batch_shape, *self.event_shape)
-        as_tensor("latents", latents, shape=shape)
-        check_tokens("latents", latents, number + self._num_copies, "states")
-        own = latents.clamp(max=number - 1)
-        # The sum over the vocabulary is the evidence of the latent, which is known already.
-        coupled = (self.masked & self.active[:, None]).expand(latents.shape)
-        evidence = self._evidence.expand(*latents.shape, -1).gather(-1, latents[..., None])
-        impossible = evidence == -torch.inf
-        coupled = coupled[..., None] & ~impossible
-        total = evidence.masked_fill(~coupled, 0)
-        in_place = not torch.is_grad_enabled()
-        if in_place:
-            scores = self._prediction.given_latents(
-                self.potentials.emission, own, total[..., 0].to(self._dtype)
-            )
-            at = (~coupled[..., 0] & ~self.observed).nonzero(as_tuple=True)
-            if len(at[0]):
-                scores[at] = self._prediction[at[-2:]].dense().to(scores.dtype)
-        else:
-            emission = emission_of_latents(self.potentials.emission, own).to(self._dtype)
-            scores = torch.where(coupled, self._log_phi + emission - total, self._log_phi)
-        if self._copies is not None:
-            copied = (latents >= number) & coupled[..., 0]
-            places = (latents - number).clamp(min=0)
-            tokens = self._copies.tokens.expand(*latents.shape[:-1], -1).gather(-1, places)
-            scores = sure_where(copied, tokens, scores, ours=True)
-        return self._sure_where_observed(scores, ours=True)
+        latents = as_tensor("latents", latents, int, device=self.tokens.device)
+        as_tensor("latents", latents, shape=(*latents.shape[:-2], *self.tokens.shape))
+        number = self.potentials.num_latents + self.latents.num_copies
+        check_tokens("latents", latents, number, "states")
+        return self.latents.log_probs_given(latents)
 
     @torch.no_grad()
     def sample(
@@ -274,16 +363,13 @@ class CoupledCategorical(Conditionals, Distribution):
         sizes = several(sample_shape)
         if sizes is None:
             raise TypeError(f"`sample_shape` must be a tuple, got {shown(sample_shape)}.")
-        sample_shape = tuple(integer("sample_shape", size, least=0) for size in sizes)
+        shape = torch.Size(integer("sample_shape", size, least=0) for size in sizes)
         self._check_tokens_left()
-        chain = self._chain(self._evidence)
-        latents = chains.sample_backward(chain, self._filter, sample_shape, generator)
-        samples = int(torch.Size(sample_shape).numel())
-        batch, length = *self.batch_shape, *self.event_shape
-        numbers = uniform((batch, samples, length), generator, self.present.device)
-        numbers = numbers.transpose(0, 1).reshape(*sample_shape, batch, length)
-        tokens = draw_categorical(self.logits_given(latents).exp(), numbers)
-        return torch.where(self.masked, tokens, self.tokens)
+        log_probs = self.latents.log_probs_given(self.latents.sample(shape, generator))
+        batch, length = self.tokens.shape
+        numbers = uniform((batch, shape.numel(), length), generator, self.tokens.device)
+        numbers = numbers.transpose(0, 1).reshape(log_probs.shape[:-1])
+        return torch.where(self.masked, draw_categorical(log_probs.exp(), numbers), self.tokens)
 
     @torch.no_grad()
     def viterbi(self) -> ViterbiPath:
@@ -293,21 +379,19 @@ class CoupledCategorical(Conditionals, Distribution):
             ValueError: no token is possible at some position.
         """
         self._check_tokens_left()
-        log_phi = self._log_phi
-        rows, positions = (self.masked & self.active[:, None]).nonzero(as_tuple=True)
-        best = best_evidence(
-            self.potentials.emission, log_phi[rows, positions], positions, self._summary
-        )
-        number = self.potentials.num_latents
-        best = torch.cat((best.to(self._dtype), self._evidence[rows, positions, number:]), -1)
-        evidence = self._evidence.index_put((rows, positions), best)
-        factorized = (self.masked & ~self.active[:, None])[..., None]
-        evidence = torch.where(factorized, log_phi.amax(-1, keepdim=True), evidence)
-        latents, log_weight = chains.best_path(self._chain(evidence))
-        tokens = torch.where(self.masked, self.logits_given(latents).argmax(-1), self.tokens)
+        rows, positions = self.masked.nonzero(as_tuple=True)
+        log_phi, evidence = self.prediction[rows, positions].dense(), self.latents.evidence
+        emission = self.potentials.emission
+        best = best_evidence(emission, log_phi, positions, self.latents.tables)
+        copied = evidence[rows, positions, self.potentials.num_latents :]
+        best = torch.cat((best.to(evidence.dtype), copied), -1)
+        best = torch.where(self.active[rows, None], best, log_phi.amax(-1, keepdim=True))
+        evidence = evidence.index_put((rows, positions), best)
+        latents, log_weight = best_path(self.latents.chain(evidence))
+        tokens = self.latents.log_probs_given(latents).argmax(-1)
         possible = self.log_partition > -torch.inf
         log_prob = torch.where(possible, log_weight - self.log_partition, -torch.inf)
-        return ViterbiPath(tokens, latents, log_prob)
+        return ViterbiPath(torch.where(self.masked, tokens, self.tokens), latents, log_prob)
 
     def condition(self, tokens: torch.Tensor, observed: torch.Tensor) -> CoupledCategorical:
         """The distribution given further tokens.
@@ -316,20 +400,18 @@ class CoupledCategorical(Conditionals, Distribution):
             tokens: `[B, L]`, used where `observed` and not observed before.
             observed: `[B, L]` bool, the further positions.
         """
-        shape, device = (*self.batch_shape, *self.event_shape), self.present.device
+        shape, device = self.tokens.shape, self.tokens.device
         tokens = as_tensor("tokens", tokens, int, shape, device)
-        observed = as_tensor("observed", observed, bool, shape, device)
-        known = torch.where(self.observed, self.tokens, tokens)
-        conditioned = self._replace(tokens=known, observed=self.observed | observed)
-        if "_evidence" in self.__dict__:  # the products with the vocabulary stay as they are
-            kept = ("_prediction", "_log_phi", "_copies", "_steps", "_initial")
-            for name in kept:
-                if name in self.__dict__:
-                    conditioned.__dict__[name] = self.__dict__[name]
-            hard = conditioned._hard_evidence(conditioned.tokens)
-            further = (self.masked & observed)[..., None]
-            conditioned._evidence = torch.where(further, hard, self._evidence)
-        return conditioned
+        tokens = torch.where(self.observed, self.tokens, tokens)
+        observed = self.observed | as_tensor("observed", observed, bool, shape, device)
+        given = replace(self, tokens=tokens, observed=observed)
+        if "latents" in self.__dict__:  # the products with the vocabulary stay as they are
+            given.prediction, given.latents = (
+                self.prediction,
+                self.latents.given(given.tokens, given.observed),
+            )
+            given._shares_prediction = self._shares_prediction = True
+        return given
 
     def without(
         self, token_ids: torch.Tensor, where: torch.Tensor | None = None
@@ -343,73 +425,57 @@ class CoupledCategorical(Conditionals, Distribution):
         Raises:
             ValueError: the distribution was made of evidence, which holds no logits.
         """
-        if not isinstance(self.logits, torch.Tensor):
-            raise ValueError(
-                "The distribution holds evidence in place of logits, of which no token can be "
-                "taken out: give `forbidden` when the evidence is made."
-            )
-        token_ids = as_tensor("token_ids", token_ids, int, device=self.logits.device)
+        self._check_logits("no token can be taken out, give `forbidden` when the evidence is made")
+        token_ids = as_tensor("token_ids", token_ids, int, device=self.tokens.device)
         if token_ids.ndim != 1:
             raise ValueError(f"`token_ids` must have one dimension, got {shown(token_ids)}.")
         check_tokens("token_ids", token_ids, self.potentials.vocab_size)
         if where is None:
             where = torch.ones_like(self.present)
-        where = as_tensor("where", where, bool, self.present.shape, self.present.device)
+        where = as_tensor("where", where, bool, self.tokens.shape, self.tokens.device)
         chosen = self.logits[..., token_ids].masked_fill(where[..., None], -torch.inf)
-        logits = self.logits.index_copy(-1, token_ids, chosen)
-        return self._replace(logits=logits)
+        return replace(self, logits=self.logits.index_copy(-1, token_ids, chosen))
 
     def with_temperature(self, temperature: float) -> CoupledCategorical:
         """The same distribution at another evidence temperature."""
         number("temperature", temperature, f"above 0, {FACTORS}", is_factor)
         if temperature == self.temperature:
             return self
-        if not isinstance(self.logits, torch.Tensor):
-            raise ValueError(
-                f"The evidence was computed at temperature {self.temperature} and holds no logits: "
-                f"make the distribution again at {temperature}."
-            )
-        return self._replace(temperature=temperature)
+        self._check_logits(f"make it again at {temperature}")
+        return replace(self, temperature=temperature)
 
     def with_active(self, active: torch.Tensor) -> CoupledCategorical:
         """The same distribution with the circuit applied in the rows of `active` `[B]` only."""
-        return self._replace(active=active)
+        return replace(self, active=active)
 
-    def _replace(self, **changes) -> CoupledCategorical:
-        names = [
-            "logits",
-            "potentials",
-            "tokens",
-            "observed",
-            "present",
-            "context",
-            "active",
-            "temperature",
-            "forbidden",
-            "top_k",
-            "grouped",
-        ]
-        kept = {name: getattr(self, name) for name in names}
-        if self._all_present:
-            kept["present"] = None
-        if self._all_active:
-            kept["active"] = None
-        return CoupledCategorical(**(kept | changes))
+    def filter_with(self, other: CoupledCategorical) -> None:
+        """Runs the recursions behind both `log_partition`s at once.
 
-    def _checked_value(self, value: torch.Tensor, samples: bool = True) -> torch.Tensor:
-        """Tokens of the vocabulary, `[*S, B, L]` or, without `samples`, `[B, L]`."""
-        value = as_tensor("value", value, int, device=self.present.device)
+        `other` must be the same but for the evidence temperature.
+        """
+        self.latents.filter_with(other.latents)
+
+    def _checked(self, value: torch.Tensor, samples: bool = True) -> torch.Tensor:
+        """Tokens `[*S, B, L]` of the vocabulary, or `[B, L]` without `samples`; 0 where absent."""
+        value = as_tensor("value", value, int, device=self.tokens.device)
         leading = value.shape[:-2] if samples else ()
-        as_tensor("value", value, shape=(*leading, *self.batch_shape, *self.event_shape))
-        present = torch.where(self.present, value, 0)
-        check_tokens("value", present, self.potentials.vocab_size)
+        as_tensor("value", value, shape=(*leading, *self.tokens.shape))
+        value = torch.where(self.present, value, 0)
+        check_tokens("value", value, self.potentials.vocab_size)
         return value
+
+    def _check_logits(self, what: str) -> None:
+        if not isinstance(self.logits, torch.Tensor):
+            raise ValueError(
+                f"The distribution holds evidence in place of logits, computed at temperature "
+                f"{self.temperature}: {what}."
+            )
 
     def _check_tokens_left(self) -> None:
         """Raises a ValueError where no token is possible at a masked position."""
-        none = self.masked & (self._log_phi.amax(-1) == -torch.inf)
-        if bool(none.any()):
+        none = (self.masked & (self.prediction.log_probs.amax(-1) == -torch.inf)).nonzero()
+        if len(none):
             raise ValueError(
-                f"`logits` leave no token possible in row {int(none.nonzero()[0, 0])}: `forbidden` "
-                "and `without` must leave one."
+                f"`logits` leave no token possible in row {int(none[0, 0])}: `forbidden` and "
+                "`without` must leave one."
             )

@@ -1,233 +1,286 @@
-"""The chain over the latents of a coupled distribution: evidence, recursions, what they say."""
+"""The latents of coupled windows: the evidence of them, and the tokens that they emit."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch.nn import functional as F
 
 from ..context.copies import CopyStates, CopySteps
-from ..evidence.dense import DenseEvidence, EmissionSummary, hard_evidence, summarise
-from ..evidence.grouped import GroupedEvidence
+from ..context.maps import Context
+from ..evidence.dense import (
+    DenseEvidence,
+    EmissionSummary,
+    emission_of_latents,
+    mix_tokens,
+    summarise,
+)
 from ..evidence.lists import TopKEvidence
-from ..lazy import cached_property
-from ..numerics import sure_where
+from ..numerics import full_precision, logsumexp, pin_tokens, safe_log
+from ..potentials import Potentials
 from ..potentials.transitions import StepTransitions
-from ..recursions import chain as chains
+from ..random import Generators
+from ..recursions.chain import Chain
+from ..recursions.queries import Filter, forward_filter, posterior, sample_paths
 
 
-class LatentChain:
-    """What a coupled distribution knows of its latents.
+@dataclass
+class Latents:
+    """The latent chain of a batch of windows, whose `H` states `J` copy states follow, if any.
 
-    [`CoupledCategorical`] is this with a public interface over tokens; its arguments are the
-    attributes used here. `H` states of the circuit are followed by `J` copy states, if any.
+    Attributes:
+        potentials: the circuit.
+        prediction: the backbone's, `[B, L]`.
+        tokens: `[B, L]`, 0 where not observed.
+        observed: `[B, L]` bool, where evidence is of a token.
+        present: `[B, L]` bool; None where all positions are.
+        active: `[B]` bool; other rows have no evidence at all.
+        context: of the backbone.
     """
 
-    @property
-    def masked(self) -> torch.Tensor:
-        """`[B, L]` bool: the positions that are neither observed nor absent."""
-        return self.present & ~self.observed
+    potentials: Potentials
+    prediction: DenseEvidence | TopKEvidence
+    tokens: torch.Tensor
+    observed: torch.Tensor
+    present: torch.Tensor | None
+    active: torch.Tensor
+    context: Context
 
-    @cached_property
-    def _dtype(self) -> torch.dtype:
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
+
+    @property
+    def dtype(self) -> torch.dtype:
         return torch.promote_types(self.potentials.emission.dtype, torch.float32)
 
     @cached_property
-    def _prediction(self) -> DenseEvidence | TopKEvidence:
-        prediction = self.logits
-        if isinstance(prediction, torch.Tensor):
-            logits, how = self.logits.to(self._dtype), (self.temperature, self.forbidden)
-            if not self.top_k:
-                prediction = DenseEvidence.from_logits(logits, *how)
-                undefined = prediction.log_probs[..., 0].isnan() & self.masked
-                if bool(undefined.any()):
-                    raise ValueError(
-                        "`logits` hold NaN or infinity in row "
-                        f"{int(undefined.nonzero()[0, 0])}: check what made them."
-                    )
-                if not prediction.log_probs.requires_grad:
-                    self._known_in_prediction = True
-                    self._sure_where_observed(prediction.log_probs, ours=True)
-                return prediction
-            if self.grouped:
-                groups = self.potentials.token_groups_without(self.forbidden)
-                prediction = GroupedEvidence.from_logits(logits, self.top_k, *how, groups=groups)
-            else:
-                prediction = TopKEvidence.from_logits(logits, self.top_k, *how)
-        if isinstance(prediction, TopKEvidence) and prediction.log_marginal is None:
-            return prediction.spread_by_law(self.potentials.law_of_rest(self.forbidden))
-        return prediction
-
-    def _sure_where_observed(self, log_probs: torch.Tensor, ours: bool = False) -> torch.Tensor:
-        """Log-probabilities `[*S, B, L, V]` that are sure of what is observed; in place if ours."""
-        shape = log_probs.shape[:-1]
-        return sure_where(self.observed.expand(shape), self.tokens.expand(shape), log_probs, ours)
+    def masked(self) -> torch.Tensor:
+        """`[B, L]` bool: the positions that are neither observed nor absent."""
+        return ~self.observed if self.present is None else ~self.observed & self.present
 
     @cached_property
-    def _log_phi(self) -> torch.Tensor:
-        """`[B, L, V]` log-probabilities of the backbone; -inf for forbidden tokens."""
-        return self._prediction.dense()
-
-    def _soft_evidence(self, evaluate, log_prob_of=None) -> torch.Tensor:
-        """`[B, L, H + J]`: of what is masked, else hard.
-
-        Args:
-            evaluate: maps predictions and their positions to evidence `[N, H]`.
-            log_prob_of: what copied tokens are taken to have; default, the prediction's.
-        """
-        emission, wanted = self.potentials.emission, self.masked & self.active[:, None]
-        if isinstance(self._prediction, TopKEvidence):
-            # Cheap enough to be computed everywhere, which keeps all shapes fixed.
-            positions = torch.arange(wanted.shape[1], device=wanted.device).repeat(len(wanted))
-            soft = evaluate(self._prediction.flat(), positions).to(self._dtype)
-            evidence = soft.unflatten(0, wanted.shape)
-            if not bool(wanted.all()):
-                hard = hard_evidence(emission, self.tokens).to(self._dtype)
-                evidence = torch.where(wanted[..., None], evidence, hard)
-        else:
-            rows, positions = wanted.nonzero(as_tuple=True)
-            soft = evaluate(self._prediction[rows, positions], positions).to(self._dtype)
-            hard = hard_evidence(emission, self.tokens).to(self._dtype)
-            evidence = hard.index_put((rows, positions), soft)
-        if (copies := self._copies) is not None:
-            soft = copies.soft_evidence(log_prob_of or self._prediction.log_prob_of)
-            hard = copies.hard_evidence(self.tokens)
-            copied = torch.where(wanted[..., None], soft.to(self._dtype), hard)
-            evidence = torch.cat((evidence, copied), -1)
-        if self._all_active:
-            return evidence
-        return torch.where(self.active[:, None, None], evidence, 0)
-
-    def _hard_evidence(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`[S * B, L, H + J]` log-evidence without context of tokens `[S * B, L]`."""
-        evidence = hard_evidence(self.potentials.emission, tokens).to(self._dtype)
-        if self._copies is not None:
-            by_row = tokens.unflatten(0, (-1, *self.batch_shape))
-            copied = self._copies.hard_evidence(by_row).flatten(0, 1)
-            evidence = torch.cat((evidence, copied), -1)
-        active = self.active.repeat(len(tokens) // self.batch_shape[0])
-        return torch.where(active[:, None, None], evidence, 0)
-
-    @cached_property
-    def _evidence(self) -> torch.Tensor:
-        """`[B, L, H + J]` log-evidence without context."""
-        summary = self._summary
-        emission = self.potentials.emission
-        return self._soft_evidence(
-            lambda prediction, positions: prediction.soft_evidence(
-                emission, positions, summary, repair=summary.needs_repair
-            )
-        )
-
-    @cached_property
-    def _summary(self) -> EmissionSummary:
-        if not isinstance(self._prediction, TopKEvidence):
+    def tables(self) -> EmissionSummary:
+        """What the evidence needs of all emissions."""
+        if isinstance(self.prediction, DenseEvidence):
             return self.potentials.summary
-        law = self._prediction.log_marginal
+        law = self.prediction.log_marginal
         if law is self.potentials.log_marginal:
             return self.potentials.top_k_summary
-        # Another law than the circuit's: what is kept with the circuit is not for it.
         return summarise(self.potentials.emission, law)
 
     @cached_property
-    def _copies(self) -> CopyStates | None:
-        copies = None if self.context is None else self.context.copies
-        return None if copies is None else copies.to(self._dtype)
+    def copies(self) -> CopyStates | None:
+        copies = self.context.copies
+        return None if copies is None else copies.to(self.dtype)
+
+    @property
+    def num_copies(self) -> int:
+        return 0 if self.copies is None else self.copies.tokens.shape[1]
 
     @cached_property
-    def _steps(self) -> StepTransitions | CopySteps:
-        steps = self.potentials.transition.to(self._dtype)
-        return steps if self._copies is None else CopySteps(steps, self._copies)
+    def steps(self) -> StepTransitions | CopySteps:
+        steps = self.potentials.transition.to(self.dtype)
+        return steps if self.copies is None else CopySteps(steps, self.copies)
 
     @cached_property
-    def _initial(self) -> torch.Tensor:
-        initial = self._cast(self.potentials.initial)
-        return initial if self._copies is None else self._copies.initial(initial)
+    def prior(self) -> torch.Tensor:
+        """`[B, L, H + J]`: log-weights by the context and, where a row starts, the initial law."""
+        initial, latent = self.potentials.initial.to(self.dtype), self.context.latent
+        if self.copies is not None:
+            initial = self.copies.initial(initial)
+        prior = initial.new_zeros(*self.tokens.shape, initial.shape[-1])
+        if latent is not None:
+            latent = latent.to(self.dtype).masked_fill(~self.active[:, None, None], 0)
+            prior = prior + F.pad(latent, (0, self.num_copies))
+        return Chain.start(initial, self.steps, prior, self.present).evidence
 
-    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self._dtype)
-
-    def _chain(self, evidence: torch.Tensor) -> chains.Chain:
-        """A chain over `[B, L, H + J]` or, for samples, `[S * B, L, H + J]` evidence."""
-        repeats = evidence.shape[0] // self.batch_shape[0]
-        if self.context is not None and self.context.latent is not None:
-            latent = self._cast(self.context.latent).masked_fill(~self.active[:, None, None], 0)
-            latent = F.pad(latent, (0, evidence.shape[-1] - latent.shape[-1]))
-            evidence = evidence + latent.repeat(repeats, 1, 1)
-        present = None if self._all_present else self.present.repeat(repeats, 1)
-        initial = self._initial
-        if initial.ndim == 3:
-            initial = initial.repeat(repeats, 1, 1)
-        return chains.Chain.start(initial, self._steps, evidence, present)
+    def chain(self, evidence: torch.Tensor) -> Chain:
+        """The chain with log-evidence `[S * B, L, H + J]`, of one or more copies of the batch."""
+        copies = len(evidence) // len(self.tokens)
+        present = None if self.present is None else self.present.repeat(copies, 1)
+        return Chain(self.steps, evidence + self.prior.repeat(copies, 1, 1), present)
 
     @cached_property
-    def _filter(self) -> chains.Filter:
-        return self._checked(chains.forward_filter(self._chain(self._evidence)))
+    def evidence(self) -> torch.Tensor:
+        """`[B, L, H + J]`: the log-evidence of predictions where masked, of tokens elsewhere."""
+        emission, tables = self.potentials.emission, self.tables
+        return self._evidence(
+            lambda prediction, positions: prediction.soft_evidence(
+                emission, positions, tables, repair=tables.needs_repair
+            ),
+            self.prediction.log_prob_of,
+        )
 
-    def filter_with(self, other: LatentChain) -> None:
-        """Runs the recursions behind both `log_partition`s at once.
+    def evidence_bound(self, side: int) -> torch.Tensor:
+        """A lower (0) or upper (1) bound on `evidence`, whatever a list of tokens left out."""
+        emission, tables = self.potentials.emission, self.tables
+        return self._evidence(
+            lambda prediction, positions: prediction.soft_evidence_bounds(
+                emission, positions, tables
+            )[side],
+            lambda tokens: self.prediction.log_prob_bounds_of(tokens)[side],
+        )
 
-        Args:
-            other: the same but for the evidence temperature.
-        """
-        for name in ("_copies", "_steps", "_initial"):
-            setattr(other, name, getattr(self, name))
-        stacked = self._chain(torch.cat((self._evidence, other._evidence)))
-        both = self._checked(chains.forward_filter(stacked))
-        (batch,) = self.batch_shape
-        self._filter, other._filter = both.copy(0, batch), both.copy(1, batch)
+    def _evidence(self, soft_evidence: Callable, log_prob_of: Callable) -> torch.Tensor:
+        """Evidence by functions for states `[N, H]` and for the tokens of copy states."""
+        soft = self.masked & self.active[:, None]
+        rows, positions = soft.nonzero(as_tuple=True)
+        evidence = self.hard_evidence(self.tokens)
+        states = soft_evidence(self.prediction[rows, positions], positions).to(self.dtype)
+        if self.copies is not None:
+            copied = self.copies.soft_evidence(log_prob_of)[rows, positions]
+            states = torch.cat((states, copied.to(self.dtype)), -1)
+        return evidence.index_put((rows, positions), states)
 
-    def _checked(self, filtered: chains.Filter) -> chains.Filter:
-        if bool(filtered.log_partition.isnan().any()):
+    @full_precision
+    def hard_evidence(
+        self,
+        tokens: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`[..., H + J]`: log-evidence of tokens `[..., B, L]`, or `[n]` at rows and positions."""
+        if rows is None:
+            rows = torch.arange(tokens.shape[-2], device=self.device)[:, None]
+            positions = torch.arange(tokens.shape[-1], device=self.device)
+        evidence = self.potentials.emission.columns(tokens, positions).to(self.dtype)
+        if self.copies is not None:
+            emits = self.copies.tokens[rows] == tokens[..., None]
+            copied = torch.where(emits, self.copies.weight[rows], -torch.inf)
+            evidence = torch.cat((evidence, copied), -1)
+        return torch.where(self.active[rows, None], evidence, 0)
+
+    @cached_property
+    def filter(self) -> Filter:
+        """The forward pass over `evidence`."""
+        (filtered,) = self.filters(self.evidence)
+        return filtered
+
+    def filters(self, *evidence: torch.Tensor) -> list[Filter]:
+        """Forward passes over log-evidence `[S * B, L, H + J]`, all at once."""
+        stacked, parts, first = forward_filter(self.chain(torch.cat(evidence))), [], 0
+        if bool(stacked.log_partition.isnan().any()):
             raise ValueError(
                 "`logits`, `context` or the potentials hold NaN: check what made them."
             )
-        return filtered
+        for part in evidence:
+            parts.append(stacked.part(first, len(part)))
+            first += len(part)
+        return parts
 
-    def _check_possible(self) -> None:
-        """Raises a ValueError where `Z` is zero: nothing can be divided by it."""
-        impossible = (self.active & (self.log_partition == -torch.inf)).nonzero()[:, 0].tolist()
-        if impossible:
-            raise ValueError(
-                f"`log_partition` is -inf for rows {impossible}: the circuit rules out every "
-                "completion that the backbone allows; use `with_active` to leave them "
-                "factorized, or smooth the potentials."
-            )
+    def filter_with(self, other: Latents) -> None:
+        """Runs both forward passes at once; all but the predictions must be the same."""
+        other.copies, other.steps, other.prior = self.copies, self.steps, self.prior
+        self.filter, other.filter = self.filters(self.evidence, other.evidence)
 
-    @property
-    def log_partition(self) -> torch.Tensor:
-        """`[B]` log Z; -inf where the circuit and the backbone share no completion."""
-        return self._filter.log_partition
+    def log_weight(self, evidence: torch.Tensor) -> torch.Tensor:
+        """`[*S, B]`: log of the sum over paths with other log-evidence `[*S, B, L, H + J]`.
+
+        The forward pass over the chain's own runs along, if it has not been asked for yet.
+        """
+        stacked = evidence.flatten(0, -3)
+        if "filter" in self.__dict__:
+            (filtered,) = self.filters(stacked)
+        else:
+            self.filter, filtered = self.filters(self.evidence, stacked)
+        return filtered.log_partition.view(evidence.shape[:-2])
+
+    def given(self, tokens: torch.Tensor, observed: torch.Tensor) -> Latents:
+        """The latents given further tokens; the evidence of predictions stays as it is."""
+        given = replace(self, tokens=tokens, observed=observed)
+        further = (self.masked & observed)[..., None]
+        given.evidence = torch.where(further, given.hard_evidence(tokens), self.evidence)
+        return given
+
+    def sample(self, sample_shape: tuple[int, ...], generator: Generators) -> torch.Tensor:
+        """Joint samples `[*sample_shape, B, L]` of the latent path."""
+        return sample_paths(self.chain(self.evidence), self.filter, sample_shape, generator)
 
     @cached_property
-    def log_partition_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lower and upper `log Z`, `[B]` each, whatever top-k evidence left out.
+    def posterior(self) -> torch.Tensor:
+        """`[B, L, H + J]`: the distribution of each latent; zeros at absent positions."""
+        return posterior(self.chain(self.evidence), self.filter)
 
-        Both are `log_partition` where the evidence is exact. The log-probability of listed tokens
-        is off by no more than `log_partition` is.
+    def token_probs(
+        self, rows: torch.Tensor, positions: torch.Tensor, posterior: torch.Tensor
+    ) -> torch.Tensor:
+        """`[N, V]`: distributions of the tokens at masked positions, given those of the latents.
+
+        They are the backbone's own in rows that are not active, and where nothing is possible.
+
+        Args:
+            rows: `[N]`.
+            positions: `[N]`.
+            posterior: `[N, H + J]`; zeros where nothing is possible.
         """
-        if not isinstance(self._prediction, TopKEvidence):
-            return self.log_partition, self.log_partition
-        summary, emission = self._summary, self.potentials.emission
+        log_phi = self.prediction[rows, positions].dense()
+        weights, own, copied = self._emitted(rows, positions, posterior)
+        emission, tables = self.potentials.emission, self.potentials.summary
+        mixed = mix_tokens(emission, log_phi, weights, positions, tables)
+        if self.copies is not None:
+            tokens, copied = self.copies.tokens[rows], copied.to(mixed.dtype)
+            mixed = (own.sum(-1, keepdim=True) * mixed).scatter_add(1, tokens, copied)
+        coupled = self._coupled(rows, posterior)
+        return mixed if bool(coupled.all()) else torch.where(coupled[:, None], mixed, log_phi.exp())
 
-        def bound(side: int) -> torch.Tensor:
-            evidence = self._soft_evidence(
-                lambda prediction, positions: prediction.soft_evidence_bounds(
-                    emission, positions, summary
-                )[side],
-                lambda tokens: self._prediction.log_prob_bounds_of(tokens)[side],
-            )
-            return chains.forward_filter(self._chain(evidence)).log_partition
+    def prob_of(
+        self,
+        tokens: torch.Tensor,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        posterior: torch.Tensor,
+    ) -> torch.Tensor:
+        """`[N]`: what `token_probs` give to tokens `[N]`, at no cost in the vocabulary."""
+        log_phi = self.prediction[rows, positions].log_prob_of(tokens)
+        weights, _, copied = self._emitted(rows, positions, posterior)
+        columns = self.potentials.emission.columns(tokens, positions).to(self.dtype)
+        mixed = (log_phi + logsumexp(weights + columns, -1)).exp()
+        if self.copies is not None:
+            emits = self.copies.tokens[rows] == tokens[:, None]
+            mixed = mixed + (copied * emits).sum(-1)
+        return torch.where(self._coupled(rows, posterior), mixed, log_phi.exp())
 
-        return bound(0), bound(1)
+    def _emitted(self, rows, positions, posterior) -> tuple[torch.Tensor, ...]:
+        """`posterior(z) / s(z)`, `[N, H]` in logs: what states weigh in the mixture of emissions.
 
-    @cached_property
-    def latent_posterior(self) -> torch.Tensor:
-        """`[B, L, H + J]`: the law of each latent; zeros at absent positions.
-
-        `J` copy states come last if the context has any.
+        And the two parts of the posterior: states and copy states.
         """
-        return chains.posterior(self._chain(self._evidence), self._filter)
+        own, copied = posterior.split((self.potentials.num_latents, self.num_copies), -1)
+        weights, evidence = safe_log(own), self.evidence[rows, positions, : own.shape[-1]]
+        return weights - torch.where(weights == -torch.inf, 0, evidence), own, copied
 
-    @property
-    def _num_copies(self) -> int:
-        return 0 if self._copies is None else self._copies.tokens.shape[1]
+    def _coupled(self, rows: torch.Tensor, posterior: torch.Tensor) -> torch.Tensor:
+        return self.active[rows] & (posterior > 0).any(-1)
+
+    def log_probs_given(self, latents: torch.Tensor) -> torch.Tensor:
+        """`[*S, B, L, V]`: log-probabilities of the tokens given latents `[*S, B, L]`."""
+        emission, number = self.potentials.emission, self.potentials.num_latents
+        states = latents.clamp(max=number - 1)
+        # The sum over the vocabulary is the evidence of the latent, which is known already.
+        total = self.evidence.expand(*latents.shape, -1).gather(-1, latents[..., None])[..., 0]
+        coupled = self.masked & self.active[:, None] & (total > -torch.inf)
+        total = total.masked_fill(~coupled, 0)
+        if torch.is_grad_enabled():
+            log_phi, rows = self.prediction.dense(), emission_of_latents(emission, states)
+            scores = log_phi + rows.to(self.dtype) - total[..., None]
+            scores = torch.where(coupled[..., None], scores, log_phi)
+        else:
+            scores = self.prediction.given_latents(emission, states, total)
+            at = (~coupled & ~self.observed).nonzero(as_tuple=True)
+            scores[at] = self.prediction[at[-2:]].dense().to(scores.dtype)
+        if self.copies is not None:
+            copied, place = (latents >= number) & coupled, (latents - number).clamp(min=0)
+            tokens = self.copies.tokens.expand(*latents.shape[:-1], -1).gather(-1, place)
+            scores = pin_tokens(copied, tokens, scores, in_place=True)
+        return self.pinned(scores, in_place=True)
+
+    def pinned(self, log_probs: torch.Tensor, in_place: bool) -> torch.Tensor:
+        """Log-probabilities `[*S, B, L, V]` that are sure of the observed tokens."""
+        shape = log_probs.shape[:-1]
+        return pin_tokens(
+            self.observed.expand(shape), self.tokens.expand(shape), log_probs, in_place
+        )

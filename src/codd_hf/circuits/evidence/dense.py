@@ -142,14 +142,11 @@ class DenseEvidence:
         """The predictions at some places of the batch, such as `prediction[rows, positions]`."""
         return replace(self, log_probs=self.log_probs[index])
 
-    def flat(self) -> DenseEvidence:
-        """The same with all axes of the batch as one."""
-        return replace(self, log_probs=self.log_probs.flatten(0, -2))
-
     def log_prob_of(self, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probabilities `[*S, *batch]` of tokens `[*S, *batch]`."""
         # Samples go last: a gather from an expanded tensor has a gradient as large as all of it.
-        samples = tokens.reshape(-1, *self.batch_shape).movedim(0, -1)
+        samples = tokens[(None,) * (tokens.ndim < self.log_probs.ndim)]
+        samples = samples.flatten(0, -self.log_probs.ndim).movedim(0, -1)
         return self.log_probs.gather(-1, samples).movedim(-1, 0).reshape(tokens.shape)
 
     def dense(self) -> torch.Tensor:

@@ -149,11 +149,11 @@ class GroupedEvidence(TopKEvidence):
             "law (`group_tokens`)."
         )
 
-    def flat(self) -> GroupedEvidence:
-        """As that of `TopKEvidence`; what the groups weigh is computed once for both."""
-        flat = super().flat()
-        flat.__dict__["_log_rest_weights"] = self._log_rest_weights.flatten(0, -2)
-        return flat
+    def __getitem__(self, index) -> GroupedEvidence:
+        """As that of `TopKEvidence`; what the groups weigh is computed once for all."""
+        some = super().__getitem__(index)
+        some.__dict__["_log_rest_weights"] = self._log_rest_weights[index]
+        return some
 
     @cached_property
     def _log_rest_weights(self) -> torch.Tensor:

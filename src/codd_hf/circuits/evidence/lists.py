@@ -113,10 +113,6 @@ class TopKEvidence:
         """The predictions at some places of the batch, such as `prediction[rows, positions]`."""
         return self._map(lambda tensor: tensor[index])
 
-    def flat(self) -> TopKEvidence:
-        """The same with all axes of the batch as one."""
-        return self._map(lambda tensor: tensor.flatten(0, self.log_rest.ndim - 1))
-
     def _map(self, function) -> TopKEvidence:
         held = {name: getattr(self, name) for name in self._by_prediction}
         return replace(self, **{n: t if t is None else function(t) for n, t in held.items()})

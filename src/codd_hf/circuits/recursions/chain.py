@@ -1,32 +1,34 @@
-r"""Exact inference in a chain of non-negative potentials.
+r"""One recursion over a chain of non-negative potentials.
 
-The object is the unnormalised law of a latent path `z_1 ... z_L` over `H` states,
+The object is the unnormalised distribution of a latent path `z_1 ... z_L` over `H` states,
 
     w(z) = pi(z_1) e_1(z_1) \prod_{i>1} A_i(z_{i-1}, z_i) e_i(z_i),
 
-where the evidence `e_i` already carries whatever is known or believed of the token at position `i`.
-Its three uses: the sum over paths (`forward_filter`, the normaliser), the law of each latent and
-joint samples of paths (`posterior`, `sample_backward`), and the best path (`best_path`).
+where the evidence `e_i` carries what is known or believed of the token at position `i`. Messages
+go from neighbour to neighbour; what their sums and products are is the choice of an algebra:
+
+- `Probabilities`, rescaled at every step: a step is one matrix product in float32;
+- `Logs`, which cannot underflow;
+- `Best`, whose sum is a maximum.
 
 An absent position is no part of the chain: its neighbours are joined as if it were not there.
 
-Numerics: probabilities, not their logarithms, with a rescaling at every step, so that a step is one
-matrix product in float32. A row whose mass all but vanishes in a step is computed again in log
-space, which cannot underflow. Sources: Rabiner (1989), sections III and V.
+Source: Rabiner (1989), sections III and V.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from ..context.copies import CopySteps
-from ..lazy import cached_property
-from ..numerics import LOST_MASS, full_precision, logsumexp, normalised_exp, safe_log, shifted_exp
+from ..numerics import LOST_MASS, logsumexp, normalised_exp, safe_log, shifted_exp
 from ..potentials.transitions import StepTransitions
-from ..random import Generators, draw_categorical, uniform
+from ..random import draw_categorical
 
 SAFE_RANGE = 32.0
 """Transitions whose entries are all within this many nats of the largest need no second look.
@@ -39,12 +41,11 @@ and the future can favour it over what is kept by `exp(32)` at most: the error s
 
 @dataclass
 class Chain:
-    """A batch of chains; made by [`Chain.start`].
+    """A batch of chains.
 
     Attributes:
         steps: the transitions.
-        evidence: `[B, L, H]` log-evidence, the initial law included; what absent positions hold is
-            ignored.
+        evidence: `[B, L, H]` log-evidence, the initial distribution included.
         present: `[B, L]` bool; None where all positions are.
     """
 
@@ -53,17 +54,10 @@ class Chain:
     present: torch.Tensor | None = None
 
     @classmethod
-    def start(
-        cls,
-        initial: torch.Tensor,
-        steps: StepTransitions | CopySteps,
-        evidence: torch.Tensor,
-        present: torch.Tensor | None = None,
-    ) -> Chain:
-        """A chain that starts with log-potentials `initial`, `[H]` or `[B, L, H]` by position.
+    def start(cls, initial, steps, evidence, present=None) -> Chain:
+        """A chain with log-potentials `initial`, `[H]` or `[B, L, H]`, of where it starts.
 
-        They join the evidence of each row's first present position, so that the recursions can all
-        start from the uniform law.
+        They join the evidence of each row's first present position: messages start uniform.
         """
         start = initial + math.log(initial.shape[-1])
         if present is None:
@@ -78,7 +72,7 @@ class Chain:
 
     @cached_property
     def cannot_underflow(self) -> bool:
-        """Can no row need log space?"""
+        """Whether no row can need log space."""
         return self.steps.log_range <= SAFE_RANGE
 
     @property
@@ -86,258 +80,196 @@ class Chain:
         """Mass up to here counts as lost in a step."""
         return 0.0 if self.cannot_underflow else LOST_MASS
 
-    def divisor(self, scale: torch.Tensor) -> torch.Tensor:
-        """What a message is rescaled by: `scale`, or 1 where it is lost."""
-        return scale.masked_fill(scale <= self.smallest, 1)
+    @cached_property
+    def moves(self) -> torch.Tensor | None:
+        """`[B, L]` bool: is there a step into the position? None where there is in all rows."""
+        return None if self.present is None else self.present & (self.present.cumsum(1) > 1)
 
     def select(self, rows: torch.Tensor) -> Chain:
         """The chains of some rows."""
         present = None if self.present is None else self.present[rows]
         return Chain(self.steps.select(rows), self.evidence[rows], present)
 
-    def moves(self, position: int) -> torch.Tensor | None:
-        """`[B, 1]` bool: is there a step into `position`? None where there is in all rows."""
-        if self.present is None:
-            return None
-        return self.steps_into[:, position, None]
 
-    @cached_property
-    def steps_into(self) -> torch.Tensor:
-        """`[B, L]` bool, what `moves` says of all positions; only where some are absent."""
-        return self.present & (self.present.cumsum(1) > 1)
-
-    def at(self, position: int) -> torch.Tensor | None:
-        """`[B, 1]` bool: is `position` present? None where it is in all rows."""
-        return None if self.present is None else self.present[:, position, None]
+def _where(rows: torch.Tensor | None, i: int, value: torch.Tensor, other) -> torch.Tensor:
+    """`[B, H]`: `value` where `rows` `[B, L]` hold at position `i`, or everywhere if None."""
+    return value if rows is None else torch.where(rows[:, i, None], value, other)
 
 
-@dataclass
-class Filter:
-    """What the forward pass leaves behind.
+class Algebra:
+    """The recursion; subclasses say what a sum, a product and a step are.
 
-    Attributes:
-        log_partition: `[B]`, log of the sum of `w` over all paths; -inf where it is zero.
-        messages: `[B, L, H]`, law of `z_i` given the evidence up to `i`; at an absent position, of
-            the last present one before it.
-        log_rows: `[n]` rows that had to be computed in log space; None where none can need it.
-        log_messages: `[n, L, H]` their messages in log space, unnormalised.
+    A message is `[B, H]`, and its total `[B, 1]` is taken out of it at every position.
     """
 
-    log_partition: torch.Tensor
-    messages: torch.Tensor
-    log_rows: torch.Tensor | None = None
-    log_messages: torch.Tensor | None = None
+    def __init__(self, chain: Chain):
+        self.chain = chain
+        self.length = chain.evidence.shape[1]
 
-    def copy(self, number: int, batch: int) -> Filter:
-        """What it says of one of the copies of a batch that were stacked."""
-        first = number * batch
-        part, rows, log_messages = slice(first, first + batch), self.log_rows, self.log_messages
-        if rows is not None:
-            kept = (rows >= first) & (rows < first + batch)
-            rows = rows[kept] - first
-            log_messages = log_messages[kept] if len(rows) else None
-        return Filter(self.log_partition[part], self.messages[part], rows, log_messages)
+    def forward(self, first=0, last=None, message=None, weigh=None) -> Iterator[tuple]:
+        """Yields the messages of positions, and the totals that were taken out of them.
 
+        Args:
+            first: the first position.
+            last: the last one; default the chain's.
+            message: of the position before `first`; default uniform.
+            weigh: maps a position and the message that arrives there to its evidence; default the
+                chain's.
+        """
+        chain = self.chain
+        message = self.filled(1 / chain.evidence.shape[-1]) if message is None else message
+        for i in range(first, self.length if last is None else last + 1):
+            if i > 0:
+                message = _where(chain.moves, i, self.step(message, i), message)
+            weights = self.weights[i] if weigh is None else weigh(i, message)
+            message = _where(chain.present, i, self.times(message, weights), message)
+            total = self.total(message)
+            message = self.without(message, total)
+            yield message, total
 
-def _where(condition: torch.Tensor | None, value: torch.Tensor, other) -> torch.Tensor:
-    return value if condition is None else torch.where(condition, value, other)
+    def backward(self, first=0, last=None, future=None) -> Iterator[torch.Tensor]:
+        """Yields what the positions to the right say of each latent, from `last` to `first`.
 
+        Args:
+            first: the leftmost position.
+            last: the rightmost one; default the chain's.
+            future: what is yielded there; default nothing.
+        """
+        future = self.filled(1.0) if future is None else future
+        for i in range(self.length - 1 if last is None else last, first - 1, -1):
+            yield future
+            if i > first:
+                past = self.step_back(self.times(self.weights[i], future), i)
+                past = self.without(past, past.amax(-1, keepdim=True))
+                future = _where(self.chain.moves, i, past, future)
 
-@full_precision
-def forward_filter(chain: Chain) -> Filter:
-    """Runs the scaled forward recursion; differentiable in all potentials."""
-    result, lost = _scaled_forward(chain)
-    if chain.cannot_underflow:
-        return result
-    # Each step kept enough mass, but what is rounded to zero early may win late: the past must also
-    # meet the future. (The gradient of a message is the future's weight over that same total.)
-    with torch.no_grad():
-        fragile = lost | _scaled_backward(chain, result.messages)[1]
-    result.log_rows = fragile.nonzero()[:, 0]
-    if len(result.log_rows):
-        rows = (result.log_rows,)
-        result.log_messages, log_partition = _log_forward(chain.select(result.log_rows))
-        result.log_partition = result.log_partition.index_put(rows, log_partition)
-        messages = normalised_exp(result.log_messages)
-        result.messages = result.messages.index_put(rows, messages)
-    return result
+    def trace(self, state: torch.Tensor, before: Callable) -> torch.Tensor:
+        """The paths `[*S, B, L]` that end in `state` `[*S, B]`.
 
+        `before(state, i)` gives the latents before those of position `i`.
+        """
+        path, moves = [state], self.chain.moves
+        for i in range(self.length - 1, 0, -1):
+            origin = before(state, i)
+            state = origin if moves is None else torch.where(moves[:, i], origin, state)
+            path.append(state)
+        return torch.stack(path[::-1], -1)
 
-def _scaled_forward(chain: Chain) -> tuple[Filter, torch.Tensor]:
-    """The filter in probability space, and which rows `[B]` may have lost mass."""
-    evidence, shift = shifted_exp(chain.evidence, 2)
-    batch, length, latents = evidence.shape
-    by_position = evidence.unbind(1)  # the backward pass of a slice would fill all positions
-    message = evidence.new_full((batch, latents), 1 / latents)
-    log_scale = _where(chain.present, shift[..., 0], 0).sum(1) + _scale_of_steps(chain)
-    messages, scales = [], []
-    for i in range(length):
-        message, scale = step_right(chain, message, by_position[i], i)
-        messages.append(message)
-        scales.append(scale)
-    scales = torch.cat(scales, 1)
-    lost = (scales <= chain.smallest).any(1)
-    log_partition = log_scale + safe_log(scales).sum(1)
-    return Filter(log_partition, torch.stack(messages, 1)), lost
+    def filtered(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All messages `[B, L, H]` and totals `[B, L]`."""
+        messages, totals = zip(*self.forward(), strict=True)
+        return torch.stack(messages, 1), torch.cat(totals, 1)
 
+    def smoothed(self, messages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posteriors of the latents `[B, L, H]`, and the mass `[B, L]` of past and future."""
+        probs, totals, pasts = [], [], messages.unbind(1)
+        for i, future in zip(range(self.length - 1, -1, -1), self.backward(), strict=True):
+            joint = self.times(pasts[i], future)
+            totals.append(self.total(joint))
+            law = self.probs(self.without(joint, totals[-1]))
+            probs.append(_where(self.chain.present, i, law, 0))
+        return torch.stack(probs[::-1], 1), torch.cat(totals[::-1], 1)
 
-def _scale_of_steps(chain: Chain) -> torch.Tensor:
-    """`[B]` or `[1]`: the log of what all steps leave out."""
-    batch, length, _ = chain.evidence.shape
-    if chain.present is None:
-        return chain.steps.log_scales(length, batch).sum(0)
-    return chain.steps.log_scales(length, batch).mul(chain.steps_into[:, 1:].T).sum(0)
+    def drawn(self, messages: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """Paths `[S, B, L]` from their posterior, by uniform numbers `[S, B, L]`."""
+        numbers, messages = numbers.unbind(-1), messages.unbind(1)
 
+        def before(state: torch.Tensor, i: int) -> torch.Tensor:
+            weights = self.times(messages[i - 1], self.column(state, i))
+            return draw_categorical(self.probs(weights), numbers[i - 1])
 
-def step_right(
-    chain: Chain, message: torch.Tensor, weights: torch.Tensor, position: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The forward message of a position, and the scale `[B, 1]` that was taken out of it.
+        ends = self.probs(messages[-1]).expand(len(numbers[-1]), -1, -1)
+        return self.trace(draw_categorical(ends, numbers[-1]), before)
 
-    Args:
-        chain: the chain.
-        message: `[B, H]` of the position before; at position 0, the uniform law.
-        weights: `[B, H]`, the evidence in probability space, up to a factor.
-        position: where to.
-    """
-    predicted = message
-    if position > 0:
-        predicted = _where(chain.moves(position), chain.steps.forward(message, position), message)
-    joint = _where(chain.at(position), predicted * weights, message)
-    scale = joint.sum(-1, keepdim=True)
-    return joint / chain.divisor(scale), scale
-
-
-def step_left(
-    chain: Chain, future: torch.Tensor, weights: torch.Tensor, position: int
-) -> torch.Tensor:
-    """`[B, H]`: what `position` and those to its right say of the latent before it, scaled.
-
-    Args:
-        chain: the chain.
-        future: `[B, H]`, what the positions to the right say of the latent at `position`.
-        weights: `[B, H]`, the evidence there in probability space, up to a factor.
-        position: where from, not 0.
-    """
-    past = chain.steps.backward(weights * future, position)
-    past = past / chain.divisor(past.amax(-1, keepdim=True))
-    return _where(chain.moves(position), past, future)
+    def log_partition(self, totals: torch.Tensor) -> torch.Tensor:
+        """`[B]`, of the totals `[B, L]`."""
+        return self.log_scale() + self.logs(totals).sum(1)
 
 
-def _log_forward(chain: Chain) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unnormalised log-messages `[B, L, H]` and the log-partition `[B]`, in log space."""
-    batch, length, latents = chain.evidence.shape
-    message = chain.evidence.new_full((batch, latents), -math.log(latents))
-    messages = []
-    for i in range(length):
-        predicted = message
-        if i > 0:
-            moved = logsumexp(message[:, :, None] + chain.steps.log_matrix(i), 1)
-            predicted = _where(chain.moves(i), moved, message)
-        message = _where(chain.at(i), predicted + chain.evidence[:, i], message)
-        messages.append(message)
-    return torch.stack(messages, 1), logsumexp(message, 1)
+class Probabilities(Algebra):
+    """Probabilities, whose logarithms are `logs`."""
+
+    times, logs = staticmethod(torch.mul), staticmethod(safe_log)
+
+    def __init__(self, chain: Chain):
+        super().__init__(chain)
+        weights, self.shift = shifted_exp(chain.evidence, 2)
+        self.weights = weights.unbind(1)  # the backward pass of a slice would fill all positions
+        self.step, self.step_back = chain.steps.forward, chain.steps.backward
+        self.column = chain.steps.column
+
+    def filled(self, value: float) -> torch.Tensor:
+        return torch.full_like(self.weights[0], value)
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sum(-1, keepdim=True)
+
+    def without(self, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        return x / total.masked_fill(total <= self.chain.smallest, 1)
+
+    def of_logs(self, x: torch.Tensor) -> torch.Tensor:
+        return shifted_exp(x, -1)[0]
+
+    def probs(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def log_scale(self) -> torch.Tensor:
+        """`[B]`: the log of what evidence and steps leave out."""
+        chain, shift = self.chain, self.shift[..., 0]
+        steps = chain.steps.log_scales(self.length, len(shift))
+        if chain.present is not None:
+            shift = torch.where(chain.present, shift, 0)
+            steps = steps * chain.moves[:, 1:].T
+        return shift.sum(1) + steps.sum(0)
 
 
-@full_precision
-def posterior(chain: Chain, filtered: Filter) -> torch.Tensor:
-    """`[B, L, H]`: the law of each latent given all evidence; zeros at absent positions.
+class Logs(Algebra):
+    """Logarithms of probabilities."""
 
-    A backward pass over the filter's messages, in log space where that is needed.
-    """
-    smoothed, fragile = _scaled_backward(chain, filtered.messages)
-    if filtered.log_rows is None:
-        return smoothed
-    fragile[filtered.log_rows] = True
-    rows = fragile.nonzero()[:, 0]
-    if len(rows):
-        selected = chain.select(rows)
-        exact = _log_backward(selected, _log_forward(selected)[0])
-        smoothed = smoothed.index_put((rows,), exact)
-    return smoothed
+    times, probs = staticmethod(torch.add), staticmethod(normalised_exp)
 
+    def __init__(self, chain: Chain):
+        super().__init__(chain)
+        self.weights = chain.evidence.unbind(1)
 
-def _scaled_backward(chain: Chain, messages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    evidence = shifted_exp(chain.evidence, 2)[0].unbind(1)
-    past_laws = messages.unbind(1)
-    future = torch.ones_like(past_laws[0])
-    fragile = torch.zeros(len(messages), dtype=torch.bool, device=messages.device)
-    smoothed = []
-    for i in reversed(range(messages.shape[1])):
-        joint = past_laws[i] * future
-        total = joint.sum(-1, keepdim=True)
-        lost = total <= chain.smallest
-        fragile = fragile | lost[:, 0]
-        smoothed.append(_where(chain.at(i), joint / total.masked_fill(lost, 1), 0))
-        if i > 0:
-            future = step_left(chain, future, evidence[i], i)
-    return torch.stack(smoothed[::-1], 1), fragile
+    def filled(self, value: float) -> torch.Tensor:
+        return torch.full_like(self.weights[0], math.log(value))
 
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        return logsumexp(x, -1)[..., None]
 
-def _log_backward(chain: Chain, log_messages: torch.Tensor) -> torch.Tensor:
-    future = torch.zeros_like(log_messages[:, 0])
-    smoothed = []
-    for i in reversed(range(log_messages.shape[1])):
-        law = normalised_exp(log_messages[:, i] + future)
-        smoothed.append(_where(chain.at(i), law, 0))
-        if i > 0:
-            outgoing = (chain.evidence[:, i] + future)[:, None] + chain.steps.log_matrix(i)
-            future = _where(chain.moves(i), logsumexp(outgoing, 2), future)
-    return torch.stack(smoothed[::-1], 1)
+    def without(self, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        return x - total.masked_fill(total == -torch.inf, 0)
+
+    def step(self, message: torch.Tensor, i: int) -> torch.Tensor:
+        return logsumexp(message[:, :, None] + self.chain.steps.log_matrix(i), 1)
+
+    def step_back(self, weights: torch.Tensor, i: int) -> torch.Tensor:
+        return logsumexp(weights[:, None] + self.chain.steps.log_matrix(i), 2)
+
+    def column(self, state: torch.Tensor, i: int) -> torch.Tensor:
+        matrix = self.chain.steps.log_matrix(i).expand(state.shape[-1], -1, -1)
+        return matrix.transpose(1, 2)[torch.arange(len(matrix), device=state.device), state]
+
+    def logs(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    of_logs = logs
+
+    def log_scale(self) -> float:
+        return 0.0
 
 
-@full_precision
-def sample_backward(
-    chain: Chain,
-    filtered: Filter,
-    sample_shape: tuple[int, ...] = (),
-    generator: Generators = None,
-) -> torch.Tensor:
-    """Joint samples of latent paths, `[*sample_shape, B, L]`, from the last position back.
+class Best(Logs):
+    """The largest of products, and where each came from."""
 
-    What stands at absent positions has no meaning. One uniform number is used per row, sample and
-    position, whatever is present.
-    """
-    batch, length, _ = chain.evidence.shape
-    samples = int(torch.Size(sample_shape).numel())
-    numbers = uniform((batch, samples, length), generator, chain.device)
-    numbers = numbers.transpose(0, 1)  # [S, B, L]
+    def __init__(self, chain: Chain):
+        super().__init__(chain)
+        self.origins: dict[int, torch.Tensor] = {}
 
-    numbers, messages = numbers.unbind(-1), filtered.messages.unbind(1)
-    state = draw_categorical(messages[-1].expand(samples, -1, -1), numbers[-1])
-    states = [state]
-    for i in reversed(range(1, length)):
-        # `state` is the latent of the last present position up to i.
-        weights = messages[i - 1] * chain.steps.column(state, i)
-        if filtered.log_messages is not None:
-            rows = filtered.log_rows
-            matrix = chain.steps.log_matrix(i, rows).transpose(1, 2).expand(len(rows), -1, -1)
-            towards = matrix[torch.arange(len(rows), device=rows.device), state[:, rows]]
-            weights[:, rows] = normalised_exp(filtered.log_messages[:, i - 1] + towards)
-        drawn = draw_categorical(weights, numbers[i - 1])
-        moves = chain.moves(i)
-        state = _where(None if moves is None else moves[:, 0], drawn, state)
-        states.append(state)
-    return torch.stack(states[::-1], -1).reshape(*sample_shape, batch, length)
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        return x.amax(-1, keepdim=True)
 
-
-@full_precision
-def best_path(chain: Chain) -> tuple[torch.Tensor, torch.Tensor]:
-    """The path of largest weight `[B, L]` and its log-weight `[B]` (Viterbi), in log space."""
-    batch, length, latents = chain.evidence.shape
-    score = chain.evidence.new_full((batch, latents), -math.log(latents))
-    score = _where(chain.at(0), score + chain.evidence[:, 0], score)
-    stay = torch.arange(latents, device=chain.device).expand(batch, -1)
-    origins = []
-    for i in range(1, length):
-        best, origin = chain.steps.best_into(score, i)
-        moves = chain.moves(i)
-        origins.append(_where(moves, origin, stay))
-        score = _where(moves, best, score)
-        score = _where(chain.at(i), score + chain.evidence[:, i], score)
-    log_weight, state = score.max(-1)
-    path = [state]
-    for origin in reversed(origins):
-        state = origin.gather(1, state[:, None])[:, 0]
-        path.append(state)
-    return torch.stack(path[::-1], 1), log_weight
+    def step(self, message: torch.Tensor, i: int) -> torch.Tensor:
+        best, self.origins[i] = self.chain.steps.best_into(message, i)
+        return best

@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from ...circuits import Potentials
 from ...circuits.em import Counts, expected_counts
 from ...circuits.potentials.transitions import StepTransitions
-from ...circuits.recursions.chain import Chain, forward_filter
+from ...circuits.recursions.chain import Chain
+from ...circuits.recursions.queries import forward_filter
 
 
 def summing_dtype(device: torch.device) -> torch.dtype:
