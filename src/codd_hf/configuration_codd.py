@@ -18,7 +18,6 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTraine
 
 from .checks.arguments import FACTORS, choice, is_factor, number, plain
 from .checks.errors import is_of_a_library, reason
-from .checks.names import is_local
 from .checks.versions import without_left_fields
 
 COUPLINGS = ("none", "marginal", "latent")
@@ -386,15 +385,6 @@ class CoDDConfig(PreTrainedConfig):
     def validate_token_ids(self) -> None:
         """Checks that the tokens are the vocabulary's."""
         _check_tokens(self, getattr(self.text_config, "vocab_size", None))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, without where on this machine the parts were loaded from."""
-        fields = super().to_dict()
-        for part in (fields["text_config"], fields["head_config"] or {}):
-            for name in ("_name_or_path", "base_model_name_or_path"):
-                if part.get(name) and is_local(part[name]):
-                    del part[name]
-        return fields
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         return self.text_config

@@ -34,31 +34,26 @@ from .checks.arguments import (
     plain,
     token_ids,
 )
-from .checks.names import ADAPTER_FOLDER, checked_name, is_local
 from .circuits import CoupledCategorical
 from .circuits.random import Generators
 from .configuration_codd import CoDDConfig, CoDDHeadConfig, check_coupling
 from .coupling.adapter_files import save_adapter
 from .coupling.adapters import AdaptersMixin, unwrapped, without_adapters
 from .coupling.heads import DEFAULT_NAME, HeadName
-from .coupling.loading import find_adapter, load_adapter, load_head, named_backbone
+from .coupling.loading import load_adapter, load_head, named_backbone
 from .coupling.windows import CoupledBackbone
-from .hub.publishing import ModelPublishing
+from .hub.cards import Artifact
+from .hub.publishing import Publishing, forget_paths
 from .hub.repositories import (
-    CACHE_ARGUMENTS,
+    ADAPTER_FOLDER,
+    Repository,
+    checked_name,
     explain_load_errors,
-    hub_arguments,
+    is_local,
     locate,
-    read_config,
-    refuse_adapter,
+    shared_arguments,
 )
-from .hub.stored_weights import (
-    StoredWeights,
-    check_head,
-    check_layers,
-    check_report,
-    check_sizes,
-)
+from .hub.stored_weights import StoredWeights
 from .modeling_head import CoDDHead
 
 if TYPE_CHECKING:
@@ -86,7 +81,7 @@ class CoDDOutput(ModelOutput):
     distribution: CoupledCategorical | None = None
 
 
-class CoDDModel(CoupledBackbone, AdaptersMixin, ModelPublishing, PreTrainedModel):
+class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
     """A diffusion language model (`backbone`) with a circuit (`coupling_head`).
 
     Use [`~CoDDModel.from_backbone`] to join the two, `from_pretrained` to load a saved pair,
@@ -164,15 +159,13 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, ModelPublishing, PreTrainedModel
             ValueError: the parts do not fit, or the backbone's family is not known.
             FileNotFoundError: a local path does not exist.
         """
-        shared = {k: v for k, v in kwargs.items() if k in (*CACHE_ARGUMENTS, "token")}
+        shared = shared_arguments(kwargs)
         if isinstance(backbone, str | Path):
-            name = checked_name(backbone, "backbone")
-            with explain_load_errors(name, kwargs):
-                backbone = load_backbone(name, **kwargs)
-        elif refused := [k for k in kwargs if k not in shared]:
+            backbone = load_backbone(checked_name(backbone, "backbone"), **kwargs)
+        elif refused := kwargs.keys() - shared.keys():
             raise ValueError(
-                f"{', '.join(f'`{k}`' for k in refused)} cannot be given with a loaded backbone: "
-                "it is for loading one by path or id."
+                f"{', '.join(f'`{k}`' for k in sorted(refused))} cannot be given with a loaded "
+                "backbone: it is for loading one by path or id."
             )
         backbone = unwrapped(backbone)
         if not isinstance(getattr(backbone, "config", None), PreTrainedConfig):
@@ -182,7 +175,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, ModelPublishing, PreTrainedModel
             )
         family_of(backbone.config).make_bidirectional(backbone.config)
         if adapter is None and isinstance(head, str | Path):
-            adapter = find_adapter(checked_name(head, "head"), **shared)
+            adapter = Repository(checked_name(head, "head"), shared).adapter()
         if head is not None:
             head = load_head(head, backbone, mask_token_id, **shared)
         if adapter is not None:
@@ -205,7 +198,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, ModelPublishing, PreTrainedModel
         return model.eval()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs) -> CoDDModel:
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> CoDDModel:
         """Loads a CoDD model, or a head together with the backbone that its configuration names.
 
         A LoRA beside either (`adapter/`) is loaded into the backbone.
@@ -213,99 +206,71 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, ModelPublishing, PreTrainedModel
         Args:
             pretrained_model_name_or_path: a folder or Hub id of a model, of a pipeline (its model
                 is loaded) or of a head.
-            *model_args: as in transformers.
-            **kwargs: as in transformers. For a head, what grants or chooses (`revision`, `token`,
-                `trust_remote_code`) concerns the head's repository alone; the backbone gets what
-                says how to load it (`dtype`, `device_map`, `attn_implementation`, `cache_dir`,
-                `local_files_only`, ...).
+            **kwargs: as in transformers. For a head, arguments that grant or choose (`revision`,
+                `token`, `trust_remote_code`) concern the head's repository alone; the backbone gets
+                those that say how to load it (`dtype`, `device_map`, `cache_dir`, ...).
 
         Raises:
             ValueError: a head names no backbone, or one that the user has to name: a local path (in
                 a downloaded head), or a repository that brings its own code; or the weights are not
-                what the configuration describes.
+                those that the configuration describes.
             OSError: nothing is found, or the weights are damaged.
         """
         name = checked_name(pretrained_model_name_or_path, "pretrained_model_name_or_path")
-        found = {}
-        if kwargs.get("config") is None:
-            found, kwargs = locate(name, kwargs)
-        hub = hub_arguments(kwargs)
-        adapter = find_adapter(name, **hub)
-        if found.get("model_type") == CoDDHeadConfig.model_type:
-            head = CoDDHead.from_pretrained(name, **hub)
+        given, with_report = kwargs.get("config"), kwargs.pop("output_loading_info", False)
+        repository = locate(name, kwargs) if given is None else Repository(name, kwargs)
+        adapter = repository.adapter()
+        if given is None and repository.config.get("model_type") == CoDDHeadConfig.model_type:
+            head = CoDDHead.from_pretrained(name, **repository.hub)
             base, own = named_backbone(name, head.config, kwargs)
             return cls.from_backbone(base, head, adapter, **own)
+        kwargs |= repository.hub
         generation_config = kwargs.pop("generation_config", None)
-        sizes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
-        with_report = kwargs.pop("output_loading_info", False)
-        refuse_adapter(name, kwargs)
-        with explain_load_errors(name, kwargs):
-            stored = StoredWeights.find(name, kwargs)
-            config = cls._checked_config(name, found, kwargs, stored)
-            if config.head_config is not None and stored is not None and not sizes_may_differ:
-                check_head(name, config.head_config, stored, "coupling_head.")
-            if not sizes_may_differ:
-                check_sizes(name, config, stored, cls)
-            model, report = super().from_pretrained(
-                name,
-                *model_args,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are in the report
-                **kwargs,
-            )
-        check_report(name, report, sizes_may_differ, model.family.unused_weights)
+        with explain_load_errors(repository):
+            repository.refuse_adapter(kwargs.get("adapter_kwargs"))
+            stored = StoredWeights.find(repository, kwargs)
+            config = cls._stored_config(repository, stored, kwargs)
+            unused = family_of(config.text_config).unused_weights
+            model, report = stored.load(super().from_pretrained, config, cls, unused, **kwargs)
+            if generation_config is None and repository.find("generation_config.json") is not None:
+                generation_config = GenerationConfig.from_pretrained(name, **repository.hub)
+        model.generation_config = generation_config or model.generation_config
         if model.coupling_head is not None:
             model.coupling_head._check_suggested(name)
-        if generation_config is None:
-            try:
-                generation_config = GenerationConfig.from_pretrained(name, **hub)
-            except OSError:  # it has none: the one made of the configuration stays
-                generation_config = model.generation_config
-        model.generation_config = generation_config
         if adapter is not None:
             load_adapter(model.backbone, adapter, DEFAULT_NAME, start_is_off=True)
             model._adapted_heads.update(model.heads)
         return (model, report) if with_report else model
 
     @classmethod
-    def _checked_config(
-        cls,
-        name: str,
-        found: dict[str, Any],
-        kwargs: dict[str, Any],
-        stored: StoredWeights | None,
+    def _stored_config(
+        cls, repository: Repository, stored: StoredWeights, kwargs: dict[str, Any]
     ) -> CoDDConfig:
         """The configuration to load with; of a backbone that brings its code, added to `kwargs`.
-
-        Args:
-            name: a folder or an id on the Hub.
-            found: the content of its `config.json`, if the user gave no configuration.
-            kwargs: the arguments of `from_pretrained`.
-            stored: its weights.
 
         Raises:
             ValueError: it is no configuration of a CoDD model, or describes absurd sizes.
         """
         given = kwargs.get("config")
-        if isinstance(given, PreTrainedConfig):
-            check_layers(name, given.to_dict(), stored)
-            return given
-        if given is not None:
-            found = read_config(str(given), kwargs)
-        check_layers(name, found, stored)
-        if found.get("model_type") != CoDDConfig.model_type:
+        if given is not None and not isinstance(given, PreTrainedConfig):
+            given = kwargs["config"] = cls.config_class.from_pretrained(given)
+        fields = repository.config if given is None else given.to_dict()
+        stored.check_layers(fields)
+        if fields.get("model_type") != cls.config_class.model_type:
             raise ValueError(
-                f"{name!r} holds a model of type {found.get('model_type')!r}, no CoDD model: join "
-                "it with a head by `CoDDModel.from_backbone`."
+                f"{repository.name!r} holds a model of type {fields.get('model_type')!r}, no CoDD "
+                "model: join it with a head by `CoDDModel.from_backbone`."
             )
-        text_config = found.get("text_config")
-        if isinstance(text_config, dict) and needs_remote_code(text_config):
-            hub = hub_arguments(kwargs)
-            nested = nested_custom_config(name, text_config, kwargs.get("trust_remote_code"), **hub)
-            found = {**found, "text_config": nested}
-            kwargs["config"] = CoDDConfig.from_dict(dict(found))
-            return kwargs["config"]
-        return CoDDConfig.from_dict(dict(found))
+        if given is not None:
+            return given
+        text_config = fields.get("text_config")
+        if not isinstance(text_config, dict) or not needs_remote_code(text_config):
+            return cls.config_class.from_dict(dict(fields))
+        nested = nested_custom_config(
+            repository.name, text_config, kwargs.get("trust_remote_code"), **repository.hub
+        )
+        kwargs["config"] = cls.config_class.from_dict({**fields, "text_config": nested})
+        return kwargs["config"]
 
     def save_pretrained(
         self,
@@ -332,13 +297,13 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, ModelPublishing, PreTrainedModel
             with self._lock:
                 save_adapter(self, Path(save_directory, ADAPTER_FOLDER), base)
         kwargs["state_dict"] = without_adapters(self, kwargs.get("state_dict"))
-        return super().save_pretrained(
-            save_directory,
-            is_main_process,
-            max_shard_size=max_shard_size,
-            variant=variant,
-            **kwargs,
-        )
+        sizes = {"max_shard_size": max_shard_size, "variant": variant}
+        super().save_pretrained(save_directory, is_main_process, **sizes, **kwargs)
+        if is_main_process:
+            forget_paths(Path(save_directory))
+
+    def _artifact(self) -> Artifact:
+        return Artifact("model", self.coupling_head, self.backbone, config=self.config)
 
     @classmethod
     def can_generate(cls) -> bool:

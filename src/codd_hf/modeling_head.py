@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,6 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 
 from .checks.arguments import as_tensor
-from .checks.names import checked_name
 from .circuits import (
     Context,
     ContextMaps,
@@ -28,16 +28,16 @@ from .circuits.evidence.lists import law_of_rest
 from .circuits.factorized import forbidden_tokens
 from .circuits.fitted_circuit import FittedCircuit
 from .configuration_codd import CoDDHeadConfig
-from .hub.loading import head_in_model
-from .hub.publishing import HeadPublishing
-from .hub.repositories import explain_load_errors, refuse_adapter
-from .hub.stored_weights import StoredWeights, check_head, check_report
+from .hub.cards import Artifact
+from .hub.publishing import Publishing
+from .hub.repositories import Repository, checked_name, explain_load_errors, locate
+from .hub.stored_weights import StoredWeights
 
 DEFAULT_TOP_K = 64
 """Tokens kept of a prediction over a large vocabulary."""
 
 
-class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
+class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
     """A circuit over a window of tokens: the small artifact that people train and share.
 
     Parameters are log-potentials in float32, whatever the backbone's dtype: `initial [H]`,
@@ -104,38 +104,33 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs) -> CoDDHead:
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> CoDDHead:
         """Loads a head, from its own folder or Hub id or out of a CoDD model's or pipeline's.
+
+        Of a model, the head's tensors alone are read.
 
         Args:
             pretrained_model_name_or_path: a folder or Hub id.
-            *model_args: as in transformers.
             **kwargs: as in transformers.
 
         Raises:
-            ValueError: there is no head, or its weights are not what its configuration describes.
+            ValueError: there is no head, or its weights are not those that it describes.
             OSError: nothing is found, or the weights are damaged.
         """
         name = checked_name(pretrained_model_name_or_path, "pretrained_model_name_or_path")
-        config, prefix = kwargs.get("config"), ""
-        if config is None:
-            config, kwargs, prefix = head_in_model(name, kwargs)
-        sizes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
-        with_report = kwargs.pop("output_loading_info", False)
-        refuse_adapter(name, kwargs)
-        with explain_load_errors(name, kwargs):
-            if not sizes_may_differ and (stored := StoredWeights.find(name, kwargs)) is not None:
-                check_head(name, config, stored, prefix)
-            head, report = super().from_pretrained(
-                name,
-                *model_args,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are in the report
-                **kwargs,
-            )
-        if any(field in kwargs for field in config.to_dict()):
-            report["missing_keys"] = set()  # what the user adds to a stored head is new
-        check_report(name, report, sizes_may_differ)
+        config, with_report = kwargs.get("config"), kwargs.pop("output_loading_info", False)
+        repository = locate(name, kwargs) if config is None else Repository(name, kwargs)
+        kwargs |= repository.hub
+        with explain_load_errors(repository):
+            repository.refuse_adapter(kwargs.get("adapter_kwargs"))
+            if config is None:
+                config, in_model = _stored_config(repository)
+                kwargs |= in_model
+            # Parts that the user adds to a stored head are new.
+            may_lack = any(field in kwargs for field in CoDDHeadConfig.__annotations__)
+            stored = StoredWeights.find(repository, kwargs)
+            load = super().from_pretrained
+            head, report = stored.load(load, config, cls, may_lack=may_lack, **kwargs)
         head._check_suggested(name)
         return (head, report) if with_report else head
 
@@ -150,6 +145,9 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
                 f"The weights of the head in {name!r} are damaged: `context_maps.suggested` must "
                 f"hold states from 0 to {self.config.num_latents - 1}, got {low} to {high}."
             )
+
+    def _artifact(self) -> Artifact:
+        return Artifact("head", self)
 
     def _apply(self, fn, recurse: bool = True) -> CoDDHead:
         # `model.to(torch.bfloat16)` is about the backbone: the circuit needs its float32.
@@ -353,6 +351,20 @@ class CoDDHead(HeadPublishing, FittedCircuit, PreTrainedModel):
             return self.context_maps(
                 last_hidden_state, masked, present, preceding, log_marginal, self.config.alpha
             )
+
+
+def _stored_config(repository: Repository) -> tuple[CoDDHeadConfig, dict[str, Any]]:
+    """The configuration of a head, and the arguments that load it alone out of a model."""
+    found = repository.config
+    if found.get("model_type") == CoDDHeadConfig.model_type:
+        return CoDDHeadConfig.from_dict(dict(found)), {}
+    if found.get("model_type") != "codd" or found.get("head_config") is None:
+        raise ValueError(
+            f"{repository.name!r} holds a model of type {found.get('model_type')!r} without a CoDD "
+            "head: give the folder or id of a head, or of a CoDD model that has one."
+        )
+    config = CoDDHeadConfig.from_dict(dict(found["head_config"]))
+    return config, {"config": config, "key_mapping": {r"^coupling_head\.": ""}}
 
 
 AutoModel.register(CoDDHeadConfig, CoDDHead, exist_ok=True)

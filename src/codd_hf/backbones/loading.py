@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import transformers
@@ -15,8 +16,8 @@ from transformers import (
 )
 
 from ..configuration_codd import one_sentence_for
-from ..hub.repositories import hub_arguments, refuse_adapter
-from ..hub.stored_weights import StoredWeights, check_layers, check_report, check_sizes
+from ..hub.repositories import Repository, explain_load_errors
+from ..hub.stored_weights import StoredWeights
 from .custom_code import CustomCodeFamily, check_trust, needs_remote_code
 from .registry import family_of, layout_of, unsupported
 
@@ -47,42 +48,40 @@ def load_backbone(
         ValueError: no family can hold the model, or it brings code that the user did not allow.
         OSError: nothing is found.
     """
-    hub = hub_arguments(kwargs)
-    found = PretrainedConfig.get_config_dict(name_or_path, **hub)[0]
-    if not found or not isinstance(found, dict):
-        raise ValueError(f"{name_or_path!r} has no `config.json`: give a backbone's folder or id.")
-    if found.get("model_type") == "codd":
-        raise ValueError(
-            f"`backbone` {name_or_path!r} is a CoDD model already: use `CoDDModel.from_pretrained`."
-        )
-    refuse_adapter(name_or_path, kwargs)
-    stored = StoredWeights.find(name_or_path, kwargs)
-    check_layers(name_or_path, found, stored)
-    if "transformers_weights" in found:
-        raise ValueError(
-            f"`transformers_weights` in the configuration of {name_or_path!r} says where the "
-            "weights are: remove it and give their file its standard name."
-        )
-    layout = layout_of(found)
-    with one_sentence_for(f"the configuration in {name_or_path!r}"):
-        if layout is not None:
-            config = layout.translate(found)
-            kwargs["key_mapping"] = layout.key_mapping
-        else:
-            config = _native_config(name_or_path, found, trust_remote_code, hub)
-    for name, value in (("block_length", block_length), ("logit_shift", logit_shift)):
-        if value is not None:
-            setattr(config, name, value)
-    # transformers looks for an adapter in the repository, but not in the cache that it is given.
-    cache = {name: hub[name] for name in ("cache_dir", "local_files_only") if name in hub}
-    kwargs["adapter_kwargs"] = {**cache, **kwargs.get("adapter_kwargs", {})}
-    family = family_of(config)
-    if not isinstance(family, CustomCodeFamily):  # whose class is known only as it is loaded
-        check_sizes(name_or_path, config, stored, family.from_config, kwargs.get("key_mapping"))
-    sizes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
-    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, report = family.from_pretrained(name_or_path, config, **kwargs)
-    check_report(name_or_path, report, sizes_may_differ, family.unused_weights)
+    repository = Repository(name_or_path, kwargs)
+    with explain_load_errors(repository):
+        found, hub = repository.config, repository.hub
+        if found.get("model_type") == "codd":
+            raise ValueError(
+                f"`backbone` {name_or_path!r} is a CoDD model already: use "
+                "`CoDDModel.from_pretrained`."
+            )
+        repository.refuse_adapter(kwargs.get("adapter_kwargs"))
+        stored = StoredWeights.find(repository, kwargs)
+        stored.check_layers(found)
+        if "transformers_weights" in found:
+            raise ValueError(
+                f"`transformers_weights` in the configuration of {name_or_path!r} says where the "
+                "weights are: remove it and give their file its standard name."
+            )
+        layout = layout_of(found)
+        with one_sentence_for(f"the configuration in {name_or_path!r}"):
+            if layout is not None:
+                config = layout.translate(found)
+                kwargs["key_mapping"] = layout.key_mapping
+            else:
+                config = _native_config(name_or_path, found, trust_remote_code, hub)
+        for name, value in (("block_length", block_length), ("logit_shift", logit_shift)):
+            if value is not None:
+                setattr(config, name, value)
+        # transformers looks for an adapter, but not in the cache that it is given.
+        cache = {name: hub[name] for name in ("cache_dir", "local_files_only") if name in hub}
+        kwargs["adapter_kwargs"] = {**cache, **kwargs.get("adapter_kwargs", {})}
+        family = family_of(config)
+        # The class of a model that brings its code is known only as it is loaded.
+        build = None if isinstance(family, CustomCodeFamily) else family.from_config
+        load = partial(family.from_pretrained, config=config)
+        model, _ = stored.load(load, config, build, unused=family.unused_weights, **kwargs)
     if layout is not None and layout.key_mapping is not None:
         # transformers remembers the mapping to write the old names back, which no native
         # configuration could read.

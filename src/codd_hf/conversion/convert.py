@@ -15,11 +15,9 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
 )
 
-from ..checks.files import json_object
-from ..checks.names import can_only_be_a_path
 from ..circuits import Potentials, occupancy
 from ..configuration_codd import CoDDHeadConfig
-from ..hub.repositories import explain_load_errors, find_file, first_file
+from ..hub.repositories import Repository, can_only_be_a_path, explain_load_errors
 from ..modeling_head import CoDDHead
 from .jpc import HiddenMarkovModel
 
@@ -139,16 +137,15 @@ def holds_circuit(source: str | Path, **hub) -> bool:
     if path.is_file():
         with path.open("rb") as file:
             return path.suffix == ".jpc" or PICKLE.match(file.read(2)) is not None
+    repository = Repository(name, hub)
     try:
-        first_file(name, ("config.json", FILE_NAME), **hub)
+        repository.first("config.json", FILE_NAME)
     except LocalEntryNotFoundError:
         return False
-    config = find_file(name, "config.json", **hub)
-    if config is not None and json_object(Path(config)).get("model_type") in CODD:
+    config = repository.find("config.json")
+    if config is not None and repository.read(Path(config)).get("model_type") in CODD:
         return False
-    if find_file(name, FILE_NAME, **hub) is None:
-        return False
-    return find_file(name, "model_index.json", **hub) is None
+    return repository.find(FILE_NAME) is not None and repository.find("model_index.json") is None
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -185,7 +182,7 @@ def _find(source: str | Path, **hub) -> _Found:
             f"{str(source)!r} is neither a file, nor a folder, nor an id on the Hub: check it."
         )
     try:
-        with explain_load_errors(str(source), hub):
+        with explain_load_errors(Repository(str(source), hub)):
             cached = Path(hf_hub_download(str(source), FILE_NAME, **hub))
     except OSError as error:
         if not isinstance(error.__cause__, RemoteEntryNotFoundError):

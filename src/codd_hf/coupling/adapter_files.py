@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..checks.names import ADAPTER_FILES
+from ..hub.repositories import ADAPTER_FILES
 from .adapter_settings import CHANGING_STARTS, check_adapter_settings
 from .adapters import (
     active_adapter,

@@ -16,8 +16,10 @@ import torch
 
 from ..backbones import execution_device
 from ..checks.arguments import shown
-from ..checks.names import ADAPTER_FILES, ADAPTER_FOLDER, checked_name
 from ..configuration_codd import CoDDHeadConfig
+from ..hub.cards import Artifact
+from ..hub.publishing import push
+from ..hub.repositories import ADAPTER_FOLDER, Repository, checked_name
 from .adapter_files import save_adapter
 from .adapters import (
     adapter_in_use,
@@ -26,7 +28,7 @@ from .adapters import (
     enable_adapters,
     set_adapter,
 )
-from .loading import find_adapter, load_adapter, load_head
+from .loading import load_adapter, load_head
 
 if TYPE_CHECKING:
     from ..modeling_head import CoDDHead
@@ -207,7 +209,7 @@ class HeadsMixin:
         if self.config.mask_token_id is None:
             self.config.mask_token_id = loaded.config.mask_token_id
         if adapter is None and isinstance(head, str | Path):
-            adapter = find_adapter(checked_name(head, "head"), **hub)
+            adapter = Repository(checked_name(head, "head"), hub).adapter()
         with self._lock:
             if adapter is not None:
                 load_adapter(self.backbone, adapter, name, **hub)
@@ -285,14 +287,20 @@ class HeadsMixin:
         """
         if self.coupling_head is None:
             raise ValueError("The model has no head to save: add one with `load_head`.")
-        config, base = self.coupling_head.config, self.backbone.name_or_path or None
-        if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = base
-        adapter = Path(save_directory, ADAPTER_FOLDER)
-        with self._lock:
-            save_adapter(self, adapter, base)
-        kwargs["adapter"] = adapter if (adapter / ADAPTER_FILES[0]).exists() else None
-        self.coupling_head.save_pretrained(save_directory, **kwargs)
+        head, base = self.coupling_head, self.backbone.name_or_path or None
+        if head.config.base_model_name_or_path is None:
+            head.config.base_model_name_or_path = base
+        to_hub, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
+
+        def save(folder: str | Path) -> None:
+            with self._lock:
+                save_adapter(self, Path(folder, ADAPTER_FOLDER), base)
+            head.save_pretrained(folder)
+
+        save(save_directory)
+        if to_hub:
+            name = repo_id or Path(save_directory).resolve().name
+            push(Artifact("head", head), save, name, **kwargs)
 
     def _check_name(self, name: str) -> None:
         if name not in self._heads:

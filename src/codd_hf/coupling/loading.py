@@ -7,18 +7,22 @@ arguments it gets those that say how to load and where to cache, none that grant
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from ..backbones import layout_of, needs_remote_code
-from ..checks.files import check_files
-from ..checks.names import ADAPTER_FILES, ADAPTER_FOLDER, checked_name, is_local
 from ..configuration_codd import CoDDHeadConfig
 from ..conversion import convert_jpc, holds_circuit
-from ..hub.repositories import CACHE_ARGUMENTS, HUB_ARGUMENTS, find_file, read_config
+from ..hub.repositories import (
+    CACHE_ARGUMENTS,
+    HUB_ARGUMENTS,
+    Repository,
+    checked_name,
+    is_local,
+    locate,
+)
 from ..modeling_head import CoDDHead
 from .adapter_files import read_adapter
 
@@ -92,35 +96,6 @@ def load_head(
     return head
 
 
-def find_adapter(name: str, **hub: Any) -> str | None:
-    """Folder of the LoRA beside a head or a model (`adapter/`); None if there is none.
-
-    Raises:
-        OSError: there is a part of one, without which the predictions would be others.
-    """
-    folder = Path(hub.pop("subfolder", None) or "", ADAPTER_FOLDER).as_posix()
-    found = _adapter_in(name, subfolder=folder, **hub)
-    if found is None and any(os.path.lexists(Path(name, folder, file)) for file in ADAPTER_FILES):
-        raise OSError(_no_adapter(str(Path(name, folder))))
-    return found
-
-
-def _no_adapter(name: str) -> str:
-    return (
-        f"`adapter` {name!r} holds no PEFT adapter: `{ADAPTER_FILES[0]}` and "
-        f"`{ADAPTER_FILES[1]}` are needed."
-    )
-
-
-def _adapter_in(name: str, **hub: Any) -> str | None:
-    """The local folder of an adapter's files; of a repository, they are downloaded."""
-    found = find_file(name, ADAPTER_FILES[0], **hub)
-    if found is None:
-        return None
-    find_file(name, ADAPTER_FILES[1], **hub)
-    return str(Path(found).parent)
-
-
 def load_adapter(
     backbone: PreTrainedModel,
     adapter: str | Path,
@@ -143,10 +118,14 @@ def load_adapter(
         ValueError: it was not trained on a backbone like this one, or is of an unsupported kind.
     """
     name = checked_name(adapter, "adapter")
-    folder = find_adapter(name, **hub) or _adapter_in(name, **hub)
-    if folder is None or not Path(folder, ADAPTER_FILES[1]).is_file():
-        raise OSError(_no_adapter(name))
-    check_files(Path(folder))
+    repository = Repository(name, hub)
+    folder = repository.adapter() or repository.adapter("")
+    if folder is None:
+        raise OSError(
+            f"`adapter` {name!r} holds no PEFT adapter: `adapter_config.json` and "
+            "`adapter_model.safetensors` are needed."
+        )
+    Repository(folder).check()
     read_adapter(backbone, folder, adapter_name, name, start_is_off=start_is_off)
 
 
@@ -188,7 +167,7 @@ def named_backbone(
     if head.base_model_revision is not None:
         own["revision"] = head.base_model_revision
     base = checked_name(base, "base_model_name_or_path")
-    found = read_config(base, own)
+    found = locate(base, own).config
     if layout_of(found) is None and needs_remote_code(found):
         raise ValueError(
             f"The head {name!r} names the backbone {base!r}, which brings its own code: if you "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +18,8 @@ from transformers import (
 from transformers.utils import is_gguf_available
 
 from ..backbones.canvas_cache import cache_argument
-from ..hub.repositories import explain_load_errors, read_config, refuse_adapter
-from ..hub.stored_weights import StoredWeights, check_layers, check_report
+from ..hub.repositories import Repository, explain_load_errors
+from ..hub.stored_weights import StoredWeights
 from ..text.encoding import encode_chats, encode_texts
 
 
@@ -166,14 +167,15 @@ def load_judge(
         raise ValueError(
             "`judge_file` needs the package gguf: install it with `pip install codd-hf[quality]`."
         )
-    refuse_adapter(name, {})
-    with explain_load_errors(name, {}):
-        if gguf_file is None:
-            check_layers(name, read_config(name, {}), StoredWeights.find(name, {}))
+    repository = Repository(name)
+    with explain_load_errors(repository):
+        repository.refuse_adapter()
+        stored = StoredWeights.find(repository, {"gguf_file": gguf_file})
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name, gguf_file=gguf_file, dtype=torch.float32, output_loading_info=True
-        )
+        load = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
         if gguf_file is None:
-            check_report(name, report)
+            stored.check_layers(repository.config)
+            model, _ = stored.load(load, None, None)
+        else:
+            model = load(name, gguf_file=gguf_file)
     return model.to(device), tokenizer

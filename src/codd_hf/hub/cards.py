@@ -1,34 +1,32 @@
-"""Model cards that state what is known about a head, a model or a pipeline, and nothing else."""
+"""Model cards: the known facts about a head, a model or a pipeline, and nothing else."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks.names import is_local
+from .repositories import is_local
 
 TAGS = ("codd", "coupled-discrete-diffusion", "diffusion-language-model", "probabilistic-circuit")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-PAPER = "[Coupled Discrete Diffusion](https://arxiv.org/abs/2603.00045)"
-WHAT = {
+ARTIFACTS = {
     "head": "A CoDD head: a small tractable circuit, for the diffusion language model that it was "
     "fitted to.",
     "model": "A diffusion language model with a small tractable circuit.",
     "pipeline": "A text-generation pipeline: a diffusion language model with a small tractable "
     "circuit, its scheduler and its tokenizer.",
 }
+COUPLED = (
+    "As in [Coupled Discrete Diffusion](https://arxiv.org/abs/2603.00045), the circuit multiplies "
+    "the predictions of the language model; the product is an exact joint distribution over a "
+    "window of tokens, so that tokens decoded in the same step agree with one another."
+)
 FACTORIZED = (
     "A diffusion language model in the format of codd-hf, without a circuit: tokens that are "
     "decoded in the same step are drawn independently."
-)
-COUPLED = (
-    f"As in {PAPER}, the circuit multiplies the predictions of the language model; the product is "
-    "an exact joint distribution over a window of tokens, so that tokens decoded in the same step "
-    "agree with one another."
 )
 REWRITTEN = (
     "<!-- `codd-hf train` wrote this card, and writes it anew when it has trained again: delete "
@@ -38,7 +36,7 @@ REWRITTEN = (
 
 @dataclass
 class Artifact:
-    """What a card is about.
+    """The subject of a card.
 
     Attributes:
         kind: `"head"`, `"model"` or `"pipeline"`.
@@ -64,7 +62,7 @@ class Artifact:
 
     @property
     def source(self) -> str | None:
-        """What the head was converted from, if it was."""
+        """The circuit that the head was converted from, if it was."""
         return None if self.head is None else self.head.config.converted_from
 
 
@@ -76,55 +74,45 @@ def make_card(
     datasets: str | list[str] | None = None,
     eval_results: list[EvalResult] | None = None,
     tags: list[str] | None = None,
-    comes_with_code: bool = False,
     training: str | None = None,
 ) -> ModelCard:
     """The card of a repository.
 
     Args:
-        artifact: what it holds.
-        repo_id: its id or folder, for the title and the lines of code.
-        license: an identifier of the Hub; without it the card states none.
-        datasets: ids of the data sets that it was trained on, if they are to be named.
-        eval_results: measured results, if there are any.
+        artifact: its subject.
+        repo_id: id or folder of the repository, for the title and the lines of code.
+        license: an identifier of the Hub.
+        datasets: ids of the data sets that it was trained on.
+        eval_results: measured results.
         tags: further tags.
-        comes_with_code: whether the repository holds its own code.
-        training: what is to be said of the training, in Markdown; the card is then marked as one
-            that the next training may replace.
+        training: a text on the training, in Markdown; the next training may replace the card.
     """
+    title = repo_id.split("/")[-1]
     data = ModelCardData(
         license=license,
         base_model=artifact.base_model,
         datasets=datasets,
         eval_results=eval_results,
-        model_name=repo_id.split("/")[-1] if eval_results else None,
+        model_name=title if eval_results else None,
         library_name="codd-hf",
         pipeline_tag="text-generation",
         tags=[*TAGS, *(tags or [])],
     )
     if artifact.kind == "head" and artifact.base_model is not None:
         data.base_model_relation = "adapter"
-    parts = [f"# {repo_id.split('/')[-1]}"]
-    parts.append(FACTORIZED if artifact.head is None else f"{WHAT[artifact.kind]} {COUPLED}")
-    parts.append(
-        f"## Use\n\nWith the package codd-hf:\n\n```python\n{_usage(artifact, repo_id)}```"
-    )
-    if comes_with_code:
-        auto_class = "AutoModel" if artifact.kind == "head" else "AutoModelForCausalLM"
-        parts.append(
-            "Without it, by the code in this repository (which transformers runs only if asked "
-            f"to):\n\n```python\nfrom transformers import {auto_class}\n\n"
-            f'model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)\n```'
-        )
-    parts.append(f"## What it holds\n\n{_table(artifact)}")
+    about = FACTORIZED if artifact.head is None else f"{ARTIFACTS[artifact.kind]} {COUPLED}"
     unknown = "not recorded" if training is None else "see below"
-    parts.append(f"## Where it comes from\n\n{_origin(artifact, license, datasets, unknown)}")
+    parts = [
+        f"# {title}\n\n{about}",
+        f"## Use\n\nWith the package codd-hf:\n\n```python\n{_usage(artifact, repo_id)}```",
+        f"## What it holds\n\n{_table(artifact)}",
+        f"## Where it comes from\n\n{_origin(artifact, license, datasets, unknown)}",
+    ]
     if eval_results:
-        lines = [
-            f"- {result.dataset_name}: {result.metric_name or result.metric_type} "
-            f"{result.metric_value}"
-            for result in eval_results
-        ]
+        lines = (
+            f"- {r.dataset_name}: {r.metric_name or r.metric_type} {r.metric_value}"
+            for r in eval_results
+        )
         parts.append("## Results\n\n" + "\n".join(lines))
     if training is not None:
         parts.append(f"## Training\n\n{training}\n\n{REWRITTEN}")
@@ -132,11 +120,10 @@ def make_card(
 
 
 def complete_card(card: ModelCard, new: ModelCard) -> ModelCard:
-    """A card that somebody wrote, with its text kept and missing metadata filled in.
+    """A card that somebody wrote, with its text kept and its metadata completed.
 
-    What `new` says of licence, data sets and results was given by the user now, and replaces what
-    was there. A placeholder that transformers or diffusers made is given up for `new`, and so is
-    what a training wrote for what a later one says.
+    Licence, data sets and results of `new` replace those that were there. `new` itself replaces a
+    placeholder of transformers or diffusers, and the card of an earlier training that of a later.
     """
     if _is_placeholder(card) or (REWRITTEN in card.text and REWRITTEN in new.text):
         return new
@@ -165,53 +152,42 @@ def _usage(artifact: Artifact, repo_id: str) -> str:
             'output = pipe("Once upon a time", gen_length=32, num_inference_steps=8)\n'
             "print(output.texts[0])\n"
         )
+    name, load = "CoDDModel", f'model = CoDDModel.from_pretrained("{repo_id}")'
     if artifact.kind == "pipeline":
-        load = f'pipe = CoDDPipeline.from_pretrained("{repo_id}")\nmodel = pipe.model\n'
-        name = "CoDDPipeline"
+        name, load = "CoDDPipeline", f'model = CoDDPipeline.from_pretrained("{repo_id}").model'
     elif artifact.kind == "head" and artifact.base_model is None:
-        load = f'model = CoDDModel.from_backbone("id/of-the-backbone", head="{repo_id}")\n'
-        name = "CoDDModel"
-    else:
-        load = f'model = CoDDModel.from_pretrained("{repo_id}")\n'
-        name = "CoDDModel"
+        load = f'model = CoDDModel.from_backbone("id/of-the-backbone", head="{repo_id}")'
+    config = artifact.config or artifact.head.config
+    hidden = [config.mask_token_id, *(config.forbidden_token_ids or [])]
+    prompt = [token for token in range(config.vocab_size) if token not in hidden][:3]
     return (
-        f"import torch\nfrom codd_hf import {name}\n\n{load}"
-        f"prompt = torch.tensor([{_prompt(artifact)}])  # token ids, [batch, length]\n"
+        f"import torch\nfrom codd_hf import {name}\n\n{load}\n"
+        f"prompt = torch.tensor([{prompt}])  # token ids, [batch, length]\n"
         "tokens = model.generate(prompt, gen_length=32, num_inference_steps=8)\n"
     )
 
 
-def _prompt(artifact: Artifact) -> list[int]:
-    """Three tokens that every prompt may hold."""
-    config = artifact.config or artifact.head.config
-    hidden = [config.mask_token_id, *(config.forbidden_token_ids or [])]
-    return [token for token in range(config.vocab_size) if token not in hidden][:3]
-
-
 def _table(artifact: Artifact) -> str:
-    rows: list[tuple[str, Any]] = []
+    rows = []
     if artifact.backbone is not None:
         rows.append(("backbone", f"`{artifact.backbone.config.model_type}`"))
         rows.append(("backbone's parameters", f"{_parameters(artifact.backbone):,}"))
     if artifact.head is not None:
         config = artifact.head.config
+        shared = {True: "the same at all positions", False: "one for each position"}
         emissions = "dense" if config.emission == "dense" else f"tied, rank {config.emission_rank}"
         rows += [
             ("circuit", "hidden Markov model"),
             ("latent states", f"{config.num_latents:,}"),
             ("window", f"{config.window_length} tokens"),
             ("vocabulary", f"{config.vocab_size:,} tokens"),
-            ("transitions", _shared(config.tie_transitions)),
-            ("emissions", f"{emissions}, {_shared(config.tie_emissions)}"),
+            ("transitions", shared[config.tie_transitions]),
+            ("emissions", f"{emissions}, {shared[config.tie_emissions]}"),
             ("conditioning on the backbone", ", ".join(config.conditioning) or "none"),
             ("marginal correction (`alpha`)", f"{config.alpha:g}"),
             ("circuit's parameters", f"{_parameters(artifact.head):,}"),
         ]
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
-
-
-def _shared(tied: bool) -> str:
-    return "the same at all positions" if tied else "one for each position"
 
 
 def _parameters(model: PreTrainedModel) -> int:
@@ -221,13 +197,12 @@ def _parameters(model: PreTrainedModel) -> int:
 def _origin(
     artifact: Artifact, license: str | None, datasets: str | list[str] | None, unknown: str
 ) -> str:
-    lines = []
+    backbone = unknown
     if artifact.base_model is not None:
-        link = f"[{artifact.base_model}](https://huggingface.co/{artifact.base_model})"
-        revision = None if artifact.head is None else artifact.head.config.base_model_revision
-        lines.append(f"- Backbone: {link}" + (f", revision `{revision}`." if revision else "."))
-    else:
-        lines.append(f"- Backbone: {unknown}.")
+        backbone = f"[{artifact.base_model}](https://huggingface.co/{artifact.base_model})"
+        if artifact.head is not None and artifact.head.config.base_model_revision:
+            backbone += f", revision `{artifact.head.config.base_model_revision}`"
+    lines = [f"- Backbone: {backbone}."]
     if artifact.source is not None:
         lines.append(f"- The circuit was converted from {artifact.source}.")
     named = [datasets] if isinstance(datasets, str) else datasets

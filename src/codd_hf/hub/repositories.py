@@ -1,9 +1,11 @@
-"""Files of a folder or of a repository on the Hub, and one sentence where they cannot be had."""
+"""Folders and repositories on the Hub: their files, and one sentence where they cannot be read."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -25,121 +27,259 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import PreTrainedConfig
 
+from ..checks.arguments import shown
 from ..checks.errors import is_of_a_library, reason
-from ..checks.files import check_files
+from .stored_weights import read_headers
 
 CACHE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only")
 HUB_ARGUMENTS = (*CACHE_ARGUMENTS, "revision", "token", "subfolder")
+NOT_FOUND = (EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError)
 LOADING = RLock()
-NOT_FOUND = (
-    EntryNotFoundError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+ADAPTER_FOLDER = "adapter"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+TYPES = {
+    "_name_or_path": (str,),
+    "eos_token_id": (int, list),
+    "model_max_length": (int, float),
+    "output_attentions": (bool,),
+    "output_hidden_states": (bool,),
+    "pad_token_id": (int,),
+}
+"""Fields that transformers takes as they are, and stumbles over in use."""
+REMEDY = "save it or download it again"
 
 
-def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments of a `from_pretrained` that say where and how to download."""
-    return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+def shared_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a `from_pretrained` that concern every repository that is read."""
+    return {key: kwargs[key] for key in (*CACHE_ARGUMENTS, "token") if key in kwargs}
 
 
-def find_file(name: str, filename: str, **hub: Any) -> str | None:
-    """Path of a file of a folder or a repository; None if it has no such file."""
-    try:
-        return _ask_for(name, filename, hub)
-    except LocalEntryNotFoundError:  # not in the cache, and the Hub cannot be reached
-        return None
-
-
-def first_file(name: str, filenames: tuple[str, ...], **hub: Any) -> str | None:
-    """Which of some files a folder or a repository has: the first, but of cached ones if any.
+def checked_name(name: str | Path, argument: str) -> str:
+    """A path or id as a string.
 
     Raises:
-        LocalEntryNotFoundError: none is in the cache, and the Hub cannot be reached.
+        TypeError: it is neither.
+        FileNotFoundError: it can only be a path, and there is nothing.
     """
-    in_cache = [f for f in filenames if isinstance(_in_cache(name, f, hub), str)]
-    tried = dict.fromkeys((*in_cache, *filenames))
-    return next((file for file in tried if _ask_for(name, file, hub) is not None), None)
+    if not isinstance(name, str | Path) or not str(name).strip():
+        raise TypeError(f"`{argument}` must be a folder or an id on the Hub, got {name!r}.")
+    text = str(name)
+    if not isinstance(name, Path) and not can_only_be_a_path(text):
+        return text
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"`{argument}`: there is no file or folder {text!r}.")
+    return str(path)
 
 
-def _ask_for(name: str, filename: str, hub: dict[str, Any]) -> str | None:
-    if Path(name).is_dir():
-        path = Path(name, hub.get("subfolder") or "", filename)
-        return str(path) if path.is_file() else None
-    known_missing = _in_cache(name, filename, hub) is _CACHED_NO_EXIST
-    try:
-        if known_missing and not ask_once(name, filename, hub):
+def can_only_be_a_path(text: str) -> bool:
+    """Whether a name cannot be an id on the Hub (`name` or `owner/name`)."""
+    return text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
+
+
+def is_local(name: str) -> bool:
+    """Whether a name means something on this machine only."""
+    return can_only_be_a_path(name) or Path(name).exists()
+
+
+class Repository:
+    """A folder, or a repository on the Hub; each of its files is read once.
+
+    Args:
+        name: a path or an id.
+        kwargs: the arguments of a `from_pretrained`; `HUB_ARGUMENTS` among them count.
+    """
+
+    def __init__(self, name: str, kwargs: dict[str, Any] | None = None) -> None:
+        self.name = name
+        self.hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in (kwargs or {})}
+        self.contents: dict[Path, Any] = {}
+
+    @property
+    def subfolder(self) -> str:
+        """The folder inside the repository that holds the files; empty for its root."""
+        return self.hub.get("subfolder") or ""
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the files are on this machine; None if nothing is in the cache."""
+        if Path(self.name).is_dir():
+            return Path(self.name, self.subfolder)
+        cached = self._cached("config.json")
+        return Path(cached).parent if isinstance(cached, str) else None
+
+    def inside(self, folder: str) -> Repository:
+        """A folder of the repository."""
+        return Repository(
+            self.name, {**self.hub, "subfolder": Path(self.subfolder, folder).as_posix()}
+        )
+
+    def find(self, filename: str) -> str | None:
+        """Path of a file, downloaded if need be; None if there is none."""
+        try:
+            return self._ask_for(filename)
+        except LocalEntryNotFoundError:  # not in the cache, and the Hub cannot be reached
             return None
-        return hf_hub_download(name, filename, **hub)
-    except LocalEntryNotFoundError:
-        raise
-    except NOT_FOUND:
-        return None
+
+    def first(self, *filenames: str) -> str | None:
+        """Which of some files is there: the first, or the first of those in the cache.
+
+        Raises:
+            LocalEntryNotFoundError: none is in the cache, and the Hub cannot be reached.
+        """
+        in_cache = [file for file in filenames if isinstance(self._cached(file), str)]
+        tried = dict.fromkeys((*in_cache, *filenames))
+        return next((file for file in tried if self._ask_for(file) is not None), None)
+
+    def has_now(self, filename: str) -> bool | None:
+        """Whether the Hub has a file; None if it cannot be reached (a download tries for 20 s)."""
+        if self.hub.get("local_files_only"):
+            return None
+        of_file = {"subfolder": self.subfolder or None, "revision": self.hub.get("revision")}
+        try:
+            url = hf_hub_url(self.name, filename, **of_file)
+            get_hf_file_metadata(url, token=self.hub.get("token"))
+        except HfHubHTTPError:
+            return False
+        except (HTTPError, OSError):
+            return None
+        return True
+
+    def _ask_for(self, filename: str) -> str | None:
+        if Path(self.name).is_dir():
+            path = Path(self.name, self.subfolder, filename)
+            return str(path) if path.is_file() else None
+        try:
+            if self._cached(filename) is _CACHED_NO_EXIST and not self.has_now(filename):
+                return None
+            return hf_hub_download(self.name, filename, **self.hub)
+        except LocalEntryNotFoundError:
+            raise
+        except NOT_FOUND:
+            return None
+
+    def _cached(self, filename: str) -> Any:
+        """A path in the cache, `_CACHED_NO_EXIST` if the repository had no such file, or None."""
+        path = Path(self.subfolder, filename).as_posix()
+        of_cache = self.hub.get("cache_dir"), self.hub.get("revision")
+        try:
+            return try_to_load_from_cache(self.name, path, *of_cache)
+        except HFValidationError:
+            return None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of `config.json`.
+
+        Raises:
+            OSError: there is none, it is damaged, or the Hub cannot be reached.
+        """
+        path = Path(self.name, self.subfolder, "config.json")
+        if not Path(self.name).is_dir():
+            path = Path(hf_hub_download(self.name, "config.json", **self.hub))
+        if not path.is_file():
+            raise OSError(_nothing_in(self.name))
+        return self.read(path)
+
+    def check(self) -> None:
+        """Reads the files that describe a model, and the headers of its weights.
+
+        Raises:
+            OSError: a file is damaged; the sentence names it.
+        """
+        folder = self.folder
+        for path in sorted(folder.iterdir()) if folder is not None and folder.is_dir() else ():
+            if any(path.match(pattern) for pattern in READERS):
+                self.read(path)
+
+    def read(self, path: Path) -> Any:
+        """The content of a JSON or text file, or the headers of weights.
+
+        Raises:
+            OSError: the file is damaged.
+        """
+        if path in self.contents:
+            return self.contents[path]
+        if not path.is_file():
+            raise OSError(f"{str(path)!r} must be a file, and is none: {REMEDY}.")
+        read = next(read for pattern, read in READERS.items() if path.match(pattern))
+        try:
+            self.contents[path] = read(path)
+        except Exception as error:
+            raise OSError(f"{str(path)!r} is damaged ({reason(error)}): {REMEDY}.") from error
+        return self.contents[path]
+
+    def adapter(self, folder: str = ADAPTER_FOLDER) -> str | None:
+        """Path of a LoRA on this machine, by default the one beside a model; None if there is none.
+
+        Raises:
+            OSError: there is a part of one, without which the predictions would be others.
+        """
+        repository = self.inside(folder)
+        found = [repository.find(file) for file in ADAPTER_FILES]
+        if any(found) and None in found:
+            raise OSError(
+                f"`adapter` {str(Path(self.name, repository.subfolder))!r} lacks a part of a PEFT "
+                f"adapter: `{ADAPTER_FILES[0]}` and `{ADAPTER_FILES[1]}` are needed."
+            )
+        return None if found[0] is None else str(Path(found[0]).parent)
+
+    def refuse_adapter(self, adapter_kwargs: dict[str, Any] | None = None) -> None:
+        """Refuses a model beside which an adapter lies.
+
+        transformers would load from the path or repository that the adapter's configuration names.
+
+        Args:
+            adapter_kwargs: an argument of `from_pretrained`, in which transformers' Auto classes
+                say that they have followed an adapter.
+
+        Raises:
+            ValueError: there is an adapter.
+        """
+        followed = (adapter_kwargs or {}).get("_adapter_model_path")
+        if followed or self.find("adapter_config.json") is not None:
+            raise ValueError(
+                f"{followed or self.name!r} holds an adapter (`adapter_config.json`), which names "
+                "other weights than its own: load the model that it is for, and give it in a "
+                "folder of its own as `adapter`."
+            )
 
 
-def _in_cache(name: str, filename: str, hub: dict[str, Any]) -> Any:
-    """The path of a file in the cache, `_CACHED_NO_EXIST` if the repository had none, or None."""
-    path = Path(hub.get("subfolder") or "", filename).as_posix()
-    try:
-        return try_to_load_from_cache(name, path, hub.get("cache_dir"), hub.get("revision"))
-    except HFValidationError:
-        return None
+def locate(name: str, kwargs: dict[str, Any] | None = None) -> Repository:
+    """The repository of a model: `name`, or the folder `model` of the pipeline that it holds.
 
-
-def ask_once(name: str, filename: str, hub: dict[str, Any]) -> bool | None:
-    """Whether a repository has a file now; None if the Hub cannot be reached.
-
-    A download would try for 20 seconds where there is no network.
+    Raises:
+        OSError: there is no configuration, or a file is damaged.
     """
-    if hub.get("local_files_only"):
-        return None
-    url = hf_hub_url(
-        name, filename, subfolder=hub.get("subfolder") or None, revision=hub.get("revision")
-    )
-    try:
-        get_hf_file_metadata(url, token=hub.get("token"))
-    except HfHubHTTPError:
-        return False
-    except (HTTPError, OSError):
-        return None
-    return True
+    repository = Repository(name, kwargs)
+    with explain_load_errors(repository):
+        if repository.first("config.json", "model_index.json") == "model_index.json":
+            repository = repository.inside("model")
+        repository.config  # noqa: B018  (read here, where errors are explained)
+    return repository
 
 
 @contextmanager
-def explain_load_errors(name: str, kwargs: dict[str, Any]) -> Iterator[None]:
-    """A door at which a library loads `name` with `kwargs`; one sentence where that fails.
+def explain_load_errors(repository: Repository) -> Iterator[None]:
+    """A door at which a library loads from a repository; one sentence where that fails.
 
-    One thread loads at a time, as what transformers changes meanwhile is the whole process's: the
-    default dtype, the functions of `torch.nn.init`, the tying of weights.
+    One thread loads at a time: transformers changes settings of the process meanwhile, as the
+    default dtype and the functions of `torch.nn.init`.
 
     Raises:
-        OSError: a file is damaged, or what is asked for is not there.
+        OSError: a file is damaged, or there is no such file or repository.
     """
-    _check_folder(name, kwargs)
+    repository.check()
     try:
         with LOADING:
             yield
     except BaseException as error:
         if not is_of_a_library(error):
             raise
-        _check_folder(name, kwargs)
+        repository.check()  # with what was downloaded meanwhile
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
-        raise kind(_explanation(name, kwargs, error)) from error
-
-
-def _check_folder(name: str, kwargs: dict[str, Any]) -> None:
-    """Checks the files of a folder, or those of a repository that are in the cache."""
-    hub = hub_arguments(kwargs)
-    found = Path(name, hub.get("subfolder") or "", "config.json")
-    if not Path(name).is_dir():
-        cached = _in_cache(name, "config.json", hub)
-        if not isinstance(cached, str):
-            return
-        found = Path(cached)
-    check_files(found.parent)
+        raise kind(_explanation(repository, error)) from error
 
 
 @contextmanager
@@ -159,8 +299,8 @@ def reaching_hub() -> Iterator[None]:
         ) from error
 
 
-def _explanation(name: str, kwargs: dict[str, Any], error: BaseException) -> str:
-    chain: list[BaseException] = [error]
+def _explanation(repository: Repository, error: BaseException) -> str:
+    name, chain = repository.name, [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
 
@@ -171,8 +311,8 @@ def _explanation(name: str, kwargs: dict[str, Any], error: BaseException) -> str
         return f"{name!r} is neither a folder nor an id on the Hub: check the path."
     if has(RevisionNotFoundError):
         return (
-            f"{name!r} has no revision {kwargs.get('revision')!r}: give a branch, a tag or a "
-            "commit of that repository."
+            f"{name!r} has no revision {repository.hub.get('revision')!r}: give a branch, a tag or "
+            "a commit of that repository."
         )
     if has(RepositoryNotFoundError, GatedRepoError):
         return (
@@ -181,7 +321,7 @@ def _explanation(name: str, kwargs: dict[str, Any], error: BaseException) -> str
         )
     if has(LocalEntryNotFoundError):
         start = f"{name!r} is not a folder and could not be read from the Hub"
-        if kwargs.get("local_files_only"):
+        if repository.hub.get("local_files_only"):
             return f"{start}: `local_files_only` is set, but it is not in the cache."
         return f"{start}, and it is not in the cache: check the connection."
     if has(EntryNotFoundError):
@@ -196,63 +336,49 @@ def _nothing_in(name: str) -> str:
     )
 
 
-def refuse_adapter(name: str, kwargs: dict[str, Any]) -> None:
-    """Refuses to load a model from where an adapter lies.
-
-    transformers would load, in place of what is there, from the path or repository that the
-    adapter's configuration names.
-
-    Args:
-        name: a folder or an id on the Hub.
-        kwargs: the arguments of a `from_pretrained`.
-
-    Raises:
-        ValueError: there is an adapter.
-    """
-    # transformers' Auto classes have followed it already, and say where it was.
-    found = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path", None)
-    if found or find_file(name, "adapter_config.json", **hub_arguments(kwargs)) is not None:
-        raise ValueError(
-            f"{found or name!r} holds an adapter (`adapter_config.json`), which names other "
-            "weights than its own: load the model that it is for, and give it in a folder of its "
-            "own as `adapter`."
-        )
+def _object(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text("utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"it must hold a JSON object, got {type(content).__name__}")
+    return content
 
 
-def read_config(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The content of `config.json`.
-
-    Raises:
-        OSError: there is none, or it cannot be read.
-    """
-    with explain_load_errors(name, kwargs):
-        try:
-            found = PreTrainedConfig.get_config_dict(name, **hub_arguments(kwargs))[0]
-        except (ValueError, RecursionError, TypeError) as error:
-            raise OSError(f"`config.json` cannot be read ({error})") from error
-    if not found:  # what transformers gives where there is no such file
-        raise OSError(_nothing_in(name))
-    if not isinstance(found, dict):
-        raise OSError(f"{name!r} cannot be loaded: `config.json` must hold a JSON object.")
-    return found
+def _config(path: Path) -> dict[str, Any]:
+    parts = [_object(path)]
+    for part in parts:
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for name, kinds in TYPES.items():
+            if part.get(name) is not None and type(part[name]) not in kinds:
+                wanted = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"`{name}` must be of type {wanted}, got {shown(part[name])}")
+    return parts[0]
 
 
-def locate(name: str, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Finds what a name holds; of a pipeline, its model.
+def _tokenizer(path: Path) -> dict[str, Any]:
+    content = _object(path)
+    model, added = content.get("model"), content.get("added_tokens")
+    if not isinstance(model, dict) or not isinstance(added, list):
+        raise ValueError("it must hold a `model` and a list of `added_tokens`")
+    return content
 
-    Args:
-        name: a folder or an id on the Hub.
-        kwargs: the arguments of a `from_pretrained`.
 
-    Returns:
-        The content of `config.json`, and the arguments, with the `subfolder` of a pipeline's model.
+def _shards(path: Path) -> list[str]:
+    """The files that an index of weights names."""
+    names = _object(path).get("weight_map")
+    named = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+    if not named or any(Path(name).name != name for name in names.values()):
+        raise ValueError("`weight_map` must give the file of each weight, beside it")
+    return sorted(set(names.values()))
 
-    Raises:
-        OSError: there is no configuration.
-    """
-    with explain_load_errors(name, kwargs):
-        found = first_file(name, ("config.json", "model_index.json"), **hub_arguments(kwargs))
-    if found == "model_index.json":
-        folder = Path(kwargs.get("subfolder") or "", "model")
-        kwargs = {**kwargs, "subfolder": folder.as_posix()}
-    return read_config(name, kwargs), kwargs
+
+READERS = {
+    "*.index.json": _shards,
+    "*config.json": _config,
+    "model_index.json": _object,
+    "tokenizer.json": _tokenizer,
+    "special_tokens_map.json": _object,
+    "added_tokens.json": _object,
+    "*.jinja": lambda path: path.read_text("utf-8"),
+    "*.safetensors": read_headers,
+}
+"""How files are read by the patterns of their names."""

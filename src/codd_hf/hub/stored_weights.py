@@ -1,134 +1,212 @@
 """Whether stored weights are those that a configuration describes.
 
-transformers fills in what a file lacks with fresh weights, passes over what it does not know, casts
-what is of another kind, and allocates whatever a configuration says. But a model is nothing without
-any of its weights, and a configuration that somebody else wrote must not decide how much memory is
-taken. So what the headers of the files say is compared before anything is allocated, and what
-transformers reports afterwards is an error.
+transformers draws the weights that a file lacks, passes over those that it does not know, casts
+those of another kind, and allocates whatever a configuration says. A model is nothing without any
+of its weights, and a configuration that somebody else wrote must not decide how much memory is
+taken. So the headers of the files are compared before anything is allocated, and what transformers
+reports afterwards is an error.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 import re
 from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..configuration_codd import MOST_LAYERS, CoDDHeadConfig, check_counts, one_sentence_for
-from .repositories import find_file, hub_arguments
+from ..configuration_codd import MOST_LAYERS, check_counts, one_sentence_for
 
+if TYPE_CHECKING:
+    from .repositories import Repository
+
+FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
 LISTED = 4
 """So many weights are named in an error."""
 FEW_LAYERS = 1024
 """Models may have so many layers whatever their files hold: some share the weights of layers."""
 FEW_ELEMENTS = 1 << 20
-"""What is computed from a configuration, as tables of positions are, may be so large."""
+"""So many elements may be computed from a configuration, as tables of positions are."""
 
 
 class Header(NamedTuple):
-    """A tensor of a file. `kind`: `floating-point`, `integer`, `boolean` or `complex`."""
+    """A tensor of a file; its `kind` is `floating-point`, `integer`, `boolean` or `complex`."""
 
     shape: tuple[int, ...]
     kind: str
 
 
 class StoredWeights(NamedTuple):
-    """The headers of a model's files, by the names of the weights, and the size of the files."""
+    """The weights that transformers would load.
 
-    headers: dict[str, Header]
-    num_bytes: int
+    Attributes:
+        name: the folder or id of the model.
+        headers: by the names of the weights; None where no files are there to be read.
+        num_bytes: the size of the files.
+    """
+
+    name: str
+    headers: dict[str, Header] | None
+    num_bytes: int = 0
 
     @classmethod
-    def find(cls, name: str, kwargs: dict[str, Any]) -> StoredWeights | None:
-        """Those that transformers would load.
+    def find(cls, repository: Repository, kwargs: dict[str, Any]) -> StoredWeights:
+        """Reads the headers; no weights are read.
 
         Args:
-            name: a folder or an id on the Hub.
+            repository: where the weights are.
             kwargs: the arguments of a `from_pretrained`.
-
-        Returns:
-            None where there are none, or the arguments give weights in another way.
 
         Raises:
             OSError: a file is damaged, or names another one that is not there.
         """
-        if any(kwargs.get(given) is not None for given in ("state_dict", "gguf_file")):
-            return None
-        hub, infix = hub_arguments(kwargs), ""
-        if kwargs.get("variant") is not None:
-            infix = f".{kwargs['variant']}"
-        safe = kwargs.get("use_safetensors")
-        stems = [] if safe is False else [("model", "safetensors")]
-        stems += [] if safe else [("pytorch_model", "bin")]
-        for stem, ending in stems:
-            whole = find_file(name, f"{stem}{infix}.{ending}", **hub)
-            if whole is not None:
-                return cls.read([whole])
-            index = find_file(name, f"{stem}.{ending}.index{infix}.json", **hub)
-            if index is not None:
-                shards = {shard: find_file(name, shard, **hub) for shard in _shards(index)}
-                absent = [shard for shard, file in shards.items() if file is None]
-                if absent:
+        safe, variant = kwargs.get("use_safetensors"), kwargs.get("variant")
+        infix = "" if variant is None else f".{variant}"
+        for stem, ending in FORMATS if kwargs.get("gguf_file") is None else ():
+            if safe is not None and safe != (ending == "safetensors"):
+                continue
+            index, files = None, {f"{stem}{infix}.{ending}": None}
+            if repository.find(*files) is None:
+                index = repository.find(f"{stem}.{ending}.index{infix}.json")
+                if index is None:
+                    continue
+                files = dict.fromkeys(repository.read(Path(index)))
+            headers, num_bytes = {}, 0
+            for file in files:
+                path = repository.find(file)
+                if path is None:
                     raise OSError(
-                        f"The weights in {name!r} lack the file {absent[0]!r} that "
-                        f"`{Path(index).name}` names: download or save them again."
+                        f"{index!r} names the file {file!r}, which is not beside it: save it or "
+                        "download it again."
                     )
-                return cls.read(shards.values())
-        return None
+                safe_file = ending == "safetensors"
+                headers |= repository.read(Path(path)) if safe_file else read_pickled(path)
+                num_bytes += Path(path).stat().st_size
+            return cls(repository.name, headers, num_bytes)
+        return cls(repository.name, None)
 
-    @classmethod
-    def read(cls, files: Iterable[str]) -> StoredWeights:
-        """The headers of files of either format; no weights are read."""
-        headers, num_bytes = {}, 0
-        for file in files:
-            headers |= _safe_headers(file) if file.endswith("safetensors") else _headers(file)
-            num_bytes += Path(file).stat().st_size
-        return cls(headers, num_bytes)
+    def check_layers(self, fields: dict[str, Any]) -> None:
+        """Raises for the content of a `config.json` with more layers than the files can hold.
 
-    @property
-    def num_elements(self) -> int:
-        return sum(prod(header.shape) for header in self.headers.values())
+        To be asked before a configuration is made of it: transformers makes lists of the layers.
+        """
+        most = MOST_LAYERS if self.headers is None else max(FEW_LAYERS, len(self.headers))
+        where = f"in the configuration of {self.name!r}, whose files hold no more"
+        check_counts(fields, most, where)
+
+    def load(
+        self,
+        load: Callable[..., tuple[PreTrainedModel, dict[str, Any]]],
+        config: PreTrainedConfig | None,
+        build: Callable[[PreTrainedConfig], PreTrainedModel] | None,
+        /,
+        unused: str | None = None,
+        may_lack: bool = False,
+        **kwargs: Any,
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Loads the weights, all of them and no others, or raises.
+
+        Args:
+            load: transformers' `from_pretrained`.
+            config: the configuration.
+            build: makes a model of a configuration; it is called on the meta device. None where the
+                class is known only as it is loaded.
+            unused: a pattern of the names of weights that the model may leave aside.
+            may_lack: whether the model may have weights that are not stored.
+            **kwargs: for `load`, its own `config` among them.
+
+        Returns:
+            The model, and the report of transformers.
+
+        Raises:
+            ValueError: weights are missing, of other shapes or kinds, or more than the model has,
+                or the configuration describes no model.
+        """
+        sizes_may_differ = kwargs.pop("ignore_mismatched_sizes", False)
+        if build is not None and self.headers is not None and not sizes_may_differ:
+            with one_sentence_for(f"the configuration in {self.name!r}"), torch.device("meta"):
+                model = build(copy.deepcopy(config))
+            self._check_sizes(model, kwargs.get("key_mapping") or {})
+        # Other sizes pass here: they are told with all else that the report holds.
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = load(self.name, **kwargs)
+        if not sizes_may_differ:
+            self._refuse_shapes(sorted(report["mismatched_keys"]))
+        unexpected = sorted(report["unexpected_keys"])
+        if unused is not None:
+            unexpected = [key for key in unexpected if not re.search(unused, key)]
+        self._refuse_names([] if may_lack else sorted(report["missing_keys"]), unexpected)
+        return model, report
+
+    def _check_sizes(self, model: PreTrainedModel, key_mapping: dict[str, str]) -> None:
+        """Raises unless the files can hold a model on the meta device."""
+        packed = getattr(model.config, "quantization_config", None) is not None
+        expected, headers = model.state_dict(), self.headers
+        for pattern, replacement in key_mapping.items():
+            headers = {re.sub(pattern, replacement, key): header for key, header in headers.items()}
+        both = [] if packed else [key for key in expected if key in headers]
+        shapes = [(key, headers[key].shape, tuple(expected[key].shape)) for key in both]
+        self._refuse_shapes([found for found in shapes if found[1] != found[2]])
+        for key in both:
+            if headers[key].kind != (kind := _kind(expected[key].dtype)):
+                self._refuse(f"`{key}` must be {kind}, but is {headers[key].kind}")
+        # Tied weights are one parameter; a packed one is stored in a bit or more.
+        buffers = dict(model.named_buffers())
+        computed = [buffer.numel() for name, buffer in buffers.items() if name not in expected]
+        needed = sum(weight.numel() for weight in model.parameters())
+        needed += sum(buffer.numel() for buffer in buffers.values()) - sum(computed)
+        stored = sum(prod(header.shape) for header in headers.values())
+        held, largest = 8 * self.num_bytes if packed else stored, max(computed, default=0)
+        if needed > held:
+            self._refuse_names([key for key in expected if key not in headers], [])
+        if needed > held or largest > held + FEW_ELEMENTS:
+            raise ValueError(
+                f"The configuration in {self.name!r} describes {max(needed, largest):,} weights, "
+                f"but its files hold {held:,}: download or save them again."
+            )
+
+    def _refuse_shapes(self, found: list[tuple[str, Iterable[int], Iterable[int]]]) -> None:
+        if found:
+            self._refuse(_some(f"`{k}` is {tuple(a)} and must be {tuple(b)}" for k, a, b in found))
+
+    def _refuse_names(self, missing: list[str], unexpected: list[str]) -> None:
+        named = ((missing, "missing"), (unexpected, "in no place of the model"))
+        parts = [f"{_some(f'`{key}`' for key in keys)} {what}" for keys, what in named if keys]
+        if parts:
+            self._refuse(" and ".join(parts))
+
+    def _refuse(self, what: str) -> None:
+        raise ValueError(
+            f"The weights in {self.name!r} are not those that its configuration (`config.json`) "
+            f"describes: {what}."
+        )
 
 
-def _shards(index: str) -> list[str]:
-    """The files that an index names."""
-    try:
-        shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
-        if all(Path(shard).name == shard for shard in shards):
-            return sorted(shards)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
-    raise OSError(
-        f"{index!r} is no index of weights (`weight_map` must give the file of each): download or "
-        "save them again."
-    )
-
-
-def _safe_headers(file: str) -> dict[str, Header]:
+def read_headers(path: Path) -> dict[str, Header]:
+    """The headers of a safetensors file."""
     headers = {}
-    with safe_open(file, "pt") as weights:
+    with safe_open(path, "pt") as weights:
         for key in weights.keys():  # noqa: SIM118  (it cannot be iterated over)
             tensor = weights.get_slice(key)
             dtype = tensor.get_dtype()
-            kinds = {"BOO": "boolean", "BF1": "floating-point"} | dict.fromkeys(
-                ("C64", "C12"), "complex"
-            )
+            kinds = {"BOO": "boolean", "BF1": "floating-point", "C64": "complex", "C12": "complex"}
             kind = kinds.get(dtype[:3], "floating-point" if dtype[0] == "F" else "integer")
             headers[key] = Header(tuple(tensor.get_shape()), kind)
     return headers
 
 
-def _headers(file: str) -> dict[str, Header]:
-    """Of a file that torch pickled; its weights are not read, nor is anything that it holds run."""
+def read_pickled(file: str) -> dict[str, Header]:
+    """The headers of a file that torch pickled; nothing that it holds is run.
+
+    Raises:
+        OSError: it is damaged, or holds more than weights.
+    """
     try:
         weights = torch.load(file, map_location="meta", weights_only=True)
         tensors = {key: t for key, t in weights.items() if isinstance(t, torch.Tensor)}
@@ -150,159 +228,7 @@ def _kind(dtype: torch.dtype) -> str:
     return "floating-point" if dtype.is_floating_point else "integer"
 
 
-def check_head(name: str, config: CoDDHeadConfig, stored: StoredWeights, prefix: str) -> None:
-    """Compares the stored weights of a head with its configuration.
-
-    Args:
-        name: the folder or id of the head, or of the model that has it.
-        config: the head's configuration.
-        stored: what is there.
-        prefix: of the head's weights among those stored, `"coupling_head."` in a model.
-
-    Raises:
-        ValueError: a weight is missing, of another shape or of another kind.
-    """
-    from ..modeling_head import CoDDHead
-
-    try:
-        with torch.device("meta"):
-            expected = CoDDHead(config).state_dict()
-    except (RuntimeError, TypeError, OverflowError):  # sizes whose product is no number of bytes
-        raise ValueError(
-            f"The configuration of the head in {name!r} describes {config.num_latents:,} states "
-            f"and {config.vocab_size:,} tokens, which are no weights that can be stored."
-        ) from None
-    for key, tensor in expected.items():
-        wanted = Header(tuple(tensor.shape), _kind(tensor.dtype))
-        found = stored.headers.get(prefix + key)
-        if found != wanted:
-            what = "missing"
-            if found is not None:
-                what = f"of shape {found.shape}"
-                what += "" if found.kind == wanted.kind else f" and {found.kind}"
-            raise ValueError(
-                f"The weights of the head in {name!r} are not those that its configuration "
-                f"describes: `{key}` must be of shape {wanted.shape} and {wanted.kind}, but is "
-                f"{what}."
-            )
-
-
-def check_sizes(
-    name: str,
-    config: PreTrainedConfig,
-    stored: StoredWeights | None,
-    build: Callable[[PreTrainedConfig], nn.Module],
-    key_mapping: dict[str, str] | None = None,
-) -> None:
-    """Raises unless the files of a model can hold what its configuration describes.
-
-    Args:
-        name: the folder or id of the model.
-        config: its configuration.
-        stored: what is there, if it can be read.
-        build: makes a model of a configuration; it is called on the meta device.
-        key_mapping: patterns of the names of the stored weights to replacements.
-
-    Raises:
-        ValueError: they cannot, or the configuration describes no model.
-    """
-    if stored is None:
-        return
-    with one_sentence_for(f"the configuration in {name!r}"), torch.device("meta"):
-        model = build(copy.deepcopy(config))
-    expected, headers = model.state_dict(), stored.headers
-    for pattern, replacement in (key_mapping or {}).items():
-        headers = {re.sub(pattern, replacement, key): header for key, header in headers.items()}
-    packed = getattr(config, "quantization_config", None) is not None
-    if not packed:
-        _raise_for_sizes(
-            name,
-            [
-                (key, headers[key].shape, tuple(tensor.shape))
-                for key, tensor in expected.items()
-                if key in headers and headers[key].shape != tuple(tensor.shape)
-            ],
-        )
-        for key, tensor in expected.items():
-            if key in headers and headers[key].kind != _kind(tensor.dtype):
-                raise ValueError(
-                    f"The weights in {name!r} are not those that its configuration describes: "
-                    f"`{key}` must be {_kind(tensor.dtype)}, but is {headers[key].kind}."
-                )
-    # Tied weights are one parameter; a packed one is stored in a bit or more.
-    computed = {id(buffer) for _, buffer in _computed_buffers(model)}
-    needed = sum(t.numel() for t in model.parameters())
-    needed += sum(b.numel() for b in model.buffers() if id(b) not in computed)
-    held = 8 * stored.num_bytes if packed else stored.num_elements
-    largest = max((b.numel() for _, b in _computed_buffers(model)), default=0)
-    if needed > held:
-        _raise_for_names(name, [key for key in expected if key not in headers], [])
-    if needed > held or largest > held + FEW_ELEMENTS:
-        raise ValueError(
-            f"The configuration in {name!r} describes {max(needed, largest):,} weights, but its "
-            f"files hold {held:,}: download or save them again."
-        )
-
-
-def _computed_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """The buffers that are not stored."""
-    stored = set(model.state_dict())
-    return [(name, buffer) for name, buffer in model.named_buffers() if name not in stored]
-
-
-def check_layers(name: str, fields: dict[str, Any], stored: StoredWeights | None) -> None:
-    """Raises for a `config.json` with more layers than the files can hold.
-
-    To be asked before a configuration is made of it: transformers makes lists of so many entries.
-    """
-    most = MOST_LAYERS if stored is None else max(FEW_LAYERS, len(stored.headers))
-    check_counts(fields, most, f"in the configuration of {name!r}, whose files hold no more")
-
-
-def check_report(
-    name: str, report: dict[str, Any], sizes_may_differ: bool = False, unused: str | None = None
-) -> None:
-    """Raises where transformers has loaded other weights than a model has.
-
-    Args:
-        name: the folder or id of the model.
-        report: as `from_pretrained` returns it with `output_loading_info=True`.
-        sizes_may_differ: whether the user asked for `ignore_mismatched_sizes`.
-        unused: a pattern of names of weights that the model may leave aside.
-
-    Raises:
-        ValueError: weights are missing, of other shapes, or more than the model has.
-    """
-    if not sizes_may_differ:
-        _raise_for_sizes(name, sorted(report["mismatched_keys"]))
-    unexpected = sorted(report["unexpected_keys"])
-    if unused is not None:
-        unexpected = [key for key in unexpected if not re.search(unused, key)]
-    _raise_for_names(name, sorted(report["missing_keys"]), unexpected)
-
-
-def _raise_for_sizes(name: str, found: list[tuple[str, Iterable[int], Iterable[int]]]) -> None:
-    if found:
-        shapes = [f"`{k}` is {tuple(a)} and must be {tuple(b)}" for k, a, b in found]
-        raise ValueError(
-            f"The weights in {name!r} are not of the shapes that its configuration "
-            f"(`config.json`) describes: {_some(shapes)}."
-        )
-
-
-def _raise_for_names(name: str, missing: list[str], unexpected: list[str]) -> None:
-    parts = [
-        f"{_some([f'`{key}`' for key in keys])} {what}"
-        for keys, what in ((missing, "missing"), (unexpected, "in no place of the model"))
-        if keys
-    ]
-    if parts:
-        raise ValueError(
-            f"The weights in {name!r} are not those that its configuration (`config.json`) "
-            f"describes: {' and '.join(parts)}."
-        )
-
-
-def _some(texts: list[str]) -> str:
+def _some(texts: Iterable[str]) -> str:
+    texts = [*texts]
     more = len(texts) - LISTED
     return ", ".join(texts[:LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +18,15 @@ from transformers import (
 )
 
 from ..checks.arguments import choice, flag, several, shown
-from ..checks.files import check_files
-from ..checks.names import checked_name
 from ..circuits.random import Generators
 from ..coupling.adapters import unwrapped
 from ..coupling.heads import HeadName
 from ..decoding.call import DecodingCall, ForcedTokens, PerRow
 from ..decoding.generation_settings import said_of_task, task_of_call, with_settings_of
 from ..decoding.loop import denoise
-from ..hub.publishing import PipelinePublishing
-from ..hub.repositories import explain_load_errors
+from ..hub.cards import Artifact
+from ..hub.publishing import CARD, Publishing, forget_paths
+from ..hub.repositories import Repository, checked_name, explain_load_errors
 from ..modeling_codd import CoDDModel
 from ..schedulers import CoDDScheduler
 from .loading import load_components
@@ -36,7 +36,7 @@ from .prompts import Conversation, check_prompts, encode_prompts
 Callback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]]
 
 
-class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
+class CoDDPipeline(Publishing, DiffusionPipeline):
     r"""Text generation by denoising with coupled distributions over windows of tokens.
 
     Args:
@@ -116,13 +116,35 @@ class CoDDPipeline(PipelinePublishing, DiffusionPipeline):
         folder, arguments = load_components(name, kwargs)
         if folder is None:
             return cls(**arguments)
-        with explain_load_errors(str(folder), {}):
+        repository = Repository(str(folder))
+        with explain_load_errors(repository):
             for component in ("scheduler", "tokenizer"):
-                check_files(folder / component)
+                repository.inside(component).check()
             pipeline = super().from_pretrained(str(folder), **arguments)
         if kwargs.get("model") is None:
             pipeline.model.generation_config = pipeline.generation_config
         return pipeline
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Saves all components, and a model card (`README.md`) if there is none.
+
+        Args:
+            save_directory: A folder, created if it does not exist.
+            **kwargs: As in diffusers, and the keyword arguments of `push_to_hub`.
+        """
+        folder = Path(save_directory, "model")
+        card_was_there = (folder / CARD).exists()
+        super().save_pretrained(save_directory, **kwargs)
+        self.generation_config.save_pretrained(folder)
+        if not card_was_there:
+            (folder / CARD).unlink(missing_ok=True)  # a pipeline has one card
+        forget_paths(Path(save_directory))
+
+    def _artifact(self) -> Artifact:
+        model = self.model
+        return Artifact(
+            "pipeline", model.coupling_head, model.backbone, self.tokenizer, model.config
+        )
 
     @property
     def generation_config(self) -> GenerationConfig:

@@ -12,12 +12,11 @@ from accelerate import PartialState
 from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedTokenizerBase
 
-from ..checks.names import is_local
 from ..data.canvases import TokenizedExample
 from ..evaluation.gap import GapRow, gap_table, measure_gap, plus_minus
 from ..hub.cards import REWRITTEN, Artifact, make_card
 from ..hub.publishing import CARD, push_folder
-from ..hub.repositories import reaching_hub
+from ..hub.repositories import is_local, reaching_hub
 from ..modeling_codd import CoDDModel
 from ..runtime.environment import environment
 from ..runtime.files import read_json

@@ -25,7 +25,7 @@ from ..data.canvases import Example, TokenizedExample, tokenize_examples
 from ..data.rows import RowReport
 from ..data.tasks import TASKS
 from ..data.tokenizers import train_tokenizer
-from ..hub.repositories import explain_load_errors, locate
+from ..hub.repositories import locate
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
 from ..pipelines.pipeline_codd import CoDDPipeline
@@ -57,9 +57,7 @@ def load_start(name: str) -> tuple[CoDDModel, PreTrainedTokenizerBase]:
         OSError: nothing is found.
         ValueError: the backbone carries a LoRA, or there is no tokenizer.
     """
-    with explain_load_errors(name, {}):
-        found, _ = locate(name, {})
-    if found.get("model_type") not in ("codd", "codd-head"):
+    if locate(name).config.get("model_type") not in ("codd", "codd-head"):
         model = CoDDModel.from_backbone(name, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(name)
     pipe = CoDDPipeline.from_pretrained(name, dtype=torch.float32)
