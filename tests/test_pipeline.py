@@ -550,7 +550,7 @@ def test_head_folder_loads_with_the_backbone_and_tokenizer_it_names(tokenizer, t
 
 
 def test_folders_that_hold_no_pipeline_get_one_clear_sentence(tmp_path):
-    with pytest.raises(OSError, match="holds neither `model_index"):
+    with pytest.raises(OSError, match="holds no CoDD head, model or pipeline"):
         CoDDPipeline.from_pretrained(tmp_path)
     with pytest.raises(OSError, match="there is no file or folder"):
         CoDDPipeline.from_pretrained(tmp_path / "not" / "there")

@@ -218,7 +218,7 @@ def forget_paths(folder: Path) -> None:
         found = [(part, key) for part in parts for key in PATHS if part.get(key)]
         if local := [(part, key) for part, key in found if is_local(part[key])]:
             for part, key in local:
-                part[key] = None
+                del part[key]
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -331,8 +331,8 @@ def _explanation(repository: Repository, error: BaseException) -> str:
 
 def _nothing_in(name: str) -> str:
     return (
-        f"{name!r} holds no CoDD head or model, nor a backbone: its configuration (`config.json`) "
-        "or its weights are missing."
+        f"{name!r} holds no CoDD head, model or pipeline, nor a backbone: its configuration "
+        "(`config.json`) or its weights are missing."
     )
 
 
