@@ -53,5 +53,5 @@ def test_a_push_asks_for_a_licence_before_anything_is_done(tmp_path, capsys):
 def test_what_is_no_circuit_is_one_line_and_leaves_no_folder(source, tmp_path, capsys):
     (tmp_path / "README.md").write_text("a text")
     line = failure(capsys, str(tmp_path / source), str(tmp_path / "head"))
-    assert "neither a file, nor a folder" in line or "`README.md` cannot be converted" in line
+    assert "there is no file or folder" in line or "`README.md` cannot be converted" in line
     assert not (tmp_path / "head").exists()

@@ -71,9 +71,7 @@ def test_parameters_are_pyjuices_bit_for_bit(name):
     with (FIXTURES / f"{name}.jpc").open("rb") as file:
         circuit = HiddenMarkovModel(file)
         found = [torch.empty_like(oracle[key]) for key in ("init", "trans", "emit")]
-        circuit.write_initial(found[0])
-        circuit.write_transitions(found[1])
-        circuit.write_emissions(found[2])
+        circuit.write(found[0], found[1][None], found[2][None])
     assert circuit.length == oracle["tokens"].shape[1]
     assert circuit.tie_transitions
     assert circuit.tie_emissions
@@ -122,8 +120,7 @@ def test_all_pickle_protocols_give_the_same_head(name, protocol, tmp_path):
 
 
 def test_long_texts_of_protocol_2_are_read_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("codd_hf.conversion.unpickling.COPIED", 7)
-    monkeypatch.setattr("codd_hf.conversion.stand_ins.COPIED", 7)
+    monkeypatch.setattr("codd_hf.conversion.pickles.COPIED", 7)
     matrices = random_hmm(8, 40)
     head = convert_jpc(write(tmp_path / "circuit.jpc", hmm_nodes(*matrices), protocol=2))
     assert np.allclose(head.emission.detach().exp(), matrices[2][0], atol=1e-6)
@@ -396,10 +393,12 @@ def test_what_is_converted_already_is_no_circuit(kind, tmp_path):
 def test_what_is_not_there_is_an_error_that_says_so(hub_cache, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no `model.jpc`"):
         convert_jpc(tmp_path)
-    with pytest.raises(FileNotFoundError, match="neither a file, nor a folder, nor an id"):
+    with pytest.raises(FileNotFoundError, match="there is no file or folder"):
         convert_jpc(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OSError, match="someone/else"):
         convert_jpc("someone/else", **hub_cache)
+    with pytest.raises(TypeError, match="`alhpa` is not an argument"):
+        convert_jpc(tmp_path, alhpa=1)
 
 
 @pytest.mark.parametrize("alpha", [-1.0, float("nan"), float("inf")])

@@ -7,37 +7,28 @@ PyJuice writes the nodes in topological order, the root last. A hidden Markov mo
                          -> Sum -> Product -> Input of x_2
                                            -> Sum -> ...
 
-whose root holds the initial law, whose other sums hold the transitions (rows `z_i`, columns
-`z_{i+1}`) and whose inputs hold the emissions, `H * V` numbers, state by state. The parameters of
-a sum are tiles `[n, block, child block]`, and column `k` of `edge_ids [2, n]` says where tile `k`
-lies. A tied node has none of its own and follows `source_node`.
+whose root holds the initial probabilities, whose other sums hold the transitions (rows `z_i`,
+columns `z_{i+1}`) and whose inputs hold the emissions, `H * V` numbers, state by state. The
+parameters of a sum are tiles `[n, block, child block]`, and column `k` of `edge_ids [2, n]` says
+where tile `k` lies. A tied node has none of its own and follows `source_node`.
 """
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
 
-from .stand_ins import Array, Distribution, Payload
-from .unpickling import Budget, unpickle
+from .arrays import Array, read_array, read_bytes, read_num_tokens
+from .pickles import unpickle
 
-KEYS = {
-    "type",
-    "num_node_blocks",
-    "block_size",
-    "chs",
-    "edge_ids",
-    "params",
-    "zero_param_mask",
-    "scope",
-    "dist",
-    "dist_shared_with",
-    "source_node",
-}
+KEYS = {"type", "num_node_blocks", "block_size", "chs", "edge_ids", "params", "zero_param_mask"}
+KEYS |= {"scope", "dist", "dist_shared_with", "source_node"}
 OLD_KEYS = {"num_node_groups": "num_node_blocks", "group_size": "block_size"}
 LARGEST_DISTRIBUTION = 1 << 12
 """Bytes of a pickled distribution; a real one has 200."""
@@ -55,48 +46,78 @@ class _Node:
         if type(fields) is not dict:
             self.refuse("is not a dictionary")
         self.fields = {OLD_KEYS.get(key, key): value for key, value in fields.items()}
-        unknown = sorted(set(self.fields) - KEYS)
-        if unknown:
+        if unknown := sorted(set(self.fields) - KEYS):
             self.refuse(f"has the unknown entry {unknown[0]!r}")
-        self.kind = self.get("type", str)
-        self.num_blocks: int = self.get("num_node_blocks", int)
-        self.block_size: int = self.get("block_size", int)
-        if self.num_blocks < 1 or self.block_size < 1:
-            self.refuse(f"has {self.num_blocks} blocks of {self.block_size} states")
+        self.kind: str = self.get("type", str)
+        self.blocks: tuple[int, int] = self.get("num_node_blocks", int), self.get("block_size", int)
+        if min(self.blocks) < 1:
+            self.refuse(f"has {self.blocks[0]} blocks of {self.blocks[1]} states")
+        self.num_states = self.blocks[0] * self.blocks[1]
         self.children: tuple[int, ...] = self.get("chs", tuple)
         # Children precede their parents, hence there are no cycles.
         if any(type(child) is not int or not 0 <= child < index for child in self.children):
             self.refuse("has a child that does not precede it")
 
-    @property
-    def num_states(self) -> int:
-        return self.num_blocks * self.block_size
-
-    def refuse(self, reason: str):
+    def refuse(self, reason: str) -> NoReturn:
         raise ValueError(f"node {self.index} {reason}")
 
     def get(self, key: str, kind: type) -> Any:
-        """An entry of the given type."""
-        value = self.fields.get(key)
-        if type(value) is not kind or (kind is Array and value.payload is None):
+        """An entry of the type."""
+        if type(self.fields.get(key)) is not kind:
             self.refuse(f"has no {key!r} of the right type")
-        return value
+        return self.fields[key]
 
-    def get_array(self, key: str, kinds: str) -> Array:
+    def array(self, key: str, kinds: str) -> Array:
         """An entry that is an array with elements of one of numpy's kinds."""
-        array = self.get(key, Array)
+        try:
+            array = read_array(self.fields.get(key))
+        except ValueError as error:
+            self.refuse(f"has {key!r} that {error}")
         if array.dtype.kind not in kinds:
             self.refuse(f"has {key!r} of type {array.dtype}")
         return array
 
 
 @dataclass(frozen=True)
-class _Step:
-    """A sum of the chain: where its tiles lie, and the node that has them."""
+class _Matrix:
+    """A sum: the node that has its tiles, their places (int64), and the blocks of both sides."""
 
-    node: _Node
     source: _Node
-    edge_ids: bytes
+    edges: bytes
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+    @property
+    def places(self) -> np.ndarray:
+        """`[2, n]`, the block row and the block column of each tile."""
+        return np.frombuffer(self.edges, np.int64).reshape(2, -1)
+
+    def check(self, node: _Node, tiles: tuple[int, ...]) -> None:
+        """Raises unless all tiles lie within the blocks, at different places."""
+        rows, columns = self.places
+        within = (rows >= 0) & (rows < self.rows[0]) & (columns >= 0) & (columns < self.columns[0])
+        different = len(np.unique(rows * self.columns[0] + columns))
+        if not within.all() or different < len(rows):
+            node.refuse("has `edge_ids` outside its blocks, or the same twice")
+        if "zero_param_mask" in self.source.fields:
+            mask = self.source.array("zero_param_mask", "b")
+            if mask.shape != tiles:
+                self.source.refuse(f"has a `zero_param_mask` of shape {mask.shape}, not {tiles}")
+
+    def dense(self) -> torch.Tensor:
+        """The matrix `[rows, columns]`, float32."""
+        tiles = self.source.array("params", "f").numpy().astype(np.float32)
+        _check_values(self.source, tiles)
+        if "zero_param_mask" in self.source.fields:
+            tiles[self.source.array("zero_param_mask", "b").numpy()] = 0
+        (row_blocks, height), (column_blocks, width) = self.rows, self.columns
+        dense = np.zeros((row_blocks, height, column_blocks, width), np.float32)
+        rows, columns = self.places
+        dense[rows, :, columns] = tiles
+        dense = dense.reshape(row_blocks * height, -1)
+        total = dense.sum(-1, keepdims=True)
+        np.divide(dense, total, out=dense, where=(abs(total - 1) > ROUNDING) & (total > 0))
+        return torch.from_numpy(dense)
 
 
 class HiddenMarkovModel:
@@ -114,34 +135,63 @@ class HiddenMarkovModel:
     """
 
     def __init__(self, file: BinaryIO):
-        size = file.seek(0, io.SEEK_END)
-        self._budget = Budget.for_file(size)
-        nodes = unpickle(file, self._budget)
+        steps = itertools.count()
+        nodes = unpickle(file, steps)
         if type(nodes) is not list or not nodes:
             raise ValueError("it does not hold a list of nodes")
         self._nodes = [_Node(index, fields) for index, fields in enumerate(nodes)]
         # A small file can name the same array or node in many places: each is read once.
-        self._edges: dict[tuple, bytes] = {}
-        self._checked: set[tuple] = set()
         self._sources: dict[int, _Node] = {}
-        self._vocab_sizes: dict[bytes, int] = {}
-        self._root, self._steps, inputs = self._walk()
-        self._check_sizes(inputs)
+        self._matrices: set[_Matrix] = set()
+        self._edges = functools.cache(lambda array: array.numpy().astype(np.int64).tobytes())
+        self._identity = functools.cache(
+            lambda number, width: np.arange(number).repeat(width).tobytes()
+        )
+        self._num_tokens = functools.cache(
+            lambda raw: read_num_tokens(unpickle(io.BytesIO(raw), steps))
+        )
+        sums, products, inputs = self._walk()
+        root, *others = reversed(self._nodes)
+        if root.num_states != 1:
+            root.refuse(f"is the root, but has {root.num_states} states")
+        for node in others:
+            if node.blocks != inputs[0].blocks:
+                node.refuse(f"has another number or size of blocks than {inputs[0].blocks}")
+        self.length, self.num_latents = len(inputs), inputs[0].num_states
+        pairs = zip(sums, products, strict=True)
+        self._initial, *self._transitions = [self._matrix(*pair) for pair in pairs]
         self._emissions = [self._source(node) for node in inputs]
-        self.length = len(inputs)
-        self.num_latents = inputs[0].num_states
         sizes = {self._vocab_size(node) for node in inputs}
         if len(sizes) > 1:
             raise ValueError(f"its positions have vocabularies of {sorted(sizes)[:2]} tokens")
         self.vocab_size = sizes.pop()
-        laws = {(step.source.index, step.edge_ids) for step in self._steps}
-        self.tie_transitions = len(laws) <= 1
-        self.tie_emissions = len({node.index for node in self._emissions}) == 1
-        self._check_growth(size)
+        self.tie_transitions = len(set(self._transitions)) <= 1
+        self.tie_emissions = len(set(self._emissions)) == 1
+        self._check_growth(file.seek(0, io.SEEK_END))
 
-    def _walk(self) -> tuple[_Step, list[_Step], list[_Node]]:
-        """The root, the other sums and the inputs, along the chain."""
-        nodes, steps, inputs = self._nodes, [], []
+    def write(
+        self, initial: torch.Tensor, transition: torch.Tensor, emission: torch.Tensor
+    ) -> None:
+        """Writes the probabilities into tensors in place, with little more memory than theirs.
+
+        Args:
+            initial: `[H]`, as all of them float32 on the CPU.
+            transition: `[1, H, H]` if transitions are tied, else `[L-1, H, H]`.
+            emission: `[1, H, V]` if emissions are tied, else `[L, H, V]`; contiguous.
+        """
+        initial.copy_(self._initial.dense()[0])
+        for matrix, out in zip(self._transitions, transition, strict=False):
+            out.copy_(matrix.dense())
+        for node, out in zip(self._emissions, emission, strict=False):
+            flat, start = out.view(-1).numpy(), 0
+            for values in node.array("params", "f").parts():
+                _check_values(node, values)
+                flat[start : start + len(values)] = values
+                start += len(values)
+
+    def _walk(self) -> tuple[list[_Node], list[_Node], list[_Node]]:
+        """The sums, the products and the inputs along the chain."""
+        nodes, sums, products, inputs = self._nodes, [], [], []
         node: _Node | None = nodes[-1]
         while node is not None:
             if node.kind != "Sum" or len(node.children) != 1:
@@ -149,65 +199,40 @@ class HiddenMarkovModel:
             product = nodes[node.children[0]]
             if product.kind != "Product":
                 product.refuse(f"is a {product.kind!r} where a hidden Markov model has a product")
-            children = [nodes[child] for child in product.children]
-            kinds = sorted(child.kind for child in children)
-            if kinds not in (["Input"], ["Input", "Sum"]):
+            children = sorted((nodes[i] for i in product.children), key=lambda child: child.kind)
+            if [child.kind for child in children] not in (["Input"], ["Input", "Sum"]):
                 product.refuse(
                     "is not a product of one input and at most one sum, as in a hidden Markov model"
                 )
-            self._check_identity(product)
-            steps.append(self._step(node, product))
-            children.sort(key=lambda child: child.kind)
             if children[0].get("scope", list) != [len(inputs)]:
                 children[0].refuse(f"is not about position {len(inputs)}: tokens are out of order")
+            sums.append(node)
+            products.append(product)
             inputs.append(children[0])
             node = children[1] if len(children) == 2 else None
         if 3 * len(inputs) != len(nodes):
             raise ValueError("it has nodes beside the chain of a hidden Markov model")
-        return steps[0], steps[1:], inputs
+        return sums, products, inputs
 
-    def _check_identity(self, product: _Node) -> None:
-        edges = product.get_array("edge_ids", "i")
-        shapes = [(n, len(product.children)) for n in (product.num_blocks, product.num_states)]
-        if edges.identity in self._checked and edges.shape in shapes:
-            return
-        if edges.shape in shapes:
-            found = np.frombuffer(self._edge_bytes(edges), np.int64).reshape(edges.shape)
-            if (found == np.arange(len(found))[:, None]).all():
-                self._checked.add(edges.identity)
-                return
-        product.refuse("does not join equal states of its children")
-
-    def _edge_bytes(self, array: Array) -> bytes:
-        """An array of integers as int64 in C order."""
-        if array.identity not in self._edges:
-            self._edges[array.identity] = array.numpy().astype(np.int64).tobytes()
-        return self._edges[array.identity]
-
-    def _step(self, node: _Node, product: _Node) -> _Step:
-        edges, source = node.get_array("edge_ids", "i"), self._source(node)
-        tiles = source.get_array("params", "f").shape
-        if tiles[1:] != (node.block_size, product.block_size) or len(tiles) != 3 or not tiles[0]:
+    def _matrix(self, node: _Node, product: _Node) -> _Matrix:
+        """A sum over a product, which joins equal states of its children."""
+        edges, width = product.array("edge_ids", "i"), len(product.children)
+        number = edges.shape[0] if edges.shape else 0
+        if edges.shape not in ((product.blocks[0], width), (product.num_states, width)) or (
+            self._edges(edges) != self._identity(number, width)
+        ):
+            product.refuse("does not join equal states of its children")
+        edges, source = node.array("edge_ids", "i"), self._source(node)
+        tiles = source.array("params", "f").shape
+        if tiles[1:] != (node.blocks[1], product.blocks[1]) or len(tiles) != 3 or not tiles[0]:
             node.refuse(f"has parameters of shape {tiles}, which do not fit its blocks")
-        if edges.shape != (2, tiles[0]) or tiles[0] > node.num_blocks * product.num_blocks:
+        if edges.shape != (2, tiles[0]) or tiles[0] > node.blocks[0] * product.blocks[0]:
             node.refuse(f"has {tiles[0]} tiles, but `edge_ids` of shape {edges.shape}")
-        raw = self._edge_bytes(edges)
-        sizes = (node.num_blocks, node.block_size, product.num_blocks, product.block_size)
-        key = (source.index, edges.identity, *sizes)
-        if key in self._checked:
-            return _Step(node, source, raw)
-        rows, columns = np.frombuffer(raw, np.int64).reshape(2, -1)
-        places = rows * product.num_blocks + columns
-        within = (rows >= 0) & (rows < node.num_blocks) & (columns >= 0)
-        within &= columns < product.num_blocks
-        if not within.all() or len(np.unique(places)) < len(places):
-            node.refuse("has `edge_ids` outside its blocks, or the same twice")
-        if "zero_param_mask" in source.fields:
-            mask = source.get_array("zero_param_mask", "b")
-            if mask.shape != tiles:
-                source.refuse(f"has a `zero_param_mask` of shape {mask.shape}, not {tiles}")
-        self._checked.add(key)
-        return _Step(node, source, raw)
+        matrix = _Matrix(source, self._edges(edges), node.blocks, product.blocks)
+        if matrix not in self._matrices:
+            matrix.check(node, tiles)
+            self._matrices.add(matrix)
+        return matrix
 
     def _source(self, node: _Node) -> _Node:
         """The node that has the parameters of a node."""
@@ -224,39 +249,24 @@ class HiddenMarkovModel:
         self._sources |= dict.fromkeys(passed, source)
         return source
 
-    def _check_sizes(self, inputs: list[_Node]) -> None:
-        if self._root.node.num_states != 1:
-            self._root.node.refuse(f"is the root, but has {self._root.node.num_states} states")
-        expected = (inputs[0].num_blocks, inputs[0].block_size)
-        for node in self._nodes[:-1]:
-            if (node.num_blocks, node.block_size) != expected:
-                node.refuse(f"has another number or size of blocks than {expected}")
-
     def _vocab_size(self, node: _Node) -> int:
         if "dist_shared_with" in node.fields:
             index = node.get("dist_shared_with", int)
             if not 0 <= index < node.index:
                 node.refuse("shares the distribution of a node that does not precede it")
             node = self._nodes[index]
-        payload = node.get("dist", Payload)
-        if payload.size > LARGEST_DISTRIBUTION:
-            node.refuse(f"has a distribution of {payload.size:,} bytes")
-        raw = bytes(payload.read())
-        if raw not in self._vocab_sizes:
-            try:
-                distribution = unpickle(io.BytesIO(raw), self._budget)
-            except ValueError as error:
-                node.refuse(f"has a distribution that cannot be read: {error}")
-            number = distribution.num_cats if type(distribution) is Distribution else None
-            if type(number) is not int or number < 1:
-                node.refuse("has a distribution that is none over tokens")
-            self._vocab_sizes[raw] = number
-        return self._vocab_sizes[raw]
+        try:
+            payload = read_bytes(node.fields.get("dist"))
+            if payload.size > LARGEST_DISTRIBUTION:
+                raise ValueError(f"it has {payload.size:,} bytes")
+            return self._num_tokens(bytes(payload.read()))
+        except ValueError as error:
+            node.refuse(f"has a distribution that cannot be read: {error}")
 
     def _check_growth(self, size: int) -> None:
         states, vocab = self.num_latents, self.vocab_size
         for node in self._emissions:
-            found = node.get_array("params", "f").shape
+            found = node.array("params", "f").shape
             if found != (states * vocab,):
                 node.refuse(
                     f"has emissions of shape {found}, not the {states * vocab:,} numbers of "
@@ -271,43 +281,7 @@ class HiddenMarkovModel:
                 "circuit that PyJuice has saved, or one with parameters tied in part"
             )
 
-    def write_initial(self, out: torch.Tensor) -> None:
-        """Writes the initial law into `[H]`, float32 on the CPU."""
-        out.copy_(torch.from_numpy(self._matrix(self._root)[0]))
 
-    def write_transitions(self, out: torch.Tensor) -> None:
-        """Writes the transitions into `[1, H, H]` if they are tied, else `[L-1, H, H]`."""
-        for step, matrix in zip(self._steps, out, strict=False):
-            matrix.copy_(torch.from_numpy(self._matrix(step)))
-
-    def write_emissions(self, out: torch.Tensor) -> None:
-        """Writes the emissions into a contiguous `[1, H, V]` if they are tied, else `[L, H, V]`.
-
-        Needs no more memory than `out`.
-        """
-        for node, matrix in zip(self._emissions, out, strict=False):
-            flat = matrix.view(-1).numpy()
-            for part, values in node.get("params", Array).chunks():
-                self._check_values(node, values)
-                flat[part] = values
-
-    @staticmethod
-    def _check_values(node: _Node, values: np.ndarray) -> None:
-        if not (values.min() >= 0 and values.max() < np.inf):
-            node.refuse("has parameters that are no probabilities")
-
-    def _matrix(self, step: _Step) -> np.ndarray:
-        """The dense `[rows, columns]` of a sum, float32."""
-        tiles = step.source.get("params", Array).numpy().astype(np.float32)
-        self._check_values(step.source, tiles)
-        if "zero_param_mask" in step.source.fields:
-            tiles[step.source.get("zero_param_mask", Array).numpy()] = 0
-        rows, columns = np.frombuffer(step.edge_ids, np.int64).reshape(2, -1)
-        height, width = tiles.shape[1:]
-        blocks = (step.node.num_blocks, self.num_latents // width)
-        dense = np.zeros((blocks[0], height, blocks[1], width), np.float32)
-        dense[rows, :, columns] = tiles
-        dense = dense.reshape(blocks[0] * height, -1)
-        total = dense.sum(-1, keepdims=True)
-        np.divide(dense, total, out=dense, where=(abs(total - 1) > ROUNDING) & (total > 0))
-        return dense
+def _check_values(node: _Node, values: np.ndarray) -> None:
+    if not (values.min() >= 0 and values.max() < np.inf):
+        node.refuse("has parameters that are no probabilities")
