@@ -8,7 +8,7 @@ from scipy.stats import chi2
 
 from codd_hf.circuits import CoupledCategorical, Potentials
 from codd_hf.schedulers import CoDDScheduler
-from codd_hf.schedulers.draws import shape_logits
+from codd_hf.schedulers.drawing import shape_logits
 
 VOCAB, MASK, PAD, LENGTH = 11, 10, 9, 6
 

@@ -8,7 +8,7 @@ from torch.nn.functional import one_hot
 
 from codd_hf import CoDDPipeline, CoDDScheduler
 from codd_hf.circuits.random import draw_categorical
-from codd_hf.schedulers.draws import shape_logits
+from codd_hf.schedulers.drawing import shape_logits
 from tiny import tiny_model
 
 MASK, W, LENGTH, STEPS = 2, 4, 8, 4

@@ -28,8 +28,7 @@ from ..configuration_codd import CoDDConfig
 from ..coupling.heads import CallHead, HeadName
 from ..coupling.windows import CoupledBackbone
 from ..schedulers import CoDDScheduler
-from ..schedulers.controls import PROCESSOR
-from ..schedulers.scheduling_codd import MOST_STEPS
+from ..schedulers.scheduling_codd import MOST_STEPS, PROCESSOR
 from ..schedulers.settings import DrawSettings
 
 ForcedTokens = Mapping[int, int] | Sequence[Mapping[int, int]]

@@ -1,7 +1,7 @@
 """Schedulers: which tokens a denoising step commits, and what they are drawn from."""
 
-from .controls import RowText
 from .remasking import CommitMemory
+from .row_text import RowText
 from .scheduler_output import CoDDSchedulerOutput
 from .scheduling_codd import CoDDScheduler
 

@@ -1,23 +1,29 @@
-"""From a step's distribution to its tokens: candidates drawn independently of each other."""
+r"""The two ways to draw a step's tokens: independently of each other, or one by one in any order.
+
+In any order a token is drawn from `p(x_i | everything known or drawn before)`, by the chain rule a
+sample of the joint. The next position is the one that the strategy ranks first given the tokens
+known by then; since no ranking looks at a candidate, at temperature 1 the tokens of a step have
+exactly the joint's distribution, whatever the order (not so with `joint`, which stops at a
+candidate). Strategies that rank beforehand are drawn from left to right in one pass over the chain.
+The others run forward and backward once for each token.
+
+Source: section 5.1 of CoDD (arXiv 2603.00045).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..checks.arguments import RowError
-from ..circuits.numerics import one_hot_log_probs
-from ..circuits.random import Generators, draw_categorical, uniform
-from .controls import RowText, controlled
-from .settings import DrawSettings
-from .strategies import choose
-from .windows import CoupledWindows
+from ..circuits.distribution.conditionals import draw_left_to_right
+from ..circuits.distribution.incremental import IncrementalPosterior
+from .drawing import Drawing
+from .strategies import STRATEGIES, best_scored, choose
 
 
-class Drawn(NamedTuple):
+@dataclass
+class Drawn:
     """The tokens of a step.
 
     Attributes:
@@ -25,134 +31,164 @@ class Drawn(NamedTuple):
         where: `[batch, length]` bool, where that is.
         candidates: `[batch, length]`, committed or not.
         probs: `[batch, length]`, confidence in the candidates.
-        pred_logits: `[batch, length, vocab]`, what they were drawn from; None if nobody asked.
+        logits: `[batch, length, vocab]`, what they were drawn from; None if nobody asked.
     """
 
     tokens: torch.Tensor
     where: torch.Tensor
     candidates: torch.Tensor
     probs: torch.Tensor
-    pred_logits: torch.Tensor | None
+    logits: torch.Tensor | None
 
 
-@dataclass
-class Step:
-    """What a step draws from, and how.
-
-    Attributes:
-        windows: the distribution.
-        sample: `[batch, length]`, the tokens before the step.
-        settings: of the call.
-        committable: `[batch, length]` bool, where a token may be committed.
-        at_least: `[batch]`, the fewest tokens to commit, if there are so many.
-        text: the rows before the step; None where nothing looks at it.
-        processor: transformers' processors, if any.
-        generator: one for all, or one per row.
-        output_logits: whether to return `pred_logits`.
-    """
-
-    windows: CoupledWindows
-    sample: torch.Tensor
-    settings: DrawSettings
-    committable: torch.Tensor
-    at_least: torch.Tensor
-    text: RowText | None
-    processor: LogitsProcessor | LogitsProcessorList | None
-    generator: Generators
-    output_logits: bool
-
-    def uniforms(self) -> torch.Tensor | None:
-        """A number in [0, 1) for each position; None where nothing is random."""
-        if self.settings.is_greedy or self.settings.sampling == "viterbi":
-            return None
-        return uniform(self.sample.shape, self.generator, self.sample.device)
-
-    def control(self, scores: torch.Tensor, rows: torch.Tensor, text: RowText) -> torch.Tensor:
-        """Scores `[n, vocab]` of rows `[n]` after repetition penalty and processors."""
-        return controlled(scores, rows, text, self.settings.repetition_penalty, self.processor)
-
-    def draw(
-        self, scores: torch.Tensor, uniforms: torch.Tensor | None, rows: torch.Tensor, wanted=True
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Draws tokens, as the settings shape their probabilities.
-
-        Args:
-            scores: `[*batch, vocab]` log-probabilities; -inf where a token is impossible.
-            uniforms: `[*batch]` numbers in [0, 1); None for the most probable tokens.
-            rows: `[*batch]`, the row of each, for errors.
-            wanted: `[*batch]` bool, where a token must be possible.
-
-        Returns:
-            Tokens `[*batch]`, and the log-probabilities `[*batch, vocab]` they were drawn from if
-            these are asked for.
-
-        Raises:
-            RowError: no token is possible where one is wanted, or a score is NaN or infinite.
-        """
-        if uniforms is None:
-            best, tokens = scores.max(-1)
-            undefined = ~best.isfinite()
-            shaped = one_hot_log_probs(tokens, scores) if self.output_logits else None
-        else:
-            shaped = shape_logits(
-                scores, self.settings.temperature, self.settings.top_k, self.settings.top_p
-            )
-            undefined = shaped[..., 0].isnan()
-            tokens = draw_categorical(shaped.exp(), uniforms)
-        undefined = undefined & wanted
-        if bool(undefined.any()):
-            raise RowError(
-                "No token can be drawn in row {row}: `forbidden_token_ids`, `logits_processor` and "
-                "what the model never generates leave none, or a logit is NaN or infinite.",
-                int(rows[undefined][0]),
-            )
-        return tokens, shaped
-
-
-def draw_independently(step: Step) -> Drawn:
-    """Draws a candidate for every masked position; the strategy chooses among them."""
-    windows, settings = step.windows, step.settings
-    scores = windows.candidate_logits(settings, step.generator)
-    if step.text is not None:
-        at = windows.masked.nonzero(as_tuple=True)
-        scores = scores.index_put(at, step.control(scores[at], at[0], step.text))
-    rows = torch.arange(len(step.sample), device=scores.device)[:, None].expand_as(step.sample)
-    drawn, logits = step.draw(scores, step.uniforms(), rows, step.committable)
-    candidates = torch.where(windows.masked, drawn, step.sample)
-    probs = windows.probs_of(candidates)
-    where = choose(
-        settings, windows, candidates, probs, step.committable, step.at_least, step.generator
-    )
-    return Drawn(torch.where(where, candidates, step.sample), where, candidates, probs, logits)
-
-
-def shape_logits(
-    logits: torch.Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
-) -> torch.Tensor:
-    """Log-probabilities after temperature, then top-k, then top-p.
+def draw_independently(
+    drawing: Drawing, committable: torch.Tensor, at_least: torch.Tensor
+) -> Drawn:
+    """Draws a candidate for every masked position; the strategy chooses among them.
 
     Args:
-        logits: `[..., vocab]`; -inf where a token is impossible.
-        temperature: divides the logits; 0 leaves the most probable token alone.
-        top_k: how many tokens stay; 0 or None: all.
-        top_p: the fewest tokens whose probabilities reach it stay; 1 or None: all.
-
-    Returns:
-        `[..., vocab]`, normalised; -inf where a token cannot be drawn.
+        drawing: of the step.
+        committable: `[batch, length]` bool, where a token may be committed.
+        at_least: `[batch]`, the fewest tokens to commit, if there are so many.
     """
-    if temperature == 0:
-        return one_hot_log_probs(logits.argmax(-1), logits)
-    logits = (logits / temperature).log_softmax(-1)
-    limited = 0 < (top_k or 0) < logits.shape[-1]
-    nucleus = top_p is not None and top_p < 1
-    if not (limited or nucleus):
-        return logits
-    ordered, index = logits.sort(dim=-1, descending=True, stable=True)
-    if limited:
-        ordered[..., top_k:] = -torch.inf
-    if nucleus:
-        probability = ordered.softmax(-1)
-        reached_before = probability.cumsum(-1) - probability >= top_p
-        reached_before[..., 0] = False
-        ordered = ordered.masked_fill(reached_before, -torch.inf)
-    return torch.empty_like(logits).scatter(-1, index, ordered).log_softmax(-1)
+    sample, masked = drawing.sample, drawing.masked
+    scores = drawing.candidate_scores()
+    if drawing.processors:
+        at = masked.nonzero(as_tuple=True)
+        scores = scores.index_put(at, drawing.controlled(scores[at], at[0], drawing.text))
+    rows = torch.arange(len(sample), device=sample.device)[:, None].expand_as(sample)
+    tokens, logits = drawing.draw(scores, drawing.uniforms(), rows, committable)
+    candidates = torch.where(masked, tokens, sample)
+    probs = drawing.probs_of(candidates)
+    where = choose(drawing, candidates, probs, committable, at_least)
+    return Drawn(torch.where(where, candidates, sample), where, candidates, probs, logits)
+
+
+def draw_in_any_order(drawing: Drawing, committable: torch.Tensor, at_least: torch.Tensor) -> Drawn:
+    """Draws the tokens that the strategy commits, and no others.
+
+    Candidates of other masked positions are the mask token, their `probs` 0 and `logits` one-hot;
+    `probs` of drawn tokens are given the tokens known when they were drawn.
+    """
+    order = STRATEGIES[drawing.settings.strategy].order
+    draw = _AnyOrder(drawing)
+    if order is None:
+        draw.one_by_one(committable, at_least)
+    else:
+        scores = order(draw.probs, drawing.generator, drawing.settings.is_greedy)
+        draw.left_to_right(best_scored(scores, committable, at_least))
+    return Drawn(draw.tokens, draw.where, draw.tokens, draw.probs, draw.logits)
+
+
+class _AnyOrder:
+    """The tokens of a step while they are drawn; the attributes are those of [`Drawn`]."""
+
+    def __init__(self, drawing: Drawing) -> None:
+        self.drawing, self.plain, self.sharpened = drawing, drawing.plain, drawing.sharpened
+        self.uniforms, self.tokens = drawing.uniforms(), drawing.sample.clone()
+        self.where = torch.zeros_like(drawing.masked)
+        self.probs = (~drawing.masked).to(self.plain.log_partition.dtype)
+        self.logits = None
+        if drawing.output_logits:
+            shape = (*self.tokens.shape, self.plain.potentials.vocab_size)
+            self.logits = self.probs.new_full(shape, -torch.inf)
+            self.logits.scatter_(-1, self.tokens[..., None], 0.0)
+
+    def left_to_right(self, where: torch.Tensor) -> None:
+        """Draws the positions `where` `[batch, length]` in one pass."""
+        length, window_length = where.shape[1], self.plain.event_shape[0]
+        in_window = torch.arange(length, device=where.device) % window_length
+
+        def draw(i: int, probs: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+            place = windows * window_length + i
+            rows, columns = place // length, place % length
+            self.where = where & (in_window < i)
+            tokens, logits = self._draw(probs, rows, columns)
+            self._commit(rows, columns, tokens, _at(probs, tokens), logits)
+            return tokens
+
+        def rate(i: int, probs: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+            place = windows * window_length + i
+            rows, columns = place // length, place % length
+            tokens = self.tokens[rows, columns]
+            self.probs[rows, columns] = _at(probs, tokens).to(self.probs.dtype)
+            return tokens
+
+        in_windows = self.drawing.split(where)
+        draw_left_to_right(self.sharpened, in_windows, draw)
+        if self.sharpened is not self.plain:
+            draw_left_to_right(self.plain, in_windows, rate)
+        self.where = where
+
+    def one_by_one(self, committable: torch.Tensor, at_least: torch.Tensor) -> None:
+        """Draws the position that ranks first, learns from it, and goes on."""
+        settings, window_length = self.drawing.settings, self.plain.event_shape[0]
+        strategy = STRATEGIES[settings.strategy]
+        distributions = list(dict.fromkeys((self.plain, self.sharpened)))
+        last = len(distributions) - 1
+        known = IncrementalPosterior(distributions, self.drawing.split(committable))
+
+        def place(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            flat = rows * committable.shape[1] + columns
+            return flat // window_length, flat % window_length
+
+        log_joint = self.probs.new_zeros(len(at_least))
+        confidence, scores = torch.zeros_like(self.probs), torch.zeros_like(self.probs)
+        going, chosen = torch.ones_like(at_least, dtype=torch.bool), torch.zeros_like(at_least)
+        renewed = left = committable
+        for drawn in range(committable.shape[1] + 1):
+            due = at_least > drawn
+            going = going & left.any(-1) & (due | (strategy.goes_on is not None))
+            rows = going.nonzero()[:, 0]
+            if drawn and len(rows):  # only here: a step's last token says nothing that is asked
+                windows, positions = place(rows, chosen[rows])
+                known.reveal(windows, positions, self.tokens[rows, chosen[rows]])
+                renewed = torch.zeros_like(known.wanted)
+                renewed[windows] = True
+                renewed = renewed.view_as(left)
+            at = (renewed & left & going[:, None]).nonzero(as_tuple=True)
+            if len(at[0]):
+                probs = known.token_probs(0, *place(*at))
+                confidence[at] = probs.amax(-1)
+                scores[at] = strategy.score(confidence[at], lambda probs=probs: probs)
+            chosen = scores.masked_fill(~left, -torch.inf).argmax(-1)  # [batch]
+            if strategy.goes_on == "each":
+                going = going & (due | (_at(confidence, chosen) >= settings.threshold))
+            rows = going.nonzero()[:, 0]
+            if not len(rows):
+                return
+            columns = chosen[rows]
+            tokens, logits = self._draw(
+                known.token_probs(last, *place(rows, columns)), rows, columns
+            )
+            probs = known.prob_of(tokens, 0, *place(rows, columns))
+            if strategy.goes_on == "together":
+                log_joint[rows] += probs.log()
+                stays = due[rows] | (log_joint[rows] >= settings.log_threshold)
+                going[rows[~stays]] = False
+                rows, columns, tokens, probs = (t[stays] for t in (rows, columns, tokens, probs))
+                logits = None if logits is None else logits[stays]
+            self._commit(rows, columns, tokens, probs, logits)
+            left = left & ~self.where
+
+    def _draw(
+        self, probs: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens `[n]` from probabilities `[n, vocab]`, and the logits they were drawn from."""
+        scores = probs.log()
+        if self.drawing.processors:
+            text = self.drawing.text.reveal(self.tokens, self.where)
+            scores = self.drawing.controlled(scores, rows, text)
+        uniforms = None if self.uniforms is None else self.uniforms[rows, columns]
+        return self.drawing.draw(scores, uniforms, rows)
+
+    def _commit(self, rows, columns, tokens, probs, logits) -> None:
+        self.tokens[rows, columns] = tokens
+        self.probs[rows, columns] = probs.to(self.probs.dtype)
+        self.where[rows, columns] = True
+        if self.logits is not None:
+            self.logits[rows, columns] = logits
+
+
+def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return values.gather(-1, index[..., None])[..., 0]

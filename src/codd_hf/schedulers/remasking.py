@@ -19,8 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from ..circuits import CoupledCategorical
 from ..circuits.distribution.conditionals import leave_one_out
-from .windows import CoupledWindows
+from .drawing import Drawing
+from .draws import Drawn
 
 
 @dataclass
@@ -105,11 +107,10 @@ def _of_width(evidence: torch.Tensor, width: int) -> torch.Tensor:
     return F.pad(evidence, (0, width - evidence.shape[-1]), value=-torch.inf)
 
 
-def _fingerprint(windows: CoupledWindows) -> torch.Tensor:
+def _fingerprint(plain: CoupledCategorical) -> torch.Tensor:
     """`[batch * W, L]`: equal where the copy states of the windows emit the same."""
-    plain = windows.plain
     states = torch.zeros_like(plain.tokens)
-    if plain.context is None or plain.context.copies is None:
+    if plain.context.copies is None:
         return states
     copies = plain.context.copies
     emitted = torch.where(copies.start[:, 0] > -torch.inf, copies.tokens + 1, 0)
@@ -117,48 +118,40 @@ def _fingerprint(windows: CoupledWindows) -> torch.Tensor:
     return states + (emitted * powers).sum(-1, keepdim=True)
 
 
-def take_back(
-    windows: CoupledWindows,
-    tokens: torch.Tensor,
-    committed: torch.Tensor,
-    threshold: float,
-    memory: CommitMemory,
-) -> torch.Tensor:
+def take_back(drawing: Drawing, drawn: Drawn, memory: CommitMemory) -> torch.Tensor:
     """`[batch, length]` bool: the tokens that go back, those of this step among them.
 
     Args:
-        windows: the distribution of the pass, before the step.
-        tokens: `[batch, length]`, after the step.
-        committed: `[batch, length]` bool, the tokens of this step.
-        threshold: tokens below this probability go back.
+        drawing: of the step.
+        drawn: its tokens.
         memory: of earlier steps; it is brought up to date.
     """
-    plain = windows.plain
+    plain, split, join = drawing.plain, drawing.split, drawing.join
     active = plain.active[:, None].expand_as(plain.masked)
-    tokens, committed = windows.split(tokens), windows.split(committed)
+    tokens, committed = split(drawn.tokens), split(drawn.where)
     held, returned = torch.zeros_like(committed), torch.zeros_like(committed)
     evidence = plain.latents.evidence
     log_probs = plain.prediction.log_prob_of(torch.where(plain.masked, tokens, 0))
-    states = _fingerprint(windows)
+    states = _fingerprint(plain)
     if memory.held is not None:
-        returned = windows.split(memory.returned)
+        returned = split(memory.returned)
         # What the caller has changed since is not ours to take back.
-        same = (windows.split(memory.tokens) == tokens) & (windows.split(memory.states) == states)
-        held = windows.split(memory.held) & same & ~committed
+        same = (split(memory.tokens) == tokens) & (split(memory.states) == states)
+        held = split(memory.held) & same & ~committed
         past = _of_width(memory.soft_evidence, evidence.shape[-1]).view_as(evidence)
         evidence = torch.where(held[..., None], past, evidence)
-        log_probs = torch.where(held, windows.split(memory.log_probs), log_probs)
+        log_probs = torch.where(held, split(memory.log_probs), log_probs)
     held = held | (committed & active)
     known = plain.observed | committed
     back = torch.zeros_like(held)
-    judged = held & ~returned & active
+    judged, threshold = held & ~returned & active, drawing.settings.remask_threshold
     while bool(judged.any()):
         probs = leave_one_out(plain, tokens, known, evidence, log_probs)
         least, place = probs.masked_fill(~judged, torch.inf).min(-1)
         goes = F.one_hot(place, held.shape[1]).bool() & (least < threshold)[:, None]
         back, known, judged = back | goes, known & ~goes, judged & ~goes
         judged = judged & goes.any(-1, keepdim=True)  # nothing changed in the other windows
-    memory.tokens, memory.held = windows.join(tokens), windows.join(held & ~back)
-    memory.returned, memory.log_probs = windows.join(returned | back), windows.join(log_probs)
-    memory.soft_evidence, memory.states = windows.join(evidence), windows.join(states)
-    return windows.join(back)
+    memory.tokens, memory.held = join(tokens), join(held & ~back)
+    memory.returned, memory.log_probs = join(returned | back), join(log_probs)
+    memory.soft_evidence, memory.states = join(evidence), join(states)
+    return join(back)

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from ..checks.arguments import (
     as_tensor,
@@ -26,16 +30,16 @@ from ..checks.versions import without_left_fields
 from ..circuits import CoupledCategorical
 from ..circuits.factorized import without_tokens
 from ..circuits.random import Generators
-from .any_order import draw_in_any_order
-from .controls import PROCESSOR, RowText
-from .draws import Step, draw_independently
+from .drawing import Drawing, of_logits
+from .draws import draw_in_any_order, draw_independently
 from .noise import span_uniforms
 from .remasking import CommitMemory, take_back
+from .row_text import RowText
 from .scheduler_output import CoDDSchedulerOutput
 from .settings import LEFT, DrawSettings
 from .strategies import even_pace, select
-from .windows import CoupledWindows, of_logits
 
+PROCESSOR = "transformers' processors, or a function of ids and scores"
 MOST_STEPS = 1 << 20
 """More would only hold memory: a step commits a token at least."""
 
@@ -247,30 +251,19 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(model_output, torch.Tensor):
             model_output = of_logits(model_output, sample, mask_token_id)
             draw = draw_independently
-        windows = CoupledWindows.of(model_output, sample, settings)
-        committable = windows.masked if eligible is None else windows.masked & eligible
+        processors = [logits_processor] if logits_processor else []
+        if settings.repetition_penalty != 1:
+            penalty = RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty))
+            processors.insert(0, penalty)
+        drawing = Drawing(
+            model_output, sample, settings, generator, processors, text, output_logits
+        )
+        committable = drawing.masked if eligible is None else drawing.masked & eligible
         if at_least is None:
             at_least = even_pace(committable, steps_left)
-        if settings.repetition_penalty == 1 and not logits_processor:
-            text = None
-        elif text is None:
-            every = torch.arange(sample.shape[1], device=sample.device).expand_as(sample)
-            text = RowText(sample, ~windows.masked, every)
 
         # 2. Candidates, and those of them that are committed.
-        drawn = draw(
-            Step(
-                windows,
-                sample,
-                settings,
-                committable,
-                at_least,
-                text,
-                logits_processor,
-                generator,
-                output_logits,
-            )
-        )
+        drawn = draw(drawing, committable, at_least)
 
         # 3. Tokens that the others make improbable go back.
         prev_sample, transfer_index = drawn.tokens, drawn.where
@@ -281,9 +274,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
                     "`mask_token_id` must be given here or in the scheduler's config to remask."
                 )
             memory = CommitMemory() if memory is None else memory
-            back = take_back(
-                windows, prev_sample, transfer_index, settings.remask_threshold, memory
-            )
+            back = take_back(drawing, drawn, memory)
             prev_sample = prev_sample.masked_fill(back, mask_token_id)
             transfer_index, remasked = transfer_index & ~back, back & ~transfer_index
 
@@ -292,8 +283,8 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             transfer_index=transfer_index,
             sampled_tokens=drawn.candidates,
             sampled_probs=drawn.probs,
-            pred_logits=drawn.pred_logits,
-            fallback=windows.fallback,
+            pred_logits=drawn.logits,
+            fallback=drawing.fallback,
             remasked=remasked,
         )
         return output if return_dict else output.to_tuple()

@@ -17,8 +17,8 @@ import torch
 from ..circuits.random import Generators, uniform
 
 if TYPE_CHECKING:
+    from .drawing import Drawing
     from .settings import DrawSettings
-    from .windows import CoupledWindows
 
 Probs = Callable[[], torch.Tensor]
 """Gives the probabilities `[..., vocab]` of all tokens."""
@@ -84,59 +84,36 @@ def even_pace(committable: torch.Tensor, steps_left: int) -> torch.Tensor:
     return (committable.sum(-1) + steps_left - 1) // steps_left
 
 
-def best_scored(
-    scores: torch.Tensor, committable: torch.Tensor, count: torch.Tensor
-) -> torch.Tensor:
-    """`[batch, length]` bool: the `count` `[batch]` best-scored of the committable positions."""
-    return committable & (_ranks(scores, committable) < count[:, None])
-
-
-def _ranks(scores: torch.Tensor, committable: torch.Tensor) -> torch.Tensor:
-    scores = scores.masked_fill(~committable, -torch.inf)
-    return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-
-
-def _scores(
-    settings: DrawSettings, confidence: torch.Tensor, probs: Probs, generator: Generators
-) -> torch.Tensor:
-    strategy = STRATEGIES[settings.strategy]
-    if strategy.order is not None:
-        return strategy.order(confidence, generator, settings.is_greedy)
-    return strategy.score(confidence, probs)
-
-
 def choose(
-    settings: DrawSettings,
-    windows: CoupledWindows,
+    drawing: Drawing,
     tokens: torch.Tensor,
-    probs: torch.Tensor,
+    confidence: torch.Tensor,
     committable: torch.Tensor,
     at_least: torch.Tensor,
-    generator: Generators,
 ) -> torch.Tensor:
     """`[batch, length]` bool: the positions whose candidates are committed.
 
     Args:
-        settings: the strategy and its threshold.
-        windows: how sure the model is.
+        drawing: of the step.
         tokens: `[batch, length]`, the candidates.
-        probs: `[batch, length]`, their confidence.
+        confidence: `[batch, length]`, in them.
         committable: `[batch, length]` bool.
         at_least: `[batch]`, the fewest to commit, if there are so many.
-        generator: for `random`.
     """
-    strategy, count = STRATEGIES[settings.strategy], at_least
-    scores = _scores(settings, probs, windows.probs, generator)
-    if strategy.goes_on == "each":
-        count = torch.maximum(count, (committable & (probs >= settings.threshold)).sum(-1))
-    if strategy.goes_on == "together":
+    settings = drawing.settings
+    goes_on = STRATEGIES[settings.strategy].goes_on
+    scores = _scores(settings, confidence, drawing.probs, drawing.generator)
+    if goes_on == "each":
+        sure = (committable & (confidence >= settings.threshold)).sum(-1)
+        at_least = torch.maximum(at_least, sure)
+    if goes_on == "together":
         longest = int(committable.sum(-1).max())
-        lengths = torch.arange(1, longest + 1, device=scores.device)[:, None, None]
-        nested = (_ranks(scores, committable) < lengths) & committable  # [longest, batch, length]
-        sure = windows.log_prob(tokens, nested) >= settings.log_threshold
-        sure = sure & (lengths[..., 0] <= committable.sum(-1))
-        count = torch.maximum(count, sure.long().cumprod(0).sum(0))
-    return best_scored(scores, committable, count)
+        lengths = torch.arange(1, longest + 1, device=scores.device)[:, None]
+        nested = best_scored(scores, committable, lengths)  # [longest, batch, length]
+        sure = drawing.log_prob(tokens, nested) >= settings.log_threshold
+        sure = sure & (lengths <= committable.sum(-1))
+        at_least = torch.maximum(at_least, sure.long().cumprod(0).sum(0))
+    return best_scored(scores, committable, at_least)
 
 
 def select(
@@ -163,3 +140,21 @@ def select(
     if STRATEGIES[settings.strategy].goes_on:
         selected = selected | (committable & (best >= settings.threshold))
     return selected
+
+
+def best_scored(
+    scores: torch.Tensor, committable: torch.Tensor, count: torch.Tensor
+) -> torch.Tensor:
+    """`[*S, batch, length]` bool: the `count` `[*S, batch]` best-scored committable positions."""
+    scores = scores.masked_fill(~committable, -torch.inf)
+    ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return committable & (ranks < count[..., None])
+
+
+def _scores(
+    settings: DrawSettings, confidence: torch.Tensor, probs: Probs, generator: Generators
+) -> torch.Tensor:
+    strategy = STRATEGIES[settings.strategy]
+    if strategy.order is not None:
+        return strategy.order(confidence, generator, settings.is_greedy)
+    return strategy.score(confidence, probs)
