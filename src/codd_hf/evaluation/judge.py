@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -17,34 +17,30 @@ from transformers import (
 )
 from transformers.utils import is_gguf_available
 
-from ..backbones.canvas_cache import cache_argument
 from ..hub.repositories import Repository, explain_load_errors
 from ..hub.stored_weights import StoredWeights
 from ..text.encoding import encode_chats, encode_texts
 
 
 class Judged(NamedTuple):
-    """What a judge says of an answer: `nats`, the sum over its own `num_tokens` tokens of it."""
+    """The nats of an answer, a sum over `num_tokens` of the judge's tokens."""
 
     nats: float
     num_tokens: int
 
 
-class _Context(NamedTuple):
-    cache: object
-    attention_mask: torch.Tensor  # [n, length], padding on the left
-    next_logits: torch.Tensor  # [n, vocab], for the answers' first tokens
-
-
 class Judge:
-    """Judges answers to fixed questions. Each question is read once, however many its answers.
+    """Judges answers to fixed questions.
 
     Args:
         model: a causal language model.
         tokenizer: its own. With a chat template, the question is a user's message and the answer
             the assistant's; without one, a newline stands between them.
-        questions: what the answers answer.
+        questions: the answers are to them.
         batch_size: answers judged together.
+
+    Raises:
+        ValueError: a question cannot be encoded.
     """
 
     def __init__(
@@ -55,89 +51,37 @@ class Judge:
         batch_size: int = 8,
     ) -> None:
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
-        contexts = self.contexts(questions)
-        self._contexts = [
-            self._read(contexts[start : start + batch_size])
-            for start in range(0, len(contexts), batch_size)
-        ]
-        self._num_questions = len(contexts)
-
-    def contexts(self, questions: Sequence[str]) -> list[list[int]]:
-        """Token ids of what comes before each answer.
-
-        Raises:
-            ValueError: a question cannot be encoded.
-        """
-        if self.tokenizer.chat_template is None:
+        if tokenizer.chat_template is None:
             texts = [question + "\n" for question in questions]
-            rows, faults = encode_texts(texts, self.tokenizer, add_special_tokens=True)
+            self._contexts, faults = encode_texts(texts, tokenizer, add_special_tokens=True)
         else:
             chats = [[{"role": "user", "content": question}] for question in questions]
-            rows, faults = encode_chats(chats, self.tokenizer, add_generation_prompt=True)
+            self._contexts, faults = encode_chats(chats, tokenizer, add_generation_prompt=True)
         for i, fault in faults.items():
             raise ValueError(f"`questions` must suit the judge, but the one at index {i} {fault}.")
-        return rows
 
     @torch.no_grad()
     def __call__(self, answers: Sequence[str]) -> list[Judged]:
-        """Nats of each answer given its question; an empty answer has none, over no token.
+        """Nats of each answer after its question; an empty answer has none, over no token.
 
         Args:
             answers: one for each question, in their order.
-
-        Raises:
-            ValueError: there is not one answer for each question.
         """
-        if len(answers) != self._num_questions:
-            raise ValueError(
-                f"`answers` must have one text for each of the {self._num_questions} questions, "
-                f"got {len(answers)}."
-            )
         encoded, _ = encode_texts(answers, self.tokenizer)
-        judged: list[Judged] = []
-        for number, context in enumerate(self._contexts):
-            start = number * self.batch_size
-            judged += self._judge(context, encoded[start : start + self.batch_size])
+        pairs = list(zip(self._contexts, encoded, strict=True))
+        judged = []
+        for start in range(0, len(pairs), self.batch_size):
+            batch = pairs[start : start + self.batch_size]
+            rows = [torch.tensor(context + answer) for context, answer in batch]
+            ids = pad_sequence(rows, batch_first=True).to(self.model.device)
+            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+            logits = self.model(ids, attention_mask=mask.to(ids.device), use_cache=False).logits
+            logits = logits[:, :-1].float()
+            log_probs = logits.gather(-1, ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
+            for row, (context, answer) in zip(log_probs.double(), batch, strict=True):
+                nats = -row[len(context) - 1 : len(context) + len(answer) - 1].sum().item()
+                judged.append(Judged(nats, len(answer)))
         return judged
-
-    @torch.no_grad()
-    def _read(self, contexts: Sequence[list[int]]) -> _Context:
-        length, device = max(map(len, contexts)), self.model.device
-        ids = torch.zeros(len(contexts), length, dtype=torch.long)
-        mask = torch.zeros(len(contexts), length, dtype=torch.long)
-        for row, context in enumerate(contexts):
-            ids[row, length - len(context) :] = torch.tensor(context)
-            mask[row, length - len(context) :] = 1
-        output = self.model(
-            ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return _Context(output[cache_argument(self.model)], mask, output.logits[:, -1].float())
-
-    def _judge(self, context: _Context, answers: Sequence[list[int]]) -> list[Judged]:
-        longest, device = max(map(len, answers)), self.model.device
-        if longest == 0:
-            return [Judged(0.0, 0)] * len(answers)
-        ids = torch.zeros(len(answers), longest, dtype=torch.long)
-        mask = torch.zeros(len(answers), longest, dtype=torch.long)
-        for row, answer in enumerate(answers):
-            ids[row, : len(answer)] = torch.tensor(answer, dtype=torch.long)
-            mask[row, : len(answer)] = 1
-        before = context.attention_mask
-        logits = self.model(
-            ids.to(device),
-            attention_mask=torch.cat([before, mask], 1).to(device),
-            position_ids=(before.sum(1, keepdim=True) + torch.arange(longest)).to(device),
-            use_cache=True,
-            **{cache_argument(self.model): copy.deepcopy(context.cache)},  # a model writes into it
-        ).logits
-        logits = torch.cat([context.next_logits[:, None], logits[:, :-1].float()], 1)
-        chosen = logits.gather(-1, ids.to(device)[..., None])[..., 0] - logits.logsumexp(-1)
-        nats = -(chosen.double() * mask.to(device)).sum(1)
-        return [Judged(n, len(a)) for n, a in zip(nats.tolist(), answers, strict=True)]
 
 
 def load_judge(

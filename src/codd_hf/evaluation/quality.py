@@ -1,8 +1,8 @@
 """Quality against backbone passes: coupled and factorized decoding under an independent judge.
 
 Each way of decoding takes, at each number of passes, the setting that serves it best on validation
-data out of a grid that is as large for the factorized side as for the coupled one. What is reported
-comes from test data. The best setting is the one whose answers the judge finds most likely among
+data out of a grid that is as large for the factorized side as for the coupled one. Reported figures
+come from test data. The best setting is the one whose answers the judge finds most likely among
 those that keep the token entropy of real answers within a tolerance: a low perplexity that is
 bought with few different tokens is no success. By the same rule factorized decoding has the quality
 of a coupled setting when the judge finds its answers no less likely and their entropy is kept.
@@ -10,93 +10,67 @@ of a coupled setting when the judge finds its answers no less likely and their e
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..data.sources import Example, load_examples
+from ..pipelines.pipeline_codd import CoDDPipeline
+from ..runtime.report import table
 from ..schedulers.settings import ADAPTIVE
-from .generated_answers import AnswerSet, Figures, Setting
+from .answers import Answers, AnswerSet, AnswerStore, Setting
+from .judge import Judge, load_judge
+from .report import Report
+from .settings import FACTORIZED, QualitySettings
+from .statistics import Estimate
 
-FACTORIZED = "factorized"
 Draw = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class QualityPlan:
-    """What is measured.
-
-    Attributes:
-        samplings: coupled sampling modes of the first table, beside `factorized`.
-        passes: backbone passes per window, for all of them.
-        strategies: of the second table, with `factorized` and `strategy_sampling`.
-        strategy_sampling: a coupled sampling mode.
-        strategy_passes: for strategies that commit a fixed number of tokens a step; the adaptive
-            ones have a pass for each token.
-        thresholds: for the adaptive strategies.
-        factorized_grid: settings that factorized decoding may take.
-        coupled_grid: settings that each coupled mode may take, as many.
-        factorized_chosen_at: passes at which the choice is made; other numbers of passes take the
-            choice at the nearest one (by ratio).
-        coupled_chosen_at: likewise.
-        entropy_tolerance: share of real answers' token entropy that may be missing.
-
-    Raises:
-        ValueError: the grids differ in size or are empty, or a list that is needed is empty.
-    """
-
-    samplings: Sequence[str]
-    passes: Sequence[int]
-    strategies: Sequence[str]
-    strategy_sampling: str
-    strategy_passes: Sequence[int]
-    thresholds: Sequence[float]
-    factorized_grid: Sequence[Draw]
-    coupled_grid: Sequence[Draw]
-    factorized_chosen_at: Sequence[int]
-    coupled_chosen_at: Sequence[int]
-    entropy_tolerance: float = 0.1
-
-    def __post_init__(self) -> None:
-        needed = ["samplings", "passes", "factorized_chosen_at", "coupled_chosen_at"]
-        needed += ["strategy_passes", "thresholds"] if self.strategies else []
-        for name in needed:
-            if not getattr(self, name):
-                raise ValueError(f"`{name}` must not be empty.")
-        sizes = len(self.factorized_grid), len(self.coupled_grid)
-        if sizes[0] != sizes[1] or not sizes[0]:
-            raise ValueError(
-                "`factorized_grid` and `coupled_grid` must hold equally many settings, at least "
-                f"one, got {sizes[0]} and {sizes[1]}."
-            )
-        if not 0 <= self.entropy_tolerance <= 1:
-            raise ValueError(
-                f"`entropy_tolerance` must be from 0 to 1, got {self.entropy_tolerance}."
-            )
-        if FACTORIZED in (*self.samplings, self.strategy_sampling):
-            raise ValueError(
-                "`samplings` and `strategy_sampling` must be coupled modes: factorized decoding is "
-                "always measured."
-            )
-
-    def grid(self, sampling: str) -> Sequence[Draw]:
-        return self.factorized_grid if sampling == FACTORIZED else self.coupled_grid
-
-    def chosen_at(self, sampling: str) -> Sequence[int]:
-        return self.factorized_chosen_at if sampling == FACTORIZED else self.coupled_chosen_at
-
-
-@dataclass(frozen=True)
 class Row:
-    """A setting and the figures of its answers."""
+    """A setting and its answers; the setting of real answers is None."""
 
-    setting: Setting
-    figures: Figures
+    setting: Setting | None
+    answers: Answers
+
+    @cached_property
+    def figures(self) -> dict[str, Estimate]:
+        return self.answers.figures()
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self.setting) | self.figures.as_dict()
+        row = {} if self.setting is None else asdict(self.setting)
+        row["perplexity"] = math.exp(self.figures["nats"].value)
+        for name, figure in self.figures.items():
+            row |= {name: figure.value, f"{name}_error": figure.error}
+        return row | {"seconds": self.answers.seconds}
+
+    def cells(self) -> dict[str, Any]:
+        """The row of a table."""
+        setting, figures = self.setting, self.figures
+        row = {"sampling": "real answers", "strategy": None, "passes": None, "settings": None}
+        if setting is not None:
+            row |= vars(setting) | {
+                "settings": ", ".join(f"{name} {value}" for name, value in setting.draw.items())
+            }
+            del row["draw"]
+        return row | {
+            "nats per token": f"{figures['nats']:.3f}",
+            "perplexity": math.exp(figures["nats"].value),
+            "token entropy": f"{figures['entropy']:.3f}",
+            "bigram entropy": f"{figures['bigram_entropy']:.3f}",
+            "repeated 3-grams": f"{figures['repeated_trigrams'] * 100:.1f} %",
+            "repeated words": f"{figures['repeated_words'] * 100:.1f} %",
+            "length": figures["length"].value,
+            "passes used": figures["passes"].value,
+            "seconds": self.answers.seconds,
+        }
 
 
 @dataclass(frozen=True)
@@ -111,8 +85,7 @@ class Match:
             logarithm of the passes.
         ratio: `passes` over the coupled passes.
         most: the most passes that factorized decoding was given.
-        differences: nats of factorized minus coupled, and the standard error of this paired
-            difference, by factorized passes.
+        differences: nats of factorized minus coupled, paired, by factorized passes.
     """
 
     coupled: Row
@@ -121,11 +94,27 @@ class Match:
     passes: float | None
     ratio: float | None
     most: int
-    differences: Mapping[int, tuple[float, float]]
+    differences: Mapping[int, Estimate]
 
     def as_dict(self) -> dict[str, Any]:
+        differences = {n: (d.value, d.error) for n, d in self.differences.items()}
         fields = {k: v for k, v in vars(self).items() if k != "coupled"}
-        return asdict(self.coupled.setting) | fields
+        return asdict(self.coupled.setting) | fields | {"differences": differences}
+
+    def cells(self) -> dict[str, str]:
+        """The row of a table."""
+        setting = self.coupled.setting
+        needed, ratio = "entropy too low", None
+        if self.keeps_entropy:
+            needed, ratio = f"> {self.most}", f"> {self.most / setting.passes:g}"
+        if self.passes is not None:
+            needed, ratio = f"{self.passes:.1f} ({self.measured})", f"{self.ratio:.1f}"
+        row = {"sampling": setting.sampling, "CoDD passes": setting.passes}
+        row |= {"factorized passes": needed, "ratio": ratio}
+        return row | {
+            f"factorized - CoDD, nats, {n} passes": f"{figure:+.3f}"
+            for n, figure in self.differences.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -133,43 +122,49 @@ class QualityResult:
     """All figures: `choices` are of validation data, the others of test data."""
 
     choices: list[Row]
-    real: Figures
-    shuffled: Figures
-    by_sampling: list[Row]
-    by_strategy: list[Row]
+    real: Row
+    rows: list[Row]
     matches: list[Match]
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "real": self.real.as_dict(),
-            "shuffled": self.shuffled.as_dict(),
-            **{
-                name: [row.as_dict() for row in getattr(self, name)]
-                for name in ("by_sampling", "by_strategy", "choices", "matches")
-            },
+        lists = ("choices", "rows", "matches")
+        return {"real": self.real.as_dict()} | {
+            name: [row.as_dict() for row in getattr(self, name)] for name in lists
         }
+
+    def tables(self) -> str:
+        """Choices, results and comparison; figures stand with their standard errors."""
+        titles = {
+            "Settings to choose among, on validation data:": self.choices,
+            "At the chosen settings, on test data:": [self.real, *self.rows],
+            "Passes that factorized decoding needs for the same quality:": self.matches,
+        }
+        return "\n".join(
+            f"{title}\n\n{table([row.cells() for row in rows])}\n"
+            for title, rows in titles.items()
+            if rows
+        )
 
 
 def measure_quality(
-    plan: QualityPlan,
-    test: AnswerSet,
-    validation: AnswerSet | None = None,
-    *,
-    progress: bool = True,
+    plan: QualitySettings, test: AnswerSet, validation: AnswerSet | None, progress: bool = True
 ) -> QualityResult:
-    """Chooses on validation data, measures on test data.
+    """Chooses settings on validation data and measures them on test data.
 
     Args:
         plan: what is measured.
-        test: the questions that are reported.
-        validation: the questions that settings are chosen by; not needed where there is nothing to
-            choose.
+        test: for the figures that are reported.
+        validation: for the choice; needed unless the grids have one setting each.
         progress: show a progress bar.
 
     Raises:
-        ValueError: there is something to choose and no `validation`, it shares a question with
-            `test`, or a setting is out of range.
+        ValueError: there is a choice and `validation` is missing or shares a question with `test`,
+            or a setting is out of range.
     """
+    grids = {mode: [_draw(text) for text in plan.coupled_grid] for mode in plan.samplings}
+    # Factorized decoding has one temperature, whatever the scheduler's for the circuit is.
+    factorized = [{"evidence_temperature": 1.0, **_draw(text)} for text in plan.factorized_grid]
+    grids = {FACTORIZED: factorized, **grids}
     choosing = len(plan.factorized_grid) > 1
     if choosing and validation is None:
         raise ValueError(
@@ -183,151 +178,160 @@ def measure_quality(
                 f"`validation` shares {len(shared)} questions with `test`, such as "
                 f"{min(shared)[:60]!r}: settings must be chosen on data that are not reported."
             )
-    modes = list(dict.fromkeys([FACTORIZED, *plan.samplings, plan.strategy_sampling]))
-    strategy = test.pipeline.scheduler.config.strategy
+    strategies = plan.strategies or [test.pipeline.scheduler.config.strategy]
+
+    def settings(mode: str, draw: Callable[[int], Draw]) -> list[Setting]:
+        found = []
+        for strategy in strategies:
+            if strategy in ADAPTIVE:  # has a pass for each token
+                found += [
+                    Setting(mode, strategy, test.block_length, {**draw(1), "threshold": threshold})
+                    for threshold in plan.thresholds
+                ]
+            else:
+                found += [Setting(mode, strategy, n, draw(n)) for n in plan.passes]
+        return found
+
     candidates = [
-        Setting(mode, strategy, passes, _complete(mode, draw))
-        for mode in modes
-        for passes in plan.chosen_at(mode)
-        for draw in plan.grid(mode)
+        Setting(mode, strategies[0], number, draw)
+        for mode, grid in grids.items()
+        for number in plan.chosen_at
+        for draw in grid
     ]
-    for setting in candidates + _all_that_may_follow(plan, strategy, test.block_length):
+    # A bad setting is to be found before hours have been spent on the good ones.
+    for setting in candidates:
         test.check(setting)
-    bar = tqdm(desc="measuring quality", unit="setting", disable=not progress)
+        for later in settings(setting.sampling, lambda _, draw=setting.draw: draw):
+            test.check(later)
+    with tqdm(desc="measuring quality", unit="setting", disable=not progress) as bar:
 
-    def rows(answers: AnswerSet, settings: Sequence[Setting]) -> list[Row]:
-        measured = []
-        for setting in settings:
-            measured.append(Row(setting, answers.figures(setting)))
+        def row(answers: AnswerSet, setting: Setting) -> Row:
             bar.update()
-        return measured
+            return Row(setting, answers.answers(setting))
 
-    choices = rows(validation, candidates) if choosing else []
-    least = _least_entropy(validation.real(), plan) if choosing else 0.0
+        choices = [row(validation, setting) for setting in candidates] if choosing else []
+        keeps, least = 1 - plan.entropy_tolerance, 0.0
+        if choosing:
+            least = keeps * Row(None, validation.real()).figures["entropy"].value
+        rows = []
+        for mode, grid in grids.items():
 
-    def draw(mode: str, passes: int) -> Draw:
-        if not choosing:
-            return _complete(mode, plan.grid(mode)[0])
-        nearest = min(plan.chosen_at(mode), key=lambda at: abs(math.log(at / passes)))
-        same = [r for r in choices if (r.setting.sampling, r.setting.passes) == (mode, nearest)]
-        return best(same, least).setting.draw
+            def chosen(passes: int, mode: str = mode, grid: list[Draw] = grid) -> Draw:
+                if not choosing:
+                    return grid[0]
+                at = min(plan.chosen_at, key=lambda at: abs(math.log(at / passes)))
+                ours = [r for r in choices if r.setting.sampling == mode]
+                return best([r for r in ours if r.setting.passes == at], least).setting.draw
 
-    by_sampling = rows(
-        test,
-        [
-            Setting(mode, strategy, passes, draw(mode, passes))
-            for mode in (FACTORIZED, *plan.samplings)
-            for passes in plan.passes
-        ],
-    )
-    by_strategy = rows(test, _strategy_settings(plan, test.block_length, draw))
-    real, shuffled = test.real(), test.shuffled()
-    bar.close()
-    matches = find_matches(by_sampling, _least_entropy(real, plan))
-    return QualityResult(choices, real, shuffled, by_sampling, by_strategy, matches)
+            rows += [row(test, setting) for setting in settings(mode, chosen)]
+    real = Row(None, test.real())
+    matches = find_matches(rows, keeps * real.figures["entropy"].value)
+    return QualityResult(choices, real, rows, matches)
+
+
+def _draw(text: str) -> Draw:
+    """`{"temperature": 0.5, "top_p": 0.9}` of `temperature=0.5,top_p=0.9`."""
+    try:
+        draw = dict(part.split("=") for part in text.split(","))
+        return {name: json.loads(value) for name, value in draw.items()}
+    except ValueError as error:
+        raise ValueError(
+            f"A grid must hold settings like temperature=0.5,top_p=0.9, got {text!r}."
+        ) from error
 
 
 def best(rows: Sequence[Row], least_entropy: float) -> Row:
     """The most likely answers of those that keep the entropy; if none does, the most diverse."""
-    kept = [row for row in rows if row.figures.entropy.value >= least_entropy]
+    kept = [row for row in rows if row.figures["entropy"].value >= least_entropy]
     if kept:
-        return min(kept, key=lambda row: row.figures.nats.value)
-    return max(rows, key=lambda row: row.figures.entropy.value)
+        return min(kept, key=lambda row: row.figures["nats"].value)
+    return max(rows, key=lambda row: row.figures["entropy"].value)
 
 
 def find_matches(rows: Sequence[Row], least_entropy: float) -> list[Match]:
-    """Compares each coupled setting with the factorized ones.
+    """Compares each coupled setting with the factorized ones of its strategy.
 
     Args:
-        rows: factorized and coupled settings that answered the same questions.
-        least_entropy: what answers must keep.
+        rows: settings that answered the same questions; those of adaptive strategies, which have no
+            number of passes, are passed over.
+        least_entropy: that answers must keep.
     """
-    factorized = [row for row in rows if row.setting.sampling == FACTORIZED]
-    factorized.sort(key=lambda row: row.setting.passes)
-    coupled = [row for row in rows if row.setting.sampling != FACTORIZED]
-    return [_match(row, factorized, least_entropy) for row in coupled]
+    matches = []
+    for row in rows:
+        ours = row.setting
+        factorized = [
+            other
+            for other in rows
+            if (other.setting.sampling, other.setting.strategy) == (FACTORIZED, ours.strategy)
+        ]
+        if ours.sampling != FACTORIZED and ours.strategy not in ADAPTIVE:
+            factorized.sort(key=lambda other: other.setting.passes)
+            matches.append(_match(row, factorized, least_entropy))
+    return matches
 
 
 def _match(coupled: Row, factorized: Sequence[Row], least_entropy: float) -> Match:
-    target = coupled.figures.nats
-    keeps_entropy = coupled.figures.entropy.value >= least_entropy
+    differences = {
+        row.setting.passes: row.figures["nats"] - coupled.figures["nats"] for row in factorized
+    }
+    # At each number of passes, the nats and the entropy that factorized decoding lacks.
+    lacks = [
+        (differences[row.setting.passes].value, least_entropy - row.figures["entropy"].value)
+        for row in factorized
+    ]
+    keeps = coupled.figures["entropy"].value >= least_entropy
     measured = passes = None
-    before: tuple[int, tuple[float, float]] | None = None
-    for row in factorized if keeps_entropy else []:
-        number = row.setting.passes
-        lacks = (row.figures.nats - target).value, least_entropy - row.figures.entropy.value
-        if max(lacks) <= 0:
-            measured, passes = number, _crossing(before, number, lacks)
-            break
-        before = number, lacks
-    differences = {row.setting.passes: row.figures.nats - target for row in factorized}
+    at = next((i for i, lack in enumerate(lacks) if keeps and max(lack) <= 0), None)
+    if at is not None:
+        measured = passes = factorized[at].setting.passes
+    if at:
+        # Where the last of the lacks before is made up, linear in the logarithm of passes.
+        fewer = factorized[at - 1].setting.passes
+        pairs = zip(lacks[at - 1], lacks[at], strict=True)
+        way = max(a / (a - b) if a > 0 else 0.0 for a, b in pairs)
+        passes = fewer * (measured / fewer) ** way
     return Match(
         coupled=coupled,
-        keeps_entropy=keeps_entropy,
+        keeps_entropy=keeps,
         measured=measured,
         passes=passes,
         ratio=None if passes is None else passes / coupled.setting.passes,
         most=factorized[-1].setting.passes,
-        differences={n: (d.value, d.error) for n, d in differences.items()},
+        differences=differences,
     )
 
 
-def _crossing(
-    before: tuple[int, tuple[float, float]] | None, passes: int, lacks: tuple[float, float]
-) -> float:
-    """Where the last of what was lacking `before` is there, linear in the logarithm of passes."""
-    if before is None:
-        return float(passes)
-    fewer, lacked = before
-    way = max(a / (a - b) if a > 0 else 0.0 for a, b in zip(lacked, lacks, strict=True))
-    return fewer * (passes / fewer) ** way
+def evaluate(
+    pipeline: CoDDPipeline, examples: Sequence[Example], settings: QualitySettings
+) -> Report:
+    """`codd-hf evaluate quality`."""
+    pipeline.set_progress_bar_config(disable=True)
+    model = load_judge(settings.judge, settings.judge_file, pipeline.model.device)
+    samples = settings.samples or (f"{settings.output}.samples.jsonl" if settings.output else None)
+    store = AnswerStore(Path(samples) if samples else None)
 
+    def answer_set(examples: Sequence[Example]) -> AnswerSet:
+        return AnswerSet(
+            pipeline,
+            Judge(*model, [example.prompt for example in examples]),
+            examples,
+            gen_length=settings.gen_length,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            store=store,
+        )
 
-def _complete(sampling: str, draw: Draw) -> Draw:
-    """Factorized decoding has one temperature, whatever the scheduler's for the circuit is."""
-    return {"evidence_temperature": 1.0, **draw} if sampling == FACTORIZED else dict(draw)
-
-
-def _least_entropy(real: Figures, plan: QualityPlan) -> float:
-    return (1 - plan.entropy_tolerance) * real.entropy.value
-
-
-def _all_that_may_follow(plan: QualityPlan, strategy: str, block_length: int) -> list[Setting]:
-    """A bad setting is to be found before hours have been spent on the good ones."""
-    settings = []
-    for number in range(len(plan.factorized_grid)):
-
-        def draw(mode: str, _: int, number: int = number) -> Draw:
-            return _complete(mode, plan.grid(mode)[number])
-
-        settings += _strategy_settings(plan, block_length, draw)
-        settings += [
-            Setting(mode, strategy, passes, draw(mode, passes))
-            for mode in (FACTORIZED, *plan.samplings)
-            for passes in plan.passes
-        ]
-    return settings
-
-
-def _strategy_settings(
-    plan: QualityPlan, block_length: int, draw: Callable[[str, int], Draw]
-) -> list[Setting]:
-    settings = []
-    for mode in (FACTORIZED, plan.strategy_sampling):
-        for strategy in plan.strategies:
-            if strategy in ADAPTIVE:
-                settings += [
-                    Setting(
-                        mode,
-                        strategy,
-                        block_length,
-                        {**draw(mode, plan.strategy_passes[0]), "threshold": threshold},
-                    )
-                    for threshold in plan.thresholds
-                ]
-            else:
-                settings += [
-                    Setting(mode, strategy, passes, draw(mode, passes))
-                    for passes in plan.strategy_passes
-                ]
-    return settings
+    validation = None
+    if settings.choose_on:
+        chosen_on = load_examples(settings.choose_on, skip_bad_rows=settings.skip_bad_rows)
+        validation = answer_set(chosen_on[: settings.num_validation])
+    result = measure_quality(settings, answer_set(examples), validation)
+    facts = {
+        "judge": Path(settings.judge_file or settings.judge).name,
+        "problems": len(examples),
+        "validation_problems": len(validation.examples) if validation else 0,
+        "gen_length": settings.gen_length,
+        "entropy_tolerance": settings.entropy_tolerance,
+        "seed": settings.seed,
+    }
+    return Report(result.tables(), facts, result.as_dict())

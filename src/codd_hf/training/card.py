@@ -13,7 +13,7 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import PreTrainedTokenizerBase
 
 from ..data.canvases import TokenizedExample
-from ..evaluation.gap import GapRow, gap_table, measure_gap, plus_minus
+from ..evaluation.gap import GapRow, gap_table, measure_gap
 from ..hub.cards import REWRITTEN, Artifact, make_card
 from ..hub.publishing import CARD, push_folder
 from ..hub.repositories import is_local, reaching_hub
@@ -233,10 +233,7 @@ def sparkline(values: Sequence[float]) -> str:
 def _gap_section(config: TrainConfig, sizes: dict[str, int], gap: list[GapRow]) -> str:
     part = "test" if sizes["test"] else "validation"
     caution = "" if sizes["test"] else " (choices were made on these)"
-    gains = "; ".join(
-        f"{row.ratio:g}: {row.gains['coupled']:+.3f}{plus_minus(row.gain_errors['coupled'])}"
-        for row in gap
-    )
+    gains = "; ".join(f"{row.ratio:g}: {row.gains['coupled']:+.3f}" for row in gap)
     return (
         f"### Measured gap\n\nOne full window in each of at most {config.num_gap_problems} {part} "
         f"examples{caution}, as `codd-hf evaluate gap` measures it: nats per masked token ± "

@@ -1,7 +1,7 @@
-"""Statistics of texts, each with a standard error over the texts.
+"""Figures of texts, each with a standard error over the texts.
 
 The errors are the jackknife's: a figure is computed again without each text in turn, which holds
-for ratios and for entropies of pooled tokens alike.
+for means, ratios and entropies of pooled tokens alike.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure of `n` texts.
+    """A figure of `n` texts; formatted, it stands with its error (`f"{x:.1f}"`: 3.0 ± 0.2).
 
     Attributes:
         value: of all of them.
@@ -26,26 +26,28 @@ class Estimate:
     left_out: torch.Tensor
 
     @property
-    def error(self) -> float:
-        """The jackknife's standard error."""
+    def error(self) -> float | None:
+        """The jackknife's standard error; None for a single text."""
         n = len(self.left_out)
-        spread = (self.left_out - self.left_out.mean()).square().sum().item()
-        return math.sqrt(spread * (n - 1) / n)
-
-    @property
-    def perplexity(self) -> float:
-        """Of nats per token."""
-        return math.exp(self.value)
+        squares = (self.left_out - self.left_out.mean()).square().sum().item()
+        return math.sqrt(squares * (n - 1) / n) if n > 1 else None
 
     def __sub__(self, other: Estimate) -> Estimate:
         """The difference of two figures of paired texts."""
         return Estimate(self.value - other.value, self.left_out - other.left_out)
 
+    def __mul__(self, factor: float) -> Estimate:
+        return Estimate(self.value * factor, self.left_out * factor)
+
+    def __format__(self, spec: str) -> str:
+        error = "" if self.error is None else f" ± {self.error:{spec.removeprefix('+')}}"
+        return f"{self.value:{spec}}{error}"
+
 
 def ratio(parts: Sequence[float], wholes: Sequence[float]) -> Estimate:
     """`sum(parts) / sum(wholes)`, where each text gives a part and a whole; 0 where all is 0."""
-    part = torch.tensor(parts, dtype=torch.float64)
-    whole = torch.tensor(wholes, dtype=torch.float64)
+    part = torch.as_tensor(parts, dtype=torch.float64)
+    whole = torch.as_tensor(wholes, dtype=torch.float64)
     smallest = torch.finfo(torch.float64).tiny
     left_out = (part.sum() - part) / (whole.sum() - whole).clamp(min=smallest)
     return Estimate((part.sum() / whole.sum().clamp(min=smallest)).item(), left_out)
@@ -63,17 +65,17 @@ def ngrams(tokens: Sequence, size: int) -> list[tuple]:
 
 def entropy(texts: Sequence[Sequence[int]], size: int = 1) -> Estimate:
     """Entropy, in nats, of the n-grams of `size` tokens of all texts thrown together."""
-    index: dict[tuple, int] = {}
-    rows, columns = [], []
-    for row, tokens in enumerate(texts):
-        for gram in ngrams(tokens, size):
-            rows.append(row)
-            columns.append(index.setdefault(gram, len(index)))
-    counts = torch.zeros(len(texts), max(len(index), 1), dtype=torch.float64)
-    places = torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
-    counts.index_put_(places, torch.ones(len(rows), dtype=torch.float64), accumulate=True)
+    columns: dict[tuple, int] = {}
+    places = [
+        (row, columns.setdefault(gram, len(columns)))
+        for row, tokens in enumerate(texts)
+        for gram in ngrams(tokens, size)
+    ]
+    counts = torch.zeros(len(texts), max(len(columns), 1), dtype=torch.float64)
+    index = torch.tensor(places, dtype=torch.long).view(-1, 2).unbind(1)
+    counts.index_put_(index, torch.ones(len(places), dtype=torch.float64), accumulate=True)
     total = counts.sum(0)
-    return Estimate(_entropy(total[None]).item(), _entropy(total - counts))
+    return Estimate(_entropy(total).item(), _entropy(total - counts))
 
 
 def _entropy(counts: torch.Tensor) -> torch.Tensor:
@@ -87,6 +89,6 @@ def repeated_ngrams(texts: Sequence[Sequence[int]], size: int = 3) -> Estimate:
 
 
 def repeated_words(texts: Sequence[str]) -> Estimate:
-    """Share of the words (what white space separates) that equal the word before."""
+    """Share of the words (between white space) that equal the word before."""
     pairs = [ngrams(text.split(), 2) for text in texts]
     return ratio([sum(a == b for a, b in p) for p in pairs], [len(p) for p in pairs])
