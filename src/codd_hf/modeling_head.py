@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
@@ -35,6 +36,28 @@ from .hub.stored_weights import StoredWeights
 
 DEFAULT_TOP_K = 64
 """Tokens kept of a prediction over a large vocabulary."""
+
+
+@dataclass(frozen=True)
+class FrozenHead:
+    """A [`CoDDHead`] as it was when it was frozen; it is called as the head is.
+
+    Attributes:
+        head: the head.
+        potentials: its circuit, which holds what is derived from it.
+        forbidden: `[V]` bool, the tokens that are never generated, if any.
+    """
+
+    head: CoDDHead
+    potentials: Potentials
+    forbidden: torch.Tensor | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> CoupledCategorical:
+        """The coupled distribution over a window; the arguments are those of the head."""
+        return self.head(*args, **kwargs, frozen=self)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.head, name)
 
 
 class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
@@ -99,8 +122,6 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
         # A default dtype of 16 bits (`_from_config(dtype=...)` sets one) is about the backbone too.
         self.to(torch.promote_types(torch.get_default_dtype(), torch.float32))
         self._bound: list[torch.Tensor] = []  # a list, so that the backbone's weight is not ours
-        self._cache: tuple[tuple, Potentials] | None = None
-        self._forbidden: tuple[tuple, torch.Tensor | None] | None = None
         self.post_init()
 
     @classmethod
@@ -159,8 +180,7 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
         return super()._apply(keeping_precision, recurse)
 
     def __getstate__(self) -> dict:
-        # What is derived from the weights, or is the backbone's, is not copied with the head.
-        return {**self.__dict__, "_bound": [], "_cache": None, "_forbidden": None}
+        return {**self.__dict__, "_bound": []}  # the backbone's weight is not copied with the head
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -196,29 +216,35 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
 
     @property
     def potentials(self) -> Potentials:
-        """The circuit; gradients flow to the parameters.
+        """The circuit, made anew; gradients flow to the parameters.
 
         Raises:
             ValueError: the emissions are tied and the head is not bound to a backbone.
         """
         self._check_bound()
-        cache = self._cache  # read once: other threads may replace it
-        parameters = [*self.parameters(recurse=False), *self._bound]
-        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
-            self._cache = None  # a fused optimiser's step does not tell that it changes them
-            return self._make_potentials()
-        # Between changes of the parameters, what is derived from them is computed once.
-        kept = [*parameters, self.token_marginal]
-        about_to_change = any(p.grad is not None for p in self.parameters(recurse=False))
-        if about_to_change or any(tensor.is_inference() for tensor in kept):  # nor do these tell
-            return self._make_potentials()
-        # What is derived in inference mode cannot be part of a backward pass through the logits.
-        mode = torch.is_inference_mode_enabled()
-        key = (mode, *((tensor.data_ptr(), tensor._version) for tensor in kept))
-        if cache is None or cache[0] != key:
-            with torch.no_grad():
-                cache = self._cache = (key, replace(self._make_potentials(), lasting=True))
-        return cache[1]
+        config = self.config
+        transition = self.transition[None] if config.tie_transitions else self.transition
+        if config.emission == "tied":
+            projection = self.emission_projection
+            with torch.autocast(projection.device.type, enabled=False):
+                embedding = self._bound[0].to(projection.dtype) @ projection.T
+            emission = TiedEmission(self.emission_latents, embedding, self.emission_bias)
+        else:
+            emission = DenseEmission(self.emission[None] if config.tie_emissions else self.emission)
+        return Potentials(self.initial, transition, emission, self.log_spread)
+
+    @torch.no_grad()
+    def frozen(self) -> FrozenHead:
+        """The head as it is now, for many calls: what inference derives is derived once.
+
+        A loop over steps asks once, before the first, and calls the result in place of the head.
+        It has no gradients, and another one is to be made when the weights have changed.
+
+        Raises:
+            ValueError: the emissions are tied and the head is not bound to a backbone.
+        """
+        with align_module_device(self):  # its weights may be offloaded
+            return FrozenHead(self, self.potentials, self.forbidden)
 
     def _check_bound(self) -> None:
         if self.config.emission == "tied" and not self._bound:
@@ -230,15 +256,9 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
     @property
     def forbidden(self) -> torch.Tensor | None:
         """`[V]` bool, the tokens that are never generated; None if there are none."""
-        config, device = self.config, self.token_marginal.device
-        given = (config.vocab_size, config.mask_token_id, config.forbidden_token_ids, device)
-        key = (*given[:2], tuple(given[2] or ()), device)
-        kept, mask = self._forbidden or (None, None)
-        if kept != (key, None if mask is None else mask._version):  # nor is it changed in place
-            with torch.inference_mode(False):
-                mask = forbidden_tokens(*given)
-            self._forbidden = ((key, None if mask is None else mask._version), mask)
-        return mask
+        config = self.config
+        ids = config.mask_token_id, config.forbidden_token_ids
+        return forbidden_tokens(config.vocab_size, *ids, self.token_marginal.device)
 
     @property
     def evidence_size(self) -> int:
@@ -261,22 +281,6 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
         log_marginal = self.token_marginal.log().reshape(-1, self.config.vocab_size)
         return law_of_rest(log_marginal, self.forbidden)
 
-    def _make_potentials(self) -> Potentials:
-        config = self.config
-
-        def stacked(parameter: torch.Tensor, tied: bool) -> torch.Tensor:
-            return parameter[None] if tied else parameter
-
-        transition = stacked(self.transition, config.tie_transitions)
-        if config.emission == "tied":
-            projection = self.emission_projection
-            with torch.autocast(projection.device.type, enabled=False):
-                embedding = self._bound[0].to(projection.dtype) @ projection.T
-            emission = TiedEmission(self.emission_latents, embedding, self.emission_bias)
-        else:
-            emission = DenseEmission(stacked(self.emission, config.tie_emissions))
-        return Potentials(self.initial, transition, emission, self.log_spread)
-
     def forward(
         self,
         logits: torch.Tensor | DenseEvidence | TopKEvidence,
@@ -288,6 +292,7 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
         active: torch.Tensor | None = None,
         preceding: Preceding | None = None,
         top_k: int = 0,
+        frozen: FrozenHead | None = None,
     ) -> CoupledCategorical:
         """The coupled distribution over a window.
 
@@ -303,6 +308,7 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
             active: `[batch]` bool, False for rows that are to stay factorized.
             preceding: the tokens before the window, needed by `"copy"` conditioning.
             top_k: read `logits` by so many of their likeliest tokens; 0 reads all, exactly.
+            frozen: of this head, used in place of what would be derived from its weights.
 
         Raises:
             ValueError: shapes do not fit, an observed token is outside the vocabulary, or hidden
@@ -311,16 +317,17 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
         context = None
         if self.context_maps is not None:
             context = self._context(logits, observed, last_hidden_state, present, preceding)
+        circuit = self if frozen is None else frozen
         return CoupledCategorical(
             logits,
-            self.potentials,
+            circuit.potentials,
             tokens=tokens,
             observed=observed,
             present=present,
             context=context,
             active=active,
             temperature=temperature,
-            forbidden=self.forbidden,
+            forbidden=circuit.forbidden,
             top_k=top_k,
             grouped=self.config.evidence_groups,
         )

@@ -66,6 +66,7 @@ class HeadCase:
     def __init__(self, shape: Shape, options: Options, head: CoDDHead | None = None) -> None:
         self.shape = shape
         self.head = head or random_head(shape, options)
+        self.frozen = self.head.frozen()
         generator = torch.Generator(options.device).manual_seed(options.seed + 1)
         size = (shape.batch, shape.window, shape.vocab)
         logits = torch.randn(size, generator=generator, device=options.device)
@@ -94,7 +95,7 @@ class HeadCase:
             `[B, L, V]` log-probabilities given the sampled latents.
         """
         self.head.config.evidence_groups = evidence == "grouped"
-        distribution = self.head(
+        distribution = self.frozen(
             self.logits,
             tokens=self.tokens,
             observed=self.observed,

@@ -31,7 +31,7 @@ from .adapters import (
 from .loading import load_adapter, load_head
 
 if TYPE_CHECKING:
-    from ..modeling_head import CoDDHead
+    from ..modeling_head import CoDDHead, FrozenHead
 
 DEFAULT_NAME = "default"
 
@@ -49,8 +49,12 @@ class CallHead(NamedTuple):
     """
 
     name: str | None
-    module: CoDDHead | None
+    module: CoDDHead | FrozenHead | None
     window_length: int
+
+    def frozen(self) -> CallHead:
+        """The same, for many windows: what inference derives from the head is derived once."""
+        return self if self.module is None else self._replace(module=self.module.frozen())
 
 
 class ModelLock:

@@ -94,7 +94,7 @@ def score(
             )
         what = f"In row {row} of `prompts` and `answers`, {len(prompt)} and {len(answer)} tokens"
         check_size(model.max_positions, len(prompt) + len(answer), what)
-    head, device = model.head_of_call(head), model.device
+    head, device = model.head_of_call(head).frozen(), model.device
     length = head.window_length
     windows = [
         (row, len(prompt) + start)

@@ -15,7 +15,7 @@ block, and steps that are not needed there are not passed on to later blocks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -101,6 +101,7 @@ def denoise(
     """
     check_callable("on_step", on_step, "a function of the step, its timestep and its state")
     canvas, stages = lay_out(model, call, input_ids, attention_mask)
+    call = replace(call, head=call.head.frozen())
     step = DecodingStep(model, call, canvas)
     reader = CanvasReader(
         model, canvas.attention_mask, canvas.generated, call.cache, call.guidance_scale

@@ -130,6 +130,7 @@ def measure_gap(
         for name, head in heads.items()
     }
     length = model.window_length
+    frozen = {name: CallHead(None, head, length).frozen() for name, head in heads.items()}
     numbers = [i for i, example in enumerate(examples) if len(example.answer_ids) > length]
     chosen = [examples[i] for i in numbers]
     if not chosen:
@@ -145,7 +146,7 @@ def measure_gap(
             scores: dict[str, list[torch.Tensor]] = {}
             for batch in batches:
                 masked = batch.rank < count
-                scored = _one_step(model, heads, temperatures, batch, masked)
+                scored = _one_step(model, frozen, temperatures, batch, masked)
                 bar.update()
                 if sequential:
                     scored["sequential"] = _sequential(model, batch, masked, bar)
@@ -208,7 +209,7 @@ def _log_phi(model: CoDDModel, logits: torch.Tensor) -> torch.Tensor:
 
 def _one_step(
     model: CoDDModel,
-    heads: Mapping[str, CoDDHead],
+    heads: Mapping[str, CallHead],
     temperatures: Mapping[str, float],
     batch: _Windows,
     masked: torch.Tensor,
@@ -232,7 +233,7 @@ def _one_step(
             batch.columns[:, 0],
             batch.canvas.attention_mask,
             temperature=temperatures[name],
-            head=CallHead(None, head, masked.shape[1]),
+            head=head,
         )
         scores[name] = distribution.log_prob(truth)
     return scores

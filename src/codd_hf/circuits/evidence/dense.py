@@ -61,8 +61,9 @@ class EmissionSummary:
         return not bool((spread.exp() < 1 / UNDERFLOW).all())
 
     def holds_factors(self, dtype: torch.dtype) -> bool:
-        """Whether `factors` are there in a dtype."""
-        return self.factors is not None and self.factors.dtype == dtype
+        """Whether `factors`, which have no gradients, are there in a dtype and will do."""
+        held = self.factors is not None and self.factors.dtype == dtype
+        return held and not torch.is_grad_enabled()
 
     def scale(self, position: int) -> torch.Tensor:
         """`[H]`: what is taken out of `log E_i(z, .)` before `exp`."""
@@ -223,7 +224,8 @@ class DenseEvidence:
 @torch.no_grad()
 def with_factors(summary: EmissionSummary, emission: Emission) -> EmissionSummary:
     """A summary that also holds a small (tied) emission in probability space, for products."""
-    return replace(summary, factors=emission_factors(emission.dense()[0], summary.scale(0)))
+    with torch.autocast(emission.device.type, enabled=False):
+        return replace(summary, factors=emission_factors(emission.dense()[0], summary.scale(0)))
 
 
 @full_precision

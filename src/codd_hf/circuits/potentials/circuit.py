@@ -32,15 +32,12 @@ class Potentials:
         emission: emissions, or a tensor `[1, H, V]` or `[L, H, V]`.
         log_marginal: `[1 or L, V]`, log of the (normalised) law by which a top-k prediction's
             remaining mass is spread; needed with top-k evidence only.
-        lasting: whether many steps are taken with them. A small tied emission is then held in
-            probability space as well.
     """
 
     initial: torch.Tensor
     transition: StepTransitions
     emission: Emission
     log_marginal: torch.Tensor | None = None
-    lasting: bool = False
 
     def __post_init__(self):
         if isinstance(self.transition, torch.Tensor):
@@ -83,8 +80,8 @@ class Potentials:
     def summary(self) -> EmissionSummary:
         """What exact evidence needs of all emissions."""
         summary = summarise(self.emission)
-        size = self.num_latents * self.vocab_size
-        if self.lasting and self.emission.num_positions == 1 and size <= ONE_PRODUCT:
+        small = self.num_latents * self.vocab_size <= ONE_PRODUCT
+        if small and self.emission.num_positions == 1 and not torch.is_grad_enabled():
             return with_factors(summary, self.emission)
         return summary
 
@@ -106,18 +103,9 @@ class Potentials:
 
     def law_of_rest(self, forbidden: torch.Tensor | None) -> torch.Tensor:
         """`log_marginal` without some tokens, `[V]` bool; itself if it gives them nothing."""
-        if forbidden is None or self._known_to_be_without(forbidden):
+        if forbidden is None or not gives_mass_to(self.log_marginal, forbidden):
             return self.log_marginal
-        if gives_mass_to(self.log_marginal, forbidden):
-            return law_of_rest(self.log_marginal, forbidden)
-        if not forbidden.is_inference():
-            object.__setattr__(self, "_without", (forbidden, forbidden._version))
-        return self.log_marginal
-
-    def _known_to_be_without(self, forbidden: torch.Tensor) -> bool:
-        """Was `log_marginal` found to give nothing to these very tokens before?"""
-        tokens, version = self.__dict__.get("_without", (None, 0))
-        return tokens is forbidden and forbidden._version == version
+        return law_of_rest(self.log_marginal, forbidden)
 
     def leaves(self) -> tuple[torch.Tensor, ...]:
         """The tensors of log-potentials that the circuit is made of."""
