@@ -35,14 +35,14 @@ def test_laws_are_the_conditionals_given_the_tokens_revealed_so_far(name):
     tokens = torch.zeros_like(first.tokens)
     while bool(left.any()):
         at = left.nonzero(as_tuple=True)
-        laws = known.token_probs(0, *at)
+        laws = known.token_probs(0, at)
         given = last.condition(tokens, first.masked & ~left)
         possible = (given.log_partition > -torch.inf)[at[0]]
-        others = known.token_probs(len(distributions) - 1, *at)
+        others = known.token_probs(len(distributions) - 1, at)
         assert_probabilities_agree(others[possible], given.marginals[at][possible], close)
         value = torch.randint(case.logits.shape[-1], at[0].shape, generator=g)
         probs = laws.gather(1, value[:, None])[:, 0]
-        assert_probabilities_agree(known.prob_of(value, 0, *at), probs, close)
+        assert_probabilities_agree(known.prob_of(value, 0, at), probs, close)
         for law, row, i in zip(laws, *(t.tolist() for t in at), strict=True):
             expected = conditional(exact[row], i, fixed[row])
             if expected is not None:  # else drawn with a rounded-off probability
@@ -54,9 +54,9 @@ def test_laws_are_the_conditionals_given_the_tokens_revealed_so_far(name):
             continue
         positions = order.masked_fill(~left, -1).argmax(-1)[rows]
         drawn = draw_categorical(
-            known.token_probs(0, rows, positions), torch.rand(len(rows), generator=g)
+            known.token_probs(0, (rows, positions)), torch.rand(len(rows), generator=g)
         )
-        known.reveal(rows, positions, drawn)
+        known.reveal((rows, positions), drawn)
         tokens[rows, positions], left[rows, positions] = drawn, False
         for row, i, token in zip(*(t.tolist() for t in (rows, positions, drawn)), strict=True):
             fixed[row][i] = token
@@ -68,7 +68,7 @@ def test_only_positions_that_are_wanted_are_kept_up_to_date():
     wanted = torch.tensor([[False, True, True, False]] * 3)
     rows, tokens = torch.arange(3), torch.tensor([0, 1, 2])
     known = IncrementalPosterior([ours], wanted)
-    known.reveal(rows, torch.full_like(rows, 2), tokens)
+    known.reveal((rows, torch.full_like(rows, 2)), tokens)
     given = ours.condition(tokens[:, None].expand(-1, 4), wanted & (torch.arange(4) == 2))
-    laws = known.token_probs(0, rows, torch.ones_like(rows))
+    laws = known.token_probs(0, (rows, torch.ones_like(rows)))
     assert_probabilities_agree(laws, given.marginals[:, 1])

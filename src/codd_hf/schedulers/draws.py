@@ -142,13 +142,13 @@ class _AnyOrder:
             rows = going.nonzero()[:, 0]
             if drawn and len(rows):  # only here: a step's last token says nothing that is asked
                 windows, positions = place(rows, chosen[rows])
-                known.reveal(windows, positions, self.tokens[rows, chosen[rows]])
+                known.reveal((windows, positions), self.tokens[rows, chosen[rows]])
                 renewed = torch.zeros_like(known.wanted)
                 renewed[windows] = True
                 renewed = renewed.view_as(left)
             at = (renewed & left & going[:, None]).nonzero(as_tuple=True)
             if len(at[0]):
-                probs = known.token_probs(0, *place(*at))
+                probs = known.token_probs(0, place(*at))
                 confidence[at] = probs.amax(-1)
                 scores[at] = strategy.score(confidence[at], lambda probs=probs: probs)
             chosen = scores.masked_fill(~left, -torch.inf).argmax(-1)  # [batch]
@@ -159,9 +159,9 @@ class _AnyOrder:
                 return
             columns = chosen[rows]
             tokens, logits = self._draw(
-                known.token_probs(last, *place(rows, columns)), rows, columns
+                known.token_probs(last, place(rows, columns)), rows, columns
             )
-            probs = known.prob_of(tokens, 0, *place(rows, columns))
+            probs = known.prob_of(tokens, 0, place(rows, columns))
             if strategy.goes_on == "together":
                 log_joint[rows] += probs.log()
                 stays = due[rows] | (log_joint[rows] >= settings.log_threshold)

@@ -39,11 +39,13 @@ def draw_left_to_right(
         rows = rows[chosen]
         if len(rows) == 0:
             return evidence
-        positions = torch.full_like(rows, i)
-        posterior = normalised_exp(around[chosen] + evidence[chosen])
-        tokens[rows, i] = draw(i, latents.token_probs(rows, positions, posterior), rows)
-        drawn = latents.hard_evidence(tokens[rows, i], rows, positions)
-        return evidence.index_put((chosen,), drawn + latents.prior[rows, i])
+        at, posterior = (
+            (rows, torch.full_like(rows, i)),
+            normalised_exp((around + evidence)[chosen]),
+        )
+        tokens[at] = draw(i, latents.token_probs(at, posterior), rows)
+        drawn = latents.hard_evidence(tokens[at], at)
+        return evidence.index_put((chosen,), drawn + latents.prior[at])
 
     sweep(chain, visit)
     return tokens

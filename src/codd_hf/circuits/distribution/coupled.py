@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
@@ -19,25 +19,17 @@ from ...checks.arguments import (
     several,
     shown,
 )
-from ..best import best_evidence
 from ..context.maps import Context
 from ..evidence.dense import DenseEvidence
 from ..evidence.grouped import GroupedEvidence
 from ..evidence.lists import TopKEvidence
 from ..potentials import Potentials
 from ..random import Generators, draw_categorical, uniform
-from ..recursions.queries import best_path
 from .latents import Latents
 
 
 class ViterbiPath(NamedTuple):
-    """The most probable latents and tokens together.
-
-    Attributes:
-        tokens: `[B, L]`.
-        latents: `[B, L]`.
-        log_prob: `[B]`, log-probability of the pair.
-    """
+    """The most probable tokens `[B, L]` and latents `[B, L]`, and the log-probability `[B]`."""
 
     tokens: torch.Tensor
     latents: torch.Tensor
@@ -88,7 +80,6 @@ class CoupledCategorical(Distribution):
     forbidden: torch.Tensor | None = None
     top_k: int = 0
     grouped: bool = False
-    _shares_prediction: bool = field(default=False, init=False)
 
     arg_constraints: ClassVar[dict] = {}
     support: ClassVar = torch.distributions.constraints.independent(
@@ -96,90 +87,88 @@ class CoupledCategorical(Distribution):
     )
 
     def __post_init__(self):
-        if not isinstance(self.potentials, Potentials):
-            raise TypeError(f"`potentials` must be Potentials, got {shown(self.potentials)}.")
         number("temperature", self.temperature, f"above 0, {FACTORS}", is_factor)
         self.top_k = integer("top_k", self.top_k, least=0)
-        batch, length = shape = self._shape_of_prediction()
-        states, vocab = self.potentials.num_latents, self.potentials.vocab_size
+        batch, length = shape = self._checked_shape()
+        super().__init__((batch,), (length,), validate_args=False)
+        context, device = self.context, self.logits.device
+        self.context = Context(context) if isinstance(context, torch.Tensor | None) else context
+        if not isinstance(self.context, Context):
+            raise TypeError(f"`context` must be a Context or a tensor, got {shown(context)}.")
+        if self.context.latent is not None:
+            as_tensor("context", self.context.latent, float, (*shape, self.potentials.num_latents))
+        if self.forbidden is not None:
+            as_tensor("forbidden", self.forbidden, bool, (self.potentials.vocab_size,))
+        for name, default, of in (
+            ("present", True, shape),
+            ("observed", False, shape),
+            ("active", True, (batch,)),
+        ):
+            value = getattr(self, name)
+            value = torch.full(of, default, device=device) if value is None else value
+            setattr(self, name, as_tensor(name, value, bool, of, device))
+        self.observed = self.observed & self.present
+        self.masked = self.present & ~self.observed
+        if self.tokens is None and bool(self.observed.any()):
+            raise ValueError("`tokens` must be given where `observed` is True.")
+        tokens = torch.zeros_like(self.present, dtype=torch.long)
+        if self.tokens is not None:
+            given = as_tensor("tokens", self.tokens, int, shape, device)
+            tokens = torch.where(self.observed, given, tokens)
+        self.tokens = tokens
+        check_tokens("tokens", tokens, self.potentials.vocab_size)
+
+    def _checked_shape(self) -> tuple[int, int]:
+        """`[B, L]`, once logits and potentials fit together."""
+        logits, potentials = self.logits, self.potentials
+        if not isinstance(potentials, Potentials):
+            raise TypeError(f"`potentials` must be Potentials, got {shown(potentials)}.")
+        if isinstance(logits, torch.Tensor):
+            as_tensor("logits", logits, float)
+            shape = tuple(logits.shape)
+        elif isinstance(logits, DenseEvidence | TopKEvidence):
+            dense = isinstance(logits, DenseEvidence)
+            vocab_size = logits.log_probs.shape[-1] if dense else potentials.vocab_size
+            shape = (*logits.batch_shape, vocab_size)
+            if logits.temperature != self.temperature:
+                raise ValueError(
+                    f"`logits` is evidence computed at temperature {logits.temperature}, so that "
+                    f"`temperature` cannot be {self.temperature}: compute the evidence again."
+                )
+        else:
+            raise TypeError(f"`logits` must be a tensor or evidence, got {shown(logits)}.")
+        if len(shape) != 3 or shape[-1] != potentials.vocab_size:
+            raise ValueError(
+                f"`logits` must have shape [batch, length, {potentials.vocab_size}], got {shape}."
+            )
+        listed = (
+            self.top_k if isinstance(logits, torch.Tensor) else isinstance(logits, TopKEvidence)
+        )
+        if listed and getattr(logits, "log_marginal", None) is potentials.log_marginal is None:
+            raise ValueError(
+                "There is no law by which the mass outside of top-k evidence is spread: call "
+                "its `spread_by(log_marginal)`, or give the potentials a `log_marginal`."
+            )
         for name, held, needed in (
-            ("transition", self.potentials.transition.num_steps, length - 1),
-            ("emission", self.potentials.emission.num_positions, length),
+            ("transition", potentials.transition.num_steps, shape[1] - 1),
+            ("emission", potentials.emission.num_positions, shape[1]),
         ):
             if held != 1 and held < needed:
                 raise ValueError(
-                    f"`logits` cover {length} positions, but the circuit's untied {name} has "
+                    f"`logits` cover {shape[1]} positions, but the circuit's untied {name} has "
                     f"{held}."
                 )
-        if isinstance(self.context, torch.Tensor | None):
-            self.context = Context(self.context)
-        elif not isinstance(self.context, Context):
-            raise TypeError(f"`context` must be a Context or a tensor, got {shown(self.context)}.")
-        if self.context.latent is not None:
-            as_tensor("context", self.context.latent, float, (*shape, states))
-        if self.forbidden is not None:
-            as_tensor("forbidden", self.forbidden, bool, (vocab,))
-
-        def where(name: str, shape: tuple[int, ...], default: bool) -> torch.Tensor:
-            value = getattr(self, name)
-            if value is None:
-                return torch.full(shape, default, device=self.logits.device)
-            return as_tensor(name, value, bool, shape, self.logits.device)
-
-        self.present = where("present", shape, True)
-        self.active = where("active", (batch,), True)
-        self.observed = where("observed", shape, False) & self.present
-        if self.tokens is not None:
-            tokens = as_tensor("tokens", self.tokens, int, shape, self.logits.device)
-            self.tokens = torch.where(self.observed, tokens, 0)
-        elif bool(self.observed.any()):
-            raise ValueError("`tokens` must be given where `observed` is True.")
-        else:
-            self.tokens = torch.zeros(shape, dtype=torch.long, device=self.logits.device)
-        check_tokens("tokens", self.tokens, vocab)
-        self.masked = self.present & ~self.observed
-        super().__init__((batch,), (length,), validate_args=False)
-
-    def _shape_of_prediction(self) -> tuple[int, int]:
-        """`[B, L]`, once `logits` is what it must be."""
-        logits, vocab = self.logits, self.potentials.vocab_size
-        if isinstance(logits, torch.Tensor):
-            shape = as_tensor("logits", logits, float).shape
-        elif isinstance(logits, DenseEvidence):
-            shape = logits.log_probs.shape
-        elif isinstance(logits, TopKEvidence):
-            shape = (*logits.batch_shape, vocab)
-        else:
-            raise TypeError(f"`logits` must be a tensor or evidence, got {shown(logits)}.")
-        if len(shape) != 3 or shape[-1] != vocab:
-            raise ValueError(
-                f"`logits` must have shape [batch, length, {vocab}], got {tuple(shape)}."
-            )
-        if not isinstance(logits, torch.Tensor) and logits.temperature != self.temperature:
-            raise ValueError(
-                f"`logits` is evidence computed at temperature {logits.temperature}, so that "
-                f"`temperature` cannot be {self.temperature}: compute the evidence again."
-            )
-        if isinstance(logits, TopKEvidence) or (self.top_k and isinstance(logits, torch.Tensor)):
-            law = getattr(logits, "log_marginal", None)
-            if law is None and self.potentials.log_marginal is None:
-                raise ValueError(
-                    "There is no law by which the mass outside of top-k evidence is spread: call "
-                    "its `spread_by(log_marginal)`, or give the potentials a `log_marginal`."
-                )
-        return tuple(shape[:2])
+        return shape[:2]
 
     @cached_property
     def prediction(self) -> DenseEvidence | TopKEvidence:
         """The backbone's prediction without the circuit."""
-        prediction = self.logits
+        prediction, potentials = self.logits, self.potentials
         if isinstance(prediction, torch.Tensor):
-            logits = prediction.to(
-                torch.promote_types(self.potentials.emission.dtype, torch.float32)
-            )
+            logits = prediction.to(torch.promote_types(potentials.emission.dtype, torch.float32))
             how = (self.temperature, self.forbidden)
             if self.top_k and self.grouped:
-                groups = self.potentials.token_groups_without(self.forbidden)
+                groups = potentials.token_groups_without(self.forbidden)
                 return GroupedEvidence.from_logits(logits, self.top_k, *how, groups=groups)
             if self.top_k:
                 prediction = TopKEvidence.from_logits(logits, self.top_k, *how)
@@ -192,7 +181,7 @@ class CoupledCategorical(Distribution):
                         "made them."
                     )
         if isinstance(prediction, TopKEvidence) and prediction.log_marginal is None:
-            return prediction.spread_by_law(self.potentials.law_of_rest(self.forbidden))
+            return prediction.spread_by_law(potentials.law_of_rest(self.forbidden))
         return prediction
 
     @cached_property
@@ -202,7 +191,7 @@ class CoupledCategorical(Distribution):
             self.potentials,
             self.prediction,
             self.tokens,
-            self.observed,
+            self.masked,
             None if bool(self.present.all()) else self.present,
             self.active,
             self.context,
@@ -222,8 +211,8 @@ class CoupledCategorical(Distribution):
         """
         if not isinstance(self.prediction, TopKEvidence):
             return self.log_partition, self.log_partition
-        bounds = self.latents.filters(*(self.latents.evidence_bound(side) for side in (0, 1)))
-        return tuple(bound.log_partition for bound in bounds)
+        bounds = self.latents.filters(self.latents.evidence_by(0), self.latents.evidence_by(1))
+        return bounds[0].log_partition, bounds[1].log_partition
 
     @property
     def latent_posterior(self) -> torch.Tensor:
@@ -236,8 +225,8 @@ class CoupledCategorical(Distribution):
     @cached_property
     def factorized_logits(self) -> torch.Tensor:
         """`[B, L, V]` log-probabilities without the circuit; one-hot at observed positions."""
-        theirs = self._shares_prediction or isinstance(self.logits, DenseEvidence)
-        return self.latents.pinned(self.prediction.dense(), in_place=not theirs)
+        ours = not isinstance(self.logits, DenseEvidence)  # then they may be changed in place
+        return self.latents.pinned(self.prediction.dense(), in_place=ours)
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         """Log-probability `[*S, B]` of tokens `[*S, B, L]`; -inf where it is zero.
@@ -303,27 +292,24 @@ class CoupledCategorical(Distribution):
         One-hot at observed positions; the backbone's own at absent ones and in rows where the
         circuit is not active or `Z` is zero.
         """
-        rows, positions, posterior = self._coupled_positions()
-        mixed = self.latents.token_probs(rows, positions, posterior)
-        return self.factorized_logits.exp().index_put((rows, positions), mixed)
+        at, posterior = self._coupled_positions()
+        return self.factorized_logits.exp().index_put(at, self.latents.token_probs(at, posterior))
 
     def marginal_probs_of(self, value: torch.Tensor) -> torch.Tensor:
         """`[B, L]`: what `marginals` give the tokens `[B, L]`, at no cost in the vocabulary.
 
         What stands at absent positions has no meaning.
         """
-        value = self._checked(value, samples=False)
-        rows, positions, posterior = self._coupled_positions()
-        mixed = self.latents.prob_of(value[rows, positions], rows, positions, posterior)
+        value, (at, posterior) = self._checked(value, samples=False), self._coupled_positions()
         probs = self.prediction.log_prob_of(value).exp()
         probs = torch.where(self.observed, (value == self.tokens).to(probs.dtype), probs)
-        return probs.index_put((rows, positions), mixed)
+        return probs.index_put(at, self.latents.prob_of(value[at], at, posterior))
 
-    def _coupled_positions(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Masked rows and positions `[N]` where the circuit counts, and the posterior there."""
+    def _coupled_positions(self) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """Rows and positions `[N]` where the circuit counts, and the latents' posterior there."""
         coupled = self.active & (self.log_partition > -torch.inf)
-        rows, positions = (self.masked & coupled[:, None]).nonzero(as_tuple=True)
-        return rows, positions, self.latent_posterior[rows, positions]
+        at = (self.masked & coupled[:, None]).nonzero(as_tuple=True)
+        return at, self.latent_posterior[at]
 
     def sample_latents(self, generator: Generators = None) -> torch.Tensor:
         """A joint sample of the latent path, `[B, L]`, one per row."""
@@ -332,7 +318,7 @@ class CoupledCategorical(Distribution):
     @torch.no_grad()
     def best_latents(self) -> torch.Tensor:
         """The most probable latent path `[B, L]`, whatever the tokens (`viterbi` chooses both)."""
-        return best_path(self.latents.chain(self.latents.evidence))[0]
+        return self.latents.best(self.latents.evidence)[0]
 
     def logits_given(self, latents: torch.Tensor) -> torch.Tensor:
         """Log-probabilities `[*S, B, L, V]` of each token given the latents `[*S, B, L]`.
@@ -379,15 +365,7 @@ class CoupledCategorical(Distribution):
             ValueError: no token is possible at some position.
         """
         self._check_tokens_left()
-        rows, positions = self.masked.nonzero(as_tuple=True)
-        log_phi, evidence = self.prediction[rows, positions].dense(), self.latents.evidence
-        emission = self.potentials.emission
-        best = best_evidence(emission, log_phi, positions, self.latents.tables)
-        copied = evidence[rows, positions, self.potentials.num_latents :]
-        best = torch.cat((best.to(evidence.dtype), copied), -1)
-        best = torch.where(self.active[rows, None], best, log_phi.amax(-1, keepdim=True))
-        evidence = evidence.index_put((rows, positions), best)
-        latents, log_weight = best_path(self.latents.chain(evidence))
+        latents, log_weight = self.latents.best(self.latents.evidence_of_best_tokens())
         tokens = self.latents.log_probs_given(latents).argmax(-1)
         possible = self.log_partition > -torch.inf
         log_prob = torch.where(possible, log_weight - self.log_partition, -torch.inf)
@@ -402,16 +380,9 @@ class CoupledCategorical(Distribution):
         """
         shape, device = self.tokens.shape, self.tokens.device
         tokens = as_tensor("tokens", tokens, int, shape, device)
+        observed = as_tensor("observed", observed, bool, shape, device)
         tokens = torch.where(self.observed, self.tokens, tokens)
-        observed = self.observed | as_tensor("observed", observed, bool, shape, device)
-        given = replace(self, tokens=tokens, observed=observed)
-        if "latents" in self.__dict__:  # the products with the vocabulary stay as they are
-            given.prediction, given.latents = (
-                self.prediction,
-                self.latents.given(given.tokens, given.observed),
-            )
-            given._shares_prediction = self._shares_prediction = True
-        return given
+        return replace(self, tokens=tokens, observed=self.observed | observed)
 
     def without(
         self, token_ids: torch.Tensor, where: torch.Tensor | None = None
@@ -430,8 +401,7 @@ class CoupledCategorical(Distribution):
         if token_ids.ndim != 1:
             raise ValueError(f"`token_ids` must have one dimension, got {shown(token_ids)}.")
         check_tokens("token_ids", token_ids, self.potentials.vocab_size)
-        if where is None:
-            where = torch.ones_like(self.present)
+        where = torch.ones_like(self.present) if where is None else where
         where = as_tensor("where", where, bool, self.tokens.shape, self.tokens.device)
         chosen = self.logits[..., token_ids].masked_fill(where[..., None], -torch.inf)
         return replace(self, logits=self.logits.index_copy(-1, token_ids, chosen))
@@ -464,15 +434,16 @@ class CoupledCategorical(Distribution):
         check_tokens("value", value, self.potentials.vocab_size)
         return value
 
-    def _check_logits(self, what: str) -> None:
+    def _check_logits(self, remedy: str) -> None:
+        """Raises unless there are logits to change."""
         if not isinstance(self.logits, torch.Tensor):
             raise ValueError(
-                f"The distribution holds evidence in place of logits, computed at temperature "
-                f"{self.temperature}: {what}."
+                "The distribution holds evidence in place of logits, computed at temperature "
+                f"{self.temperature}: {remedy}."
             )
 
     def _check_tokens_left(self) -> None:
-        """Raises a ValueError where no token is possible at a masked position."""
+        """Raises where no token is possible at a masked position."""
         none = (self.masked & (self.prediction.log_probs.amax(-1) == -torch.inf)).nonzero()
         if len(none):
             raise ValueError(

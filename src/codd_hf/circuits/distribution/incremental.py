@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 
 from ..numerics import full_precision
-from ..recursions.chain import Probabilities
+from ..recursions.chain import probabilities
 from ..recursions.queries import forward_filter, posterior
 from .coupled import CoupledCategorical
+from .latents import At
 
 
 class IncrementalPosterior:
@@ -39,39 +40,25 @@ class IncrementalPosterior:
         batch, length = wanted.shape
         self._renew(torch.arange(batch, device=self.device), length, length - 1)
 
-    def token_probs(
-        self, index: int, windows: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
-        """`[N, V]`: distributions of tokens, given what is known by now.
+    def token_probs(self, index: int, at: At) -> torch.Tensor:
+        """`[N, V]`: distributions of the tokens at wanted positions, given what is known by now.
 
-        Args:
-            index: of the distribution.
-            windows: `[N]`.
-            positions: `[N]`, wanted ones.
+        `index` is that of the distribution.
         """
-        posterior = self._posterior(index, windows, positions)
-        return self.latents[index].token_probs(windows, positions, posterior)
+        return self.latents[index].token_probs(at, self._posterior(index, at))
 
-    def prob_of(
-        self, tokens: torch.Tensor, index: int, windows: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def prob_of(self, tokens: torch.Tensor, index: int, at: At) -> torch.Tensor:
         """`[N]`: what `token_probs` give to tokens `[N]`, at no cost in the vocabulary."""
-        posterior = self._posterior(index, windows, positions)
-        return self.latents[index].prob_of(tokens, windows, positions, posterior)
+        return self.latents[index].prob_of(tokens, at, self._posterior(index, at))
 
-    def reveal(self, windows: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Makes tokens known.
-
-        Args:
-            windows: `[n]`, each once, in ascending order.
-            positions: `[n]`, wanted ones.
-            tokens: `[n]`.
-        """
+    def reveal(self, at: At, tokens: torch.Tensor) -> None:
+        """Makes the tokens `[n]` at wanted positions known, one of a window, windows in order."""
+        windows, positions = at
         first, copies = self.latents[0], len(self.latents)
-        evidence = first.hard_evidence(tokens, windows, positions) + first.prior[windows, positions]
-        at = self._rows(windows), positions.repeat(copies)
-        self._chain.evidence[at] = evidence.repeat(copies, 1)
-        self.wanted[windows, positions] = False
+        evidence = first.hard_evidence(tokens, at) + first.prior[at]
+        places = self._rows(windows), positions.repeat(copies)
+        self._chain.evidence[places] = evidence.repeat(copies, 1)
+        self.wanted[at] = False
         self._renew(windows, int(positions.min()), int(positions.max()))
 
     def _rows(self, windows: torch.Tensor) -> torch.Tensor:
@@ -91,7 +78,7 @@ class IncrementalPosterior:
         if not chain.cannot_underflow:  # the past stands for both, and what meets it is 1
             self._past[:, rows] = posterior(chain, forward_filter(chain)).transpose(0, 1)
             return
-        algebra = Probabilities(chain)
+        algebra, _ = probabilities(chain)
         message = None if first == 0 else self._past[first - 1, rows]
         pasts = algebra.forward(first, int(columns[-1]), message)
         for i, (message, _) in enumerate(pasts, first):
@@ -100,11 +87,9 @@ class IncrementalPosterior:
         for i, future in zip(range(last, -1, -1), futures, strict=False):
             self._future[i, rows] = future
 
-    def _posterior(
-        self, index: int, windows: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def _posterior(self, index: int, at: At) -> torch.Tensor:
         """`[N, H + J]`: distributions of the latents; zeros where nothing is possible."""
-        rows = windows + index * len(self.wanted)
-        joint = self._past[positions, rows] * self._future[positions, rows]
+        place = at[1], at[0] + index * len(self.wanted)
+        joint = self._past[place] * self._future[place]
         total = joint.sum(-1, keepdim=True)
         return joint / total.masked_fill(total <= 0, 1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch.nn import functional as F
 
+from ..best import best_evidence
 from ..context.copies import CopyStates, CopySteps
 from ..context.maps import Context
 from ..evidence.dense import (
@@ -24,7 +24,10 @@ from ..potentials import Potentials
 from ..potentials.transitions import StepTransitions
 from ..random import Generators
 from ..recursions.chain import Chain
-from ..recursions.queries import Filter, forward_filter, posterior, sample_paths
+from ..recursions.queries import Filter, best_path, forward_filter, posterior, sample_paths
+
+At = tuple[torch.Tensor, torch.Tensor]
+"""Rows `[N]` of a batch and their positions `[N]`."""
 
 
 @dataclass
@@ -34,8 +37,8 @@ class Latents:
     Attributes:
         potentials: the circuit.
         prediction: the backbone's, `[B, L]`.
-        tokens: `[B, L]`, 0 where not observed.
-        observed: `[B, L]` bool, where evidence is of a token.
+        tokens: `[B, L]`, 0 where masked or absent.
+        masked: `[B, L]` bool, where evidence is of the prediction, not of a token.
         present: `[B, L]` bool; None where all positions are.
         active: `[B]` bool; other rows have no evidence at all.
         context: of the backbone.
@@ -44,23 +47,20 @@ class Latents:
     potentials: Potentials
     prediction: DenseEvidence | TopKEvidence
     tokens: torch.Tensor
-    observed: torch.Tensor
+    masked: torch.Tensor
     present: torch.Tensor | None
     active: torch.Tensor
     context: Context
 
     @property
     def device(self) -> torch.device:
+        """Where the windows are."""
         return self.tokens.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of evidence and messages: float32, or float64 if the emissions are."""
         return torch.promote_types(self.potentials.emission.dtype, torch.float32)
-
-    @cached_property
-    def masked(self) -> torch.Tensor:
-        """`[B, L]` bool: the positions that are neither observed nor absent."""
-        return ~self.observed if self.present is None else ~self.observed & self.present
 
     @cached_property
     def tables(self) -> EmissionSummary:
@@ -74,15 +74,18 @@ class Latents:
 
     @cached_property
     def copies(self) -> CopyStates | None:
+        """The copy states."""
         copies = self.context.copies
         return None if copies is None else copies.to(self.dtype)
 
     @property
     def num_copies(self) -> int:
+        """`J`."""
         return 0 if self.copies is None else self.copies.tokens.shape[1]
 
     @cached_property
     def steps(self) -> StepTransitions | CopySteps:
+        """The transitions."""
         steps = self.potentials.transition.to(self.dtype)
         return steps if self.copies is None else CopySteps(steps, self.copies)
 
@@ -107,58 +110,51 @@ class Latents:
     @cached_property
     def evidence(self) -> torch.Tensor:
         """`[B, L, H + J]`: the log-evidence of predictions where masked, of tokens elsewhere."""
-        emission, tables = self.potentials.emission, self.tables
-        return self._evidence(
-            lambda prediction, positions: prediction.soft_evidence(
-                emission, positions, tables, repair=tables.needs_repair
-            ),
-            self.prediction.log_prob_of,
-        )
+        return self.evidence_by(None)
 
-    def evidence_bound(self, side: int) -> torch.Tensor:
-        """A lower (0) or upper (1) bound on `evidence`, whatever a list of tokens left out."""
-        emission, tables = self.potentials.emission, self.tables
-        return self._evidence(
-            lambda prediction, positions: prediction.soft_evidence_bounds(
-                emission, positions, tables
-            )[side],
-            lambda tokens: self.prediction.log_prob_bounds_of(tokens)[side],
-        )
-
-    def _evidence(self, soft_evidence: Callable, log_prob_of: Callable) -> torch.Tensor:
-        """Evidence by functions for states `[N, H]` and for the tokens of copy states."""
-        soft = self.masked & self.active[:, None]
-        rows, positions = soft.nonzero(as_tuple=True)
-        evidence = self.hard_evidence(self.tokens)
-        states = soft_evidence(self.prediction[rows, positions], positions).to(self.dtype)
+    def evidence_by(self, bound: int | None) -> torch.Tensor:
+        """`evidence`, or a lower (0) or upper (1) bound, whatever a list of tokens left out."""
+        at = (self.masked & self.active[:, None]).nonzero(as_tuple=True)
+        prediction, given = self.prediction, (self.potentials.emission, at[1], self.tables)
+        if bound is None:
+            soft = prediction[at].soft_evidence(*given, repair=self.tables.needs_repair)
+        else:
+            soft = prediction[at].soft_evidence_bounds(*given)[bound]
         if self.copies is not None:
-            copied = self.copies.soft_evidence(log_prob_of)[rows, positions]
-            states = torch.cat((states, copied.to(self.dtype)), -1)
-        return evidence.index_put((rows, positions), states)
+            copied = self.copies.soft_evidence(
+                prediction.log_prob_of
+                if bound is None
+                else lambda tokens: prediction.log_prob_bounds_of(tokens)[bound]
+            )
+            soft = torch.cat((soft, copied[at]), -1)
+        return self.hard_evidence(self.tokens).index_put(at, soft.to(self.dtype))
+
+    def evidence_of_best_tokens(self) -> torch.Tensor:
+        """`evidence` with a maximum over tokens in place of the sum."""
+        at, emission = self.masked.nonzero(as_tuple=True), self.potentials.emission
+        log_phi = self.prediction[at].dense()
+        best = best_evidence(emission, log_phi, at[1], self.tables).to(self.dtype)
+        best = torch.cat((best, self.evidence[at][:, emission.num_latents :]), -1)
+        best = torch.where(self.active[at[0], None], best, log_phi.amax(-1, keepdim=True))
+        return self.evidence.index_put(at, best)
 
     @full_precision
-    def hard_evidence(
-        self,
-        tokens: torch.Tensor,
-        rows: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """`[..., H + J]`: log-evidence of tokens `[..., B, L]`, or `[n]` at rows and positions."""
-        if rows is None:
-            rows = torch.arange(tokens.shape[-2], device=self.device)[:, None]
-            positions = torch.arange(tokens.shape[-1], device=self.device)
-        evidence = self.potentials.emission.columns(tokens, positions).to(self.dtype)
+    def hard_evidence(self, tokens: torch.Tensor, at: At | None = None) -> torch.Tensor:
+        """`[..., H + J]`: log-evidence of tokens `[..., B, L]`, or of `[N]` at some positions."""
+        if at is None:
+            rows, positions = (torch.arange(n, device=self.device) for n in tokens.shape[-2:])
+            at = rows[:, None], positions
+        evidence = self.potentials.emission.columns(tokens, at[1]).to(self.dtype)
         if self.copies is not None:
-            emits = self.copies.tokens[rows] == tokens[..., None]
-            copied = torch.where(emits, self.copies.weight[rows], -torch.inf)
+            emits = self.copies.tokens[at[0]] == tokens[..., None]
+            copied = torch.where(emits, self.copies.weight[at[0]], -torch.inf)
             evidence = torch.cat((evidence, copied), -1)
-        return torch.where(self.active[rows, None], evidence, 0)
+        return torch.where(self.active[at[0], None], evidence, 0)
 
     @cached_property
     def filter(self) -> Filter:
         """The forward pass over `evidence`."""
-        (filtered,) = self.filters(self.evidence)
-        return filtered
+        return self.filters(self.evidence)[0]
 
     def filters(self, *evidence: torch.Tensor) -> list[Filter]:
         """Forward passes over log-evidence `[S * B, L, H + J]`, all at once."""
@@ -183,78 +179,64 @@ class Latents:
         The forward pass over the chain's own runs along, if it has not been asked for yet.
         """
         stacked = evidence.flatten(0, -3)
-        if "filter" in self.__dict__:
-            (filtered,) = self.filters(stacked)
-        else:
+        if "filter" not in self.__dict__:
             self.filter, filtered = self.filters(self.evidence, stacked)
+        else:
+            (filtered,) = self.filters(stacked)
         return filtered.log_partition.view(evidence.shape[:-2])
-
-    def given(self, tokens: torch.Tensor, observed: torch.Tensor) -> Latents:
-        """The latents given further tokens; the evidence of predictions stays as it is."""
-        given = replace(self, tokens=tokens, observed=observed)
-        further = (self.masked & observed)[..., None]
-        given.evidence = torch.where(further, given.hard_evidence(tokens), self.evidence)
-        return given
-
-    def sample(self, sample_shape: tuple[int, ...], generator: Generators) -> torch.Tensor:
-        """Joint samples `[*sample_shape, B, L]` of the latent path."""
-        return sample_paths(self.chain(self.evidence), self.filter, sample_shape, generator)
 
     @cached_property
     def posterior(self) -> torch.Tensor:
         """`[B, L, H + J]`: the distribution of each latent; zeros at absent positions."""
         return posterior(self.chain(self.evidence), self.filter)
 
-    def token_probs(
-        self, rows: torch.Tensor, positions: torch.Tensor, posterior: torch.Tensor
-    ) -> torch.Tensor:
+    def sample(self, sample_shape: tuple[int, ...], generator: Generators) -> torch.Tensor:
+        """Joint samples `[*sample_shape, B, L]` of the latent path."""
+        return sample_paths(self.chain(self.evidence), self.filter, sample_shape, generator)
+
+    def best(self, evidence: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best path `[B, L]` with log-evidence `[B, L, H + J]`, and its log-weight `[B]`."""
+        return best_path(self.chain(evidence))
+
+    def token_probs(self, at: At, posterior: torch.Tensor) -> torch.Tensor:
         """`[N, V]`: distributions of the tokens at masked positions, given those of the latents.
 
         They are the backbone's own in rows that are not active, and where nothing is possible.
 
         Args:
-            rows: `[N]`.
-            positions: `[N]`.
+            at: the positions.
             posterior: `[N, H + J]`; zeros where nothing is possible.
         """
-        log_phi = self.prediction[rows, positions].dense()
-        weights, own, copied = self._emitted(rows, positions, posterior)
+        log_phi = self.prediction[at].dense()
+        weights, copied = self._emitted(at, posterior)
         emission, tables = self.potentials.emission, self.potentials.summary
-        mixed = mix_tokens(emission, log_phi, weights, positions, tables)
+        mixed = mix_tokens(emission, log_phi, weights, at[1], tables)
         if self.copies is not None:
-            tokens, copied = self.copies.tokens[rows], copied.to(mixed.dtype)
-            mixed = (own.sum(-1, keepdim=True) * mixed).scatter_add(1, tokens, copied)
-        coupled = self._coupled(rows, posterior)
+            own = posterior[:, : emission.num_latents].sum(-1, keepdim=True)
+            tokens, copied = self.copies.tokens[at[0]], copied.to(mixed.dtype)
+            mixed = (own * mixed).scatter_add(1, tokens, copied)
+        coupled = self._coupled(at, posterior)
         return mixed if bool(coupled.all()) else torch.where(coupled[:, None], mixed, log_phi.exp())
 
-    def prob_of(
-        self,
-        tokens: torch.Tensor,
-        rows: torch.Tensor,
-        positions: torch.Tensor,
-        posterior: torch.Tensor,
-    ) -> torch.Tensor:
+    def prob_of(self, tokens: torch.Tensor, at: At, posterior: torch.Tensor) -> torch.Tensor:
         """`[N]`: what `token_probs` give to tokens `[N]`, at no cost in the vocabulary."""
-        log_phi = self.prediction[rows, positions].log_prob_of(tokens)
-        weights, _, copied = self._emitted(rows, positions, posterior)
-        columns = self.potentials.emission.columns(tokens, positions).to(self.dtype)
+        log_phi = self.prediction[at].log_prob_of(tokens)
+        weights, copied = self._emitted(at, posterior)
+        columns = self.potentials.emission.columns(tokens, at[1]).to(self.dtype)
         mixed = (log_phi + logsumexp(weights + columns, -1)).exp()
         if self.copies is not None:
-            emits = self.copies.tokens[rows] == tokens[:, None]
+            emits = self.copies.tokens[at[0]] == tokens[:, None]
             mixed = mixed + (copied * emits).sum(-1)
-        return torch.where(self._coupled(rows, posterior), mixed, log_phi.exp())
+        return torch.where(self._coupled(at, posterior), mixed, log_phi.exp())
 
-    def _emitted(self, rows, positions, posterior) -> tuple[torch.Tensor, ...]:
-        """`posterior(z) / s(z)`, `[N, H]` in logs: what states weigh in the mixture of emissions.
+    def _emitted(self, at: At, posterior: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`log posterior(z) / s(z)`, `[N, H]`: weights of emissions; and the copies' posterior."""
+        states, copied = posterior.split((self.potentials.num_latents, self.num_copies), -1)
+        weights, evidence = safe_log(states), self.evidence[at][:, : states.shape[-1]]
+        return weights - torch.where(weights == -torch.inf, 0, evidence), copied
 
-        And the two parts of the posterior: states and copy states.
-        """
-        own, copied = posterior.split((self.potentials.num_latents, self.num_copies), -1)
-        weights, evidence = safe_log(own), self.evidence[rows, positions, : own.shape[-1]]
-        return weights - torch.where(weights == -torch.inf, 0, evidence), own, copied
-
-    def _coupled(self, rows: torch.Tensor, posterior: torch.Tensor) -> torch.Tensor:
-        return self.active[rows] & (posterior > 0).any(-1)
+    def _coupled(self, at: At, posterior: torch.Tensor) -> torch.Tensor:
+        return self.active[at[0]] & (posterior > 0).any(-1)
 
     def log_probs_given(self, latents: torch.Tensor) -> torch.Tensor:
         """`[*S, B, L, V]`: log-probabilities of the tokens given latents `[*S, B, L]`."""
@@ -270,7 +252,7 @@ class Latents:
             scores = torch.where(coupled[..., None], scores, log_phi)
         else:
             scores = self.prediction.given_latents(emission, states, total)
-            at = (~coupled & ~self.observed).nonzero(as_tuple=True)
+            at = (~coupled & ~self._observed).nonzero(as_tuple=True)
             scores[at] = self.prediction[at[-2:]].dense().to(scores.dtype)
         if self.copies is not None:
             copied, place = (latents >= number) & coupled, (latents - number).clamp(min=0)
@@ -278,9 +260,11 @@ class Latents:
             scores = pin_tokens(copied, tokens, scores, in_place=True)
         return self.pinned(scores, in_place=True)
 
+    @property
+    def _observed(self) -> torch.Tensor:
+        return ~self.masked if self.present is None else ~self.masked & self.present
+
     def pinned(self, log_probs: torch.Tensor, in_place: bool) -> torch.Tensor:
         """Log-probabilities `[*S, B, L, V]` that are sure of the observed tokens."""
-        shape = log_probs.shape[:-1]
-        return pin_tokens(
-            self.observed.expand(shape), self.tokens.expand(shape), log_probs, in_place
-        )
+        where, tokens = (t.expand(log_probs.shape[:-1]) for t in (self._observed, self.tokens))
+        return pin_tokens(where, tokens, log_probs, in_place)

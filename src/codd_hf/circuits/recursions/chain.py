@@ -5,11 +5,9 @@ The object is the unnormalised distribution of a latent path `z_1 ... z_L` over 
     w(z) = pi(z_1) e_1(z_1) \prod_{i>1} A_i(z_{i-1}, z_i) e_i(z_i),
 
 where the evidence `e_i` carries what is known or believed of the token at position `i`. Messages
-go from neighbour to neighbour; what their sums and products are is the choice of an algebra:
-
-- `Probabilities`, rescaled at every step: a step is one matrix product in float32;
-- `Logs`, which cannot underflow;
-- `Best`, whose sum is a maximum.
+pass from neighbour to neighbour. An algebra says what their sums and products are: `probabilities`,
+rescaled at every step, where a step is one matrix product in float32, or `logs`, which cannot
+underflow. (A maximum in place of the sum gives the best path.)
 
 An absent position is no part of the chain: its neighbours are joined as if it were not there.
 
@@ -68,6 +66,7 @@ class Chain:
 
     @property
     def device(self) -> torch.device:
+        """Where the evidence is."""
         return self.evidence.device
 
     @cached_property
@@ -91,20 +90,41 @@ class Chain:
         return Chain(self.steps.select(rows), self.evidence[rows], present)
 
 
-def _where(rows: torch.Tensor | None, i: int, value: torch.Tensor, other) -> torch.Tensor:
-    """`[B, H]`: `value` where `rows` `[B, L]` hold at position `i`, or everywhere if None."""
-    return value if rows is None else torch.where(rows[:, i, None], value, other)
-
-
+@dataclass
 class Algebra:
-    """The recursion; subclasses say what a sum, a product and a step are.
+    """The recursion over a chain, whatever sums and products are.
 
-    A message is `[B, H]`, and its total `[B, 1]` is taken out of it at every position.
+    A message is `[B, H]`. Its total, `[B, 1]`, is taken out of it at every position.
+
+    Attributes:
+        chain: the chain.
+        weights: `L` times `[B, H]`, the evidence.
+        uniform: `[B, H]`, the message before the first position.
+        one: `[B, H]`, the weights that change nothing.
+        times: the product of two messages.
+        total: the sum `[..., 1]` of a message.
+        without: a message without its total.
+        step: the message after the step into a position.
+        step_back: the weights before the step into a position.
+        column: the weights `[*S, B, H]` of the latents before states `[*S, B]` at a position.
+        probs: the probabilities of a message, up to a factor.
+        logs: their logarithms.
+        of_logs: the message of logarithms, up to a factor.
     """
 
-    def __init__(self, chain: Chain):
-        self.chain = chain
-        self.length = chain.evidence.shape[1]
+    chain: Chain
+    weights: tuple[torch.Tensor, ...]
+    uniform: torch.Tensor
+    one: torch.Tensor
+    times: Callable
+    total: Callable
+    without: Callable
+    step: Callable
+    step_back: Callable
+    column: Callable
+    probs: Callable
+    logs: Callable
+    of_logs: Callable
 
     def forward(self, first=0, last=None, message=None, weigh=None) -> Iterator[tuple]:
         """Yields the messages of positions, and the totals that were taken out of them.
@@ -116,9 +136,8 @@ class Algebra:
             weigh: maps a position and the message that arrives there to its evidence; default the
                 chain's.
         """
-        chain = self.chain
-        message = self.filled(1 / chain.evidence.shape[-1]) if message is None else message
-        for i in range(first, self.length if last is None else last + 1):
+        message, chain = self.uniform if message is None else message, self.chain
+        for i in range(first, len(self.weights) if last is None else last + 1):
             if i > 0:
                 message = _where(chain.moves, i, self.step(message, i), message)
             weights = self.weights[i] if weigh is None else weigh(i, message)
@@ -135,8 +154,8 @@ class Algebra:
             last: the rightmost one; default the chain's.
             future: what is yielded there; default nothing.
         """
-        future = self.filled(1.0) if future is None else future
-        for i in range(self.length - 1 if last is None else last, first - 1, -1):
+        future = self.one if future is None else future
+        for i in range(len(self.weights) - 1 if last is None else last, first - 1, -1):
             yield future
             if i > first:
                 past = self.step_back(self.times(self.weights[i], future), i)
@@ -149,7 +168,7 @@ class Algebra:
         `before(state, i)` gives the latents before those of position `i`.
         """
         path, moves = [state], self.chain.moves
-        for i in range(self.length - 1, 0, -1):
+        for i in range(len(self.weights) - 1, 0, -1):
             origin = before(state, i)
             state = origin if moves is None else torch.where(moves[:, i], origin, state)
             path.append(state)
@@ -163,7 +182,7 @@ class Algebra:
     def smoothed(self, messages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Posteriors of the latents `[B, L, H]`, and the mass `[B, L]` of past and future."""
         probs, totals, pasts = [], [], messages.unbind(1)
-        for i, future in zip(range(self.length - 1, -1, -1), self.backward(), strict=True):
+        for i, future in zip(range(len(pasts) - 1, -1, -1), self.backward(), strict=True):
             joint = self.times(pasts[i], future)
             totals.append(self.total(joint))
             law = self.probs(self.without(joint, totals[-1]))
@@ -181,95 +200,56 @@ class Algebra:
         ends = self.probs(messages[-1]).expand(len(numbers[-1]), -1, -1)
         return self.trace(draw_categorical(ends, numbers[-1]), before)
 
-    def log_partition(self, totals: torch.Tensor) -> torch.Tensor:
-        """`[B]`, of the totals `[B, L]`."""
-        return self.log_scale() + self.logs(totals).sum(1)
+
+def _where(rows: torch.Tensor | None, i: int, value: torch.Tensor, other) -> torch.Tensor:
+    """`[B, H]`: `value` where `rows` `[B, L]` hold at position `i`, or everywhere if None."""
+    return value if rows is None else torch.where(rows[:, i, None], value, other)
 
 
-class Probabilities(Algebra):
-    """Probabilities, whose logarithms are `logs`."""
-
-    times, logs = staticmethod(torch.mul), staticmethod(safe_log)
-
-    def __init__(self, chain: Chain):
-        super().__init__(chain)
-        weights, self.shift = shifted_exp(chain.evidence, 2)
-        self.weights = weights.unbind(1)  # the backward pass of a slice would fill all positions
-        self.step, self.step_back = chain.steps.forward, chain.steps.backward
-        self.column = chain.steps.column
-
-    def filled(self, value: float) -> torch.Tensor:
-        return torch.full_like(self.weights[0], value)
-
-    def total(self, x: torch.Tensor) -> torch.Tensor:
-        return x.sum(-1, keepdim=True)
-
-    def without(self, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        return x / total.masked_fill(total <= self.chain.smallest, 1)
-
-    def of_logs(self, x: torch.Tensor) -> torch.Tensor:
-        return shifted_exp(x, -1)[0]
-
-    def probs(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def log_scale(self) -> torch.Tensor:
-        """`[B]`: the log of what evidence and steps leave out."""
-        chain, shift = self.chain, self.shift[..., 0]
-        steps = chain.steps.log_scales(self.length, len(shift))
-        if chain.present is not None:
-            shift = torch.where(chain.present, shift, 0)
-            steps = steps * chain.moves[:, 1:].T
-        return shift.sum(1) + steps.sum(0)
+def probabilities(chain: Chain) -> tuple[Algebra, torch.Tensor]:
+    """The algebra of probabilities, and the log `[B]` of what evidence and steps leave out."""
+    weights, shift = shifted_exp(chain.evidence, 2)
+    shift, scales = shift[..., 0], chain.steps.log_scales(*reversed(chain.evidence.shape[:2]))
+    if chain.present is not None:
+        shift, scales = torch.where(chain.present, shift, 0), scales * chain.moves[:, 1:].T
+    algebra = Algebra(
+        chain,
+        weights=weights.unbind(1),  # the backward pass of a slice would fill all positions
+        uniform=torch.full_like(weights[:, 0], 1 / weights.shape[-1]),
+        one=torch.ones_like(weights[:, 0]),
+        times=torch.mul,
+        total=lambda x: x.sum(-1, keepdim=True),
+        without=lambda x, total: x / total.masked_fill(total <= chain.smallest, 1),
+        step=chain.steps.forward,
+        step_back=chain.steps.backward,
+        column=chain.steps.column,
+        probs=lambda x: x,
+        logs=safe_log,
+        of_logs=lambda x: shifted_exp(x, -1)[0],
+    )
+    return algebra, shift.sum(1) + scales.sum(0)
 
 
-class Logs(Algebra):
-    """Logarithms of probabilities."""
+def logs(chain: Chain) -> Algebra:
+    """The algebra of logarithms."""
 
-    times, probs = staticmethod(torch.add), staticmethod(normalised_exp)
-
-    def __init__(self, chain: Chain):
-        super().__init__(chain)
-        self.weights = chain.evidence.unbind(1)
-
-    def filled(self, value: float) -> torch.Tensor:
-        return torch.full_like(self.weights[0], math.log(value))
-
-    def total(self, x: torch.Tensor) -> torch.Tensor:
-        return logsumexp(x, -1)[..., None]
-
-    def without(self, x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        return x - total.masked_fill(total == -torch.inf, 0)
-
-    def step(self, message: torch.Tensor, i: int) -> torch.Tensor:
-        return logsumexp(message[:, :, None] + self.chain.steps.log_matrix(i), 1)
-
-    def step_back(self, weights: torch.Tensor, i: int) -> torch.Tensor:
-        return logsumexp(weights[:, None] + self.chain.steps.log_matrix(i), 2)
-
-    def column(self, state: torch.Tensor, i: int) -> torch.Tensor:
-        matrix = self.chain.steps.log_matrix(i).expand(state.shape[-1], -1, -1)
+    def column(state: torch.Tensor, i: int) -> torch.Tensor:
+        matrix = chain.steps.log_matrix(i).expand(state.shape[-1], -1, -1)
         return matrix.transpose(1, 2)[torch.arange(len(matrix), device=state.device), state]
 
-    def logs(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    of_logs = logs
-
-    def log_scale(self) -> float:
-        return 0.0
-
-
-class Best(Logs):
-    """The largest of products, and where each came from."""
-
-    def __init__(self, chain: Chain):
-        super().__init__(chain)
-        self.origins: dict[int, torch.Tensor] = {}
-
-    def total(self, x: torch.Tensor) -> torch.Tensor:
-        return x.amax(-1, keepdim=True)
-
-    def step(self, message: torch.Tensor, i: int) -> torch.Tensor:
-        best, self.origins[i] = self.chain.steps.best_into(message, i)
-        return best
+    first = chain.evidence[:, 0]
+    return Algebra(
+        chain,
+        weights=chain.evidence.unbind(1),
+        uniform=torch.full_like(first, -math.log(first.shape[-1])),
+        one=torch.zeros_like(first),
+        times=torch.add,
+        total=lambda x: logsumexp(x, -1)[..., None],
+        without=lambda x, total: x - total.masked_fill(total == -torch.inf, 0),
+        step=lambda x, i: logsumexp(x[:, :, None] + chain.steps.log_matrix(i), 1),
+        step_back=lambda x, i: logsumexp(x[:, None] + chain.steps.log_matrix(i), 2),
+        column=column,
+        probs=normalised_exp,
+        logs=lambda x: x,
+        of_logs=lambda x: x,
+    )
