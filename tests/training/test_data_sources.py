@@ -58,7 +58,7 @@ def test_conversations_in_the_from_and_value_form_are_the_same(tmp_path):
 def test_conversations_are_found_in_a_column_that_is_named(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": "no", "dialogue": CHAT}])
     assert load_examples(source, answer_column="dialogue") == [CHAT_EXAMPLE]
-    with pytest.raises(ValueError, match=r"`prompt_column` cannot be given with conversations"):
+    with pytest.raises(ValueError, match=r"must hold messages in column 'text' too"):
         load_examples(source, answer_column="dialogue", prompt_column="text")
 
 

@@ -12,29 +12,17 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..text.encoding import encode_chats, encode_texts, spelling_pattern
-from .rows import RowReport
-from .sources import Example, load_examples
-
-__all__ = [
-    "CanvasBatch",
-    "Example",
-    "TokenizedExample",
-    "batch_indices",
-    "collate",
-    "load_examples",
-    "padding_token_id",
-    "tokenize_examples",
-]
+from ..text.encoding import encode_chats, encode_texts
+from .rows import RowReport, tell
+from .sources import Example as Example
+from .sources import load_examples as load_examples
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """`prompt_ids` are given; `answer_ids` end with end-of-text."""
+    """A prompt and the answer to learn, which ends with end-of-text."""
 
     prompt_ids: list[int]
     answer_ids: list[int]
@@ -57,14 +45,12 @@ class CanvasBatch:
     answer_end: torch.Tensor
 
     def to(self, device: torch.device) -> CanvasBatch:
+        """The same on a device."""
         return CanvasBatch(*(getattr(self, f).to(device) for f in self.__dataclass_fields__))
 
 
 def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills rows of a batch: the end-of-text token where there is no padding token.
-
-    No model reads it, since `attention_mask` is 0 there.
-    """
+    """The token that fills rows of a batch: end-of-text where there is no padding token."""
     padding = tokenizer.pad_token_id
     return tokenizer.eos_token_id if padding is None else padding
 
@@ -83,7 +69,7 @@ def tokenize_examples(
 
     Special tokens come from the template alone: a text that spells one is text. An example longer
     than `max_length` tokens loses the end of its answer (and its end-of-text); one whose prompt
-    alone is that long is left out. How many these are is said.
+    alone is that long is left out. Their numbers are printed.
 
     Args:
         examples: the examples.
@@ -95,7 +81,7 @@ def tokenize_examples(
         mask_token_id: the model's mask token; default, the tokenizer's.
         never: further tokens that the model never generates, so that no answer may hold them, such
             as that of unknown characters.
-        report: what becomes of examples that cannot be encoded; by default the first is an error.
+        report: takes examples that cannot be encoded; by default the first is an error.
 
     Raises:
         ValueError: the tokenizer lacks what is needed, an example cannot be encoded (the message
@@ -111,14 +97,12 @@ def tokenize_examples(
             "`tokenizer` needs a chat template for messages: set `tokenizer.chat_template`, or "
             "use a prompt column and an answer column."
         )
-    report = RowReport("`examples`") if report is None else report
+    report = report or RowReport("`examples`")
     mask = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
     max_length = sys.maxsize if max_length is None else max_length
     refused = {mask, *never} - {eos, None}
     answers, bad_answers = encode_texts([e.answer for e in examples], tokenizer)
     prompts, bad_prompts = _encode_prompts(examples, tokenizer)
-    special = spelling_pattern(tokenizer)
-    spellings: list[str] = []
     tokenized, cut, left_out = [], 0, 0
     for i, (example, prompt, answer) in enumerate(zip(examples, prompts, answers, strict=True)):
         number = i + 1 if example.row is None else example.row
@@ -138,22 +122,13 @@ def tokenize_examples(
         if not answer:
             report.pass_over(number, "an answer without a token")
             continue
-        texts = (example.answer, example.prompt, *(content for _, content in example.history))
-        spellings += [found.group() for found in map(special.search, texts) if found][:1]
         room = max_length - len(prompt)
-        if packing:
-            tokenized.append(TokenizedExample([], [*answer, eos]))
-        elif room > 0:
-            cut += len(answer) >= room
-            tokenized.append(TokenizedExample(prompt, [*answer, eos][:room]))
+        if packing or room > 0:
+            cut += not packing and len(answer) >= room
+            tokenized.append(TokenizedExample(prompt, [*answer, eos][: None if packing else room]))
         else:
             left_out += 1
-    report.tell()
-    if spellings and PartialState().is_main_process:
-        tqdm.write(
-            f"Of {len(examples)} examples, {len(spellings)} spell a special token, such as "
-            f"{spellings[0]!r}, which is text: only a chat template writes special tokens."
-        )
+    tell(report)
     if examples and not tokenized:
         raise ValueError(
             f"`max_length` ({max_length}) leaves nothing: the prompts of all {left_out} examples "
@@ -165,8 +140,8 @@ def tokenize_examples(
         joined = [token for piece in tokenized for token in piece.answer_ids]
         pieces = (joined[first : first + max_length] for first in range(0, len(joined), max_length))
         return [TokenizedExample([], piece) for piece in pieces]
-    if (cut or left_out) and PartialState().is_main_process:
-        tqdm.write(
+    if cut or left_out:
+        tell(
             f"Of {len(examples)} examples, {cut} lose the end of their answer to `max_length` "
             f"({max_length} tokens), and {left_out} with a prompt of that length are left out."
         )
@@ -176,7 +151,7 @@ def tokenize_examples(
 def _encode_prompts(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], dict[int, str]]:
-    """What is before the answers, in the chat template where there is one; as `encode_texts`."""
+    """The prompts, in the chat template where there is one; as `encode_texts`."""
     given = [i for i, example in enumerate(examples) if example.messages]
     if tokenizer.chat_template is None:
         prompts = [examples[i].prompt for i in given]

@@ -16,7 +16,6 @@ from .canvases import TokenizedExample, padding_token_id
 from .noise import draw_windows
 
 IGNORED = -100
-NAMES = ("input_ids", "attention_mask", "labels")
 
 
 @dataclass
@@ -59,8 +58,8 @@ class DataCollatorForMaskedDiffusion:
         """A batch: `input_ids`, `attention_mask` and `labels`, `[batch, length]` each.
 
         Labels are the text in the noised window, masked there or not, so that the model aligns its
-        windows with it, and -100 elsewhere. At least one of them is masked. Features
-        that `fixed` made are only padded.
+        windows with it, and -100 elsewhere. At least one of them is masked. Features that `fixed`
+        made are only padded.
 
         Raises:
             TypeError: tokens are no integers.
@@ -71,16 +70,13 @@ class DataCollatorForMaskedDiffusion:
                 "`features` must hold at least one, each with `input_ids`, got "
                 f"{shown([list(feature) for feature in features])}."
             )
-        fixed = [_is_noised(feature) for feature in features]
-        if all(fixed):
+        fixed = {_is_noised(feature) for feature in features}
+        if fixed == {True, False}:
+            raise ValueError("`features` must be all noised by `fixed` or none, got both.")
+        if fixed == {True}:
             return self._padded(features)
-        if any(fixed):
-            raise ValueError(
-                "`features` must be all noised by `fixed` or none, got one of the other kind at "
-                f"{fixed.index(not fixed[0])}."
-            )
-        examples, noise = [self._example(feature) for feature in features], None
-        while noise is None or not bool(noise.target.any()):  # a batch has something to learn
+        examples = [self._example(feature) for feature in features]
+        while True:
             seed = int(torch.empty((), dtype=torch.long).random_())
             canvas, noise, _ = draw_windows(
                 examples,
@@ -90,6 +86,8 @@ class DataCollatorForMaskedDiffusion:
                 torch.Generator().manual_seed(seed),
                 self.mean_span_length,
             )
+            if bool(noise.target.any()):  # a batch has something to learn
+                break
         return {
             "input_ids": canvas.input_ids.masked_fill(noise.masked, self.mask_token_id),
             "attention_mask": canvas.attention_mask,
@@ -106,34 +104,27 @@ class DataCollatorForMaskedDiffusion:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             batch = self(features)
-        rows = zip(*(batch[name] for name in NAMES), strict=True)
-        noised = [
-            {"input_ids": ids[real.bool()].tolist(), "labels": labels[real.bool()].tolist()}
-            for ids, real, labels in rows
-        ]
-        return [feature for feature in noised if _is_noised(feature)]
+        noised = []
+        for row, real in enumerate(batch["attention_mask"].bool()):
+            parts = {name: batch[name][row][real].tolist() for name in ("input_ids", "labels")}
+            noised += [parts] if _is_noised(parts) else []
+        return noised
 
     def _padded(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        columns = {}
-        for name, padding in zip(
-            NAMES, (padding_token_id(self.tokenizer), 0, IGNORED), strict=True
-        ):
-            rows = [
-                torch.as_tensor(f[name]) if name in f else torch.ones(len(f["input_ids"])).long()
-                for f in features
-            ]
-            columns[name] = pad_sequence(rows, batch_first=True, padding_value=padding)
-        return columns
+        columns = {"input_ids": padding_token_id(self.tokenizer), "labels": IGNORED}
+        features = [{**f, "attention_mask": [1] * len(f["input_ids"])} for f in features]
+        return {
+            name: pad_sequence([torch.as_tensor(f[name]) for f in features], True, padding)
+            for name, padding in {**columns, "attention_mask": 0}.items()
+        }
 
     def _example(self, feature: Mapping[str, Any]) -> TokenizedExample:
-        ids = as_tensor("input_ids", feature["input_ids"], int)
+        ids, labels = as_tensor("input_ids", feature["input_ids"], int), feature.get("labels")
         if ids.ndim != 1:
             raise ValueError(
                 f"`input_ids` of a feature must have shape [length], got {tuple(ids.shape)}."
             )
-        labels = (
-            ids if feature.get("labels") is None else as_tensor("labels", feature["labels"], int)
-        )
+        labels = ids if labels is None else as_tensor("labels", labels, int)
         ids, labels = ids.tolist(), labels.tolist()
         real = feature.get("attention_mask", [1] * len(ids))
         if not len(ids) == len(labels) == len(real):
@@ -156,7 +147,7 @@ class DataCollatorForMaskedDiffusion:
             return ids
         name = self.tokenizer.convert_ids_to_tokens(self.mask_token_id)
         (spelling,), faults = encode_texts([name], self.tokenizer)
-        if faults or self.mask_token_id in spelling:
+        if faults:
             raise ValueError(
                 f"`input_ids` must not hold the mask token ({self.mask_token_id}), which the "
                 "tokenizer cannot encode as text: leave such features out."

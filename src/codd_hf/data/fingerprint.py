@@ -18,7 +18,7 @@ PASSING = ("_name_or_path", "architectures", "dtype", "transformers_version", "u
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A tokenizer's vocabulary and its own tokens; how it cuts is told by the data's tokens."""
+    """Of a tokenizer's vocabulary and its own tokens; its cuts show in the data's tokens."""
     return {
         "tokenizer": json_fingerprint(sorted(tokenizer.get_vocab().items())),
         "eos_token_id": tokenizer.eos_token_id,
@@ -42,14 +42,14 @@ def weights_fingerprint(module: torch.nn.Module) -> str:
     Of a sharded module it is that of the whole one, and all processes call it together.
     """
 
-    def parts() -> Iterable[bytes]:
-        for name, tensor in sorted(module.state_dict().items()):
-            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-            yield (
-                whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            )
-
-    return _digest(parts())
+    return _digest(
+        part
+        for name, tensor in sorted(module.state_dict().items())
+        for part in (
+            f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(),
+            _content(whole(tensor)),
+        )
+    )
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -71,8 +71,11 @@ def json_fingerprint(value: Any) -> str:
 
 def tensor_fingerprint(tensor: torch.Tensor) -> str:
     """A digest of a tensor's shape and bytes."""
-    kept = tensor.detach().cpu().contiguous()
-    return _digest([str(tuple(kept.shape)).encode(), kept.view(-1).view(torch.uint8).numpy().data])
+    return _digest([str(tuple(tensor.shape)).encode(), _content(tensor)])
+
+
+def _content(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _digest(parts: Iterable[bytes]) -> str:

@@ -14,7 +14,7 @@ from .canvases import CanvasBatch, TokenizedExample, collate, padding_token_id
 
 @dataclass
 class Noise:
-    """Which tokens of a batch of canvases are hidden, and what counts in the loss.
+    """The tokens of a batch of canvases that are hidden, and those that count in the loss.
 
     Attributes:
         masked: `[batch, length]` bool, the positions that the model sees as mask tokens.

@@ -1,4 +1,4 @@
-"""The rows of a JSON, JSONL or text file, as they are written, and what becomes of bad ones.
+"""The rows of a JSON, JSONL or text file, as they are written, and the report on bad ones.
 
 Nothing guesses the type of a column: a date in quotes is a text. A byte order mark is no text.
 """
@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,17 @@ from ..checks.arguments import shown
 
 SAMPLE_BY = ("line", "paragraph", "document")
 WIDE_ENCODINGS = {
-    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_LE: "utf-32",  # begins as the mark of utf-16 does
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-"""By the byte order mark at a file's start; the longer ones first. Without one it is UTF-8."""
 MARK = "\ufeff"
 LISTED, LISTED_NUMBERS = 10, 200
 """So many bad rows are told with their reasons, and so many by their numbers."""
+
+Row = tuple[int, "dict[str, Any] | BadRowError"]
+"""A row's number, from 1, and its columns, or what is wrong where they should be."""
 
 
 class BadRowError(ValueError):
@@ -40,13 +41,13 @@ class BadRowError(ValueError):
 
 @dataclass
 class RowReport:
-    """What became of the rows that gave no example.
+    """The rows that gave no example, and why.
 
     Attributes:
         source: where they are from, as a user named it.
         skip_bad_rows: leave bad rows out; otherwise the first one is an error.
-        bad: their numbers and what is wrong with each.
-        passed_over: the numbers of rows in which there is nothing to learn, by reason.
+        bad: the reason by the number of a row.
+        passed_over: by reason, the numbers of rows in which there is nothing to learn.
     """
 
     source: str
@@ -55,11 +56,7 @@ class RowReport:
     passed_over: dict[str, list[int]] = field(default_factory=dict)
 
     def refuse(self, number: int, reason: str) -> None:
-        """Notes a bad row.
-
-        Raises:
-            ValueError: bad rows are not to be skipped.
-        """
+        """Notes a bad row, or raises a ValueError if such rows are not to be skipped."""
         if not self.skip_bad_rows:
             raise ValueError(
                 f"Row {number} of {self.source} {reason}: mend it, or leave bad rows out with "
@@ -70,10 +67,6 @@ class RowReport:
     def pass_over(self, number: int, reason: str) -> None:
         """Notes a row without anything to learn."""
         self.passed_over.setdefault(reason, []).append(number)
-
-    def __bool__(self) -> bool:
-        """Whether there are such rows."""
-        return bool(self.bad or self.passed_over)
 
     def __str__(self) -> str:
         """Counts, numbers and reasons, a sentence a kind; empty if all rows gave an example."""
@@ -87,10 +80,11 @@ class RowReport:
             said += [f"Row {number} {reason}." for number, reason in told]
         return "\n".join(said)
 
-    def tell(self) -> None:
-        """Prints it, on the main process."""
-        if self and PartialState().is_main_process:
-            tqdm.write(str(self))
+
+def tell(text: object) -> None:
+    """Prints a text, unless it is empty, on the main process."""
+    if str(text) and PartialState().is_main_process:
+        tqdm.write(str(text))
 
 
 def _rows(numbers: list[int]) -> str:
@@ -102,14 +96,9 @@ def _rows(numbers: list[int]) -> str:
     return f"{len(numbers)} {noun} ({', '.join(listed)}) {verb}"
 
 
-def file_kind(source: str) -> str | None:
-    """`.json`, `.jsonl` or `.txt`, also of a file that gzip has packed; None for any other."""
-    suffix = Path(source.removesuffix(".gz")).suffix
-    return suffix if suffix in (".json", ".jsonl", ".txt") else None
-
-
-Row = tuple[int, "dict[str, Any] | BadRowError"]
-"""A row's number, from 1, and its columns, or what is wrong where they should be."""
+def file_kind(source: str) -> str:
+    """The suffix of a file, without the `.gz` of one that gzip has packed."""
+    return Path(source.removesuffix(".gz")).suffix
 
 
 def read_rows(path: str, sample_by: str = "line") -> list[Row]:
@@ -120,8 +109,8 @@ def read_rows(path: str, sample_by: str = "line") -> list[Row]:
     Args:
         path: a .jsonl, .json (an array of objects, or as .jsonl) or .txt file, or one of these with
             .gz.
-        sample_by: what is one text of a .txt file: a line, a paragraph (up to an empty line) or
-            the whole document.
+        sample_by: one text of a .txt file is a line, a paragraph (up to an empty line) or the whole
+            document.
 
     Raises:
         ValueError: the file as a whole cannot be read.
@@ -129,52 +118,46 @@ def read_rows(path: str, sample_by: str = "line") -> list[Row]:
     kind = file_kind(path)
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            first = file.peek(4)[:4]
-            wide = next((e for mark, e in WIDE_ENCODINGS.items() if first.startswith(mark)), None)
-            if kind == ".jsonl" or (kind == ".txt" and sample_by == "line"):
-                lines = file if wide is None else io.TextIOWrapper(file, wide)
-                return list(_of_lines(lines, _object if kind == ".jsonl" else _line))
-            text = file.read().decode(wide or "utf-8-sig").replace("\r\n", "\n")
-        if kind == ".txt":
-            parts = re.split(r"\n\n+", text) if sample_by == "paragraph" else [text]
-            texts = (part.strip("\n") for part in parts)
-            return list(enumerate(({"text": text} for text in texts if text.strip()), 1))
-        return _of_json(text)
+            raw = file.read()
+        wide = next((e for mark, e in WIDE_ENCODINGS.items() if raw.startswith(mark)), None)
+        # Bytes that are no UTF-8 become halves of surrogate pairs, which only their rows are about.
+        text = raw.decode(wide) if wide else raw.decode("utf-8", "surrogateescape")
+        if kind == ".json":
+            return _array(text.removeprefix(MARK))
+        if kind == ".jsonl":
+            return list(_lines(text, _object, "JSON"))
+        if sample_by == "line":
+            return list(_lines(text, lambda line: {"text": line.rstrip("\r\n")}, "text"))
+        text = text.removeprefix(MARK).replace("\r\n", "\n")
+        parts = re.split(r"\n\n+", text) if sample_by == "paragraph" else [text]
+        texts = (part.strip("\n") for part in parts if part.strip())
+        return list(enumerate(({"text": text} for text in texts), 1))
     except (EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
         raise ValueError(f"`source` {path!r} cannot be read: {error}.") from error
 
 
-def _of_lines(
-    lines: Iterable[bytes | str], parse: Callable[[str], dict[str, Any]]
-) -> Iterator[Row]:
-    for number, line in enumerate(lines, 1):
+def _lines(text: str, parse: Callable[[str], dict[str, Any]], kind: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.removeprefix(MARK)  # within a file too, where files were joined
+        if not line.strip():
+            continue
         try:
-            text = line.decode() if isinstance(line, bytes) else line
-            text = text.removeprefix(MARK)  # within a file too, where files were joined
-            if text.strip():
-                yield number, parse(text)
+            line.encode()
+            yield number, parse(line)
         except BadRowError as error:
             yield number, BadRowError(f"cannot be read: line {number} {error}")
         except (ValueError, RecursionError) as error:
-            kind = "JSON" if parse is _object else "text"
             yield number, BadRowError(f"cannot be read: line {number} is not {kind} ({error})")
 
 
-def _line(text: str) -> dict[str, str]:
-    return {"text": text.rstrip("\r\n")}
-
-
 def _object(text: str) -> dict[str, Any]:
-    return _checked(json.loads(text))
-
-
-def _checked(value: Any) -> dict[str, Any]:
+    value = json.loads(text)
     if not isinstance(value, dict):
         raise BadRowError(f"is not a JSON object ({shown(value)})")
     return value
 
 
-def _of_json(text: str) -> list[Row]:
+def _array(text: str) -> list[Row]:
     """The rows of a .json file: of its array, or of its lines."""
     try:
         value = json.loads(text)
@@ -183,11 +166,9 @@ def _of_json(text: str) -> list[Row]:
     except ValueError:
         if text.lstrip().startswith("["):
             raise  # a damaged array, of which lines would say little
-        return list(_of_lines(text.split("\n"), _object))
-    rows = []
-    for number, row in enumerate(value if isinstance(value, list) else [value], 1):
-        try:
-            rows.append((number, _checked(row)))
-        except BadRowError as error:
-            rows.append((number, error))
-    return rows
+        return list(_lines(text, _object, "JSON"))
+    rows = value if isinstance(value, list) else [value]
+    return [
+        (i, row if isinstance(row, dict) else BadRowError(f"is not a JSON object ({shown(row)})"))
+        for i, row in enumerate(rows, 1)
+    ]

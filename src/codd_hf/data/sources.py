@@ -1,19 +1,18 @@
-"""Files and datasets of the Hub, to texts: a prompt that is given and an answer to learn."""
+"""Files and datasets of the Hub, to texts: a prompt, and an answer to learn."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checks.arguments import shown
+from ..checks.arguments import choice, shown
 from ..checks.errors import is_of_a_library, reason
 from ..text.encoding import is_text
-from .rows import SAMPLE_BY, BadRowError, Row, RowReport, file_kind, read_rows
+from .rows import SAMPLE_BY, BadRowError, Row, RowReport, file_kind, read_rows, tell
 from .tasks import TASKS, sample_tasks
 
 if TYPE_CHECKING:
@@ -24,15 +23,16 @@ CHAT_COLUMNS = ("messages", "conversations")
 ANSWER_COLUMNS = ("answer", "completion", *CHAT_COLUMNS, "text")
 PROMPT_COLUMNS = ("question", "prompt")
 ROLES = {"human": "user", "gpt": "assistant"}
+Turns = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One text to learn: `answer` is generated, what is before it is given.
+    """One text to learn.
 
     Attributes:
-        prompt: what the user says last; may be empty.
-        answer: what follows.
+        prompt: the last message of the user; may be empty.
+        answer: the text that is generated.
         history: earlier messages, as pairs of a role and a content.
         row: the number of the row that it is from.
     """
@@ -68,25 +68,25 @@ def load_examples(
 
     Rows hold a text, a prompt and an answer, or a conversation: a list of messages with `role` and
     `content` (or `from` and `value`), or the JSON of one. The last message of the assistant is then
-    the answer, and what comes before it the prompt; a prompt and a completion may be lists of
+    the answer, and the messages before it are the prompt; a prompt and a completion may be lists of
     messages too.
 
     Rows in which there is nothing to learn are passed over, and counted: an empty answer (also one
     that `remove_pattern` empties), no message at all, a message without content, or a call of a
-    tool. Rows that do not hold what they should are bad.
+    tool. Rows of another form are bad.
 
     Args:
         source: a path that ends in .jsonl, .json, .txt (each may be packed, with .gz) or .parquet,
             a Hub dataset id, a folder that `datasets` can read, or `tasks`: the package's own,
             whose kinds are `dataset_config`.
-        prompt_column: the column that is given; without it texts have no prompt.
-        answer_column: the column that is generated, or of conversations; found by its usual name
-            (answer, completion, messages, conversations, text) if not given.
+        prompt_column: the column of prompts; without it texts have none.
+        answer_column: the column that is generated, or of conversations; by default found by its
+            usual name (answer, completion, messages, conversations, text).
         remove_pattern: a regular expression whose matches are deleted from all texts.
         dataset_config: the configuration of a Hub dataset, such as "main".
         split: the split, or a part of one, such as "train[:1000]".
-        sample_by: what is one text of a .txt file: a line, a paragraph (up to an empty line) or
-            the whole document.
+        sample_by: one text of a .txt file is a line, a paragraph (up to an empty line) or the whole
+            document.
         skip_bad_rows: leave bad rows out, and list them; otherwise the first one is an error.
 
     Raises:
@@ -100,57 +100,45 @@ def load_examples(
                 raise ValueError(f"`{name}` must not be given with {TASKS!r}, got {value!r}.")
         return [Example(t.question, t.answer) for t in sample_tasks(split, dataset_config)]
     source = str(source)
-    if sample_by not in SAMPLE_BY:
-        raise ValueError(f"`sample_by` must be one of {', '.join(SAMPLE_BY)}, got {sample_by!r}.")
+    choice("sample_by", sample_by, SAMPLE_BY)
     try:
         pattern = re.compile(remove_pattern or "(?!)")
     except re.error as error:
         raise ValueError(
             f"`remove_pattern` must be a regular expression, got {remove_pattern!r} ({error})."
         ) from error
-    report = RowReport(repr(source), skip_bad_rows)
-    columns, read = _read_table(source, dataset_config, split, sample_by, report)
-    given = prompt_column is not None
+    rows, columns = _read(source, dataset_config, split, sample_by)
     prompt_column, answer_column = _find_columns(columns, source, prompt_column, answer_column)
-    examples = []
-    for number, row in read([answer_column, *([prompt_column] if prompt_column else [])]):
+    names = [answer_column] if prompt_column is None else [answer_column, prompt_column]
+    if not isinstance(rows, list):  # a table of `datasets`
+        rows = enumerate(rows.select_columns(list(dict.fromkeys(names))), 1)
+    report, examples = RowReport(repr(source), skip_bad_rows), []
+    for number, row in rows:
         try:
-            turns = _answer_turns(row.get(answer_column), answer_column)
-            if prompt_column is not None:
-                prompt = row.get(prompt_column)
-                if given and len(turns) > 1 and not isinstance(prompt, list):
-                    raise ValueError(
-                        f"`prompt_column` cannot be given with conversations (column "
-                        f"{answer_column!r}): the prompt is what comes before the last answer."
-                    )
-                turns = _prompt_turns(prompt, prompt_column, answer_column, len(turns) > 1) + turns
-            cleaned = [(role, pattern.sub("", content)) for role, content in turns]
-            *history, (_, answer) = cleaned
+            turns = [(role, pattern.sub("", text)) for role, text in _turns_of_row(row, *names)]
+            *history, (_, answer) = turns
             if not answer.strip():
                 raise _NothingToLearn("an empty answer")
         except BadRowError as error:
             report.refuse(number, str(error))
-        except _NothingToLearn as reason:
-            report.pass_over(number, str(reason))
+        except _NothingToLearn as error:
+            report.pass_over(number, str(error))
         else:
             prompt = history.pop()[1] if history and history[-1][0] == "user" else ""
             examples.append(Example(prompt, answer, tuple(history), number))
     if not examples:
-        reasons = f" {report}" if report else ""
-        raise ValueError(f"`source` {source!r} has no text in column {answer_column!r}.{reasons}")
-    report.tell()
+        raise ValueError(
+            f"`source` {source!r} has no text in column {answer_column!r}. {report}".rstrip()
+        )
+    tell(report)
     return examples
 
 
-Read = Callable[[list[str]], Iterable[tuple[int, dict[str, Any]]]]
-"""Gives some columns of all rows, each with its number."""
-
-
-def _read_table(
-    source: str, config: str | None, split: str, sample_by: str, report: RowReport
-) -> tuple[list[str], Read]:
-    """The columns, and what reads the rows that are objects."""
-    kind = file_kind(source) or Path(source).suffix
+def _read(
+    source: str, config: str | None, split: str, sample_by: str
+) -> tuple[list[Row] | Dataset, list[str]]:
+    """The rows, or the table of them, and the columns that they have."""
+    kind = file_kind(source)
     if kind in FILES and not Path(source).is_file():
         raise FileNotFoundError(f"`source`: there is no file {source!r}.")
     if kind not in FILES and Path(source).is_file():
@@ -160,25 +148,17 @@ def _read_table(
         )
     if kind not in FILES or kind == ".parquet":
         table = _arrow_table(source, config, split, kind)
-        return table.column_names, lambda wanted: enumerate(table.select_columns(wanted), 1)
-    rows, columns = [], {}
-    for number, row in _part(read_rows(source, sample_by), split):
-        if isinstance(row, BadRowError):
-            report.refuse(number, str(row))
-        else:
-            columns |= dict.fromkeys(row)
-            rows.append((number, row))
-    if not rows:
-        raise ValueError(f"`source` {source!r} has no rows in {split!r}.")
-    return list(columns), lambda wanted: rows
-
-
-def _part(rows: list[Row], split: str) -> list[Row]:
-    """What a split such as `train[:10%]` names of a file, all of which is `train`."""
+        return table, table.column_names
     from datasets import ReadInstruction
 
+    rows = read_rows(source, sample_by)  # all of which is `train`
     parts = ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
-    return [row for part in parts for row in rows[part.from_ : part.to]]
+    rows = [row for part in parts for row in rows[part.from_ : part.to]]
+    columns = {name: None for _, row in rows if isinstance(row, dict) for name in row}
+    if not columns:
+        told = "".join(f" Row {i} {row}." for i, row in rows[:1])
+        raise ValueError(f"`source` {source!r} has no rows in {split!r}.{told}")
+    return rows, list(columns)
 
 
 def _arrow_table(source: str, config: str | None, split: str, kind: str) -> Dataset:
@@ -189,10 +169,10 @@ def _arrow_table(source: str, config: str | None, split: str, kind: str) -> Data
         if kind == ".parquet":
             return load_dataset("parquet", data_files=source, split=split)
         return load_dataset(source, config, split=split)
-    except DatasetGenerationError as error:
-        raise ValueError(f"`source` {source!r} cannot be read: {error.__cause__}.") from error
     except Exception as error:
-        if isinstance(error, (OSError, ValueError)) or not is_of_a_library(error):
+        if isinstance(error, DatasetGenerationError):
+            error = error.__cause__
+        elif isinstance(error, (OSError, ValueError)) or not is_of_a_library(error):
             raise
         raise ValueError(f"`source` {source!r} cannot be read: {reason(error)}.") from error
 
@@ -200,7 +180,7 @@ def _arrow_table(source: str, config: str | None, split: str, kind: str) -> Data
 def _find_columns(
     columns: list[str], source: str, prompt_column: str | None, answer_column: str | None
 ) -> tuple[str | None, str]:
-    """The columns by their usual names, unless they are given."""
+    """The columns by their usual names, unless the user names them."""
     if answer_column is None:
         answer_column = next((c for c in ANSWER_COLUMNS if c in columns), None)
         if answer_column is None:
@@ -218,45 +198,41 @@ def _find_columns(
     return prompt_column, answer_column
 
 
-def _answer_turns(value: Any, column: str) -> list[tuple[str, str]]:
-    """The messages of a row up to the last one of the assistant, which is the answer."""
-    chat = _messages(value, column)
-    if chat is None:
-        return [("assistant", _text(value, column))]
-    if not chat:
+def _turns_of_row(
+    row: dict[str, Any] | BadRowError, answer_column: str, prompt_column: str | None = None
+) -> Turns:
+    """Role and content of the messages up to the last one of the assistant, the answer."""
+    if isinstance(row, BadRowError):
+        raise row
+    turns = _turns(row.get(answer_column), answer_column, "assistant")
+    if not turns:
         raise _NothingToLearn("no messages")
-    turns = [_turn(message, column) for message in chat]
-    last = max((i for i, (role, _) in enumerate(turns) if role == "assistant"), default=None)
-    if last is None:
-        raise BadRowError(f"has no message of the role 'assistant' in column {column!r}")
-    return turns[: last + 1]
-
-
-def _prompt_turns(value: Any, column: str, answer_column: str, chat: bool) -> list[tuple[str, str]]:
-    """The messages of the prompt's column; `chat`: those of the answer's are a conversation."""
-    messages = _messages(value, column)
-    if messages is not None:
-        return [_turn(message, column) for message in messages]
-    if chat:
+    while turns and turns[-1][0] != "assistant":
+        turns.pop()
+    if not turns:
+        raise BadRowError(f"has no message of the role 'assistant' in column {answer_column!r}")
+    if prompt_column is None:
+        return turns
+    prompt = row.get(prompt_column)
+    if len(turns) > 1 and not isinstance(prompt, list):
         raise BadRowError(
-            f"must hold messages in column {column!r} too, as in column {answer_column!r}, got "
-            f"{shown(value)}"
+            f"must hold messages in column {prompt_column!r} too, as in column {answer_column!r}, "
+            f"got {shown(prompt)}"
         )
-    return [("user", _text(value, column))]
+    return _turns(prompt, prompt_column, "user") + turns
 
 
-def _messages(value: Any, column: str) -> list[Any] | None:
-    """A list of messages, in a column of conversations also as JSON; None of a text."""
-    if column in CHAT_COLUMNS:
-        if isinstance(value, str):
-            with suppress(ValueError, RecursionError):
-                value = json.loads(value)
-        if not isinstance(value, list):
-            raise BadRowError(
-                f"must hold a list of messages in column {column!r}, got {shown(value)}"
-            )
-        return value
-    return value if isinstance(value, list) and all(isinstance(m, dict) for m in value) else None
+def _turns(value: Any, column: str, role: str) -> Turns:
+    """The messages in a column, in one of conversations also as JSON; a text is one of `role`."""
+    is_chat = column in CHAT_COLUMNS
+    if is_chat and isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if isinstance(value, list) and (is_chat or all(isinstance(part, dict) for part in value)):
+        return [_turn(message, column) for message in value]
+    if is_chat:
+        raise BadRowError(f"must hold a list of messages in column {column!r}, got {shown(value)}")
+    return [(role, _text(value, column))]
 
 
 def _turn(message: Any, column: str) -> tuple[str, str]:

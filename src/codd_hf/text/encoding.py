@@ -43,7 +43,7 @@ def is_text(text: str) -> bool:
     return True
 
 
-def spelling_pattern(
+def _spelling_pattern(
     tokenizer: PreTrainedTokenizerBase, may_spell: Collection[int] = ()
 ) -> re.Pattern:
     """Finds the spellings of special tokens in a text, but of some, and the marks for them."""
@@ -133,7 +133,7 @@ def encode_chats(
     Returns:
         As `encode_texts`.
     """
-    special = spelling_pattern(tokenizer, may_spell)
+    special = _spelling_pattern(tokenizer, may_spell)
     rows, faults = [], {}
     for i, messages in enumerate(conversations):
         try:
