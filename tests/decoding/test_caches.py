@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from windows import read, reader_of
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
-from codd_hf.decoding.reader import CanvasReader
 from tiny import random_head, tiny_backbone
 
 PROMPTS = [[3, 4], [5, 6, 7, 8, 9, 10, 3], [4, 5, 6]]
@@ -38,15 +38,15 @@ def copying_pipe():
     return pipeline_of(CoDDModel.from_backbone(tiny_backbone(), head), evidence_temperature=0.7)
 
 
-def canvases() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, mask and generated places of three ragged rows, and the block to fill: `[3, 20]`."""
+def canvases() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens and mask of three ragged rows, and the block to fill: `[3, 20]`."""
     column = torch.arange(20)
     end = torch.tensor([[17], [20], [15]])
     mask, generated = (column < end).long(), (column >= end - 10) & (column < end)
     generator = torch.Generator().manual_seed(0)
     canvas = torch.randint(3, 12, mask.shape, generator=generator)
     canvas = canvas.masked_fill(generated, MASK).masked_fill(mask == 0, 0)
-    return canvas, mask, generated, generated & (column >= end - 7) & (column < end - 3)
+    return canvas, mask, generated & (column >= end - 7) & (column < end - 3)
 
 
 def some_committed(canvas: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
@@ -83,9 +83,8 @@ def recorded(backbone, kept: dict[str, torch.Tensor], again: torch.Tensor | None
 def test_partial_pass_is_a_whole_one_with_kept_keys_and_values(backbone, cache):
     kind, changes = BACKBONES[backbone]
     model = CoDDModel.from_backbone(tiny_backbone(kind, **changes), mask_token_id=MASK)
-    canvas, mask, generated, block = canvases()
-    reader = CanvasReader(model, mask, generated, cache)
-    rows = torch.arange(3)
+    canvas, mask, block = canvases()
+    reader = reader_of(model, canvas, mask, cache=cache)
     reader.open_block(block)
 
     kept: dict[str, torch.Tensor] = {}
@@ -93,8 +92,8 @@ def test_partial_pass_is_a_whole_one_with_kept_keys_and_values(backbone, cache):
     first = model.backbone_states(canvas, mask).logits()
     for hook in hooks:
         hook.remove()
-    assert torch.equal(reader.read(rows, canvas).logits(), first)
-    unchanged = reader.read(rows, canvas).logits()
+    assert torch.equal(read(reader, canvas, range(3)).logits(), first)
+    unchanged = read(reader, canvas, range(3)).logits()
     real = mask.bool()
     torch.testing.assert_close(unchanged[real], first[real], atol=1e-5, rtol=0)
 
@@ -106,7 +105,7 @@ def test_partial_pass_is_a_whole_one_with_kept_keys_and_values(backbone, cache):
     expected = model.backbone_states(later, mask).logits()
     for hook in hooks:
         hook.remove()
-    states = reader.read(rows, later)
+    states = read(reader, later, range(3))
     torch.testing.assert_close(states.logits()[block], expected[block], atol=1e-5, rtol=0)
     at = block.nonzero(as_tuple=True)
     torch.testing.assert_close(states.logits(at), expected[at], atol=1e-5, rtol=0)
@@ -114,7 +113,7 @@ def test_partial_pass_is_a_whole_one_with_kept_keys_and_values(backbone, cache):
     if backbone != "block-causal":
         assert (whole[block] - expected[block]).abs().max() > 1e-3  # it is an approximation
 
-    fewer = reader.read(rows[1:], later[1:]).logits()
+    fewer = read(reader, later, range(1, 3)).logits()
     torch.testing.assert_close(fewer[block[1:]], expected[1:][block[1:]], atol=1e-5, rtol=0)
 
 
@@ -122,16 +121,15 @@ def test_partial_pass_is_a_whole_one_with_kept_keys_and_values(backbone, cache):
 @pytest.mark.parametrize("cache", CACHES)
 def test_later_steps_compute_the_block_alone_and_copy_nothing(cache):
     model = CoDDModel.from_backbone(tiny_backbone(), mask_token_id=MASK)
-    canvas, mask, generated, block = canvases()
-    reader = CanvasReader(model, mask, generated, cache)
+    canvas, mask, block = canvases()
+    reader = reader_of(model, canvas, mask, cache=cache)
     lengths = []
     layer = model.backbone.get_decoder().layers[0].self_attn
     layer.k_proj.register_forward_hook(lambda m, args, out: lengths.append(out.shape[1]))
     reader.open_block(block)
-    rows = torch.arange(3)
     memory = []
     for _ in range(3):
-        reader.read(rows, canvas)
+        read(reader, canvas, range(3))
         memory.append([reader.cache.layers[0].keys.data_ptr(), reader.cache.hidden.data_ptr()])
     assert lengths == [20] + [{"dual": 4, "prefix": 7}[cache]] * 2
     assert memory[0] == memory[1] == memory[2]
@@ -140,16 +138,15 @@ def test_later_steps_compute_the_block_alone_and_copy_nothing(cache):
 @torch.no_grad()
 def test_what_a_caller_changes_outside_the_block_is_read_again_in_that_row_alone():
     model = CoDDModel.from_backbone(tiny_backbone(), mask_token_id=MASK)
-    canvas, mask, generated, block = canvases()
-    reader = CanvasReader(model, mask, generated, "dual")
+    canvas, mask, block = canvases()
+    reader = reader_of(model, canvas, mask, cache="dual")
     reader.open_block(block)
-    rows = torch.arange(3)
-    reader.read(rows[:2], canvas[:2])  # row 2 comes later
+    read(reader, canvas, range(2))  # row 2 comes later
     later = some_committed(canvas, block)
-    untouched = reader.read(rows[:1], later[:1]).logits().clone()
+    untouched = read(reader, later, range(1)).logits().clone()
     assert later[1, 0] != 4
     later[1, 0] = 4  # in its prompt
-    states = reader.read(rows, later).logits()
+    states = read(reader, later, range(3)).logits()
     whole = model.backbone_states(later, mask).logits()
     torch.testing.assert_close(states[0][block[0]], untouched[0][block[0]], atol=1e-5, rtol=0)
     assert (states[0] - whole[0])[block[0]].abs().max() > 1e-3

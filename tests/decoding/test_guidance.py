@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from windows import read, reader_of
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
-from codd_hf.decoding.reader import CanvasReader
 from tiny import random_head, tiny_backbone, tiny_model
 
 PROMPTS = [[3, 4, 5], [5, 6, 7, 8, 9, 10, 3]]
@@ -92,13 +92,13 @@ def test_both_passes_go_through_the_caches(cache, shift):
     canvas = torch.tensor([[3, 4, 5, 2, 2, 2, 2, 0], [6, 7, 8, 9, 2, 2, 2, 2]])
     mask, generated = (canvas != 0).long(), canvas == MASK
     block = generated & (torch.arange(8) < 6)
-    reader = CanvasReader(model, mask, generated, cache, guidance_scale=[1.5, 0.5])
+    reader = reader_of(model, canvas, mask, cache=cache, guidance_scale=[1.5, 0.5])
     given = model(canvas, mask)
     without = model(canvas.masked_fill(mask.bool() & ~generated, MASK), mask).logits
     expected = without + torch.tensor([2.5, 1.5])[:, None, None] * (given.logits - without)
     reader.open_block(block)
     for _ in range(2):  # nothing has changed: the second read says what the first did
-        states = reader.read(torch.arange(2), canvas)
+        states = read(reader, canvas, range(2))
         torch.testing.assert_close(states.logits()[block], expected[block])
         at = block.nonzero(as_tuple=True)
         torch.testing.assert_close(states.logits(at), expected[at])

@@ -6,6 +6,9 @@ import torch
 from scipy.stats import chi2
 
 from codd_hf.circuits import CoupledCategorical
+from codd_hf.decoding.call import DecodingCall
+from codd_hf.decoding.canvas import Canvas
+from codd_hf.decoding.reader import CanvasReader
 from codd_hf.schedulers import CoDDScheduler
 from tiny import enumerate_window, random_head
 
@@ -37,6 +40,19 @@ def one_step(tokens: list[int], rows: int = 1, steps: int = 1, seed: int = 0, **
     sample = torch.tensor(tokens).expand(rows, -1)
     generator = torch.Generator().manual_seed(seed)
     return scheduler.step(window(tokens, rows), 1.0, sample, generator=generator)
+
+
+def reader_of(model, tokens: torch.Tensor, mask: torch.Tensor, **call) -> CanvasReader:
+    """Of rows `[batch, n]` in which every mask token is to be generated."""
+    kwargs = {"gen_length": 1, "block_length": 4, "infill": True, **call}
+    call = DecodingCall.of(model, CoDDScheduler(), len(tokens), **kwargs)
+    return CanvasReader(model, Canvas.lay_out(model, call, tokens, mask))
+
+
+def read(reader: CanvasReader, tokens: torch.Tensor, rows: range):
+    """What the reader reads of some rows when these are the tokens of all."""
+    reader.canvas.tokens = tokens
+    return reader.read(torch.tensor(rows))
 
 
 def assert_follows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,25 +43,16 @@ CACHES = (None, "prefix", "dual")
 
 @dataclass(frozen=True)
 class DecodingCall:
-    """The checked choices of a call; lists have an entry for each row.
+    """The choices of a call, checked by `of`; lists have an entry for each row.
+
+    The fields are the arguments of `of`, and besides
 
     Attributes:
-        head: the head that couples predictions, with its window and adapter.
-        scheduler: decides what is committed; a copy, whose timesteps are the call's.
+        scheduler: a copy, whose timesteps are the call's.
         settings: of every draw.
-        generator: one for all rows, or a list with one for each.
-        gen_length: tokens to generate.
-        block_length: tokens in a block; None in the full paradigm, which has no block order.
-        num_inference_steps: the most passes; None for one for four masks and at least one a block.
-        infill: whether rows are templates, whose mask tokens are filled.
-        min_new_tokens: tokens before the first end token.
-        forced_tokens: tokens by their place among the generated ones.
+        block_length: None in the full paradigm, which has no block order.
         end_ids: the tokens that end a text; in a gap of a template none of them is drawn.
         behind: the token behind the end of a text.
-        early_stop: whether a row ends at its end token.
-        logits_processor: transformers' processors, or None.
-        cache: None, `prefix` or `dual`.
-        guidance_scale: 0 is off.
     """
 
     head: CallHead
@@ -152,13 +143,8 @@ class DecodingCall:
                 a place does not exist, or arguments or the backbone's attention do not go together.
             TypeError: an argument is of another kind, or unknown.
         """
-        config = model.config
-
-        def of_rows(name: str, value: Any, check: Callable, default: Any = None) -> list:
-            return per_row(name, default if value is None else value, batch, check)
-
+        config, mask_token_id = model.config, model.mask_token_id
         check_scheduler(scheduler)
-        mask_token_id = model.mask_token_id
         check_callable("logits_processor", logits_processor, PROCESSOR)
         generators("generator", generator, batch)
         choice("paradigm", paradigm, PARADIGMS)
@@ -166,21 +152,28 @@ class DecodingCall:
         block_length = integer("block_length", block_length, least=1)
         _check_attention(config, paradigm, block_length)
         infill = flag("infill", infill)
-        lengths = of_rows("gen_length", gen_length, _at_least_1)
-        fewest = of_rows("min_new_tokens", min_new_tokens, partial(integer, least=0), 0)
-        forced = of_rows("forced_tokens", forced_tokens, partial(_forced, config), {})
-        if infill and (any(fewest) or any(forced)):
-            name = "forced_tokens" if any(forced) else "min_new_tokens"
-            raise ValueError(
-                f"`{name}` is for text after a prompt, not for `infill`: leave it out and write "
-                "what is given into the template."
+        of_rows = {
+            name: per_row(name, default if value is None else value, batch, check)
+            for name, value, default, check in (
+                ("gen_length", gen_length, None, _at_least_1),
+                ("num_inference_steps", num_inference_steps, None, _steps),
+                ("min_new_tokens", min_new_tokens, 0, partial(integer, least=0)),
+                ("forced_tokens", forced_tokens, {}, partial(_forced, config)),
+                ("guidance_scale", guidance_scale, 0.0, _scale),
             )
-        for length, least, tokens in zip(lengths, fewest, forced, strict=True):
-            if least > length:
+        }
+        for name in ("forced_tokens", "min_new_tokens"):
+            if infill and any(of_rows[name]):
+                raise ValueError(
+                    f"`{name}` is for text after a prompt, not for `infill`: leave it out and "
+                    "write what is given into the template."
+                )
+        for row, length in enumerate(of_rows["gen_length"]):
+            if (least := of_rows["min_new_tokens"][row]) > length:
                 raise ValueError(
                     f"`min_new_tokens` must be at most `gen_length` ({length}), got {least}."
                 )
-            for place in tokens:
+            for place in of_rows["forced_tokens"][row]:
                 if not 0 <= place < length:
                     raise ValueError(
                         f"`forced_tokens` must have places below `gen_length` ({length}), got "
@@ -189,10 +182,12 @@ class DecodingCall:
         ends = end_tokens("eos_token_id", eos_token_id, config.vocab_size)
         if mask_token_id in ends:
             raise ValueError(
-                f"`eos_token_id` must not hold the mask token ({mask_token_id}), which "
-                "stands wherever nothing is decoded yet: give the tokens that end a text."
+                f"`eos_token_id` must not hold the mask token ({mask_token_id}), which stands "
+                "wherever nothing is decoded yet: give the tokens that end a text."
             )
-        behind = filler(config, ends, pad_token_id)
+        # As in transformers, an end token stands for padding where there is none.
+        padding = (pad_token_id, config.pad_token_id, *ends[:1])
+        behind = next((t for t in padding if t not in (None, mask_token_id)), mask_token_id)
         if infill and config.pad_token_id is not None:
             ends = [*ends, config.pad_token_id]
         draws = scheduler.draw_settings(**settings)
@@ -202,18 +197,14 @@ class DecodingCall:
             scheduler=copy.copy(scheduler),
             settings=draws,
             generator=generator,
-            gen_length=lengths,
             block_length=None if paradigm == "full" else block_length,
-            num_inference_steps=of_rows("num_inference_steps", num_inference_steps, _steps),
             infill=infill,
-            min_new_tokens=fewest,
-            forced_tokens=forced,
             end_ids=ends,
             behind=behind,
             early_stop=flag("early_stop", early_stop),
             logits_processor=logits_processor,
             cache=cache,
-            guidance_scale=of_rows("guidance_scale", guidance_scale, _scale, 0.0),
+            **of_rows,
         )
 
 

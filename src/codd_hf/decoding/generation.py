@@ -10,6 +10,7 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from ..checks.arguments import (
     check_token_types,
@@ -34,7 +35,7 @@ from .generation_settings import (
     task_of_call,
 )
 from .loop import denoise
-from .streaming import BlockStream, DiffusionStreamer, OnStep
+from .streaming import BlockStream, OnStep
 
 CONFIGURABLE = (*TASK, "do_sample", "num_return_sequences", *SETTINGS)
 """Arguments of a call or a generation configuration."""
@@ -90,7 +91,7 @@ def generate(
     generation_config: GenerationConfig | None = None,
     scheduler: CoDDScheduler | None = None,
     on_step: OnStep | None = None,
-    streamer: DiffusionStreamer | None = None,
+    streamer: BaseStreamer | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Decodes by diffusion.

@@ -19,16 +19,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 
 from ..checks.arguments import as_tensor, check_callable, check_tokens
 from ..coupling.windows import CoupledBackbone
 from ..schedulers.remasking import CanvasMemory
 from .call import DecodingCall
 from .canvas import Canvas
-from .placement import Stage, plan_stages, windows_end
+from .placement import Stage, plan_stages
 from .reader import CanvasReader
-from .step import DecodingStep, StepRecord
+from .step import take_step
 from .streaming import OnStep
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -67,7 +70,7 @@ def lay_out(
     """
     canvas = Canvas.lay_out(model, call, input_ids, attention_mask)
     is_block_causal = getattr(model.config.text_config, "block_length", None) is not None
-    return canvas, plan_stages(canvas, call, from_position_0=is_block_causal)
+    return canvas, plan_stages(canvas, from_position_0=is_block_causal)
 
 
 @torch.no_grad()
@@ -100,35 +103,33 @@ def denoise(
         TypeError: `on_step` cannot be called.
     """
     check_callable("on_step", on_step, "a function of the step, its timestep and its state")
-    canvas, stages = lay_out(model, call, input_ids, attention_mask)
     call = replace(call, head=call.head.frozen())
-    step = DecodingStep(model, call, canvas)
-    reader = CanvasReader(
-        model, canvas.attention_mask, canvas.generated, call.cache, call.guidance_scale
-    )
-    passes_per_row, num_passes = torch.zeros_like(canvas.start), 0
+    canvas, stages = lay_out(model, call, input_ids, attention_mask)
+    reader = CanvasReader(model, canvas)
+    passes_per_row, num_passes, fallback = torch.zeros_like(canvas.start), 0, False
     most_passes = int(sum((stage.num_steps for stage in stages), passes_per_row).max())
     bar = None if progress is None else progress(most_passes)
     for stage in stages:
-        memory = CanvasMemory()
-        reader.open_block(stage.within, windows_end(canvas, stage, call.head.window_length))
-        most_steps = int(stage.num_steps.max())
+        memory, most_steps = CanvasMemory(), int(stage.num_steps.max())
+        reader.open_block(stage.within)
         for number in range(most_steps):
-            wanted = canvas.open(call.early_stop) & stage.within
-            rows = (wanted.any(-1) & (number < stage.num_steps)).nonzero()[:, 0]
+            open_ = canvas.open(call.early_stop) & stage.within
+            rows = (open_.any(-1) & (number < stage.num_steps)).nonzero()[:, 0]
             if len(rows) == 0:
                 break
-            record = None if on_step is None else StepRecord.of(canvas)
+            record = {} if on_step is None else _empty_record(canvas)
             with model.adapter_of_call(call.head):
-                states = reader.read(rows, canvas.tokens[rows])
-                step.run(rows, states, stage, number, wanted, memory, record)
+                fallback |= take_step(
+                    model, canvas, rows, reader.read(rows), stage, number, memory, record
+                )
             passes_per_row[rows] += 1
             if on_step is not None:
-                shown = {"canvas": canvas.tokens.clone(), "generated": canvas.generated}
-                timestep = torch.tensor(1 - number / most_steps)
-                returned = on_step(num_passes, timestep, shown | vars(record))
+                state = {"canvas": canvas.tokens.clone(), "generated": canvas.generated, **record}
+                returned = on_step(num_passes, torch.tensor(1 - number / most_steps), state)
                 if returned is not None:
-                    canvas.tokens = _checked(returned, canvas.tokens, model.config.vocab_size)
+                    shape, device = canvas.tokens.shape, canvas.tokens.device
+                    canvas.tokens = as_tensor("canvas", returned, int, shape, device).clone()
+                    check_tokens("canvas", canvas.tokens, model.config.vocab_size)
             if bar is not None:
                 bar.update()
             num_passes += 1
@@ -136,14 +137,20 @@ def denoise(
                 canvas.close()
     if bar is not None:
         bar.update(most_passes - num_passes)
-    finished = torch.zeros_like(passes_per_row, dtype=torch.bool)
-    if call.early_stop:
-        finished = canvas.close()
+    if fallback:
+        logger.warning(
+            "The circuit and the backbone share no completion of a window (`log_partition` is "
+            "-inf), so the rows concerned are decoded factorized."
+        )
+    finished = (
+        canvas.close() if call.early_stop else torch.zeros_like(canvas.start, dtype=torch.bool)
+    )
     return DecodingOutput(*canvas.result(), num_passes, finished, passes_per_row)
 
 
-def _checked(returned: Any, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """The canvas that a callback returned, in place of `tokens`."""
-    returned = as_tensor("canvas", returned, int, tokens.shape, tokens.device)
-    check_tokens("canvas", returned, vocab_size)
-    return returned.clone()
+def _empty_record(canvas: Canvas) -> dict[str, torch.Tensor]:
+    return {
+        "transfer_index": torch.zeros_like(canvas.generated),
+        "sampled_tokens": torch.full_like(canvas.tokens, canvas.mask_token_id),
+        "sampled_probs": torch.zeros(canvas.tokens.shape, device=canvas.tokens.device),
+    }

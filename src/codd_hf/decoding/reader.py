@@ -13,13 +13,13 @@ approximation: tokens committed in the block change the others' keys and values 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch.nn import functional as F
 
 from ..backbones import BackboneStates
 from ..coupling.windows import CoupledBackbone
+from .canvas import Canvas
+from .placement import windows_over
 
 
 class CanvasReader:
@@ -27,97 +27,79 @@ class CanvasReader:
 
     Row numbers are those of the call's batch. Nothing read for a row depends on the others.
 
+    With a guidance scale `s`, a second pass sees mask tokens in place of the prompt, and logits
+    become `without_prompt + (s + 1) * (with_prompt - without_prompt)`, as in LLaDA
+    ([arXiv 2502.09992](https://arxiv.org/abs/2502.09992), appendix A.2). Both are run as one batch.
+    Hidden states are those of the pass with the prompt.
+
     Args:
         model: the backbone, with or without a head.
-        attention_mask: `[batch, length]`, 0 at padding, which comes last in every row.
-        generated: `[batch, length]` bool, the generated positions; the other real ones are prompt.
-        cache: None, `prefix` or `dual`; see the table above.
-        guidance_scale: strength `s` of classifier-free guidance for each row; 0: none. A second
-            pass sees mask tokens in place of the prompt, and logits become `without_prompt +
-            (s + 1) * (with_prompt - without_prompt)`, as in LLaDA
-            ([arXiv 2502.09992](https://arxiv.org/abs/2502.09992), appendix A.2). Both are run as
-            one batch. Hidden states are those of the pass with the prompt.
+        canvas: all rows.
 
     Raises:
         ValueError: the backbone cannot be read in parts.
     """
 
-    def __init__(
-        self,
-        model: CoupledBackbone,
-        attention_mask: torch.Tensor,
-        generated: torch.Tensor,
-        cache: str | None = None,
-        guidance_scale: Sequence[float] = (),
-    ):
-        self.family, self.backbone, self.mode = model.family, model.backbone, cache
-        self.mask_token_id = model.config.mask_token_id
-        self.batch, self.prompt = len(attention_mask), attention_mask.bool() & ~generated
-        self.attention_mask, self.scale = attention_mask, None
-        if any(guidance_scale):
-            self.scale = torch.tensor(guidance_scale, device=attention_mask.device)
-            self.attention_mask = attention_mask.repeat(2, 1)
-        self.cache = None
-        if cache is not None:
+    def __init__(self, model: CoupledBackbone, canvas: Canvas) -> None:
+        self.canvas, self.family, self.backbone = canvas, model.family, model.backbone
+        self.prompt = canvas.attention_mask.bool() & ~canvas.generated
+        self.attention_mask, self.scale, self.cache = canvas.attention_mask, None, None
+        if any(canvas.call.guidance_scale):
+            scales = canvas.call.guidance_scale
+            self.scale = torch.tensor(scales, device=canvas.tokens.device)
+            self.attention_mask = canvas.attention_mask.repeat(2, 1)
+        if canvas.call.cache is not None:
             self.cache = self.family.make_cache(self.backbone, len(self.attention_mask))
 
-    def open_block(self, block: torch.Tensor, end: int | None = None) -> None:
-        """Says what the next steps fill; their first reading is of the whole canvas.
-
-        Args:
-            block: `[batch, length]` bool, columns in which tokens may be committed.
-            end: columns from this one on are not asked for; None: all may be.
-        """
-        # A block-causal backbone sees nothing beyond: the columns need not be computed.
-        is_block_causal = getattr(self.backbone.config, "block_length", None) is not None
-        self.end = end if is_block_causal else None
+    def open_block(self, block: torch.Tensor) -> None:
+        """Says where the next steps commit tokens, `[batch, length]` bool; the first reads all."""
+        self.end = None
+        if getattr(self.backbone.config, "block_length", None) is not None:
+            # A block-causal backbone sees nothing beyond: columns behind need not be computed.
+            last = int(windows_over(self.canvas, block).any(0).nonzero().max())
+            self.end = last + self.canvas.call.head.window_length
         if self.cache is None:
             return
         self.cache.reset()
         again = block
-        if self.mode == "prefix":
-            again = (block.long().cumsum(1) > 0) & self.attention_mask[: self.batch].bool()
+        if self.canvas.call.cache == "prefix":
+            again = (block.long().cumsum(1) > 0) & self.canvas.attention_mask.bool()
         if getattr(self.backbone.config, "logit_shift", False):
             again = again | F.pad(again[:, 1:], (0, 1))  # where the first of them is predicted
-        self.read_again, self.columns = again, _columns(again)
-        first, number = int(self.columns[0, 0]), self.columns.shape[1]
+        columns = _columns(again)
+        first, number = int(columns[0, 0]), columns.shape[1]
         run = torch.arange(first, first + number, device=again.device)
-        self.run = (first, first + number) if bool((self.columns == run).all()) else None
-        if self.scale is not None:
-            self.read_again, self.columns = again.repeat(2, 1), self.columns.repeat(2, 1)
+        self.run = (first, first + number) if bool((columns == run).all()) else None
+        copies = 1 if self.scale is None else 2
+        self.read_again, self.columns = again.repeat(copies, 1), columns.repeat(copies, 1)
 
-    def read(self, rows: torch.Tensor, canvas: torch.Tensor) -> BackboneStates:
-        """Predicts the tokens of some rows.
-
-        Args:
-            rows: `[n]`, their numbers.
-            canvas: `[n, length]`, their tokens.
+    def read(self, rows: torch.Tensor) -> BackboneStates:
+        """Predicts the tokens of some rows, by their numbers `[n]`.
 
         Returns:
             States over the canvas (up to where it is needed), valid until the next call.
         """
+        tokens = self.canvas.tokens[rows]
         if self.scale is None:
-            return self._read(rows, canvas)
-        without_prompt = canvas.masked_fill(self.prompt[rows], self.mask_token_id)
-        both = torch.cat((rows, rows + self.batch)), torch.cat((canvas, without_prompt))
+            return self._read(rows, tokens)
+        without_prompt = tokens.masked_fill(self.prompt[rows], self.canvas.mask_token_id)
+        both = torch.cat((rows, rows + len(self.prompt))), torch.cat((tokens, without_prompt))
         return guided(self._read(*both), self.scale[rows])
 
-    def _read(self, rows: torch.Tensor, canvas: torch.Tensor) -> BackboneStates:
-        mask = self.attention_mask[rows]
+    def _read(self, rows: torch.Tensor, tokens: torch.Tensor) -> BackboneStates:
+        mask, end = self.attention_mask[rows], self.end
         if self.cache is None:
-            return self.family.states(self.backbone, canvas[:, : self.end], mask[:, : self.end])
+            return self.family.states(self.backbone, tokens[:, :end], mask[:, :end])
         # Rows come here in a later step of a block, and tokens outside it change, only by the hand
         # of a caller who edits the canvas.
-        outdated = self.cache.outdated(rows, canvas, self.read_again[rows])
-        if bool(outdated.any()):
-            self.cache.whole(rows[outdated], canvas[outdated])
-            states = self.family.states(
-                self.backbone, canvas[outdated], mask[outdated], cache=self.cache
-            )
-            if bool(outdated.all()):
+        old = self.cache.outdated(rows, tokens, self.read_again[rows])
+        if bool(old.any()):
+            self.cache.whole(rows[old], tokens[old])
+            states = self.family.states(self.backbone, tokens[old], mask[old], cache=self.cache)
+            if bool(old.all()):
                 return states
         self.cache.part(rows, self.columns[rows], self.run)
-        return self.family.states(self.backbone, canvas, mask, cache=self.cache)
+        return self.family.states(self.backbone, tokens, mask, cache=self.cache)
 
 
 def guided(states: BackboneStates, scale: torch.Tensor) -> BackboneStates:

@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from .call import DecodingCall
 
 OnStep = Callable[[int, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor | None]
-
-
-class DiffusionStreamer(Protocol):
-    """A streamer for `generate`, such as `transformers.TextDiffusionStreamer`.
-
-    A streamer may also have `put_draft(value)`; one without (`TextStreamer`,
-    `TextIteratorStreamer`) hears of complete blocks only.
-    """
-
-    def put(self, value: torch.Tensor) -> None:
-        """Takes tokens `[batch, n]` that stay as they are: the prompts first, then blocks."""
-
-    def end(self) -> None:
-        """Is told that nothing follows."""
 
 
 class BlockStream:
@@ -34,7 +20,7 @@ class BlockStream:
     the block or before it changes any more, which the first step of the next block shows. All are
     token ids `[batch, n]` on the CPU. The blocks put, one after the other, are the beginning of
     what `generate` returns after the prompts, and blocks that were not decoded because all texts
-    had ended are left out.
+    had ended are left out. A streamer without `put_draft` (`TextStreamer`) hears of blocks only.
 
     Args:
         streamer: the receiver.
@@ -46,7 +32,7 @@ class BlockStream:
 
     def __init__(
         self,
-        streamer: DiffusionStreamer,
+        streamer: BaseStreamer,
         prompts: torch.Tensor,
         mask_token_id: int,
         call: DecodingCall,
