@@ -117,20 +117,20 @@ def test_stream_shows_the_canvas_of_every_step_and_only_that(pipe, screen, monke
     resized(monkeypatch, screen, 9, 24)
     canvases = []
 
-    with CanvasView(pipe, screen) as view:
+    view = CanvasView(pipe, screen)
 
-        def remember(pipe, step, timestep, kwargs):
-            view.on_step_end(pipe, step, timestep, kwargs)
-            canvases.append(kwargs["canvas"][0][kwargs["generated"][0]].tolist())
-            return {}
+    def remember(pipe, step, timestep, kwargs):
+        view.on_step_end(pipe, step, timestep, kwargs)
+        canvases.append(kwargs["canvas"][0][kwargs["generated"][0]].tolist())
+        return {}
 
-        pipe(
-            "How many?",
-            **LENGTHS,
-            generator=seeded(0),
-            callback_on_step_end=remember,
-            callback_on_step_end_tensor_inputs=["canvas", "generated", "transfer_index"],
-        )
+    pipe(
+        "How many?",
+        **LENGTHS,
+        generator=seeded(0),
+        callback_on_step_end=remember,
+        callback_on_step_end_tensor_inputs=["canvas", "generated", "transfer_index"],
+    )
     mask = pipe.model.config.mask_token_id
     shown = [frame.count("_") for frame in screen.terminal.frames]
     assert shown == [canvas.count(mask) for canvas in canvases]
@@ -188,10 +188,10 @@ def test_text_of_a_model_writes_no_control_sequences_into_the_terminal(pipe, scr
     hostile = "\x1b[2J\x1b]0;title\x07red\x9b31m\r\x08\u202e"
     tokens = pipe.tokenizer(hostile, add_special_tokens=False)["input_ids"]
     canvas = torch.tensor([tokens])
-    with CanvasView(pipe, screen) as view:
-        state = {"canvas": canvas, "generated": canvas > -1, "transfer_index": canvas > -1}
-        view.on_step_end(pipe, 0, 1.0, state)
-        view.finish(tokens, hostile)
+    view = CanvasView(pipe, screen)
+    state = {"canvas": canvas, "generated": canvas > -1, "transfer_index": canvas > -1}
+    view.on_step_end(pipe, 0, 1.0, state)
+    view.finish(tokens, hostile)
     assert OWN.sub("", screen.getvalue()) == printable(hostile) * 2 == "[2J]0;titlered31m" * 2
 
 
@@ -254,7 +254,7 @@ def test_stream_of_gaps_shows_the_text_around_them(folder, pipe, screen, monkeyp
     resized(monkeypatch, screen, 60, 24)
     template = f"Tom has {3 * pipe.tokenizer.mask_token} eggs."
     drawn = []
-    monkeypatch.setattr(CanvasView, "_write", keeping(drawn, CanvasView._write))
+    monkeypatch.setattr(CanvasView, "write", keeping(drawn, CanvasView.write))
     argv = ["generate", template, "--infill", "--stream", "--model", str(folder)]
     run_on(screen, *argv, *SHORT, "--paradigm", "full", "--num-inference-steps", "3")
     lengths = LENGTHS | {"num_inference_steps": 3, "paradigm": "full"}

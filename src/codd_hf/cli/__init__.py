@@ -64,11 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _spare_page_faults() -> None:
-    """Large tensors that are new at every step take huge pages, and memory that was kept.
-
-    PyTorch reads its variable at the first large tensor. glibc, unless its own variables say
-    something else, gives large blocks back to the system as soon as they are free.
-    """
+    """New large tensors take huge pages, and glibc keeps large blocks that were freed."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
@@ -81,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0; 1 for a failure, which is one line on standard error (and the traceback before it with
-        `--debug`, or if the failure is a bug of this package); 130 after Ctrl-C. Bad usage leaves
+        0; 1 for a failure, which is one line on standard error; 130 after Ctrl-C. Bad usage leaves
         with 2.
     """
     _spare_page_faults()

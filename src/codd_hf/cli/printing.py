@@ -17,7 +17,7 @@ LONGEST_LINE = 1200
 
 
 def one_line(text: str) -> str:
-    """A message in one line, of which the middle is left out where it is very long."""
+    """A message in one line, without its middle where it is very long."""
     text = printable(" ".join(text.split()))
     half = LONGEST_LINE // 2
     return text if len(text) <= LONGEST_LINE else f"{text[:half]} ... {text[-half:]}"
@@ -27,7 +27,7 @@ def one_line(text: str) -> str:
 def printing_safely() -> Iterator[None]:
     """Text of files and repositories in warnings and logs cannot control the terminal.
 
-    What the encoding of standard output lacks is printed as an escape.
+    Characters that the encoding of standard output lacks are printed as escapes.
     """
     format_warning, make_record = warnings.formatwarning, logging.getLogRecordFactory()
     warnings.formatwarning = lambda *args, **kwargs: printable(format_warning(*args, **kwargs))

@@ -6,10 +6,10 @@ import os
 import shutil
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from .common import printable
+from ..checks.errors import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,10 +25,7 @@ FAINT = "\x1b[2m"
 
 
 def can_redraw(stream: TextIO) -> bool:
-    """Whether control sequences may be written: to a terminal, unless the user wants none.
-
-    None are wanted where `NO_COLOR` is set to anything (no-color.org) or `TERM` is `dumb`.
-    """
+    """Whether a stream is a terminal, and neither `NO_COLOR` nor `TERM=dumb` is set."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -48,44 +45,36 @@ def write_answer(pipeline: CoDDPipeline, **call: Any) -> str:
         text = pipeline(**call).texts[0]
         print(printable(text), flush=True)
         return text
-    with CanvasView(pipeline, sys.stdout, whole=call.get("infill", False)) as view:
+    view = CanvasView(pipeline, sys.stdout, whole=call.get("infill", False))
+    try:
         output = pipeline(
             callback_on_step_end=view.on_step_end,
             callback_on_step_end_tensor_inputs=["canvas", "generated", "transfer_index"],
             **call,
         )
-        view.finish(output.sequences[0].tolist(), output.texts[0])
+    except BaseException:
+        view.write("\n" if view.lines_drawn else "")
+        raise
+    view.finish(output.sequences[0].tolist(), output.texts[0])
     return output.texts[0]
 
 
 class CanvasView:
-    """Draws the generated part of a canvas over what it drew before.
+    """Draws the generated part of a canvas over the one before.
 
-    It needs no more lines than the terminal has: of a longer text the end is shown, until the whole
-    text is written at the end.
+    A text of more lines than the terminal has is cut to its end, until the whole text is written at
+    the end.
 
     Args:
         pipeline: gives tokenizer, mask token and end of text, and the number of steps.
         stream: a terminal.
-        whole: draw what is given as well, of a template whose gaps are filled. An end token then
-            ends no more than its gap.
+        whole: draw the text around the gaps of a template too; an end token then ends only its gap.
     """
 
     def __init__(self, pipeline: CoDDPipeline, stream: TextIO, whole: bool = False) -> None:
-        self.pipeline = pipeline
-        self.stream = stream
-        self.whole = whole
-        self.mask_token_id = pipeline.model.config.mask_token_id
+        self.pipeline, self.stream, self.whole = pipeline, stream, whole
+        self.lines_drawn = 0
         self._committed_in: dict[int, int] = {}
-        self._lines_drawn = 0
-
-    def __enter__(self) -> CanvasView:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is not None and self._lines_drawn:
-            self.stream.write("\n")
-            self.stream.flush()
 
     def on_step_end(
         self, pipeline: CoDDPipeline, step: int, timestep: Any, kwargs: dict[str, Any]
@@ -94,40 +83,41 @@ class CanvasView:
         shown = kwargs["generated"][0] | self.whole
         committed = kwargs["transfer_index"][0][shown].nonzero()[:, 0].tolist()
         self._committed_in.update(dict.fromkeys(committed, step))
-        tokens = kwargs["canvas"][0][shown].tolist()
         size = shutil.get_terminal_size()
-        lines = wrapped(self._styled(tokens), size.columns - 1)[-max(size.lines - 1, 1) :]
-        self._write("\x1b[K\n".join(lines) + "\x1b[J")
-        self._lines_drawn = len(lines)
+        parts = self._styled(kwargs["canvas"][0][shown].tolist())
+        lines = wrapped(parts, size.columns - 1)[-max(size.lines - 1, 1) :]
+        self._redraw("\x1b[K\n".join(lines) + "\x1b[J")
+        self.lines_drawn = len(lines)
         return {}
 
     def finish(self, tokens: Sequence[int], text: str) -> None:
         """Writes the whole text in place of the canvas, coloured, as lines that can be copied."""
-        parts = self._styled(tokens)
-        shown = "".join(f"{style}{part}{PLAIN}" for style, part in parts)
+        parts, plain = self._styled(tokens), printable(text)
         # A tokenizer that tidies spaces up gives a text that is not its tokens' texts joined.
-        exact = "".join(part for _, part in parts) == printable(text)
-        self._write("\x1b[J" + (shown if exact else printable(text)) + "\n")
-        self._lines_drawn = 0
+        if "".join(part for _, part in parts) == plain:
+            plain = "".join(f"{style}{part}{PLAIN}" for style, part in parts)
+        self._redraw(f"\x1b[J{plain}\n")
 
-    def _write(self, text: str) -> None:
-        up = f"\x1b[{self._lines_drawn - 1}A" if self._lines_drawn > 1 else ""
-        self.stream.write(f"{up}\r{text}")
+    def write(self, text: str) -> None:
+        """Writes to the terminal at once."""
+        self.stream.write(text)
         self.stream.flush()
+
+    def _redraw(self, text: str) -> None:
+        up = f"\x1b[{self.lines_drawn - 1}A" if self.lines_drawn > 1 else ""
+        self.write(f"{up}\r{text}")
 
     def _styled(self, tokens: Sequence[int]) -> list[tuple[str, str]]:
         """Control sequence and text of each token, up to the end of the text unless `whole`."""
         ends = [] if self.whole else self.pipeline.said_of_task()["eos_token_id"]
         end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-        parts = token_texts(self.pipeline.tokenizer, tokens[:end], self.mask_token_id)
+        mask_token_id = self.pipeline.model.config.mask_token_id
         last = max(self.pipeline.num_timesteps - 1, 1)
         styled = []
-        for position, part in enumerate(parts):
-            step = self._committed_in.get(position)
-            style = FAINT
-            if tokens[position] != self.mask_token_id and step is not None:
-                colour = COLOURS[min(step, last) * (len(COLOURS) - 1) // last]
-                style = f"\x1b[38;5;{colour}m"
+        for i, part in enumerate(token_texts(self.pipeline.tokenizer, tokens[:end], mask_token_id)):
+            style, step = FAINT, self._committed_in.get(i)
+            if tokens[i] != mask_token_id and step is not None:
+                style = f"\x1b[38;5;{COLOURS[min(step, last) * (len(COLOURS) - 1) // last]}m"
             styled.append((style, printable(part)))
         return styled
 
@@ -135,52 +125,41 @@ class CanvasView:
 def token_texts(
     tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], mask_token_id: int
 ) -> list[str]:
-    """What each token adds to the text: the mask token `_`, other special tokens nothing.
+    """The part that each token adds to the text: `_` for masks, none for other special tokens.
 
-    A token is decoded after the one that the text last grew by, so that it keeps its space; a
-    character of several tokens counts to its last one.
+    A token is decoded after the one before, so that it keeps its space; a character of several
+    tokens counts to its last one.
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.update(tokenizer.all_special_ids)
-    ordinary = [token not in special and token < len(tokenizer) for token in tokens]
+    is_text = [token not in special and token < len(tokenizer) for token in tokens]
     texts: list[str] = []
-    known: list[int] = []
-    grown_from = complete = 0
-    for token, is_text, goes_on in zip(tokens, ordinary, [*ordinary[1:], False], strict=True):
-        if not is_text:
-            texts.append(MASK if token == mask_token_id else "")
-            continue
-        known.append(token)
-        before = tokenizer.decode(known[grown_from:complete])
-        text = tokenizer.decode(known[grown_from:])
-        if goes_on and text.endswith("\N{REPLACEMENT CHARACTER}"):
-            texts.append("")
-            continue
-        texts.append(text[len(before) :])
-        grown_from, complete = complete, len(known)
+    written: list[int] = []
+    before = done = 0
+    for token, ordinary, goes_on in zip(tokens, is_text, [*is_text[1:], False], strict=True):
+        part = MASK if token == mask_token_id else ""
+        if ordinary:
+            written.append(token)
+            text = tokenizer.decode(written[before:])
+            if not (goes_on and text.endswith("\N{REPLACEMENT CHARACTER}")):
+                part = text[len(tokenizer.decode(written[before:done])) :]
+                before, done = done, len(written)
+        texts.append(part)
     return texts
 
 
 def wrapped(parts: Sequence[tuple[str, str]], width: int) -> list[str]:
-    """Styled texts as lines of at most `width` cells; each line sets and resets its own styles."""
-    lines, line, used = [], "", 0
+    """Styled texts as lines of at most `width` cells; each character sets and resets its style."""
+    lines, used = [""], 0
     for style, text in parts:
-        run = ""
-        for cells, character in _characters(text):
+        for character in text.replace("\t", "    "):
+            cells = 1 + (unicodedata.east_asian_width(character) in "WF")
+            if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+                cells = 0
             if character == "\n" or used + cells > width:
-                lines.append(line + (style + run + PLAIN if run else ""))
-                line, run, used = "", "", 0
+                lines.append("")
+                used = 0
             if character != "\n":
-                run += character
+                lines[-1] += style + character + PLAIN
                 used += cells
-        line += style + run + PLAIN if run else ""
-    return [*lines, line]
-
-
-def _characters(text: str) -> Iterator[tuple[int, str]]:
-    """The characters of a text and the cells they take: none, one or two; a tab is four spaces."""
-    for character in text.replace("\t", "    "):
-        if unicodedata.category(character) in ("Mn", "Me", "Cf"):
-            yield 0, character
-        else:
-            yield 1 + (unicodedata.east_asian_width(character) in "WF"), character
+    return lines
