@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from codd_hf.benchmarks import BENCHMARKS, Options
-from codd_hf.benchmarks.end_to_end import BLOCK, BLOCK_CAUSAL, FACTORIZED, measure
+from codd_hf.benchmarks.end_to_end import BLOCK, BLOCK_CAUSAL, FACTORIZED
 from codd_hf.benchmarks.head_case import QUICK, HeadCase
 from codd_hf.benchmarks.timing import Rates, median_seconds
 from codd_hf.circuits.reference import plain_step
@@ -50,25 +50,21 @@ def test_benchmark_runs_and_its_figures_are_sane(name, capsys, tmp_path):
     text = capsys.readouterr().out
     assert f"### {name}" in text
     assert "| ---" in text
-    assert "torch" in text
     result = json.loads(path.read_text())
     assert result["environment"]["threads"] == torch.get_num_threads()
     report = result["benchmarks"][name]
     assert report["sizes"]
-    assert report["rows"]
     for row in report["rows"]:
         numbers = [v for v in row.values() if isinstance(v, float)]
         assert all(math.isfinite(v) and v >= 0 for v in numbers)
         assert row[COLUMNS[name]] > 0
-
-
-def test_where_both_pipelines_read_the_same_they_find_the_same_tokens():
-    options = Options(quick=True, repeats=1, batch_size=2)
-    rows = {(row["block"], row["pipeline"]): row for row in measure(options).rows}
-    for block, name in ((64, FACTORIZED), (BLOCK, "CoDDPipeline" + BLOCK_CAUSAL)):
-        row = rows[block, name]
-        assert row["tokens as LLaDA2Pipeline's, %"] == 100
-        assert row["passes"] == 4
+    if name != "end-to-end":
+        return
+    # Where both pipelines read the same they find the same tokens.
+    rows = {(row["block"], row["pipeline"]): row for row in report["rows"]}
+    for key in ((64, FACTORIZED), (BLOCK, "CoDDPipeline" + BLOCK_CAUSAL)):
+        assert rows[key]["tokens as LLaDA2Pipeline's, %"] == 100
+        assert rows[key]["passes"] == 4
     assert rows[BLOCK, FACTORIZED]["tokens as LLaDA2Pipeline's, %"] < 100  # it reads more
 
 
@@ -127,17 +123,9 @@ def test_physical_limit_is_the_slower_of_moving_and_computing():
     assert rates.limit(1000, copy=20) == 10
 
 
-@pytest.mark.parametrize(
-    ("argv", "named"),
-    [
-        (["--repeats", "0"], "`repeats`"),
-        (["--batch-size", "0"], "`batch_size`"),
-        (["--threads", "0"], "`--threads`"),
-    ],
-)
-def test_option_that_cannot_be_is_one_line_that_names_it(argv, named, capsys):
-    assert main(["bench", "head-step", "--quick", *argv]) == 1
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("codd-hf bench: error: ")
-    assert named in error
-    assert "\n" not in error
+@pytest.mark.parametrize("option", ["--repeats", "--batch-size", "--threads"])
+def test_option_that_cannot_be_is_bad_usage_that_names_it(option, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["bench", "head-step", "--quick", option, "0"])
+    assert leaving.value.code == 2
+    assert option[2:].replace("-", "_") in capsys.readouterr().err.replace("--threads", "threads")
