@@ -14,19 +14,18 @@ import argparse
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
-from codd_hf import CoDDModel, CoDDPipeline, default_model
-from codd_hf.data.canvases import load_examples
-from codd_hf.training.fits.conditional import fit_conditional
-from codd_hf.training.run import split_examples
-from codd_hf.training.settings import ConditionalConfig, GenerativeConfig, TrainConfig
-from codd_hf.training.stages import (
-    fit_stage_one,
-    known_mask_token_id,
-    load_start,
-    start_of_stage_three,
-    tokenize_parts,
+from codd_hf import CoDDPipeline, default_model
+from codd_hf.training import (
+    Checkpoints,
+    ConditionalConfig,
+    GenerativeConfig,
+    TrainConfig,
+    load_examples,
 )
+from codd_hf.training.inputs import split_examples
+from codd_hf.training.stages import Run, condition_head, fit_circuit
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,27 +58,19 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         generative=GenerativeConfig(num_epochs=args.epochs, windows_per_batch=128),
         conditional=ConditionalConfig(max_steps=args.steps, num_draws=args.draws),
     )
-    Path(args.output).mkdir(parents=True, exist_ok=True)
 
     # 1. The backbone, without a head, and the text as it reads it. The last examples are held out.
-    model, tokenizer = load_start(args.backbone)
-    mask_token_id = known_mask_token_id(config, model, tokenizer)
-    train, validation, _ = split_examples(load_examples(args.dataset), args.num_validation, 0)
-    train, validation = tokenize_parts(
-        config, tokenizer, train, validation, mask_token_id=mask_token_id
-    )
+    examples = load_examples(args.dataset)
+    run = Run(config, split_examples(examples, args.num_validation, 0), Accelerator())
+    run.load()
 
-    # 2. Stages 1 and 2: a hidden Markov model of the text by EM, from clusters of the backbone's
-    #    token embeddings; then its unigram law, which the backbone knows already, is divided out.
-    parts = (train, validation, mask_token_id)
-    stage_one = fit_stage_one(config, model, tokenizer, *parts, "latest", None)
+    # 2. A hidden Markov model of the text by EM, from clusters of the backbone's token embeddings;
+    #    its unigram distribution, which the backbone knows already, is divided out.
+    fit_circuit(run, Checkpoints(Path(args.output, "generative")))
 
-    # 3. Stage 3: the backbone runs over the data once, and the head is fitted to what it said.
-    head = start_of_stage_three(config, model, stage_one)
-    model = CoDDModel.from_backbone(model.backbone, head)
-    history = fit_conditional(
-        model, tokenizer, train, validation, args.output, config.conditional
-    )  # a run that was stopped goes on from its checkpoint
+    # 3. The backbone runs over the data once, and the head is fitted to its predictions. A run that
+    #    was stopped goes on from its checkpoint.
+    history = condition_head(run, Checkpoints(Path(args.output, "conditional")))
 
     # 4. What it gained. A gain below zero would mean that factorized decoding is better there.
     gains = {name: value for name, value in history[-1].items() if name.startswith("gain")}
@@ -87,10 +78,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         print(f"{name:>15}: {history[0][name]:+.3f} before, {value:+.3f} nats per masked token")
 
     # 5. The head is a small repository of its own; `push_to_hub` shares it.
-    head.save_pretrained(Path(args.output, "head"))
-    pipe = CoDDPipeline.from_pretrained(args.backbone, model=model.eval(), tokenizer=tokenizer)
+    run.model.coupling_head.save_pretrained(Path(args.output, "head"))
+    parts = {"model": run.model.eval(), "tokenizer": run.tokenizer}
+    pipe = CoDDPipeline.from_pretrained(args.backbone, **parts)
     generator = torch.Generator().manual_seed(0)
-    prompt = load_examples(args.dataset)[-1].prompt or "Once upon a time"
+    prompt = examples[-1].prompt or "Once upon a time"
     print(pipe(prompt, gen_length=64, num_inference_steps=16, generator=generator).texts[0])
     return gains
 

@@ -20,11 +20,10 @@ from pathlib import Path
 import torch
 
 from codd_hf import CoDDPipeline, default_model
-from codd_hf.data.canvases import load_examples, tokenize_examples
+from codd_hf.data.canvases import tokenize_examples
+from codd_hf.training import Checkpoints, JointConfig, fit_joint, load_examples
 from codd_hf.training.evidence.live_windows import window_scores
-from codd_hf.training.fits.joint import fit_joint
-from codd_hf.training.joint_settings import JointConfig
-from codd_hf.training.run import split_examples
+from codd_hf.training.inputs import split_examples
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -78,7 +77,8 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
         folder = Path(args.output, backbone)
         if "start" not in scores:
             scores["start"] = window_scores(pipe.model, tokenizer, test, config, args.draws)
-        fit_joint(pipe.model, tokenizer, train, validation, folder, config)  # continues by itself
+        checkpoints = Checkpoints(folder / "joint")  # where a run that was stopped goes on from
+        fit_joint(pipe.model, tokenizer, train, validation, config, checkpoints)
         scores[backbone] = window_scores(pipe.model, tokenizer, test, config, args.draws)
         pipe.save_pretrained(folder / "pipeline")
 
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
         print(name, {key: round(value, 4) for key, value in score.summary().items()})
     pairs = [("lora", "start"), ("frozen", "start"), ("lora", "frozen")]
     result = {f"{a} over {b}": (a, b) for a, b in pairs if a in scores and b in scores}
-    result = {name: scores[a].better_than(scores[b]) for name, (a, b) in result.items()}
+    result = {k: scores[a].better_than(scores[b], args.draws) for k, (a, b) in result.items()}
     for name, (mean, error) in result.items():
         print(f"{name}: {mean:+.4f} +- {error:.4f} nats per masked token")
     print(f"The coupled model is in {args.output}/lora/pipeline.")

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 
 from codd_hf import CoDDPipeline
-from codd_hf.training.run import train
-from codd_hf.training.settings import (
+from codd_hf.training import (
     ConditionalConfig,
     GenerativeConfig,
     PretrainingConfig,
     TrainConfig,
+    train,
 )
 
 WHO = ("The old king", "A young fox", "My grandmother", "The tall sailor", "A quiet child")
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> list[str]:
         hub_model_id=args.push,
     )
     folder = train(config)  # the same call again goes on where it stopped
-    history = json.loads(Path(args.output, "conditional_history.json").read_text())
+    history = json.loads(Path(args.output, "conditional", "history.json").read_text())
     print(f"Gain over factorized prediction: {history[-1]['gain']:+.3f} nats per masked token.")
 
     pipe = CoDDPipeline.from_pretrained(folder)

@@ -11,7 +11,6 @@ small; a text whose words do not go together is beyond it.
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 
 import torch
@@ -20,10 +19,16 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from codd_hf import CoDDHead, CoDDHeadConfig, CoDDModel, CoDDPipeline, CoDDScheduler
 from codd_hf.data.canvases import TokenizedExample
-from codd_hf.training.fits.conditional import fit_conditional
-from codd_hf.training.fits.generative import fit_generative, text_windows
-from codd_hf.training.fits.pretraining import pretrain_backbone, small_backbone_config
-from codd_hf.training.settings import ConditionalConfig, GenerativeConfig, PretrainingConfig
+from codd_hf.training import (
+    ConditionalConfig,
+    GenerativeConfig,
+    PretrainingConfig,
+    fit_backbone,
+    fit_conditional,
+    fit_generative,
+)
+from codd_hf.training.fits.generative import text_windows
+from codd_hf.training.fits.pretraining import small_backbone_config
 
 LENGTH = 16
 SPECIAL = ["<pad>", "<mask>", "<end>", "<text>"]
@@ -137,25 +142,15 @@ def train(grammar: Grammar, num_texts: int = 8192) -> CoDDPipeline:
     backbone = AutoModelForCausalLM.from_config(
         small_backbone_config(tokenizer, hidden_size=64, num_layers=2)
     )
-    backbone.config.is_causal = False
-    with tempfile.TemporaryDirectory() as folder:
-        pretrain_backbone(
-            backbone,
-            tokenizer,
-            learned,
-            validation,
-            folder,
-            PretrainingConfig(
-                max_steps=600,
-                tokens_per_batch=128 * (LENGTH + 1),
-                learning_rate=1e-2,
-                window_length=LENGTH,
-                evaluation_steps=300,
-                checkpointing_steps=600,
-                warmup_steps=20,
-                **noise,
-            ),
-        )
+    pretraining = PretrainingConfig(
+        max_steps=600,
+        tokens_per_batch=128 * (LENGTH + 1),
+        learning_rate=1e-2,
+        evaluation_steps=300,
+        warmup_steps=20,
+        **noise,
+    ).completed("new")
+    fit_backbone(backbone, tokenizer, learned, validation, pretraining, window_length=LENGTH)
 
     num_latents = 40
     windows = [text_windows(part, LENGTH, tokenizer.eos_token_id) for part in (learned, validation)]
@@ -182,7 +177,7 @@ def train(grammar: Grammar, num_texts: int = 8192) -> CoDDPipeline:
         tokenizer,
         learned,
         validation,
-        config=ConditionalConfig(
+        ConditionalConfig(
             max_steps=200,
             windows_per_batch=128,
             learning_rate=1e-2,

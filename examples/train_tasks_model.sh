@@ -15,14 +15,14 @@ exec codd-hf train \
     --dataset tasks \
     --output "$output" \
     --stages pretraining \
-    --vocab-size 1024 \
-    --hidden-size 192 \
-    --num-layers 4 \
-    --pretraining-max-steps "$steps" \
-    --pretraining-tokens-per-batch 3072 \
-    --pretraining-learning-rate 3e-3 \
-    --pretraining-decay-fraction 0.3 \
-    --pretraining-window-probability 1 \
-    --pretraining-max-extra-windows 0 \
-    --pretraining-evaluation-steps 250 \
-    --pretraining-checkpointing-steps 250
+    --set vocab_size=1024 \
+    --set hidden_size=192 \
+    --set num_layers=4 \
+    --set pretraining.max_steps="$steps" \
+    --set pretraining.tokens_per_batch=3072 \
+    --set pretraining.learning_rate=3e-3 \
+    --set pretraining.decay_fraction=0.3 \
+    --set pretraining.window_probability=1 \
+    --set pretraining.max_extra_windows=0 \
+    --set pretraining.evaluation_steps=250 \
+    --set pretraining.checkpointing_steps=250

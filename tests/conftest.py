@@ -13,12 +13,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 from codd_hf.data.tokenizers import train_tokenizer
-from codd_hf.training.run import train
-from codd_hf.training.settings import (
+from codd_hf.training import (
     ConditionalConfig,
     GenerativeConfig,
     PretrainingConfig,
     TrainConfig,
+    train,
 )
 from tiny import SENTENCES
 
@@ -72,7 +72,6 @@ def trained_config(cities_jsonl, tmp_path_factory):
             max_steps=120,
             tokens_per_batch=512,
             warmup_steps=5,
-            window_length=4,
             mixed_precision="bf16",
             evaluation_steps=60,
             checkpointing_steps=60,

@@ -16,7 +16,7 @@ from torch import nn
 
 from codd_hf import CoDDHead, CoDDModel, CoDDPipeline, CoDDScheduler
 from codd_hf.evaluation.judge import load_judge
-from codd_hf.training.joint_settings import JointConfig
+from codd_hf.training import JointConfig
 from tiny import random_head, tiny_backbone
 
 MASK = 2

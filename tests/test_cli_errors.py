@@ -208,6 +208,7 @@ def folder(tmp_path_factory):
     return save_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
+<<<<<<< HEAD
 BAD_USAGE = [
     ("--seed", "1" * 30, ["generate", "x"]),
     ("--seed", "-" + "1" * 30, ["demo"]),
@@ -220,6 +221,20 @@ BAD_USAGE = [
     ("--evidence-size", "-1", ["evaluate", "gap"]),
     ("--generative-seed", "1" * 30, ["train", "--dataset", "x", "--output", "y"]),
 ]
+=======
+USAGE = {
+    "--seed": ["1" * 30, "-" + "1" * 30, "1" * 5000, "1.5"],
+    "--num-questions": ["0", "-1"],
+    "--num-problems": ["0", "-3"],
+    "--batch-size": ["0"],
+}
+COMMANDS_WITH = {
+    "--seed": [["generate", "x"], ["demo"], ["chat"], ["evaluate", "gap"], ["bench", "all"]],
+    "--num-questions": [["demo"]],
+    "--num-problems": [["evaluate", "gap"], ["evaluate", "quality", "--judge", "x"]],
+    "--batch-size": [["evaluate", "gap"], ["evaluate", "quality", "--judge", "x"]],
+}
+>>>>>>> 55b1327 (Training: settings set once, stages as data, one loop for every fit)
 
 
 @pytest.mark.parametrize(("option", "value", "command"), BAD_USAGE)
@@ -298,11 +313,11 @@ def test_judge_that_cannot_be_had_is_one_line(folder, tmp_path, capsys, monkeypa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--dtype", "int8"], "`dtype` must be one of bfloat16, float16, float32, got 'int8'"),
-        (["--emission", "x"], "`emission` must be one of dense, tied, got 'x'"),
+        (["--set", "dtype=int8"], "`dtype` must be one of bfloat16, float16, float32, got 'int8'"),
+        (["--set", "emission=x"], "`emission` must be one of dense, tied, got 'x'"),
         (["--conditioning", "x"], "`conditioning` must list some of"),
         (["--window-length", "1"], "`window_length` must be"),
-        (["--alpha", "nan"], "`alpha` must be"),
+        (["--set", "generative.alpha=.nan"], "`alpha` must be"),
         (["--dataset", ""], "`source` '' cannot be read"),
     ],
 )

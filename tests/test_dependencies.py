@@ -11,7 +11,7 @@ from pathlib import Path
 import codd_hf
 
 ROOT = Path(__file__).parent.parent
-NAMES = {"sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}
+NAMES = {"sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub", "yaml": "pyyaml"}
 """Packages that are installed under another name than they are imported by."""
 OPTIONAL = {"hmmlearn": "test"}
 """Imported only where it is there, and the extra that brings it; a peer in a benchmark has none."""

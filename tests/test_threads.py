@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
 from codd_hf.schedulers.settings import SAMPLING, STRATEGIES
 from codd_hf.text.encoding import encode_texts
-from codd_hf.training.fits.joint import _checkpointing
+from codd_hf.training.fits.joint import gradient_checkpointing
 from tiny import random_head, tiny_backbone
 
 MASK, NUM_THREADS = 2, 8
@@ -228,7 +228,7 @@ def test_adapter_is_put_back_when_a_call_fails(adapters):
 
 def test_head_with_another_adapter_is_not_trained_where_passes_are_repeated(adapters):
     model = pipeline_with_heads(adapters=adapters).model
-    _checkpointing(model.backbone, "enable")()
+    gradient_checkpointing(model.backbone, "enable")()
     with pytest.raises(ValueError, match=r"cannot be trained with gra.*`set_head\('longer'\)`"):
         model(IDS, coupling="marginal", head="longer")
     coupled(model, "longer")  # without gradients nothing is repeated

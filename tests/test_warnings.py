@@ -19,21 +19,22 @@ def train_arguments(data, folder) -> list[str]:
         "num-validation": 8,
         "num-test": 8,
         "num-gap-problems": 2,
-        "vocab-size": 300,
-        "hidden-size": 32,
-        "num-layers": 1,
         "num-latents": 4,
         "window-length": 4,
-        "pretraining-window-length": 4,
-        "pretraining-max-steps": 2,
         "generative-num-epochs": 1,
         "conditional-max-steps": 2,
-        "joint-max-steps": 2,
-        "joint-backbone": "lora",
     }
+    settings = (
+        "vocab_size=300",
+        "hidden_size=32",
+        "num_layers=1",
+        "pretraining.max_steps=2",
+        "joint.max_steps=2",
+        "joint.gradient_checkpointing=true",
+    )
     stages = ["pretraining", "generative", "conditional", "joint"]
     argv = ["train", "--dataset", str(data), "--output", str(folder / "run"), "--stages", *stages]
-    argv += ["--joint-gradient-checkpointing"]
+    argv += [part for setting in settings for part in ("--set", setting)]
     return argv + [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
 
 

@@ -19,18 +19,18 @@ from safetensors.torch import save_file
 from codd_hf import CoDDModel
 from codd_hf.cli import main
 from codd_hf.data.tokenizers import train_tokenizer
-from codd_hf.training.evidence import cache as window_cache
-from codd_hf.training.evidence.cache import cache_windows
-from codd_hf.training.fits.conditional import fit_conditional
-from codd_hf.training.fits.generative import fit_generative
-from codd_hf.training.processes.sharding import shard_backbone
-from codd_hf.training.run import train
-from codd_hf.training.settings import (
+from codd_hf.training import (
+    Checkpoints,
     ConditionalConfig,
-    EvidenceConfig,
     GenerativeConfig,
     TrainConfig,
+    fit_conditional,
+    fit_generative,
+    train,
 )
+from codd_hf.training.evidence import cache as window_cache
+from codd_hf.training.evidence.cache import cache_windows
+from codd_hf.training.processes.sharding import shard_backbone
 from tiny import SENTENCES, correlated_examples, random_head, tiny_backbone
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -98,7 +98,11 @@ def main_process_saves(tensors: dict[str, torch.Tensor], path: Path) -> None:
         save_file(tensors, path)
 
 
-def em(folder: Path, checkpoint_dir: Path | None, update: str, epochs: int) -> None:
+def checkpoints(folder: Path | None, stage: str) -> Checkpoints | None:
+    return None if folder is None else Checkpoints(folder / stage)
+
+
+def em(folder: Path, kept_in: Path | None, epochs: int) -> None:
     """An EM run; writes its parameters, and the log-likelihoods of its steps."""
     windows = sample_windows(random_hmm(4, 24, 2.0), 120, 6)
     embeddings = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
@@ -106,23 +110,22 @@ def em(folder: Path, checkpoint_dir: Path | None, update: str, epochs: int) -> N
         num_epochs=epochs,
         windows_per_batch=40,
         windows_per_chunk=8,
-        update=update,
         checkpointing_steps=1,
     )
     scores = []
 
     def log(_: int, values: dict[str, float]) -> None:
-        scores.append(values["log_likelihood"])
+        scores.append(values["loss"])
 
-    potentials, _ = fit_generative(
-        windows[:100], windows[100:], embeddings, 4, config, checkpoint_dir, log=log
-    )
+    kept = checkpoints(kept_in, "generative")
+    parts = (windows[:100], windows[100:], embeddings, 4, config)
+    potentials, _ = fit_generative(*parts, kept, log)
     leaves = {str(i): leaf.exp() for i, leaf in enumerate(potentials.leaves())}
     scores = torch.tensor(scores, dtype=torch.float64)
     main_process_saves(leaves | {"scores": scores}, folder / "em.safetensors")
 
 
-def conditional(folder: Path, checkpoint_dir: Path | None, loss: str, stop_at: int = 0) -> None:
+def conditional(folder: Path, kept_in: Path | None, loss: str, stop_at: int = 0) -> None:
     """A conditional fit; writes the head and the losses of its steps, unless it is to stop."""
     config = ConditionalConfig(
         max_steps=12,
@@ -160,8 +163,8 @@ def conditional(folder: Path, checkpoint_dir: Path | None, loss: str, stop_at: i
         tokenizer,
         correlated_examples(41),
         correlated_examples(13, seed=1),
-        checkpoint_dir,
         config,
+        checkpoints(kept_in, "conditional"),
         log,
     )
     curves = {
@@ -175,7 +178,7 @@ def conditional(folder: Path, checkpoint_dir: Path | None, loss: str, stop_at: i
 
 def whole_run(folder: Path) -> None:
     """EM, the evidence and the conditional fit, each continued from where it stopped."""
-    em(folder, folder, "stepwise", 4)
+    em(folder, folder, 4)
     conditional(folder, folder, "elbo")
     (folder / "done").touch()
 
@@ -204,7 +207,7 @@ def sharded_evidence(folder: Path, kind: str, sharded: bool) -> None:
     if sharded:
         shard_backbone(model)
     window_cache.SHARD_BYTES = 1024
-    examples, config = correlated_examples(21), EvidenceConfig(tokens_per_batch=64)
+    examples, config = correlated_examples(21), ConditionalConfig(tokens_per_batch=64)
     cache = cache_windows(model, tokenizer, examples, config, folder / "evidence", progress=False)
     windows = cache.take(torch.arange(len(cache)))
     gains = windows.distribution(model.coupling_head, 1.0).coupling_gain(windows.tokens.long())

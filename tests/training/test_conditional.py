@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,9 @@ import torch
 from codd_hf import CoDDHead, CoDDModel
 from codd_hf.data.canvases import TokenizedExample
 from codd_hf.data.noise import draw_windows
+from codd_hf.training import Checkpoints, ConditionalConfig, fit_conditional, fit_head
 from codd_hf.training.evidence.cache import cache_windows
-from codd_hf.training.fits.conditional import fit_conditional, fit_head
-from codd_hf.training.fits.gains import evaluate_head, window_gains
-from codd_hf.training.loop.checkpoints import Checkpoints
-from codd_hf.training.settings import ConditionalConfig, EvidenceConfig
+from codd_hf.training.fits.conditional import evaluate_head
 from tiny import correlated_examples, head_config, random_head, tiny_backbone
 
 CONFIG = ConditionalConfig(
@@ -30,32 +29,22 @@ CONFIG = ConditionalConfig(
 TRAIN, VALIDATION = correlated_examples(40), correlated_examples(20, seed=1)
 
 
-def new_model(tokenizer, untrained: bool = False) -> CoDDModel:
+def new_model(tokenizer) -> CoDDModel:
     backbone = tiny_backbone(
         vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=2, initializer_range=0.1
     )
-    changes = {"mask_token_id": 1, "num_latents": 6}
-    if untrained:
-        return CoDDModel.from_backbone(backbone, head_config(len(tokenizer), **changes))
-    head = random_head(len(tokenizer), **changes)
+    head = random_head(len(tokenizer), mask_token_id=1, num_latents=6)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.mul_(0.3)
     return CoDDModel.from_backbone(backbone, head)
 
 
-def run(tokenizer, train, folder=None, stop_after=None, **changes):
+def run(tokenizer, checkpoints=None, log=None, **changes):
     model = new_model(tokenizer)
-    if stop_after is not None:
-        calls = iter(range(stop_after))
-
-        def interrupt(*_):
-            if next(calls, None) is None:
-                raise KeyboardInterrupt
-
-        model.coupling_head.register_forward_pre_hook(interrupt)
-    config = ConditionalConfig(**(vars(CONFIG) | changes))
-    return model, fit_conditional(model, tokenizer, train, VALIDATION, folder, config)
+    config = replace(CONFIG, **changes)
+    history = fit_conditional(model, tokenizer, TRAIN, VALIDATION, config, checkpoints, log)
+    return model, history
 
 
 def gains(history) -> list[dict]:
@@ -64,20 +53,24 @@ def gains(history) -> list[dict]:
 
 @pytest.mark.parametrize("loss", ["token", "elbo"])
 def test_fit_improves_the_held_out_gain_and_leaves_the_backbone_as_it_was(tiny_tokenizer, loss):
-    before = new_model(tiny_tokenizer).backbone.state_dict()
-    model, history = run(tiny_tokenizer, TRAIN, max_steps=40, loss=loss, evaluation_steps=20)
+    before, told = new_model(tiny_tokenizer).backbone.state_dict(), []
+    changes = {"max_steps": 40, "loss": loss, "evaluation_steps": 20, "evidence_temperature": 1.1}
+    model, history = run(tiny_tokenizer, log=lambda *step: told.append(step), **changes)
     assert [entry["step"] for entry in history] == [0, 20, 40]
-    assert history[-1]["gain"] > history[0]["gain"] + 0.5
-    assert history[-1]["gain"] > 0.5
+    assert history[-1]["gain"] > max(history[0]["gain"], 0) + 0.5
     after = model.backbone.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert not any(p.requires_grad for p in model.backbone.parameters())
+    assert [step for step, _ in told] == list(range(1, 41))
+    losses = [values["loss"] for _, values in told]
+    assert history[-1]["loss"] == pytest.approx(sum(losses[20:]) / 20)
+    # What it was fitted at is what every door then uses.
+    assert model.coupling_head.config.evidence_temperature == 1.1
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"conditioning": ["latent"]},
         {"conditioning": ["latent"], "noise_conditioning": True},
         {"conditioning": ["copy"], "copy_length": 6},
         {"conditioning": ["latent"], "emission": "tied", "emission_rank": 8},
@@ -90,53 +83,56 @@ def test_every_kind_of_head_learns(tiny_tokenizer, changes):
     head = CoDDHead(head_config(len(tiny_tokenizer), **changes))
     if head.config.emission == "tied":
         head.bind(model.get_output_embeddings().weight)
-    if changes["num_latents"] == 6:
-        circuit = model.coupling_head.potentials
-        head.set_potentials(circuit.scaled_by_marginal(model.coupling_head.token_marginal.log(), 1))
-    else:
-        torch.manual_seed(0)
-        for parameter in head.parameters(recurse=False):
-            torch.nn.init.normal_(parameter, std=0.5)
-    latents, vocab = head.config.num_latents, head.config.vocab_size
-    law = torch.randn(latents, vocab).log_softmax(-1)
-    head.context_maps.start(law, torch.full((latents,), 1 / latents))
+    circuit = model.coupling_head.potentials
+    head.set_potentials(circuit.scaled_by_marginal(model.coupling_head.token_marginal.log(), 1))
+    unigrams = torch.randn(6, head.config.vocab_size).log_softmax(-1)
+    head.context_maps.start(unigrams, torch.full((6,), 1 / 6))
     model = CoDDModel.from_backbone(model.backbone, head)
     before = {name: p.detach().clone() for name, p in head.named_parameters()}
-    config = ConditionalConfig(**(vars(CONFIG) | {"max_steps": 60, "evaluation_steps": 60}))
-    history = fit_conditional(model, tiny_tokenizer, TRAIN, VALIDATION, config=config)
+    config = replace(CONFIG, max_steps=60, evaluation_steps=60)
+    history = fit_conditional(model, tiny_tokenizer, TRAIN, VALIDATION, config)
     assert history[-1]["gain"] > history[0]["gain"] + 0.3
     assert all((p != before[name]).any() for name, p in head.named_parameters())
 
 
 def test_run_that_stopped_ends_bit_equal_to_one_that_did_not(tiny_tokenizer, tmp_path):
-    whole, history = run(tiny_tokenizer, TRAIN)
+    def interrupt(step, _):
+        if step == 10:
+            raise KeyboardInterrupt
+
+    checkpoints = Checkpoints(tmp_path / "conditional")
+    whole, history = run(tiny_tokenizer)
     with pytest.raises(KeyboardInterrupt):
-        run(tiny_tokenizer, TRAIN, tmp_path, stop_after=12)
-    assert 0 < Checkpoints(tmp_path / "conditional").steps()[-1] < 12
-    resumed, resumed_history = run(tiny_tokenizer, TRAIN, tmp_path)
+        run(tiny_tokenizer, checkpoints, interrupt)
+    assert checkpoints.steps() == [4, 8]
+    resumed, resumed_history = run(tiny_tokenizer, checkpoints)
     assert gains(resumed_history) == gains(history)
     states = whole.state_dict(), resumed.state_dict()
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    with pytest.raises(
+        ValueError, match=r"made with `learning_rate` 0\.1, not 0\.2: continue with"
+    ):
+        run(tiny_tokenizer, checkpoints, learning_rate=0.2)
 
 
 def test_untrained_head_gains_nothing(tiny_tokenizer):
-    model = new_model(tiny_tokenizer, untrained=True)
-    cache = cache_windows(
-        model, tiny_tokenizer, VALIDATION, EvidenceConfig(num_draws=2), progress=False
-    )
+    backbone = new_model(tiny_tokenizer).backbone
+    config = head_config(len(tiny_tokenizer), mask_token_id=1, num_latents=6)
+    model = CoDDModel.from_backbone(backbone, config)
+    cache = cache_windows(model, tiny_tokenizer, VALIDATION, num_draws=2, progress=False)
     measured = evaluate_head(model.coupling_head, cache)
     assert all(abs(value) < 1e-5 for value in measured.values())
     assert "gain_0.75-1.00" in measured
 
 
-@pytest.mark.parametrize("top_k", [5, 1000])
-def test_measured_gain_is_the_likelihood_over_the_factorized_one(tiny_tokenizer, top_k):
+@pytest.mark.parametrize("size", [5, 1000])
+def test_measured_gain_is_the_likelihood_over_the_factorized_one(tiny_tokenizer, size):
     model = new_model(tiny_tokenizer)
+    config = ConditionalConfig(cache_size=size)
     for seed, example in enumerate(VALIDATION[:6]):
-        config = EvidenceConfig(top_k=top_k, seed=seed)
-        cache = cache_windows(model, tiny_tokenizer, [example], config, progress=False)
-        gain, masked = window_gains(model.coupling_head, cache, torch.tensor([0]))
-        generator = torch.Generator().manual_seed(seed * 1_000_003)
+        cache = cache_windows(model, tiny_tokenizer, [example], config, seed=seed, progress=False)
+        scores = cache.scores(model.coupling_head, torch.tensor([0]))
+        generator = torch.Generator().manual_seed(seed * 1_000_003 * 100_003)
         canvas, noise, starts = draw_windows([example], tiny_tokenizer, 4, 1, generator)
         ids = canvas.input_ids.masked_fill(noise.masked, 1)
         distribution = model(
@@ -145,25 +141,9 @@ def test_measured_gain_is_the_likelihood_over_the_factorized_one(tiny_tokenizer,
         truth = canvas.input_ids[:, starts[0] : starts[0] + 4]
         tokens = distribution.factorized_logits.gather(-1, truth[..., None])[..., 0]
         expected = distribution.log_prob(truth) - tokens.masked_fill(~distribution.masked, 0).sum(1)
-        assert torch.equal(masked, noise.target.sum(1))
+        assert torch.equal(scores.masked, noise.target.sum(1))
         # Half precision in the cache, and with 5 tokens kept the others' mass is spread.
-        assert torch.allclose(gain, expected, atol=0.02 if top_k == 1000 else 1.0)
-
-
-def test_cache_keeps_hidden_states_for_a_conditioned_head_only(tiny_tokenizer):
-    model = new_model(tiny_tokenizer)
-    cache = cache_windows(
-        model, tiny_tokenizer, VALIDATION, EvidenceConfig(num_draws=2), progress=False
-    )
-    windows = cache.take(torch.arange(len(cache)))
-    assert windows.hidden is None
-    assert len(cache) == 40
-    assert len(windows.log_rest) == windows.masked.sum()
-    changes = {"mask_token_id": 1, "conditioning": ["latent"], "context_size": 16}
-    head = random_head(len(tiny_tokenizer), **changes)
-    model = CoDDModel.from_backbone(model.backbone, head)
-    cache = cache_windows(model, tiny_tokenizer, VALIDATION, progress=False)
-    assert cache.take(torch.arange(20)).hidden.shape == (20, 4, model.config.hidden_size)
+        assert torch.allclose(scores.gain, expected, atol=0.02 if size == 1000 else 1.0)
 
 
 def test_windows_start_where_decoding_starts_them(tiny_tokenizer):
@@ -174,37 +154,20 @@ def test_windows_start_where_decoding_starts_them(tiny_tokenizer):
     assert torch.equal(noise.span.sum(1), torch.full((len(TRAIN),), 4))
 
 
-def test_model_without_a_head_is_an_error_that_says_what_to_give(tiny_tokenizer):
-    model = CoDDModel.from_backbone(tiny_backbone(vocab_size=len(tiny_tokenizer)))
+def test_model_that_cannot_be_fitted_is_an_error_that_says_so(tiny_tokenizer):
+    bare = CoDDModel.from_backbone(tiny_backbone(vocab_size=len(tiny_tokenizer)))
     with pytest.raises(ValueError, match="`model` has no head to fit"):
-        fit_conditional(model, tiny_tokenizer, TRAIN, VALIDATION, config=CONFIG)
-
-
-def test_backbone_that_gives_nan_is_an_error_that_says_so(tiny_tokenizer):
+        fit_conditional(bare, tiny_tokenizer, TRAIN, VALIDATION, CONFIG)
     model = new_model(tiny_tokenizer)
     model.backbone.model.norm.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="hold NaN"):
-        fit_conditional(model, tiny_tokenizer, TRAIN, VALIDATION, config=CONFIG)
-
-
-def test_unknown_precision_is_an_error_that_names_the_setting():
-    known = "'auto' or 'no' or 'bf16'"
-    with pytest.raises(ValueError, match=f"`mixed_precision` must be {known}, got 'fp16'"):
-        ConditionalConfig(mixed_precision="fp16")
-
-
-def test_checkpoint_of_another_run_is_refused_and_the_setting_named(tiny_tokenizer, tmp_path):
-    run(tiny_tokenizer, TRAIN, tmp_path, max_steps=4)
-    with pytest.raises(
-        ValueError, match=r"made with `learning_rate` 0\.1, not 0\.2: continue with"
-    ):
-        run(tiny_tokenizer, TRAIN, tmp_path, learning_rate=0.2)
+        fit_conditional(model, tiny_tokenizer, TRAIN, VALIDATION, CONFIG)
 
 
 @pytest.mark.parametrize("kind", ["nan", "impossible"])
 def test_loss_that_is_not_finite_stops_the_run_and_names_the_windows(tiny_tokenizer, kind):
     model = new_model(tiny_tokenizer)
-    config = EvidenceConfig(top_k=1000)
+    config = replace(CONFIG, cache_size=1000, windows_per_batch=41)
     train, validation = (
         cache_windows(model, tiny_tokenizer, examples, config, progress=False)
         for examples in ([*TRAIN, TokenizedExample([18], [19] * 7)], VALIDATION)
@@ -216,53 +179,36 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_the_windows(tiny_tokeni
     else:
         bad = (windows.tokens == 19).any(1).nonzero()[:, 0].tolist()
         model.coupling_head.emission.data[:, 19] = -torch.inf
-    settings = ConditionalConfig(**(vars(CONFIG) | {"windows_per_batch": 41}))
     with pytest.raises(
-        FloatingPointError, match=r"The loss is .* at step 0, from the windows"
+        FloatingPointError, match=r"loss is .* at step 0 of the conditional fit, from the windows"
     ) as e:
-        fit_head(model.coupling_head, train, validation, config=settings)
+        fit_head(model.coupling_head, train, validation, config)
     named = {int(number) for number in re.findall(r"\d+", str(e.value).split("[")[1].split("]")[0])}
     assert named == set(bad)
     assert len(bad) == 1
 
 
-def test_every_step_is_told(tiny_tokenizer):
-    told = []
-    model = new_model(tiny_tokenizer)
-    history = fit_conditional(
-        model, tiny_tokenizer, TRAIN, VALIDATION, config=CONFIG, log=lambda *step: told.append(step)
-    )
-    assert [step for step, _ in told] == list(range(1, 13))
-    losses = [values["loss"] for _, values in told]
-    assert history[-1]["loss"] == pytest.approx(sum(losses[8:]) / 4)
-
-
 @pytest.mark.parametrize("loss", ["token", "elbo"])
-def test_step_by_chunks_is_the_step_of_the_whole_batch(tiny_tokenizer, loss):
-    model = new_model(tiny_tokenizer)
-    head = model.coupling_head
-    cache = cache_windows(model, tiny_tokenizer, TRAIN, progress=False)
-    losses = []
+def test_step_by_chunks_is_the_step_of_the_whole_batch(tiny_tokenizer, loss, monkeypatch):
+    head = new_model(tiny_tokenizer).coupling_head
+    cache = cache_windows(new_model(tiny_tokenizer), tiny_tokenizer, TRAIN, progress=False)
     config = ConditionalConfig(
         max_steps=1, warmup_steps=1, windows_per_batch=40, windows_per_chunk=7, loss=loss
     )
-    gains, masked = window_gains(head, cache, torch.arange(40))
-    weight = 1 / cache.level if loss == "elbo" else 1
-    norm = 4 * 40 if loss == "elbo" else masked.sum()
-    expected = torch.autograd.grad(-(gains * weight).sum() / norm, list(head.parameters()))
-    steps = []
-    optimizer_step = torch.optim.AdamW.step
+    scores = cache.scores(head, torch.arange(40))
+    weight = 1 / scores.level if loss == "elbo" else 1
+    norm = 4 * 40 if loss == "elbo" else scores.masked.sum()
+    expected_loss = -(scores.gain * weight).sum() / norm
+    expected = torch.autograd.grad(expected_loss, list(head.parameters()))
+    steps, losses, optimizer_step = [], [], torch.optim.AdamW.step
 
     def watched(optimizer, *args):
         steps.append([p.grad.clone() for g in optimizer.param_groups for p in g["params"]])
         return optimizer_step(optimizer, *args)
 
-    torch.optim.AdamW.step = watched
-    try:
-        fit_head(head, cache, cache, config=config, log=lambda _, v: losses.append(v["loss"]))
-    finally:
-        torch.optim.AdamW.step = optimizer_step
-    assert losses == [pytest.approx((-(gains * weight).sum() / norm).item(), rel=1e-5)]
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    fit_head(head, cache, cache, config, log=lambda _, v: losses.append(v["loss"]))
+    assert losses == [pytest.approx(expected_loss.item(), rel=1e-5)]
     norm = torch.cat([g.flatten() for g in expected]).norm().clamp(min=1)
     for ours, theirs in zip(steps[0], expected, strict=True):
         assert torch.allclose(ours, theirs / norm, atol=1e-5)

@@ -18,7 +18,7 @@ from codd_hf.data.canvases import (
     tokenize_examples,
 )
 from codd_hf.data.tokenizers import train_tokenizer
-from codd_hf.training.run import split_examples
+from codd_hf.training.inputs import split_examples
 from tiny import SENTENCES
 
 ROWS = [{"question": "2 + 2?", "answer": "4 <<2+2=4>>!"}, {"question": "3 + 4?", "answer": "7"}]

@@ -8,92 +8,103 @@ import pytest
 import torch
 from hmm_cases import NO_PRIOR, counts_by_enumeration, random_hmm, sample_windows
 
-from codd_hf.circuits.em import Counts, expected_counts, log_likelihood, maximise
+from codd_hf.circuits.em import expected_counts, log_likelihood, maximise
 from codd_hf.data.canvases import TokenizedExample
+from codd_hf.training import Checkpoints, GenerativeConfig, fit_generative
 from codd_hf.training.fits.generative import (
+    batch_counts,
     cluster_tokens,
-    fit_generative,
     initial_potentials,
     text_windows,
 )
-from codd_hf.training.settings import GenerativeConfig
+
+EMBEDDINGS = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_expected_counts_and_likelihood_are_those_of_enumeration(tied):
+def test_a_step_of_em_has_the_counts_of_enumeration_and_is_that_of_baum_and_welch(tied):
     hmm = random_hmm(tied=tied)
     windows = torch.randint(3, (7, 4), generator=torch.Generator().manual_seed(1))
     counts, scores = expected_counts(hmm, windows)
     exact, exact_scores = counts_by_enumeration(hmm, windows)
     assert torch.allclose(scores.double(), exact_scores, atol=1e-5)
-    for ours, theirs in zip(counts.leaves, exact.leaves, strict=True):
+    stepped = maximise(hmm, counts, NO_PRIOR)
+    for ours, theirs, leaf in zip(counts.leaves, exact.leaves, stepped.leaves(), strict=True):
         assert torch.allclose(ours.double(), theirs, atol=1e-5)
-    assert counts.leaves[0].sum().item() == pytest.approx(7, abs=1e-4)
-    assert counts.leaves[2].sum().item() == pytest.approx(28, abs=1e-4)
+        law = theirs / theirs.sum(-1, keepdim=True)
+        assert torch.allclose(leaf.exp().double(), law, atol=1e-5)
 
 
-def test_one_step_of_em_is_the_step_of_baum_and_welch():
-    hmm = random_hmm()
-    windows = torch.randint(3, (7, 4), generator=torch.Generator().manual_seed(1))
-    stepped = maximise(hmm, expected_counts(hmm, windows)[0], NO_PRIOR)
-    counts, _ = counts_by_enumeration(hmm, windows)
-    for leaf, count in zip(stepped.leaves(), counts.leaves, strict=True):
-        expected = count / count.sum(-1, keepdim=True)
-        assert torch.allclose(leaf.exp().double(), expected, atol=1e-5)
-
-
-def test_pseudo_counts_keep_what_was_never_seen_possible():
-    hmm = random_hmm()
-    prior = Counts((torch.ones(1),) * 3)
-    counts, _ = expected_counts(hmm, torch.zeros(5, 4, dtype=torch.long))
-    emission = maximise(hmm, counts, prior).tensors()[2]
-    assert emission.isfinite().all()
-    assert emission[0, :, 0].exp().min() > 0.5
-
-
-def test_likelihood_never_decreases_under_em():
-    windows = sample_windows(random_hmm(3, 6, 2.0), 60, 5)
-    potentials, scores = random_hmm(3, 6, seed=5), []
-    for _ in range(30):
-        counts, score = expected_counts(potentials, windows)
-        scores.append(score.sum().item())
+def test_likelihood_never_decreases_under_full_batch_em_and_is_that_of_hmmlearn():
+    hmm_module = pytest.importorskip("hmmlearn.hmm")
+    windows = sample_windows(random_hmm(4, 12, 2.0, seed=3), 80, 8)
+    potentials = start = random_hmm(4, 12, seed=9)
+    ours = []
+    for _ in range(25):
+        counts, scores = expected_counts(potentials, windows)
+        ours.append(scores.sum().item())
         potentials = maximise(potentials, counts, NO_PRIOR)
-    assert all(after >= before - 1e-3 for before, after in itertools.pairwise(scores))
-    assert scores[-1] > scores[0] + 10
+    assert all(after >= before - 1e-3 for before, after in itertools.pairwise(ours))
+    peer = hmm_module.CategoricalHMM(4, n_features=12, n_iter=25, tol=-1e9, init_params="")
+    laws = [tensor.double().softmax(-1).numpy() for tensor in start.tensors()]
+    peer.startprob_, peer.transmat_, peer.emissionprob_ = laws[0], laws[1][0], laws[2][0]
+    peer.fit(windows.reshape(-1, 1).numpy(), [8] * 80)
+    assert ours == pytest.approx(list(peer.monitor_.history), rel=1e-6)
+    assert ours[-1] > ours[0] + 50
+
+
+def test_counts_by_chunks_are_those_of_the_batch():
+    hmm = random_hmm(3, 8)
+    windows = sample_windows(hmm, 50, 5)
+    whole, scores = expected_counts(hmm, windows)
+    for size in (7, 64):
+        counts, total = batch_counts(hmm, windows, size)
+        assert total == pytest.approx(scores.sum().item(), rel=1e-6)
+        for ours, theirs in zip(counts.leaves, whole.leaves, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-5)
 
 
 def test_fit_comes_close_to_the_circuit_that_made_the_text():
     truth = random_hmm(4, 8, sharpness=4.0, seed=7)
     train, validation = sample_windows(truth, 600, 6), sample_windows(truth, 300, 6, seed=1)
     config = GenerativeConfig(num_epochs=40, windows_per_batch=100)
-    embeddings = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
-    clusters = cluster_tokens(embeddings, train.flatten().bincount(minlength=8), 4)
-    start = initial_potentials(train, clusters, 4, config)
-    fitted, history = fit_generative(train, validation, embeddings, 4, config)
-    before, after, best = (
-        log_likelihood(p, validation).mean().item() / 6 for p in (start, fitted, truth)
-    )
-    assert history[-1]["validation"] == pytest.approx(after, abs=1e-4)
-    assert [entry["epoch"] for entry in history] == list(range(1, 41))
-    assert after > before + 0.08
-    assert after > best - 0.03
+    fitted, history = fit_generative(train, validation, EMBEDDINGS, 4, config)
+    best, after = (-log_likelihood(p, validation).mean().item() / 6 for p in (truth, fitted))
+    assert history[-1]["nats"] == pytest.approx(after, abs=1e-4)
+    assert [entry["step"] for entry in history] == list(range(0, 241, 6))
+    assert history[0]["nats"] - 0.08 > after
+    assert after < best + 0.03
 
 
-def fit(windows, folder=None, epochs: int = 4):
-    config = GenerativeConfig(num_epochs=epochs, windows_per_batch=16)
-    embeddings = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
-    return fit_generative(windows[:50], windows[50:], embeddings, 3, config, folder)
+def untimed(history) -> list[dict]:
+    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in history]
 
 
-def test_run_that_stopped_ends_bit_equal_to_one_that_did_not(tmp_path):
+def test_run_that_stopped_within_an_epoch_ends_bit_equal_to_one_that_did_not(tmp_path):
     windows = sample_windows(random_hmm(3, 8, 2.0), 70, 5)
-    whole, history = fit(windows)
-    fit(windows, tmp_path, epochs=2)
-    resumed, resumed_history = fit(windows, tmp_path)
-    assert all(map(torch.equal, whole.leaves(), resumed.leaves()))
-    assert resumed_history == history
-    again, _ = fit(windows, tmp_path)
-    assert all(map(torch.equal, whole.leaves(), again.leaves()))
+    checkpoints = Checkpoints(tmp_path)
+
+    def fit(checkpoints=None, stop_at=None, **changes):
+        def log(step, _):
+            if step == stop_at:
+                raise KeyboardInterrupt
+
+        few = {"num_epochs": 3, "windows_per_batch": 16, "checkpointing_steps": 3}
+        config = GenerativeConfig(**(few | changes))
+        return fit_generative(windows[:50], windows[50:], EMBEDDINGS, 3, config, checkpoints, log)
+
+    whole, history = fit()
+    with pytest.raises(KeyboardInterrupt):
+        fit(checkpoints, stop_at=8)  # an epoch has four steps; the last checkpoint is at 6
+    for _ in range(2):
+        resumed, resumed_history = fit(checkpoints)
+        assert untimed(resumed_history) == untimed(history)
+        assert all(map(torch.equal, whole.leaves(), resumed.leaves()))
+    with pytest.raises(ValueError, match="made with `seed` 0, not 1: continue with that"):
+        fit(checkpoints, seed=1)
+    windows = windows.roll(1, 0)
+    with pytest.raises(ValueError, match=r"made with other training data \(`data`\)"):
+        fit(checkpoints)
 
 
 def test_start_is_a_normalised_circuit_whose_states_are_the_clusters():
@@ -117,9 +128,12 @@ def test_like_embeddings_share_a_cluster():
     assert clusters[2] == clusters[3] != clusters[0]
 
 
-def test_more_latents_than_tokens_that_occur_is_an_error_that_gives_both_numbers():
+def test_text_that_no_circuit_can_be_fitted_to_is_refused():
     with pytest.raises(ValueError, match=r"`num_latents` \(4\) exceeds the 3 different tokens"):
         cluster_tokens(torch.randn(6, 2), torch.tensor([1, 2, 0, 0, 5, 0]), 4)
+    single = torch.zeros(3, 1, dtype=int)
+    with pytest.raises(ValueError, match=r"`windows` must be .* at least 2 .* shape \(3, 1\)"):
+        fit_generative(single, single, torch.eye(4), 2)
 
 
 def test_windows_of_text_start_with_the_answer_and_are_filled_with_end_of_text():

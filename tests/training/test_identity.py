@@ -14,12 +14,17 @@ import torch
 from codd_hf import CoDDModel
 from codd_hf.data.tokenizers import train_tokenizer
 from codd_hf.runtime.locks import locked
+from codd_hf.training import (
+    Checkpoints,
+    ConditionalConfig,
+    PretrainingConfig,
+    TrainConfig,
+    fit_backbone,
+    fit_conditional,
+    fit_head,
+    train,
+)
 from codd_hf.training.evidence.cache import cache_windows
-from codd_hf.training.fits.conditional import fit_conditional, fit_head
-from codd_hf.training.fits.pretraining import finetune_backbone
-from codd_hf.training.loop.checkpoints import Checkpoints
-from codd_hf.training.run import train
-from codd_hf.training.settings import ConditionalConfig, PretrainingConfig, TrainConfig
 from tiny import SENTENCES, correlated_examples, random_head, tiny_backbone
 
 TRAIN, VALIDATION = correlated_examples(12), correlated_examples(6, seed=1)
@@ -50,31 +55,39 @@ def finished(config) -> Path:
     return Path(config.output_dir)
 
 
-def edited(config: TrainConfig, folder: Path, row: int) -> TrainConfig:
-    """The finished run beside the same number of rows, of which one is another."""
-    shutil.copytree(config.output_dir, folder / "run")
+@pytest.fixture
+def copy(config, finished, tmp_path) -> TrainConfig:
+    """The finished run in a folder that may be changed."""
+    shutil.copytree(finished, tmp_path / "run")
+    return replace(config, output_dir=str(tmp_path / "run"))
+
+
+def edited(config: TrainConfig, row: int) -> TrainConfig:
+    """The run beside the same number of rows, of which one is another."""
     lines = Path(config.dataset).read_text().splitlines(keepends=True)
     values = json.loads(lines[row]) | {"answer": " San Diego San Diego"}
     lines[row] = json.dumps(values) + "\n"
-    (folder / "data.jsonl").write_text("".join(lines))
-    return replace(config, dataset=str(folder / "data.jsonl"), output_dir=str(folder / "run"))
+    path = Path(config.output_dir).with_name("data.jsonl")
+    path.write_text("".join(lines))
+    return replace(config, dataset=str(path))
 
 
 @pytest.mark.parametrize("stages", [None, ["generative"], ["conditional"]])
 @pytest.mark.parametrize(("row", "said"), [(3, "training data"), (-20, "validation data")])
-def test_edited_data_of_equal_length_are_refused_in_a_sentence(
-    stages, row, said, config, finished, tmp_path
-):
-    changed = replace(edited(config, tmp_path, row), stages=stages)
-    written = {p: p.stat().st_mtime_ns for p in tmp_path.glob("run/*/checkpoint-*/*")}
+def test_edited_data_of_equal_length_are_refused_in_a_sentence(stages, row, said, copy):
+    changed, run = replace(edited(copy, row), stages=stages), Path(copy.output_dir)
+    written = {p: p.stat().st_mtime_ns for p in run.glob("*/checkpoint-*/*")}
     remedy = rf"made with other {said} .*`--resume-from-checkpoint none`"
     with pytest.raises(ValueError, match=remedy):
         train(changed)
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("run/*/checkpoint-*/*")} == written
+    more = replace(changed, conditional=replace(changed.conditional, max_steps=4))
+    with pytest.raises(ValueError, match=remedy):  # nor is a fit that is half done continued
+        train(more)
+    assert {p: p.stat().st_mtime_ns for p in run.glob("*/checkpoint-*/*")} == written
 
 
-def test_edited_data_are_fitted_where_a_run_begins_anew(config, finished, tmp_path, capsys):
-    changed = edited(config, tmp_path, 3)
+def test_edited_data_are_fitted_where_a_run_begins_anew(copy, capsys):
+    changed = edited(copy, 3)
     train(replace(changed, resume_from_checkpoint="none"))
     said = capsys.readouterr().out
     assert "is of something else, and is deleted" in said
@@ -83,32 +96,20 @@ def test_edited_data_are_fitted_where_a_run_begins_anew(config, finished, tmp_pa
     assert capsys.readouterr().out.count("is complete") == 3
 
 
-def test_fit_that_is_half_done_does_not_go_on_with_other_data(config, finished, tmp_path):
-    changed = edited(config, tmp_path, 3)
-    more = replace(changed.conditional, max_steps=4)
-    with pytest.raises(ValueError, match="made with other training data"):
-        train(replace(changed, stages=["conditional"], conditional=more))
-    assert Checkpoints(tmp_path / "run" / "conditional").steps() == [2]
-
-
 @pytest.mark.parametrize(
-    "changes", [{"alpha": 0.5}, {"emission_power": 0.5}, {"transition_power": 1.0}]
+    ("changes", "said"),
+    [
+        ({"conditioning": ["latent"]}, r"`conditioning` \['latent', 'copy'\], not"),
+        ({"conditional.emission_power": 0.5}, r"`emission_power` 0\.8, not 0\.5"),
+        ({"generative.alpha": 0.5}, "other result of the stage before|`alpha` 1.0, not 0.5"),
+    ],
 )
-def test_conditional_fit_that_began_otherwise_is_refused(changes, config, finished, tmp_path):
+def test_conditional_fit_that_began_otherwise_is_refused(changes, said, copy):
     ((name, value),) = changes.items()
-    shutil.copytree(finished, tmp_path / "run")
-    changed = replace(config, output_dir=str(tmp_path / "run"), **changes)
-    with pytest.raises(
-        ValueError, match=rf"began with `{name}` {getattr(config, name)}, not {value}"
-    ):
-        train(changed)
-
-
-def test_conditional_fit_of_another_head_is_refused(config, finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    changed = replace(config, output_dir=str(tmp_path / "run"), conditioning=["latent"])
-    with pytest.raises(ValueError, match=r"made with `conditioning` \['latent', 'copy'\], not"):
-        train(changed)
+    stage, _, field = name.rpartition(".")
+    part = replace(getattr(copy, stage), **{field: value}) if stage else value
+    with pytest.raises(ValueError, match=f"made with {said}"):
+        train(replace(copy, **{stage or field: part}))
 
 
 def new_model(tokenizer, seed: int = 0) -> CoDDModel:
@@ -119,8 +120,9 @@ def new_model(tokenizer, seed: int = 0) -> CoDDModel:
 
 
 def test_backbone_or_tokenizer_that_is_another_is_refused(tiny_tokenizer, tmp_path):
-    def fit(model, tokenizer, **options):
-        fit_conditional(model, tokenizer, TRAIN, VALIDATION, tmp_path, FIT, **options)
+    def fit(model, tokenizer, resume="latest"):
+        checkpoints = Checkpoints(tmp_path / "conditional", resume)
+        fit_conditional(model, tokenizer, TRAIN, VALIDATION, FIT, checkpoints)
 
     fit(new_model(tiny_tokenizer), tiny_tokenizer)
     fit(new_model(tiny_tokenizer), tiny_tokenizer)
@@ -130,34 +132,31 @@ def test_backbone_or_tokenizer_that_is_another_is_refused(tiny_tokenizer, tmp_pa
     assert other.get_vocab() != tiny_tokenizer.get_vocab()
     with pytest.raises(ValueError, match=r"other tokens of the tokenizer \(`tokenizer`\)"):
         fit(new_model(tiny_tokenizer), other)
-    fit(new_model(tiny_tokenizer, seed=1), tiny_tokenizer, resume_from_checkpoint="none")
+    fit(new_model(tiny_tokenizer, seed=1), tiny_tokenizer, "none")
 
 
-def test_evidence_that_is_other_is_refused_by_a_fit_of_a_head_alone(tiny_tokenizer, tmp_path):
-    evidence = FIT.evidence(1, 0)
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_evidence_that_is_other_is_refused_by_a_fit_of_a_head_alone(
+    on_disk, tiny_tokenizer, tmp_path
+):
     models = [new_model(tiny_tokenizer, seed) for seed in (0, 1)]
-    for place in (None, tmp_path / "evidence"):
-        caches = []
-        for number, model in enumerate(models):
-            folder = None if place is None else place / str(number)
-            args = (model, tiny_tokenizer, TRAIN, evidence, folder)
-            caches.append(cache_windows(*args, progress=False))
-        folder = tmp_path / str(place is None)
-        heads = [model.coupling_head for model in models]
-        fit_head(heads[0], caches[0], caches[0], folder, FIT)
-        fit_head(heads[0], caches[0], caches[0], folder, FIT)
-        with pytest.raises(ValueError, match=r"other evidence \(`evidence`\)"):
-            fit_head(heads[1], caches[1], caches[1], folder, FIT)
+    caches = []
+    for number, model in enumerate(models):
+        folder = tmp_path / str(number) if on_disk else None
+        caches.append(cache_windows(model, tiny_tokenizer, TRAIN, FIT, folder, progress=False))
+    heads, checkpoints = [model.coupling_head for model in models], Checkpoints(tmp_path / "fit")
+    for _ in range(2):
+        fit_head(heads[0], caches[0], caches[0], FIT, checkpoints)
+    with pytest.raises(ValueError, match=r"other evidence \(`evidence`\)"):
+        fit_head(heads[1], caches[1], caches[1], FIT, checkpoints)
 
 
 def test_given_backbone_that_is_another_is_not_trained_further(tiny_tokenizer, tmp_path):
-    settings = PretrainingConfig(
-        max_steps=1, tokens_per_batch=64, window_length=4, mixed_precision="no"
-    )
+    settings = PretrainingConfig(max_steps=1, tokens_per_batch=64, mixed_precision="no")
 
     def fit(seed):
-        backbone = new_model(tiny_tokenizer, seed).backbone
-        finetune_backbone(backbone, tiny_tokenizer, TRAIN, VALIDATION, tmp_path, settings)
+        args = (tiny_tokenizer, TRAIN, VALIDATION, settings, Checkpoints(tmp_path))
+        fit_backbone(new_model(tiny_tokenizer, seed).backbone, *args, window_length=4)
 
     fit(0)
     fit(0)
@@ -166,26 +165,21 @@ def test_given_backbone_that_is_another_is_not_trained_further(tiny_tokenizer, t
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_second_run_into_an_output_folder_is_refused_and_nothing_is_lost(
-    number, config, finished, tmp_path
-):
-    shutil.copytree(finished, tmp_path / "run")
-    changed = replace(config, output_dir=str(tmp_path / "run"), resume_from_checkpoint="none")
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    with locked(tmp_path / "run" / ".lock", "`output_dir`"):
+def test_second_run_into_an_output_folder_is_refused_and_nothing_is_lost(number, copy):
+    changed, run = replace(copy, resume_from_checkpoint="none"), Path(copy.output_dir)
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+    with locked(run / ".lock", "`output_dir`"):
         started = processes.start(processes.whole_training, changed, processes=number)
         for process in started:
             process.join(60)
         assert [process.exitcode for process in started] == [1] * number
         with pytest.raises(OSError, match=r"`output_dir` '.*run' is being written by another run"):
             train(changed)
-    after = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    assert after == before
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
 
 
 def test_evidence_that_another_run_writes_is_refused_until_it_is_whole(tiny_tokenizer, tmp_path):
-    model = new_model(tiny_tokenizer)
-    arguments = (model, tiny_tokenizer, TRAIN, FIT.evidence(1, 0), tmp_path)
+    arguments = (new_model(tiny_tokenizer), tiny_tokenizer, TRAIN, FIT, tmp_path)
     with (
         locked(tmp_path / ".lock", "`x`"),
         pytest.raises(OSError, match=r"The evidence in .* is being written by another run"),
@@ -199,17 +193,10 @@ def test_evidence_that_another_run_writes_is_refused_until_it_is_whole(tiny_toke
 @pytest.mark.parametrize("content", ["{", "[]"])
 @pytest.mark.parametrize(
     "name",
-    [
-        "began_with.json",
-        "evidence/train/fingerprint.json",
-        "generative/checkpoint-9/state.json",
-        "generative_history.json",
-    ],
+    ["evidence/train/fingerprint.json", "conditional/checkpoint-2/state.json"],
 )
-def test_damaged_file_of_a_run_is_named(name, content, config, finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    (tmp_path / "run" / name).write_text(content if name != "generative_history.json" else "{}")
-    more = replace(config.conditional, max_steps=4)
-    changed = replace(config, output_dir=str(tmp_path / "run"), conditional=more)
+def test_damaged_file_of_a_run_is_named(name, content, copy):
+    (Path(copy.output_dir) / name).write_text(content)
+    more = replace(copy.conditional, max_steps=4)
     with pytest.raises(ValueError, match=rf"{Path(name).parent}.*damaged"):
-        train(replace(changed, stages=["conditional"]))
+        train(replace(copy, stages=["conditional"], conditional=more))

@@ -11,12 +11,15 @@ from safetensors.torch import load_file
 
 from codd_hf import CoDDModel
 from codd_hf.data.canvases import CanvasBatch, TokenizedExample
-from codd_hf.training.evidence.live_windows import LiveWindows, WindowScores, window_scores
-from codd_hf.training.fits.conditional import fit_conditional
-from codd_hf.training.fits.joint import fit_joint
-from codd_hf.training.joint_settings import JointConfig
-from codd_hf.training.loop.checkpoints import Checkpoints
-from codd_hf.training.settings import ConditionalConfig
+from codd_hf.training import (
+    Checkpoints,
+    ConditionalConfig,
+    JointConfig,
+    fit_conditional,
+    fit_joint,
+)
+from codd_hf.training.evidence.live_windows import LiveWindows, window_scores
+from codd_hf.training.evidence.scores import WindowScores
 from tiny import correlated_examples, enumerate_window, random_head, tiny_backbone, tiny_model
 
 SETTINGS = {
@@ -49,7 +52,8 @@ def new_model(tokenizer, **changes) -> CoDDModel:
 def run(tokenizer, folder=None, model=None, train=TRAIN, log=None, **changes):
     model = new_model(tokenizer) if model is None else model
     config = JointConfig(**(SETTINGS | changes))
-    return model, fit_joint(model, tokenizer, train, VALIDATION, folder, config, log)
+    checkpoints = None if folder is None else Checkpoints(folder)
+    return model, fit_joint(model, tokenizer, train, VALIDATION, config, checkpoints, log)
 
 
 def untimed(history) -> list[dict]:
@@ -93,8 +97,8 @@ def test_window_likelihoods_are_those_of_enumeration():
     masked = torch.zeros_like(text, dtype=torch.bool)
     masked[0, 5:7] = masked[1, 2] = masked[1, 4:6] = True
     windows = LiveWindows(CanvasBatch(text, mask, starts, starts), masked, torch.ones(2), starts)
-    factorized, gain, count = windows.log_probs(model, JointConfig(evidence_temperature=0.7))
-    assert count.tolist() == [2, 3]
+    scores = windows.scores(model, JointConfig(evidence_temperature=0.7))
+    assert scores.masked.tolist() == [2, 3]
     ids = text.masked_fill(masked, 2)
     for row in range(2):
         output = model(
@@ -102,22 +106,20 @@ def test_window_likelihoods_are_those_of_enumeration():
             window_start=starts[row : row + 1],
             return_distribution=True,
         )
-        one, place = windows.row(row), slice(starts[row], starts[row] + 4)
+        one, place = windows.take(torch.tensor([row])), slice(starts[row], starts[row] + 4)
         plain = output.distribution.with_temperature(0.7)
         chosen = plain.factorized_logits[0].gather(1, text[row, place, None])[:, 0]
-        assert factorized[row].item() == pytest.approx(chosen.sum().item(), abs=1e-4)
-        alone = one.log_probs(model, JointConfig(evidence_temperature=0.7))
-        assert (factorized + gain)[row].item() == pytest.approx(
-            (alone[0] + alone[1]).item(), abs=1e-4
-        )
+        assert scores.factorized[row].item() == pytest.approx(chosen.sum().item(), abs=1e-4)
+        alone = one.scores(model, JointConfig(evidence_temperature=0.7)).log_prob
+        assert scores.log_prob[row].item() == pytest.approx(alone.item(), abs=1e-4)
     model = tiny_model()
-    factorized, gain, _ = windows.log_probs(model, JointConfig())
+    scores = windows.scores(model, JointConfig())
     for row in range(2):
         place = slice(starts[row], starts[row] + 4)
         logits = model(ids[row : row + 1, : mask[row].sum()]).logits[0, place]
         texts, probabilities = enumerate_window(model.coupling_head, logits, ids[row, place], 2)
         expected = probabilities[(texts == text[row, place]).all(1)].log().item()
-        assert (factorized + gain)[row].item() == pytest.approx(expected, abs=1e-4)
+        assert scores.log_prob[row].item() == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["elbo", "token"])
@@ -184,7 +186,7 @@ def test_run_that_stopped_ends_bit_equal_to_one_that_did_not(tiny_tokenizer, tmp
 
     with pytest.raises(KeyboardInterrupt):
         run(tiny_tokenizer, tmp_path / "stopped", log=interrupt, **changes)
-    assert Checkpoints(tmp_path / "stopped" / "joint").steps() == [3, 6]
+    assert Checkpoints(tmp_path / "stopped").steps() == [3, 6]
     torch.manual_seed(99)
     resumed, resumed_history = run(tiny_tokenizer, tmp_path / "stopped", **changes)
     assert untimed(resumed_history) == untimed(history)
@@ -224,8 +226,7 @@ def test_lora_is_saved_and_loaded_with_its_head(tiny_tokenizer, tmp_path):
     config = JointConfig(**SETTINGS)
 
     def coupled(other):
-        scores = window_scores(other, tiny_tokenizer, VALIDATION, config, 1)
-        return scores.factorized + scores.gain
+        return window_scores(other, tiny_tokenizer, VALIDATION, config, 1).log_prob
 
     expected = coupled(model)
     model.save_pretrained(tmp_path / "model")
@@ -262,9 +263,9 @@ def test_first_steps_do_not_harm_a_head_that_was_fitted(tiny_tokenizer, backbone
         num_validation_draws=1,
         evaluation_steps=100,
     )
-    fit_conditional(model, tiny_tokenizer, TRAIN, VALIDATION, config=fitted)
+    fit_conditional(model, tiny_tokenizer, TRAIN, VALIDATION, fitted)
     config = JointConfig(backbone=backbone, max_steps=40, evaluation_steps=5)
-    history = fit_joint(model, tiny_tokenizer, TRAIN, VALIDATION, config=config)
+    history = fit_joint(model, tiny_tokenizer, TRAIN, VALIDATION, config)
     start = history[0]["coupled_nats"]
     assert all(entry["coupled_nats"] < start + 0.005 for entry in history)
     assert history[-1]["coupled_nats"] < start
@@ -278,7 +279,9 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_the_examples(tiny_token
             model.coupling_head.emission.data[:, 19] = -torch.inf
         else:
             model.backbone.model.embed_tokens.weight.data[19] = torch.nan
-        with pytest.raises(FloatingPointError, match=r"The loss is nan .* at step 0") as error:
+        with pytest.raises(
+            FloatingPointError, match=r"loss is nan at step 0 of the joint fit"
+        ) as error:
             run(
                 tiny_tokenizer,
                 None,
@@ -288,7 +291,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_the_examples(tiny_token
                 max_extra_windows=0,
                 seed=3,
             )
-        inside = re.search(r"examples \[([\d, ]*)\]", str(error.value))[1]
+        inside = re.search(r"windows \[([\d, ]*)\]", str(error.value))[1]
         assert [int(number) for number in inside.split(", ")] == named
 
 
@@ -299,9 +302,9 @@ def test_difference_of_two_models_has_the_error_of_resampled_examples():
     noise = torch.randn(2, 180, generator=generator, dtype=torch.float64) * masked
     shared = torch.randn(60, generator=generator, dtype=torch.float64)[example] * masked
     zero = torch.zeros(180)
-    ours = WindowScores(example, zero, masked, noise[0] + 0.5 * shared, 0.1 * masked)
-    theirs = WindowScores(example, zero, masked, noise[1], zero.double())
-    mean, error = ours.better_than(theirs)
+    ours = WindowScores(zero, masked, 0.1 * masked, noise[0] + 0.5 * shared)
+    theirs = WindowScores(zero, masked, zero.double(), noise[1])
+    mean, error = ours.better_than(theirs, 3)
     surplus = noise[0] + 0.5 * shared + 0.1 * masked - noise[1]
     assert mean == pytest.approx((surplus.sum() / masked.sum()).item())
     means = []

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 from codd_hf import CoDDModel
 from codd_hf.data.tokenizers import train_tokenizer
-from codd_hf.training.fits.joint import fit_joint
-from codd_hf.training.joint_settings import JointConfig
+from codd_hf.training import Checkpoints, JointConfig, fit_joint
 from tiny import SENTENCES, correlated_examples, random_head, tiny_backbone
 
 
@@ -47,8 +46,8 @@ def joint(folder: Path, backbone: str) -> None:
         tokenizer,
         correlated_examples(23),
         correlated_examples(35, seed=1),
-        folder,
         config,
+        Checkpoints(folder / "joint"),
         lambda _, values: losses.append(values["loss"]),
     )
     curves = {

@@ -13,11 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from codd_hf.runtime import precision
-from codd_hf.training.fits.joint import fit_joint
-from codd_hf.training.fits.muon import FloatMuon, muon
-from codd_hf.training.joint_settings import JointConfig
-from codd_hf.training.run import train
-from codd_hf.training.settings import PretrainingConfig
+from codd_hf.training import JointConfig, PretrainingConfig, fit_joint, train
+from codd_hf.training.fits.muon import FloatMuon
 from tiny import correlated_examples, tiny_model
 
 CPU = torch.device("cpu")
@@ -124,16 +121,8 @@ def test_every_stage_takes_auto(has_bf16, tiny_tokenizer, trained_config):
         mixed_precision="auto", max_steps=1, windows_per_batch=4, num_validation_draws=1
     )
     with HalfProducts() as products:
-        fit_joint(
-            model, tiny_tokenizer, correlated_examples(8), correlated_examples(4), None, config
-        )
+        fit_joint(model, tiny_tokenizer, correlated_examples(8), correlated_examples(4), config)
     assert bool(products.found) is has_bf16
-
-
-def test_optimizer_is_pytorchs_where_the_device_has_bf16(has_bf16):
-    matrix = torch.nn.Parameter(torch.eye(2))
-    made = muon([matrix], CPU, 0.1, 0.0)
-    assert type(made) is (torch.optim.Muon if has_bf16 else FloatMuon)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5), (1, 3)])

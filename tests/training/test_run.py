@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from codd_hf import CoDDHead, CoDDModel, CoDDPipeline
-from codd_hf.training.run import train
+from codd_hf.training import train
 
 
 def held_out(folder, name) -> list[dict]:
@@ -105,7 +105,7 @@ def test_head_is_fitted_to_a_given_backbone_which_it_names(
         replace(trained_config, backbone=backbone, output_dir=str(tmp_path), conditional=short)
     )
     model = CoDDModel.from_pretrained(folder / "model")
-    head = CoDDHead.from_pretrained(tmp_path / "stage1")
+    head = CoDDHead.from_pretrained(tmp_path / "generative/head")
     assert head.config.base_model_name_or_path == backbone
     # A pipeline has its own backbone and names no path of this machine.
     assert model.coupling_head.config.base_model_name_or_path is None
@@ -119,7 +119,7 @@ def test_run_records_its_settings_and_its_history(trained_pipeline, trained_conf
     settings = json.loads((trained_pipeline.parent / "train_config.json").read_text())
     assert settings["num_latents"] == trained_config.num_latents
     assert settings["conditional"]["max_steps"] == trained_config.conditional.max_steps
-    history = json.loads((trained_pipeline.parent / "conditional_history.json").read_text())
+    history = json.loads((trained_pipeline.parent / "conditional/history.json").read_text())
     assert [entry["step"] for entry in history] == [0, 20, 40]
     assert history[-1]["gain"] > 0.1
 

@@ -13,9 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from codd_hf.training.loop.checkpoints import Checkpoints, load_checkpoint
+from codd_hf.training import Checkpoints, TrainConfig
 from codd_hf.training.processes.launching import ONE_PROCESS, join_processes
-from codd_hf.training.settings import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +36,7 @@ def short_config(trained_config) -> TrainConfig:
 
 
 def last_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
-    checkpoints = Checkpoints(folder)
-    return load_checkpoint(checkpoints.path(checkpoints.steps()[-1]))[0]
+    return Checkpoints(folder).load()[0]
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +57,14 @@ def test_run_over_two_processes_is_that_of_one(short_config, one_process, tmp_pa
     for name in counts:
         assert torch.allclose(together[name], alone[name], rtol=1e-6, atol=0)
     curves = [
-        json.loads((folder / "conditional_history.json").read_text())
+        json.loads((folder / "conditional" / "history.json").read_text())
         for folder in (one_process, tmp_path)
     ]
     assert [entry["step"] for entry in curves[0]] == list(range(9))
     for ours, theirs in zip(*curves, strict=True):
         for name in ours.keys() - {"seconds"}:
             assert theirs[name] == pytest.approx(ours[name], abs=1e-4)
-    for name in ("backbone/model", "stage1/model", "stage3/model"):
+    for name in ("backbone/model", "generative/head/model", "conditional/head/model"):
         files = [load_file(f / f"{name}.safetensors") for f in (one_process, tmp_path)]
         assert files[0].keys() == files[1].keys()
         for key, tensor in files[0].items():
@@ -88,7 +86,7 @@ def test_evidence_of_a_sharded_backbone_is_that_of_a_whole_one(tmp_path, kind):
     whole, sharded = (load_file(folder / "evidence.safetensors") for folder in folders)
     assert whole.pop("share_held") == 1
     assert sharded.pop("share_held") < (0.75 if kind == "llama" else 0.55)
-    assert len(list((folders[1] / "evidence").glob("*.arrow"))) > 2
+    assert len(list((folders[1] / "evidence").glob("*.safetensors"))) > 2
     for name, tensor in whole.items():
         assert torch.equal(sharded[name], tensor), name
     prints = [json.loads((f / "evidence" / "fingerprint.json").read_text()) for f in folders]
@@ -99,13 +97,21 @@ def test_evidence_of_a_sharded_backbone_is_that_of_a_whole_one(tmp_path, kind):
 def test_command_killed_at_random_moments_ends_bit_equal_to_an_undisturbed_one(
     cities_jsonl, tmp_path, enough
 ):
-    arguments = ["--dataset", str(cities_jsonl), "--num-validation", "16", "--vocab-size", "300"]
-    arguments += ["--hidden-size", "64", "--num-layers", "1", "--num-latents", "8"]
-    arguments += ["--window-length", "4", "--keep", "best", "--generative-windows-per-batch", "32"]
+    arguments = ["--dataset", str(cities_jsonl), "--num-validation", "16"]
+    settings = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "num_layers": 1,
+        "generative.windows_per_batch": 32,
+        "generative.checkpointing_steps": 1,
+        "conditional.keep": "best",
+    }
     for stage, steps in (("pretraining", 12), ("conditional", 24)):
-        arguments += [f"--{stage}-max-steps", str(steps), f"--{stage}-checkpointing-steps", "1"]
-        arguments += [f"--{stage}-evaluation-steps", "4", f"--{stage}-tokens-per-batch", "512"]
-    arguments += ["--generative-checkpointing-steps", "1", "--generative-num-epochs", "3"]
+        few = {"max_steps": steps, "checkpointing_steps": 1, "evaluation_steps": 4}
+        few |= {"tokens_per_batch": 512}
+        settings |= {f"{stage}.{name}": value for name, value in few.items()}
+    arguments += [word for pair in settings.items() for word in ("--set", "{}={}".format(*pair))]
+    arguments += ["--num-latents", "8", "--window-length", "4", "--generative-num-epochs", "3"]
     processes.run(time.sleep, 0)  # so that the time is that of the run
     began = time.monotonic()
     processes.run(processes.command, [*arguments, "--output", str(tmp_path / "undisturbed")])
@@ -124,7 +130,7 @@ def test_command_killed_at_random_moments_ends_bit_equal_to_an_undisturbed_one(
             process.join()
             exit_code = process.exitcode
             assert exit_code in (0, -9)
-        for name in ("backbone", "stage1", "stage3", "pipeline/model"):
+        for name in ("backbone", "generative/head", "conditional/head", "pipeline/model"):
             ours, theirs = (
                 load_file(tmp_path / run / name / "model.safetensors")
                 for run in ("undisturbed", f"round{rounds}")

@@ -8,14 +8,12 @@ from itertools import islice
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from codd_hf.data.canvases import Example, load_examples
 from codd_hf.data.tasks import draw_tasks, sample_tasks
-from codd_hf.training.fits.pretraining import pretrain_backbone, small_backbone_config
-from codd_hf.training.run import train
-from codd_hf.training.settings import PretrainingConfig
+from codd_hf.training import Checkpoints, PretrainingConfig, fit_backbone, train
+from codd_hf.training.fits.pretraining import small_backbone_config
 from codd_hf.training.task_stream import STRETCH, TaskStream
 
 
@@ -77,18 +75,18 @@ def pretrain(stream, folder, log=None):
     config = PretrainingConfig(
         max_steps=6,
         tokens_per_batch=256,
-        window_length=4,
         mixed_precision="no",
         evaluation_steps=3,
         checkpointing_steps=2,
     )
     torch.manual_seed(0)
     backbone = small_backbone_config(stream.tokenizer, hidden_size=32, num_layers=1)
-    backbone.is_causal = False
     model = AutoModelForCausalLM.from_config(backbone)
     held_out = stream.beginning()[:4]
-    pretrain_backbone(model, stream.tokenizer, stream, held_out, folder, config, log)
-    return load_file(folder / "model.safetensors")
+    checkpoints = Checkpoints(folder)
+    args = (stream.tokenizer, stream, held_out, config, checkpoints, log)
+    fit_backbone(model, *args, window_length=4)
+    return model.state_dict()
 
 
 def stop_at_step_five(step, told):

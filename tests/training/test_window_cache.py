@@ -6,23 +6,20 @@ import json
 import resource
 from dataclasses import replace
 
-import datasets
 import pytest
 import torch
 
 from codd_hf import CoDDModel
 from codd_hf.data.canvases import TokenizedExample, batch_indices
 from codd_hf.data.noise import draw_windows
+from codd_hf.training import Checkpoints, ConditionalConfig, fit_conditional, fit_head
 from codd_hf.training.evidence import cache as window_cache
 from codd_hf.training.evidence.cache import WindowCache, bytes_per_window, cache_windows
-from codd_hf.training.fits.conditional import fit_conditional, fit_head
-from codd_hf.training.fits.gains import evaluate_head, window_gains
-from codd_hf.training.settings import ConditionalConfig, EvidenceConfig
+from codd_hf.training.fits.conditional import evaluate_head
 from tiny import correlated_examples, random_head, tiny_backbone
 
 EXAMPLES = correlated_examples(24)
-CONFIG = EvidenceConfig(num_draws=2, tokens_per_batch=64)
-FIT = ConditionalConfig(max_steps=3, tokens_per_batch=64, windows_per_batch=8, warmup_steps=1)
+CONFIG = ConditionalConfig(max_steps=3, tokens_per_batch=64, windows_per_batch=8, warmup_steps=1)
 
 
 def new_model(tokenizer, conditioning=("latent", "copy"), **backbone) -> CoDDModel:
@@ -42,8 +39,9 @@ def new_model(tokenizer, conditioning=("latent", "copy"), **backbone) -> CoDDMod
     return CoDDModel.from_backbone(tiny_backbone(**(sizes | backbone)), head)
 
 
-def write(model, tokenizer, folder, config=CONFIG, examples=EXAMPLES) -> WindowCache:
-    return cache_windows(model, tokenizer, examples, config, folder, progress=False)
+def write(model, tokenizer, folder, config=CONFIG, examples=EXAMPLES, **options) -> WindowCache:
+    options = {"num_draws": 2, "progress": False} | options
+    return cache_windows(model, tokenizer, examples, config, folder, **options)
 
 
 def equal(one: WindowCache, other: WindowCache) -> bool:
@@ -57,80 +55,67 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(window_cache, "SHARD_BYTES", 4096)
 
 
-@pytest.mark.parametrize("precision", ["half", "single"])
-@pytest.mark.parametrize("conditioning", [(), ("latent",), ("latent", "copy")])
+@pytest.mark.parametrize(
+    ("precision", "conditioning"),
+    [("half", ()), ("half", ("latent", "copy")), ("single", ("latent",))],
+)
 def test_evidence_on_disk_is_that_in_memory(
     tiny_tokenizer, tmp_path, conditioning, precision, small_shards
 ):
     model = new_model(tiny_tokenizer, conditioning)
-    config = replace(CONFIG, precision=precision, temperature=0.7)
+    config = replace(CONFIG, evidence_precision=precision, evidence_temperature=0.7)
     held = write(model, tiny_tokenizer, None, config)
     made = write(model, tiny_tokenizer, tmp_path, config)
     found = WindowCache.open(tmp_path)
     assert len(held) == len(made) == len(found) == 48
-    assert len(held.parts) == 1
-    assert len(found.parts) > 3
+    assert (len(held.parts), len(found.parts) > 3) == (1, True)
     assert equal(held, made)
     assert equal(held, found)
     assert found.temperature == 0.7
-    assert torch.equal(held.level, found.level)
+    windows = held.take(torch.arange(48))
+    assert (windows.hidden is None) == (conditioning == ())
+    assert len(windows.log_rest) == windows.masked.sum()
     rows = torch.tensor([47, 0, 13, 13, 30])
-    gains = [window_gains(model.coupling_head, cache, rows)[0] for cache in (held, found)]
+    gains = [cache.scores(model.coupling_head, rows).gain for cache in (held, found)]
     assert torch.equal(*gains)
-
-
-def test_evidence_on_disk_is_an_arrow_dataset(tiny_tokenizer, tmp_path, small_shards):
-    write(new_model(tiny_tokenizer), tiny_tokenizer, tmp_path)
-    rows = datasets.load_from_disk(str(tmp_path))
-    assert len(rows) == 48
-    row = rows[5]
-    assert len(row["indices"]) == len(row["log_probs"]) == len(row["log_rest"])
-    assert len(row["indices"]) == sum(row["masked"])
-    assert len(row["tokens"]) == 4
+    measured = [evaluate_head(model.coupling_head, cache) for cache in (held, found)]
+    assert measured[0] == measured[1]
 
 
 def test_size_is_said_before_anything_is_written(tiny_tokenizer, tmp_path, capsys):
     model = new_model(tiny_tokenizer)
-    config = replace(CONFIG, num_draws=8)
-    cache = cache_windows(model, tiny_tokenizer, EXAMPLES, config, tmp_path)
+    cache = write(model, tiny_tokenizer, tmp_path, num_draws=8, progress=True)
     printed = capsys.readouterr().out
     assert "Evidence about 192 windows of 4 tokens" in printed
-    each = bytes_per_window(model, config)
+    each = bytes_per_window(model, CONFIG)
     assert f"{each / 4 / 1e3:.2f} GB per million tokens" in printed
     assert each * 192 == pytest.approx(cache.size, rel=0.1)
-    on_disk = sum(file.stat().st_size for file in tmp_path.glob("*.arrow"))
+    on_disk = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     assert each * 192 == pytest.approx(on_disk, rel=0.1)
 
 
-CHANGES = {
-    "temperature": 0.5,
-    "top_k": 3,
-    "seed": 1,
-    "num_draws": 3,
-    "precision": "single",
-    "mean_span_length": 2.0,
-    "max_extra_windows": 0,
-    "mixed_precision": "bf16",
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_evidence_made_with_another_setting_is_refused_and_the_setting_named(
-    tiny_tokenizer, tmp_path, name
+def test_evidence_of_another_setting_model_or_text_is_refused_and_the_field_named(
+    tiny_tokenizer, tmp_path
 ):
     model = new_model(tiny_tokenizer)
     write(model, tiny_tokenizer, tmp_path)
-    with pytest.raises(ValueError, match=f"made with another `{name}`: .*{CHANGES[name]!r}"):
-        write(model, tiny_tokenizer, tmp_path, replace(CONFIG, **{name: CHANGES[name]}))
-
-
-def test_evidence_of_another_model_or_text_is_refused_and_the_field_named(tiny_tokenizer, tmp_path):
-    model = new_model(tiny_tokenizer)
-    write(model, tiny_tokenizer, tmp_path)
-    with pytest.raises(ValueError, match="another `data`"):
-        write(model, tiny_tokenizer, tmp_path, examples=EXAMPLES[::-1])
-    with pytest.raises(ValueError, match="another `data`"):
-        write(model, tiny_tokenizer, tmp_path, examples=EXAMPLES[:-1])
+    changes = {
+        "evidence_temperature": 0.5,
+        "cache_size": 3,
+        "evidence_precision": "single",
+        "mean_span_length": 2.0,
+        "max_extra_windows": 0,
+        "mixed_precision": "bf16",
+    }
+    for name, value in changes.items():
+        with pytest.raises(ValueError, match=f"made with another `{name}`: .*{value!r}"):
+            write(model, tiny_tokenizer, tmp_path, replace(CONFIG, **{name: value}))
+    for options in ({"seed": 1}, {"num_draws": 3}):
+        with pytest.raises(ValueError, match=f"made with another `{next(iter(options))}`"):
+            write(model, tiny_tokenizer, tmp_path, **options)
+    for examples in (EXAMPLES[::-1], EXAMPLES[:-1]):
+        with pytest.raises(ValueError, match="another `data`"):
+            write(model, tiny_tokenizer, tmp_path, examples=examples)
     with pytest.raises(ValueError, match="another `hidden_states`: True instead of False"):
         write(new_model(tiny_tokenizer, ()), tiny_tokenizer, tmp_path)
     with pytest.raises(ValueError, match="another `copy_length`: 6 instead of 0"):
@@ -149,8 +134,7 @@ def test_shards_that_a_kill_left_out_are_written_and_the_others_kept(
     model = new_model(tiny_tokenizer)
     whole = write(model, tiny_tokenizer, None)
     write(model, tiny_tokenizer, tmp_path)
-    shards = sorted(tmp_path.glob("*.arrow"))
-    (tmp_path / "state.json").unlink()
+    shards = sorted(tmp_path.glob("*.safetensors"))
     (tmp_path / (shards[2].name + ".new")).write_bytes(shards[2].read_bytes()[:100])
     for shard in shards[2:]:
         shard.unlink()
@@ -162,20 +146,24 @@ def test_shards_that_a_kill_left_out_are_written_and_the_others_kept(
     assert not list(tmp_path.glob("*.new"))
 
 
-@pytest.mark.parametrize("pattern", ["*.arrow", "state.json", "dataset_info.json"])
-@pytest.mark.parametrize("content", [None, b"{", b"[]", b"{}"])
-def test_damaged_shard_is_an_error_that_says_what_to_do(tiny_tokenizer, tmp_path, pattern, content):
-    if (pattern, content) == ("dataset_info.json", b"{}"):
-        return  # it says nothing that the shards do not
+@pytest.mark.parametrize("content", [None, b"{", b"{}"])
+@pytest.mark.parametrize("pattern", ["*.safetensors", "fingerprint.json"])
+def test_damaged_file_is_an_error_that_says_what_to_do(tiny_tokenizer, tmp_path, pattern, content):
     write(new_model(tiny_tokenizer), tiny_tokenizer, tmp_path)
-    shard = next(tmp_path.glob(pattern))
-    shard.write_bytes(shard.read_bytes()[:20] if content is None else content)
-    with pytest.raises(ValueError, match=r"is damaged .* delete the folder"):
+    file = next(tmp_path.glob(pattern))
+    file.write_bytes(file.read_bytes()[:20] if content is None else content)
+    with pytest.raises(ValueError, match=r"damaged|does not say what made the evidence"):
         WindowCache.open(tmp_path)
 
 
-def test_lack_of_room_is_an_error_that_says_so_and_the_run_goes_on_later(tiny_tokenizer, tmp_path):
+def test_lack_of_room_is_an_error_that_says_so_and_the_run_goes_on_later(
+    tiny_tokenizer, tmp_path, monkeypatch
+):
     model = new_model(tiny_tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(window_cache, "bytes_per_window", lambda *_: 1e18)
+        with pytest.raises(OSError, match=r"takes about .* GB left: make room"):
+            write(model, tiny_tokenizer, tmp_path / "large")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
     try:
@@ -183,38 +171,23 @@ def test_lack_of_room_is_an_error_that_says_so_and_the_run_goes_on_later(tiny_to
             write(model, tiny_tokenizer, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not list(tmp_path.glob("*.arrow*"))
+    assert not list(tmp_path.glob("*.safetensors*"))
     assert equal(write(model, tiny_tokenizer, tmp_path), write(model, tiny_tokenizer, None))
 
 
-def test_disk_that_is_too_small_is_an_error_before_the_backbone_runs(
-    tiny_tokenizer, tmp_path, monkeypatch
-):
-    model = new_model(tiny_tokenizer)
-    monkeypatch.setattr(window_cache, "bytes_per_window", lambda *_: 1e18)
-    model.backbone.forward = None
-    with pytest.raises(OSError, match=r"takes about .* GB left: make room"):
-        write(model, tiny_tokenizer, tmp_path)
-
-
 def test_fit_from_evidence_needs_no_backbone(tiny_tokenizer, tmp_path):
-    model = new_model(tiny_tokenizer)
-    fit_conditional(model, tiny_tokenizer, EXAMPLES, EXAMPLES[:4], tmp_path, FIT)
+    model, checkpoints = new_model(tiny_tokenizer), Checkpoints(tmp_path / "conditional")
+    data = (tiny_tokenizer, EXAMPLES, EXAMPLES[:4])
+    fit_conditional(model, *data, CONFIG, checkpoints)
     head = new_model(tiny_tokenizer).coupling_head
     caches = [WindowCache.open(tmp_path / "evidence" / name) for name in ("train", "validation")]
-    fit_head(head, *caches, config=FIT)
+    fit_head(head, *caches, CONFIG)
     states = model.coupling_head.state_dict(), head.state_dict()
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
-
-
-def test_run_that_is_continued_does_not_run_the_backbone_again(tiny_tokenizer, tmp_path):
-    fit_conditional(
-        new_model(tiny_tokenizer), tiny_tokenizer, EXAMPLES, EXAMPLES[:4], tmp_path, FIT
-    )
+    # Nor does a run that is continued.
     model = new_model(tiny_tokenizer)
     model.backbone.forward = None
-    config = replace(FIT, max_steps=5)
-    history = fit_conditional(model, tiny_tokenizer, EXAMPLES, EXAMPLES[:4], tmp_path, config)
+    history = fit_conditional(model, *data, replace(CONFIG, max_steps=5), checkpoints)
     assert history[-1]["step"] == 5
 
 
@@ -225,10 +198,9 @@ def gradients(head, loss) -> list[torch.Tensor]:
 def live_gradients(model, tokenizer, examples, config) -> list[torch.Tensor]:
     """Those of the windows that the cache draws, from the backbone itself."""
     lengths = [len(e.prompt_ids) + -(-len(e.answer_ids) // 4) * 4 for e in examples]
-    batch = next(batch_indices(lengths, config.tokens_per_batch, config.seed))
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003)
+    batch = next(batch_indices(lengths, config.tokens_per_batch, 0))
     canvas, noise, starts = draw_windows(
-        [examples[i] for i in batch], tokenizer, 4, config.max_extra_windows, generator
+        [examples[i] for i in batch], tokenizer, 4, 1, torch.Generator().manual_seed(0)
     )
     ids = canvas.input_ids.masked_fill(noise.masked, 1)
     states = model.backbone_states(ids, canvas.attention_mask)
@@ -244,11 +216,11 @@ def test_gradients_from_the_cache_are_those_of_the_live_backbone(
 ):
     model = new_model(tiny_tokenizer).requires_grad_(False)
     head = model.coupling_head.requires_grad_(True)
-    config = EvidenceConfig(precision=precision, top_k=10_000, tokens_per_batch=10_000)
-    cache = write(model, tiny_tokenizer, tmp_path, config)
-    windows = cache.take(torch.arange(len(cache)))
-    gain = window_gains(head, cache, torch.arange(len(cache)))[0]
-    cached = gradients(head, -(gain / windows.level).sum())
+    sizes = {"cache_size": 10_000, "tokens_per_batch": 10_000}
+    config = replace(CONFIG, evidence_precision=precision, **sizes)
+    cache = write(model, tiny_tokenizer, tmp_path, config, num_draws=1)
+    scores = cache.scores(head, torch.arange(len(cache)))
+    cached = gradients(head, -(scores.gain / scores.level).sum())
     live = live_gradients(model, tiny_tokenizer, EXAMPLES, config)
     largest = max(g.abs().max() for g in live)
     assert largest > 1
@@ -256,18 +228,9 @@ def test_gradients_from_the_cache_are_those_of_the_live_backbone(
         assert (ours - theirs).abs().max() <= tolerance * largest
 
 
-def test_untrained_conditioning_and_all_windows_are_measured_from_disk(tiny_tokenizer, tmp_path):
-    model = new_model(tiny_tokenizer)
-    cache = write(model, tiny_tokenizer, tmp_path)
-    held = write(model, tiny_tokenizer, None)
-    head = model.coupling_head
-    assert evaluate_head(head, cache) == evaluate_head(head, held)
-
-
 def test_empty_prompts_have_evidence_too(tiny_tokenizer, tmp_path):
-    model = new_model(tiny_tokenizer)
     examples = [TokenizedExample([], e.answer_ids) for e in EXAMPLES]
-    cache = write(model, tiny_tokenizer, tmp_path, examples=examples)
+    cache = write(new_model(tiny_tokenizer), tiny_tokenizer, tmp_path, examples=examples)
     windows = cache.take(torch.arange(len(cache)))
     assert (windows.preceding_tokens == -1).all(1).any()
     assert json.loads((tmp_path / "fingerprint.json").read_text())["num_examples"] == 24

@@ -1,4 +1,4 @@
-"""What a run says of itself: settings, curves and figures for the model card, and the push."""
+"""The model card of a run: settings, curves and figures; and the push."""
 
 from __future__ import annotations
 
@@ -20,15 +20,11 @@ from ..hub.repositories import is_local, reaching_hub
 from ..modeling_codd import CoDDModel
 from ..runtime.environment import environment
 from ..runtime.files import read_json
+from .loop.steps import History
 from .settings import STAGES, TrainConfig
 
-HISTORIES = {
-    "pretraining": "backbone/pretraining_history.json",
-    "generative": "generative_history.json",
-    "conditional": "conditional_history.json",
-    "joint": "joint_history.json",
-}
-"""Where a stage's history is, in the output folder."""
+HISTORY = "history.json"
+"""The history of a stage, in its folder."""
 
 GAP_RATIOS = (0.25, 0.5, 0.75, 1.0)
 NOT_PUSHED = ("*.jsonl",)
@@ -36,7 +32,6 @@ NOT_PUSHED = ("*.jsonl",)
 
 OF_THIS_RUN = ("output_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_private")
 CURVE_ROWS = 12
-BARS = "▁▂▃▄▅▆▇█"
 
 
 @reaching_hub()
@@ -61,6 +56,14 @@ def open_repository(config: TrainConfig) -> str | None:
             "choose another `hub_model_id`."
         )
     return repo_id
+
+
+def push_pipeline(folder: Path, repo_id: str, private: bool) -> CommitInfo:
+    """Pushes a pipeline folder, without the held-out examples in it."""
+    message = "Trained with codd-hf"
+    return push_folder(
+        folder, repo_id, private=private, ignore_patterns=NOT_PUSHED, commit_message=message
+    )
 
 
 def measure_final_gap(
@@ -100,134 +103,88 @@ def write_card(
         sizes: numbers of the training, validation and test examples.
         gap: what was measured at the end, if anything.
     """
+    settings = {k: v for k, v in asdict(config).items() if k not in OF_THIS_RUN}
+    del settings["conditional"]["evidence_dir"]
+    for name in ("dataset", "backbone"):
+        if settings[name] is not None and is_local(settings[name]):
+            settings[name] = Path(settings[name]).name
+    facts = environment() | {"processes": PartialState().num_processes}
+    run = {"environment": facts, "examples": sizes, "settings": settings}
+    run["gap"] = None if gap is None else [row.as_dict() for row in gap]
+    paths = {stage: Path(config.output_dir, stage, HISTORY) for stage in STAGES}
+    histories = {name: read_json(path, list) for name, path in paths.items() if path.exists()}
     figures = folder / "training"
     figures.mkdir(parents=True, exist_ok=True)
-    settings = _public(config)
-    histories = {}
-    for stage, path in HISTORIES.items():
-        source = Path(config.output_dir, path)
-        if source.exists():
-            histories[stage] = read_json(source, list)
-            (figures / f"{stage}_history.json").write_text(json.dumps(histories[stage], indent=2))
-    facts = environment() | {"processes": PartialState().num_processes}
-    measured = None if gap is None else [row.as_dict() for row in gap]
-    run = {"environment": facts, "examples": sizes, "settings": settings, "gap": measured}
-    (figures / "run.json").write_text(json.dumps(run, indent=2))
+    files = {f"{stage}_history": history for stage, history in histories.items()} | {"run": run}
+    for name, content in files.items():
+        (figures / f"{name}.json").write_text(json.dumps(content, indent=2))
     path = folder / CARD
     if path.exists() and REWRITTEN not in path.read_text(encoding="utf-8"):
         return
+    section = [
+        "Trained with `codd-hf train`; all settings, histories and figures are in `training/`.",
+        _facts(config, settings, sizes, facts),
+    ]
+    for stage, history in histories.items():
+        line = "Run earlier, with settings that are not recorded here."
+        if stage in config.chosen_stages:
+            values = (f"`{name}` {value}" for name, value in settings[stage].items())
+            line = f"Settings: {', '.join(values)}."
+        section += [f"### Stage: {stage}\n\n{line}", _curve(history)]
+    if gap is not None:
+        section.append(_gap_section(config, sizes, gap))
     make_card(
         Artifact("pipeline", model.coupling_head, model.backbone, tokenizer, model.config),
         repo_id or folder.resolve().name,
         datasets=None if is_local(config.dataset) else config.dataset,
-        training=_section(config, settings, histories, sizes, gap, facts),
+        training="\n\n".join(section),
     ).save(path)
-
-
-def push_pipeline(folder: Path, repo_id: str, private: bool) -> CommitInfo:
-    """Pushes a pipeline folder, without the held-out examples in it."""
-    message = "Trained with codd-hf"
-    return push_folder(
-        folder, repo_id, private=private, ignore_patterns=NOT_PUSHED, commit_message=message
-    )
-
-
-def _public(config: TrainConfig) -> dict[str, Any]:
-    """The settings without what is about this machine."""
-    settings = {k: v for k, v in asdict(config).items() if k not in OF_THIS_RUN}
-    settings["conditional"].pop("evidence_dir")
-    for name in ("dataset", "backbone"):
-        if settings[name] is not None and is_local(settings[name]):
-            settings[name] = Path(settings[name]).name
-    return settings
-
-
-def _section(
-    config: TrainConfig,
-    settings: dict[str, Any],
-    histories: dict[str, list[dict[str, float]]],
-    sizes: dict[str, int],
-    gap: list[GapRow] | None,
-    facts: dict[str, Any],
-) -> str:
-    """What the card says of the training."""
-    parts = [
-        "Trained with `codd-hf train`; all settings, histories and figures are in `training/`.",
-        "\n".join(_facts(config, settings, sizes, facts)),
-    ]
-    for stage in STAGES:
-        if stage in histories:
-            parts.append(f"### Stage: {stage}\n\n{_settings_line(config, settings, stage)}")
-            parts.append(_curve(stage, histories[stage]))
-    if gap is not None:
-        parts.append(_gap_section(config, sizes, gap))
-    return "\n\n".join(parts)
 
 
 def _facts(
     config: TrainConfig, settings: dict[str, Any], sizes: dict[str, int], facts: dict[str, Any]
-) -> list[str]:
+) -> str:
     kind = "the local file" if is_local(config.dataset) else "the dataset"
     of = [f"configuration `{config.dataset_config}`"] if config.dataset_config else []
     data = ", ".join([f"{kind} `{settings['dataset']}`", *of, f"split `{config.split}`"])
     numbers = ", ".join(f"{number:,} for {name}" for name, number in sizes.items() if number)
     packed = ", packed" if config.packing else ""
-    if config.backbone is None:
-        backbone = "trained on the same data, from random weights"
-    else:
+    backbone = "trained on the same data, from random weights"
+    if config.backbone is not None:
         local = " (a local model)" if is_local(config.backbone) else ""
         further = ", trained further" if "pretraining" in config.chosen_stages else ""
         backbone = f"`{settings['backbone']}`{local}{further}"
     machine = ", ".join(f"{name} {value}" for name, value in facts.items())
-    return [
-        f"- Data: {data}; {numbers}; at most {config.max_length} tokens each{packed}.",
-        f"- Backbone: {backbone}.",
-        f"- Machine and versions: {machine}.",
-    ]
+    return (
+        f"- Data: {data}; {numbers}; at most {config.max_length} tokens each{packed}.\n"
+        f"- Backbone: {backbone}.\n- Machine and versions: {machine}."
+    )
 
 
-def _settings_line(config: TrainConfig, settings: dict[str, Any], stage: str) -> str:
-    if stage not in config.chosen_stages:
-        return "Run earlier, with settings that are not recorded here."
-    values = (f"`{name}` {value}" for name, value in settings[stage].items())
-    return f"Settings: {', '.join(values)}."
-
-
-def _curve(stage: str, history: list[dict[str, float]]) -> str:
+def _curve(history: History) -> str:
     """A history as a table in Markdown, of evenly spread rows if it is long."""
     names = [name for name in history[-1] if name not in ("seconds", "tokens")]
-    last = len(history) - 1
-    number = min(len(history), CURVE_ROWS)
-    shown = [history[round(i * last / max(number - 1, 1))] for i in range(number)]
-    lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |"]
-    lines.append("|" + " --- |" * len(names))
-    for entry in shown:
-        cells = [_cell(entry.get(name)) for name in names]
-        lines.append("| " + " | ".join(cells) + " |")
-    notes = []
+    last, number = len(history) - 1, min(len(history), CURVE_ROWS)
+    rows = [history[round(i * last / max(number - 1, 1))] for i in range(number)]
+
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    def cell(value: float | None) -> str:
+        return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+
+    table = [line([name.replace("_", " ") for name in names]), line(["---"] * len(names))]
+    table += [line([cell(row.get(name)) for name in names]) for row in rows]
+    notes = ["\n".join(table)]
     if "gain" in history[-1]:
         notes.append(
             "Gains are nats per masked token over factorized prediction on the validation "
             "examples, which choices were made on; `gain 0.25-0.50` is of windows whose tokens "
             "were masked with a probability in that range."
         )
-        notes.append(f"Gain: {sparkline([entry['gain'] for entry in history])}")
     if "seconds" in history[-1]:
         notes.append(f"It took {history[-1]['seconds'] / 60:.1f} minutes.")
-    return "\n\n".join(["\n".join(lines), *notes])
-
-
-def _cell(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return str(value) if isinstance(value, int) else f"{value:.3f}"
-
-
-def sparkline(values: Sequence[float]) -> str:
-    """Values as bars of text, the smallest as the lowest."""
-    low, high = min(values), max(values)
-    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BARS[round((value - low) * scale)] for value in values)
+    return "\n\n".join(notes)
 
 
 def _gap_section(config: TrainConfig, sizes: dict[str, int], gap: list[GapRow]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,16 @@ from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
 
 
-def save_held_out(
-    folder: Path,
-    validation: Sequence[Example],
-    test: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    """Writes `validation.jsonl`, `test.jsonl` and, of the latter's most familiar, `demo.jsonl`."""
-    demo = familiar_examples(test or validation, tokenizer)[:10]
-    for name, part in (("validation", validation), ("test", test), ("demo", demo)):
-        chat = name != "demo" and any(e.history for e in part)
-        lines = [json.dumps(_row(example, chat)) for example in part]
-        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+def save_held_out(folder: Path, validation: Sequence[Example], test: Sequence[Example]) -> None:
+    """Writes `validation.jsonl`, `test.jsonl` and, with ten rows of the latter, `demo.jsonl`."""
+    for name, part in (("validation", validation), ("test", test)):
+        chat = any(example.history for example in part)
+        _write(folder / f"{name}.jsonl", [_row(example, chat) for example in part])
+    _write(folder / "demo.jsonl", [_row(example, False) for example in (test or validation)[:10]])
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def _row(example: Example, chat: bool) -> dict[str, Any]:
@@ -39,25 +36,10 @@ def _row(example: Example, chat: bool) -> dict[str, Any]:
     return {"messages": [*example.messages, answer]}
 
 
-def familiar_examples(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
-) -> list[Example]:
-    """The examples by the share of their words that are not one token, the smallest first."""
-
-    def share(example: Example) -> float:
-        words = re.findall(r"[A-Za-z]+", f"{example.prompt} {example.answer}")
-        if not words:
-            return 0.0
-        pieces = tokenizer([f" {word}" for word in words], add_special_tokens=False)["input_ids"]
-        return sum(len(ids) > 1 for ids in pieces) / len(words)
-
-    return sorted(examples, key=share)
-
-
 def save_pipeline(
     folder: Path,
     model: CoDDModel,
-    stage_one: CoDDHead,
+    circuit: CoDDHead,
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
 ) -> None:
@@ -70,11 +52,10 @@ def save_pipeline(
     CoDDPipeline(model=model, scheduler=CoDDScheduler(), tokenizer=tokenizer).save_pretrained(
         folder
     )
-    parts = (
+    for part, weights, target in (
         (model, without_adapters(model), folder / "model"),
-        (stage_one, stage_one.state_dict(), folder / "stage1"),
-    )
-    for part, weights, target in parts:
+        (circuit, circuit.state_dict(), folder / "stage1"),
+    ):
         # One copy of a tensor with several names, so that tied weights are stored once.
         copies: dict[int, torch.Tensor] = {}
         stored = {
@@ -84,4 +65,4 @@ def save_pipeline(
             for name, tensor in weights.items()
         }
         part.save_pretrained(target, state_dict=stored)
-        (target / "README.md").unlink()  # a pipeline has one card, its own
+        (target / "README.md").unlink()  # a pipeline has one card

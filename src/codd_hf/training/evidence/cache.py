@@ -1,21 +1,21 @@
-"""What the frozen backbone says of noised windows: computed once, read at every step of the fit.
+"""The predictions of a frozen backbone about noised windows: computed once, read at every step.
 
 The backbone is by far the dearest part of a step and does not change, so it runs over the data a
 few times, each with other noise. Kept of a window are its tokens, which of them were hidden, the
 hidden states that predicted them, and of each masked position the `k` likeliest tokens with the log
 of the remaining mass.
 
-With a folder the evidence is an Arrow dataset there (`evidence_store`), written in shards by all
-processes and read by memory mapping. Batches, windows and noise are a function of the settings
-alone, so the shards are the same whoever writes them, and a run that stopped writes only those that
-are missing.
+With a folder the evidence is safetensors shards there, written by all processes and read by memory
+mapping. A batch's windows and noise are a function of its number and the settings alone, so the
+shards are the same whoever writes them, and a run that stopped writes only those that are missing.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import itertools
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +24,26 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ...circuits import CoupledCategorical, TopKEvidence
+from ...circuits import TopKEvidence
 from ...circuits.factorized import forbidden_tokens
 from ...data.canvases import TokenizedExample, batch_indices
 from ...data.fingerprint import json_fingerprint, tensor_fingerprint
 from ...data.noise import draw_windows
 from ...modeling_codd import CoDDModel
 from ...modeling_head import CoDDHead
-from ...runtime.files import atomic_write
 from ...runtime.locks import locked
 from ...runtime.precision import autocast, chosen_precision, precision_note
 from ..processes.sharding import is_sharded
-from ..settings import EvidenceConfig
-from .fingerprint import check_fingerprint, evidence_fingerprint, model_fingerprint
-from .noised_windows import NoisedWindows
-from .store import (
-    FINGERPRINT,
-    check_room,
-    finish,
-    open_shards,
+from ..stage_settings import ConditionalConfig
+from .fingerprint import (
+    check_fingerprint,
+    evidence_fingerprint,
+    model_fingerprint,
     read_fingerprint,
-    shard_path,
-    write_shard,
+    write_fingerprint,
 )
+from .noised_windows import NoisedWindows
+from .scores import WindowScores
 
 SHARD_BYTES = 128 * 2**20
 MAX_SHARDS = 1024
@@ -82,14 +79,18 @@ class WindowCache:
             FileNotFoundError: the folder holds no complete evidence.
             ValueError: it is damaged.
         """
-        parts = open_shards(Path(folder))
-        fingerprint = read_fingerprint(Path(folder)) or {}
-        if "temperature" not in fingerprint:
+        folder = Path(folder)
+        shards = sorted(folder.glob("windows-*-of-*.safetensors"))
+        if not shards or shards != _paths(folder, int(shards[0].stem.rpartition("-")[2])):
+            raise FileNotFoundError(f"{str(folder)!r} holds no complete evidence: write it first.")
+        fingerprint = read_fingerprint(folder) or {}
+        if "evidence_temperature" not in fingerprint:
             raise ValueError(
-                f"{str(Path(folder) / FINGERPRINT)!r} does not say what made the evidence: delete "
-                "the folder, and it is written anew."
+                f"{str(folder)!r} does not say what made the evidence: delete the folder, and it "
+                "is written anew."
             )
-        return cls(parts, fingerprint["temperature"], fingerprint)
+        parts = [NoisedWindows.read(path) for path in shards]
+        return cls(parts, fingerprint["evidence_temperature"], fingerprint)
 
     def identity(self) -> str:
         """A digest that tells this evidence from other; in memory, of the windows themselves."""
@@ -106,11 +107,6 @@ class WindowCache:
         """Bytes held, in memory or on disk."""
         return sum(part.size for part in self.parts)
 
-    @property
-    def level(self) -> torch.Tensor:
-        """`[N]`, the probability with which each window's tokens were masked."""
-        return torch.cat([part.level for part in self.parts])
-
     def take(self, rows: torch.Tensor) -> NoisedWindows:
         """Some windows, `rows [B]`, in that order; fastest if that is ascending."""
         owner = torch.searchsorted(self._ends, rows.contiguous(), right=True)
@@ -123,17 +119,17 @@ class WindowCache:
         in_order = bool((order.diff() > 0).all())
         return windows if in_order else windows.take(order.argsort())
 
-    def distribution(self, head: CoDDHead, rows: torch.Tensor) -> CoupledCategorical:
-        """The coupled distributions of some windows `rows [B]`, on the head's device."""
-        return self.take(rows).distribution(head, self.temperature)
+    def scores(self, head: CoDDHead, rows: torch.Tensor) -> WindowScores:
+        """The gains of a head on some windows `rows [B]`."""
+        return self.take(rows).scores(head, self.temperature)
 
 
-def bytes_per_window(model: CoDDModel, config: EvidenceConfig) -> float:
+def bytes_per_window(model: CoDDModel, config: ConditionalConfig) -> float:
     """Bytes that the evidence about a window takes, as expected over the noise levels."""
-    length, top_k = model.window_length, min(config.top_k, model.config.vocab_size)
-    number, state = (dtype.itemsize for dtype in DTYPES[config.precision])
+    length, kept = model.window_length, min(config.cache_size, model.config.vocab_size)
+    number, state = (dtype.itemsize for dtype in DTYPES[config.evidence_precision])
     masked = 0.5 * length  # the mean of `t ~ U(0, 1)`
-    size = length * (4 + 1) + 4 + 2 * 4 + masked * (top_k * (4 + number) + number)
+    size = length * (4 + 1) + 4 + 8 + masked * (kept * (4 + number) + number)
     head = model.coupling_head
     if head is not None and head.context_maps is not None:
         states = length
@@ -148,10 +144,12 @@ def cache_windows(
     model: CoDDModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[TokenizedExample],
-    config: EvidenceConfig | None = None,
+    config: ConditionalConfig | None = None,
     folder: str | Path | None = None,
-    progress: bool = True,
     *,
+    num_draws: int = 1,
+    seed: int = 0,
+    progress: bool = True,
     made_by: dict[str, Any] | None = None,
     renew: bool = False,
 ) -> WindowCache:
@@ -159,15 +157,17 @@ def cache_windows(
 
     With several processes and a folder, which must be on a disk that they share, each process
     writes its part of the shards; without a folder each computes all of it for itself. The backbone
-    may be sharded over the processes (`sharding.shard_backbone`): the evidence is the same.
+    may be sharded over the processes: the evidence is the same.
 
     Args:
         model: the backbone; hidden states are kept if its head is conditioned.
         tokenizer: its tokenizer.
         examples: the examples.
-        config: which windows and noise, and what to keep.
+        config: the noise, and what to keep.
         folder: where the evidence is written, or taken from if it is there; without one it is held
             in memory.
+        num_draws: how often each example is drawn, each time with another window and other noise.
+        seed: of windows and noise.
         progress: say how large it will be, and show a progress bar.
         made_by: of the backbone, if `fingerprint.model_fingerprint` is known.
         renew: evidence in the folder that something else made gives way.
@@ -176,31 +176,25 @@ def cache_windows(
         OSError: the disk has no room for it, or another run writes it.
         ValueError: the folder holds evidence that something else made.
     """
-    config = config or EvidenceConfig()
+    config = (config or ConditionalConfig()).at_temperature_of(model.coupling_head)
     precision = chosen_precision(config.mixed_precision, model.device)
-    if config.mixed_precision != "no" and progress and PartialState().is_local_main_process:
+    state = PartialState()
+    progress = progress and state.is_local_main_process
+    if config.mixed_precision != "no" and progress:
         tqdm.write(precision_note(precision, model.device))
     config = replace(config, mixed_precision=precision)
-    length = model.window_length
-    lengths = [len(e.prompt_ids) + -(-len(e.answer_ids) // length) * length for e in examples]
-    batches = [
-        (draw, batch)
-        for draw in range(config.num_draws)
-        for batch in _one_epoch(lengths, config.tokens_per_batch, config.seed + draw)
-    ]
-    state, number = PartialState(), config.num_draws * len(examples)
-    each = bytes_per_window(model, config)
-    progress = progress and state.is_local_main_process
+    reader = _Reader(model, tokenizer, examples, config, seed, progress)
+    batches = reader.batches(num_draws)
     if folder is None:
-        wanted = set(range(len(batches)))
-        made = _noised_windows(model, tokenizer, examples, config, batches, wanted, progress)
-        parts = [windows for _, windows in made]
-        return WindowCache([NoisedWindows.joined(parts)], config.temperature)
+        parts = [NoisedWindows.joined(list(reader.read(batches)))]
+        return WindowCache(parts, config.evidence_temperature)
 
     folder = Path(folder)
     made_by = model_fingerprint(model, tokenizer) if made_by is None else made_by
-    fingerprint = evidence_fingerprint(model, made_by, examples, config)
-    complete = (folder / "state.json").exists() and read_fingerprint(folder) == fingerprint
+    fingerprint = evidence_fingerprint(model, made_by, examples, config, num_draws, seed)
+    shards = reader.shards(batches)
+    paths = _paths(folder, len(shards))
+    complete = all(path.exists() for path in paths) and read_fingerprint(folder) == fingerprint
     state.wait_for_everyone()  # all have looked before the first one writes
     if complete:
         return WindowCache.open(folder)
@@ -215,153 +209,146 @@ def cache_windows(
                     path.unlink()
                 found = None
             if found is None:
-                with atomic_write(folder / FINGERPRINT) as new:
-                    new.write_text(json.dumps(fingerprint, indent=2))
+                write_fingerprint(folder, fingerprint)
         state.wait_for_everyone()
         check_fingerprint(folder, read_fingerprint(folder), fingerprint)
-        shards = _shards(batches, max(SHARD_BYTES, number * each / MAX_SHARDS) / each)
-        missing = [i for i in range(len(shards)) if not shard_path(folder, i, len(shards)).exists()]
+        missing = [i for i, path in enumerate(paths) if not path.exists()]
         state.wait_for_everyone()  # as above
         if missing:
-            left = sum(len(batches[i][1]) for shard in missing for i in shards[shard])
+            each = bytes_per_window(model, config)
+            left = sum(len(rows) for i in missing for _, rows in shards[i])
             if progress:
-                tqdm.write(_announcement(folder, left, number, length, each))
-            check_room(folder, left * each)
-            parts_of_work = [missing[i :: state.num_processes] for i in range(state.num_processes)]
-            own = parts_of_work[state.process_index]
-            last = {shards[shard][-1]: shard for shard in own}
-            wanted = {i for shard in own for i in shards[shard]}
-            parts: list[NoisedWindows] = []
-            made = _noised_windows(model, tokenizer, examples, config, batches, wanted, progress)
-            for i, windows in made:
-                parts.append(windows)
-                if i in last:
-                    path = shard_path(folder, last[i], len(shards))
-                    write_shard(path, NoisedWindows.joined(parts))
-                    parts = []
-            if is_sharded(model):
-                most = max(sum(len(shards[i]) for i in part) for part in parts_of_work)
-                _pass_idly(model, most - len(wanted))
-        state.wait_for_everyone()
-        if state.is_main_process and not (folder / "state.json").exists():
-            finish(folder, len(shards), fingerprint["data"])
+                total, length = num_draws * len(examples), model.window_length
+                some = "" if left == total else f"{left:,} of "
+                tqdm.write(
+                    f"Evidence about {some}{total:,} windows of {length} tokens: about "
+                    f"{left * each / 1e9:.2f} GB ({each / length / 1e3:.2f} GB per million tokens) "
+                    f"in {folder}."
+                )
+            _check_room(folder, left * each)
+            work = [missing[i :: state.num_processes] for i in range(state.num_processes)]
+            sizes = [sum(len(shards[i]) for i in part) for part in work]
+            for i in work[state.process_index]:
+                NoisedWindows.joined(list(reader.read(shards[i]))).write(paths[i])
+            if is_sharded(model):  # each process has a part in every pass of the others
+                for _ in range(max(sizes) - sizes[state.process_index]):
+                    reader.pass_idly()
         state.wait_for_everyone()
     return WindowCache.open(folder)
 
 
-@torch.no_grad()
-def _noised_windows(
-    model: CoDDModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[TokenizedExample],
-    config: EvidenceConfig,
-    batches: Sequence[tuple[int, list[int]]],
-    wanted: set[int],
-    progress: bool,
-) -> Iterator[tuple[int, NoisedWindows]]:
-    """The backbone's evidence about the wanted ones of all batches, each with its number.
+Batch = tuple[int, list[int]]
+"""The seed of a batch's noise, and the examples in it."""
 
-    The noise of the other batches is drawn too, so that nobody's depends on who does which.
-    """
-    device, length, vocab_size = model.device, model.window_length, model.config.vocab_size
-    maps = None if model.coupling_head is None else model.coupling_head.context_maps
-    forbidden = forbidden_tokens(
-        vocab_size, model.config.mask_token_id, model.config.forbidden_token_ids, device
-    )
-    top_k, offsets = min(config.top_k, vocab_size), torch.arange(length)
-    number, kept_state = DTYPES[config.precision]
-    bar = tqdm(
-        total=sum(len(batches[i][1]) for i in wanted),
-        desc="running the backbone",
-        unit="window",
-        disable=not progress,
-    )
-    current = generator = None
-    for i, (draw, batch) in enumerate(batches):
-        if draw != current:
-            current, generator = draw, torch.Generator()
-            generator.manual_seed(config.seed * 1_000_003 + draw)
+
+@dataclass
+class _Reader:
+    """Runs the backbone over batches of noised examples."""
+
+    model: CoDDModel
+    tokenizer: PreTrainedTokenizerBase
+    examples: Sequence[TokenizedExample]
+    config: ConditionalConfig
+    seed: int
+    progress: bool
+
+    def batches(self, num_draws: int) -> list[Batch]:
+        """All batches: each draw has all examples once."""
+        length = self.model.window_length
+        lengths = [
+            len(e.prompt_ids) + -(-len(e.answer_ids) // length) * length for e in self.examples
+        ]
+        batches: list[Batch] = []
+        for draw in range(num_draws):
+            seen = 0
+            for rows in batch_indices(lengths, self.config.tokens_per_batch, self.seed + draw):
+                number = len(batches)
+                batches.append(((self.seed * 1_000_003 + draw) * 100_003 + number, rows))
+                seen += len(rows)
+                if seen >= len(lengths):
+                    break
+        return batches
+
+    def shards(self, batches: Sequence[Batch]) -> list[list[Batch]]:
+        """The batches in shards of about equal size."""
+        sizes = [len(rows) for _, rows in batches]
+        each = bytes_per_window(self.model, self.config)
+        most = max(SHARD_BYTES / each, sum(sizes) / MAX_SHARDS)
+        before = [0, *itertools.accumulate(sizes)]
+        pairs = zip(before, batches, strict=False)
+        groups = itertools.groupby(pairs, lambda pair: pair[0] // most)
+        return [[batch for _, batch in group] for _, group in groups]
+
+    def read(self, batches: Sequence[Batch]) -> Iterator[NoisedWindows]:
+        """The evidence of each batch."""
+        bar = tqdm(batches, desc="running the backbone", unit="batch", disable=not self.progress)
+        return (self._windows(*batch) for batch in bar)
+
+    @torch.no_grad()
+    def _windows(self, seed: int, rows: Iterable[int]) -> NoisedWindows:
+        model, config = self.model, self.config
+        device, length, vocab_size = model.device, model.window_length, model.config.vocab_size
+        maps = None if model.coupling_head is None else model.coupling_head.context_maps
+        forbidden = forbidden_tokens(
+            vocab_size, model.config.mask_token_id, model.config.forbidden_token_ids, device
+        )
         canvas, noise, starts = draw_windows(
-            [examples[j] for j in batch],
-            tokenizer,
+            [self.examples[row] for row in rows],
+            self.tokenizer,
             length,
             config.max_extra_windows,
-            generator,
+            torch.Generator().manual_seed(seed),
             config.mean_span_length,
         )
-        if i not in wanted:
-            continue
-        ids = canvas.input_ids.masked_fill(noise.masked, model.config.mask_token_id)
+        number, kept_state = DTYPES[config.evidence_precision]
+        ids = canvas.input_ids.masked_fill(noise.masked, model.config.mask_token_id).to(device)
+        real = canvas.attention_mask.to(device)
         with autocast(config.mixed_precision, device):
-            states = model.backbone_states(ids.to(device), canvas.attention_mask.to(device))
-            rows, columns = torch.arange(len(ids))[:, None], starts[:, None] + offsets
-            masked = noise.masked[rows, columns]
+            states = model.backbone_states(ids, real)
+            row, columns = torch.arange(len(ids))[:, None], starts[:, None] + torch.arange(length)
+            masked = noise.masked[row, columns]
             window, column = masked.nonzero(as_tuple=True)
             logits = states.logits((window.to(device), columns[window, column].to(device)))
-        kept = TopKEvidence.from_logits(logits, top_k, config.temperature, forbidden)
+        size = min(config.cache_size, vocab_size)
+        kept = TopKEvidence.from_logits(logits, size, config.evidence_temperature, forbidden)
         hidden = before = before_hidden = None
         if maps is not None:
-            hidden = states.last_hidden_state[rows.to(device), columns.to(device)]
+            hidden = states.last_hidden_state[row.to(device), columns.to(device)]
             hidden = hidden.to("cpu", kept_state)
             if maps.copies:
-                preceding = model.preceding(
-                    states, ids.to(device), starts.to(device), canvas.attention_mask.to(device)
-                )
+                preceding = model.preceding(states, ids, starts.to(device), real)
                 before = preceding.tokens.masked_fill(~preceding.present, -1).int().cpu()
                 before_hidden = preceding.hidden.to("cpu", kept_state)
         counts = masked.sum(1)
-        bar.update(len(batch))
-        yield (
-            i,
-            NoisedWindows(
-                canvas.input_ids[rows, columns].int(),
-                masked,
-                noise.level,
-                torch.cat((counts.new_zeros(1), counts.cumsum(0))),
-                hidden,
-                before,
-                before_hidden,
-                kept.indices.int().cpu(),
-                kept.log_probs.to("cpu", number),
-                kept.log_rest.to("cpu", number),
-            ),
+        return NoisedWindows(
+            canvas.input_ids[row, columns].int(),
+            masked,
+            noise.level,
+            torch.cat((counts.new_zeros(1), counts.cumsum(0))),
+            hidden,
+            before,
+            before_hidden,
+            kept.indices.int().cpu(),
+            kept.log_probs.to("cpu", number),
+            kept.log_rest.to("cpu", number),
         )
-    bar.close()
+
+    @torch.no_grad()
+    def pass_idly(self) -> None:
+        """A pass over a single token."""
+        self.model.backbone_states(torch.zeros(1, 1, dtype=torch.long, device=self.model.device))
 
 
-@torch.no_grad()
-def _pass_idly(model: CoDDModel, times: int) -> None:
-    """Passes over a single token: a process's part in the passes of others with more work."""
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    for _ in range(times):
-        model.backbone_states(token)
+def _paths(folder: Path, number: int) -> list[Path]:
+    """The files of so many shards."""
+    return [folder / f"windows-{i:05d}-of-{number:05d}.safetensors" for i in range(number)]
 
 
-def _one_epoch(lengths: list[int], tokens_per_batch: int, seed: int) -> Iterator[list[int]]:
-    seen = 0
-    for batch in batch_indices(lengths, tokens_per_batch, seed):
-        yield batch
-        seen += len(batch)
-        if seen >= len(lengths):
-            return
-
-
-def _shards(batches: Sequence[tuple[int, list[int]]], windows: float) -> list[list[int]]:
-    """The numbers of the batches in each shard, of about so many windows."""
-    shards: list[list[int]] = [[]]
-    held = 0
-    for i, (_, batch) in enumerate(batches):
-        if shards[-1] and held + len(batch) > windows:
-            shards.append([])
-            held = 0
-        shards[-1].append(i)
-        held += len(batch)
-    return shards
-
-
-def _announcement(folder: Path, left: int, number: int, length: int, each: float) -> str:
-    some = "" if left == number else f"{left:,} of "
-    return (
-        f"Evidence about {some}{number:,} windows of {length} tokens: about "
-        f"{left * each / 1e9:.2f} GB ({each / length / 1e3:.2f} GB per million tokens) in {folder}."
-    )
+def _check_room(folder: Path, size: float) -> None:
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(
+            f"The evidence takes about {size / 1e9:.2f} GB and the disk of {str(folder)!r} has "
+            f"{free / 1e9:.2f} GB left: make room, give another `evidence_dir`, or lower "
+            "`cache_size` or `num_draws`."
+        )

@@ -1,9 +1,9 @@
-"""What made cached evidence or a fit: enough to know whether it may stand for a new one."""
+"""All that evidence and fits depend on, as digests that can be compared."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,25 @@ from ...data.fingerprint import (
     weights_fingerprint,
 )
 from ...modeling_codd import CoDDModel
-from ..settings import EvidenceConfig
+from ...runtime.files import atomic_write, read_json
+from ..stage_settings import ConditionalConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NAMES_ONLY = ("model", "model_revision")
 """Said in messages and not compared: a backbone is its weights, whatever folder they came from."""
 
+OF_THE_EVIDENCE = (
+    "max_extra_windows",
+    "mean_span_length",
+    "evidence_temperature",
+    "tokens_per_batch",
+    "mixed_precision",
+    "evidence_precision",
+)
+
 
 def model_fingerprint(model: CoDDModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a backbone and its tokenizer are, as JSON values; the head is no part of it.
+    """The identity of a backbone and its tokenizer; the head is no part of it.
 
     All weights are read. Of a sharded backbone all processes call it together.
     """
@@ -47,7 +57,7 @@ def fit_identity(
     train: Sequence[TokenizedExample],
     validation: Sequence[TokenizedExample],
 ) -> dict[str, Any]:
-    """What a fit depends on beside its settings, as `check_same_run` compares it.
+    """The identity of a fit beside its settings.
 
     Args:
         made_by: of the backbone, from `model_fingerprint`.
@@ -63,15 +73,19 @@ def evidence_fingerprint(
     model: CoDDModel,
     made_by: dict[str, Any],
     examples: Sequence[TokenizedExample],
-    config: EvidenceConfig,
+    config: ConditionalConfig,
+    num_draws: int,
+    seed: int,
 ) -> dict[str, Any]:
-    """All that the evidence of `model` about `examples` depends on, as JSON values.
+    """All that the evidence of `model` about `examples` depends on, as JSON.
 
     Args:
         model: the backbone with the head to fit.
         made_by: of the backbone, from `model_fingerprint`.
         examples: the text.
-        config: which windows and noise, and what is kept.
+        config: the windows, the noise, and what is kept.
+        num_draws: how often each example is drawn.
+        seed: of windows and noise.
     """
     head = model.coupling_head
     maps = None if head is None else head.context_maps
@@ -84,9 +98,27 @@ def evidence_fingerprint(
         "window_length": model.window_length,
         "hidden_states": maps is not None,
         "copy_length": head.config.copy_length if maps is not None and maps.copies else 0,
-        **asdict(config),
-        "top_k": min(config.top_k, model.config.vocab_size),
+        **{name: getattr(config, name) for name in OF_THE_EVIDENCE},
+        "cache_size": min(config.cache_size, model.config.vocab_size),
+        "num_draws": num_draws,
+        "seed": seed,
     }
+
+
+def read_fingerprint(folder: Path) -> dict[str, Any] | None:
+    """What made the evidence in a folder; None where nothing says so.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / "fingerprint.json"
+    return read_json(path) if path.exists() else None
+
+
+def write_fingerprint(folder: Path, fingerprint: dict[str, Any]) -> None:
+    """Writes what makes the evidence in a folder."""
+    with atomic_write(folder / "fingerprint.json") as new:
+        new.write_text(json.dumps(fingerprint, indent=2))
 
 
 def check_fingerprint(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -1,19 +1,23 @@
-"""Windows of text under noise, and what the backbone predicted of them."""
+"""Windows of text under noise, and the predictions of a backbone about them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from ...circuits import CoupledCategorical, DenseEvidence, Preceding, TopKEvidence
 from ...modeling_head import CoDDHead
+from ...runtime.files import atomic_write
+from .scores import WindowScores
 
 DENSE_VOCABULARY = 16384
 """Up to this many tokens evidence is laid out in full: one product is faster than many gathers."""
 
-BY_WINDOW = ("tokens", "masked", "level", "hidden", "preceding_tokens", "preceding_hidden")
 BY_MASKED_POSITION = ("indices", "log_probs", "log_rest")
 
 
@@ -53,8 +57,7 @@ class NoisedWindows:
     @property
     def size(self) -> int:
         """Bytes held."""
-        held = (getattr(self, f.name) for f in fields(self))
-        return sum(t.nbytes for t in held if t is not None)
+        return sum(tensor.nbytes for tensor in vars(self).values() if tensor is not None)
 
     def take(self, rows: torch.Tensor) -> NoisedWindows:
         """Some windows, `rows [B]`, in that order."""
@@ -66,36 +69,55 @@ class NoisedWindows:
     ) -> NoisedWindows:
         """Some windows of each of some parts, read once and written once."""
         counts, places = [], []
-        for part, own in zip(parts, rows, strict=True):
-            begins = part.offsets[own].long()
-            count = part.offsets[own + 1].long() - begins
+        for part, mine in zip(parts, rows, strict=True):
+            begins = part.offsets[mine]
+            count = part.offsets[mine + 1] - begins
             shift = begins - (count.cumsum(0) - count)
             places.append(torch.arange(int(count.sum())) + shift.repeat_interleave(count))
             counts.append(count)
-        counts = torch.cat(counts)
-        columns = {"offsets": torch.cat((counts.new_zeros(1), counts.cumsum(0)))}
-        for names, wanted in ((BY_WINDOW, rows), (BY_MASKED_POSITION, places)):
-            ends = torch.tensor([len(own) for own in wanted]).cumsum(0).tolist()
-            for name in names:
-                first = getattr(parts[0], name)
-                columns[name] = None
-                if first is not None:
-                    columns[name] = out = first.new_empty(ends[-1], *first.shape[1:])
-                    for part, own, end in zip(parts, wanted, ends, strict=True):
-                        slot = out[end - len(own) : end]
-                        torch.index_select(getattr(part, name), 0, own, out=slot)
+        columns: dict[str, torch.Tensor | None] = {"offsets": _offsets(torch.cat(counts))}
+        for field in fields(cls):
+            first = getattr(parts[0], field.name)
+            if field.name == "offsets" or first is None:
+                columns.setdefault(field.name, None)
+                continue
+            chosen = places if field.name in BY_MASKED_POSITION else rows
+            out = first.new_empty(sum(map(len, chosen)), *first.shape[1:])
+            slots = out.split([len(part) for part in chosen])
+            for part, index, slot in zip(parts, chosen, slots, strict=True):
+                torch.index_select(getattr(part, field.name), 0, index, out=slot)
+            columns[field.name] = out
         return cls(**columns)
 
     @classmethod
     def joined(cls, parts: Sequence[NoisedWindows]) -> NoisedWindows:
         """All windows of some parts, in order."""
-        columns = {}
-        for field in fields(cls):
-            tensors = [getattr(part, field.name) for part in parts]
-            columns[field.name] = None if tensors[0] is None else torch.cat(tensors)
-        counts = torch.cat([part.offsets.diff() for part in parts]).long()
-        columns["offsets"] = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-        return cls(**columns)
+        return cls.gathered(parts, [torch.arange(len(part)) for part in parts])
+
+    def write(self, path: Path) -> None:
+        """Writes them to a file; a kill leaves all of it or nothing.
+
+        Raises:
+            OSError: there is no room.
+        """
+        with atomic_write(path) as new:
+            save_file({name: t for name, t in vars(self).items() if t is not None}, new)
+
+    @classmethod
+    def read(cls, path: Path) -> NoisedWindows:
+        """Maps what `write` wrote into memory: only rows that are taken are read.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        try:
+            found = load_file(path)
+            return cls(**{field.name: found.pop(field.name, None) for field in fields(cls)})
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"The evidence in {str(path)!r} is damaged ({error}): delete the folder, and it is "
+                "written anew."
+            ) from error
 
     def distribution(self, head: CoDDHead, temperature: float) -> CoupledCategorical:
         """Their coupled distributions, on the head's device.
@@ -135,3 +157,14 @@ class NoisedWindows:
             temperature=temperature,
             preceding=preceding,
         )
+
+    def scores(self, head: CoDDHead, temperature: float) -> WindowScores:
+        """The gains of a head over the factorized predictions."""
+        distribution = self.distribution(head, temperature)
+        gain = distribution.coupling_gain(self.tokens.long().to(head.device))
+        masked = distribution.masked.sum(1)
+        return WindowScores(self.level.to(head.device), masked, gain, torch.zeros_like(gain))
+
+
+def _offsets(counts: torch.Tensor) -> torch.Tensor:
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))

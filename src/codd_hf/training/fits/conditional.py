@@ -1,19 +1,15 @@
-"""Stage 3: fit the head to the backbone's own predictions (CoDD, arXiv 2603.00045, Eq. 7).
+"""The fit of a head to the predictions of a frozen backbone.
 
-The backbone is frozen: it runs over the data first, and what it says is kept (`window_cache`).
-After that it is not needed. Only `log p_w(x) - log Z` depends on the circuit; its gradient is
-counts under the data minus counts under the coupled model.
-
-Several processes share the chunks of a step's windows; gradients of chunks are summed in float64,
-so that a step does not depend on who computed what. (Plain averaging would: AdamW's step has no
-regard for the size of a gradient, and makes as much of a rounding error where there is no other.)
+The backbone runs over the data first, and its predictions are kept (`evidence.cache`). After that
+it is not needed. Only `log p_w(x) - log Z` depends on the circuit; its gradient is counts under the
+data minus counts under the coupled model.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +23,13 @@ from ...modeling_head import CoDDHead
 from ...runtime.precision import chosen_precision
 from ..evidence.cache import WindowCache, cache_windows
 from ..evidence.fingerprint import fit_identity, model_fingerprint
-from ..loop.checkpoints import Checkpoints, load_checkpoint
-from ..loop.steps import StepLoop
+from ..evidence.noised_windows import NoisedWindows
+from ..evidence.scores import WindowScores, score_all
+from ..loop.checkpoints import Checkpoints, read_checkpoint
+from ..loop.steps import Figures, History, run_steps
 from ..loop.trackers import Log
-from ..settings import ConditionalConfig
-from .gains import evaluate_head, not_finite, step_gradients
-from .rates import head_groups, warmup_then_cosine
-
-MAY_CHANGE = (
-    "max_steps",
-    "evaluation_steps",
-    "checkpointing_steps",
-    "keep",
-    "evidence_dir",
-    "num_validation_draws",
-)
-"""Settings that a run may be continued with other values of."""
+from ..stage_settings import ConditionalConfig
+from .coupled import CoupledFit, adamw, head_groups, rows_of_step
 
 OF_THE_HEAD = (
     "num_latents",
@@ -52,8 +39,76 @@ OF_THE_HEAD = (
     "conditioning",
     "noise_conditioning",
     "copy_length",
+    "alpha",
 )
 """Settings of the head to fit, which a run is continued with."""
+
+VALIDATION_SEED = 1234
+
+
+def evaluate_head(head: CoDDHead, cache: WindowCache, batch_size: int = 64) -> dict[str, float]:
+    """Mean gain in nats per masked token over factorized, all and by mask ratio.
+
+    Several processes share the windows, and all get the result.
+    """
+    chunks = torch.arange(len(cache)).split(batch_size)
+    return score_all(chunks, lambda _, rows: cache.scores(head, rows), head.device).gains()
+
+
+class ConditionalFit(CoupledFit):
+    """Steps of a head on evidence that is made when it is known to be needed."""
+
+    config: ConditionalConfig
+
+    def __init__(
+        self,
+        head: CoDDHead,
+        evidence: Callable[[], tuple[WindowCache, WindowCache]],
+        num_windows: int,
+        config: ConditionalConfig,
+        identity: dict[str, Any],
+    ):
+        self.head, self._evidence, self.num_windows = head, evidence, num_windows
+        self.window_length = head.config.window_length
+        head.config.evidence_temperature = config.evidence_temperature
+        head.to(Accelerator().device).requires_grad_(True)
+        identity = {name: getattr(head.config, name) for name in OF_THE_HEAD} | identity
+        trained = {f"head.{name}": parameter for name, parameter in head.named_parameters()}
+        optimizers = [adamw(head_groups(head, config))]
+        config = config.with_steps(num_windows)
+        super().__init__("conditional fit", config, identity, trained, optimizers)
+
+    @cached_property
+    def evidence(self) -> tuple[WindowCache, WindowCache]:
+        """Of the training and of the validation windows."""
+        return self._evidence()
+
+    def chunks(self, step: int) -> Sequence[torch.Tensor]:
+        """Windows of a step; shards are read in order."""
+        config = self.config
+        rows = rows_of_step(self.num_windows, config.windows_per_batch, step, config.seed)
+        return [chunk.sort().values for chunk in rows.split(config.windows_per_chunk)]
+
+    def windows(self, step: int, number: int, rows: torch.Tensor) -> NoisedWindows:
+        """The evidence of a chunk."""
+        return self.evidence[0].take(rows)
+
+    def score(self, windows: NoisedWindows) -> WindowScores:
+        """The gains of the head."""
+        return windows.scores(self.head, self.config.evidence_temperature)
+
+    def measure(self) -> Figures:
+        """The gain on the validation windows."""
+        return evaluate_head(self.head, self.evidence[1])
+
+    def kept(self, history: History) -> list[int]:
+        """The best step's checkpoint, if its head is to be taken."""
+        return [best(history)["step"]] if self.config.keep == "best" else []
+
+
+def best(history: History) -> Figures:
+    """The entry with the largest validation gain, the first of equals."""
+    return max(history, key=lambda entry: entry["gain"])
 
 
 def fit_conditional(
@@ -61,197 +116,101 @@ def fit_conditional(
     tokenizer: PreTrainedTokenizerBase,
     train: Sequence[TokenizedExample],
     validation: Sequence[TokenizedExample],
-    checkpoint_dir: str | Path | None = None,
     config: ConditionalConfig | None = None,
+    checkpoints: Checkpoints | None = None,
     log: Log | None = None,
-    *,
-    resume_from_checkpoint: str | Path = "latest",
-    checkpoints_total_limit: int | None = 2,
-) -> list[dict[str, float]]:
+) -> History:
     """Trains `model.coupling_head` in place; the backbone is frozen (and stays so).
 
     The backbone runs over the data first; its evidence is kept in `config.evidence_dir`, by default
-    `checkpoint_dir/evidence`, and in memory if there is neither. Where all steps were made already,
-    it does not run, and the evidence may be gone.
+    in `evidence` beside the folder of the checkpoints, and in memory if there is neither. Where all
+    steps were made already, it does not run, and the evidence may be gone. The evidence temperature
+    becomes the head's.
 
     Args:
-        model: a backbone with a head, best from stages 1 and 2.
+        model: a backbone with a head, best from the generative fit.
         tokenizer: its tokenizer.
         train: what the head learns from.
         validation: what it is measured on, with fixed noise.
-        checkpoint_dir: receives the checkpoints, in `checkpoint_dir/conditional`.
         config: how to fit.
+        checkpoints: where the fit is kept, and goes on from.
         log: told of every step.
-        resume_from_checkpoint: `"latest"` goes on from the newest checkpoint there, if there is
-            one; `"none"` deletes them and begins; a checkpoint's folder goes on from that, and
-            deletes later ones.
-        checkpoints_total_limit: how many checkpoints are kept, the newest ones; all if None.
 
     Returns:
-        As `fit_head`.
+        The validation history, with the `gain`: nats per masked token over factorized prediction,
+        all and by mask ratio.
 
     Raises:
-        FloatingPointError: the loss is no longer finite.
-        OSError: the disk has no room.
-        ValueError: the model has no head, or there is evidence or a checkpoint that something else
-            made.
+        ValueError: the model has no head, or there is evidence that something else made; and what
+            `run_steps` raises.
     """
-    config = config or ConditionalConfig()
-    if model.coupling_head is None:
+    head = model.coupling_head
+    if head is None:
         raise ValueError("`model` has no head to fit: give `from_backbone` a head configuration.")
+    config = (config or ConditionalConfig()).at_temperature_of(head)
     device = Accelerator().device
     config = replace(config, mixed_precision=chosen_precision(config.mixed_precision, device))
-    model.to(device).eval()
-    model.requires_grad_(False)
+    model.to(device).eval().requires_grad_(False)
     folder = config.evidence_dir
-    if folder is None and checkpoint_dir is not None:
-        folder = Path(checkpoint_dir) / "evidence"
-
+    if folder is None and checkpoints is not None:
+        folder = checkpoints.folder.parent / "evidence"
     made_by = model_fingerprint(model, tokenizer)
 
-    def evidence() -> list[WindowCache]:
-        return [
-            cache_windows(
-                model,
-                tokenizer,
-                examples,
-                config.evidence(draws, seed),
-                None if folder is None else Path(folder) / name,
-                made_by=made_by,
-                renew=resume_from_checkpoint == "none" and config.evidence_dir is None,
-            )
-            for name, examples, draws, seed in (
-                ("train", train, config.num_draws, config.seed),
-                ("validation", validation, config.num_validation_draws, 1234),
-            )
-        ]
+    def kept(name: str, examples: Sequence[TokenizedExample], draws: int, seed: int) -> WindowCache:
+        return cache_windows(
+            model,
+            tokenizer,
+            examples,
+            config,
+            None if folder is None else Path(folder) / name,
+            num_draws=draws,
+            seed=seed,
+            made_by=made_by,
+            renew=config.evidence_dir is None and getattr(checkpoints, "resume", "") == "none",
+        )
 
-    checkpoints = _checkpoints(checkpoint_dir, checkpoints_total_limit)
-    made_of = fit_identity(made_by, train, validation)
-    made_of["num_windows"] = config.num_draws * len(train)
-    head = model.coupling_head
-    return _fit(head, evidence, made_of, checkpoints, config, log, resume_from_checkpoint)
+    def evidence() -> tuple[WindowCache, WindowCache]:
+        learnt = kept("train", train, config.num_draws, config.seed)
+        return learnt, kept("validation", validation, config.num_validation_draws, VALIDATION_SEED)
+
+    identity = fit_identity(made_by, train, validation)
+    fit = ConditionalFit(head, evidence, config.num_draws * len(train), config, identity)
+    return _run(fit, checkpoints, log)
 
 
 def fit_head(
     head: CoDDHead,
     train: WindowCache,
     validation: WindowCache,
-    checkpoint_dir: str | Path | None = None,
     config: ConditionalConfig | None = None,
+    checkpoints: Checkpoints | None = None,
     log: Log | None = None,
-    *,
-    resume_from_checkpoint: str | Path = "latest",
-    checkpoints_total_limit: int | None = 2,
-) -> list[dict[str, float]]:
-    """Trains a head in place on evidence alone; no backbone is there.
+) -> History:
+    """`fit_conditional` of a head on evidence alone; no backbone is there.
 
     Args:
         head: the head, bound to an output embedding if its emissions are tied.
         train: evidence that it learns from.
         validation: evidence that it is measured on.
-        checkpoint_dir: receives the checkpoints, in `checkpoint_dir/conditional`.
-        config: how to fit.
+        config: how to fit; the evidence temperature is that of `train`.
+        checkpoints: where the fit is kept, and goes on from.
         log: told of every step.
-        resume_from_checkpoint: `"latest"` goes on from the newest checkpoint there, if there is
-            one; `"none"` deletes them and begins; a checkpoint's folder goes on from that, and
-            deletes later ones.
-        checkpoints_total_limit: how many checkpoints are kept, the newest ones; all if None.
 
     Returns:
-        The validation history: `step`, `gain` (nats per masked token over factorized, all and by
-        mask ratio), `loss` (the mean since the last entry) and `seconds`.
-
-    Raises:
-        FloatingPointError: the loss is no longer finite; the message names the windows.
-        OSError: the disk has no room for a checkpoint.
-        ValueError: the checkpoint is another run's, or damaged.
+        As `fit_conditional`.
     """
-    config = config or ConditionalConfig()
-    checkpoints = _checkpoints(checkpoint_dir, checkpoints_total_limit)
-    evidence = [train, validation]
-    made_of = {"num_windows": len(train), "evidence": [cache.identity() for cache in evidence]}
-    return _fit(head, lambda: evidence, made_of, checkpoints, config, log, resume_from_checkpoint)
+    config = replace(config or ConditionalConfig(), evidence_temperature=train.temperature)
+    identity = {"evidence": [train.identity(), validation.identity()]}
+    fit = ConditionalFit(head, lambda: (train, validation), len(train), config, identity)
+    return _run(fit, checkpoints, log)
 
 
-def _checkpoints(folder: str | Path | None, total_limit: int | None) -> Checkpoints | None:
-    return None if folder is None else Checkpoints(Path(folder) / "conditional", total_limit)
-
-
-def _fit(
-    head: CoDDHead,
-    evidence: Callable[[], list[WindowCache]],
-    made_of: dict[str, Any],
-    checkpoints: Checkpoints | None,
-    config: ConditionalConfig,
-    log: Log | None,
-    resume_from_checkpoint: str | Path,
-) -> list[dict[str, float]]:
-    """`fit_head` with evidence that is made when it is known to be needed."""
-    config = config.with_steps(made_of["num_windows"])
-    if checkpoints is None and config.keep == "best":
-        raise ValueError("`keep='best'` needs a `checkpoint_dir`, where the best one is kept.")
-    accelerator = Accelerator()
-    head.to(accelerator.device)
-    head.requires_grad_(True)
-    optimizer = torch.optim.AdamW(head_groups(head, config), betas=(0.9, 0.98), weight_decay=0.0)
-    loop = StepLoop(
-        "conditional fit",
-        config,
-        asdict(config) | {name: getattr(head.config, name) for name in OF_THE_HEAD} | made_of,
-        {f"head.{name}": parameter for name, parameter in head.named_parameters()},
-        [optimizer],
-        checkpoints,
-        log,
-        kept=lambda history: [_best(history)["step"]] if config.keep == "best" else [],
-    )
-    resumed = loop.resume(resume_from_checkpoint, MAY_CHANGE)
-    complete = resumed and loop.step >= config.max_steps
-    if resumed:
-        going_on = f"goes on from step {loop.step} of {config.max_steps}"
-        loop.show(f"The conditional fit {'is complete' if complete else going_on}.")
-    if not complete:
-        train, validation = evidence()
-    running = None
-
-    def backward(step: int) -> tuple[dict[str, float], int, dict[str, str]]:
-        nonlocal running
-        rows = _rows_of_step(len(train), step, config)
-        rate = warmup_then_cosine(step, config.warmup_steps, config.max_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
-        loss, gain = step_gradients(head, train, rows, config, accelerator)
-        norm = torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            bad, reason = not_finite(head, train, rows)
-            raise FloatingPointError(
-                f"The loss is {loss} and its gradient's norm {norm} at step {step}, from the "
-                f"windows {bad[:8] or rows.tolist()} of the evidence: lower `learning_rate` (now "
-                f"{config.learning_rate}).{reason}"
-            )
-        running = gain if running is None else 0.95 * running + 0.05 * gain
-        told = {"loss": loss, "gain": gain, "learning_rate": config.learning_rate * rate}
-        shown = {"gain": f"{running:+.3f} nats/token"}
-        return told, len(rows) * head.config.window_length, shown
-
-    history = loop.run(backward, lambda: evaluate_head(head, validation))
-    if config.keep == "best":
-        best = _best([entry for entry in history if entry["step"] in checkpoints.steps()])
-        loop.show(
-            f"The best head is that of step {best['step']}: {best['gain']:+.3f} nats per token."
-        )
-        loop.restore(load_checkpoint(checkpoints.path(best["step"]))[0])
+def _run(fit: ConditionalFit, checkpoints: Checkpoints | None, log: Log | None) -> History:
+    if checkpoints is None and fit.config.keep == "best":
+        raise ValueError("`keep='best'` needs `checkpoints`, where the best head is kept.")
+    history = run_steps(fit, checkpoints, log)
+    if fit.config.keep == "best":
+        kept = [entry for entry in history if entry["step"] in checkpoints.steps()]
+        tensors, _ = read_checkpoint(checkpoints.path(best(kept)["step"]))
+        fit.restore(tensors)
     return history
-
-
-def _best(history: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The entry with the largest validation gain, the first of equals."""
-    return max(history, key=lambda entry: entry["gain"])
-
-
-def _rows_of_step(number: int, step: int, config: ConditionalConfig) -> torch.Tensor:
-    """The windows of a step, a pure function of it: every epoch is a new permutation."""
-    size = min(config.windows_per_batch, number)
-    epoch, batch = divmod(step, number // size)
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-    return torch.randperm(number, generator=generator)[batch * size : (batch + 1) * size]

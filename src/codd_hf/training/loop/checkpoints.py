@@ -1,4 +1,4 @@
-"""Checkpoints of training runs: safetensors and JSON, replaced atomically."""
+"""Where a checkpoint is written: a folder of safetensors and JSON, whole or not there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,76 +17,42 @@ from safetensors.torch import load_file, save_file
 
 from ...runtime.files import explained_lack_of_room, make_durable, read_json
 
+FORMAT_VERSION = 2
+WEIGHTS, STATE = "state.safetensors", "state.json"
 
-def save_checkpoint(path: str | Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]):
-    """Writes a checkpoint folder; a crash leaves the old one or the new one, never a half.
-
-    Args:
-        path: the folder; an existing checkpoint there is replaced.
-        tensors: everything that is a tensor.
-        state: everything else, as JSON.
-
-    Raises:
-        OSError: there is no room; the old checkpoint is still whole.
-    """
-    path = Path(path)
-    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    with explained_lack_of_room(path):
-        try:
-            file = new / "state.safetensors"
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
-            text = json.dumps(state | {"tensors_crc32": _checksum(file)}, indent=2)
-            (new / "state.json").write_text(text)
-            for written in (*new.iterdir(), new):
-                make_durable(written)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)  # what a full disk could not take is in the way
-            raise
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-    new.rename(path)
-    make_durable(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+DIGESTS = {
+    "data": "training data",
+    "validation_data": "validation data",
+    "evidence": "evidence",
+    "tokenizer": "tokens of the tokenizer",
+    "embeddings": "embeddings of the backbone",
+    "model_settings": "settings of the backbone",
+    "model_weights": "weights of the backbone",
+    "start": "result of the stage before",
+}
+"""Parts of an identity that are digests, which say nothing to a reader."""
 
 
-def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """Reads what `save_checkpoint` wrote, or None where there is no checkpoint.
-
-    Raises:
-        ValueError: the checkpoint is damaged.
-    """
-    path = Path(path)
-    if not path.exists():
-        path = path.with_name(path.name + ".old")
-    if not path.exists():
-        return None
-    file = path / "state.safetensors"
-    try:
-        state = json.loads((path / "state.json").read_text())
-        whole = state.pop("tensors_crc32") == _checksum(file)
-    except (OSError, ValueError, KeyError):
-        whole = False
-    if not whole:
-        raise ValueError(
-            f"The checkpoint {str(path)!r} is damaged: delete it to begin this stage again."
-        )
-    return load_file(file), state
-
-
+@dataclass
 class Checkpoints:
-    """The numbered checkpoints of a stage: `folder/checkpoint-100`, `folder/checkpoint-200`, ...
+    """The numbered checkpoints of a fit: `folder/checkpoint-100`, `folder/checkpoint-200`, ...
 
-    Args:
+    Attributes:
         folder: receives them.
+        resume: `"latest"` goes on from the newest checkpoint, if there is one; `"none"` deletes all
+            and begins; the folder of a checkpoint, here or elsewhere, goes on from that and deletes
+            later ones here.
         total_limit: how many are kept, the newest ones; all if None.
+        start: a digest of the result that the fit begins with.
     """
 
-    def __init__(self, folder: str | Path, total_limit: int | None = None):
-        self.folder = Path(folder)
-        self.total_limit = total_limit
+    folder: Path
+    resume: str | Path = "latest"
+    total_limit: int | None = None
+    start: str | None = None
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder)
 
     def path(self, step: int) -> Path:
         """The folder of the checkpoint after so many steps."""
@@ -93,9 +60,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of which there are checkpoints, in order."""
-        if not self.folder.exists():
-            return []
-        names = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in self.folder.iterdir())
+        names = (re.fullmatch(r"checkpoint-(\d+)", p.name) for p in self.folder.glob("*"))
         return sorted(int(name[1]) for name in names if name)
 
     def save(
@@ -110,72 +75,66 @@ class Checkpoints:
         Args:
             step: how many steps were made.
             tensors: everything that is a tensor.
-            state: everything else, as JSON; its `step` is `step`.
+            state: everything else, as JSON.
             keep: steps whose checkpoints stay, whatever the limit.
 
         Raises:
             OSError: there is no room; the older checkpoints are still whole.
         """
-        save_checkpoint(self.path(step), tensors, {"step": step} | state)
-        steps = self.steps()
-        surplus = 0 if self.total_limit is None else max(len(steps) - self.total_limit, 0)
-        for old in steps[:surplus]:
-            if old not in keep:
-                self._delete(old)
-        for rest in (*self.folder.glob("*.old"), *self.folder.glob("*.new")):
-            shutil.rmtree(rest)
+        path, new = self.path(step), self.folder / "checkpoint.new"
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        with explained_lack_of_room(path):
+            try:
+                held = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+                save_file(held, new / WEIGHTS)
+                facts = {"format_version": FORMAT_VERSION, "crc32": _checksum(new / WEIGHTS)}
+                (new / STATE).write_text(json.dumps({"step": step} | state | facts, indent=2))
+                for written in (*new.iterdir(), new):
+                    make_durable(written)
+            except BaseException:
+                shutil.rmtree(new, ignore_errors=True)  # a full disk could not take it
+                raise
+        if path.exists():
+            self._delete(step)
+        new.rename(path)
+        make_durable(self.folder)
+        surplus = [] if self.total_limit is None else self.steps()[: -self.total_limit]
+        for old in set(surplus) - set(keep):
+            self._delete(old)
+        shutil.rmtree(self.folder / "checkpoint.old", ignore_errors=True)
 
-    def load(
-        self, resume_from_checkpoint: str | Path = "latest"
-    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """What a run goes on from, or None where it begins; the main process deletes.
-
-        Args:
-            resume_from_checkpoint: `"latest"`, the newest checkpoint, if there is one; `"none"`,
-                all checkpoints are deleted; or the folder of a checkpoint, here or elsewhere: the
-                later ones here are deleted.
+    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The tensors and the state that a fit goes on from; None where it begins.
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
-            ValueError: the checkpoint is damaged; the message names an older one that is whole.
+            ValueError: the checkpoint is damaged or of an earlier version.
         """
-        if resume_from_checkpoint == "none":
+        steps = self.steps()
+        if self.resume == "none":
             self._delete_after(-1)
             return None
-        steps = self.steps()
-        if resume_from_checkpoint == "latest":
-            if not steps:
-                return None
-            path = self.path(steps[-1])
-        else:
-            path = Path(resume_from_checkpoint)
-        try:
-            found = load_checkpoint(path)
-        except ValueError as error:
-            older = [self.path(s) for s in reversed(steps) if self.path(s) != path]
-            whole = next((str(other) for other in older if _is_whole(other)), None)
-            remedy = "there is no other that is whole: begin this stage again with 'none'"
-            if whole is not None:
-                remedy = f"go on from {whole!r}, or begin this stage again with 'none'"
-            raise ValueError(
-                f"The checkpoint {str(path)!r} is damaged. For `resume_from_checkpoint`, {remedy}."
-            ) from error
-        if found is None:
+        if self.resume == "latest" and not steps:
+            return None
+        path = self.path(steps[-1]) if self.resume == "latest" else Path(self.resume)
+        if not path.exists():
             raise FileNotFoundError(
                 f"`resume_from_checkpoint`: there is no checkpoint {str(path)!r}; the steps in "
                 f"{str(self.folder)!r} are {steps}."
             )
-        if resume_from_checkpoint != "latest":
+        found = read_checkpoint(path)
+        if found is None:
+            older = [self.path(s) for s in reversed(steps) if self.path(s) != path]
+            whole = next((str(p) for p in older if read_checkpoint(p) is not None), None)
+            remedy = "" if whole is None else f"go on from {whole!r}, or "
+            raise ValueError(
+                f"The checkpoint {str(path)!r} is damaged. For `resume_from_checkpoint`, {remedy}"
+                "begin this stage again with 'none'."
+            )
+        if self.resume != "latest":
             self._delete_after(found[1]["step"])
         return found
-
-    def identity(self) -> list[int] | None:
-        """What tells the newest checkpoint from any other, or None where there is none."""
-        steps = self.steps()
-        if not steps:
-            return None
-        state = read_json(self.path(steps[-1]) / "state.json")
-        return [steps[-1], state.get("tensors_crc32")]
 
     def _delete_after(self, step: int) -> None:
         if PartialState().is_main_process:
@@ -184,51 +143,45 @@ class Checkpoints:
                     self._delete(later)
 
     def _delete(self, step: int) -> None:
-        # What a kill leaves of it must not look like a checkpoint.
-        gone = self.path(step).with_name(f"checkpoint-{step}.old")
+        gone = self.folder / "checkpoint.old"  # a kill leaves nothing that looks like a checkpoint
         shutil.rmtree(gone, ignore_errors=True)
         self.path(step).rename(gone)
         shutil.rmtree(gone)
 
 
-def _is_whole(path: Path) -> bool:
-    try:
-        return load_checkpoint(path) is not None
-    except ValueError:
-        return False
-
-
-DIGESTS = {
-    "data": "training data",
-    "validation_data": "validation data",
-    "windows": "training data",
-    "validation": "validation data",
-    "evidence": "evidence",
-    "tokenizer": "tokens of the tokenizer",
-    "embeddings": "embeddings of the backbone",
-    "model_settings": "settings of the backbone",
-    "model_weights": "weights of the backbone",
-}
-"""What identities hold as digests, which say nothing to a reader."""
-
-
-def check_same_run(
-    path: Path, theirs: dict[str, Any], ours: dict[str, Any], may_change: tuple[str, ...]
-) -> None:
-    """Refuses to continue a run with other settings, except those that `may_change`.
+def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The tensors and the state in a checkpoint's folder; None if it is damaged.
 
     Raises:
-        ValueError: a setting differs; the message names it.
+        ValueError: an earlier version wrote it.
+    """
+    try:
+        state = read_json(path / STATE)
+        whole = state.pop("crc32", None) == _checksum(path / WEIGHTS)
+    except (OSError, ValueError):
+        return None
+    if state.pop("format_version", 1) != FORMAT_VERSION:
+        raise ValueError(
+            f"The checkpoint {str(path)!r} is of an earlier version, which cannot be continued: "
+            "begin this stage again with `resume_from_checkpoint` 'none'."
+        )
+    return (load_file(path / WEIGHTS), state) if whole else None
+
+
+def check_same_run(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Refuses to continue a run with another identity.
+
+    Raises:
+        ValueError: it differs; the message names the part.
     """
     for name, value in ours.items():
-        if name in may_change or theirs.get(name) == value:
+        if theirs.get(name) == value:
             continue
+        made = f"with `{name}` {theirs.get(name)!r}, not {value!r}: continue with that"
         if name in DIGESTS:
             made = f"with other {DIGESTS[name]} (`{name}`): give back those"
-        else:
-            made = f"with `{name}` {theirs.get(name)!r}, not {value!r}: continue with that"
         raise ValueError(
-            f"The checkpoint {str(path)!r} was made {made}, or begin this stage anew with "
+            f"The checkpoints in {str(folder)!r} were made {made}, or begin this stage anew with "
             "`resume_from_checkpoint` 'none' (`--resume-from-checkpoint none`)."
         )
 
@@ -239,28 +192,3 @@ def _checksum(file: Path) -> int:
         while block := handle.read(1 << 20):
             checksum = zlib.crc32(block, checksum)
     return checksum
-
-
-def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
-    """The tensors of the optimisers' states, under flat names."""
-    return {
-        f"optimizer.{number}.{index}.{name}": value
-        for number, optimizer in enumerate(optimizers)
-        for index, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
-    }
-
-
-def restore_optimizers(
-    optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]
-) -> None:
-    """Puts `optimizer_tensors` back."""
-    for number, optimizer in enumerate(optimizers):
-        states: dict[int, dict[str, torch.Tensor]] = {}
-        prefix = f"optimizer.{number}."
-        for key, value in tensors.items():
-            if key.startswith(prefix):
-                index, name = key.removeprefix(prefix).split(".", 1)
-                states.setdefault(int(index), {})[name] = value
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": states, "param_groups": groups})

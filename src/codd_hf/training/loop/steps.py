@@ -1,175 +1,176 @@
-"""The loop of a fit by optimiser steps: measured now and then, and bit-equal when it goes on."""
+"""The loop of every fit: measured now and then, and bit-equal when it goes on after a stop."""
 
 from __future__ import annotations
 
-import logging
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from abc import ABC, abstractmethod
+from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..joint_settings import JointConfig
-from ..settings import ConditionalConfig, PretrainingConfig
-from .checkpoints import Checkpoints, check_same_run, optimizer_tensors, restore_optimizers
-from .trackers import Log, Speedometer
+from ..stage_settings import FitConfig
+from .checkpoints import Checkpoints, check_same_run
+from .trackers import Log
 
-logger = logging.getLogger(__name__)
-
-History = list[dict[str, float]]
-"""What was measured: an entry has the `step` after which it was, figures, and `seconds`."""
-
-Backward = Callable[[int], tuple[dict[str, float], int, dict[str, str]]]
-"""Sets the gradients of a step, of which it is given the number, from 0. Returns the step's figures
-for the log (`loss` is one), its tokens over all processes, and what the progress bar shows."""
+Figures = dict[str, float]
+History = list[Figures]
+"""An entry has the `step` after which it was measured, the figures of the validation, the `tokens`
+and the `seconds` since the first step, and the mean `loss` since the last entry."""
 
 
-@dataclass
-class StepLoop:
-    """Optimiser steps, between any two of which a fit may stop and go on as if it had not.
-
-    There is an entry of the history every `evaluation_steps` and at the end, and a checkpoint,
-    which the main process writes, every `checkpointing_steps` and at the end.
-
-    Args:
-        name: of the fit, beside its progress bar.
-        config: how many steps there are, and how often to measure and to keep.
-        made_of: what tells this run from any other, as JSON; checkpoints hold it.
-        trained: what is trained, under its names in checkpoints.
-        optimizers: which train it.
-        checkpoints: where they are kept; nowhere if None.
-        log: told of every step.
-        tally: what of the steps the history tells. `"losses"`: their mean since the last entry, as
-            `loss`; so there is an entry before the first step, too. `"tokens"`: how many were read
-            since the first step.
-        kept: of a history, the steps whose checkpoints are written and stay in any case.
-        alone: this process makes the steps alone, and must not wait for others.
+class Fit(ABC):
+    """A fit by steps, each a function of its number and of the fit's state alone.
 
     Attributes:
-        step: how many steps were made.
-        history: its entries so far.
+        name: beside the progress bar.
+        config: its settings.
+        identity: tells this run from any other, as JSON.
+        num_steps: how many steps there are.
+        evaluation_steps: steps between validations.
     """
 
     name: str
-    config: PretrainingConfig | ConditionalConfig | JointConfig
-    made_of: dict[str, Any]
-    trained: dict[str, torch.nn.Parameter]
-    optimizers: list[torch.optim.Optimizer]
-    checkpoints: Checkpoints | None
-    log: Log | None
-    tally: Literal["losses", "tokens"] = "losses"
-    kept: Callable[[History], list[int]] = lambda history: []
-    alone: bool = False
-    step: int = field(default=0, init=False)
-    history: History = field(default_factory=list, init=False)
+    config: FitConfig
+    identity: dict[str, Any]
+    num_steps: int
+    evaluation_steps: int
 
-    def __post_init__(self):
-        self._accelerator = Accelerator()
-        self._total, self._seconds = 0, 0.0
+    @abstractmethod
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that a step depends on beside its number."""
 
-    def show(self, message: str) -> None:
-        """Prints a line on the main process."""
-        (tqdm.write if self._accelerator.is_main_process else logger.debug)(message)
+    @abstractmethod
+    def restore(self, tensors: dict[str, torch.Tensor] | None) -> None:
+        """Sets the state; None: that before the first step."""
 
-    def resume(self, resume_from_checkpoint: str | Path, may_change: tuple[str, ...]) -> bool:
-        """Takes what a checkpoint holds, and says whether there is one.
+    @abstractmethod
+    def step(self, number: int) -> tuple[Figures, int]:
+        """Makes the step of a number, from 0; returns its figures and its tokens."""
 
-        Args:
-            resume_from_checkpoint: as in `Checkpoints.load`.
-            may_change: what of `made_of` may differ from the checkpoint's.
+    @abstractmethod
+    def measure(self) -> Figures:
+        """Figures of the validation."""
+
+    def remedy(self, step: int | None) -> str:
+        """Where a figure that is not finite came from in a step, and what to change."""
+        return ""
+
+    def kept(self, history: History) -> list[int]:
+        """The steps whose checkpoints are written and stay in any case."""
+        return []
+
+    def check_finite(self, figures: Figures, step: int | None = None) -> None:
+        """Refuses to go on with a step, or a validation, that has come to nothing.
 
         Raises:
-            FileNotFoundError: there is no such checkpoint.
-            ValueError: the checkpoint is another run's, or damaged.
+            FloatingPointError: a figure is not finite.
         """
-        found = None if self.checkpoints is None else self.checkpoints.load(resume_from_checkpoint)
-        if found is None:
-            return False
+        where = "validation's" if step is None else "step's"
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                at = "" if step is None else f" at step {step}"
+                raise FloatingPointError(
+                    f"The {where} {name} is {value}{at} of the {self.name}{self.remedy(step)}."
+                )
+
+
+def run_steps(
+    fit: Fit, checkpoints: Checkpoints | None, log: Log | None, alone: bool = False
+) -> History:
+    """Makes the steps that are left of a fit, and returns its history.
+
+    Args:
+        fit: what is fitted.
+        checkpoints: where the main process writes them, and where the fit goes on from; nowhere if
+            None.
+        log: told of every step.
+        alone: this process makes the steps alone, and waits for no others.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        FloatingPointError: a figure is no longer finite.
+        OSError: the disk has no room for a checkpoint.
+        ValueError: the checkpoint is another run's, or damaged.
+    """
+    accelerator = Accelerator()
+    show = tqdm.write if accelerator.is_main_process else lambda _: None
+    identity = fit.identity
+    if checkpoints is not None and checkpoints.start is not None:
+        identity = identity | {"start": checkpoints.start}
+    step, history, loss, tokens, seconds = 0, [], 0.0, 0, 0.0
+    found = None if checkpoints is None else checkpoints.load()
+    if found is None:
+        fit.restore(None)
+    else:
         tensors, state = found
-        check_same_run(self.checkpoints.folder, state["config"], self.made_of, may_change)
-        self.restore(tensors)
-        restore_optimizers(self.optimizers, tensors)
-        self.step, self.history = state["step"], state["history"]
-        self._total, self._seconds = state[self.tally], state["seconds"]
-        return True
+        check_same_run(checkpoints.folder, state["identity"], identity)
+        fit.restore(tensors)
+        step, history = state["step"], state["history"]
+        loss, tokens, seconds = state["loss"], state["tokens"], state["seconds"]
+        going_on = f"goes on from step {step} of {fit.num_steps}"
+        show(f"The {fit.name} {going_on if step < fit.num_steps else 'is complete'}.")
+    began = time.monotonic() - seconds
 
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Sets what is trained to the tensors of a checkpoint."""
-        for name, parameter in self.trained.items():
-            parameter.copy_(tensors[name])
+    def measure() -> Figures:
+        nonlocal loss
+        measured = fit.measure()
+        fit.check_finite(measured)
+        entry = {"step": step, **measured}
+        if step > 0:
+            read = tokens - history[-1].get("tokens", 0)
+            entry |= {"loss": loss / read, "tokens": tokens, "seconds": time.monotonic() - began}
+            loss = 0.0
+        history.append(entry)
+        show(str(entry))
+        return measured
 
-    def run(self, backward: Backward, measure: Callable[[], dict[str, float]]) -> History:
-        """Makes the steps that are left, and returns the history.
-
-        Args:
-            backward: sets the gradients of a step.
-            measure: gives the figures of an entry; the log has them as `validation_NAME`.
-
-        Raises:
-            OSError: the disk has no room for a checkpoint.
-        """
-        config, accelerator = self.config, self._accelerator
-        self._began = time.monotonic() - self._seconds
-        if self.tally == "losses" and not self.history:
-            self._record(measure())
-            if self.step in self.kept(self.history):
-                self._save()
-        progress = tqdm(
-            total=config.max_steps,
-            initial=self.step,
-            desc=self.name,
-            unit="step",
-            disable=not accelerator.is_local_main_process,
-        )
-        speed = Speedometer(accelerator.device)
-        while self.step < config.max_steps:
-            speed.start()
-            told, tokens, shown = backward(self.step)
-            for optimizer in self.optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            self.step += 1
-            self._total += told["loss"] if self.tally == "losses" else tokens
-            told |= speed.read(tokens)
-            progress.update()
-            progress.set_postfix(**shown)
-            last = self.step == config.max_steps
-            if last or self.step % config.evaluation_steps == 0:
-                measured = measure()
-                self._record(measured)
-                told |= {f"validation_{name}": value for name, value in measured.items()}
-            if self.log is not None:
-                self.log(self.step, told)
-            due = last or self.step % config.checkpointing_steps == 0
-            if due or self.step in self.kept(self.history):
-                self._save()
-        progress.close()
-        return self.history
-
-    def _record(self, measured: dict[str, float]) -> None:
-        entry = {"step": self.step, **measured}
-        if self.step > 0:
-            if self.tally == "tokens":
-                entry["tokens"] = self._total
-            else:
-                entry["loss"] = self._total / (self.step - self.history[-1]["step"])
-                self._total = 0.0
-            entry["seconds"] = time.monotonic() - self._began
-        self.history.append(entry)
-        self.show(str(entry))
-
-    def _save(self) -> None:
-        if self.checkpoints is None:
+    def save() -> None:
+        if checkpoints is None:
             return
-        if self._accelerator.is_main_process:
-            state = {"step": self.step, "history": self.history, self.tally: self._total}
-            state |= {"seconds": time.monotonic() - self._began, "config": self.made_of}
-            tensors = self.trained | optimizer_tensors(self.optimizers)
-            self.checkpoints.save(self.step, tensors, state, self.kept(self.history))
-        if not self.alone:
-            self._accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            state = {"history": history, "loss": loss, "tokens": tokens, "identity": identity}
+            state["seconds"] = time.monotonic() - began
+            checkpoints.save(step, fit.state(), state, fit.kept(history))
+        if not alone:
+            accelerator.wait_for_everyone()
+
+    if not history:
+        measure()
+        if step in fit.kept(history):
+            save()
+    bar = tqdm(
+        total=fit.num_steps,
+        initial=step,
+        desc=fit.name,
+        unit="step",
+        disable=not accelerator.is_local_main_process,
+    )
+    while step < fit.num_steps:
+        step_began = time.monotonic()
+        figures, read = fit.step(step)
+        step, tokens, loss = step + 1, tokens + read, loss + figures["loss"] * read
+        bar.update()
+        bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("loss", "gain") if k in figures})
+        figures["tokens_per_second"] = read / max(time.monotonic() - step_began, 1e-9)
+        figures["memory_gb"] = _memory(accelerator.device)
+        last = step == fit.num_steps
+        if last or step % fit.evaluation_steps == 0:
+            figures |= {f"validation_{name}": value for name, value in measure().items()}
+        if log is not None:
+            log(step, figures)
+        due = last or step % fit.config.checkpointing_steps == 0
+        if due or step in fit.kept(history):
+            save()
+    bar.close()
+    return history
+
+
+def _memory(device: torch.device) -> float:
+    """GB that this process uses: the peak on a GPU, what is resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9

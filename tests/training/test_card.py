@@ -15,10 +15,8 @@ from safetensors.torch import load_file
 from codd_hf import CoDDModel, CoDDPipeline
 from codd_hf.data.canvases import Example, load_examples
 from codd_hf.hub.cards import REWRITTEN
-from codd_hf.training.card import sparkline
+from codd_hf.training import ConditionalConfig, TrainConfig, train
 from codd_hf.training.result import save_held_out
-from codd_hf.training.run import train
-from codd_hf.training.settings import ConditionalConfig, TrainConfig
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +52,7 @@ def test_card_says_what_was_trained_on_what_and_how(trained_pipeline, trained_co
     for stage in ("pretraining", "generative", "conditional"):
         settings = vars(getattr(trained_config, stage))
         line = section(card, f"### Stage: {stage}")
-        for name in ("max_steps", "num_epochs", "learning_rate"):
+        for name in ("max_steps", "num_epochs"):
             assert name not in settings or f"`{name}` {settings[name]}" in line
     assert ModelCard(card).data.datasets is None
     assert "Training data: see below." in card
@@ -64,18 +62,16 @@ def test_card_has_the_curve_of_each_stage_as_its_history_is(trained_pipeline):
     card = (trained_pipeline / "README.md").read_text()
     run = trained_pipeline.parent
     for stage in ("generative", "conditional"):
-        history = json.loads((run / f"{stage}_history.json").read_text())
+        history = json.loads((run / stage / "history.json").read_text())
         kept = json.loads((trained_pipeline / "training" / f"{stage}_history.json").read_text())
         assert kept == history
         rows = re.findall(r"^\| (\d+ .*) \|$", section(card, f"### Stage: {stage}"), re.MULTILINE)
         assert len(rows) == len(history)
         last = [cell.strip() for cell in rows[-1].split("|")]
-        names = [name for name in history[-1] if name != "seconds"]
+        names = [name for name in history[-1] if name not in ("seconds", "tokens")]
         assert [float(cell) for cell in last] == pytest.approx(
             [history[-1][name] for name in names], abs=6e-4
         )
-    gains = [entry["gain"] for entry in json.loads((run / "conditional_history.json").read_text())]
-    assert f"Gain: {sparkline(gains)}" in card
 
 
 def test_gap_on_the_card_is_that_of_evaluate_gap_on_the_test_examples(trained_pipeline, tmp_path):
@@ -164,17 +160,12 @@ def test_number_of_steps_grows_with_the_data_unless_it_is_given(windows, steps):
     assert ConditionalConfig(max_steps=7).with_steps(windows).max_steps == 7
 
 
-def test_held_out_conversations_are_read_back_as_they_were(tmp_path, tiny_tokenizer):
+def test_held_out_conversations_are_read_back_as_they_were(tmp_path):
     chats = [
         Example("and 3?", "7", (("system", "Be brief."), ("user", "2?"), ("assistant", "2"))),
         Example("", "Hello.", (("system", "Greet."),)),
     ]
     plain = [Example("2 + 2?", "4"), Example("", "a text")]
-    save_held_out(tmp_path, chats, plain, tiny_tokenizer)
+    save_held_out(tmp_path, chats, plain)
     assert load_examples(str(tmp_path / "validation.jsonl")) == chats
     assert load_examples(str(tmp_path / "test.jsonl")) == plain
-
-
-def test_bars_follow_the_values():
-    assert sparkline([0.0, 1.0, 0.5, 1.0]) == "▁█▅█"
-    assert sparkline([2.0, 2.0]) == "▁▁"

@@ -1,0 +1,88 @@
+"""A fit whose steps are an optimiser's."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..stage_settings import GradientConfig
+from .steps import Figures, Fit
+
+
+class GradientFit(Fit):
+    """Optimiser steps on clipped gradients, at the rates of `config`.
+
+    Args:
+        name: beside the progress bar.
+        config: the settings.
+        identity: as in `Fit`, beside the settings.
+        trained: what is trained, under its names in checkpoints.
+        optimizers: which train it; the `peak` of a group is the rate that the schedule scales.
+        clipped: parts of what is trained whose gradients are clipped together; default, all.
+    """
+
+    config: GradientConfig
+
+    def __init__(
+        self,
+        name: str,
+        config: GradientConfig,
+        identity: dict[str, Any],
+        trained: dict[str, torch.nn.Parameter],
+        optimizers: Sequence[torch.optim.Optimizer],
+        clipped: Sequence[Sequence[torch.nn.Parameter]] | None = None,
+    ):
+        self.name, self.config, self.identity = name, config, config.identity() | identity
+        self.num_steps, self.evaluation_steps = config.max_steps, config.evaluation_steps
+        self.trained, self.optimizers = trained, optimizers
+        self.clipped = [list(trained.values())] if clipped is None else clipped
+
+    @abstractmethod
+    def backward(self, step: int) -> tuple[Figures, int]:
+        """Sets the gradients of a step; returns its figures, with its `loss`, and its tokens."""
+
+    def step(self, number: int) -> tuple[Figures, int]:
+        """Makes the step of a number."""
+        rate = self.config.rate(number)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+        figures, tokens = self.backward(number)
+        norms = [torch.nn.utils.clip_grad_norm_(part, 1.0).item() for part in self.clipped]
+        self.check_finite(figures | {"gradient norm": sum(norms)}, number)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return figures | {"learning_rate": self.config.learning_rate * rate}, tokens
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What is trained, and the optimisers' states, under flat names."""
+        return dict(self.trained) | {
+            f"optimizer.{number}.{index}.{name}": value
+            for number, optimizer in enumerate(self.optimizers)
+            for index, state in optimizer.state_dict()["state"].items()
+            for name, value in state.items()
+        }
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, torch.Tensor] | None) -> None:
+        """Sets what is trained, and the optimisers' states; None leaves them as they are."""
+        if tensors is None:
+            return
+        for name, parameter in self.trained.items():
+            parameter.copy_(tensors[name])
+        for number, optimizer in enumerate(self.optimizers):
+            states: dict[int, dict[str, torch.Tensor]] = {}
+            for key, value in tensors.items():
+                if key.startswith(f"optimizer.{number}."):
+                    *_, index, name = key.split(".", 3)
+                    states.setdefault(int(index), {})[name] = value
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+    def remedy(self, step: int | None) -> str:
+        """What to lower."""
+        return f": lower `learning_rate` (now {self.config.learning_rate})"
