@@ -208,7 +208,6 @@ def folder(tmp_path_factory):
     return save_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
-<<<<<<< HEAD
 BAD_USAGE = [
     ("--seed", "1" * 30, ["generate", "x"]),
     ("--seed", "-" + "1" * 30, ["demo"]),
@@ -219,22 +218,7 @@ BAD_USAGE = [
     ("--num-problems", "0", ["evaluate", "gap"]),
     ("--batch-size", "-3", ["evaluate", "quality", "--judge", "x"]),
     ("--evidence-size", "-1", ["evaluate", "gap"]),
-    ("--generative-seed", "1" * 30, ["train", "--dataset", "x", "--output", "y"]),
 ]
-=======
-USAGE = {
-    "--seed": ["1" * 30, "-" + "1" * 30, "1" * 5000, "1.5"],
-    "--num-questions": ["0", "-1"],
-    "--num-problems": ["0", "-3"],
-    "--batch-size": ["0"],
-}
-COMMANDS_WITH = {
-    "--seed": [["generate", "x"], ["demo"], ["chat"], ["evaluate", "gap"], ["bench", "all"]],
-    "--num-questions": [["demo"]],
-    "--num-problems": [["evaluate", "gap"], ["evaluate", "quality", "--judge", "x"]],
-    "--batch-size": [["evaluate", "gap"], ["evaluate", "quality", "--judge", "x"]],
-}
->>>>>>> 55b1327 (Training: settings set once, stages as data, one loop for every fit)
 
 
 @pytest.mark.parametrize(("option", "value", "command"), BAD_USAGE)
