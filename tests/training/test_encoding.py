@@ -194,5 +194,5 @@ def test_gap_refuses_tokens_that_the_model_never_generates(token, tiny_tokenizer
     model = tiny_model("llama", len(tiny_tokenizer), mask_token_id=1, forbidden_token_ids=[9])
     examples = [TokenizedExample([], [10, 11, 12, 13, 2]), TokenizedExample([], [10, token] * 4)]
     heads = {"head": model.coupling_head}
-    with pytest.raises(ValueError, match=rf"never generates, got {token} .* number 1"):
+    with pytest.raises(ValueError, match="number 1"):
         measure_gap(model, heads, tiny_tokenizer, examples, progress=False)

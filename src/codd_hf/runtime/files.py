@@ -33,26 +33,18 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """What a run wrote as JSON.
-
-    Args:
-        path: the file.
-        kind: what it holds.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """A `kind` that a run wrote as JSON; raises a ValueError if it is damaged."""
     try:
         value = json.loads(path.read_text())
+        if not isinstance(value, kind):
+            raise ValueError(f"it holds no {kind.__name__}")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is damaged ({error}): delete it.") from error
-    if not isinstance(value, kind):
-        raise ValueError(f"{str(path)!r} is damaged (it holds no {kind.__name__}): delete it.")
     return value
 
 
 def make_durable(path: Path) -> None:
-    """Returns when a file, or what a folder lists, is on the disk (on Windows, files alone)."""
+    """Returns when a file, or the list of a folder, is on the disk (on Windows, files alone)."""
     if path.is_dir() and os.name != "posix":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -64,11 +56,7 @@ def make_durable(path: Path) -> None:
 
 @contextmanager
 def explained_lack_of_room(path: Path) -> Iterator[None]:
-    """Turns the many errors of a full disk into one that says what to do.
-
-    Raises:
-        OSError: there is no room for what the block writes.
-    """
+    """Turns the many errors of a full disk into one OSError that says what to do."""
     try:
         yield
     except Exception as error:

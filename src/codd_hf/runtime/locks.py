@@ -1,4 +1,4 @@
-"""One run at a time: a lock on what a run writes, which dies with the process that holds it."""
+"""One run at a time: a lock that dies with the process that holds it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ from filelock import FileLock, Timeout
 
 @contextmanager
 def locked(path: Path, what: str, state: PartialState | None = None) -> Iterator[None]:
-    """Holds a lock file while the block runs, or refuses at once; the file stays.
+    """Holds a lock file while the block runs, or refuses at once with an OSError; the file stays.
 
     Args:
         path: the lock file; its folder is there.
-        what: what the lock is about, for the message, such as "`output_dir` 'runs/mine'".
+        what: begins the refusal, such as "`output_dir` 'runs/mine'".
         state: accelerate's, when several processes are one run: all of them come here, the main one
             holds the lock, and a refusal is raised in all.
-
-    Raises:
-        OSError: another run holds the lock, or the file cannot be written.
     """
     lock, refusal = FileLock(path, timeout=0), [None]
     if state is None or state.is_main_process:

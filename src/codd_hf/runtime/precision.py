@@ -1,4 +1,4 @@
-"""What a device computes fast: bf16, or float32 where bf16 would be emulated."""
+"""The precision that a device computes fast: bf16, or float32 where bf16 would be emulated."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ BF16_OF_PROCESSORS = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")
 
 
 def computes_bf16(device: torch.device | str) -> bool:
-    """Whether a device has bf16 arithmetic, by its own account; False if it does not say.
-
-    Args:
-        device: `"cpu"`, `"cuda"`, ...
-    """
+    """Whether a device has bf16 arithmetic, by its own account; False if it does not say."""
     kind = torch.device(device).type
     if kind == "cpu":
         known = getattr(torch.cpu, "get_capabilities", dict)()
@@ -29,19 +25,19 @@ def onednn_has_bf16() -> bool:
 
 
 def chosen_precision(mixed_precision: str, device: torch.device | str) -> str:
-    """`"no"` or `"bf16"`: what `"auto"` means on a device; the other choices stay."""
+    """`"no"` or `"bf16"`: the meaning of `"auto"` on a device; the other choices stay."""
     if mixed_precision != "auto":
         return mixed_precision
     return "bf16" if computes_bf16(device) else "no"
 
 
 def precision_note(chosen: str, device: torch.device | str) -> str:
-    """What is computed in, and why, in a line."""
-    kind = torch.device(device).type
+    """The precision and its reason, in a line."""
+    kind, has = torch.device(device).type, computes_bf16(device)
     if chosen == "bf16":
-        has = "has it" if computes_bf16(device) else "only emulates it, which is slow"
-        return f"Mixed precision is bf16: this {kind} {has}."
-    lacks = "" if computes_bf16(device) else f", as this {kind} has no bf16 arithmetic"
+        why = "has it" if has else "only emulates it, which is slow"
+        return f"Mixed precision is bf16: this {kind} {why}."
+    lacks = "" if has else f", as this {kind} has no bf16 arithmetic"
     return f"Mixed precision is off{lacks}: all is computed in float32."
 
 
