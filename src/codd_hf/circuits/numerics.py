@@ -13,15 +13,6 @@ LOST_MASS = 1e-12
 
 LOG2_E = math.log2(math.e)
 
-BLOCKS = 4
-"""Parts of a matrix that a CPU multiplies side by side."""
-
-LARGE_MATRIX = 1 << 18
-"""Numbers of a matrix from which that pays."""
-
-FEW_ROWS = 2
-"""Rows up to which blocks of rows are faster than blocks of columns."""
-
 
 def full_precision(function: Callable) -> Callable:
     """Switches autocast off inside: products of probabilities are not for half precision.
@@ -35,23 +26,6 @@ def full_precision(function: Callable) -> Callable:
             return function(first, *args, **kwargs)
 
     return wrapper
-
-
-def product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """`rows @ matrix`, `[N, n] @ [n, m]`.
-
-    A large matrix goes in blocks on a CPU, since the library's threads share blocks better than
-    they share one thin product: a third faster for few rows. For the fewest it matters that a block
-    lies in one piece.
-    """
-    odd = any(size % BLOCKS for size in matrix.shape)
-    if rows.device.type != "cpu" or matrix.numel() < LARGE_MATRIX or odd:
-        return rows @ matrix
-    if len(rows) <= FEW_ROWS and matrix.stride(1) == 1:
-        parts = rows.unflatten(1, (BLOCKS, -1)).transpose(0, 1)
-        return torch.bmm(parts, matrix.unflatten(0, (BLOCKS, -1))).sum(0)
-    blocks = matrix.unflatten(1, (BLOCKS, -1)).transpose(0, 1)
-    return torch.bmm(rows.expand(BLOCKS, -1, -1), blocks).transpose(0, 1).flatten(1)
 
 
 def exp_of_difference(

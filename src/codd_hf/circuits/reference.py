@@ -1,78 +1,39 @@
-"""One head step written as the paper states it, the baseline that the library is timed against.
+r"""The method in plain code: read this first.
 
-CoDD (arXiv 2603.00045), section 5: the backbone's predictions are multiplied with a hidden Markov
-model, a latent path is drawn by forward filtering and backward sampling, and the emissions of the
-drawn latents are added to the logits. Nothing is skipped or kept between steps: evidence is dense
-over the whole window, rows and positions are Python loops, the softmax over the block is float64.
-Its laws are those of `CoupledCategorical`, for potentials shared by all positions.
+CoDD (arXiv 2603.00045), section 5. A hidden Markov model and the backbone's prediction `phi` are
+multiplied: with latents `z` and tokens `x` that agree with the observed ones,
+
+    w(x, z) = pi(z_1) \prod_{i>1} A(z_{i-1}, z_i) \prod_i E(z_i, x_i) \prod_{masked i} phi_i(x_i)
+
+Their sum over tokens is a chain over latents with the evidence of `evidence_of`; everything else is
+the textbook recursion. One window at a time, nothing skipped, kept or repaired: exact in float64.
+The rest of `circuits` computes the same for batches, fast, and for absent positions, lists of
+tokens and contexts too. Tests compare with this file, and `codd-hf bench head-step` is timed
+against `plain_step`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+Circuit = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Log-potentials `initial [H]`, `transition [H, H]` (row = previous state), `emission [H, V]`."""
 
-@dataclass
-class PlainStep:
-    """What one head step gives.
 
-    Attributes:
-        log_partition: `[B]`, log Z in nats.
-        latents: `[B, L]`, a sample of the latent path.
-        log_probs: `[B, L, V]` float32, of each token given the latents; what is at observed
-            positions has no meaning.
-    """
+class PlainStep(NamedTuple):
+    """`log Z` `[B]`, latents `[B, L]`, and log-probabilities `[B, L, V]` of masked tokens."""
 
     log_partition: torch.Tensor
     latents: torch.Tensor
     log_probs: torch.Tensor
 
 
-@torch.no_grad()
-def plain_step(
-    circuit: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    logits: torch.Tensor,
-    tokens: torch.Tensor,
-    observed: torch.Tensor,
-    temperature: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> PlainStep:
-    """Evidence, forward filter, latent sample and coupled log-probabilities, row by row.
-
-    Args:
-        circuit: log-potentials `initial [H]`, `transition [H, H]` (row = previous state) and
-            `emission [H, V]`, shared by all positions.
-        logits: `[B, L, V]`, the backbone's; -inf for tokens that cannot be drawn.
-        tokens: `[B, L]`, used where `observed`.
-        observed: `[B, L]` bool.
-        temperature: the evidence temperature.
-        generator: draws the latents.
-    """
-    rows = [
-        _row(circuit, logits[b], tokens[b], observed[b], temperature, generator)
-        for b in range(len(logits))
-    ]
-    return PlainStep(*(torch.stack(values) for values in zip(*rows, strict=True)))
-
-
-def _row(circuit, logits, tokens, observed, temperature, generator):
-    """`log Z`, latents `[L]` and log-probabilities `[L, V]` of one window."""
-    initial, transition, log_emission = circuit[0].exp(), circuit[1].exp(), circuit[2]
-    evidence = _evidence(log_emission, logits, tokens, observed, temperature)
-    log_partition, messages = _forward(initial, transition, evidence)
-    latents = _backward_sample(transition, messages, generator)
-    scores = (logits / temperature).double()
-    for i in range(len(latents)):
-        scores[i] += log_emission[latents[i]]
-    return log_partition, latents, scores.softmax(-1).log().float()
-
-
-def _evidence(log_emission, logits, tokens, observed, temperature) -> torch.Tensor:
-    """`[L, H]`: the expected emission under the prediction, or that of the given token."""
-    emission = log_emission.exp()
-    phi = (logits.double() / temperature).softmax(-1).float()
+def evidence_of(circuit: Circuit, logits, tokens, observed, temperature=1.0) -> torch.Tensor:
+    """`[L, H]`: the mean of `E(z, .)` under the prediction, or `E(z, x)` of an observed token."""
+    emission = circuit[2].exp()
+    phi = (logits.double() / temperature).softmax(-1).to(emission.dtype)
     evidence = phi @ emission.T
     for i in range(len(tokens)):
         if observed[i]:
@@ -80,23 +41,80 @@ def _evidence(log_emission, logits, tokens, observed, temperature) -> torch.Tens
     return evidence
 
 
-def _forward(initial, transition, evidence) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """`log Z` and the filtered laws `[H]` of the positions, rescaled at every step."""
-    log_partition = evidence.new_zeros(())
-    messages: list[torch.Tensor] = []
+def forward(circuit: Circuit, evidence) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """`log Z`, and the distribution `[H]` of each latent given the evidence up to it."""
+    initial, transition = circuit[0].exp(), circuit[1].exp()
+    log_partition, messages = evidence.new_zeros(()), []
     for i in range(len(evidence)):
         predicted = initial if i == 0 else messages[-1] @ transition
         message = predicted * evidence[i]
-        scale = message.sum()
-        messages.append(message / scale)
-        log_partition = log_partition + scale.log()
+        messages.append(message / message.sum())
+        log_partition = log_partition + message.sum().log()
     return log_partition, messages
 
 
-def _backward_sample(transition, messages, generator) -> torch.Tensor:
-    """A latent path `[L]`, drawn from the last position back."""
+def posterior_of(circuit: Circuit, evidence) -> torch.Tensor:
+    """`[L, H]`: the distribution of each latent given all evidence."""
+    transition, messages = circuit[1].exp(), forward(circuit, evidence)[1]
+    future, posterior = torch.ones_like(messages[0]), []
+    for i in reversed(range(len(messages))):
+        joint = messages[i] * future
+        posterior.append(joint / joint.sum())
+        future = transition @ (evidence[i] * future)
+        future = future / future.sum()
+    return torch.stack(posterior[::-1])
+
+
+def sample_latents(circuit: Circuit, messages, generator=None) -> torch.Tensor:
+    """A path `[L]` from the joint posterior, drawn from the last position back."""
+    transition = circuit[1].exp()
     latents = [torch.multinomial(messages[-1], 1, generator=generator)[0]]
     for message in messages[-2::-1]:
         weights = message * transition[:, latents[-1]]
         latents.append(torch.multinomial(weights, 1, generator=generator)[0])
     return torch.stack(latents[::-1])
+
+
+def log_probs_given(circuit: Circuit, logits, latents, temperature=1.0) -> torch.Tensor:
+    """`[L, V]`: log-probabilities of the tokens given a path; masked ones are then independent."""
+    scores = (logits / temperature).double() + circuit[2][latents]
+    return scores.softmax(-1).log()
+
+
+def conditional(circuit: Circuit, logits, tokens, observed, i, temperature=1.0) -> torch.Tensor:
+    """`[V]`: the exact distribution of the masked token `i` given all observed tokens.
+
+    A mixture over its latent: `p(z_i | x_O) phi_i(v) E(z_i, v) / s_i(z_i)`, summed over `z_i`.
+    """
+    evidence = evidence_of(circuit, logits, tokens, observed, temperature)
+    weights = posterior_of(circuit, evidence)[i] / evidence[i]
+    return (weights @ circuit[2].exp()) * (logits[i].double() / temperature).softmax(-1)
+
+
+def expected_counts(circuit: Circuit, tokens) -> tuple[torch.Tensor, Circuit]:
+    """`log p_w(x)` of a sequence `[L]`, and how often each of the potentials is used by it."""
+    transition, evidence = circuit[1].exp(), circuit[2].exp()[:, tokens].T
+    log_partition, messages = forward(circuit, evidence)
+    posterior = posterior_of(circuit, evidence)
+    steps, emissions = torch.zeros_like(transition), torch.zeros_like(circuit[2])
+    for i in range(len(tokens)):
+        emissions[:, tokens[i]] += posterior[i]
+        if i > 0:
+            past = messages[i - 1]
+            steps += past[:, None] * transition * (posterior[i] / (past @ transition))
+    return log_partition, (posterior[0], steps, emissions)
+
+
+@torch.no_grad()
+def plain_step(
+    circuit: Circuit, logits, tokens, observed, temperature=1.0, generator=None
+) -> PlainStep:
+    """What the head adds to a denoising step of windows `[B, L]`, as the paper states it."""
+    rows = []
+    for b in range(len(logits)):
+        evidence = evidence_of(circuit, logits[b], tokens[b], observed[b], temperature)
+        log_partition, messages = forward(circuit, evidence)
+        latents = sample_latents(circuit, messages, generator)
+        log_probs = log_probs_given(circuit, logits[b], latents, temperature)
+        rows.append((log_partition, latents, log_probs.float()))
+    return PlainStep(*(torch.stack(values) for values in zip(*rows, strict=True)))

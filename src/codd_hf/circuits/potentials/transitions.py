@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..lazy import cached_property
-from ..numerics import product, shifted_exp
+from ..numerics import shifted_exp
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ class StepTransitions:
 
     def forward(self, message: torch.Tensor, position: int) -> torch.Tensor:
         """`sum_z message(z) A(z, .)`, `[B, H]`, up to the scale."""
-        return product(message, self._scaled[0][self.step(position)])
+        return message @ self._scaled[0][self.step(position)]
 
     def backward(self, weights: torch.Tensor, position: int) -> torch.Tensor:
         """`sum_z' A(., z') weights(z')`, `[B, H]`, up to the scale."""
-        return product(weights, self._scaled[0][self.step(position)].T)
+        return weights @ self._scaled[0][self.step(position)].T
 
     def column(self, state: torch.Tensor, position: int) -> torch.Tensor:
         """`A(., state)`, `[*S, H]`, up to the scale, of states `[*S]`."""
