@@ -29,6 +29,7 @@ class Counts:
         return Counts(tuple(torch.lerp(mine, theirs, share) for mine, theirs in pairs))
 
     def scaled(self, factor: float) -> Counts:
+        """`factor * self`."""
         return Counts(tuple(leaf * factor for leaf in self.leaves))
 
 
@@ -50,17 +51,11 @@ def expected_counts(
         scores = log_likelihood(potentials.with_leaves(leaves), tokens, present)
         # Windows of one token have no transitions: their counts are zero.
         counts = torch.autograd.grad(scores.sum(), leaves, materialize_grads=True)
-        return Counts(counts), scores.detach()
+    return Counts(counts), scores.detach()
 
 
 def maximise(potentials: Potentials, counts: Counts, prior: Counts) -> Potentials:
-    """M-step: the normalised circuit with these counts.
-
-    Args:
-        potentials: gives the kind of emissions.
-        counts: expected counts.
-        prior: pseudo-counts (broadcast), so that nothing becomes impossible for ever.
-    """
+    """M-step: the normalised circuit with these counts, and pseudo-counts `prior` (broadcast)."""
     pairs = zip(counts.leaves, prior.leaves, strict=True)
     return potentials.with_leaves(
         [(mine + extra).clamp(min=0).log().log_softmax(-1) for mine, extra in pairs]

@@ -1,39 +1,35 @@
-"""What a prediction is without a circuit: independent tokens, some of them never generated."""
+"""Predictions without a circuit: independent tokens, some of which are never generated."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from . import Potentials
+from .potentials import Potentials
 
 
 def forbidden_tokens(
     vocab_size: int,
     mask_token_id: int | None,
-    forbidden_token_ids: list[int] | None,
+    forbidden_token_ids: Sequence[int] | None,
     device: torch.device,
 ) -> torch.Tensor | None:
     """`[vocab]` bool, True for tokens that are never generated; None if there are none."""
-    ids = _never(mask_token_id, forbidden_token_ids)
+    ids = [i for i in (mask_token_id, *(forbidden_token_ids or ())) if i is not None]
     if not ids:
         return None
-    forbidden = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-    forbidden[ids] = True
-    return forbidden
+    ids = torch.tensor(ids, device=device)
+    return torch.zeros(vocab_size, dtype=torch.bool, device=device).index_fill(0, ids, True)
 
 
 def without_tokens(
-    logits: torch.Tensor, mask_token_id: int | None, forbidden_token_ids: list[int] | None
+    logits: torch.Tensor, mask_token_id: int | None, forbidden_token_ids: Sequence[int] | None
 ) -> torch.Tensor:
     """Logits `[..., vocab]` that rule out the tokens of `forbidden_tokens`."""
-    ids = _never(mask_token_id, forbidden_token_ids)
-    if not ids:
-        return logits
-    return logits.index_fill(-1, torch.tensor(ids, device=logits.device), -torch.inf)
-
-
-def _never(mask_token_id: int | None, forbidden_token_ids: list[int] | None) -> list[int]:
-    return [*(forbidden_token_ids or [])] + ([] if mask_token_id is None else [mask_token_id])
+    ids = mask_token_id, forbidden_token_ids
+    forbidden = forbidden_tokens(logits.shape[-1], *ids, logits.device)
+    return logits if forbidden is None else logits.masked_fill(forbidden, -torch.inf)
 
 
 def trivial_potentials(vocab_size: int, device: torch.device) -> Potentials:

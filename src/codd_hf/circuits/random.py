@@ -1,7 +1,6 @@
 """Random draws that are reproducible row by row.
 
-With one generator per row, the numbers a row receives depend on its own generator alone, never on
-the rows that share its batch.
+With one generator per row, a row's numbers do not depend on the rows that share its batch.
 """
 
 from __future__ import annotations
@@ -18,16 +17,12 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 def uniform(
     shape: Sequence[int], generator: Generators = None, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """Uniform float32 numbers in [0, 1).
+    """Uniform float32 numbers in [0, 1) on a device; they are drawn where the generator lives.
 
     Args:
-        shape: the shape; its first entry counts rows.
+        shape: the first entry counts rows.
         generator: one generator for all, a list with one per row, or None for the global one.
-        device: where the numbers are wanted; they are drawn where the generator lives.
-
-    Raises:
-        ValueError: a list of generators has not one entry per row.
-        TypeError: `generator` is nothing of the kind.
+        device: of the result.
     """
     generators("generator", generator, shape[0])
     if generator is None:
@@ -39,15 +34,12 @@ def uniform(
 
 
 def draw_categorical(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Draws from categoricals by inversion of their cumulative sums.
+    """Draws indices `[...]` by inversion of cumulative sums.
 
     Args:
-        probabilities: `[..., K]`, non-negative, not necessarily normalised.
+        probabilities: `[..., K]`, up to a factor. None that is zero is drawn, but for the last
+            one, which stands for rows whose sum is zero (or denormal).
         uniforms: `[...]`, float32 in [0, 1).
-
-    Returns:
-        `[...]` indices; an item of zero probability is never drawn, but for the last one, which
-        stands for rows whose sum is zero (or denormal).
     """
     dtype = torch.promote_types(probabilities.dtype, torch.float32)
     cumulative = probabilities.cumsum(-1, dtype=dtype)

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ..lazy import cached_property
 from ..numerics import (
     LOST_MASS,
     exp_of_difference,

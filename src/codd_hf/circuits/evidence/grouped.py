@@ -21,10 +21,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from ..lazy import cached_property
 from ..numerics import full_precision, logsumexp, safe_log
 from ..potentials.emissions import Emission
 from .dense import (

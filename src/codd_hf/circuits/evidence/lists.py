@@ -16,11 +16,11 @@ with `U(z) = \sum_v u(v) E(z, v)` computed once. It is exact when `k = V`, and o
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch.nn import functional as F
 
-from ..lazy import cached_property
 from ..numerics import exp_of_difference, full_precision, logsumexp, safe_log, shifted_exp
 from ..potentials.emissions import DenseEmission, Emission, stored_by_latent
 from .dense import (

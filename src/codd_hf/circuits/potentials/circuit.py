@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -17,7 +18,6 @@ from ...checks.arguments import as_tensor, shown
 from ..evidence.dense import ONE_PRODUCT, EmissionSummary, summarise, with_factors
 from ..evidence.grouped import TokenGroups, group_tokens
 from ..evidence.lists import gives_mass_to, law_of_rest
-from ..lazy import cached_property
 from .emissions import DenseEmission, Emission, TiedEmission
 from .transitions import StepTransitions
 

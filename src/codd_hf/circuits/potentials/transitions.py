@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from ..lazy import cached_property
 from ..numerics import shifted_exp
 
 
