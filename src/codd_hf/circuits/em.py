@@ -13,8 +13,7 @@ import torch
 
 from .evidence.dense import hard_evidence
 from .potentials import Potentials
-from .recursions.chain import Chain
-from .recursions.queries import forward_filter
+from .recursions.chain import Chain, forward_filter
 
 
 @dataclass

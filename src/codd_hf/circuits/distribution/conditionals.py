@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..numerics import logsumexp, normalised_exp
-from ..recursions.queries import sweep
+from ..recursions.sweep import sweep
 from .coupled import CoupledCategorical
 
 Draw = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]

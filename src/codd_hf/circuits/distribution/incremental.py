@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from ..numerics import full_precision
-from ..recursions.chain import probabilities
-from ..recursions.queries import forward_filter, posterior
+from ..recursions.chain import forward_filter, posterior, probabilities
 from .coupled import CoupledCategorical
 from .latents import At
 

@@ -23,8 +23,7 @@ from ..numerics import full_precision, logsumexp, pin_tokens, safe_log
 from ..potentials import Potentials
 from ..potentials.transitions import StepTransitions
 from ..random import Generators
-from ..recursions.chain import Chain
-from ..recursions.queries import Filter, best_path, forward_filter, posterior, sample_paths
+from ..recursions.chain import Chain, Filter, best_path, forward_filter, posterior, sample_paths
 
 At = tuple[torch.Tensor, torch.Tensor]
 """Rows `[N]` of a batch and their positions `[N]`."""

@@ -18,15 +18,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from ..context.copies import CopySteps
-from ..numerics import LOST_MASS, logsumexp, normalised_exp, safe_log, shifted_exp
+from ..numerics import LOST_MASS, full_precision, logsumexp, normalised_exp, safe_log, shifted_exp
 from ..potentials.transitions import StepTransitions
-from ..random import draw_categorical
+from ..random import Generators, draw_categorical, uniform
 
 SAFE_RANGE = 32.0
 """Transitions whose entries are all within this many nats of the largest need no second look.
@@ -253,3 +253,100 @@ def logs(chain: Chain) -> Algebra:
         logs=lambda x: x,
         of_logs=lambda x: x,
     )
+
+
+@dataclass
+class Filter:
+    """The result of a forward pass.
+
+    Attributes:
+        log_partition: `[B]`, log of the sum of `w` over all paths; -inf where it is zero.
+        messages: `[B, L, H]`, distribution of `z_i` given the evidence up to `i`; at an absent
+            position, of the last present one before it.
+        rows: `[n]`, those that were repeated in logs.
+        log_messages: `[n, L, H]`, their messages; None if there are none.
+    """
+
+    log_partition: torch.Tensor
+    messages: torch.Tensor
+    rows: torch.Tensor
+    log_messages: torch.Tensor | None = None
+
+    def part(self, first: int, size: int) -> Filter:
+        """The result of some consecutive rows."""
+        every, rows, log_messages = slice(first, first + size), self.rows, None
+        if len(rows):
+            inside = (rows >= first) & (rows < first + size)
+            rows, log_messages = rows[inside] - first, self.log_messages[inside]
+        return Filter(self.log_partition[every], self.messages[every], rows, log_messages)
+
+
+@full_precision
+def forward_filter(chain: Chain) -> Filter:
+    """The sum over all paths; differentiable in all potentials."""
+    algebra, log_scale = probabilities(chain)
+    messages, totals = algebra.filtered()
+    log_partition = log_scale + algebra.logs(totals).sum(1)
+    if chain.cannot_underflow:
+        return Filter(log_partition, messages, totals.new_empty(0, dtype=torch.long))
+    # Each step kept enough mass, but what is rounded to zero early may win late: the past must also
+    # meet the future. (The gradient of a message is the future's weight over that same total.)
+    with torch.no_grad():
+        met = algebra.smoothed(messages)[1]
+    rows = (torch.minimum(totals, met) <= chain.smallest).any(1).nonzero()[:, 0]
+    if len(rows) == 0:
+        return Filter(log_partition, messages, rows)
+    algebra = logs(chain.select(rows))
+    log_messages, totals = algebra.filtered()
+    log_partition = log_partition.index_put((rows,), totals.sum(1))
+    messages = messages.index_put((rows,), algebra.probs(log_messages))
+    return Filter(log_partition, messages, rows, log_messages)
+
+
+@full_precision
+def posterior(chain: Chain, filtered: Filter) -> torch.Tensor:
+    """`[B, L, H]`: the distribution of each latent given all evidence; zeros at absent ones."""
+    smoothed, _ = probabilities(chain)[0].smoothed(filtered.messages)
+    if len(filtered.rows):
+        again, _ = logs(chain.select(filtered.rows)).smoothed(filtered.log_messages)
+        smoothed = smoothed.index_put((filtered.rows,), again)
+    return smoothed
+
+
+@full_precision
+def sample_paths(
+    chain: Chain,
+    filtered: Filter,
+    sample_shape: tuple[int, ...] = (),
+    generator: Generators = None,
+) -> torch.Tensor:
+    """Joint samples of latent paths, `[*sample_shape, B, L]`, from the last position back.
+
+    What stands at absent positions has no meaning. One uniform number is used per row, sample and
+    position, whatever is present.
+    """
+    batch, length, _ = chain.evidence.shape
+    samples, rows = int(torch.Size(sample_shape).numel()), filtered.rows
+    numbers = uniform((batch, samples, length), generator, chain.device).transpose(0, 1)
+    paths = probabilities(chain)[0].drawn(filtered.messages, numbers)
+    if len(rows):
+        again = logs(chain.select(rows))
+        paths[:, rows] = again.drawn(filtered.log_messages, numbers[:, rows])
+    return paths.reshape(*sample_shape, batch, length)
+
+
+@full_precision
+def best_path(chain: Chain) -> tuple[torch.Tensor, torch.Tensor]:
+    """The path of largest weight `[B, L]` and its log-weight `[B]` (Viterbi)."""
+    origins = {}
+
+    def step(message: torch.Tensor, i: int) -> torch.Tensor:
+        best, origins[i] = chain.steps.best_into(message, i)
+        return best
+
+    def before(state: torch.Tensor, i: int) -> torch.Tensor:
+        return origins[i].gather(1, state[:, None])[:, 0]
+
+    best = replace(logs(chain), total=lambda x: x.amax(-1, keepdim=True), step=step)
+    messages, totals = best.filtered()
+    return best.trace(messages[:, -1].argmax(-1), before), totals.sum(1)
