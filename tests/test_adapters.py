@@ -101,23 +101,26 @@ def test_kinds_that_are_taken_come_back(way, kind, base, model, tmp_path):
         source.save_head(tmp_path / str(number))
         joined = CoDDModel.from_backbone(base, tmp_path / str(number))
         assert torch.allclose(coupled(joined), expected, atol=1e-5)
-        joined.disable_adapters()
-        assert torch.equal(joined(IDS).logits, plain_logits)
+        if KINDS[kind].get("init_lora_weights") not in ("pissa", "olora"):
+            joined.disable_adapters()
+            assert torch.equal(joined(IDS).logits, plain_logits)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_what_peft_wrote_with_a_start_off_the_weights_leaves_them_as_they_are(
-    start, base, tmp_path
+def test_adapter_with_a_start_off_the_weights_is_what_peft_trained_and_is_not_shared(
+    start, base, model, tmp_path
 ):
     wrapped = trained(get_peft_model(tiny_backbone(), lora(init_lora_weights=start)))
     wrapped.save_pretrained(tmp_path / "adapter")
     same = CoDDModel.from_backbone(wrapped, random_head())
-    model = CoDDModel.from_backbone(base, random_head(), tmp_path / "adapter")
-    assert torch.allclose(coupled(model), coupled(same), atol=1e-5)
-    model.load_head(random_head(seed=3), "other")
-    model.set_head("other")
-    alone = CoDDModel.from_backbone(base, random_head(seed=3))
-    assert torch.equal(coupled(model), coupled(alone))
+    loaded = CoDDModel.from_backbone(base, random_head(), tmp_path / "adapter")
+    assert torch.allclose(coupled(loaded), coupled(same), atol=1e-5)
+    with pytest.raises(ValueError, match="has changed the backbone's weights"):
+        loaded.load_head(random_head(seed=3), "other")
+    plain = coupled(model)
+    with pytest.raises(ValueError, match="changes the backbone's weights"):
+        model.load_head(random_head(seed=3), "other", tmp_path / "adapter")
+    assert torch.equal(coupled(model), plain)
 
 
 def test_all_linear_is_the_backbone_alone(model):
@@ -177,7 +180,7 @@ def test_virtual_tokens_would_be_lost_in_a_pipeline(model):
     )
     with pytest.raises(ValueError, match=r"`peft_type` must be 'LORA'.*'PROMPT_TUNING'"):
         CoDDPipeline(wrapped, CoDDScheduler())
-    with pytest.raises(ValueError, match="inputs_embeds"):
+    with pytest.raises(TypeError, match="inputs_embeds"):
         wrapped(input_ids=IDS)
 
 
@@ -244,18 +247,6 @@ def test_merged_adapter_is_not_saved_twice(model, tmp_path):
     assert torch.allclose(coupled(CoDDModel.from_pretrained(tmp_path)), expected, atol=1e-5)
 
 
-def test_scale_that_was_set_in_memory_is_saved(model, tmp_path):
-    get_peft_model(model, lora())
-    trained(model)
-    before = coupled(model)
-    for module in model.modules():
-        if hasattr(module, "set_scale"):
-            module.set_scale("default", 0.25)
-    assert (coupled(model) - before).abs().max() > 0.01
-    model.save_pretrained(tmp_path)
-    assert torch.allclose(coupled(CoDDModel.from_pretrained(tmp_path)), coupled(model), atol=1e-6)
-
-
 def test_adapters_of_a_model_are_those_of_its_backbone(model, tmp_path):
     plain = coupled(model)
     model.add_adapter(lora(init_lora_weights=False), "a")
@@ -289,13 +280,13 @@ def test_adapters_of_a_model_are_those_of_its_backbone(model, tmp_path):
         model.add_adapter({"r": 2})
 
 
-def test_switching_heads_trains_nothing_that_was_not_trained(base, stored):
+def test_naming_heads_trains_nothing_that_was_not_trained(base, stored):
     model = CoDDModel.from_backbone(base, random_head(), stored)
     model.load_head(random_head(seed=3), "other", stored)
     before = {name: p.requires_grad for name, p in model.backbone.named_parameters()}
     assert not any(flag for name, flag in before.items() if "lora_" in name)
     for name in ("other", "default", "other"):
-        model.set_head(name)
+        model(IDS, coupling="marginal", head=name)
         assert {n: p.requires_grad for n, p in model.backbone.named_parameters()} == before
     model.set_adapter("other")
     trained = {n for n, p in model.backbone.named_parameters() if p.requires_grad}
@@ -344,33 +335,17 @@ ON_DISK = {
 }
 
 
-def test_lora_goes_on_offloaded_layers_and_other_kinds_are_refused_there(base, tmp_path):
+def test_adapters_do_not_go_on_offloaded_layers(base, model, tmp_path):
+    model.add_adapter(lora())
+    model.save_head(tmp_path / "head")
     offloaded = {"device_map": ON_DISK, "offload_folder": tmp_path / "offloaded"}
-    kinds = {
-        "plain": {},
-        "DoRA": {"use_dora": True},
-        "PiSSA": {"init_lora_weights": "pissa"},
-        "embedding": {"target_modules": ["embed_tokens"]},
-        "in full": {"modules_to_save": ["norm"]},
-    }
-    for name, changes in kinds.items():
-        folder = tmp_path / name
-        trained(get_peft_model(tiny_backbone(), lora(**changes))).save_pretrained(folder)
-        if name != "plain":
-            with pytest.raises(ValueError, match="offloaded"):
-                CoDDModel.from_backbone(base, random_head(), folder, **offloaded)
-            continue
-        whole = CoDDModel.from_backbone(base, random_head(), folder)
-        model = CoDDModel.from_backbone(base, random_head(), folder, **offloaded)
-        assert torch.equal(coupled(model), coupled(whole))
-        with pytest.raises(ValueError, match="is offloaded and has an adapter"):
-            model.save_pretrained(tmp_path / "model")
-        model.save_head(tmp_path / "head")
-        again = CoDDModel.from_backbone(base, tmp_path / "head")
-        assert torch.equal(coupled(again), coupled(whole))
-        with pytest.raises(ValueError, match="offloaded"):
-            model.add_adapter(lora(), "new")
-        assert torch.equal(coupled(model), coupled(whole))
+    with pytest.raises(ValueError, match="offloaded"):
+        CoDDModel.from_backbone(base, tmp_path / "head", **offloaded)
+    whole = CoDDModel.from_backbone(base, model.coupling_head)
+    there = CoDDModel.from_backbone(base, model.coupling_head, **offloaded)
+    with pytest.raises(ValueError, match="offloaded"):
+        there.add_adapter(lora())
+    assert torch.equal(coupled(there), coupled(whole))
 
 
 @pytest.fixture
@@ -417,12 +392,15 @@ HOSTILE = {
     "unknown field": ({"run_this": "code"}, "`run_this` cannot be used"),
     "random start": ({"init_lora_weights": "pissa_niter_4"}, "`init_lora_weights`.*pissa_niter_4"),
     "number as a start": ({"init_lora_weights": 1}, "`init_lora_weights` of an adapter must be"),
-    "rank as text": ({"r": "2"}, "`r` of an adapter must be a positive integer, got '2'"),
-    "rank of True": ({"r": True}, "`r` of an adapter must be a positive integer, got True"),
-    "scale of infinity": ({"lora_alpha": float("inf")}, "`lora_alpha` .*a number"),
+    "rank as text": ({"r": "2"}, "`r` of an adapter must be of type .*int.*, got '2'"),
+    "rank of True": ({"r": True}, "`r` of an adapter must be of type .*int.*, got True"),
+    "scale of infinity": ({"lora_alpha": float("inf")}, "`lora_alpha` .*finite"),
     "dropout of -1": ({"lora_dropout": -1}, "`lora_dropout` of an adapter must be"),
-    "flag of a number": ({"use_dora": 1}, "`use_dora` of an adapter must be True or False, got 1"),
-    "names of numbers": ({"target_modules": [1]}, "`target_modules` of an adapter must be names"),
+    "flag of a number": (
+        {"use_dora": 1},
+        "`use_dora` of an adapter must be of type .*bool.*, got 1",
+    ),
+    "names of numbers": ({"target_modules": [1]}, "`target_modules` of an adapter must be of type"),
 }
 
 

@@ -93,7 +93,7 @@ def test_backbone_with_a_head_loads_as_a_pipeline(folders, expected):
     pipe = CoDDPipeline.from_pretrained(folders / "backbone", head=folders / "head")
     assert torch.equal(coupled(pipe.model), expected)
     bare = CoDDPipeline.from_pretrained(folders / "backbone", coupling="marginal")
-    assert (bare.model.active_head, bare.model.config.coupling) == (None, "marginal")
+    assert (bare.model.coupling_head, bare.model.config.coupling) == (None, "marginal")
 
 
 @pytest.mark.parametrize("artifact", ["head", "model", "pipeline", "backbone"])
@@ -112,7 +112,7 @@ def test_dtype_reaches_the_backbone_and_spares_the_head(artifact, folders):
 def test_settings_of_the_model_can_be_given_on_loading(artifact, folders):
     model = CoDDModel.from_pretrained(folders / artifact, coupling="latent")
     assert model.config.coupling == "latent"
-    assert model.active_head == "default"
+    assert model.coupling_head is not None
     assert execution_device(model.backbone) == model.device
 
 
@@ -128,7 +128,7 @@ def test_backbone_holds_no_head(folders):
 
 def test_folder_of_nothing_is_said_in_one_sentence(tmp_path):
     for cls in (CoDDHead, CoDDModel):
-        with pytest.raises(OSError, match="holds no CoDD head or model") as caught:
+        with pytest.raises(OSError, match="holds no CoDD head, model or pipeline") as caught:
             cls.from_pretrained(tmp_path)
         assert "\n" not in str(caught.value)
 
@@ -196,7 +196,7 @@ def test_what_was_given_for_the_head_does_not_reach_the_backbone(folders, downlo
     refs = tmp_path / "cache" / "models--somebody--head" / "refs"
     (refs / "main").rename(refs / "tuned")
     model = CoDDModel.from_pretrained(HUB_ID, revision="tuned", **cache)
-    assert model.active_head == "default"
+    assert model.coupling_head is not None
     with pytest.raises(OSError, match="`local_files_only` is set"):
         CoDDModel.from_pretrained("somebody/backbone", revision="tuned", **cache)
 
@@ -215,7 +215,7 @@ def test_circuit_is_converted_on_the_way_with_the_mask_token_of_the_backbone(tmp
         assert model.coupling_head.config.mask_token_id == MASK
         assert torch.equal(model.coupling_head.emission, convert_jpc(source).emission)
     model.load_head(tmp_path / "circuit", "again")
-    assert model.heads == ["default", "again"]
+    assert [*model.heads] == ["default", "again"]
 
 
 @pytest.mark.parametrize("artifact", ["head", "model", "pipeline", "backbone"])

@@ -181,4 +181,4 @@ def test_damaged_adapter_is_named_and_half_of_one_is_not_passed_over(adapted):
         with pytest.raises(OSError, match=f"`{name}`"):
             CoDDModel.from_backbone(backbone, adapted)
         file.write_bytes(content)
-    assert CoDDModel.from_backbone(backbone, adapted).active_head
+    assert CoDDModel.from_backbone(backbone, adapted).coupling_head is not None

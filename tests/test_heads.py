@@ -1,4 +1,4 @@
-"""Promises of several heads on one backbone: named, switched, disabled, deleted as adapters are."""
+"""Promises of several heads on one backbone, which calls name."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ OTHERS = {
 }
 
 
-def coupled(model: CoDDModel) -> torch.Tensor:
+def coupled(model: CoDDModel, head: str | bool | None = None) -> torch.Tensor:
     with torch.no_grad():
-        return model(IDS, coupling="marginal").logits.softmax(-1)
+        return model(IDS, coupling="marginal", head=head).logits.softmax(-1)
 
 
 @pytest.fixture
@@ -33,130 +33,93 @@ def model():
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_each_head_gives_what_it_gives_alone(model, name):
+def test_call_gets_from_the_head_that_it_names_what_that_gives_alone(model, name, tmp_path):
     alone = CoDDModel.from_backbone(tiny_backbone(), random_head(**OTHERS[name]))
     before = coupled(model)
-    model.set_head(name)
-    assert (model.active_head, model.window_length) == (name, alone.window_length)
-    assert torch.equal(coupled(model), coupled(alone))
-    assert model.config.to_dict()["head_config"] == alone.config.to_dict()["head_config"]
+    assert torch.equal(coupled(model, name), coupled(alone))
     tokens = {"max_new_tokens": 7, "sampling": "marginal"}
-    assert torch.equal(model.generate(IDS[:1, :3], **tokens), alone.generate(IDS[:1, :3], **tokens))
-    model.set_head("default")
+    found = model.generate(IDS[:1, :3], **tokens, head=name)
+    assert torch.equal(found, alone.generate(IDS[:1, :3], **tokens))
     assert torch.equal(coupled(model), before)
+    model.save_head(tmp_path, name)
+    saved = CoDDModel.from_backbone(tiny_backbone(), tmp_path)
+    assert torch.equal(coupled(saved), coupled(alone))
 
 
-def test_heads_are_listed_and_loading_one_more_leaves_the_active_one(model):
-    assert model.heads == ["default", *OTHERS]
-    assert model.active_head == "default"
-    assert CoDDModel.from_backbone(tiny_backbone()).heads == []
+def test_default_head_couples_calls_that_name_none_and_alone_is_saved(model, tmp_path):
+    assert [*model.heads] == ["default", *OTHERS]
+    own = {id(p) for p in model.coupling_head.parameters()}
+    assert own <= {id(p) for p in model.parameters()}
+    assert not {id(p) for p in model.heads["tied"].parameters()} & {
+        id(p) for p in model.parameters()
+    }
+    model.save_pretrained(tmp_path)
+    loaded = CoDDModel.from_pretrained(tmp_path)
+    assert [*loaded.heads] == ["default"]
+    assert torch.equal(coupled(loaded), coupled(model))
 
 
-def test_first_head_of_a_bare_backbone_becomes_active(tmp_path):
+def test_bare_backbone_gets_a_default_head(tmp_path):
     random_head().save_pretrained(tmp_path)
     bare = CoDDModel.from_backbone(tiny_backbone())
-    assert bare.active_head is None
-    bare.load_head(tmp_path, "first")
-    assert (bare.active_head, bare.config.mask_token_id) == ("first", MASK)
-    assert torch.equal(
-        coupled(bare), coupled(CoDDModel.from_backbone(tiny_backbone(), random_head()))
-    )
+    assert [*bare.heads] == []
+    with pytest.raises(ValueError, match="no head to save"):
+        bare.save_head(tmp_path)
+    bare.load_head(tmp_path)
+    assert ([*bare.heads], bare.config.mask_token_id) == (["default"], MASK)
+    whole = CoDDModel.from_backbone(tiny_backbone(), random_head())
+    assert torch.equal(coupled(bare), coupled(whole))
+    assert bare.config.head_config is bare.coupling_head.config
 
 
-@pytest.mark.parametrize("as_context", [True, False])
-def test_disabled_head_leaves_predictions_factorized_until_it_is_set(model, as_context):
+def test_call_without_a_head_is_factorized(model):
     bare = CoDDModel.from_backbone(tiny_backbone(), mask_token_id=MASK)
-    on, tokens = coupled(model), {"max_new_tokens": 8, "block_length": 4}
-    if as_context:
-        with model.disable_head():
-            off, active = coupled(model), model.active_head
-            generated = model.generate(IDS[:1, :2], **tokens)
-        assert model.active_head == "default"
-    else:
-        model.disable_head()
-        off, active = coupled(model), model.active_head
-        generated = model.generate(IDS[:1, :2], **tokens)
-        assert torch.equal(coupled(model), off)
-        model.set_head("default")
-    assert active is None
-    assert (on - off).abs().max() > 0.01
+    off, tokens = coupled(model, False), {"max_new_tokens": 8, "block_length": 4}
     expected = bare(IDS).logits.index_fill(-1, torch.tensor([MASK]), -torch.inf).softmax(-1)
     masked = (IDS == MASK) & (torch.arange(7) >= 3)
     assert torch.allclose(off[masked], expected[masked], atol=1e-6)
+    assert (coupled(model) - off).abs().max() > 0.01
+    generated = model.generate(IDS[:1, :2], **tokens, head=False)
     assert torch.equal(generated, bare.generate(IDS[:1, :2], **tokens))
-    assert torch.equal(coupled(model), on)
 
 
-def test_inner_disabling_does_not_end_the_outer_one(model):
-    with model.disable_head():
-        with model.disable_head():
-            pass
-        assert model.active_head is None
-    assert model.active_head == "default"
-
-
-def test_saved_model_has_the_active_head_alone_disabled_or_not(model, tmp_path):
-    model.set_head("longer")
-    expected = coupled(model)
-    model.disable_head()
-    model.save_pretrained(tmp_path)
-    loaded = CoDDModel.from_pretrained(tmp_path)
-    assert (loaded.heads, loaded.window_length) == (["default"], 6)
-    assert torch.equal(coupled(loaded), expected)
-
-
-def test_parameters_are_those_of_the_active_head(model):
-    own = {id(p) for p in model.coupling_head.parameters()}
-    model.set_head("larger")
-    there = {id(p) for p in model.parameters()}
-    assert not own & there
-    assert {id(p) for p in model.coupling_head.parameters()} <= there
-
-
-def test_deleted_head_is_gone_and_the_active_one_leaves_the_model_factorized(model):
+def test_deleted_head_is_gone_and_without_the_default_one_predictions_are_factorized(model):
+    off = coupled(model, False)
     model.delete_head("tied")
-    assert model.heads == ["default", "longer", "larger", "conditioned"]
+    assert [*model.heads] == ["default", "longer", "larger", "conditioned"]
     model.delete_head("default")
-    assert (model.active_head, model.coupling_head, model.config.head_config) == (None, None, None)
-    model.set_head("longer")
-    assert model.active_head == "longer"
+    assert (model.coupling_head, model.config.head_config) == (None, None)
+    window = slice(3, 7)
+    assert torch.allclose(coupled(model)[:, window], off[:, window], atol=1e-6)
+    model.load_head(random_head(**OTHERS["tied"]))
+    assert next(iter(model.heads)) == "default"
 
 
-@pytest.mark.parametrize("method", ["set_head", "delete_head"])
-def test_unknown_name_is_an_error_that_lists_the_heads(model, method):
-    with pytest.raises(ValueError, match=r"no head 'maths': the model's heads are 'default', 'lon"):
-        getattr(model, method)("maths")
-
-
-def test_name_that_is_taken_is_an_error_that_says_what_to_do(model):
+def test_names_of_heads_are_checked(model):
+    for call in (model.delete_head, lambda name: model(IDS, head=name), model.heads.of_call):
+        with pytest.raises(
+            ValueError, match=r"no head 'maths': the model's heads are 'default', '"
+        ):
+            call("maths")
     with pytest.raises(ValueError, match=r"'tied' is taken: choose another.*delete_head\('tied'\)"):
         model.load_head(random_head(), "tied")
+    for name in (3, "", None):
+        with pytest.raises(TypeError, match="`name` must be a text that is not empty"):
+            model.load_head(random_head(), name)
 
 
 def test_head_that_does_not_fit_is_refused_and_leaves_the_model_as_it_was(model):
-    with pytest.raises(ValueError, match="vocabulary of 13 tokens, but the backbone's has 12"):
+    with pytest.raises(ValueError, match=r"a vocabulary of 13 tokens, but the backbone has 12"):
         model.load_head(random_head(13), "wrong")
-    with pytest.raises(ValueError, match="hidden states of size 8"):
+    with pytest.raises(ValueError, match="hidden states of size 8, but the backbone has 16"):
         model.load_head(head_config(conditioning=["latent"], context_size=8), "wrong")
     assert "wrong" not in model.heads
 
 
 def test_head_that_does_not_know_the_mask_token_learns_it_from_the_model(model):
     model.load_head(CoDDHead(head_config(mask_token_id=None)), "new")
-    model.set_head("new")
-    assert model.coupling_head.config.mask_token_id == MASK
-    assert coupled(model)[0, 3, MASK] == 0
-
-
-def test_model_without_a_head_has_none_to_save(tmp_path):
-    with pytest.raises(ValueError, match="no head to save"):
-        CoDDModel.from_backbone(tiny_backbone()).save_head(tmp_path)
-
-
-@pytest.mark.parametrize("name", [3, "", None])
-def test_name_of_a_head_must_be_a_text(model, name):
-    with pytest.raises(TypeError, match="`name` must be a text that is not empty"):
-        model.load_head(random_head(), name)
+    assert model.heads["new"].config.mask_token_id == MASK
+    assert coupled(model, "new")[0, 3, MASK] == 0
 
 
 @pytest.mark.parametrize("head", ["tied", "conditioned"])
@@ -181,19 +144,18 @@ def test_head_of_another_vocabulary_than_a_resized_backbone_is_an_error(model):
     ):
         with pytest.raises(ValueError, match=r"of 12 tokens, .* now of 16: .*`head=False`"):
             call()
-    with model.disable_head():
-        assert model(IDS, coupling="marginal").logits.shape[-1] == 16
+    assert coupled(model, False).shape[-1] == 16
     model.load_head(random_head(16), "fitting")
-    model.set_head("fitting")
-    assert coupled(model).shape[-1] == 16
+    assert coupled(model, "fitting").shape[-1] == 16
 
 
 @pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])
-def test_circuit_stays_in_float32_whatever_the_model_is_cast_to(lower):
-    model = CoDDModel.from_backbone(tiny_backbone(), random_head(**OTHERS["conditioned"]))
-    expected = {k: v.clone() for k, v in model.coupling_head.state_dict().items()}
+def test_circuits_stay_in_float32_whatever_the_model_is_cast_to(model, lower):
+    heads = model.coupling_head, model.heads["conditioned"]
+    expected = [{k: v.clone() for k, v in head.state_dict().items()} for head in heads]
     model.to(lower)
     assert {p.dtype for p in model.backbone.parameters()} == {lower}
-    state = model.coupling_head.state_dict()
-    assert all(torch.equal(state[name], value) for name, value in expected.items())
-    assert {p.dtype for p in model.double().coupling_head.parameters()} == {torch.float64}
+    for head, values in zip(heads, expected, strict=True):
+        assert all(torch.equal(head.state_dict()[name], values[name]) for name in values)
+    model.double()
+    assert {p.dtype for head in heads for p in head.parameters()} == {torch.float64}

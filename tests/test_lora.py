@@ -23,9 +23,9 @@ def lora(**changes) -> LoraConfig:
     return LoraConfig(**(kwargs | changes))
 
 
-def coupled(model) -> torch.Tensor:
+def coupled(model, **call) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=IDS, coupling="marginal").logits.softmax(-1)
+        return model(input_ids=IDS, coupling="marginal", **call).logits.softmax(-1)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_merging_keeps_the_logits(backbone_folder):
     expected = coupled(tuned)
     merged = tuned.merge_and_unload()
     assert isinstance(merged, CoDDModel)
-    assert merged.heads == ["default"]
+    assert [*merged.heads] == ["default"]
     assert (coupled(merged) - expected).abs().max() < 1e-5
     assert not any("lora" in name for name in merged.state_dict())
 
@@ -207,18 +207,10 @@ def test_each_head_has_its_own_adapter(backbone_folder, plain, tmp_path):
     model.load_head(random_head(), "bare")
     assert torch.equal(coupled(model), coupled(first))
     for name, alone in (("second", second), ("bare", plain), ("default", first)):
-        model.set_head(name)
-        assert torch.equal(coupled(model), coupled(alone))
+        assert torch.equal(coupled(model, head=name), coupled(alone))
     model.delete_head("second")
     assert list(model.backbone.peft_config) == ["default"]
     assert torch.equal(coupled(model), coupled(first))
-
-
-def test_head_that_peft_trains_cannot_be_switched_away(backbone_folder):
-    model = wrapped(backbone_folder).get_base_model()
-    model.load_head(random_head(seed=3), "other")
-    with pytest.raises(ValueError, match=r"'default' is being trained by PEFT.*merge"):
-        model.set_head("other")
 
 
 def test_adapter_of_another_backbone_is_refused(backbone_folder, tmp_path):
@@ -236,5 +228,5 @@ def test_adapter_of_another_backbone_is_refused(backbone_folder, tmp_path):
 def test_folder_without_an_adapter_is_refused(backbone_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="`adapter`: there is no file or folder"):
         CoDDModel.from_backbone(backbone_folder, adapter=tmp_path / "none")
-    with pytest.raises(OSError, match=r"holds no PEFT adapter: `adapter_config.json`"):
+    with pytest.raises(OSError, match=r"holds no PEFT adapter: .*adapter_config.json"):
         CoDDModel.from_backbone(backbone_folder, adapter=backbone_folder)

@@ -130,7 +130,7 @@ def test_backbone_and_head_join_as_objects_paths_or_a_configuration(backbone, he
 
 
 def test_head_of_another_vocabulary_is_an_error_that_gives_both_sizes():
-    with pytest.raises(ValueError, match="vocabulary of 13 tokens, but the backbone's has 12"):
+    with pytest.raises(ValueError, match="a vocabulary of 13 tokens, but the backbone has 12"):
         CoDDModel.from_backbone(tiny_backbone(), random_head(13))
 
 

@@ -41,10 +41,7 @@ def test_scores_are_the_enumerated_log_likelihoods_of_the_windows(batch_size):
             assert scores[name][row].item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_head_is_on_again_after_scoring_and_without_one_both_scores_agree():
-    model = tiny_model()
-    model.score(PROMPTS, ANSWERS)
-    assert model.active_head == "default"
+def test_without_a_head_both_scores_agree():
     bare = CoDDModel.from_backbone(tiny_backbone(), mask_token_id=MASK)
     scores = bare.score(PROMPTS, ANSWERS)
     assert torch.equal(scores.factorized, scores.coupled)

@@ -37,10 +37,9 @@ from .checks.arguments import (
 from .circuits import CoupledCategorical
 from .circuits.random import Generators
 from .configuration_codd import CoDDConfig, CoDDHeadConfig, check_coupling
-from .coupling.adapter_files import save_adapter
+from .coupling.adapter_files import load_adapter, save_adapter
 from .coupling.adapters import AdaptersMixin, unwrapped, without_adapters
-from .coupling.heads import DEFAULT_NAME, HeadName
-from .coupling.loading import load_adapter, load_head, named_backbone
+from .coupling.heads import DEFAULT_NAME, HeadName, Heads, load_head, named_backbone
 from .coupling.windows import CoupledBackbone
 from .hub.cards import Artifact
 from .hub.publishing import Publishing, forget_paths
@@ -85,7 +84,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
     """A diffusion language model (`backbone`) with a circuit (`coupling_head`).
 
     Use [`~CoDDModel.from_backbone`] to join the two, `from_pretrained` to load a saved pair,
-    `generate` to decode.
+    `generate` to decode. `heads` are all heads on the backbone, by name.
     """
 
     config_class = CoDDConfig
@@ -107,8 +106,8 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
         coupling_head: CoDDHead | None = None,
     ):
         super().__init__(config)
-        for given in (backbone, coupling_head):
-            for module in given.modules() if given is not None else ():
+        for part in (backbone, coupling_head):
+            for module in () if part is None else part.modules():
                 module._is_hf_initialized = True  # its weights are not to be drawn anew
         if backbone is None:
             backbone = family_of(config.text_config).from_config(config.text_config)
@@ -116,7 +115,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
             coupling_head = CoDDHead(config.head_config)
         self.backbone = backbone
         self.coupling_head = coupling_head
-        self._start_heads()
+        self.heads = Heads(self)
         self.post_init()
         # transformers collects what the parts ignore; a head ignores the backbone beside it.
         ignored = set(self._keys_to_ignore_on_load_unexpected or ())
@@ -139,7 +138,6 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
 
         Args:
             backbone: a model, a local path or a Hub id. A decoder is switched to full attention.
-                LLaDA's and Dream's checkpoints load as they were published, without their code.
             head: a head; a local path or Hub id of one, of a model that has one, or of a PyJuice
                 circuit (`model.jpc`), which is converted; a configuration makes a new, untrained
                 head; None leaves the predictions factorized.
@@ -148,14 +146,12 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
                 give that, or PEFT's wrapper around it.
             mask_token_id: the mask token; defaults to the head's, then the backbone's.
             forbidden_token_ids: tokens that are never generated; defaults to the head's.
-            coupling: what `logits` of a forward pass are, as in [`CoDDConfig`].
-            **kwargs: for loading the backbone (`dtype`, `device_map`, `revision`,
-                `trust_remote_code`, `block_length`, ...; see `backbones.load_backbone`). `token`
-                and where to cache hold for head and adapter as well; a head of another revision is
-                given as an object.
+            coupling: the `logits` of a forward pass, as in [`CoDDConfig`].
+            **kwargs: for loading the backbone, as in [`~codd_hf.backbones.load_backbone`]. `token`
+                and where to cache hold for head and adapter as well.
 
         Raises:
-            TypeError: a part is nothing of what it may be.
+            TypeError: a part is nothing of these.
             ValueError: the parts do not fit, or the backbone's family is not known.
             FileNotFoundError: a local path does not exist.
         """
@@ -178,6 +174,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
             adapter = Repository(checked_name(head, "head"), shared).adapter()
         if head is not None:
             head = load_head(head, backbone, mask_token_id, **shared)
+            head.to(execution_device(backbone))
         if adapter is not None:
             load_adapter(backbone, adapter, DEFAULT_NAME, **shared)
         config = CoDDConfig(
@@ -192,9 +189,6 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
             token = getattr(getattr(backbone, "generation_config", None), name, None)
             if token is not None:
                 setattr(model.generation_config, name, token)
-        if head is not None:
-            head.to(execution_device(backbone))
-            model._adapted_heads.update([] if adapter is None else [DEFAULT_NAME])
         return model.eval()
 
     @classmethod
@@ -239,36 +233,30 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
             model.coupling_head._check_suggested(name)
         if adapter is not None:
             load_adapter(model.backbone, adapter, DEFAULT_NAME, start_is_off=True)
-            model._adapted_heads.update(model.heads)
         return (model, report) if with_report else model
 
     @classmethod
     def _stored_config(
         cls, repository: Repository, stored: StoredWeights, kwargs: dict[str, Any]
     ) -> CoDDConfig:
-        """The configuration to load with; of a backbone that brings its code, added to `kwargs`.
-
-        Raises:
-            ValueError: it is no configuration of a CoDD model, or describes absurd sizes.
-        """
+        """The configuration to load with; of a backbone that brings its code, added to `kwargs`."""
         given = kwargs.get("config")
         if given is not None and not isinstance(given, PreTrainedConfig):
             given = kwargs["config"] = cls.config_class.from_pretrained(given)
         fields = repository.config if given is None else given.to_dict()
         stored.check_layers(fields)
+        if given is not None:
+            return given
         if fields.get("model_type") != cls.config_class.model_type:
             raise ValueError(
                 f"{repository.name!r} holds a model of type {fields.get('model_type')!r}, no CoDD "
                 "model: join it with a head by `CoDDModel.from_backbone`."
             )
-        if given is not None:
-            return given
         text_config = fields.get("text_config")
         if not isinstance(text_config, dict) or not needs_remote_code(text_config):
             return cls.config_class.from_dict(dict(fields))
-        nested = nested_custom_config(
-            repository.name, text_config, kwargs.get("trust_remote_code"), **repository.hub
-        )
+        trusted = kwargs.get("trust_remote_code")
+        nested = nested_custom_config(repository.name, text_config, trusted, **repository.hub)
         kwargs["config"] = cls.config_class.from_dict({**fields, "text_config": nested})
         return kwargs["config"]
 
@@ -280,8 +268,8 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
         max_shard_size: int | str = "50GB",
         variant: str | None = None,
         **kwargs,
-    ) -> Any:
-        """Saves the backbone and the active head, and the backbone's LoRA, if any, in `adapter/`.
+    ) -> None:
+        """Saves the backbone and the default head, and the backbone's LoRA, if any, in `adapter/`.
 
         Args:
             save_directory: a folder, created if it does not exist.
@@ -294,7 +282,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
             self.family.save_code(self.backbone, save_directory)
             base = self.backbone.name_or_path
             base = None if not base or is_local(base) else base  # the weights are here
-            with self._lock:
+            with self.heads.lock:
                 save_adapter(self, Path(save_directory, ADAPTER_FOLDER), base)
         kwargs["state_dict"] = without_adapters(self, kwargs.get("state_dict"))
         sizes = {"max_shard_size": max_shard_size, "variant": variant}
@@ -302,24 +290,71 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
         if is_main_process:
             forget_paths(Path(save_directory))
 
+    def load_head(
+        self,
+        head: CoDDHead | CoDDHeadConfig | str | Path,
+        name: str = DEFAULT_NAME,
+        adapter: str | Path | None = None,
+        **hub: Any,
+    ) -> None:
+        """Adds a head, for calls that name it by `head=name`; `"default"` is that of all others.
+
+        Args:
+            head: as for `from_backbone`. Window and structure may differ from the other heads'.
+            name: how it is called.
+            adapter: folder or id of a PEFT LoRA that belongs to the head and runs together with it;
+                default, the one beside the head (`adapter/`), if there is one.
+            **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            TypeError: the head is none of these, or the name is no text.
+            ValueError: the name is taken, or head or adapter do not fit the backbone.
+            OSError: nothing is found.
+        """
+        self.heads.load(head, name, adapter, **hub)
+
+    def delete_head(self, name: str) -> None:
+        """Removes a head and its adapter; without the default one, predictions are factorized."""
+        self.heads.delete(name)
+
+    def save_head(
+        self, save_directory: str | Path, name: str = DEFAULT_NAME, **kwargs: Any
+    ) -> None:
+        """Saves a head as a small repository of its own, with the LoRA that belongs to it, if any.
+
+        `CoDDModel.from_pretrained(save_directory)` brings both back, over the backbone that the
+        head's configuration names: by default where this one was loaded from.
+
+        Args:
+            save_directory: a folder; the adapter goes into its `adapter/`.
+            name: of the head.
+            **kwargs: for the head's `save_pretrained`; with `push_to_hub=True` and a `repo_id` both
+                are uploaded.
+
+        Raises:
+            ValueError: the model has no such head.
+        """
+        self.heads.save(save_directory, name, **kwargs)
+
     def _artifact(self) -> Artifact:
         return Artifact("model", self.coupling_head, self.backbone, config=self.config)
+
+    def _apply(self, fn, recurse: bool = True) -> CoDDModel:
+        for head in self.heads.others.values():  # which are no submodules
+            head._apply(fn)
+        return super()._apply(fn, recurse)
 
     @classmethod
     def can_generate(cls) -> bool:
         """True: `generate` decodes by diffusion."""
         return True
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.set_input_embeddings(value)
-
     def get_output_embeddings(self) -> nn.Module:
+        """The backbone's."""
         return self.backbone.get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the backbone's."""
         self.backbone.set_output_embeddings(value)
 
     def __call__(self, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -342,12 +377,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
         generator: Generators = None,
         head: HeadName = None,
         return_dict: bool | None = None,
-        inputs_embeds: None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
         token_type_ids: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        cache_position: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CoDDOutput | tuple:
         """Predicts masked tokens.
@@ -370,30 +400,19 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
             generator: draws the latent path.
             head: the name of the head that couples this call; None, the default one; False, none.
             return_dict: False for a tuple.
-            inputs_embeds: there for callers such as PEFT that pass None, and so are the next two.
-            output_attentions: as `inputs_embeds`; use the backbone itself to look into it.
-            output_hidden_states: as `inputs_embeds`.
-            token_type_ids: what tokenizers give beside the ids; 0 everywhere.
-            use_cache: without effect, for callers that say it of every model.
-            cache_position: as `use_cache`.
-            **kwargs: further arguments of transformers' models that ask for nothing (None, False,
-                0).
+            token_type_ids: from tokenizers; 0 everywhere.
+            **kwargs: further arguments of transformers' models: `use_cache` and `cache_position`
+                have no effect, others must ask for nothing (None, False, 0).
 
         Raises:
-            ValueError: an argument is out of range, or asks for what only the backbone can do; or
-                `labels` supervise tokens of which none is masked.
-            TypeError: an argument is not known, or of another kind.
+            ValueError: an argument is out of range, or `labels` supervise tokens of which none is
+                masked.
+            TypeError: an argument is of another kind, or asks for what only the backbone can do.
         """
-        asked = {
-            "inputs_embeds": inputs_embeds,
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-            **kwargs,
-        }
-        for name, value in asked.items():
-            value = plain(value)
+        for name in kwargs.keys() - {"use_cache", "cache_position"}:
+            value = plain(kwargs[name])
             if value is not None and not (isinstance(value, (bool, int)) and value == 0):
-                raise (TypeError if name in kwargs else ValueError)(
+                raise TypeError(
                     f"`{name}` cannot be used here: leave it out, or give it to `model.backbone`."
                 )
         config, device = self.config, self.device
@@ -419,8 +438,8 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
             window_start = as_tensor("window_start", window_start, int, input_ids.shape[:1], device)
         generators("generator", generator, len(input_ids))
         return_distribution = flag("return_distribution", return_distribution)
-        head = self.head_of_call(head)
-        with self.adapter_of_call(head):
+        head = self.heads.of_call(head)
+        with self.heads.adapter_of_call(head):
             states = self.backbone_states(input_ids, attention_mask, position_ids)
             logits = states.logits()
             distribution, loss = None, None

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-from numbers import Integral, Real
 from typing import Any
+
+from huggingface_hub.dataclasses import type_validator
+from peft import LoraConfig
 
 CHANGING_STARTS = ("pissa", "olora")
 """Values of `init_lora_weights` that take the adapter's first value off the backbone's weights."""
-
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that leave the backbone's weights as they are."""
-
 STARTS = (*PLAIN_STARTS, *CHANGING_STARTS)
 
 WITHOUT_EFFECT = (
@@ -32,10 +31,40 @@ WITHOUT_EFFECT = (
 )
 """Fields that change no number once the kind of adapter is known."""
 
-UNUSED = {"megatron_core": "megatron.core", "qalora_group_size": 16}
-"""What fields of other methods hold, where it is not None, False or empty, if they are not used."""
-
+Names = list[str] | set[str] | tuple[str, ...] | None
+TYPES = {
+    "r": int,
+    "lora_alpha": int | float,
+    "lora_dropout": int | float,
+    "use_rslora": bool,
+    "use_dora": bool,
+    "lora_bias": bool,
+    "fan_in_fan_out": bool,
+    "bias": str,
+    "init_lora_weights": bool | str,
+    "target_modules": Names | str,
+    "exclude_modules": Names | str,
+    "modules_to_save": Names,
+    "layers_to_transform": int | list[int] | None,
+    "layers_pattern": Names | str,
+    "rank_pattern": dict[str, int] | None,
+    "alpha_pattern": dict[str, int | float] | None,
+}
+"""The fields that have an effect."""
+RANGES = {
+    "r": (lambda rank: rank > 0, "positive"),
+    "rank_pattern": (lambda ranks: all(r > 0 for r in (ranks or {}).values()), "of positive ranks"),
+    "lora_alpha": (math.isfinite, "finite"),
+    "alpha_pattern": (lambda alphas: all(map(math.isfinite, (alphas or {}).values())), "finite"),
+    "lora_dropout": (lambda share: 0 <= share < 1, "from 0 to below 1"),
+    "bias": (lambda bias: bias == "none", "'none': the backbone's biases are not the adapter's"),
+    "init_lora_weights": (lambda start: start in STARTS, f"one of {STARTS}"),
+}
+"""Values that a field may have, as a function and in words."""
+PATTERNS = ("target_modules", "exclude_modules")
+NAMES = (*PATTERNS, "modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern")
 A_NAME = re.compile(r"\^?[\w.-]+")
+DEFAULTS = LoraConfig().to_dict()
 
 
 def check_adapter_settings(values: dict[str, Any], stored: bool = False) -> dict[str, Any]:
@@ -58,31 +87,27 @@ def check_adapter_settings(values: dict[str, Any], stored: bool = False) -> dict
             f"`peft_type` must be 'LORA' for the adapter of a CoDD model, got {kind!r}: use a "
             "`peft.LoraConfig` on the backbone."
         )
-    start = values.get("init_lora_weights", True)
-    if not any(start is s or (isinstance(start, str) and start == s) for s in STARTS):
-        raise _refused("init_lora_weights", start, f"one of {STARTS}")
-    used = {}
+    used = {name: value for name, value in values.items() if name in TYPES}
     for name, value in values.items():
-        if name in WITHOUT_EFFECT:
-            continue
-        if name not in RULES:
-            if value not in (None, False, UNUSED.get(name)) and value != [] and value != {}:
-                raise ValueError(
-                    f"`{name}` cannot be used in the adapter of a CoDD model, got {value!r:.80}: "
-                    "leave it out."
-                )
-            continue
-        rule, wanted = RULES[name]
-        if not rule(value):
+        unused = value in (None, False, DEFAULTS.get(name)) or value in ([], {})
+        if name not in TYPES and name not in WITHOUT_EFFECT and not unused:
+            raise ValueError(
+                f"`{name}` cannot be used in the adapter of a CoDD model, got {value!r:.80}: leave "
+                "it out."
+            )
+    for name, value in used.items():
+        try:
+            type_validator(name, value, TYPES[name])
+        except TypeError:
+            raise _refused(name, value, f"of type {TYPES[name]}") from None
+        holds, wanted = RANGES.get(name, (None, ""))
+        if holds is not None and not holds(value):
             raise _refused(name, value, wanted)
-        used[name] = value
     for name in NAMES if stored else ():
-        given = used.get(name) or ()
-        if isinstance(given, str):
-            if name in PATTERNS:
-                continue
-            given = (given,)
-        for part in given:
+        names = used.get(name) or ()
+        if isinstance(names, str):
+            names = () if name in PATTERNS else (names,)
+        for part in names:
             if not A_NAME.fullmatch(part):
                 raise _refused(name, part, "of names of modules, without patterns, in a file")
     return used
@@ -90,62 +115,3 @@ def check_adapter_settings(values: dict[str, Any], stored: bool = False) -> dict
 
 def _refused(name: str, value: Any, wanted: str) -> ValueError:
     return ValueError(f"`{name}` of an adapter must be {wanted}, got {value!r:.80}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_rank(value: Any) -> bool:
-    return _is_index(value) and value > 0
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list | set | tuple) and all(isinstance(v, str) for v in value)
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-FLAG = (lambda v: isinstance(v, bool), "True or False")
-RULES = {
-    "r": (_is_rank, "a positive integer"),
-    "lora_alpha": (_is_number, "a number"),
-    "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1"),
-    "use_rslora": FLAG,
-    "use_dora": FLAG,
-    "lora_bias": FLAG,
-    "fan_in_fan_out": FLAG,
-    "bias": (
-        lambda v: v == "none",
-        "'none', since the backbone's biases are not the adapter's to hold",
-    ),
-    "init_lora_weights": (lambda v: True, ""),
-    "target_modules": (lambda v: v is None or isinstance(v, str) or _are_names(v), "names"),
-    "exclude_modules": (lambda v: v is None or isinstance(v, str) or _are_names(v), "names"),
-    "modules_to_save": (lambda v: v is None or _are_names(v), "a list of names"),
-    "layers_to_transform": (
-        lambda v: v is None or _is_index(v) or (isinstance(v, list) and all(map(_is_index, v))),
-        "an integer or a list of integers",
-    ),
-    "layers_pattern": (lambda v: v is None or isinstance(v, str) or _are_names(v), "names"),
-    "rank_pattern": (
-        lambda v: (
-            v is None
-            or (isinstance(v, dict) and _are_names([*v]) and all(map(_is_rank, v.values())))
-        ),
-        "a dict of positive integers",
-    ),
-    "alpha_pattern": (
-        lambda v: (
-            v is None
-            or (isinstance(v, dict) and _are_names([*v]) and all(map(_is_number, v.values())))
-        ),
-        "a dict of numbers",
-    ),
-}
-"""Of every field that has an effect: what it may be, as a function and in words."""
-
-PATTERNS = ("target_modules", "exclude_modules")
-NAMES = (*PATTERNS, "modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern")

@@ -1,4 +1,4 @@
-"""LoRA on the backbone: a model with one is saved as the plain backbone and the adapter apart.
+"""LoRA on the backbone: how it is put on, switched and taken off.
 
 All is done by PEFT's own functions, on a backbone that stays the object that it is. The backbone
 holds the adapters' configurations (`backbone.peft_config`), also where PEFT wraps the whole model.
@@ -24,7 +24,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model within PEFT's wrapper, whose adapters are on its layers; any other model itself.
 
     Raises:
-        ValueError: the wrapper holds what would be lost (virtual tokens), or an adapter of a kind
+        ValueError: the wrapper holds virtual tokens, which would be lost, or an adapter of a kind
             that cannot be saved.
     """
     if not hasattr(model, "get_base_model"):
@@ -34,47 +34,36 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.get_base_model()
 
 
-def add_adapter(backbone: nn.Module, config: Any, name: str, *, to_be_filled: bool = False) -> None:
+def add_adapter(backbone: nn.Module, config: peft.LoraConfig, name: str) -> None:
     """Puts a new adapter on a backbone and makes it the active one.
-
-    Args:
-        backbone: what it is for.
-        config: its options, of PEFT's `LoraConfig`.
-        name: what it is called.
-        to_be_filled: whether the caller will set all its weights, which may be on layers that are
-            offloaded.
 
     Raises:
         ValueError: the name is taken, the options are not supported, or the backbone has no layer
-            of the names wanted.
+            of the names in `config`.
     """
     check_adapter_settings(config.to_dict())
     check_room_for(backbone, name)
-    there = getattr(backbone, "peft_config", {})
+    there = adapter_configs(backbone)
     if there and config.init_lora_weights in CHANGING_STARTS:
         raise ValueError(
             f"`init_lora_weights` {config.init_lora_weights!r} changes the backbone's weights, "
             f"which the adapter {next(iter(there))!r} needs as they are: use True."
         )
     training = backbone.training
+    names = {key: getattr(config, key) for key in ("target_modules", "modules_to_save")}
     try:
-        with warnings.catch_warnings():  # of several adapters, which is what is wanted
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
             peft.inject_adapter_in_model(config, backbone, name)
-        missed = set(config.modules_to_save or ()) - {"coupling_head"}
-        for key, layer in adapter_layers(backbone).items():
-            if name in getattr(layer, "modules_to_save", ()):
-                missed -= {wanted for wanted in missed if key.endswith(wanted)}
-        if missed:
-            raise ValueError(f"There are no modules {sorted(missed)}.")
-        _put_on_devices(backbone, config, name, to_be_filled)
+        _check_all_found(backbone, names)
+        if any(p.is_meta for n, p in backbone.named_parameters() if f".{name}." in f".{n}."):
+            raise ValueError("they are offloaded, by `device_map`")
     except Exception as error:  # whatever it is, PEFT leaves what it has done so far
-        wanted = {key: getattr(config, key) for key in ("target_modules", "modules_to_save")}
-        _remove_layers(backbone, name)
+        _take_off(backbone, name)
+        there.pop(name, None)
         if not there:
             backbone.__dict__.pop("peft_config", None)
-        there.pop(name, None)
-        told = " and ".join(f"`{key}` {value!r:.80}" for key, value in wanted.items() if value)
+        told = " and ".join(f"`{key}` {value!r:.80}" for key, value in names.items() if value)
         raise ValueError(
             f"{told} of an adapter must name layers of the backbone that PEFT can adapt "
             f"({str(error).partition(chr(10))[0][:120]})."
@@ -85,37 +74,20 @@ def add_adapter(backbone: nn.Module, config: Any, name: str, *, to_be_filled: bo
     set_adapter(backbone, name)
 
 
-def _put_on_devices(backbone: nn.Module, config: Any, name: str, to_be_filled: bool) -> None:
-    """Gives weights that PEFT made beside offloaded ones, on no device, a place to be loaded to.
-
-    Raises:
-        ValueError: the adapter is computed from weights that are not there now.
-    """
-    layers = adapter_layers(backbone).values()
-    absent = [layer for layer in layers if _is_on_no_device(layer, name)]
-    plain = not config.use_dora and not config.modules_to_save and to_be_filled
-    for layer in absent:
-        hook = getattr(layer.get_base_layer(), "_hf_hook", None) if plain else None
-        if hook is None or layer.lora_embedding_A:
-            raise ValueError("they are offloaded (`device_map`), where a stored LoRA alone can go")
-        for part in (layer.lora_A, layer.lora_B):
-            part[name].to_empty(device=torch.device(hook.execution_device))
-
-
-def _is_on_no_device(layer: nn.Module, name: str) -> bool:
-    own = (p for n, p in layer.named_parameters() if f".{name}." in f".{n}.")
-    return any(parameter.is_meta for parameter in own)
+def _check_all_found(backbone: nn.Module, names: dict[str, Any]) -> None:
+    """Raises for names of layers that PEFT has passed over."""
+    found = [f".{key}" for key in adapter_layers(backbone)]
+    for value in names.values():
+        wanted = set(() if value is None or isinstance(value, str) else value) - {"coupling_head"}
+        if missed := {n for n in wanted if not any(key.endswith(f".{n}") for key in found)}:
+            raise ValueError(f"There are no modules {sorted(missed)}.")
 
 
 def check_room_for(backbone: nn.Module, name: str) -> None:
-    """Refuses a new adapter whose name is taken, or beside one that changed the backbone.
-
-    Raises:
-        ValueError: it is so.
-    """
+    """Raises a ValueError for a name that is taken, or if an adapter changed the backbone."""
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"The name of an adapter must be a text without dots, got {name!r}.")
-    if name in getattr(backbone, "peft_config", {}):
+    if name in adapter_configs(backbone):
         raise ValueError(
             f"The backbone has an adapter {name!r} already: choose another name or delete it first."
         )
@@ -123,17 +95,13 @@ def check_room_for(backbone: nn.Module, name: str) -> None:
 
 
 def check_backbone_is_whole(backbone: nn.Module, user: str) -> None:
-    """Refuses a second use of a backbone whose weights an adapter has changed.
-
-    Raises:
-        ValueError: there is such an adapter; the message names it and the `user`.
-    """
-    for name, config in getattr(backbone, "peft_config", {}).items():
+    """Raises a ValueError if an adapter has changed the backbone's weights, which `user` needs."""
+    for name, config in adapter_configs(backbone).items():
         if (start := getattr(config, "init_lora_weights", None)) in CHANGING_STARTS:
             raise ValueError(
                 f"The adapter {name!r} (`init_lora_weights={start!r}`) has changed the backbone's "
-                f"weights, which {user} needs as they were: `save_head`, and load what it writes "
-                "into a model with the weights as they were."
+                f"weights, which {user} needs as they were: `save_head`, and load the head into a "
+                "model with the weights as they were."
             )
 
 
@@ -143,8 +111,7 @@ def set_adapter(backbone: nn.Module, name: str, *, train: bool = True) -> None:
     Args:
         backbone: carries it.
         name: the adapter.
-        train: whether it is trained from now on, alone, as PEFT has it; else nothing of that is
-            changed.
+        train: whether it is trained from now on, alone; else nothing of that is changed.
     """
     trained = {} if train else {p: p.requires_grad for p in backbone.parameters()}
     enable_adapters(backbone)
@@ -180,26 +147,34 @@ def delete_adapter(backbone: nn.Module, name: str) -> None:
     """Removes an adapter; if it was active, all others are switched off.
 
     Raises:
-        ValueError: it is merged into the backbone's weights, or has changed them by its start.
-        KeyError: there is no such adapter.
+        ValueError: there is no such adapter, it is merged into the backbone's weights, or has
+            changed them by its start.
     """
-    config = backbone.peft_config[name]
+    config = adapter_configs(backbone, name)[name]
     _check_not_merged(backbone)
-    if (start := getattr(config, "init_lora_weights", None)) in CHANGING_STARTS:
+    if config.init_lora_weights in CHANGING_STARTS:
         raise ValueError(
-            f"The adapter {name!r} (`init_lora_weights={start!r}`) cannot be deleted: it has "
-            "changed the backbone's weights, so load the model again instead."
+            f"The adapter {name!r} (`init_lora_weights={config.init_lora_weights!r}`) cannot be "
+            "deleted: it has changed the backbone's weights, so load the model again instead."
         )
     del backbone.peft_config[name]
     if name in active_state(backbone)[0]:
         for other in [*backbone.peft_config][:1]:  # else PEFT would choose one, and warn
             set_adapter(backbone, other, train=False)
         enable_adapters(backbone, not backbone.peft_config)
-    prefix = f"{config.peft_type.value.lower()}_"
-    functional.delete_adapter(backbone, name, prefix)
+    functional.delete_adapter(backbone, name, "lora_")
     if not backbone.peft_config:
         del backbone.peft_config
         backbone._hf_peft_config_loaded = False
+
+
+def adapter_configs(backbone: nn.Module, name: str | None = None) -> dict[str, peft.LoraConfig]:
+    """The configurations of a backbone's adapters; with a `name`, that one must be among them."""
+    there = getattr(backbone, "peft_config", {})
+    if name is not None and name not in there:
+        known = ", ".join(map(repr, there)) or "none"
+        raise ValueError(f"There is no adapter {name!r}: the backbone's adapters are {known}.")
+    return there
 
 
 def adapter_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -208,6 +183,7 @@ def adapter_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def lora_layers(backbone: nn.Module, name: str) -> dict[str, nn.Module]:
+    """The layers that carry an adapter."""
     return {n: m for n, m in adapter_layers(backbone).items() if name in getattr(m, "r", ())}
 
 
@@ -215,18 +191,19 @@ def active_state(backbone: nn.Module) -> tuple[list[str], bool]:
     """The active adapters, and whether they are on."""
     layers = adapter_layers(backbone).values()
     names = dict.fromkeys(name for layer in layers for name in layer.active_adapters)
-    return [*names], not any(layer.disable_adapters for layer in layers)
+    return [*names], bool(names) and not any(layer.disable_adapters for layer in layers)
 
 
 def restore(backbone: nn.Module, state: tuple[list[str], bool]) -> None:
+    """Puts back what `active_state` gave."""
     for name in state[0][:1]:
         set_adapter(backbone, name, train=False)
-        enable_adapters(backbone, state[1])
+    if not state[1]:
+        enable_adapters(backbone, False)
 
 
 def _check_not_merged(backbone: nn.Module) -> None:
-    layers = adapter_layers(backbone).values()
-    if any(getattr(layer, "merged", False) for layer in layers):
+    if any(getattr(layer, "merged", False) for layer in adapter_layers(backbone).values()):
         raise ValueError(
             "An adapter is merged into the backbone's weights, where it cannot be told from them: "
             "call `unmerge_adapter` or `merge_and_unload` of PEFT's model first."
@@ -241,17 +218,7 @@ def active_adapter(model: nn.Module) -> str | None:
     """
     _check_not_merged(model.backbone)
     names, are_on = active_state(model.backbone)
-    known = getattr(model.backbone, "peft_config", {})
-    for name in (name for name in names if name not in known):
-        if any(
-            layer.get_delta_weight(name).any()
-            for layer in lora_layers(model.backbone, name).values()
-        ):
-            raise ValueError(
-                f"The adapter {name!r} is on a part of the backbone only, since PEFT refused to "
-                "make it: load the model again."
-            )
-    names = [name for name in names if name in known]
+    names = [name for name in names if name in adapter_configs(model.backbone)]
     if not names or not are_on:
         return None
     if len(names) > 1:
@@ -264,36 +231,26 @@ def active_adapter(model: nn.Module) -> str | None:
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Refuses adapters of a [`CoDDModel`] that could not be saved.
-
-    Raises:
-        ValueError: one is of a kind that is not supported, or on another part than the backbone.
-    """
-    for config in getattr(model.backbone, "peft_config", {}).values():
+    """Raises a ValueError for adapters of a [`CoDDModel`] that could not be saved."""
+    for config in adapter_configs(model.backbone).values():
         check_adapter_settings(config.to_dict())
     for name in adapter_layers(model):
         if not name.startswith("backbone.") and name != "coupling_head":
-            raise _not_on(name)
-
-
-def _not_on(module: str) -> ValueError:
-    return ValueError(
-        f"The module {module!r} of a CoDD model cannot get an adapter: name layers of the backbone "
-        "as `target_modules`, and train the head in full with `modules_to_save=['coupling_head']`."
-    )
+            raise ValueError(
+                f"The module {name!r} of a CoDD model cannot get an adapter: name layers of the "
+                "backbone as `target_modules`, and train the head in full with "
+                "`modules_to_save=['coupling_head']`."
+            )
 
 
 def without_adapters(
     model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """The state dict of a model as if no adapter had been added to its backbone.
+    """The state dict of a [`CoDDModel`] as if no adapter had been added to its backbone.
 
     Args:
-        model: a [`CoDDModel`].
+        model: the model.
         state_dict: its own, where the caller has it already.
-
-    Raises:
-        ValueError: a weight under an adapter is offloaded.
     """
     renamed: dict[str, str | None] = {}
     for name, layer in adapter_layers(model).items():
@@ -305,17 +262,11 @@ def without_adapters(
         renamed |= {f"{name}.{child}.": None for child in children if child != kept}
     state = {}
     for key, tensor in (model.state_dict() if state_dict is None else state_dict).items():
-        for prefix, plain in renamed.items():
-            if key.startswith(prefix):
-                key = None if plain is None else plain + key.removeprefix(prefix)
-                if key is not None and tensor.is_meta:
-                    raise ValueError(
-                        f"{key!r} is offloaded and has an adapter: load the model without "
-                        "`device_map` to save it (`save_head` saves head and adapter)."
-                    )
-                break
-        if key is not None:
+        prefix = next((prefix for prefix in renamed if key.startswith(prefix)), None)
+        if prefix is None:
             state[key] = tensor
+        elif renamed[prefix] is not None:
+            state[renamed[prefix] + key.removeprefix(prefix)] = tensor
     return state
 
 
@@ -326,12 +277,12 @@ def adapter_state_dict(backbone: nn.Module, name: str) -> dict[str, torch.Tensor
     )
 
 
-def _remove_layers(module: nn.Module, adapter: str) -> None:
+def _take_off(module: nn.Module, adapter: str) -> None:
     """Takes an adapter off that was refused; without another one, a module is as it was before."""
-    configs, layers = getattr(module, "peft_config", {}), adapter_layers(module)
-    start = getattr(configs.get(adapter), "init_lora_weights", True)
-    for layer in lora_layers(module, adapter).values() if start not in PLAIN_STARTS else ():
-        layer.get_base_layer().weight.data += layer.get_delta_weight(adapter)
+    configs, layers = adapter_configs(module), adapter_layers(module)
+    if getattr(configs.get(adapter), "init_lora_weights", True) not in PLAIN_STARTS:
+        for layer in lora_layers(module, adapter).values():
+            layer.get_base_layer().weight.data += layer.get_delta_weight(adapter)
     if configs.keys() - {adapter}:
         for layer in layers.values():
             layer.delete_adapter(adapter)
@@ -349,24 +300,24 @@ def _remove_layers(module: nn.Module, adapter: str) -> None:
 
 
 class AdaptersMixin:
-    """Adapters of a [`CoDDModel`]: all of them are on its backbone, however they are made."""
+    """The interface of transformers and PEFT to adapters, which are all on the backbone."""
 
     @property
-    def peft_config(self) -> dict[str, Any]:
+    def peft_config(self) -> dict[str, peft.LoraConfig]:
         """PEFT's configurations of the backbone's adapters, by name."""
         return self.backbone.peft_config
 
     @peft_config.setter
     def peft_config(self, configs: dict[str, Any]) -> None:
-        """What `peft.get_peft_model` does last: an adapter that could not be saved is taken off."""
+        """PEFT's last act in wrapping a model: an adapter that could not be saved is taken off."""
         self.backbone.peft_config = configs
         try:
             check_adapters(self)
-            for head in self.heads[1:]:
-                check_backbone_is_whole(self.backbone, f"the head {head!r}")
+            if len(self.heads) > 1:
+                check_backbone_is_whole(self.backbone, f"the head {[*self.heads][-1]!r}")
         except ValueError:
             newest = next(reversed(configs))
-            _remove_layers(self, newest)
+            _take_off(self, newest)
             del configs[newest]
             if not configs:
                 del self.backbone.peft_config
@@ -380,11 +331,10 @@ class AdaptersMixin:
         """As in torch.
 
         Raises:
-            ValueError: the model has adapters, of which there is nothing: it would go on with those
-                that it has.
+            ValueError: the model has adapters, of which there is nothing in `state_dict`.
         """
-        absent = adapter_layers(self) and not any(".lora_" in key for key in state_dict)
-        if absent and getattr(self.backbone, "peft_config", None):
+        has_adapters = adapter_layers(self) and adapter_configs(self.backbone)
+        if has_adapters and not any(".lora_" in key for key in state_dict):
             raise ValueError(
                 "`state_dict` must hold the adapters that the model has, got none of their "
                 "weights: load what `save_pretrained` wrote, or train with transformers' Trainer "
@@ -392,61 +342,36 @@ class AdaptersMixin:
             )
         return super().load_state_dict(state_dict, *args, **kwargs)
 
-    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+    def add_adapter(self, adapter_config: peft.LoraConfig, adapter_name: str | None = None) -> None:
         """Adds a new LoRA to the backbone, for training; it is active and all else is frozen.
 
-        Args:
-            adapter_config: a `peft.LoraConfig`.
-            adapter_name: what to call it.
-
         Raises:
-            TypeError: it is none.
+            TypeError: the configuration is none.
             ValueError: the name is taken, the options are not supported, or the backbone has no
-                layer of the names wanted.
+                layer of the names in `adapter_config`.
         """
         if not hasattr(adapter_config, "peft_type"):
             raise TypeError(
                 "`adapter_config` must be a `peft.LoraConfig`, got "
                 f"{type(adapter_config).__name__}."
             )
-        targets = getattr(adapter_config, "target_modules", None) or ()
-        ends = () if isinstance(targets, str) else tuple(f".{target}" for target in targets)
-        for name, _ in self.named_modules():
-            if name.startswith("coupling_head.") and f".{name}".endswith(ends):
-                raise _not_on(name)
-        start = getattr(adapter_config, "init_lora_weights", True)
-        if start in CHANGING_STARTS and len(self.heads) > 1:
-            raise ValueError(
-                f"`init_lora_weights` {start!r} changes the backbone's weights, which the heads "
-                f"{self.heads} share: use True."
-            )
         add_adapter(self.backbone, adapter_config, adapter_name or "default")
+        self.peft_config = self.backbone.peft_config  # which checks it beside the heads
 
     def load_adapter(
         self, adapter: str | Path, adapter_name: str | None = None, **hub: Any
     ) -> None:
         """Loads a stored LoRA into the backbone, where it is active and frozen.
 
-        Args:
-            adapter: a folder or an id on the Hub, of the adapter or of a head that has one.
-            adapter_name: what to call it.
-            **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
-
-        Raises:
-            OSError: there is no adapter, or it is damaged.
-            ValueError: it is of an unsupported kind, or of another backbone.
+        The arguments are those of [`~codd_hf.coupling.adapter_files.load_adapter`].
         """
-        from .loading import load_adapter
+        from .adapter_files import load_adapter
 
         load_adapter(self.backbone, adapter, adapter_name or "default", **hub)
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Makes an adapter the active one.
-
-        Raises:
-            ValueError: there is no such adapter.
-        """
-        self._check_adapter(adapter_name)
+        """Makes an adapter the active one."""
+        adapter_configs(self.backbone, adapter_name)
         set_adapter(self.backbone, adapter_name)
 
     def enable_adapters(self) -> None:
@@ -462,29 +387,15 @@ class AdaptersMixin:
         return active_state(self.backbone)[0]
 
     def delete_adapter(self, adapter_names: str | list[str]) -> None:
-        """Removes adapters of these names.
-
-        Raises:
-            ValueError: there is no such adapter.
-        """
+        """Removes adapters of these names."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in names:
-            self._check_adapter(name)
+            adapter_configs(self.backbone, name)
         for name in names:
             delete_adapter(self.backbone, name)
 
     def get_adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, torch.Tensor]:
-        """An adapter's weights, as PEFT stores them, without its name; default, the active one's.
-
-        Raises:
-            ValueError: there is no such adapter.
-        """
+        """An adapter's weights, by default the active one's, as PEFT stores them."""
         name = (self.active_adapters() or [None])[0] if adapter_name is None else adapter_name
-        self._check_adapter(name)
+        adapter_configs(self.backbone, name or "")
         return adapter_state_dict(self.backbone, name)
-
-    def _check_adapter(self, name: str | None) -> None:
-        there = getattr(self.backbone, "peft_config", {})
-        if name not in there:
-            known = ", ".join(map(repr, there)) or "none"
-            raise ValueError(f"There is no adapter {name!r}: the backbone's adapters are {known}.")

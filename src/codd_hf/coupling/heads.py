@@ -1,54 +1,78 @@
-"""Several heads on one backbone, one of them the default; named and switched as PEFT's adapters.
+"""Several heads on one backbone, by name; and from a name, a folder or an id to a head.
 
-Which head couples a call is settled once, when the call begins, and travels with it: threads share
-a model, and what one of them sets concerns the calls that begin later.
+The head that couples a call is settled once, when the call begins, and travels with it, so that
+threads can share a model.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
-from ..backbones import execution_device
+from ..backbones import layout_of, needs_remote_code
 from ..checks.arguments import shown
 from ..configuration_codd import CoDDHeadConfig
+from ..conversion import convert_jpc, holds_circuit
 from ..hub.cards import Artifact
-from ..hub.publishing import push
-from ..hub.repositories import ADAPTER_FOLDER, Repository, checked_name
-from .adapter_files import save_adapter
+from ..hub.publishing import FACTS, UPLOAD, push
+from ..hub.repositories import (
+    ADAPTER_FOLDER,
+    CACHE_ARGUMENTS,
+    HUB_ARGUMENTS,
+    Repository,
+    checked_name,
+    is_local,
+    locate,
+)
+from ..modeling_head import CoDDHead
+from .adapter_files import load_adapter, save_adapter, write_adapter
 from .adapters import (
+    active_state,
+    adapter_configs,
     adapter_in_use,
     check_backbone_is_whole,
     delete_adapter,
-    enable_adapters,
-    set_adapter,
+    restore,
 )
-from .loading import load_adapter, load_head
 
 if TYPE_CHECKING:
-    from ..modeling_head import CoDDHead, FrozenHead
+    from ..modeling_head import FrozenHead
+    from .windows import CoupledBackbone
 
 DEFAULT_NAME = "default"
+OWN_ARGUMENTS = ("coupling", "mask_token_id", "forbidden_token_ids")
+BACKBONE_ARGUMENTS = (
+    *CACHE_ARGUMENTS,
+    "dtype",
+    "torch_dtype",
+    "device_map",
+    "max_memory",
+    "offload_folder",
+    "attn_implementation",
+    "quantization_config",
+)
 
 HeadName = str | bool | None
-"""Of a call: the name of a head; None, the model's default; False, none."""
+"""Of a call: the name of a head; None, the default one; False, none."""
 
 
 class CallHead(NamedTuple):
-    """What couples the predictions of a call.
+    """The head of a call.
 
     Attributes:
-        name: the head whose window and adapter the call has; None if the model has no head.
+        name: the head whose window and adapter the call has.
         module: the head; None leaves predictions factorized.
         window_length: length of a window.
     """
 
-    name: str | None
+    name: str
     module: CoDDHead | FrozenHead | None
     window_length: int
 
@@ -57,59 +81,44 @@ class CallHead(NamedTuple):
         return self if self.module is None else self._replace(module=self.module.frozen())
 
 
-class ModelLock:
-    """A reentrant lock; a model that is copied or unpickled gets one of its own."""
+@dataclass(eq=False, repr=False)
+class Heads:
+    """The heads of a [`CoDDModel`], by name.
 
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[ModelLock], tuple[()]]:
-        return ModelLock, ()
-
-
-class HeadsMixin:
-    """`load_head`, `set_head`, `disable_head`, `delete_head` and `save_head` of a [`CoDDModel`].
-
-    The active head is the submodule `coupling_head`, and its configuration is the model's
-    `head_config`. The others are kept aside: they are not among the model's parameters, and
-    `save_pretrained` writes the active one alone.
-
-    Calls in several threads may name different heads (`head=`). Where heads have adapters, passes
-    of the backbone take turns; one with an adapter is to be loaded or deleted while no call runs.
+    `"default"` is the submodule `coupling_head`: calls that name no head have it, and it alone is
+    saved with the model. The others are not among the model's parameters. A LoRA belongs to the
+    head of its name; where heads have adapters of their own, passes of the backbone take turns.
     """
 
-    def _start_heads(self) -> None:
-        self._heads: dict[str, CoDDHead | None] = {}  # None stands for the active one
-        self._head_name: str | None = None
-        self._switched_off: set[object] = set()  # by whom; not a flag, which the first would reset
-        self._adapted_heads: set[str] = set()
-        self._lock = ModelLock()
-        if self.coupling_head is not None:
-            self._heads[DEFAULT_NAME] = None
-            self._head_name = DEFAULT_NAME
+    model: CoupledBackbone
+    others: dict[str, CoDDHead] = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
-    @property
-    def heads(self) -> list[str]:
-        """The names of the heads on this backbone, in the order in which they came."""
-        return list(self._heads)
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"lock": None}
 
-    @property
-    def active_head(self) -> str | None:
-        """The name of the head that couples predictions; None if there is none, or it is off."""
-        return None if self._switched_off else self._head_name
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"lock": threading.RLock()}  # a copy has its own
 
-    def head_of_call(self, head: HeadName | CallHead = None) -> CallHead:
-        """What couples a call that begins now.
+    def __iter__(self) -> Iterator[str]:
+        default = () if self.model.coupling_head is None else (DEFAULT_NAME,)
+        return iter((*default, *self.others))
+
+    def __len__(self) -> int:
+        return (self.model.coupling_head is not None) + len(self.others)
+
+    def __getitem__(self, name: str) -> CoDDHead:
+        if name not in self:
+            there = ", ".join(map(repr, self)) or "none"
+            raise ValueError(f"`head`: there is no head {name!r}: the model's heads are {there}.")
+        return self.model.coupling_head if name == DEFAULT_NAME else self.others[name]
+
+    def of_call(self, head: HeadName | CallHead = None) -> CallHead:
+        """The head of a call that begins now.
 
         Args:
-            head: the name of a head; None, the model's default; False, none: the window is then the
-                default head's, and so is the backbone's adapter. What was settled before stays.
+            head: the name of a head; None, the default one; False, none: window and adapter are
+                then the default head's. A head that was settled before stays.
 
         Raises:
             TypeError: it is none of these.
@@ -122,24 +131,20 @@ class HeadsMixin:
                 "`head` must be the name of a head, None (the model's default) or False (none), "
                 f"got {shown(head)}."
             )
-        named = isinstance(head, str)
-        with self._lock:
-            if named:
-                self._check_name(head)
-            off = head is False or (not named and bool(self._switched_off))
-            name = head if named else self._head_name
-            aside = self._heads.get(name)
-            module = self.coupling_head if aside is None else self._placed(aside)
-            length = self.window_length if module is None else module.config.window_length
-            if module is not None and not off:
-                self.bind(module)
-            return CallHead(name, None if off else module, length)
+        if isinstance(head, str):
+            module = self[head]
+            self._bind(module)
+            return CallHead(head, module, module.config.window_length)
+        module = None if head is False else self.model.coupling_head
+        if module is not None:
+            self._bind(module)
+        return CallHead(DEFAULT_NAME, module, self.model.window_length)
 
-    def bind(self, head: CoDDHead) -> None:
+    def _bind(self, head: CoDDHead) -> None:
         """Gives tied emissions the output embedding; where that is offloaded, a copy, once."""
         if head.config.emission != "tied":
             return
-        embedding = self.get_output_embeddings()
+        embedding = self.model.get_output_embeddings()
         if not embedding.weight.is_meta:
             head.bind(embedding.weight)
         elif not head._bound:
@@ -153,189 +158,199 @@ class HeadsMixin:
     def adapter_of_call(self, head: CallHead) -> Iterator[None]:
         """Runs a pass of the backbone with the adapter that belongs to the head of a call.
 
-        The default head's passes meet the adapters as they are set. Other heads' have their own
-        adapter or none; it is put back as it was at the end.
+        The default head's passes meet the adapters as they are set; other heads' have their own
+        adapter or none.
 
         Raises:
             ValueError: the adapter is another one than the default head's, and the pass would be
                 repeated later, when gradients are computed.
         """
-        if not self._adapted_heads:
+        backbone = self.model.backbone
+        adapters = adapter_configs(backbone).keys()
+        if not self.others or not adapters & {*self}:
             yield
             return
-        with self._lock:
-            if head.name == self._head_name:
+        with self.lock:
+            if head.name == DEFAULT_NAME:
                 yield
                 return
-            repeated = any(getattr(m, "gradient_checkpointing", 0) for m in self.backbone.modules())
+            repeated = any(getattr(m, "gradient_checkpointing", 0) for m in backbone.modules())
             if repeated and torch.is_grad_enabled():
                 raise ValueError(
                     f"`head` {head.name!r} has another adapter than the default head: it cannot be "
-                    "trained with gradient checkpointing, which repeats passes, but after "
-                    f"`set_head({head.name!r})`."
+                    "trained with gradient checkpointing, which repeats passes, but as the default "
+                    "head of a model."
                 )
-            name = head.name if head.name in self._adapted_heads else None
-            with adapter_in_use(self.backbone, name):
+            with adapter_in_use(backbone, head.name if head.name in adapters else None):
                 yield
 
-    def load_head(
+    def load(
         self,
         head: CoDDHead | CoDDHeadConfig | str | Path,
         name: str = DEFAULT_NAME,
         adapter: str | Path | None = None,
         **hub: Any,
     ) -> None:
-        """Adds a head; it becomes active only if the model has none.
-
-        Args:
-            head: a head; a folder or an id of one, of a model that has one, or of a PyJuice
-                circuit; a configuration makes a new one. Its window length and structure may differ
-                from the other heads'.
-            name: what to call it.
-            adapter: folder or id of a PEFT LoRA that belongs to the head and is active together
-                with it; default, the one beside the head (`adapter/`), if there is one.
-            **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
-
-        Raises:
-            TypeError: the head is none of these, or the name is no text.
-            ValueError: the name is taken, or head or adapter do not fit the backbone.
-            OSError: nothing is found.
-        """
+        """Adds a head; see [`CoDDModel.load_head`] for the arguments."""
+        model = self.model
         if not isinstance(name, str) or not name:
             raise TypeError(f"`name` must be a text that is not empty, got {name!r}.")
-        if name in self._heads:
+        if name in self:
             raise ValueError(
                 f"`name` {name!r} is taken: choose another one, or `delete_head({name!r})` first."
             )
-        if self._heads:
-            check_backbone_is_whole(self.backbone, f"the head {name!r}")
-        loaded = load_head(head, self.backbone, self.config.mask_token_id, **hub)
-        if self.config.mask_token_id is None:
-            self.config.mask_token_id = loaded.config.mask_token_id
+        if len(self):
+            check_backbone_is_whole(model.backbone, f"the head {name!r}")
+        loaded = load_head(head, model.backbone, model.config.mask_token_id, **hub)
         if adapter is None and isinstance(head, str | Path):
             adapter = Repository(checked_name(head, "head"), hub).adapter()
-        with self._lock:
+        with self.lock:
             if adapter is not None:
-                load_adapter(self.backbone, adapter, name, **hub)
-                self._adapted_heads.add(name)
-            self._heads[name] = loaded
-            if self._head_name is None:
-                self.set_head(name)
+                before = active_state(model.backbone)
+                load_adapter(model.backbone, adapter, name, shared=len(self) > 0, **hub)
+                if name != DEFAULT_NAME:
+                    restore(model.backbone, before)
+            if model.config.mask_token_id is None:
+                model.config.mask_token_id = loaded.config.mask_token_id
+            if name == DEFAULT_NAME:
+                model.coupling_head, model.config.head_config = loaded, loaded.config
             else:
-                self._switch_adapter(self._head_name)
+                self.others[name] = loaded
 
-    def set_head(self, name: str) -> None:
-        """Makes a head the default of later calls, with its adapter if it has one.
+    def delete(self, name: str) -> None:
+        """Removes a head and its adapter; see [`CoDDModel.delete_head`]."""
+        with self.lock:
+            if self[name] is not None and name in adapter_configs(self.model.backbone):
+                delete_adapter(self.model.backbone, name)
+            if name == DEFAULT_NAME:
+                self.model.coupling_head = self.model.config.head_config = None
+            else:
+                del self.others[name]
 
-        It ends what `disable_head` began. A call names a head for itself by `head=name`.
-
-        Raises:
-            ValueError: there is no such head, or PEFT is training the one that is active.
-        """
-        with self._lock:
-            self._check_name(name)
-            if name != self._head_name:
-                self._set_aside()
-                head, self._heads[name] = self._placed(self._heads[name]), None
-                self.coupling_head = head.train(self.training)
-                self.config.head_config = head.config
-                self._head_name = name
-            self._switched_off.clear()
-            self._switch_adapter(name)
-
-    def disable_head(self) -> ExitStack:
-        """Switches the head off for later calls: predictions are factorized until `set_head`.
-
-        As a context manager, it is switched on again at the end:
-
-            with model.disable_head():
-                baseline = model.generate(input_ids)
-
-        That holds for all threads; a call alone goes without by `head=False`. The window stays the
-        head's, and so does the backbone's adapter; a model that is saved keeps its head.
-        """
-        who, restored = object(), ExitStack()
-        self._switched_off.add(who)
-        restored.callback(self._switched_off.discard, who)
-        return restored
-
-    def delete_head(self, name: str) -> None:
-        """Removes a head and its adapter; without an active head, predictions are factorized.
-
-        Raises:
-            ValueError: there is no such head, or PEFT is training it.
-        """
-        with self._lock:
-            self._check_name(name)
-            if name in self._adapted_heads:
-                delete_adapter(self.backbone, name)
-                self._adapted_heads.remove(name)
-            if name == self._head_name:
-                self._set_aside()
-                self.coupling_head = self.config.head_config = self._head_name = None
-            del self._heads[name]
-
-    def save_head(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Saves the active head as a small repository of its own, with the backbone's LoRA if any.
-
-        `CoDDModel.from_pretrained(save_directory)` brings both back, over the backbone that the
-        head's configuration names: by default where this one was loaded from.
-
-        Args:
-            save_directory: a folder; the adapter goes into its `adapter/`.
-            **kwargs: for the head's `save_pretrained`; with `push_to_hub=True` and a `repo_id` both
-                are uploaded.
-
-        Raises:
-            ValueError: the model has no head.
-        """
-        if self.coupling_head is None:
+    def save(self, save_directory: str | Path, name: str = DEFAULT_NAME, **kwargs: Any) -> None:
+        """Saves a head and its adapter; see [`CoDDModel.save_head`] for the arguments."""
+        if not len(self):
             raise ValueError("The model has no head to save: add one with `load_head`.")
-        head, base = self.coupling_head, self.backbone.name_or_path or None
+        model, head, base = self.model, self[name], self.model.backbone.name_or_path or None
         if head.config.base_model_name_or_path is None:
             head.config.base_model_name_or_path = base
-        to_hub, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
+        to_hub = kwargs.pop("push_to_hub", False)
+        repo_id = kwargs.pop("repo_id", Path(save_directory).resolve().name)
+        upload = {key: kwargs.pop(key) for key in UPLOAD if key in kwargs}
 
         def save(folder: str | Path) -> None:
-            with self._lock:
-                save_adapter(self, Path(folder, ADAPTER_FOLDER), base)
-            head.save_pretrained(folder)
+            adapter = Path(folder, ADAPTER_FOLDER)
+            with self.lock:
+                if name == DEFAULT_NAME:
+                    save_adapter(model, adapter, base)
+                elif name in adapter_configs(model.backbone):
+                    write_adapter(model.backbone, name, adapter, base)
+            head.save_pretrained(folder, **kwargs)
 
         save(save_directory)
         if to_hub:
-            name = repo_id or Path(save_directory).resolve().name
-            push(Artifact("head", head), save, name, **kwargs)
+            facts = {key: kwargs[key] for key in FACTS if key in kwargs}
+            push(Artifact("head", head), save, repo_id, **upload, **facts)
 
-    def _check_name(self, name: str) -> None:
-        if name not in self._heads:
-            there = ", ".join(repr(n) for n in self._heads) or "none"
-            raise ValueError(f"`head`: there is no head {name!r}: the model's heads are {there}.")
 
-    def _apply(self, fn, recurse: bool = True) -> HeadsMixin:
-        # The heads kept aside, which are no submodules, go where the model goes.
-        for head in getattr(self, "_heads", {}).values():
-            if head is not None:
-                head._apply(fn)
-        return super()._apply(fn, recurse)
+def load_head(
+    head: CoDDHead | CoDDHeadConfig | str | Path,
+    backbone: PreTrainedModel,
+    mask_token_id: int | None = None,
+    **hub: Any,
+) -> CoDDHead:
+    """A head for a backbone.
 
-    def _placed(self, head: CoDDHead) -> CoDDHead:
-        """A head kept aside, on the device of the backbone."""
-        device = execution_device(self.backbone)
-        return head if head.device == device else head.to(device)
+    Args:
+        head: a head; a folder or id of a head, of a model that has one, or of a PyJuice circuit
+            (`model.jpc`), which is converted; a configuration makes a new head.
+        backbone: the model that it is for.
+        mask_token_id: the mask token, for a head that does not know it; default the backbone's.
+        **hub: `revision`, `token`, `cache_dir`, `local_files_only`, for a folder or an id.
 
-    def _set_aside(self) -> None:
-        """Takes the active head off the model."""
-        if hasattr(self.coupling_head, "modules_to_save"):
+    Raises:
+        TypeError: it is none of these.
+        ValueError: it does not fit the backbone.
+        OSError: nothing is found.
+    """
+    config = backbone.config
+    if mask_token_id is None:
+        mask_token_id = getattr(config, "mask_token_id", None)
+    if isinstance(head, CoDDHeadConfig):
+        head = CoDDHead(head)
+    elif isinstance(head, str | Path):
+        name = checked_name(head, "head")
+        if holds_circuit(name, **hub):
+            base = backbone.name_or_path or None
+            hub |= {"mask_token_id": mask_token_id, "base_model_name_or_path": base}
+            head = convert_jpc(name, **hub)
+        else:
+            head = CoDDHead.from_pretrained(name, **hub)
+    if getattr(getattr(head, "config", None), "model_type", None) != CoDDHeadConfig.model_type:
+        raise TypeError(
+            "`head` must be a CoDD head, its configuration, or the folder or id of one, got "
+            f"{type(head).__name__}."
+        )
+    for what, found, wanted in (
+        ("a vocabulary of {} tokens", head.config.vocab_size, config.vocab_size),
+        ("hidden states of size {}", head.config.context_size, config.hidden_size),
+    ):
+        if found not in (None, wanted):
             raise ValueError(
-                f"The head {self._head_name!r} is being trained by PEFT (`modules_to_save`): merge "
-                "or unload the adapter first."
+                f"`head` was made for {what.format(found)}, but the backbone has {wanted}: use a "
+                "head that was fitted to this backbone."
             )
-        if self._head_name is not None:
-            self._heads[self._head_name] = self.coupling_head
+    if head.config.mask_token_id is None:
+        head.config.mask_token_id = mask_token_id
+    return head
 
-    def _switch_adapter(self, name: str) -> None:
-        """Activates the adapter that belongs to a head; the user's own ones are left alone."""
-        if name in self._adapted_heads:
-            set_adapter(self.backbone, name, train=False)
-        elif self._adapted_heads:
-            enable_adapters(self.backbone, False)
+
+def named_backbone(
+    name: str, head: CoDDHeadConfig, kwargs: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """The backbone that a head's configuration names, and the arguments to load it with.
+
+    Arguments for loading (`revision`, `token`, `trust_remote_code`, ...) concern the repository
+    that the user named. The backbone is another one: of these arguments it gets those that say how
+    to load and where to cache, none that grant anything.
+
+    Args:
+        name: where the head is from.
+        head: its configuration.
+        kwargs: the user's arguments for the head.
+
+    Raises:
+        ValueError: the head names no backbone, or one that the user has to name: a local path (in a
+            downloaded head), or a repository whose code would have to run.
+        TypeError: an argument is of no use.
+    """
+    base, advice = head.base_model_name_or_path, "`CoDDModel.from_backbone(backbone, head)`"
+    if base is None:
+        raise ValueError(
+            f"The head {name!r} names no backbone (`base_model_name_or_path`): join them with "
+            f"{advice}."
+        )
+    if not Path(name).exists() and is_local(base):
+        raise ValueError(
+            f"The downloaded head {name!r} names the local path {base!r} as its backbone: give "
+            f"the backbone yourself, with {advice}."
+        )
+    passed_on = {*OWN_ARGUMENTS, *BACKBONE_ARGUMENTS}
+    known = {*HUB_ARGUMENTS, *passed_on, "trust_remote_code"}
+    if unknown := [k for k in kwargs if k not in known and not k.startswith("_")]:
+        raise TypeError(
+            f"`{unknown[0]}` cannot be given with a head's folder or id: load the backbone with it "
+            f"and use {advice}."
+        )
+    own = {key: value for key, value in kwargs.items() if key in passed_on}
+    if head.base_model_revision is not None:
+        own["revision"] = head.base_model_revision
+    base = checked_name(base, "base_model_name_or_path")
+    found = locate(base, own).config
+    if layout_of(found) is None and needs_remote_code(found):
+        raise ValueError(
+            f"The head {name!r} names the backbone {base!r}, which brings its own code: if you "
+            f"trust that code, use `CoDDModel.from_backbone({base!r}, {name!r}, "
+            "trust_remote_code=True)`."
+        )
+    return base, own

@@ -94,7 +94,7 @@ def score(
             )
         what = f"In row {row} of `prompts` and `answers`, {len(prompt)} and {len(answer)} tokens"
         check_size(model.max_positions, len(prompt) + len(answer), what)
-    head, device = model.head_of_call(head).frozen(), model.device
+    head, device = model.heads.of_call(head).frozen(), model.device
     length = head.window_length
     windows = [
         (row, len(prompt) + start)
@@ -112,7 +112,7 @@ def score(
         ids = truth.masked_fill(hidden, mask_token_id)
         columns = starts[:, None] + torch.arange(length, device=device)
         targets = truth.gather(1, columns.clamp(max=truth.shape[1] - 1))
-        with model.adapter_of_call(head):
+        with model.heads.adapter_of_call(head):
             window = model.backbone_states(ids, attention_mask), ids, starts, attention_mask
             for total, temperature, coupled_by in (
                 (totals[0], 1.0, head._replace(module=None)),

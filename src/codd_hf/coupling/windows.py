@@ -17,10 +17,10 @@ from ..circuits import CoupledCategorical, Preceding
 from ..circuits.factorized import forbidden_tokens, trivial_potentials, without_tokens
 from ..configuration_codd import CoDDConfig
 from ..modeling_head import CoDDHead
-from .heads import CallHead, HeadName, HeadsMixin
+from .heads import CallHead, HeadName, Heads
 
 
-class CoupledBackbone(HeadsMixin):
+class CoupledBackbone:
     """A backbone and the heads that couple its predictions: the base of [`CoDDModel`].
 
     Training, scoring and decoding build on it: `backbone_states` runs a pass of the backbone, and
@@ -30,6 +30,7 @@ class CoupledBackbone(HeadsMixin):
     config: CoDDConfig
     backbone: PreTrainedModel
     coupling_head: CoDDHead | None
+    heads: Heads
     generation_config: GenerationConfig | None
 
     @property
@@ -162,9 +163,9 @@ class CoupledBackbone(HeadsMixin):
             attention_mask: `[batch, length]`; padding is absent.
             rows: `[N]`, the row each window lies on; default, one window per row.
             temperature: the evidence temperature; default, the head's.
-            head: as `head_of_call` takes it.
+            head: as [`Heads.of_call`] takes it.
         """
-        call = self.head_of_call(head)
+        call = self.heads.of_call(head)
         head, config, mask_token_id = call.module, self.config, self.mask_token_id
         if temperature is None:
             temperature = 1.0 if head is None else head.config.evidence_temperature

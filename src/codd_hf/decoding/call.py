@@ -193,7 +193,7 @@ class DecodingCall:
         draws = scheduler.draw_settings(**settings)
         draws.check_vocabulary(config.vocab_size)
         return cls(
-            head=model.head_of_call(head),
+            head=model.heads.of_call(head),
             scheduler=copy.copy(scheduler),
             settings=draws,
             generator=generator,

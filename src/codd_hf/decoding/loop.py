@@ -118,7 +118,7 @@ def denoise(
             if len(rows) == 0:
                 break
             record = {} if on_step is None else _empty_record(canvas)
-            with model.adapter_of_call(call.head):
+            with model.heads.adapter_of_call(call.head):
                 fallback |= take_step(
                     model, canvas, rows, reader.read(rows), stage, number, memory, record
                 )

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..backbones import load_backbone, load_tokenizer
-from ..coupling.loading import BACKBONE_ARGUMENTS, OWN_ARGUMENTS
+from ..coupling.heads import BACKBONE_ARGUMENTS, OWN_ARGUMENTS
 from ..decoding.generation_settings import scheduler_of
 from ..hub.repositories import Repository, explain_load_errors, shared_arguments
 from ..modeling_codd import CoDDModel

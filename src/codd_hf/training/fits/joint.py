@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...coupling.adapters import active_adapter, set_adapter
+from ...coupling.heads import DEFAULT_NAME
 from ...data.canvases import TokenizedExample
 from ...modeling_codd import CoDDModel
 from ...runtime.precision import chosen_precision, precision_note
@@ -120,7 +121,7 @@ def fit_joint(
     Raises:
         ValueError: the model has no head; and what `run_steps` raises.
     """
-    if model.active_head is None:
+    if model.coupling_head is None:
         raise ValueError("`model` has no head to fit: give `from_backbone` a head configuration.")
     config = (config or JointConfig()).at_temperature_of(model.coupling_head)
     accelerator = Accelerator()
@@ -150,9 +151,8 @@ def _trained_backbone(model: CoDDModel, config: JointConfig) -> list[torch.nn.Pa
     if config.backbone == "lora":
         found = active_adapter(model)
         if found is None:
-            add_lora(model.backbone, config.lora_config(), model.active_head, config.seed)
-            model._adapted_heads.add(model.active_head)
-        set_adapter(model.backbone, model.active_head if found is None else found)
+            add_lora(model.backbone, config.lora_config(), DEFAULT_NAME, config.seed)
+        set_adapter(model.backbone, found or DEFAULT_NAME)
     if config.backbone == "full":
         model.backbone.requires_grad_(True)
     return trained_in_float32(model.backbone)
