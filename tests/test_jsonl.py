@@ -19,7 +19,6 @@ import torch
 from codd_hf import CoDDPipeline
 from codd_hf.cli import main
 from codd_hf.cli.jsonl import RunFiles, answer_jsonl
-from codd_hf.cli.jsonl_rows import JSONLRows
 from tiny_pipeline import save_tiny_pipeline
 
 LENGTHS = {"gen_length": 8, "block_length": 4, "num_inference_steps": 4}
@@ -105,22 +104,22 @@ def test_rows_get_the_answer_they_get_alone_and_keep_their_order(
     assert not (tmp_path / "answers.jsonl.parts").exists()
 
 
-def test_other_columns_stay_as_they_are_written_and_byte_order_marks_go(pipe, tmp_path):
+def test_other_columns_stay_and_byte_order_marks_go(pipe, tmp_path):
     source, output = tmp_path / "odd.jsonl", tmp_path / "answers.jsonl"
     lines = [
         b'{"p": "How many?", "x": 1.10, "y": 12345678901234567890123, "s": "\\ud800\\u00e9"} ',
         b"",
         b'\t{"x": {"y": [1, null]}, "p": "Wo? \xc3\xa9" }\r',
-        b'\xef\xbb\xbf{"p":"Last","p2":NaN}',
+        b'\xef\xbb\xbf{"p":"Last","p2":Infinity}',
     ]
     source.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
     options = {"prompt_column": "p", "output_column": "a b", **LENGTHS}
     assert answer_jsonl(pipe, source, output, **options) == 3
-    written = output.read_bytes().splitlines()
-    starts = [lines[0][:-2], lines[2][:-3], lines[3][3:-1]]
-    for line, start in zip(written, starts, strict=True):
-        assert line.startswith(start + b', "a b": "')
-        assert isinstance(json.loads(line)["a b"], str)
+    for written, line in zip(output.read_bytes().splitlines(), (0, 2, 3), strict=True):
+        row = json.loads(written)
+        assert isinstance(row.pop("a b"), str)
+        assert row == json.loads(lines[line].removeprefix(b"\xef\xbb\xbf"))
+    assert b"Wo? \xc3\xa9" in output.read_bytes()
 
 
 def test_line_may_have_lengths_steps_and_a_seed_of_its_own(pipe, tmp_path):
@@ -225,7 +224,7 @@ def test_processes_that_are_last_at_once_write_the_same(pipe, source, tmp_path, 
         found = read(files)
         if len(found) == 7:
             monkeypatch.setattr(RunFiles, "answers", read)
-            files.finish(JSONLRows.read(source, None, "generated_text"))
+            files.finish([json.loads(line) for line in source.read_text().splitlines()])
             assert not files.folder.exists()
         return found
 
@@ -326,13 +325,11 @@ def test_run_is_not_continued_with_other_settings_or_another_input(
 @pytest.mark.parametrize(
     ("content", "options", "said"),
     [
-        (b'{"question": "a"}\n{"question": "b\n', {}, "Line 2 of .* is no JSON object"),
-        (b'{"question": "a"}\n\n["b"]\n', {}, "Line 3 of .* is no JSON object, but a list"),
-        (b'{"question": "Zo\xeb?"}\n', {}, "Line 1 .* is no JSON object"),
-        ('{"question": "a"}\n'.encode("utf-16"), {}, "Line 1 .* is no JSON object"),
-        (b'{"question": "a", "n": %s}\n' % (b"[" * 10**5), {}, "Line 1 .* no JSON object: Recurs"),
-        (b'{"question": "a", "n": %s}\n' % (b"9" * 5000), {}, "Line 1 .* no JSON object: Exceeds"),
-        (b'{"question": "a", "question": "b"}\n', {}, "Line 1 .* a column stands twice"),
+        (b'{"question": "a"}\n{"question": "b\n', {}, "Line 2 of .* is not JSON"),
+        (b'{"question": "a"}\n\n["b"]\n', {}, "Line 3 of .* is not a JSON object"),
+        (b'{"question": "Zo\xeb?"}\n', {}, "Line 1 .* is not JSON"),
+        (b'{"question": "a", "n": %s}\n' % (b"[" * 10**5), {}, "Line 1 .* is not JSON .*recursion"),
+        (b'{"question": "a", "n": %s}\n' % (b"9" * 5000), {}, "Line 1 .* is not JSON .Exceeds"),
         (b'{"question": ""}\n', {}, "Line 1 .* text in column 'question', got ''"),
         (b'{"question": "a"}\n{"prompt": "b"}\n', {}, "Line 2 .* column 'question', got None"),
         (b'{"text": "a"}\n', {}, "neither question nor prompt is among"),

@@ -31,16 +31,15 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ..hub.defaults import default_model
-    from .jsonl_rows import JSONLRows
+    from .jsonl_rows import PromptRows
 
     folder = Path(args.model or default_model())
     if not (folder / "demo.jsonl").is_file():
         raise ValueError(f"`--model`: {str(folder)!r} has no `demo.jsonl` with held-out questions.")
-    rows = JSONLRows.read(folder / "demo.jsonl", "question")
-    for fault in rows.bad.values():
+    found = PromptRows.read(folder / "demo.jsonl", "question")
+    for fault in found.bad.values():
         raise ValueError(fault)
-    numbers = range(min(args.num_questions, len(rows)))
-    questions = [rows.values(row)["question"] for row in numbers]
+    questions = [row["question"] for _, row in found.rows[: args.num_questions]]
     pipeline = load_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
 

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,20 +30,21 @@ from ..data.fingerprint import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
+from ..data.rows import read_rows
 from ..decoding.call import DecodingCall
 from ..decoding.generation_settings import SETTINGS, task_of_call
 from ..decoding.loop import lay_out
 from ..pipelines.prompts import encode_prompts
 from ..runtime.files import atomic_write, make_durable, read_json
 from ..runtime.locks import locked
-from .jsonl_rows import JSONLRows, parsed
+from .jsonl_rows import PromptRows
 
 if TYPE_CHECKING:
     from ..pipelines.pipeline_codd import CoDDPipeline
 
 LARGEST_SEED = 2**63 - 1
 DIGESTS = {
-    "input_sha256": "another content of its input",
+    "input_digest": "another content of its input",
     "model_digest": "another model (other weights, settings or tokenizer)",
 }
 """How an error names what differs where a digest does."""
@@ -68,17 +69,17 @@ def answer_jsonl(
 ) -> int:
     """Answers every row of a JSONL file; the same call continues a killed run.
 
-    The columns `gen_length`, `num_inference_steps` and `seed`, where a line has them, stand for the
+    The columns `gen_length`, `num_inference_steps` and `seed`, where a row has them, stand for the
     arguments in its row.
 
     Args:
         pipeline: on this process's device, with a tokenizer.
         source: a JSONL file, an object a line.
-        output: the file to write: the lines of `source` as they are, with one more column.
+        output: the file to write: the rows of `source`, each with one more column.
         prompt_column: the column of the prompts; default `question` or else `prompt`.
         output_column: the new column.
         batch_size: rows decoded together; it changes the speed, not the answers.
-        seed: row `i`, from 0, is drawn with seed `seed + i`; a line's own seed is taken as it is.
+        seed: row `i`, from 0, is drawn with seed `seed + i`; a row's own seed is taken as it is.
         gen_length: as in the pipeline.
         num_inference_steps: as in the pipeline.
         use_chat_template: as in the pipeline.
@@ -104,13 +105,14 @@ def answer_jsonl(
         raise ValueError("`pipeline` needs a tokenizer for the texts of `source`.")
     draws = {name: settings[name] for name in SETTINGS if name in settings}
     pipeline.scheduler.draw_settings(**draws).check_vocabulary(model.config.vocab_size)
-    rows = JSONLRows.read(Path(source), prompt_column, output_column)
+    found = PromptRows.read(Path(source), prompt_column, output_column)
+    prompt_column, rows = found.prompt_column, found.rows
     lengths = {"gen_length": gen_length, "num_inference_steps": num_inference_steps}
     call = {"use_chat_template": use_chat_template, **settings}
     # All that an answer depends on beside its row.
     run = {
-        "input_sha256": rows.sha256,
-        "prompt_column": rows.prompt_column,
+        "input_digest": json_fingerprint([str(columns) for _, columns in rows]),
+        "prompt_column": prompt_column,
         "output_column": output_column,
         "seed": seed,
         "model": model.config._name_or_path,
@@ -131,24 +133,24 @@ def answer_jsonl(
     if files.is_complete():
         return 0
 
-    def values(row: int) -> dict[str, Any]:
-        return {"seed": seed + row, **lengths, **rows.values(row)}
+    def values(i: int) -> dict[str, Any]:
+        return {"seed": seed + i, **lengths, **rows[i][1]}
 
     index, count = (0, 1) if state is None else (state.process_index, state.num_processes)
     wait = (lambda: None) if state is None else state.wait_for_everyone
     mine, bad = range(index, len(rows), count), []
-    for row in mine:
-        fault = rows.bad.get(row)
+    for i in mine:
+        fault = found.bad.get(i)
         if fault is None:
             try:
-                _check(pipeline, values(row), rows.prompt_column, call)
+                _check(pipeline, values(i), prompt_column, call)
             except (TypeError, ValueError) as error:
-                fault = f"{rows.where(row)}: {error}"
+                fault = f"{found.where(i)}: {error}"
         if fault is not None and skip is None:
             raise ValueError(fault)
         if fault is not None:
             skip(fault)
-            bad.append(row)
+            bad.append(i)
     if len(bad) == len(rows):
         raise ValueError(f"`source` {str(source)!r} has no row that can be answered.")
     wait()  # nothing is begun, and no process may be done already, before all have looked
@@ -161,21 +163,21 @@ def answer_jsonl(
             return 0
         files.check_same()
         done = files.answers()
-        files.append(index, [(row, None) for row in bad if row not in done])
-        left = [row for row in mine if row not in done and row not in bad]
+        files.append(index, [(i, None) for i in bad if i not in done])
+        left = [i for i in mine if i not in done and i not in bad]
         with tqdm(total=len(left), unit="row", disable=not progress or index > 0) as bar:
             for start in range(0, len(left), batch_size):
                 batch = left[start : start + batch_size]
-                columns = [values(row) for row in batch]
+                columns = list(map(values, batch))
                 texts = pipeline(
-                    [column[rows.prompt_column] for column in columns],
+                    [column[prompt_column] for column in columns],
                     generator=[torch.Generator().manual_seed(c["seed"]) for c in columns],
                     **{name: [column[name] for column in columns] for name in lengths},
                     **call,
                 ).texts
                 files.append(index, zip(batch, texts, strict=True))
                 bar.update(len(batch))
-        files.finish(rows)
+        files.finish([columns for _, columns in rows])
     return len(left)
 
 
@@ -272,26 +274,25 @@ class RunFiles:
         """The texts of the rows that are done; None where a row was left out."""
         found: dict[int, str | None] = {}
         for path in sorted(self.folder.glob("part-*.jsonl")):
-            for line in path.read_bytes().split(b"\n"):
-                with contextlib.suppress(ValueError, KeyError):
-                    answer = parsed(line)
+            for _, answer in read_rows(str(path)):
+                if isinstance(answer, dict) and {"row", "text"} <= answer.keys():
                     found.setdefault(answer["row"], answer["text"])
         return found
 
-    def finish(self, rows: JSONLRows) -> None:
+    def finish(self, rows: Sequence[dict[str, Any]]) -> None:
         """Writes the result if all rows are done; processes that come at once write the same."""
         try:
             answers = self.answers()
             if len(answers) < len(rows) or read_json(self.about) != self.run:
                 return
             merged = self.folder / f"merged-{uuid.uuid4().hex}.jsonl"
-            column = json.dumps(self.run["output_column"])
             with merged.open("wb") as file:
-                for row, line in enumerate(rows.lines):
-                    if answers[row] is not None:
-                        text = json.dumps(answers[row], ensure_ascii=False)
-                        start = line.removesuffix(b"}").rstrip()
-                        file.write(start + f", {column}: {text}}}\n".encode())
+                for i, row in enumerate(rows):
+                    if answers[i] is not None:
+                        answered = {**row, self.run["output_column"]: answers[i]}
+                        line = json.dumps(answered, ensure_ascii=False) + "\n"
+                        # Half of a surrogate pair becomes JSON's escape of it.
+                        file.write(line.encode(errors="backslashreplace"))
             make_durable(merged)
             merged.replace(self.output)
         except FileNotFoundError:  # another process has finished
