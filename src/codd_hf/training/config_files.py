@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
+from ..checks.settings import Setting, settings_of
 from .settings import TrainConfig
-from .typed_settings import Setting, settings_of
 
 
 class _Loader(yaml.SafeLoader):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, get_args
 
+from ..checks.settings import Count, Natural, Range, Settings
 from .stage_settings import (
     ConditionalConfig,
     GenerativeConfig,
     JointConfig,
     PretrainingConfig,
 )
-from .typed_settings import Count, Natural, Range, Settings
 
 StageName = Literal["pretraining", "generative", "conditional", "joint"]
 STAGES: tuple[str, ...] = get_args(StageName)

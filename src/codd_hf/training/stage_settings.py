@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from .typed_settings import Count, Natural, Positive, Range, Seed, Settings, Share
+from ..checks.settings import Count, Natural, Positive, Range, Seed, Settings, Share
 
 if TYPE_CHECKING:
     from peft import LoraConfig
