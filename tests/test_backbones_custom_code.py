@@ -1,4 +1,4 @@
-"""Promises of backbones with their own code, of block-causal attention, and of their page."""
+"""Promises of backbones with their own code, and of the page on adding a family."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
-    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -23,8 +22,7 @@ from transformers import (
 )
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler, backbones
-from codd_hf.backbones.canvas_cache import cache_argument
-from tiny import BACKBONES, random_head, tiny_backbone
+from tiny import random_head
 
 CODE = Path(__file__).parent / "fixtures" / "custom_code"
 IDS = torch.tensor([[5, 6, 2, 7, 2, 8, 3], [9, 2, 3, 4, 2, 10, 11]])
@@ -82,14 +80,21 @@ def padded(ids: torch.Tensor, side: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack((row, ids[1])), torch.stack((mask, torch.ones_like(mask)))
 
 
-@pytest.mark.parametrize("trust_remote_code", [None, False])
-def test_code_of_a_backbone_asks_for_the_switch(repository, trust_remote_code):
+def test_code_of_a_backbone_asks_for_the_switch(repository, tmp_path):
     with pytest.raises(ValueError, match=r"'blocky'\) brings its own code.*trust_remote_code=True"):
-        CoDDModel.from_backbone(repository, trust_remote_code=trust_remote_code)
+        CoDDModel.from_backbone(repository)
+    head = random_head(base_model_name_or_path=str(repository))
+    head.save_pretrained(tmp_path / "head")
+    with pytest.raises(ValueError, match="own code"):
+        CoDDModel.from_pretrained(tmp_path / "head", trust_remote_code=True)
     assert not any(n.startswith("transformers_modules.") for n in sys.modules)
 
 
-def test_switch_does_not_reach_code_of_another_repository(tmp_path):
+def test_switch_does_not_reach_code_of_another_repository_and_needs_a_model_class(tmp_path):
+    classes = {"AutoConfig": "configuration_blocky.BlockyConfig"}
+    folder = custom_repository(tmp_path / "no class", auto_map=classes)
+    with pytest.raises(ValueError, match="BlockyConfig names no model class"):
+        CoDDModel.from_backbone(folder, trust_remote_code=True)
     elsewhere = {
         "AutoConfig": "someone/else--configuration_blocky.BlockyConfig",
         "AutoModelForCausalLM": "modeling_blocky.BlockyForCausalLM",
@@ -116,13 +121,6 @@ def test_switch_does_not_follow_an_adapter_to_the_repository_that_it_names(tmp_p
         )
 
 
-def test_head_that_names_a_backbone_with_code_does_not_run_it(repository, tmp_path):
-    head = random_head(base_model_name_or_path=str(repository))
-    head.save_pretrained(tmp_path / "head")
-    with pytest.raises(ValueError, match="own code"):
-        CoDDModel.from_pretrained(tmp_path / "head", trust_remote_code=True)
-
-
 def test_backbone_with_code_predicts_as_it_does_alone_and_sees_everything(repository):
     model = CoDDModel.from_backbone(repository, random_head(), trust_remote_code=True)
     output = model(IDS)
@@ -139,8 +137,7 @@ def test_backbone_with_code_predicts_as_it_does_alone_and_sees_everything(reposi
     assert not (generated == 2).any()
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("block_length", [None, BLOCK])
+@pytest.mark.parametrize(("side", "block_length"), [("left", None), ("right", BLOCK)])
 def test_padding_changes_nothing_for_a_backbone_with_code(repository, side, block_length):
     model = CoDDModel.from_backbone(repository, trust_remote_code=True, block_length=block_length)
     ids, mask = padded(IDS, side)
@@ -157,65 +154,6 @@ def test_block_causal_pass_is_the_full_pass_over_each_block_and_what_precedes_it
         cut = model.backbone(IDS[:, : start + BLOCK]).logits
         assert torch.allclose(found[:, start : start + BLOCK], cut[:, start:], atol=1e-5)
     assert (found - model.backbone(IDS).logits)[:, :BLOCK].abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("side", [None, "left", "right"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_block_causal_decoder_is_the_one_run_block_by_block_on_a_cache(kind, attention, side):
-    backbone = tiny_backbone(kind, attn_implementation=attention, block_length=BLOCK)
-    model = CoDDModel.from_backbone(backbone)
-    ids, mask = (IDS, torch.ones_like(IDS)) if side is None else padded(IDS, side)
-    found = model(ids, attention_mask=None if side is None else mask).logits
-    for row, real in enumerate(mask.bool()):
-        cache, blocks = DynamicCache(), []
-        for block in ids[row : row + 1, real].split(BLOCK, dim=1):
-            seen = cache.get_seq_length() + block.shape[1]
-            everything = torch.zeros(1, 1, block.shape[1], seen)
-            seen_before = {cache_argument(backbone): cache}
-            blocks.append(backbone(block, attention_mask=everything, **seen_before).logits)
-        assert torch.allclose(found[row, real], torch.cat(blocks, 1)[0], atol=1e-5)
-    full = tiny_backbone(kind, attn_implementation=attention)
-    assert (CoDDModel.from_backbone(full)(IDS).logits - model(IDS).logits).abs().max() > 1e-2
-
-
-def test_blocks_are_counted_over_real_tokens_with_given_positions_too():
-    model = CoDDModel.from_backbone(tiny_backbone(block_length=BLOCK))
-    ids, mask = padded(IDS, "left")
-    counted = (mask.cumsum(1) - 1).clamp(min=0)
-    found = model(ids, attention_mask=mask, position_ids=counted).logits
-    assert torch.allclose(found[0, 2:], model(IDS[:1, :5]).logits[0], atol=1e-5)
-    assert torch.isfinite(found).all()
-
-
-@pytest.mark.parametrize("kind", BACKBONES)
-def test_one_block_for_all_is_full_attention(kind):
-    full = CoDDModel.from_backbone(tiny_backbone(kind))(IDS).logits
-    one = CoDDModel.from_backbone(tiny_backbone(kind, block_length=7))(IDS).logits
-    assert torch.allclose(full, one, atol=1e-5)
-
-
-def test_block_length_is_kept_with_the_model(tmp_path):
-    tiny_backbone().save_pretrained(tmp_path / "backbone")
-    model = CoDDModel.from_backbone(tmp_path / "backbone", block_length=BLOCK)
-    model.save_pretrained(tmp_path / "model")
-    loaded = CoDDModel.from_pretrained(tmp_path / "model")
-    assert loaded.config.text_config.block_length == BLOCK
-    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-
-
-def test_attention_that_takes_no_mask_is_an_error_in_blocks():
-    backbone = tiny_backbone(block_length=BLOCK)
-    model = CoDDModel.from_backbone(backbone)
-    backbone.config._attn_implementation = "flex_attention"
-    with pytest.raises(ValueError, match=r"must be 'sdpa' or 'eager' for block-causal"):
-        model(IDS)
-
-
-@pytest.mark.parametrize("length", [0, "8"])
-def test_block_length_that_is_no_length_is_an_error(length):
-    with pytest.raises((TypeError, ValueError), match="`block_length` must be"):
-        CoDDModel.from_backbone(tiny_backbone(block_length=length))(IDS)
 
 
 def test_known_block_diffusion_model_asks_for_its_block_length(tmp_path):
@@ -247,6 +185,9 @@ def test_saved_model_with_code_asks_again_and_loads_from_its_own_folder(tmp_path
         repository, random_head(), trust_remote_code=True, block_length=BLOCK
     )
     logits = model(IDS).logits
+    model.save_pretrained(tmp_path / "alone")
+    with pytest.raises(ValueError, match=r"'blocky'; .*CoDDModel.from_pretrained\(\.\.\., trust"):
+        AutoConfig.from_pretrained(tmp_path / "alone", trust_remote_code=True)
     for name in ("first", "second"):
         model.save_pretrained(tmp_path / name)
         shutil.rmtree(repository)
@@ -272,12 +213,6 @@ def test_registered_classes_of_the_user_are_saved_as_code(tmp_path, monkeypatch)
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
-def test_configuration_alone_of_a_saved_model_with_code_says_how_to_load(repository, tmp_path):
-    CoDDModel.from_backbone(repository, trust_remote_code=True).save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"'blocky'; .*CoDDModel.from_pretrained\(\.\.\., trust"):
-        AutoConfig.from_pretrained(tmp_path / "saved", trust_remote_code=True)
-
-
 def test_saved_pipeline_with_code_loads_from_its_own_folder(repository, tmp_path):
     model = CoDDModel.from_backbone(repository, random_head(), trust_remote_code=True)
     CoDDPipeline(model, CoDDScheduler()).save_pretrained(tmp_path / "pipeline")
@@ -296,24 +231,6 @@ def test_saved_pipeline_with_code_loads_from_its_own_folder(repository, tmp_path
     pipe.save_pretrained(tmp_path / "again")
     pipe = CoDDPipeline.from_pretrained(tmp_path / "again", trust_remote_code=True)
     assert torch.allclose(pipe.model(IDS).logits.float(), model(IDS).logits, atol=0.5)
-
-
-def test_configuration_without_a_model_class_is_an_error(tmp_path):
-    classes = {"AutoConfig": "configuration_blocky.BlockyConfig"}
-    folder = custom_repository(tmp_path / "blocky", auto_map=classes)
-    with pytest.raises(ValueError, match="BlockyConfig names no model class"):
-        CoDDModel.from_backbone(folder, trust_remote_code=True)
-
-
-@pytest.mark.parametrize("by", ["name", "configuration"])
-def test_unknown_model_type_is_an_error_that_lists_the_families(by, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    load, given = {
-        "name": (CoDDModel.from_backbone, tmp_path),
-        "configuration": (backbones.family_of, AutoConfig.for_model("gpt2")),
-    }[by]
-    with pytest.raises(ValueError, match=r"'gpt2'.*llama, qwen2, a LLaDA or Dream checkpoint"):
-        load(given)
 
 
 def test_page_on_adding_a_family_works(tmp_path, monkeypatch):

