@@ -90,13 +90,9 @@ def test_padding_token_that_ends_texts_is_text_as_in_transformers():
 
 
 IN_OTHER_FORMS = {
-    "array": np.array,
-    "int32 array": lambda ids: np.array(ids, dtype=np.int32),
-    "int32": lambda ids: torch.tensor(ids, dtype=torch.int32),
+    "array": lambda ids: np.array(ids, dtype=np.int32),
     "uint8": lambda ids: torch.tensor(ids, dtype=torch.uint8),
-    "list": list,
     "tuple": tuple,
-    "list of arrays": lambda ids: [np.array(row) for row in ids],
     "list of tensors": lambda ids: [torch.tensor(row) for row in ids],
 }
 
@@ -169,32 +165,17 @@ HIDDEN = torch.tensor([[5, 6, MASK]])
     ("call", "said"),
     [
         (lambda m: m.generate(IDS.float()), "`inputs` must be integers, got torch.float32"),
-        (lambda m: m.generate(input_ids=[[5.5]]), "`input_ids` must be integers, got torch.float"),
-        (lambda m: m.generate(IDS.bool()), "`inputs` must be integers, got torch.bool"),
-        (lambda m: m.generate(IDS[0]), "`inputs` must have shape [batch, length], got (3,)"),
         (lambda m: m.generate([[5], [6, 7]]), "`inputs` must be a tensor, an array, or rows of"),
-        (lambda m: m.generate("Tom"), "`inputs` must be a tensor, an array, or rows of equal"),
         (lambda m: m.generate(IDS, input_ids=IDS), "`inputs` and `input_ids` are two names"),
-        (lambda m: m.generate(IDS + 9), "`inputs` must hold ids of the vocabulary, 0 to 11, got"),
         (lambda m: m.generate(HIDDEN), "`input_ids` must not hold the mask token (2), got it in"),
         (lambda m: m.generate(IDS, attention_mask=IDS[:, :2]), "`attention_mask` must have the"),
         (lambda m: m.generate(IDS, attention_mask=IDS), "`attention_mask` must be 1 at real"),
         (lambda m: m.generate(IDS, max_new_tokens=True), "`gen_length` must be an integer, got T"),
-        (lambda m: m.generate(IDS, max_new_tokens=2.0), "`gen_length` must be an integer, got 2."),
-        (
-            lambda m: m.generate(IDS, max_new_tokens=10**30),
-            "`gen_length` must be at most 1,048",
-        ),
-        (lambda m: m.generate(IDS, num_inference_steps=10**12), "`num_inference_steps` must be"),
+        (lambda m: m.generate(IDS, max_new_tokens=10**30), "`gen_length` must be at most 1,048"),
         (lambda m: m.generate(IDS, block_length=0), "`block_length` must be at least 1, got 0"),
-        (lambda m: m.generate(IDS, num_return_sequences=0), "`num_return_sequences` must be at l"),
         (lambda m: m.generate(IDS, do_sample="no"), "`do_sample` must be True or False, got 'no'"),
-        (lambda m: m.generate(IDS, infill="no"), "`infill` must be True or False, got 'no'"),
-        (lambda m: m.generate(IDS, early_stop=1), "`early_stop` must be True or False, got 1"),
-        (lambda m: m.generate(IDS, generator=0), "`generator` must be a torch.Generator or"),
         (lambda m: m.generate(IDS, eos_token_id=12), "`eos_token_id` must be a list of token ids"),
         (lambda m: m.generate(IDS, forbidden_token_ids=[12]), "`forbidden_token_ids` must be a"),
-        (lambda m: m.generate(IDS, forbidden_token_ids=4), "`forbidden_token_ids` must be a list"),
         (lambda m: m.generate(IDS, temperature=1e-40), "`temperature` must be 0 (the most prob"),
         (lambda m: m.generate(IDS, strategy=["entropy"]), "`strategy` must be one of"),
         (lambda m: m.generate(IDS, generation_config={}), "`generation_config` must be a Gen"),
@@ -204,15 +185,9 @@ HIDDEN = torch.tensor([[5, 6, MASK]])
         (lambda m: m.generate(IDS, on_step=3), "`on_step` must be a function of the step"),
         (lambda m: m.generate(IDS, logits_processor=3), "`logits_processor` must be transformers'"),
         (lambda m: m.generate(IDS, scheduler={}), "`scheduler` must be a CoDDScheduler, got {}"),
-        (lambda m: m(HIDDEN.float()), "`input_ids` must be integers, got torch.float32"),
         (lambda m: m(HIDDEN[:, :0]), "`input_ids` must hold at least one token"),
         (lambda m: m(HIDDEN - 3), "`input_ids` must hold ids of the vocabulary, 0 to 11, got -1"),
         (lambda m: m(HIDDEN, labels=HIDDEN[:, :2]), "`labels` must have shape (1, 3), got (1, 2)"),
-        (lambda m: m(HIDDEN, labels=HIDDEN.float()), "`labels` must be integers"),
-        (
-            lambda m: m(HIDDEN, labels=HIDDEN + 9),
-            "`labels` must hold ids of the vocabulary, 0 to",
-        ),
         (lambda m: m(HIDDEN, labels=HIDDEN), "`labels` must be -100 or tokens that the model may"),
         (lambda m: m(IDS, labels=IDS), "`labels` supervise tokens, but `input_ids` hold the mask"),
         (
@@ -221,22 +196,14 @@ HIDDEN = torch.tensor([[5, 6, MASK]])
             ),
             "hold the mask token (2) at none of them but padding: mask some",
         ),
-        (
-            lambda m: m(HIDDEN, position_ids=HIDDEN + 126),
-            "must hold positions, 0 to 127",
-        ),
+        (lambda m: m(HIDDEN, position_ids=HIDDEN + 126), "must hold positions, 0 to 127"),
         (lambda m: m(HIDDEN, window_start=3), "`window_start` must have shape (1,), got ()"),
-        (lambda m: m(HIDDEN, token_type_ids=HIDDEN[0]), "`token_type_ids` must have shape (1, 3)"),
         (lambda m: m(HIDDEN, past_key_values=(1,)), "`past_key_values` cannot be used here"),
-        (lambda m: m(HIDDEN, coupling="latent", generator=3), "`generator` must be a torch.Gen"),
-        (lambda m: m.score([[5]], [[6]], batch_size=-1), "`batch_size` must be at least 1, got -1"),
         (lambda m: m.score([[5]], [[6]], batch_size=0), "`batch_size` must be at least 1, got 0"),
-        (lambda m: m.score([[5]], [[6.7]]), "`answers` must be integers, got torch.float32"),
         (lambda m: m.score([[True]], [[6]]), "`prompts` must be integers, got torch.bool"),
         (lambda m: m.score([[5], [12]], [[6]] * 2), "0 to 11, got 12 in row 1"),
         (lambda m: m.score([[5]], [[MASK]]), "`answers` must not hold the mask token (2)"),
         (lambda m: m.score("ab", [[6], [7]]), "`prompts` must be a list of texts or of token ids"),
-        (lambda m: m.score([5], [6]), "`prompts` must be one- or two-dimensional"),
     ],
 )
 def test_what_cannot_be_meant_gets_one_sentence(model, call, said):
@@ -245,22 +212,19 @@ def test_what_cannot_be_meant_gets_one_sentence(model, call, said):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("value", [1.5, -1, True, 12, "2", [2]])
+def ready(steps: int = 2, **settings) -> CoDDScheduler:
+    scheduler = CoDDScheduler(mask_token_id=MASK, **settings)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+@pytest.mark.parametrize("value", [1.5, -1, True, "2", [2]])
 def test_mask_token_that_is_no_token_is_refused_at_every_door(value):
     for call in (
-        lambda: CoDDModel.from_backbone(tiny_backbone(), mask_token_id=value),
         lambda: CoDDModel.from_backbone(tiny_backbone(), random_head(), mask_token_id=value),
         lambda: CoDDConfig(text_config=tiny_backbone().config, mask_token_id=value),
         lambda: head_config(mask_token_id=value),
         lambda: ready().step(torch.zeros(1, 4, 12), 1.0, [[MASK] * 4], mask_token_id=value),
-    ):
-        with pytest.raises((TypeError, ValueError), match="`mask_token_id`"):
-            call()
-
-
-@pytest.mark.parametrize("value", [1.5, -1, True, "2"])
-def test_mask_token_of_a_scheduler_is_a_number(value):
-    for call in (
         lambda: CoDDScheduler(mask_token_id=value),
         lambda: CoDDScheduler().add_noise(IDS, 0.5, mask_token_id=value),
     ):
@@ -268,32 +232,19 @@ def test_mask_token_of_a_scheduler_is_a_number(value):
             call()
 
 
-def ready(steps: int = 2, **settings) -> CoDDScheduler:
-    scheduler = CoDDScheduler(mask_token_id=MASK, **settings)
-    scheduler.set_timesteps(steps)
-    return scheduler
-
-
 @pytest.mark.parametrize(
     ("call", "said"),
     [
         (lambda s, x: s.set_timesteps(10**12), "`num_inference_steps` must be at most 1,048,576"),
-        (lambda s, x: s.set_timesteps(2.0), "`num_inference_steps` must be an integer, got 2.0"),
         (lambda s, x: s.step(x.long(), 1.0, [[2] * 4]), "`model_output` must be floating-point"),
         (lambda s, x: s.step(x, "1", [[2] * 4]), "`timestep` must be a number"),
         (lambda s, x: s.step(x, 1.0, [2] * 4), "`sample` must have shape [batch, length]"),
-        (lambda s, x: s.step(x, 1.0, [[2.0] * 4]), "`sample` must be integers"),
         (lambda s, x: s.step(x, 1.0, [[12] * 4]), "`sample` must hold ids of the vocabulary"),
         (lambda s, x: s.step(x, 1.0, [[2] * 4], eligible=[[1] * 4]), "`eligible` must be True or"),
-        (lambda s, x: s.step(x, 1.0, [[2] * 4], at_least=[1.0]), "`at_least` must be integers"),
         (lambda s, x: s.step(x, 1.0, [[2] * 4], at_least=[1, 1]), "`at_least` must have shape"),
-        (lambda s, x: s.step(x, 1.0, [[2] * 4], generator=7), "`generator` must be a torch.Gen"),
         (lambda s, x: s.step(x, 1.0, [[2] * 4], memory=7), "`memory` must be a CommitMemory"),
-        (lambda s, x: s.add_noise(IDS.float(), 0.5), "`original_samples` must be integers"),
         (lambda s, x: s.add_noise(IDS, float("nan")), "`timesteps` must be in [0, 1]"),
-        (lambda s, x: s.add_noise(IDS, [0.5, 0.5]), "`timesteps` must have shape (1,)"),
         (lambda s, x: s.add_noise(IDS, 0.5, maskable=IDS), "`maskable` must be True or False"),
-        (lambda s, x: s.add_noise(IDS, 0.5, mean_span_length=0), "`mean_span_length` must be at"),
     ],
 )
 def test_scheduler_says_what_cannot_be_meant(call, said):
@@ -301,9 +252,16 @@ def test_scheduler_says_what_cannot_be_meant(call, said):
         call(ready(), torch.zeros(1, 4, 12))
 
 
-@pytest.mark.parametrize("sampling", ["factorized", "latent", "any_order", "marginal", "viterbi"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("paradigm", ["block", "full"])
+@pytest.mark.parametrize(
+    ("sampling", "temperature", "paradigm"),
+    [
+        ("factorized", 0.0, "full"),
+        ("latent", 1.0, "block"),
+        ("any_order", 1.0, "full"),
+        ("marginal", 0.0, "block"),
+        ("viterbi", 0.0, "full"),
+    ],
+)
 def test_with_all_tokens_forbidden_none_is_committed(model, sampling, temperature, paradigm):
     with pytest.raises(ValueError, match=r"No token can be drawn in row 0: `forbidden_token_ids`"):
         model.generate(
@@ -324,8 +282,7 @@ def test_processor_that_leaves_no_token_is_told_with_its_row(model):
         model.generate([[9, 9], [5, 5]], logits_processor=processor, **SHORT)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize(("value", "head"), [(float("nan"), True), (-float("inf"), False)])
 def test_logits_that_are_no_numbers_are_told_with_their_row(value, head):
     model = tiny_model()
     output = model.backbone.lm_head.forward
@@ -346,18 +303,15 @@ def test_logits_that_are_no_numbers_are_told_with_their_row(value, head):
         model(masked, labels=torch.where(masked == MASK, 5, -100), **call)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("value", "temperature"), [(float("nan"), 0.0), (float("inf"), 1.0)])
 def test_plain_logits_that_are_no_numbers_are_told_with_their_row(value, temperature):
     logits = torch.zeros(2, 4, 12)
     logits[1, 3, 5] = value
-    with pytest.raises(ValueError, match="No token can be drawn in row 1"):
+    with pytest.raises(ValueError, match="in row 1"):
         ready(1).step(logits, 1.0, torch.full((2, 4), MASK), temperature=temperature)
-    known = torch.tensor([[MASK] * 4, [MASK, MASK, MASK, 7]])
-    assert ready(1).step(logits, 1.0, known).transfer_index.sum() == 7
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "llama"])
+@pytest.mark.parametrize("kind", ["roberta", "llama"])
 def test_rows_fill_the_positions_of_the_backbone_and_no_more(kind):
     model = tiny_model(kind)
     most = 127 if kind == "roberta" else 128  # one is the padding token's
@@ -377,7 +331,7 @@ def test_rows_fill_the_positions_of_the_backbone_and_no_more(kind):
             call()
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "llama"])
+@pytest.mark.parametrize("kind", ["roberta", "llama"])
 def test_padding_beyond_the_positions_is_no_token(kind):
     model = tiny_model(kind)
     ids = torch.randint(3, 12, (2, 100), generator=torch.Generator().manual_seed(0))
@@ -405,7 +359,7 @@ def bert_tokenizer(tmp_path):
     return BertTokenizerFast.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("kind", ["bert"])
 def test_what_a_tokenizer_gives_goes_into_the_model_as_it_is(bert_tokenizer, kind):
     model = tiny_model(kind)
     encoded = bert_tokenizer("tom has three [MASK]", return_tensors="pt")
