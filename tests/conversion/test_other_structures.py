@@ -42,14 +42,10 @@ OTHER_CIRCUITS = [
     (change(8, chs=(6,)), "node 6 is a 'Sum' where a hidden Markov model has a product"),
     (change(7, chs=(0, 1)), "node 7 is not a product of one input and at most one sum"),
     (change(7, chs=(0, 7)), "node 7 has a child that does not precede it"),
-    (change(7, chs=(0, -1)), "node 7 has a child that does not precede it"),
     (change(7, chs=[0, 6]), "node 7 has no 'chs' of the right type"),
     (change(7, edge_ids=TWO[::-1].copy()), "node 7 does not join equal states"),
-    (change(7, type="External"), "node 7 is a 'External' where"),
     (change(0, scope=[1]), "node 0 is not about position 0: tokens are out of order"),
-    (change(0, scope=[0, 1]), "node 0 is not about position 0"),
     (change(0, source_node=0), "node 0 has no source"),
-    (change(0, source_node=9), "node 0 has no source"),
     (change(0, source_node=4), "node 0 takes its parameters from a node of type 'Sum'"),
     (change(0, source_node=None), "node 0 has 'params' that is no array"),
     (change(0, dist=dist(6)), r"vocabularies of \[5, 6\] tokens"),
@@ -64,7 +60,6 @@ OTHER_CIRCUITS = [
     (change(4, edge_ids=np.zeros((2, 3), "i8")), "node 4 has 4 tiles, but `edge_ids` of shape"),
     (change(4, edge_ids=np.zeros((2, 4), "i8")), "outside its blocks, or the same twice"),
     (change(4, edge_ids=2 * np.array([[0, 0, 1, 1], [0, 1, 0, 1]])), "outside its blocks, or"),
-    (change(4, edge_ids=np.zeros((2, 4), "f4")), "node 4 has 'edge_ids' of type float32"),
     (
         change(4, zero_param_mask=np.zeros((4, 2, 1), "?")),
         "node 4 has a `zero_param_mask` of shape",
@@ -72,10 +67,8 @@ OTHER_CIRCUITS = [
     (change(5, block_size=1), "has another number or size of blocks"),
     (change(0, num_node_blocks=1, block_size=4), "has another number or size of blocks"),
     (change(8, block_size=2, params=np.ones((2, 2, 2), "f4")), "is the root, but has 2 states"),
-    (change(8, num_node_blocks=0), "node 8 has 0 blocks"),
     (change(8, block_size=True), "node 8 has no 'block_size' of the right type"),
     (scaled(2, -1), "node 2 has parameters that are no probabilities"),
-    (scaled(4, np.nan), "node 4 has parameters that are no probabilities"),
     (scaled(8, np.inf), "node 8 has parameters that are no probabilities"),
 ]
 

@@ -31,6 +31,7 @@ NAMES = re.compile(
     re.ASCII,
 )
 """The names that a circuit may ask for."""
+OPCODES = {code.encode("latin-1"): known.name for code, known in pickletools.code2op.items()}
 VALUES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 VALUES |= {"EMPTY_TUPLE": (), "EMPTY_LIST": [], "EMPTY_DICT": {}}
 NUMBERS = {"FRAME": 8, "BININT": 4, "BININT1": 1, "BININT2": 2}
@@ -175,15 +176,16 @@ def _opcodes(file: BinaryIO) -> Iterator[tuple[str, Any]]:
     file.seek(0)
 
     def take(number: int) -> bytes:
-        if number > size - file.tell():
+        raw = file.read(number)
+        if len(raw) < number:
             raise ValueError("it is cut off")
-        return file.read(number)
+        return raw
 
     if take(1) != b"\x80" or not 2 <= take(1)[0] <= 5:
         raise ValueError("it is not a pickle of protocol 2 to 5")
     while True:
-        code = take(1).decode("latin-1")
-        name, argument = getattr(pickletools.code2op.get(code), "name", repr(code)), None
+        code, argument = take(1), None
+        name = OPCODES.get(code, repr(code))
         if name == "STOP":
             return
         if name in NUMBERS:
