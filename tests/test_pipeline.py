@@ -586,8 +586,9 @@ MESSAGES = [{"role": "user", "content": "two"}]
     [
         ({}, "Provide one of `prompt`, `messages` and `input_ids`, got none"),
         ({"prompt": "two", "messages": MESSAGES}, "got `prompt` and `messages`"),
-        ({"prompt": []}, "at least one string, got an empty list"),
-        ({"messages": []}, "`messages` must hold at least one message"),
+        ({"prompt": []}, "`prompt` must hold at least one row, got none"),
+        ({"messages": []}, "`messages` must hold at least one row, got none"),
+        ({"messages": [[]]}, "`messages` must hold at least one message"),
         ({"input_ids": []}, "`input_ids` must hold at least one row, got none"),
         ({"input_ids": torch.zeros(1, 1, 1, dtype=torch.long)}, "one- or two-dimensional"),
         ({"input_ids": [40, 5000]}, "got 5000 in row 0"),
@@ -614,9 +615,8 @@ MESSAGES = [{"role": "user", "content": "two"}]
         ),
         (
             {"prompt": "two", "callback_on_step_end_tensor_inputs": ["latents"]},
-            "`callback_on_step_end_tensor_inputs` must be among canvas",
+            "`callback_on_step_end_tensor_inputs` must be one of canvas",
         ),
-        ({"prompt": "two", "callback_on_step_end": 3}, "`callback_on_step_end` must be callable"),
         (
             {"prompt": "two", "gen_length": 95, "block_length": 95},
             "exceed the 96 positions of the backbone",
@@ -636,6 +636,11 @@ def test_bad_input_gets_one_clear_sentence(pipe, kwargs, said):
         ({"input_ids": torch.zeros(1, 2)}, "`input_ids` must be integers"),
         ({"prompt": "two", "gen_length": 2.5}, "`gen_length` must be an integer, got 2.5"),
         ({"prompt": "two", "temperature": "hot"}, "`temperature` must be a number"),
+        (
+            {"prompt": "two", "temprature": 1},
+            "`temprature` is not an argument of the pipeline",
+        ),
+        ({"prompt": "two", "callback_on_step_end": 3}, "`callback_on_step_end` must be callable"),
     ],
 )
 def test_values_of_the_wrong_type_get_one_clear_sentence(pipe, kwargs, said):

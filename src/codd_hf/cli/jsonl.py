@@ -31,10 +31,8 @@ from ..data.fingerprint import (
     weights_fingerprint,
 )
 from ..data.rows import read_rows
-from ..decoding.call import DecodingCall
-from ..decoding.generation_settings import SETTINGS, task_of_call
+from ..decoding.generation_settings import SETTINGS
 from ..decoding.loop import lay_out
-from ..pipelines.prompts import encode_prompts
 from ..runtime.files import atomic_write, make_durable, read_json
 from ..runtime.locks import locked
 from .jsonl_rows import PromptRows
@@ -127,7 +125,7 @@ def answer_jsonl(
         ),
         "scheduler": {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")},
         **call,
-        **pipeline.said_of_task(**lengths, **settings),
+        **pipeline.task(**lengths, **settings),
     }
     files = RunFiles(Path(output), run)
     if files.is_complete():
@@ -185,25 +183,10 @@ def _check(
     pipeline: CoDDPipeline, row: dict[str, Any], prompt_column: str, call: dict[str, Any]
 ) -> None:
     """Raises for a row that cannot be decoded, before hours have been spent on others."""
-    model = pipeline.model
     integer("seed", row["seed"], most=LARGEST_SEED)
-    call = call | {name: row[name] for name in ("gen_length", "num_inference_steps")}
-    said = pipeline.said_of_task(**call)
-    ids, mask = encode_prompts(
-        [row[prompt_column]],
-        None,
-        None,
-        None,
-        tokenizer=pipeline.tokenizer,
-        model=model,
-        use_chat_template=call["use_chat_template"],
-        add_generation_prompt=True,
-        chat_template_kwargs={},
-        infill=call.get("infill", False),
-    )
-    task = task_of_call(said, model, ids.shape[1])
-    decoding = DecodingCall.of(model, pipeline.scheduler, 1, head=call.get("head"), **task)
-    lay_out(model, decoding, ids, mask)
+    lengths = {name: row[name] for name in ("gen_length", "num_inference_steps")}
+    ids, mask, decoding = pipeline.prepare(prompt=[row[prompt_column]], **call | lengths)
+    lay_out(pipeline.model, decoding, ids, mask)
 
 
 class RunFiles:

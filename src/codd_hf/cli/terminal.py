@@ -109,7 +109,7 @@ class CanvasView:
 
     def _styled(self, tokens: Sequence[int]) -> list[tuple[str, str]]:
         """Control sequence and text of each token, up to the end of the text unless `whole`."""
-        ends = [] if self.whole else self.pipeline.said_of_task()["eos_token_id"]
+        ends = [] if self.whole else self.pipeline.task()["eos_token_id"]
         end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
         mask_token_id = self.pipeline.model.config.mask_token_id
         last = max(self.pipeline.num_timesteps - 1, 1)

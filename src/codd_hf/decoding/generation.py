@@ -28,11 +28,11 @@ from .generation_settings import (
     SETTINGS,
     TASK,
     entries,
-    first_said,
-    said_of_task,
+    first_of,
     scheduler_of,
-    settings_of_call,
-    task_of_call,
+    settings_of,
+    task_of,
+    with_defaults,
 )
 from .loop import denoise
 from .streaming import BlockStream, OnStep
@@ -159,15 +159,15 @@ def generate(
             "`do_sample=True` draws, and `temperature=0` takes the most probable token: give one "
             "of them."
         )
-    said = said_of_task(model, kwargs, given)
-    choices |= task_of_call(said, model, inputs.shape[1])
+    task = task_of(model, kwargs, given)
+    choices |= with_defaults(task, model, inputs.shape[1])
     scheduler = scheduler_of(model.generation_config) if scheduler is None else scheduler
     if attention_mask is None:
-        attention_mask = model.real_tokens(inputs, said["pad_token_id"], said["eos_token_id"])
+        attention_mask = model.real_tokens(inputs, task.get("pad_token_id"), task["eos_token_id"])
     else:
         attention_mask = padding_mask("attention_mask", attention_mask, inputs.shape, inputs.device)
-    copies = first_said(["num_return_sequences"], [kwargs, given, own])["num_return_sequences"]
-    copies = 1 if copies is None else integer("num_return_sequences", copies, least=1)
+    copies = first_of(["num_return_sequences"], [kwargs, given, own, {"num_return_sequences": 1}])
+    copies = integer(*copies.popitem(), least=1)
     if copies > 1:
         inputs = inputs.repeat_interleave(copies, 0)
         if attention_mask is not None:
@@ -177,7 +177,7 @@ def generate(
             if values is not None:
                 choices[name] = [value for value in values for _ in range(copies)]
     check_scheduler(scheduler)
-    settings = settings_of_call([kwargs, given], scheduler)
+    settings = settings_of([kwargs, given], scheduler)
     call = DecodingCall.of(model, scheduler, len(inputs), **choices, **settings)
     stream = None
     if streamer is not None:

@@ -1,8 +1,8 @@
-"""What a call of decoding does where it does not say: one rule for all who decode.
+"""Which of several sources settles a choice of a call: one rule for all doors.
 
-What counts first is the call, then a generation configuration that it is given, then the model's
-own, then the defaults here; of what shapes a draw, the scheduler's in place of the model's, where
-there is one. The folder of a model carries the settings of its pipeline's scheduler in
+The call counts first, then a generation configuration that it is given, then the model's own, then
+the defaults of `DecodingCall`; for the draws, the scheduler in place of the model's configuration,
+where there is one. The folder of a model carries the settings of its pipeline's scheduler in
 `generation_config.json`, so that `CoDDModel.generate`, transformers' pipelines, `CoDDPipeline` and
 the command line decode alike.
 """
@@ -10,25 +10,23 @@ the command line decode alike.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..checks.arguments import end_tokens, flag, integer, plain, several, token_id
 from ..checks.versions import without_left_fields
+from ..coupling.windows import CoupledBackbone
 from ..schedulers import CoDDScheduler
 from ..schedulers.settings import LEFT, DrawSettings
-
-if TYPE_CHECKING:
-    from ..modeling_codd import CoDDModel
 
 DEFAULT_LENGTH = 128
 DEFAULT_BLOCK_LENGTH = 32
 LENGTHS = ("gen_length", "max_new_tokens", "max_length")
 """Names of one thing; `max_length` counts the prompt."""
-
+SPECIAL_TOKENS = ("eos_token_id", "pad_token_id")
 TASK = (
     *LENGTHS,
     "block_length",
@@ -36,136 +34,120 @@ TASK = (
     "paradigm",
     "infill",
     "min_new_tokens",
-    "eos_token_id",
-    "pad_token_id",
+    *SPECIAL_TOKENS,
 )
+"""Choices of what is decoded that a generation configuration may hold, beside `SETTINGS`."""
 SETTINGS = tuple(field.name for field in fields(DrawSettings))
-
-LEFT_TASK = {"windowing": "aligned", "free_length": False}
-"""Of version 0.1, each with the value that is the only one now."""
+LEFT_ENTRIES = LEFT | {"windowing": "aligned", "free_length": False}
+"""Entries of version 0.1, each with the value that is the only one now."""
 
 Source = Mapping[str, Any]
 
 
 def entries(generation_config: GenerationConfig) -> dict[str, Any]:
-    """What a generation configuration says.
+    """The entries of a generation configuration.
 
     Raises:
-        ValueError: it asks for what an earlier version had.
+        ValueError: it asks for an option of an earlier version.
     """
-    said = generation_config.to_diff_dict()
-    return without_left_fields(said, LEFT | LEFT_TASK, "the generation configuration")
+    stored = generation_config.to_diff_dict()
+    return without_left_fields(stored, LEFT_ENTRIES, "the generation configuration")
 
 
-def first_said(names: Sequence[str], sources: Sequence[Source]) -> dict[str, Any]:
-    """What the first of the sources that says it says, by name; None where none does."""
-    said = dict.fromkeys(names)
+def first_of(names: Iterable[str], sources: Iterable[Source]) -> dict[str, Any]:
+    """By name, the value of the first source that has one; other names are left out."""
+    found: dict[str, Any] = {}
     for source in sources:
-        has_length = any(said.get(name) is not None for name in LENGTHS)
+        has_length = not found.keys().isdisjoint(LENGTHS)
         for name in names:
-            if said[name] is None and not (has_length and name in LENGTHS):
-                said[name] = source.get(name)
-    return said
+            value = source.get(name)
+            if value is not None and name not in found and not (has_length and name in LENGTHS):
+                found[name] = value
+    return found
 
 
-def said_of_task(
-    model: CoDDModel, *sources: Source, tokenizer: PreTrainedTokenizerBase | None = None
+def task_of(
+    model: CoupledBackbone, *sources: Source, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> dict[str, Any]:
-    """What is to be decoded, by the names in `TASK`; `eos_token_id` as a list.
+    """The choices in `TASK`, those that a source has; `eos_token_id` always, as a list.
 
     Args:
         model: gives its generation configuration and, after that, its special tokens.
-        *sources: what counts before it, the first most.
+        *sources: count before it, the first most.
         tokenizer: gives special tokens that the model does not know.
 
     Raises:
         TypeError, ValueError: a special token is none of the vocabulary.
     """
-    tokens = ("eos_token_id", "pad_token_id")
     parts = [part for part in (model.config, tokenizer) if part is not None]
-    special = [{name: getattr(part, name) for name in tokens} for part in parts]
+    special = [{name: getattr(part, name) for name in SPECIAL_TOKENS} for part in parts]
     files = [entries(model.generation_config), *special]
     mask_token_id, vocab_size = model.config.mask_token_id, model.config.vocab_size
-    for part in files:
+    for file in files:
         # A file that names the mask token as the end of texts knows no end.
-        if part.get("eos_token_id") in (mask_token_id, [mask_token_id]):
-            part["eos_token_id"] = None
-    said = first_said(TASK, [*sources, *files])
-    said["eos_token_id"] = end_tokens("eos_token_id", said["eos_token_id"], vocab_size)
-    if said["pad_token_id"] is not None:
-        said["pad_token_id"] = token_id("pad_token_id", said["pad_token_id"], vocab_size)
-    return said
+        if file.get("eos_token_id") in (mask_token_id, [mask_token_id]):
+            file["eos_token_id"] = None
+    task = first_of(TASK, [*sources, *files])
+    task["eos_token_id"] = end_tokens("eos_token_id", task.get("eos_token_id"), vocab_size)
+    if "pad_token_id" in task:
+        task["pad_token_id"] = token_id("pad_token_id", task["pad_token_id"], vocab_size)
+    return task
 
 
-def task_of_call(said: Source, model: CoDDModel, prompt_length: int) -> dict[str, Any]:
-    """The arguments of `decoding.denoise` that say what is decoded, with defaults.
+def with_defaults(
+    task: dict[str, Any], model: CoupledBackbone, prompt_length: int
+) -> dict[str, Any]:
+    """A task as `DecodingCall` takes it: its length under one name, and nothing left open.
 
     Args:
-        said: of `said_of_task`.
+        task: of `task_of`.
         model: a block-causal backbone gives the default of `block_length`.
         prompt_length: of the longest prompt, which `max_length` counts.
 
     Raises:
-        TypeError: `max_length` is no integer, or `infill` no bool.
-        ValueError: `max_length` leaves nothing to generate.
+        TypeError, ValueError: `max_length` is no integer, or leaves nothing to generate.
     """
     attended = getattr(model.config.text_config, "block_length", None)
-    default = {
+    length = task.get("gen_length", task.get("max_new_tokens"))
+    if length is None and "max_length" in task and not task.get("infill"):
+        length = integer("max_length", task["max_length"]) - prompt_length
+        if length < 1:
+            raise ValueError(
+                f"`max_length` ({task['max_length']}) leaves nothing to generate after prompts of "
+                f"{prompt_length} tokens: raise it, or give `max_new_tokens`."
+            )
+    lengths = several(length)
+    if lengths is not None:
+        length = [DEFAULT_LENGTH if each is None else each for each in lengths]
+    return {
         "block_length": DEFAULT_BLOCK_LENGTH if attended is None else attended,
-        "paradigm": "block",
-        "infill": False,
+        **{name: value for name, value in task.items() if name not in LENGTHS},
+        "gen_length": DEFAULT_LENGTH if length is None else length,
     }
-    task = {name: said[name] for name in TASK if name not in LENGTHS}
-    task |= {name: value for name, value in default.items() if task[name] is None}
-    infill = flag("infill", task["infill"])
-    return task | {"gen_length": 1 if infill else _generated_length(said, prompt_length)}
 
 
-def _generated_length(said: Source, prompt_length: int) -> Any:
-    for name in ("gen_length", "max_new_tokens"):
-        if said[name] is not None:
-            each = several(said[name])
-            if each is None:
-                return said[name]
-            return [DEFAULT_LENGTH if length is None else length for length in each]
-    if said["max_length"] is None:
-        return DEFAULT_LENGTH
-    most = integer("max_length", said["max_length"])
-    if most <= prompt_length:
-        raise ValueError(
-            f"`max_length` ({most}) leaves nothing to generate after prompts of {prompt_length} "
-            "tokens: raise it, or give `max_new_tokens`."
-        )
-    return most - prompt_length
+def settings_of(sources: Sequence[Source], scheduler: CoDDScheduler | None = None) -> dict:
+    """The draw settings that the sources have, the first source most; the scheduler has the rest.
 
-
-def settings_of_call(sources: Sequence[Source], scheduler: CoDDScheduler) -> dict[str, Any]:
-    """What shapes the draws of a call; None where the scheduler's settings hold.
-
-    Args:
-        sources: what counts before the scheduler, the first most. As in transformers,
-            `do_sample=False` is temperature 0, and `do_sample=True` one above 0, by default 1.
-        scheduler: of the call.
+    As in transformers, `do_sample=False` is temperature 0, and `do_sample=True` one above 0, by
+    default 1.
 
     Raises:
         TypeError: `do_sample` is no bool.
     """
-    last = {"temperature": scheduler.config.temperature}
-    return first_said(SETTINGS, sources) | {"temperature": _temperature([*sources, last])}
-
-
-def _temperature(sources: Sequence[Source]) -> float | None:
+    settings = first_of(SETTINGS, sources)
+    last = {} if scheduler is None else {"temperature": scheduler.config.temperature}
     draws = False
-    for source in sources:
+    for source in (*sources, last):
         do_sample, temperature = source.get("do_sample"), plain(source.get("temperature"))
         do_sample = None if do_sample is None else flag("do_sample", do_sample)
         if do_sample is False and not draws:
-            return 0.0
+            return settings | {"temperature": 0.0}
         off = isinstance(temperature, (int, float)) and temperature == 0
         if temperature is not None and not (draws and off):
-            return temperature
+            return settings | {"temperature": temperature}
         draws = draws or bool(do_sample)
-    return 1.0 if draws else None
+    return settings | ({"temperature": 1.0} if draws else {})
 
 
 def scheduler_of(generation_config: GenerationConfig) -> CoDDScheduler:
@@ -174,9 +156,7 @@ def scheduler_of(generation_config: GenerationConfig) -> CoDDScheduler:
     Raises:
         TypeError, ValueError: a setting is out of its range.
     """
-    own = entries(generation_config)
-    settings = first_said(SETTINGS, [own]) | {"temperature": _temperature([own])}
-    return CoDDScheduler(**{name: v for name, v in settings.items() if v is not None})
+    return CoDDScheduler(**settings_of([entries(generation_config)]))
 
 
 def with_settings_of(
@@ -184,16 +164,14 @@ def with_settings_of(
 ) -> GenerationConfig:
     """A generation configuration by which a model decodes as a pipeline with a scheduler does."""
     config = copy.deepcopy(generation_config)
-    for name in (LEFT | LEFT_TASK).keys() & vars(config).keys():
-        delattr(config, name)
-    settings = {name: getattr(scheduler.draw_settings(), name) for name in SETTINGS}
+    for name in LEFT_ENTRIES:
+        vars(config).pop(name, None)
+    settings = dict(vars(scheduler.draw_settings()))
     # transformers stores the limits of a draw only beside `do_sample=True`.
     draws = settings["temperature"] > 0 or bool(settings["top_k"] or settings["top_p"])
     if not draws:
         settings |= dict.fromkeys(("temperature", "top_k", "top_p"))
-    for name, value in ({"do_sample": draws} | settings).items():
-        setattr(config, name, value)
+    vars(config).update(settings, do_sample=draws, _from_model_config=False)
     if all(getattr(config, name, None) is None for name in LENGTHS):
         config.max_new_tokens = DEFAULT_LENGTH  # transformers' pipelines have a default of theirs
-    config._from_model_config = False
     return config

@@ -212,7 +212,7 @@ class AnswerSet:
 
     def _generate(self, setting: Setting) -> Answers:
         num_blocks = -(-self.gen_length // self.block_length)
-        ends = self.pipeline.said_of_task()["eos_token_id"]
+        ends = self.pipeline.task()["eos_token_id"]
         texts, tokens, passes = [], [], []
         started = time.perf_counter()
         for start in range(0, len(self.examples), self.batch_size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,19 +11,20 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..checks.arguments import choice, flag, several, shown
+from ..checks.arguments import check_callable, check_known, choice, flag, several, shown
 from ..circuits.random import Generators
 from ..coupling.adapters import unwrapped
 from ..coupling.heads import HeadName
-from ..decoding.call import DecodingCall, ForcedTokens, PerRow
-from ..decoding.generation_settings import said_of_task, task_of_call, with_settings_of
+from ..decoding.call import DecodingCall, PerRow
+from ..decoding.generation_settings import (
+    SETTINGS,
+    SPECIAL_TOKENS,
+    task_of,
+    with_defaults,
+    with_settings_of,
+)
 from ..decoding.loop import denoise
 from ..hub.cards import Artifact
 from ..hub.publishing import CARD, Publishing, forget_paths
@@ -31,9 +33,23 @@ from ..modeling_codd import CoDDModel
 from ..schedulers import CoDDScheduler
 from .loading import load_components
 from .pipeline_output import CoDDPipelineOutput
-from .prompts import Conversation, check_prompts, encode_prompts
+from .prompts import Conversation, encode_prompts
 
 Callback = Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]]
+PROMPTS = (
+    "prompt",
+    "messages",
+    "input_ids",
+    "attention_mask",
+    "use_chat_template",
+    "add_generation_prompt",
+    "chat_template_kwargs",
+)
+CHOICES = tuple(
+    name
+    for name, parameter in inspect.signature(DecodingCall.of).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+)
 
 
 class CoDDPipeline(Publishing, DiffusionPipeline):
@@ -148,16 +164,14 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """The model's, with the settings of the scheduler; what is saved with the model.
+        """The model's, with the settings of the scheduler; it is saved with the model.
 
         Special tokens that the model does not know are the tokenizer's.
         """
-        config = with_settings_of(self.model.generation_config, self.scheduler)
-        said = self.said_of_task()
-        if config.eos_token_id is None and said["eos_token_id"]:
-            config.eos_token_id = said["eos_token_id"]
-        if config.pad_token_id is None:
-            config.pad_token_id = said["pad_token_id"]
+        config, task = with_settings_of(self.model.generation_config, self.scheduler), self.task()
+        for name in SPECIAL_TOKENS:
+            if getattr(config, name) is None and task.get(name) not in (None, []):
+                setattr(config, name, task[name])
         return config
 
     @property
@@ -165,45 +179,54 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
         """The `num_inference_steps` of the last call."""
         return self._num_timesteps
 
+    def task(self, **call: Any) -> dict[str, Any]:
+        """What a call decodes, by the names in `generation_settings.TASK`."""
+        return task_of(self.model, call, tokenizer=self.tokenizer)
+
+    def prepare(self, **call: Any) -> tuple[torch.Tensor, torch.Tensor, DecodingCall]:
+        """Checks and encodes the prompts and choices of a call, and decodes nothing.
+
+        Args:
+            **call: the arguments of `__call__` that concern prompts and decoding; None for the
+                default.
+
+        Returns:
+            `input_ids` and `attention_mask`, both `[batch, length]`, and the choices.
+        """
+        call = {name: value for name, value in call.items() if value is not None}
+        prompts = {name: call.pop(name) for name in PROMPTS if name in call}
+        check_known(call, (*CHOICES, *SETTINGS), "an argument of the pipeline")
+        task = self.task(**call)
+        infill = flag("infill", task.get("infill", False))
+        ids, mask = encode_prompts(
+            self.model, self.tokenizer, infill=infill, end_ids=task["eos_token_id"], **prompts
+        )
+        choices = call | with_defaults(task, self.model, ids.shape[1])
+        return ids, mask, DecodingCall.of(self.model, self.scheduler, len(ids), **choices)
+
     def check_inputs(
         self,
-        prompt: str | list[str] | None,
-        messages: Conversation | list[Conversation] | None,
-        input_ids: torch.Tensor | list[int] | list[list[int]] | None,
-        attention_mask: torch.Tensor | None,
         output_type: str,
         callback_on_step_end: Callback | None,
-        callback_on_step_end_tensor_inputs: list[str] | None,
+        callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
-        """Raises for what cannot be used, before anything is computed.
+        """Raises for arguments of the output and the callback that cannot be used.
 
         Raises:
             ValueError: one sentence on the argument, its value, and what to give.
         """
-        check_prompts(prompt, messages, input_ids, attention_mask, self.tokenizer)
         choice("output_type", output_type, ("text", "seq"))
         if output_type == "text" and self.tokenizer is None:
             raise ValueError("`output_type='text'` needs a tokenizer: use `output_type='seq'`.")
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(
-                f"`callback_on_step_end` must be callable, got {shown(callback_on_step_end)}."
-            )
+        check_callable("callback_on_step_end", callback_on_step_end, "callable")
         names = several(callback_on_step_end_tensor_inputs)
         if names is None:
             raise TypeError(
                 "`callback_on_step_end_tensor_inputs` must be a list, got "
                 f"{shown(callback_on_step_end_tensor_inputs)}."
             )
-        for key in names:
-            if not isinstance(key, str) or key not in self._callback_tensor_inputs:
-                raise ValueError(
-                    f"`callback_on_step_end_tensor_inputs` must be among "
-                    f"{', '.join(self._callback_tensor_inputs)}, got {shown(key)}."
-                )
-
-    def said_of_task(self, **call: Any) -> dict[str, Any]:
-        """What a call decodes where it says `call`, by the names in `generation_settings.TASK`."""
-        return said_of_task(self.model, call, tokenizer=self.tokenizer)
+        for name in names:
+            choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
 
     @torch.no_grad()
     def __call__(
@@ -216,34 +239,16 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
         add_generation_prompt: bool = True,
         chat_template_kwargs: dict[str, Any] | None = None,
         gen_length: PerRow | None = None,
-        block_length: int | None = None,
         num_inference_steps: PerRow | None = None,
-        paradigm: str | None = None,
-        infill: bool = False,
-        strategy: str | None = None,
-        sampling: str | None = None,
-        temperature: float | None = None,
-        evidence_temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        threshold: float | None = None,
-        activation_ratio: float | None = None,
-        repetition_penalty: float | None = None,
-        forbidden_token_ids: list[int] | None = None,
-        remask_threshold: float | None = None,
-        min_new_tokens: PerRow | None = None,
-        forced_tokens: ForcedTokens | None = None,
-        logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
-        cache: str | None = None,
-        guidance_scale: float | list[float] | None = None,
-        early_stop: bool = True,
-        eos_token_id: int | list[int] | None = None,
+        block_length: int | None = None,
+        infill: bool | None = None,
         head: HeadName = None,
         generator: Generators = None,
         output_type: str = "text",
         return_dict: bool = True,
         callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        **settings: Any,
     ) -> CoDDPipelineOutput | tuple:
         """Generates text after each prompt, or in the gaps of each.
 
@@ -260,56 +265,17 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
             add_generation_prompt (`bool`, defaults to `True`): As in `apply_chat_template`.
             chat_template_kwargs (`dict`, *optional*): Passed to `apply_chat_template`.
             gen_length (`int` or `list[int]`, *optional*): Number of tokens to generate, for all
-                prompts or for each; with `infill` the mask tokens say it. What is None here and in
-                the next four is what the model's generation configuration says (for the length,
-                `max_new_tokens`) or, of the length, 128.
-            block_length (`int`, *optional*): Tokens that are decoded together; by default 32. It
-                divides the blocks of a block-causal backbone (then the default), and is counted
-                from the first token with one.
+                prompts or for each; by default that of the model's generation configuration
+                (`max_new_tokens`) or 128. With `infill` the mask tokens say it.
             num_inference_steps (`int` or `list[int]`, *optional*):
                 The most backbone passes for the whole generation, for all prompts or for each, at
-                least one per block; the remainder of an uneven share goes to the first blocks. The
-                strategies `threshold` and `joint` need fewer where they are sure. By default one
-                for four tokens, and at least one per block.
-            paradigm (`str`, *optional*): `block` (the default), from left to right, or `full`: any
-                position of the whole text in any step; needs no `block_length`.
-            infill (`bool`, defaults to `False`): Whether each prompt holds mask tokens, which are
+                least one per block; by default one for four tokens. The strategies `threshold` and
+                `joint` need fewer where they are sure.
+            block_length (`int`, *optional*): Tokens that are decoded together; by default 32, or
+                the blocks of a block-causal backbone.
+            infill (`bool`, *optional*): Whether each prompt holds mask tokens, which are
                 filled in given the text on both sides; nothing is generated after it, and there is
                 no chat template but for `messages`. `sequences` and `texts` are the whole texts.
-            strategy (`str`, *optional*): How positions are ranked. This and what follows up to
-                `remask_threshold` are settings of [`CoDDScheduler`], which says what they do, for
-                this call; None takes the scheduler's.
-            sampling (`str`, *optional*): `factorized`, `latent`, `any_order`, `marginal` or
-                `viterbi`.
-            temperature (`float`, *optional*): Of the final draw; 0 takes the most probable token.
-            evidence_temperature (`float`, *optional*): Divides the backbone's logits before the
-                circuit sees them.
-            top_k (`int`, *optional*): Draw from so many tokens; 0: from all.
-            top_p (`float`, *optional*): Draw from the tokens that reach this mass; 1: from all.
-            threshold (`float`, *optional*): For the strategies `threshold` and `joint`.
-            activation_ratio (`float`, *optional*): Largest mask ratio under which the circuit is
-                applied; 1: always.
-            repetition_penalty (`float`, *optional*): Above 1, tokens of the prompt and of the text
-                so far become less probable.
-            forbidden_token_ids (`list[int]`, *optional*): Tokens that are never generated.
-            remask_threshold (`float`, *optional*): Tokens of a block that the others make less
-                probable than this are predicted again.
-            min_new_tokens (`int` or `list[int]`, *optional*): Tokens before the first end-of-text
-                token, for all prompts or for each; `gen_length`: no end-of-text token at all.
-            forced_tokens (`dict[int, int]` or `list[dict[int, int]]`, *optional*): Tokens by their
-                place among the generated ones, for all prompts or for each; all others are
-                predicted given them.
-            logits_processor (`LogitsProcessorList`, *optional*): transformers' processors; what
-                they see is said at [`~CoDDScheduler.step`].
-            cache (`str`, *optional*): `prefix` or `dual`: within a block, keys and values of what
-                is before it, or of all the rest, are computed once and reused: faster, and an
-                approximation. For Llama-like backbones.
-            guidance_scale (`float` or `list[float]`, *optional*):
-                Classifier-free guidance by the prompt, for all prompts or for each, as LLaDA counts
-                it: 0 is off, and `s` is what diffusers' image models call `s + 1`.
-            early_stop (`bool`, defaults to `True`): Whether a row ends at its end-of-text token.
-            eos_token_id (`int` or `list[int]`, *optional*): The end-of-text token, or several; by
-                default the model's (its generation configuration's), or else the tokenizer's.
             head (`str` or `False`, *optional*): The name of the head that couples this call, or
                 `False` for none; by default the model's default one.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
@@ -324,6 +290,11 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
                 length)`, over the whole canvas `[prompt][generated][padding]` of each row:
                 `canvas` (tokens), `generated` (which are not prompt or padding), `transfer_index`
                 (committed in this step), `sampled_tokens` and `sampled_probs` (candidates).
+            **settings: The draw settings ([`~codd_hf.schedulers.settings.DrawSettings`]:
+                `sampling`, `strategy`, `temperature`, ...), by default the scheduler's, and further
+                choices of [`~codd_hf.decoding.call.DecodingCall.of`] (`paradigm`, `eos_token_id`,
+                `early_stop`, `min_new_tokens`, `forced_tokens`, `logits_processor`, `cache`,
+                `guidance_scale`).
 
         Returns:
             [`CoDDPipelineOutput`], or without `return_dict` the tuple `(sequences, texts)`, in
@@ -331,68 +302,33 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
 
         Raises:
             ValueError: an argument is out of range; the sentence says which and what to give.
+            TypeError: an argument is unknown or of another kind.
         """
-        # 1. Check inputs.
+        # 1. Check inputs and encode the prompts.
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if callback_on_step_end_tensor_inputs is None:
             callback_on_step_end_tensor_inputs = ["canvas"]
-        self.check_inputs(
-            prompt,
-            messages,
-            input_ids,
-            attention_mask,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
-        settings = {
-            "strategy": strategy,
-            "sampling": sampling,
-            "temperature": temperature,
-            "evidence_temperature": evidence_temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "threshold": threshold,
-            "activation_ratio": activation_ratio,
-            "repetition_penalty": repetition_penalty,
-            "forbidden_token_ids": forbidden_token_ids,
-            "remask_threshold": remask_threshold,
-        }
-
+        self.check_inputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         return_dict = flag("return_dict", return_dict)
-        chat = {} if chat_template_kwargs is None else chat_template_kwargs
-        if not isinstance(chat, dict) or not all(isinstance(key, str) for key in chat):
-            raise TypeError(
-                f"`chat_template_kwargs` must be a dict of arguments, got {shown(chat)}."
-            )
-
-        # 2. Encode the prompts.
-        said = self.said_of_task(
+        ids, mask, call = self.prepare(
+            prompt=prompt,
+            messages=messages,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_chat_template=use_chat_template,
+            add_generation_prompt=add_generation_prompt,
+            chat_template_kwargs=chat_template_kwargs,
             gen_length=gen_length,
-            block_length=block_length,
             num_inference_steps=num_inference_steps,
-            paradigm=paradigm,
+            block_length=block_length,
             infill=infill,
-            min_new_tokens=min_new_tokens,
-            eos_token_id=eos_token_id,
+            head=head,
+            generator=generator,
+            **settings,
         )
-        ids, mask = encode_prompts(
-            prompt,
-            messages,
-            input_ids,
-            attention_mask,
-            tokenizer=self.tokenizer,
-            model=self.model,
-            end_ids=said["eos_token_id"],
-            use_chat_template=flag("use_chat_template", use_chat_template),
-            add_generation_prompt=flag("add_generation_prompt", add_generation_prompt),
-            chat_template_kwargs=chat,
-            infill=said["infill"] is not None and flag("infill", said["infill"]),
-        )
-        task = task_of_call(said, self.model, ids.shape[1])
 
-        # 3. Denoise, one block after the other.
+        # 2. Denoise, one block after the other.
         def on_step(step, timestep, state):
             kwargs = {key: state[key] for key in callback_on_step_end_tensor_inputs}
             outputs = callback_on_step_end(self, step, timestep, kwargs)
@@ -409,31 +345,16 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
                 self._num_timesteps = total
                 return bars.enter_context(self.progress_bar(total=total))
 
-            device = self._execution_device
-            call = DecodingCall.of(
-                self.model,
-                self.scheduler,
-                len(ids),
-                generator=generator,
-                early_stop=early_stop,
-                forced_tokens=forced_tokens,
-                logits_processor=logits_processor,
-                cache=cache,
-                guidance_scale=guidance_scale,
-                head=head,
-                **task,
-                **settings,
-            )
             output = denoise(
                 self.model,
                 call,
-                ids.to(device),
-                mask.to(device),
+                ids.to(self._execution_device),
+                mask.to(self._execution_device),
                 on_step=None if callback_on_step_end is None else on_step,
                 progress=progress,
             )
 
-        # 4. Decode the text.
+        # 3. Decode the text.
         texts = None
         if output_type == "text":
             known = output.is_text & (output.sequences < len(self.tokenizer))
@@ -441,7 +362,6 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
                 self.tokenizer.decode(row[keep], skip_special_tokens=True)
                 for row, keep in zip(output.sequences, known, strict=True)
             ]
-
         self.maybe_free_model_hooks()
         if not return_dict:
             return output.sequences, texts

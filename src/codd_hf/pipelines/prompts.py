@@ -3,99 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from ..checks.arguments import check_unmasked, padding_mask, rows_of_ids, several, shown
+from ..checks.arguments import check_unmasked, flag, padding_mask, rows_of_ids, several, shown
+from ..coupling.windows import CoupledBackbone
 from ..text.encoding import encode_as_written, encode_chats
 
-if TYPE_CHECKING:
-    from ..modeling_codd import CoDDModel
-
-Conversation = list[dict[str, str]]
-
-
-def check_prompts(
-    prompt: str | list[str] | None,
-    messages: Conversation | list[Conversation] | None,
-    input_ids: torch.Tensor | list[int] | list[list[int]] | None,
-    attention_mask: torch.Tensor | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
-    """Checks the form of the prompts; their tokens are checked when they are encoded.
-
-    Raises:
-        ValueError: not exactly one form is given, or the tokenizer is missing.
-        TypeError: an argument has none of the forms it may have.
-    """
-    given = [
-        name
-        for name, value in (("prompt", prompt), ("messages", messages), ("input_ids", input_ids))
-        if value is not None
-    ]
-    if len(given) != 1:
-        found = " and ".join(f"`{name}`" for name in given) or "none"
-        raise ValueError(f"Provide one of `prompt`, `messages` and `input_ids`, got {found}.")
-    if attention_mask is not None and input_ids is None:
-        raise ValueError(
-            "`attention_mask` goes with `input_ids` only: prompts and messages are padded by the "
-            "pipeline."
-        )
-    if input_ids is None and tokenizer is None:
-        raise ValueError(f"`{given[0]}` needs a tokenizer: give `input_ids` instead.")
-    if prompt is not None:
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
-            raise TypeError(f"`prompt` must be a string or a list of strings, got {shown(prompt)}.")
-        if not prompts:
-            raise ValueError("`prompt` must hold at least one string, got an empty list.")
-    if messages is not None:
-        talks = [messages] if isinstance(messages, list) and _is_talk(messages[:1]) else messages
-        if not isinstance(talks, list) or not all(_is_talk(talk) for talk in talks):
-            raise TypeError(
-                "`messages` must be a list of messages such as {'role': 'user', 'content': '...'}, "
-                f"or a list of such lists, got {shown(messages)}."
-            )
-        if not talks or not all(talks):
-            raise ValueError("`messages` must hold at least one message per conversation.")
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("`messages` needs a tokenizer with a chat template: give `prompt`.")
-
-
-def _is_talk(talk: Any) -> bool:
-    return isinstance(talk, list) and all(isinstance(message, Mapping) for message in talk)
+Conversation = list[dict[str, Any]]
 
 
 def encode_prompts(
-    prompt: str | list[str] | None,
-    messages: Conversation | list[Conversation] | None,
-    input_ids: torch.Tensor | list[int] | list[list[int]] | None,
-    attention_mask: torch.Tensor | None,
-    *,
+    model: CoupledBackbone,
     tokenizer: PreTrainedTokenizerBase | None,
-    model: CoDDModel,
-    use_chat_template: bool,
-    add_generation_prompt: bool,
-    chat_template_kwargs: dict[str, Any],
+    *,
+    prompt: str | list[str] | None = None,
+    messages: Conversation | list[Conversation] | None = None,
+    input_ids: Any = None,
+    attention_mask: Any = None,
+    use_chat_template: bool = True,
+    add_generation_prompt: bool = True,
+    chat_template_kwargs: dict[str, Any] | None = None,
     infill: bool = False,
     end_ids: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts as token ids.
+    """Prompts as token ids; the arguments are those of the pipeline's call.
 
     In a chat template a user's text is text: what spells a special token there is none. A prompt
     without a template may write special tokens, since nothing else does.
 
     Args:
+        model: says which tokens there are.
+        tokenizer: for prompts and messages, and for its padding token.
         prompt: one text or several.
         messages: one conversation or several.
         input_ids: ids, padded where `attention_mask` is 0, or rows of any lengths. Without a mask
             padding tokens are padding, unless they end texts too.
         attention_mask: of the shape of `input_ids`.
-        tokenizer: for prompts and messages, and for its padding token.
-        model: says which tokens there are.
         use_chat_template: whether a prompt becomes a user's message.
         add_generation_prompt: whether the template opens the answer.
         chat_template_kwargs: for the template.
@@ -107,50 +54,87 @@ def encode_prompts(
         `input_ids` and `attention_mask`, both `[batch, length]`, padded on the right.
 
     Raises:
-        ValueError: there is no row, or a prompt has a token that the model has not, or the mask
-            token where nothing is to be filled in.
+        ValueError: not exactly one form is given, the tokenizer is missing, there is no row, or a
+            prompt has a token that the model has not, or the mask token where nothing is to be
+            filled in.
+        TypeError: an argument has none of the forms it may have.
     """
-    if input_ids is not None:
-        rows = _rows_of_ids(input_ids, attention_mask, tokenizer, model, end_ids)
+    forms = {"prompt": prompt, "messages": messages, "input_ids": input_ids}
+    forms = {name: value for name, value in forms.items() if value is not None}
+    if len(forms) != 1:
+        found = " and ".join(f"`{name}`" for name in forms) or "none"
+        raise ValueError(f"Provide one of `prompt`, `messages` and `input_ids`, got {found}.")
+    ((name, value),) = forms.items()
+    if attention_mask is not None and name != "input_ids":
+        raise ValueError(
+            "`attention_mask` goes with `input_ids` only: prompts and messages are padded by the "
+            "pipeline."
+        )
+    if tokenizer is None and name != "input_ids":
+        raise ValueError(f"`{name}` needs a tokenizer: give `input_ids` instead.")
+    opens_answer = flag("add_generation_prompt", add_generation_prompt)
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    templated = flag("use_chat_template", use_chat_template) and has_template and not infill
+    if name == "input_ids":
+        rows = _rows_of_ids(value, attention_mask, tokenizer, model, end_ids)
+    elif name == "prompt" and not templated:
+        rows = encode_as_written(name, _texts(value), tokenizer)
     else:
-        if prompt is not None:
-            prompts = [prompt] if isinstance(prompt, str) else prompt
-            conversations = [[{"role": "user", "content": text}] for text in prompts]
-            has_template = bool(getattr(tokenizer, "chat_template", None))
-            templated = use_chat_template and has_template and not infill
-        else:
-            conversations = [messages] if isinstance(messages[0], Mapping) else messages
-            templated = True
-        if templated:
-            rows, faults = encode_chats(
-                conversations,
-                tokenizer,
-                may_spell=[model.config.mask_token_id] if infill else [],
-                add_generation_prompt=add_generation_prompt,
-                **chat_template_kwargs,
+        if not isinstance(chat_template_kwargs or {}, Mapping):
+            raise TypeError(
+                "`chat_template_kwargs` must be a dict of arguments, got "
+                f"{shown(chat_template_kwargs)}."
             )
-            for index, fault in faults.items():
-                name = "prompt" if prompt is not None else "messages"
-                raise ValueError(f"`{name}` cannot be encoded: row {index} {fault}.")
+        if name == "prompt":
+            chats = [[{"role": "user", "content": text}] for text in _texts(value)]
         else:
-            rows = encode_as_written("prompt", prompts, tokenizer)
+            chats = _conversations(value)
+            if not has_template:
+                raise ValueError(
+                    "`messages` needs a tokenizer with a chat template: give `prompt`."
+                )
+        may_spell = [model.config.mask_token_id] if infill else []
+        template = {"add_generation_prompt": opens_answer, **(chat_template_kwargs or {})}
+        rows, faults = encode_chats(chats, tokenizer, may_spell=may_spell, **template)
+        for index, fault in faults.items():
+            raise ValueError(f"`{name}` cannot be encoded: row {index} {fault}.")
 
-    name = "input_ids" if input_ids is not None else "prompt" if prompt is not None else "messages"
     if not rows:
         raise ValueError(f"`{name}` must hold at least one row, got none.")
     rows = rows_of_ids(name, rows, model.config.vocab_size)
     if not infill:
         check_unmasked(name, rows, model.config.mask_token_id)
     ids = pad_sequence(rows, batch_first=True)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    return ids, mask
+    return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+
+
+def _texts(prompt: Any) -> list[str]:
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"`prompt` must be a string or a list of strings, got {shown(prompt)}.")
+    return texts
+
+
+def _conversations(messages: Any) -> list[Conversation]:
+    def is_chat(chat: Any) -> bool:
+        return isinstance(chat, list) and all(isinstance(message, Mapping) for message in chat)
+
+    chats = [messages] if is_chat(messages) and messages else messages
+    if not isinstance(chats, list) or not all(is_chat(chat) for chat in chats):
+        raise TypeError(
+            "`messages` must be a list of messages such as {'role': 'user', 'content': '...'}, or "
+            f"a list of such lists, got {shown(messages)}."
+        )
+    if not all(chats):
+        raise ValueError("`messages` must hold at least one message per conversation.")
+    return chats
 
 
 def _rows_of_ids(
     input_ids: Any,
     attention_mask: Any,
     tokenizer: PreTrainedTokenizerBase | None,
-    model: CoDDModel,
+    model: CoupledBackbone,
     end_ids: Sequence[int],
 ) -> list[torch.Tensor]:
     """The tokens of each row, without padding."""
