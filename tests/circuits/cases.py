@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import product
 
 import torch
-from brute_force import Case
+from brute_force import Case, Enumeration
 
 LENGTH, VOCAB, STATES = 4, 4, 3
 
@@ -365,6 +366,20 @@ AWKWARD = {
 }
 
 ALL = CASES | AWKWARD
+
+
+@cache
+def enumerations(name: str) -> list[Enumeration]:
+    """Those of the rows of `ALL[name]`, which no test changes."""
+    return [ALL[name].enumerate(row) for row in range(len(ALL[name]))]
+
+
+def every_completion(case: Case, row: int) -> torch.Tensor:
+    """`[X, B, L]`: the completions of one row; 0 in the others."""
+    exact = case.enumerate(row)
+    value = torch.zeros(len(exact.tokens), *case.logits.shape[:2], dtype=torch.long)
+    value[:, row] = exact.on_canvas(exact.tokens)
+    return value
 
 
 def impossible_case() -> Case:
