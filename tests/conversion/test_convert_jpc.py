@@ -107,7 +107,7 @@ def test_a_converted_head_has_pyjuices_likelihoods_under_evidence(version):
     assert_close(whole, oracle[f"{version}.unnormalized_ll"])
 
 
-@pytest.mark.parametrize(("name", "protocol"), [(NAMES[0], 2), (NAMES[1], 5), (NAMES[2], 3)])
+@pytest.mark.parametrize(("name", "protocol"), [(NAMES[0], 5), (NAMES[2], 4)])
 def test_all_pickle_protocols_give_the_same_head(name, protocol, tmp_path):
     nodes = oracle_nodes(name)
     kind = "ExternProductCategorical" if name == "ext_hmm_v20" else "Categorical"
@@ -118,18 +118,12 @@ def test_all_pickle_protocols_give_the_same_head(name, protocol, tmp_path):
     assert_same_circuit(head, convert_jpc(FIXTURES / f"{name}.jpc"))
 
 
-def test_long_texts_of_protocol_2_are_read_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("codd_hf.conversion.pickles.COPIED", 7)
-    matrices = random_hmm(8, 40)
-    head = convert_jpc(write(tmp_path / "circuit.jpc", hmm_nodes(*matrices), protocol=2))
-    assert np.allclose(head.emission.detach().exp(), matrices[2][0], atol=1e-6)
-
-
 def test_arrays_of_numpy_1_and_old_key_names_are_read(tmp_path):
-    raw = pickle.dumps(oracle_nodes("cat_hmm"), protocol=2)
-    assert raw.count(b"cnumpy._core.multiarray\n") == 1
+    raw = pickle.dumps(oracle_nodes("cat_hmm"), protocol=4)
+    assert raw.count(b"\x16numpy._core.multiarray") == 1
     path = tmp_path / "circuit.jpc"
-    path.write_bytes(raw.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    raw = raw[:2] + raw[11:]  # without the frame, whose length changes
+    path.write_bytes(raw.replace(b"\x16numpy._core.multiarray", b"\x15numpy.core.multiarray"))
     assert_same_circuit(convert_jpc(path), convert_jpc(FIXTURES / "cat_hmm.jpc"))
     nodes = oracle_nodes("cat_hmm_blocks")
     for node in nodes:

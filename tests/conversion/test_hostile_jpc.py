@@ -55,7 +55,7 @@ def calls(marker: Path) -> dict[str, tuple[object, str]]:
         "getattr": (Call(getattr, Call(__import__, "os"), "mkdir"), "getattr|__import__"),
         "loads": (Call(pickle.loads, pickle.dumps(Call(os.mkdir, name))), "pickle.loads"),
         "codecs": (Call(codecs.lookup, "latin1"), "_codecs.lookup"),
-        "encode": (Call(codecs.encode, "ab", "rot13"), inert),
+        "encode": (Call(codecs.encode, "ab", "rot13"), "_codecs.encode"),
         "bytearray": (Call(bytearray, 1 << 40), "bytearray"),
         "numpy.ones": (Call(np.ones, (1 << 40,)), "numpy.*ones"),
         "numpy.memmap": (Call(np.memmap, name, "u1", "w+", 0, 8), "memmap"),
@@ -69,7 +69,7 @@ def calls(marker: Path) -> dict[str, tuple[object, str]]:
     }
 
 
-@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("protocol", [4, 5])
 @pytest.mark.parametrize("kind", calls(Path("marker")))
 def test_a_call_is_refused_and_not_made(kind, protocol, tmp_path):
     marker, path = tmp_path / "marker", tmp_path / "circuit.jpc"
@@ -110,15 +110,16 @@ def array(shape: bytes, data: bytes = b"\x89C\x04abcd", dtype: bytes = F4 + PLAI
 
 BY_HAND = {
     "an empty file": (b"", CUT),
-    "no pickle": (b"PK\x03\x04 a zip archive", "it is not a pickle of protocol 2 to 5"),
-    "protocol 6": (b"\x80\x06].", "it is not a pickle of protocol 2 to 5"),
+    "no pickle": (b"PK\x03\x04 a zip archive", "it is not a pickle of protocol 4 or 5"),
+    "protocol 6": (b"\x80\x06].", "it is not a pickle of protocol 4 or 5"),
     "two values": (b"\x80\x04]].", "it does not end with one value"),
     "no value": (b"\x80\x04.", "it does not end with one value"),
     "an open mark": (b"\x80\x04(].", "it does not end with one value"),
     "bytes after the end": (b"\x80\x04].N", "it does not end with one value"),
     "a second start": (b"\x80\x04\x80\x04].", "no circuit needs the opcode PROTO"),
-    "instance": (b"\x80\x02(cos\nsystem\no.", "it asks for 'os.system'"),
-    "persistent id": (b"\x80\x02Pmarker\n.", "no circuit needs the opcode PERSID"),
+    "instance": (b"\x80\x04(cos\nsystem\no.", "no circuit needs the opcode GLOBAL"),
+    "protocol 2": (b"\x80\x02].", "it is not a pickle of protocol 4 or 5"),
+    "persistent id": (b"\x80\x04Pmarker\n.", "no circuit needs the opcode PERSID"),
     "unknown opcode": (b"\x80\x04\xff.", "no circuit needs the opcode"),
     "empty stack": (b"\x80\x04\x93.", DAMAGED),
     "no mark": (b"\x80\x04]e.", DAMAGED),
@@ -168,9 +169,6 @@ def bombs() -> dict[str, tuple[bytes, str]]:
     """Small files that would become large or slow."""
     laughs = b"\x80\x04]\x94(" + b"".join(b"](" + b"h%c" % i * 9 + b"e\x94" for i in range(99))
     laughs += b"e."
-    text = b"X" + struct.pack("<I", 1 << 20) + b"a" * (1 << 20) + b"q\x01"
-    encode = b"c_codecs\nencode\nq\x02X\x06\0\0\0latin1q\x03"
-    again = b"h\x02h\x01h\x03\x86R"
     return {
         "a billion laughs": (laughs, "node 0 is not a dictionary|does not hold"),
         "a list in itself": (b"\x80\x04]\x94h\x00a.", "node 0 is not a dictionary"),
@@ -179,15 +177,6 @@ def bombs() -> dict[str, tuple[bytes, str]]:
         "deep lists": (b"\x80\x04" + b"]" * 4000 + b"a" * 3999 + b".", "node 0 is not a dict"),
         "deep tuples as a key": (b"\x80\x04})" + b"\x85" * 9000 + b"Ns.", DAMAGED),
         "deep arguments": (b"\x80\x04" + CAT + b")" + b"\x85" * 9000 + b"R.", "does not hold"),
-        "a text encoded again and again": (
-            b"\x80\x02]" + text + encode + again * 99 + b".",
-            "node 0 is not a dictionary|does not end with one value",
-        ),
-        "a text that takes four bytes a letter": (
-            b"\x80\x02X" + struct.pack("<I", 1 << 22) + "\U0001f600".encode() * (1 << 20) + b"q\x01"
-            b"0" + encode + again + b".",
-            "opcode POP",
-        ),
     }
 
 
@@ -220,7 +209,7 @@ def test_long_chains_of_tied_nodes_are_followed_once(tmp_path):
     convert_jpc(write(tmp_path / "circuit.jpc", nodes))
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("protocol", [4, 5])
 def test_a_truncated_file_is_refused_wherever_it_ends(protocol, tmp_path):
     raw = pickle.dumps(oracle_nodes("cat_hmm"), protocol)
     path = tmp_path / "circuit.jpc"
@@ -252,6 +241,6 @@ def test_the_machine_reads_what_pythons_own_reads():
     """The same values, where both can read them."""
     value = [{"a": (1, -1, 300, 70000, -(1 << 62)), "b": [True, False, None, ()]}, ["x", {}, []]]
     value.append(value[0])
-    for protocol in (2, 3, 4, 5):
+    for protocol in (4, 5):
         raw = pickle.dumps(value, protocol)
         assert unpickle(io.BytesIO(raw), itertools.count()) == pickle.loads(raw)

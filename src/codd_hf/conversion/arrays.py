@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from .pickles import COPIED, Call, Name, Payload
+from .pickles import Call, Name, Payload
 
 DTYPES = ("f2", "f4", "f8", "i4", "i8", "b1")
 DISTRIBUTIONS = ("Categorical", "ExternProductCategorical", "SoftEvidenceCategorical")
 MAX_AXES = 4
+COPIED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,9 @@ class Array:
         return flat.reshape(self.shape, order=self.order)
 
     def parts(self) -> Iterator[np.ndarray]:
-        """The elements in the file's order; but for texts, no more than `COPIED` bytes at once."""
-        if self.payload.is_text:
-            yield np.frombuffer(self.payload.read(), dtype=self.dtype)
-            return
+        """The elements in the file's order, `COPIED` bytes at once."""
         for start in range(0, self.payload.size, COPIED):
-            part = self.payload.part(start, min(COPIED, self.payload.size - start))
+            part = self.payload.read(start, min(start + COPIED, self.payload.size))
             yield np.frombuffer(part, dtype=self.dtype)
 
 
@@ -47,9 +45,13 @@ def read_array(value: Any) -> Array:
         ValueError: it is none, or none of numbers.
     """
     match value:
-        case Call("_reconstruct", (Name("ndarray"), _, _), (1, tuple(shape), dtype, order, data)):
-            order = {False: "C", True: "F"}.get(order if type(order) is bool else None)
-        case Call("_frombuffer", (data, dtype, tuple(shape), str(order), *_), None):
+        case Call(
+            "_reconstruct",
+            (Name("ndarray"), _, _),
+            (1, tuple(shape), dtype, bool(order), Payload() as data),
+        ):
+            order = "F" if order else "C"
+        case Call("_frombuffer", (Payload() as data, dtype, tuple(shape), str(order), *_), None):
             pass
         case _:
             raise ValueError("is no array")
@@ -60,29 +62,12 @@ def read_array(value: Any) -> Array:
             dtype = np.dtype(end + code)
         case _:
             raise ValueError("has elements of an unknown type")
-    data = read_bytes(data)
-    if order not in ("C", "F") or len(shape) > MAX_AXES:
+    numbers = all(type(number) is int and number >= 0 for number in shape)
+    if order not in ("C", "F") or len(shape) > MAX_AXES or not numbers:
         raise ValueError("has a shape that no circuit's has")
-    if any(type(number) is not int or number < 0 for number in shape):
-        raise ValueError("has a shape that no circuit's has")
-    size = math.prod(shape) * dtype.itemsize
-    if size > data.size or (size < data.size and not data.is_text):
-        raise ValueError(f"takes {size:,} bytes, but has {data.size:,}")
+    if math.prod(shape) * dtype.itemsize != data.size:
+        raise ValueError(f"has a shape that does not fit its {data.size:,} bytes")
     return Array(dtype, shape, order, data)
-
-
-def read_bytes(value: Any) -> Payload:
-    """Bytes; protocol 2 writes them as a text and how to encode it.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    match value:
-        case Payload(is_text=False) | Call("encode", (Payload(is_text=True), "latin1"), None):
-            return value if isinstance(value, Payload) else value.arguments[0]
-        case Call("encode", (str(text), "latin1"), None):
-            return Payload.of(text.encode("latin-1"))
-    raise ValueError("is no bytes")
 
 
 def read_num_tokens(value: Any) -> int:

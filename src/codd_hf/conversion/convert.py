@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from .jpc import HiddenMarkovModel
 FILE_NAME = "model.jpc"
 CODD = ("codd", "codd-head")
 """Model types of what is converted already."""
-PICKLE = re.compile(rb"\x80[\x02-\x05]")
-"""How a pickle of protocol 2 to 5 begins."""
+PICKLES = (b"\x80\x04", b"\x80\x05")
+"""How a pickle of protocol 4 or 5 begins."""
 RAREST = torch.finfo(torch.float32).tiny
 """Marginal of a token that a circuit never emits: its logarithm is finite."""
 
@@ -44,7 +43,7 @@ def convert_jpc(
     Nothing in the file is run: see `codd_hf.conversion.pickles`. The head holds the circuit's
     log-probabilities: `initial [H]`, `transition [H, H]` or `[L-1, H, H]`, `emission [H, V]` or
     `[L, H, V]`, as the circuit ties them. The file's arrays are read straight into the head: memory
-    for the head and little more is enough (for two heads if the pickle is of protocol 2).
+    for the head and little more is enough.
 
     Args:
         source: a `.jpc` file, a folder with `model.jpc`, or the id of such a repository on the Hub.
@@ -116,7 +115,7 @@ def holds_circuit(source: str | Path, **hub: Any) -> bool:
     path, name = Path(source), str(source)
     if path.is_file():
         with path.open("rb") as file:
-            return path.suffix == ".jpc" or PICKLE.match(file.read(2)) is not None
+            return path.suffix == ".jpc" or file.read(2) in PICKLES
     repository = Repository(name, hub)
     try:
         repository.first("config.json", FILE_NAME)

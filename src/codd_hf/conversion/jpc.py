@@ -24,8 +24,8 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 import torch
 
-from .arrays import Array, read_array, read_bytes, read_num_tokens
-from .pickles import unpickle
+from .arrays import Array, read_array, read_num_tokens
+from .pickles import Payload, unpickle
 
 KEYS = {"type", "num_node_blocks", "block_size", "chs", "edge_ids", "params", "zero_param_mask"}
 KEYS |= {"scope", "dist", "dist_shared_with", "source_node"}
@@ -256,7 +256,7 @@ class HiddenMarkovModel:
                 node.refuse("shares the distribution of a node that does not precede it")
             node = self._nodes[index]
         try:
-            payload = read_bytes(node.fields.get("dist"))
+            payload = node.get("dist", Payload)
             if payload.size > LARGEST_DISTRIBUTION:
                 raise ValueError(f"it has {payload.size:,} bytes")
             return self._num_tokens(bytes(payload.read()))
