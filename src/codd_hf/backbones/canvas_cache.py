@@ -27,7 +27,7 @@ class CanvasLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, cache: CanvasCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keeps what a pass computed; returns its rows' keys and values over the whole canvas."""
+        """Keeps the results of a pass; returns its rows' keys and values over the whole canvas."""
         self.keys, keys = cache.write(self.keys, key_states, dim=2)
         self.values, values = cache.write(self.values, value_states, dim=2)
         self.is_initialized = True
@@ -65,10 +65,7 @@ class CanvasCache(Cache):
     ) -> torch.Tensor:
         """`[batch]` bool: rows of which nothing is kept, or whose kept part has other tokens now.
 
-        Args:
-            rows: `[batch]`, the numbers of the rows.
-            tokens: `[batch, length]`.
-            read_again: `[batch, length]` bool, the columns that every pass computes.
+        `tokens` and `read_again` (the columns that every pass computes) are `[batch, length]`.
         """
         if self.tokens is None:
             return ~self.known[rows]
@@ -77,18 +74,13 @@ class CanvasCache(Cache):
 
     def whole(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
         """Announces a pass over whole rows, of `tokens` `[batch, length]`."""
-        self.rows, self.positions, self.run = rows, None, None
+        self.rows, self.positions = rows, None
         self.known[rows] = True
         self.tokens, _ = self.write(self.tokens, tokens.clone(), dim=1)
 
-    def part(
-        self, rows: torch.Tensor, positions: torch.Tensor, run: tuple[int, int] | None = None
-    ) -> None:
-        """Announces a pass over columns `positions` `[batch, n]` of rows that are kept.
-
-        `run` is the first of the columns and the last plus one, if all rows have that run.
-        """
-        self.rows, self.positions, self.run = rows, positions, run
+    def part(self, rows: torch.Tensor, positions: torch.Tensor) -> None:
+        """Announces a pass over columns `positions` `[batch, n]` of rows that are kept."""
+        self.rows, self.positions = rows, positions
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
@@ -114,17 +106,13 @@ class CanvasCache(Cache):
         """
         rows = self.rows.to(new.device)
         everything = len(rows) == len(self.known)  # while no row has left, nothing is copied
-        if self.positions is None:
-            if everything:
-                return new, new
-            stored = new.new_empty(len(self.known), *new.shape[1:]) if stored is None else stored
-            stored[rows] = new
-            return stored, new
-        if everything and self.run is not None:
-            first, end = self.run
-            stored.narrow(dim, first, end - first).copy_(new)
-            return stored, stored
-        stored.transpose(1, dim)[rows[:, None], self.positions.to(new.device)] = new.transpose(
-            1, dim
-        )
-        return stored, stored if everything else stored[rows]
+        if self.positions is not None:
+            places = rows[:, None], self.positions.to(new.device)
+            stored.transpose(1, dim)[places] = new.transpose(1, dim)
+            return stored, stored if everything else stored[rows]
+        if everything:
+            return new, new
+        if stored is None:
+            stored = new.new_empty(len(self.known), *new.shape[1:])
+        stored[rows] = new
+        return stored, new

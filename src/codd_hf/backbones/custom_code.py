@@ -74,13 +74,7 @@ def needs_remote_code(config: dict[str, Any]) -> bool:
 
 
 def check_trust(name: str, config: dict[str, Any], trust_remote_code: bool | None) -> None:
-    """Raises unless the user allowed the code of a repository, and it is that repository's own.
-
-    Args:
-        name: the folder or id that the user named.
-        config: content of its `config.json`, or of the part that describes the backbone.
-        trust_remote_code: from the user.
-    """
+    """Raises unless the user allowed the code of a repository, and it is that repository's own."""
     if not trust_remote_code:
         raise ValueError(
             f"The backbone in {name!r} (model type {config.get('model_type')!r}) brings its own "
@@ -105,9 +99,6 @@ def nested_custom_config(
         config: its `text_config`.
         trust_remote_code: from the user, for `name`.
         **hub: `revision`, `token` and the like, for downloads.
-
-    Raises:
-        ValueError: the user did not allow the code, or it is another repository's.
     """
     check_trust(name, config, trust_remote_code)
     if Path(name).is_dir():

@@ -67,9 +67,6 @@ class CanvasReader:
         if getattr(self.backbone.config, "logit_shift", False):
             again = again | F.pad(again[:, 1:], (0, 1))  # where the first of them is predicted
         columns = _columns(again)
-        first, number = int(columns[0, 0]), columns.shape[1]
-        run = torch.arange(first, first + number, device=again.device)
-        self.run = (first, first + number) if bool((columns == run).all()) else None
         copies = 1 if self.scale is None else 2
         self.read_again, self.columns = again.repeat(copies, 1), columns.repeat(copies, 1)
 
@@ -98,7 +95,7 @@ class CanvasReader:
             states = self.family.states(self.backbone, tokens[old], mask[old], cache=self.cache)
             if bool(old.all()):
                 return states
-        self.cache.part(rows, self.columns[rows], self.run)
+        self.cache.part(rows, self.columns[rows])
         return self.family.states(self.backbone, tokens, mask, cache=self.cache)
 
 
