@@ -12,9 +12,7 @@ from codd_hf.benchmarks import BENCHMARKS, Options
 from codd_hf.benchmarks.end_to_end import BLOCK, BLOCK_CAUSAL, FACTORIZED
 from codd_hf.benchmarks.head_case import QUICK, HeadCase
 from codd_hf.benchmarks.timing import Rates, median_seconds
-from codd_hf.circuits.reference import plain_step
 from codd_hf.cli import main
-from tiny import random_head as tiny_head
 
 COLUMNS = {
     "overhead": "overhead, %",
@@ -24,22 +22,6 @@ COLUMNS = {
     "scaling": "exact / limit",
     "fitting": "ms",
 }
-
-
-def tiny_case(seed: int = 0):
-    """A random circuit and windows `[3, 4]`, some tokens observed, all of one row masked."""
-    head = tiny_head(vocab_size=7)
-    generator = torch.Generator().manual_seed(seed)
-    logits = 2 * torch.randn(3, 4, 7, generator=generator)
-    logits[..., 2] = -torch.inf
-    tokens = torch.randint(3, 7, (3, 4), generator=generator)
-    observed = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 1], [0, 1, 1, 0]]).bool()
-    return head, logits, tokens, observed
-
-
-def plain(head, *given, **options):
-    with torch.no_grad():
-        return plain_step((head.initial, head.transition, head.emission), *given, **options)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -66,40 +48,6 @@ def test_benchmark_runs_and_its_figures_are_sane(name, capsys, tmp_path):
         assert rows[key]["tokens as LLaDA2Pipeline's, %"] == 100
         assert rows[key]["passes"] == 4
     assert rows[BLOCK, FACTORIZED]["tokens as LLaDA2Pipeline's, %"] < 100  # it reads more
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_plain_paper_and_the_library_have_the_same_normaliser(temperature):
-    head, logits, tokens, observed = tiny_case()
-    distribution = head(logits, tokens=tokens, observed=observed, temperature=temperature)
-    step = plain(head, logits, tokens, observed, temperature)
-    torch.testing.assert_close(step.log_partition, distribution.log_partition)
-
-
-def test_plain_paper_and_the_library_give_the_same_token_laws_for_the_same_latents():
-    head, logits, tokens, observed = tiny_case()
-    step = plain(head, logits, tokens, observed)
-    expected = head(logits, tokens=tokens, observed=observed).logits_given(step.latents)
-    masked = ~observed
-    torch.testing.assert_close(step.log_probs[masked], expected[masked])
-
-
-def test_plain_paper_draws_latents_from_the_exact_posterior():
-    head, logits, tokens, observed = tiny_case()
-    generator = torch.Generator().manual_seed(3)
-    number = 1500
-    row = [x[1:2].repeat(number, *[1] * (x.ndim - 1)) for x in (logits, tokens, observed)]
-    latents = plain(head, *row, generator=generator).latents
-    posterior = head(logits, tokens=tokens, observed=observed).latent_posterior[1]
-    shares = torch.nn.functional.one_hot(latents, head.config.num_latents).float().mean(0)
-    assert (shares - posterior).abs().max() < 4 * math.sqrt(0.25 / number)
-    pairs = latents[:, 1:3].unique(dim=0, return_counts=True)
-    exact = head(*row[:1], tokens=row[1], observed=row[2]).sample_latents(
-        torch.Generator().manual_seed(4)
-    )
-    for pair, count in zip(*pairs, strict=True):
-        other = (exact[:, 1:3] == pair).all(1).sum()
-        assert abs(int(count - other)) < 5 * math.sqrt(2 * max(int(count), int(other)))
 
 
 def test_random_head_is_normalised_and_its_predictions_exclude_the_mask_token():

@@ -40,3 +40,12 @@ def assert_drawn_from(counts: torch.Tensor, probabilities: torch.Tensor) -> None
     assert observed[~kept].sum() <= 10
     if freedom:
         assert chi2.sf(float(statistic), freedom) > 1e-4
+
+
+def counts_of(drawn: torch.Tensor, outcomes: torch.Tensor) -> torch.Tensor:
+    """How often each row of `outcomes` `[X, n]` occurs in `drawn` `[N, n]`."""
+    base = int(max(drawn.max(), outcomes.max())) + 1
+    weights = base ** torch.arange(outcomes.shape[1])
+    table = torch.full((int(base ** outcomes.shape[1]),), -1)
+    table[(outcomes * weights).sum(1)] = torch.arange(len(outcomes))
+    return torch.bincount(table[(drawn * weights).sum(1)], minlength=len(outcomes))

@@ -4,18 +4,18 @@ import pytest
 import torch
 from cases import random_case
 
-from codd_hf.circuits import (
-    Context,
-    CoupledCategorical,
-    Potentials,
-)
+from codd_hf.circuits import Context, CoupledCategorical, Potentials
+
+EVERYWHERE = torch.ones(2, 5).bool()
+
+
+def circuit(steps: int = 1, positions: int = 1) -> Potentials:
+    return Potentials(torch.zeros(3), torch.zeros(steps, 3, 3), torch.zeros(positions, 3, 4))
 
 
 def make(**changes):
-    g = torch.Generator().manual_seed(0)
-    circuit = Potentials(torch.zeros(3), torch.zeros(1, 3, 3), torch.zeros(1, 3, 4))
-    arguments = {"logits": torch.randn(2, 5, 4, generator=g), "potentials": circuit}
-    return CoupledCategorical(**(arguments | changes))
+    logits = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    return CoupledCategorical(**({"logits": logits, "potentials": circuit()} | changes))
 
 
 @pytest.mark.parametrize(
@@ -32,23 +32,16 @@ def make(**changes):
         ({"forbidden": torch.zeros(5).bool()}, r"`forbidden` must have shape \(4,\)"),
         ({"temperature": 0.0}, r"`temperature` must be above 0, within 1e-06 to 1e[+]06, got 0.0"),
         ({"temperature": float("nan")}, r"`temperature` must be above 0"),
-        ({"observed": torch.ones(2, 5).bool()}, r"`tokens` must be given"),
+        ({"observed": EVERYWHERE}, r"`tokens` must be given"),
         (
-            {"observed": torch.ones(2, 5).bool(), "tokens": torch.full((2, 5), 4)},
-            r"`tokens` must hold ids of the vocabulary, 0 to 3, got 4",
-        ),
-        (
-            {"observed": torch.ones(2, 5).bool(), "tokens": torch.full((2, 5), -1)},
+            {"observed": EVERYWHERE, "tokens": torch.full((2, 5), -1)},
             r"`tokens` must hold ids of the vocabulary, 0 to 3, got -1",
         ),
         (
-            {"potentials": Potentials(torch.zeros(3), torch.zeros(3, 3, 3), torch.zeros(1, 3, 4))},
-            r"`logits` cover 5 positions, but the circuit's untied transition has 3",
+            {"potentials": circuit(steps=3)},
+            r"5 positions, but .* untied transition has 3",
         ),
-        (
-            {"potentials": Potentials(torch.zeros(3), torch.zeros(1, 3, 3), torch.zeros(4, 3, 4))},
-            r"`logits` cover 5 positions, but the circuit's untied emission has 4",
-        ),
+        ({"potentials": circuit(1, 4)}, r"5 positions, but the circuit's untied emission has 4"),
     ],
 )
 def test_a_wrong_argument_is_named(changes, message):
@@ -56,25 +49,19 @@ def test_a_wrong_argument_is_named(changes, message):
         make(**changes)
 
 
-def test_ids_at_positions_that_are_not_observed_do_not_matter():
-    make(tokens=torch.full((2, 5), -100))
-
-
-def test_log_prob_names_a_wrong_shape_and_a_wrong_id():
-    ours = make()
-    with pytest.raises(ValueError, match=r"`value` must have shape \(2, 5\), got \(2, 4\)"):
-        ours.log_prob(torch.zeros(2, 4).long())
-    with pytest.raises(ValueError, match="`value` must hold ids of the vocabulary, 0 to 3, got 4"):
-        ours.log_prob(torch.tensor([[0, 1, 2, 3, 4]] * 2))
-
-
-def test_condition_names_a_wrong_shape_and_a_wrong_id():
-    ours = make()
-    everywhere = torch.ones(2, 5).bool()
-    with pytest.raises(ValueError, match=r"`tokens` must"):
-        ours.condition(torch.full((2, 5), 7), everywhere)
+def test_queries_name_a_wrong_shape_and_a_wrong_id():
+    ours, four = make(), torch.tensor([[0, 1, 2, 3, 4]] * 2)
+    for query in (ours.log_prob, ours.coupling_gain, ours.marginal_probs_of):
+        with pytest.raises(ValueError, match=r"`value` must have shape \(2, 5\), got \(2, 4\)"):
+            query(torch.zeros(2, 4).long())
+        with pytest.raises(ValueError, match=r"`value` must hold ids .*, 0 to 3, got 4"):
+            query(four)
+    with pytest.raises(ValueError, match="`tokens` must hold ids of the vocabulary"):
+        ours.condition(four, EVERYWHERE)
     with pytest.raises(ValueError, match=r"`tokens` must have shape \(2, 5\)"):
-        ours.condition(torch.zeros(1, 5).long(), everywhere)
+        ours.condition(torch.zeros(1, 5).long(), EVERYWHERE)
+    with pytest.raises(ValueError, match="`latents` must hold states, 0 to 2, got 3"):
+        ours.logits_given(four)
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
@@ -86,10 +73,10 @@ def test_nan_from_the_backbone_is_an_error(name, top_k):
         _ = case.distribution().log_partition
 
 
-def test_nan_at_positions_that_do_not_matter_is_ignored():
-    case = random_case(111, observed="none", present="trailing")
-    clean = case.distribution()
-    spoilt = random_case(111, observed="none", present="trailing")
-    spoilt.logits[~case.options["present"]] = torch.nan
-    value = clean.sample(generator=torch.Generator().manual_seed(0))
-    assert torch.equal(spoilt.distribution().log_prob(value), clean.log_prob(value))
+def test_ids_and_nan_at_positions_that_do_not_matter_are_ignored():
+    make(tokens=torch.full((2, 5), -100))
+    clean, spoilt = (random_case(111, observed="none", present="trailing") for _ in range(2))
+    spoilt.logits[~spoilt.options["present"]] = torch.nan
+    value = clean.distribution().sample(generator=torch.Generator().manual_seed(0))
+    log_probs = (case.distribution().log_prob(value) for case in (clean, spoilt))
+    assert torch.equal(*log_probs)

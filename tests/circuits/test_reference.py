@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from agreement import assert_drawn_from, assert_logs_agree, assert_probabilities_agree
+from agreement import assert_drawn_from, assert_logs_agree, assert_probabilities_agree, counts_of
 from cases import random_case
 
 from codd_hf.circuits import CoupledCategorical, Potentials, reference
@@ -75,16 +75,17 @@ def test_expected_counts_are_those_of_the_reference():
         torch.testing.assert_close(ours.view(theirs.shape), theirs)
 
 
-def test_a_plain_step_draws_latents_from_the_posterior_and_gives_the_tokens_given_them():
-    circuit, window = random_circuit(states=5, vocab=7, length=4, seed=2)
-    number, generator = 2000, torch.Generator().manual_seed(3)
-    rows = [part.expand(number, *part.shape) for part in window]
-    step = reference.plain_step(circuit, *rows, generator=generator)
-    ours = coupled(circuit, *window)
-    for i, law in enumerate(ours.latent_posterior[0]):
-        assert_drawn_from(torch.bincount(step.latents[:, i], minlength=5), law)
-    expected = ours.logits_given(step.latents[:1])[0][~window[2]]
-    torch.testing.assert_close(step.log_probs[0][~window[2]], expected.float())
+def test_a_plain_step_draws_a_path_from_the_posterior_and_gives_the_tokens_given_it():
+    case, number = random_case(501, batch=1), 3000
+    circuit = case.initial.double(), case.transition[0].double(), case.emission[0].double()
+    names = ("tokens", "observed")
+    rows = [case.logits, *(case.options[name] for name in names)]
+    rows = [part.expand(number, *part.shape[1:]) for part in rows]
+    step = reference.plain_step(circuit, *rows, generator=torch.Generator().manual_seed(3))
+    exact, ours = case.enumerate(0), case.distribution(torch.float64)
+    assert_drawn_from(counts_of(step.latents, exact.latents), exact.path_prob)
+    expected = ours.logits_given(step.latents[:1])[ours.masked]
+    torch.testing.assert_close(step.log_probs[:1][ours.masked], expected.float())
 
 
 def test_a_reader_follows_log_z_a_sample_and_a_conditional_in_6_files_and_900_lines():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from agreement import assert_drawn_from
+from agreement import assert_drawn_from, counts_of
 from cases import (
     ALL,
     AWKWARD,
@@ -16,15 +16,6 @@ from cases import (
 )
 
 DRAWS = 6000
-
-
-def counts_of(drawn: torch.Tensor, outcomes: torch.Tensor) -> torch.Tensor:
-    """How often each row of `outcomes` `[X, n]` occurs in `drawn` `[N, n]`."""
-    base = int(max(drawn.max(), outcomes.max())) + 1
-    weights = base ** torch.arange(outcomes.shape[1])
-    table = torch.full((int(base ** outcomes.shape[1]),), -1)
-    table[(outcomes * weights).sum(1)] = torch.arange(len(outcomes))
-    return torch.bincount(table[(drawn * weights).sum(1)], minlength=len(outcomes))
 
 
 def generators(rows):
