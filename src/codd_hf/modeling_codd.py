@@ -24,24 +24,15 @@ from .backbones import (
     needs_remote_code,
     nested_custom_config,
 )
-from .checks.arguments import (
-    as_tensor,
-    check_token_types,
-    check_tokens,
-    flag,
-    generators,
-    padding_mask,
-    plain,
-    token_ids,
-)
+from .checks.arguments import flag, generators
 from .circuits import CoupledCategorical
 from .circuits.random import Generators
 from .configuration_codd import CoDDConfig, CoDDHeadConfig, check_coupling
 from .coupling.adapter_files import load_adapter, save_adapter
 from .coupling.adapters import AdaptersMixin, unwrapped, without_adapters
 from .coupling.heads import DEFAULT_NAME, HeadName, Heads, load_head, named_backbone
+from .coupling.inputs import checked_inputs, refuse_requests
 from .coupling.windows import CoupledBackbone
-from .hub.cards import Artifact
 from .hub.publishing import Publishing, forget_paths
 from .hub.repositories import (
     ADAPTER_FOLDER,
@@ -64,13 +55,12 @@ class CoDDOutput(ModelOutput):
     """Output of [`CoDDModel`].
 
     Attributes:
-        loss: scalar, conditional negative log-likelihood per supervised masked token, in nats; only
-            with `labels`.
-        logits: `[batch, length, vocab]`; entry `i` predicts token `i`. Where a coupling is asked
-            for, the window's entries are log-probabilities of the coupled distribution.
+        loss: scalar, negative log-likelihood per supervised masked token, in nats; with `labels`.
+        logits: `[batch, length, vocab]`; entry `i` predicts token `i`. With a coupling, the
+            window's entries are log-probabilities of the coupled distribution.
         last_hidden_state: `[batch, length, hidden]`; entry `i` predicted token `i`.
         hidden_states: kept for transformers' conventions; None.
-        distribution: the coupled distribution of the window; only with `return_distribution=True`.
+        distribution: the coupled distribution of the window; with `return_distribution`.
     """
 
     loss: torch.Tensor | None = None
@@ -137,23 +127,23 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
         """Joins a backbone, a head and a LoRA.
 
         Args:
-            backbone: a model, a local path or a Hub id. A decoder is switched to full attention.
+            backbone: a model (PEFT's wrapper around one, too), a local path or a Hub id. A decoder
+                is switched to full attention.
             head: a head; a local path or Hub id of one, of a model that has one, or of a PyJuice
-                circuit (`model.jpc`), which is converted; a configuration makes a new, untrained
-                head; None leaves the predictions factorized.
+                circuit (`model.jpc`), which is converted; a configuration makes a new head; None
+                leaves the predictions factorized.
             adapter: local path or Hub id of a PEFT LoRA for the backbone; default, the one beside
-                the head (`adapter/`), if there is one. One in memory is already on the backbone:
-                give that, or PEFT's wrapper around it.
+                the head (`adapter/`), if there is one.
             mask_token_id: the mask token; defaults to the head's, then the backbone's.
             forbidden_token_ids: tokens that are never generated; defaults to the head's.
             coupling: the `logits` of a forward pass, as in [`CoDDConfig`].
-            **kwargs: for loading the backbone, as in [`~codd_hf.backbones.load_backbone`]. `token`
-                and where to cache hold for head and adapter as well.
+            **kwargs: for [`~codd_hf.backbones.load_backbone`]. `token` and where to cache hold for
+                head and adapter as well.
 
         Raises:
             TypeError: a part is nothing of these.
             ValueError: the parts do not fit, or the backbone's family is not known.
-            FileNotFoundError: a local path does not exist.
+            OSError: nothing is found.
         """
         shared = shared_arguments(kwargs)
         if isinstance(backbone, str | Path):
@@ -185,9 +175,9 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
             coupling=coupling,
         )
         model = cls(config, backbone=backbone, coupling_head=head)
+        of_backbone = getattr(backbone, "generation_config", None)
         for name in ("eos_token_id", "pad_token_id"):  # the rest is about autoregressive decoding
-            token = getattr(getattr(backbone, "generation_config", None), name, None)
-            if token is not None:
+            if (token := getattr(of_backbone, name, None)) is not None:
                 setattr(model.generation_config, name, token)
         return model.eval()
 
@@ -205,10 +195,9 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
                 those that say how to load it (`dtype`, `device_map`, `cache_dir`, ...).
 
         Raises:
-            ValueError: a head names no backbone, or one that the user has to name: a local path (in
-                a downloaded head), or a repository that brings its own code; or the weights are not
-                those that the configuration describes.
-            OSError: nothing is found, or the weights are damaged.
+            ValueError: a head names no backbone, or one that the user has to name, or the weights
+                are not those that the configuration describes.
+            OSError: nothing is found, or a file is damaged.
         """
         name = checked_name(pretrained_model_name_or_path, "pretrained_model_name_or_path")
         given, with_report = kwargs.get("config"), kwargs.pop("output_loading_info", False)
@@ -241,23 +230,16 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
     ) -> CoDDConfig:
         """The configuration to load with; of a backbone that brings its code, added to `kwargs`."""
         given = kwargs.get("config")
-        if given is not None and not isinstance(given, PreTrainedConfig):
-            given = kwargs["config"] = cls.config_class.from_pretrained(given)
         fields = repository.config if given is None else given.to_dict()
         stored.check_layers(fields)
         if given is not None:
             return given
-        if fields.get("model_type") != cls.config_class.model_type:
-            raise ValueError(
-                f"{repository.name!r} holds a model of type {fields.get('model_type')!r}, no CoDD "
-                "model: join it with a head by `CoDDModel.from_backbone`."
-            )
         text_config = fields.get("text_config")
         if not isinstance(text_config, dict) or not needs_remote_code(text_config):
-            return cls.config_class.from_dict(dict(fields))
+            return CoDDConfig.from_dict(dict(fields))
         trusted = kwargs.get("trust_remote_code")
         nested = nested_custom_config(repository.name, text_config, trusted, **repository.hub)
-        kwargs["config"] = cls.config_class.from_dict({**fields, "text_config": nested})
+        kwargs["config"] = CoDDConfig.from_dict({**fields, "text_config": nested})
         return kwargs["config"]
 
     def save_pretrained(
@@ -265,18 +247,13 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
         save_directory: str | Path,
         is_main_process: bool = True,
         *,
-        max_shard_size: int | str = "50GB",
+        max_shard_size: int | str = "50GB",  # diffusers looks for this name and the next
         variant: str | None = None,
         **kwargs,
     ) -> None:
         """Saves the backbone and the default head, and the backbone's LoRA, if any, in `adapter/`.
 
-        Args:
-            save_directory: a folder, created if it does not exist.
-            is_main_process: whether this process is the one that writes.
-            max_shard_size: as in transformers; named here for diffusers, which looks for the name.
-            variant: as `max_shard_size`.
-            **kwargs: as in transformers, and as for `push_to_hub`.
+        The arguments are those of transformers and of `push_to_hub`.
         """
         if is_main_process:
             self.family.save_code(self.backbone, save_directory)
@@ -297,20 +274,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
         adapter: str | Path | None = None,
         **hub: Any,
     ) -> None:
-        """Adds a head, for calls that name it by `head=name`; `"default"` is that of all others.
-
-        Args:
-            head: as for `from_backbone`. Window and structure may differ from the other heads'.
-            name: how it is called.
-            adapter: folder or id of a PEFT LoRA that belongs to the head and runs together with it;
-                default, the one beside the head (`adapter/`), if there is one.
-            **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
-
-        Raises:
-            TypeError: the head is none of these, or the name is no text.
-            ValueError: the name is taken, or head or adapter do not fit the backbone.
-            OSError: nothing is found.
-        """
+        """Adds a head; see [`~codd_hf.coupling.heads.Heads.load`]."""
         self.heads.load(head, name, adapter, **hub)
 
     def delete_head(self, name: str) -> None:
@@ -320,24 +284,8 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
     def save_head(
         self, save_directory: str | Path, name: str = DEFAULT_NAME, **kwargs: Any
     ) -> None:
-        """Saves a head as a small repository of its own, with the LoRA that belongs to it, if any.
-
-        `CoDDModel.from_pretrained(save_directory)` brings both back, over the backbone that the
-        head's configuration names: by default where this one was loaded from.
-
-        Args:
-            save_directory: a folder; the adapter goes into its `adapter/`.
-            name: of the head.
-            **kwargs: for the head's `save_pretrained`; with `push_to_hub=True` and a `repo_id` both
-                are uploaded.
-
-        Raises:
-            ValueError: the model has no such head.
-        """
+        """Saves a head with its adapter; see [`~codd_hf.coupling.heads.Heads.save`]."""
         self.heads.save(save_directory, name, **kwargs)
-
-    def _artifact(self) -> Artifact:
-        return Artifact("model", self.coupling_head, self.backbone, config=self.config)
 
     def _apply(self, fn, recurse: bool = True) -> CoDDModel:
         for head in self.heads.others.values():  # which are no submodules
@@ -346,7 +294,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
 
     @classmethod
     def can_generate(cls) -> bool:
-        """True: `generate` decodes by diffusion."""
+        """True."""
         return True
 
     def get_output_embeddings(self) -> nn.Module:
@@ -377,7 +325,6 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
         generator: Generators = None,
         head: HeadName = None,
         return_dict: bool | None = None,
-        token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CoDDOutput | tuple:
         """Predicts masked tokens.
@@ -388,19 +335,16 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
                 where a row begins or ends with padding tokens.
             position_ids: `[batch, length]`; default, counted over real tokens.
             labels: `[batch, length]`, the true tokens, -100 where not supervised. The loss is over
-                masked, supervised positions, jointly over the windows of each row that are aligned
-                with its first supervised token.
+                masked, supervised positions, jointly over windows from the first of them on.
             window_start: `[batch]`, start of the window that is coupled; default, the last
                 `window_length` real positions of each row.
             coupling: `"none"` (logits stay factorized), `"marginal"` (the window's logits become
                 the log of the exact coupled marginals) or `"latent"` (log-probabilities given one
-                sampled latent path, of the window's observed tokens too, so that a loop that
-                revises tokens keeps what was drawn together); default, `config.coupling`.
+                sampled latent path, at observed tokens too); default, `config.coupling`.
             return_distribution: also return the window's distribution.
             generator: draws the latent path.
             head: the name of the head that couples this call; None, the default one; False, none.
             return_dict: False for a tuple.
-            token_type_ids: from tokenizers; 0 everywhere.
             **kwargs: further arguments of transformers' models: `use_cache` and `cache_position`
                 have no effect, others must ask for nothing (None, False, 0).
 
@@ -409,54 +353,25 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
                 masked.
             TypeError: an argument is of another kind, or asks for what only the backbone can do.
         """
-        for name in kwargs.keys() - {"use_cache", "cache_position"}:
-            value = plain(kwargs[name])
-            if value is not None and not (isinstance(value, (bool, int)) and value == 0):
-                raise TypeError(
-                    f"`{name}` cannot be used here: leave it out, or give it to `model.backbone`."
-                )
-        config, device = self.config, self.device
-        coupling = config.coupling if coupling is None else coupling
+        coupling = self.config.coupling if coupling is None else coupling
         check_coupling(coupling)
-        input_ids = token_ids("input_ids", input_ids, config.vocab_size, device)
-        if input_ids.shape[1] == 0:
-            raise ValueError("`input_ids` must hold at least one token in a row, got none.")
-        check_token_types(token_type_ids, input_ids)
-        if attention_mask is None:
-            self._warn_of_padding(input_ids)
-        else:
-            attention_mask = padding_mask("attention_mask", attention_mask, input_ids.shape, device)
-        if position_ids is not None:
-            shape = (1 if len(position_ids) == 1 else len(input_ids), input_ids.shape[1])
-            position_ids = as_tensor("position_ids", position_ids, int, shape, device)
-            if self.max_positions is not None:
-                check_tokens("position_ids", position_ids, self.max_positions, "positions")
-        if labels is not None:
-            labels = as_tensor("labels", labels, int, input_ids.shape, device)
-            check_tokens("labels", labels.masked_fill(labels == -100, 0), config.vocab_size)
-        if window_start is not None:
-            window_start = as_tensor("window_start", window_start, int, input_ids.shape[:1], device)
-        generators("generator", generator, len(input_ids))
         return_distribution = flag("return_distribution", return_distribution)
+        given = input_ids, attention_mask, position_ids, labels, window_start
+        ids, mask, positions, labels, start = checked_inputs(self, *given)
+        refuse_requests(kwargs, ids)
+        generators("generator", generator, len(ids))
         head = self.heads.of_call(head)
         with self.heads.adapter_of_call(head):
-            states = self.backbone_states(input_ids, attention_mask, position_ids)
-            logits = states.logits()
-            distribution, loss = None, None
+            states = self.backbone_states(ids, mask, positions)
+            logits, distribution, loss = states.logits(), None, None
+            if start is None:
+                start = self._trailing_window(ids, mask, head.window_length)
             if return_distribution or coupling != "none":
-                if window_start is None:
-                    window_start = self._trailing_window(
-                        input_ids, attention_mask, head.window_length
-                    )
-                distribution = self.window_distribution(
-                    states, input_ids, window_start, attention_mask, head=head
-                )
+                distribution = self.window_distribution(states, ids, start, mask, head=head)
             if coupling != "none":
-                logits = self._coupled_logits(
-                    logits, distribution, window_start, coupling, generator
-                )
+                logits = self._coupled_logits(logits, distribution, start, coupling, generator)
             if labels is not None:
-                loss = self._loss(states, input_ids, attention_mask, labels, head)
+                loss = self._loss(states, ids, mask, labels, head)
         output = CoDDOutput(
             loss=loss,
             logits=logits,
@@ -466,17 +381,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
         return output.to_tuple() if return_dict is False else output
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        """Decodes by diffusion; see [`~codd_hf.decoding.generation.generate`] for the arguments.
-
-        Args:
-            inputs: `[batch, length]` prompt tokens (`input_ids` is another name for it).
-            **kwargs: `attention_mask`, `max_new_tokens` (or `gen_length`), `block_length`,
-                `num_inference_steps`, `do_sample`, `temperature`, `generation_config`,
-                `generator`, `scheduler` and its settings, ...
-
-        Returns:
-            `[batch, length + gen_length]`: the prompts, as they were given, and what follows.
-        """
+        """Decodes by diffusion; see [`~codd_hf.decoding.generation.generate`] for the arguments."""
         from .decoding.generation import generate
 
         return generate(self, inputs, **kwargs)

@@ -29,7 +29,6 @@ from .circuits.evidence.lists import law_of_rest
 from .circuits.factorized import forbidden_tokens
 from .circuits.fitted_circuit import FittedCircuit
 from .configuration_codd import CoDDHeadConfig
-from .hub.cards import Artifact
 from .hub.publishing import Publishing
 from .hub.repositories import Repository, checked_name, explain_load_errors, locate
 from .hub.stored_weights import StoredWeights
@@ -166,9 +165,6 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
                 f"The weights of the head in {name!r} are damaged: `context_maps.suggested` must "
                 f"hold states from 0 to {self.config.num_latents - 1}, got {low} to {high}."
             )
-
-    def _artifact(self) -> Artifact:
-        return Artifact("head", self)
 
     def _apply(self, fn, recurse: bool = True) -> CoDDHead:
         # `model.to(torch.bfloat16)` is about the backbone: the circuit needs its float32.

@@ -11,15 +11,17 @@ import importlib
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
-
-CONFIGURATIONS = "transformers.models.auto.configuration_auto"
-MODELS = "transformers.models.auto.modeling_auto"
+from typing import Any
 
 
 def register_when_needed() -> None:
     """Registers CoDD with the Auto classes, now or as soon as transformers' tables exist."""
-    waiting = {CONFIGURATIONS: _register_configurations, MODELS: _register_models}
-    for name in [name for name in waiting if name in sys.modules]:
+    tables = "transformers.models.auto."
+    waiting = {
+        f"{tables}configuration_auto": lambda: _of("configuration_codd"),  # registers its own
+        f"{tables}modeling_auto": _register_models,
+    }
+    for name in waiting.keys() & sys.modules.keys():
         waiting.pop(name)()
     if waiting:
         sys.meta_path.insert(0, _AfterImport(waiting))
@@ -28,7 +30,7 @@ def register_when_needed() -> None:
 class _AfterImport(MetaPathFinder):
     """Runs an action right after a module has been imported, whoever imports it."""
 
-    def __init__(self, waiting: dict[str, Callable[[], None]]):
+    def __init__(self, waiting: dict[str, Callable[[], Any]]):
         self.waiting = waiting
 
     def find_spec(self, fullname, path=None, target=None):
@@ -36,84 +38,35 @@ class _AfterImport(MetaPathFinder):
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, (f.find_spec(fullname, path, target) for f in others)), None)
-        if spec is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def execute_and_act(module) -> None:
-            execute(module)
-            action = self.waiting.pop(fullname, None)
-            if action is not None:
-                action()
-
-        spec.loader.exec_module = execute_and_act
+        if spec is not None:
+            execute, action = spec.loader.exec_module, self.waiting.pop(fullname)
+            spec.loader.exec_module = lambda module: (execute(module), action())
         return spec
 
 
-def _register_configurations() -> None:
-    importlib.import_module(".configuration_codd", __package__)  # registers what it defines
+def _of(module: str) -> Any:
+    return importlib.import_module(f".{module}", __package__)
 
 
 def _register_models() -> None:
     from transformers.models.auto import modeling_auto
 
-    from .configuration_codd import CoDDConfig, CoDDHeadConfig
+    def stand_in(module: str, name: str, config_class: type) -> type:
+        """Stands for a model until its module, which registers the real one, is imported."""
 
-    class CoDDModel:
-        """Stands for the model until its module, which registers the real one, is imported."""
-
-        config_class = CoDDConfig
-
-        @classmethod
-        def from_pretrained(cls, *args, **kwargs):
-            from .modeling_codd import CoDDModel
-
-            return CoDDModel.from_pretrained(*args, **kwargs)
-
-        @classmethod
-        def _from_config(cls, config, **kwargs):
-            from .modeling_codd import CoDDModel
-
-            return CoDDModel._from_config(config, **kwargs)
-
-    class CoDDHead:
-        """Stands for the head until its module, which registers the real one, is imported."""
-
-        config_class = CoDDHeadConfig
-
-        @classmethod
-        def from_pretrained(cls, *args, **kwargs):
-            from .modeling_head import CoDDHead
-
-            return CoDDHead.from_pretrained(*args, **kwargs)
-
-        @classmethod
-        def _from_config(cls, config, **kwargs):
-            from .modeling_head import CoDDHead
-
-            return CoDDHead._from_config(config, **kwargs)
-
-    class HeadAlone:
-        """Answers for a head, which by itself is no language model."""
-
-        config_class = CoDDHeadConfig
-
-        @classmethod
-        def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-            raise ValueError(
-                f"{str(pretrained_model_name_or_path)!r} holds a CoDD head alone, which is no "
-                "language model: load it with its backbone by `CoDDModel.from_pretrained`, or by "
-                "itself by `AutoModel.from_pretrained`."
+        def calling(method: str) -> classmethod:
+            return classmethod(
+                lambda cls, *args, **kwargs: getattr(getattr(_of(module), name), method)(
+                    *args, **kwargs
+                )
             )
 
-        @classmethod
-        def _from_config(cls, config, **kwargs):
-            raise ValueError(
-                "`config` is that of a CoDD head alone, which is no language model: use "
-                "`AutoModel.from_config`, or `CoDDModel.from_backbone(backbone, config)`."
-            )
+        methods = {method: calling(method) for method in ("from_pretrained", "_from_config")}
+        return type(name, (), {"config_class": config_class, **methods})
 
-    modeling_auto.AutoModel.register(CoDDConfig, CoDDModel, exist_ok=True)
-    modeling_auto.AutoModelForCausalLM.register(CoDDConfig, CoDDModel, exist_ok=True)
-    modeling_auto.AutoModel.register(CoDDHeadConfig, CoDDHead, exist_ok=True)
-    modeling_auto.AutoModelForCausalLM.register(CoDDHeadConfig, HeadAlone, exist_ok=True)
+    configs = _of("configuration_codd")
+    model = stand_in("modeling_codd", "CoDDModel", configs.CoDDConfig)
+    head = stand_in("modeling_head", "CoDDHead", configs.CoDDHeadConfig)
+    modeling_auto.AutoModel.register(configs.CoDDConfig, model, exist_ok=True)
+    modeling_auto.AutoModelForCausalLM.register(configs.CoDDConfig, model, exist_ok=True)
+    modeling_auto.AutoModel.register(configs.CoDDHeadConfig, head, exist_ok=True)

@@ -191,7 +191,18 @@ class Heads:
         adapter: str | Path | None = None,
         **hub: Any,
     ) -> None:
-        """Adds a head; see [`CoDDModel.load_head`] for the arguments."""
+        """Adds a head, for calls that name it by `head=name`; `"default"` is that of all others.
+
+        Args:
+            head: as for [`CoDDModel.from_backbone`]; its window and structure may differ from the
+                other heads'.
+            name: of the head.
+            adapter: as for `from_backbone`; it runs together with the head.
+            **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            ValueError: the name is taken, or head or adapter do not fit the backbone.
+        """
         model = self.model
         if not isinstance(name, str) or not name:
             raise TypeError(f"`name` must be a text that is not empty, got {name!r}.")
@@ -218,7 +229,7 @@ class Heads:
                 self.others[name] = loaded
 
     def delete(self, name: str) -> None:
-        """Removes a head and its adapter; see [`CoDDModel.delete_head`]."""
+        """Removes a head and its adapter."""
         with self.lock:
             if self[name] is not None and name in adapter_configs(self.model.backbone):
                 delete_adapter(self.model.backbone, name)
@@ -228,7 +239,16 @@ class Heads:
                 del self.others[name]
 
     def save(self, save_directory: str | Path, name: str = DEFAULT_NAME, **kwargs: Any) -> None:
-        """Saves a head and its adapter; see [`CoDDModel.save_head`] for the arguments."""
+        """Saves a head as a small repository of its own, with its LoRA, if any, in `adapter/`.
+
+        `CoDDModel.from_pretrained(save_directory)` brings both back, over the backbone that the
+        head's configuration names: by default where this one was loaded from.
+
+        Args:
+            save_directory: a folder.
+            name: of the head.
+            **kwargs: for the head's `save_pretrained`, `push_to_hub` among them.
+        """
         if not len(self):
             raise ValueError("The model has no head to save: add one with `load_head`.")
         model, head, base = self.model, self[name], self.model.backbone.name_or_path or None

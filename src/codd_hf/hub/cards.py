@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -51,6 +52,16 @@ class Artifact:
     backbone: PreTrainedModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     config: PreTrainedConfig | None = None
+
+    @classmethod
+    def of(cls, part: Any) -> Artifact:
+        """Of a [`CoDDHead`], a [`CoDDModel`] or a [`CoDDPipeline`]."""
+        model = getattr(part, "model", part)
+        if not hasattr(model, "coupling_head"):
+            return cls("head", part)
+        kind = "model" if model is part else "pipeline"
+        tokenizer = getattr(part, "tokenizer", None)
+        return cls(kind, model.coupling_head, model.backbone, tokenizer, model.config)
 
     @property
     def base_model(self) -> str | None:

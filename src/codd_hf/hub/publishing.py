@@ -31,10 +31,6 @@ PATHS = ("_name_or_path", "base_model_name_or_path")
 class Publishing:
     """`save_pretrained` and `push_to_hub`; comes before the class of transformers or diffusers."""
 
-    def _artifact(self) -> Artifact:
-        """The subject of the model card."""
-        raise NotImplementedError
-
     def save_pretrained(
         self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
@@ -55,7 +51,7 @@ class Publishing:
         if not kwargs.get("is_main_process", args[0] if args else True):
             return
         if not (folder / CARD).exists():
-            make_card(self._artifact(), repo_id, **facts).save(folder / CARD)
+            make_card(Artifact.of(self), repo_id, **facts).save(folder / CARD)
         if push_to_hub:
             self.push_to_hub(repo_id, **facts, **upload, **kwargs)
 
@@ -104,7 +100,7 @@ class Publishing:
         """
         facts = {"license": license, "datasets": datasets, "eval_results": eval_results}
         return push(
-            self._artifact(),
+            Artifact.of(self),
             lambda folder: self.save_pretrained(folder, **kwargs),
             repo_id,
             **facts,

@@ -26,7 +26,6 @@ from ..decoding.generation_settings import (
     with_settings_of,
 )
 from ..decoding.loop import denoise
-from ..hub.cards import Artifact
 from ..hub.publishing import CARD, Publishing, forget_paths
 from ..hub.repositories import Repository, checked_name, explain_load_errors
 from ..modeling_codd import CoDDModel
@@ -155,12 +154,6 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
         if not card_was_there:
             (folder / CARD).unlink(missing_ok=True)  # a pipeline has one card
         forget_paths(Path(save_directory))
-
-    def _artifact(self) -> Artifact:
-        model = self.model
-        return Artifact(
-            "pipeline", model.coupling_head, model.backbone, self.tokenizer, model.config
-        )
 
     @property
     def generation_config(self) -> GenerationConfig:

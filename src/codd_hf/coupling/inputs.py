@@ -1,0 +1,67 @@
+"""The tensors of a forward pass, checked once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..checks.arguments import (
+    as_tensor,
+    check_token_types,
+    check_tokens,
+    padding_mask,
+    plain,
+    token_ids,
+)
+
+if TYPE_CHECKING:
+    from .windows import CoupledBackbone
+
+WITHOUT_EFFECT = ("use_cache", "cache_position")
+
+
+def checked_inputs(
+    model: CoupledBackbone, ids: Any, mask: Any, positions: Any, labels: Any, start: Any
+) -> tuple[torch.Tensor, ...]:
+    """The tensors of `CoDDModel.forward`, from `input_ids` to `window_start`, on its device.
+
+    Raises:
+        ValueError: a shape or a value is out of range.
+        TypeError: a tensor is of another kind.
+    """
+    vocab_size, device, most = model.config.vocab_size, model.device, model.max_positions
+    ids = token_ids("input_ids", ids, vocab_size, device)
+    if ids.shape[1] == 0:
+        raise ValueError("`input_ids` must hold at least one token in a row, got none.")
+    if mask is None:
+        model._warn_of_padding(ids)
+    else:
+        mask = padding_mask("attention_mask", mask, ids.shape, device)
+    if positions is not None:
+        shape = (1 if len(positions) == 1 else len(ids), ids.shape[1])
+        positions = as_tensor("position_ids", positions, int, shape, device)
+        if most is not None:
+            check_tokens("position_ids", positions, most, "positions")
+    if labels is not None:
+        labels = as_tensor("labels", labels, int, ids.shape, device)
+        check_tokens("labels", labels.masked_fill(labels == -100, 0), vocab_size)
+    if start is not None:
+        start = as_tensor("window_start", start, int, ids.shape[:1], device)
+    return ids, mask, positions, labels, start
+
+
+def refuse_requests(asked: dict[str, Any], input_ids: torch.Tensor) -> None:
+    """Raises a TypeError for arguments of transformers' models that ask for anything.
+
+    `token_type_ids`, which tokenizers give, may be 0 everywhere.
+    """
+    for name, value in asked.items():
+        if name == "token_type_ids":
+            check_token_types(value, input_ids)
+        elif name not in WITHOUT_EFFECT:
+            value = plain(value)
+            if value is not None and not (isinstance(value, (bool, int)) and value == 0):
+                raise TypeError(
+                    f"`{name}` cannot be used here: leave it out, or give it to `model.backbone`."
+                )
