@@ -5,32 +5,24 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..checks.settings import Count, Seed, Settings
 from ..runtime.report import listed, table
 
 
 @dataclass
-class Options:
-    """How a benchmark is run.
-
-    Attributes:
-        quick: tiny sizes, to see that it works; their figures mean nothing.
-        device: a torch device.
-        batch_size: rows at once; default: each benchmark's.
-        repeats: timed runs of each side; default: each benchmark's.
-        seed: of weights, logits and draws.
-    """
+class Options(Settings):
+    """How a benchmark is run."""
 
     quick: bool = False
+    """Tiny sizes, to see that it works; their figures mean nothing."""
     device: str = "cpu"
-    batch_size: int | None = None
-    repeats: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "repeats"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    """A torch device."""
+    batch_size: Count | None = None
+    """Rows at once; default: each benchmark's."""
+    repeats: Count | None = None
+    """Timed runs of each side; default: each benchmark's."""
+    seed: Seed = 0
+    """Of weights, logits and draws."""
 
     def repeats_or(self, usual: int) -> int:
         """The number of timed runs: as asked, two for `quick`, or `usual`."""

@@ -35,7 +35,8 @@ class Setting:
 
     Attributes:
         kind: `int`, `float`, `bool`, `str`, `list`, or a settings class.
-        choices: the words that it may be, or that a list may hold; any if empty.
+        entry: of a list.
+        choices: the words that it may be; any if empty.
         bounds: of a number.
         optional: whether None is a value.
         default: its value if it is not set; `MISSING` if it must be.
@@ -43,6 +44,7 @@ class Setting:
     """
 
     kind: type
+    entry: Setting | None
     choices: tuple[str, ...]
     bounds: Range
     optional: bool
@@ -56,8 +58,8 @@ class Setting:
             ValueError: it is none of this setting's; the message names the setting.
         """
 
-        def refuse(wanted: str, wrong: Any = value) -> NoReturn:
-            raise ValueError(f"`{name}` must be {wanted}, got {wrong!r}.")
+        def refuse(wanted: str) -> NoReturn:
+            raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
 
         if value is None and self.optional:
             return None
@@ -70,18 +72,15 @@ class Setting:
             if value > self.bounds.high:
                 refuse(f"at most {self.bounds.high}")
             return self.kind(value)
+        if not isinstance(value, (list, tuple) if self.kind is list else self.kind):
+            refuse(
+                "a list" if self.kind is list else NOUNS.get(self.kind, f"a {self.kind.__name__}")
+            )
         if self.kind is list:
-            if not isinstance(value, list | tuple):
-                refuse("a list")
-            words = list(value)
-        else:
-            words = [value]
-            if not isinstance(value, self.kind):
-                refuse(NOUNS.get(self.kind, f"a {self.kind.__name__}"))
-        for word in words:
-            if self.choices and word not in self.choices:
-                refuse(f"one of {', '.join(self.choices)}", word)
-        return words if self.kind is list else value
+            return [self.entry.checked(name, entry) for entry in value]
+        if self.choices and value not in self.choices:
+            refuse(f"one of {', '.join(self.choices)}")
+        return value
 
 
 class Settings:
@@ -100,22 +99,28 @@ def settings_of(kind: type) -> dict[str, Setting]:
         if is_dataclass(base):
             docs |= _field_docs(base)
     hints = type_hints(kind, include_extras=True)
-    return {f.name: _setting(hints[f.name], f, docs.get(f.name, "")) for f in fields(kind)}
+    return {
+        field.name: _setting(
+            hints[field.name],
+            field.default if field.default_factory is MISSING else field.default_factory(),
+            docs.get(field.name, ""),
+        )
+        for field in fields(kind)
+    }
 
 
-def _setting(hint: Any, field: Any, doc: str) -> Setting:
-    default = field.default if field.default_factory is MISSING else field.default_factory()
+def _setting(hint: Any, default: Any = MISSING, doc: str = "") -> Setting:
     optional = get_origin(hint) in (Union, UnionType)
     if optional:
         hint = next(part for part in get_args(hint) if part is not NoneType)
-    bounds, choices = Range(-math.inf), ()
+    entry, choices, bounds = None, (), Range(-math.inf)
     if get_origin(hint) is Annotated:
         hint, bounds = get_args(hint)
     if get_origin(hint) is list:
-        choices, hint = get_args(get_args(hint)[0]), list
+        entry, hint = _setting(*get_args(hint)), list
     elif get_origin(hint) is Literal:
         choices, hint = get_args(hint), str
-    return Setting(hint, choices, bounds, optional, default, doc)
+    return Setting(hint, entry, choices, bounds, optional, default, doc)
 
 
 def _field_docs(kind: type) -> dict[str, str]:

@@ -12,7 +12,7 @@ from ..evaluation.settings import GapSettings, QualitySettings
 from ..runtime.environment import environment
 from ..runtime.report import listed
 from .common import check_writable, load_pipeline
-from .options import add_fields, settings_of
+from .options import add_flags, settings_from
 
 HELP = "Measure a coupled model on held-out text."
 EXAMPLE = """example:
@@ -35,15 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         measure = measures.add_parser(
             name,
             help=text,
-            description=getdoc(settings).partition("\n\nAttributes:")[0],
+            description=getdoc(settings),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        add_fields(measure, settings, required=["judge"])
+        add_flags(measure, settings, required=["judge"])
         measure.set_defaults(usage_error=measure.error)
 
 
 def run(args: argparse.Namespace) -> None:
-    settings = settings_of(args, MEASURES[args.measure][1])
+    settings = settings_from(args, MEASURES[args.measure][1])
     check_writable(settings.output)
     from ..data.sources import load_examples
     from ..hub.defaults import default_model

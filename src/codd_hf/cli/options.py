@@ -1,45 +1,50 @@
-"""Flags from the fields of a dataclass, and a dataclass from flags."""
+"""Flags from the fields of a settings class, and the settings from flags."""
 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Collection
-from dataclasses import fields
-from typing import TypeVar
+from dataclasses import MISSING
+from typing import Any, TypeVar
 
-KINDS = {"int": int, "float": float, "str": str}
+from ..checks.settings import Setting, Settings, settings_of
 
-Settings = TypeVar("Settings")
+Kind = TypeVar("Kind", bound=Settings)
 
 
-def add_fields(
-    parser: argparse.ArgumentParser, settings: type, required: Collection[str] = ()
+def add_flag(parser: argparse.ArgumentParser, flag: str, setting: Setting, **options: Any) -> None:
+    """A flag for one setting, with its explanation and its default as help."""
+    text, shown = setting.doc.rstrip(".").replace("%", "%%"), setting.default
+    if shown not in (MISSING, None, [], False):
+        text += f" (default {' '.join(map(str, shown)) if isinstance(shown, list) else shown})"
+    if setting.kind is bool:
+        options |= {"action": argparse.BooleanOptionalAction, "type": None, "metavar": None}
+    elif setting.kind is list:
+        options["nargs"] = "*"
+    options = {name: value for name, value in options.items() if value is not None}
+    parser.add_argument(flag, help=text, **options)
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, kind: type[Settings], required: Collection[str] = ()
 ) -> None:
-    """A flag for each field; its help is the field's entry among the docstring's `Attributes`."""
-    helps: dict[str, str] = {}
-    for base in reversed(settings.__mro__):
-        entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", base.__doc__ or "", re.MULTILINE)
-        helps |= {name: " ".join(text.split()).rstrip(".") for name, text in entries}
-    for field in fields(settings):
-        kind, default, text = field.type.split(" |")[0], field.default, helps[field.name]
-        options = {"default": default, "required": field.name in required}
-        if kind == "bool":
-            options["action"] = argparse.BooleanOptionalAction
-        elif kind.startswith("Sequence"):
-            options |= {"nargs": "*", "type": KINDS[kind[9:-1]]}
-        else:
-            options["type"] = KINDS[kind]
-        if default and "default" not in text:
-            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-            text += f" (default {shown})"
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, help=text.replace("%", "%%"), **options)
+    """A flag for each setting of a settings class."""
+    for name, setting in settings_of(kind).items():
+        add_flag(
+            parser,
+            f"--{name.replace('_', '-')}",
+            setting,
+            type=(setting.entry or setting).kind,
+            default=argparse.SUPPRESS,
+            required=name in required or None,
+        )
 
 
-def settings_of(args: argparse.Namespace, settings: type[Settings]) -> Settings:
-    """The dataclass of parsed flags; a value that cannot be is bad usage."""
+def settings_from(args: argparse.Namespace, kind: type[Kind]) -> Kind:
+    """The settings that flags give; one that cannot be is bad usage."""
     try:
-        return settings(**{field.name: getattr(args, field.name) for field in fields(settings)})
-    except (TypeError, ValueError) as error:
+        return kind(
+            **{name: getattr(args, name) for name in settings_of(kind) if hasattr(args, name)}
+        )
+    except ValueError as error:
         return args.usage_error(str(error))

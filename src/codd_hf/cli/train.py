@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import MISSING
 from typing import Any
 
 from ..training.config_files import (
@@ -13,6 +12,7 @@ from ..training.config_files import (
     named_settings,
     read_config,
 )
+from .options import add_flag
 
 HELP = "Fit a head to a backbone's predictions (or train a small backbone and its head)."
 EXAMPLE = """example:
@@ -61,18 +61,11 @@ FLAGS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     settings = dict(named_settings())
     for name in FLAGS:
-        setting = settings[name]
         flag = "--output" if name == "output_dir" else f"--{name.translate(DASHES)}"
-        text = setting.doc.replace("%", "%%")
-        if setting.default not in (MISSING, None, [], False):
-            shown = setting.default
-            text += f" (default {' '.join(shown) if isinstance(shown, list) else shown})"
-        options: dict[str, Any] = {"metavar": flag.rpartition("-")[2].upper()}
-        if setting.kind is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        elif setting.kind is list:
-            options["nargs"] = "*"
-        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **options)
+        metavar = flag.rpartition("-")[2].upper()
+        add_flag(
+            parser, flag, settings[name], dest=name, default=argparse.SUPPRESS, metavar=metavar
+        )
     parser.add_argument("--config", metavar="YAML", help="a file of settings; flags come before it")
     parser.add_argument(
         "--set",

