@@ -14,7 +14,7 @@ Kind = TypeVar("Kind", bound=Settings)
 
 def add_flag(parser: argparse.ArgumentParser, flag: str, setting: Setting, **options: Any) -> None:
     """A flag for one setting, with its explanation and its default as help."""
-    text, shown = setting.doc.rstrip(".").replace("%", "%%"), setting.default
+    text, shown = setting.doc.replace("%", "%%"), setting.default
     if shown not in (MISSING, None, [], False):
         text += f" (default {' '.join(map(str, shown)) if isinstance(shown, list) else shown})"
     if setting.kind is bool:

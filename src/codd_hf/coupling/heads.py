@@ -133,14 +133,14 @@ class Heads:
             )
         if isinstance(head, str):
             module = self[head]
-            self._bind(module)
+            self.bind(module)
             return CallHead(head, module, module.config.window_length)
         module = None if head is False else self.model.coupling_head
         if module is not None:
-            self._bind(module)
+            self.bind(module)
         return CallHead(DEFAULT_NAME, module, self.model.window_length)
 
-    def _bind(self, head: CoDDHead) -> None:
+    def bind(self, head: CoDDHead) -> None:
         """Gives tied emissions the output embedding; where that is offloaded, a copy, once."""
         if head.config.emission != "tied":
             return

@@ -124,7 +124,7 @@ def measure_gap(
     if bad := [r for r in ratios if not 0 < r <= 1]:
         raise ValueError(f"`ratios` must lie in (0, 1], got {bad}.")
     for head in heads.values():
-        model.bind(head)
+        model.heads.bind(head)
     temperatures = {
         name: evidence_temperature or head.config.evidence_temperature
         for name, head in heads.items()
