@@ -25,13 +25,10 @@ DOORS = {
 }
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_half_a_character_is_refused_in_a_sentence_that_names_argument_and_row(door, pipe):
-    with pytest.raises(ValueError, match=r"`\w+` cannot be encoded: row 0 holds half of a surro"):
-        DOORS[door](pipe)
-
-
-def test_the_row_of_a_batch_is_named(pipe):
+def test_half_a_character_is_refused_in_a_sentence_that_names_argument_and_row(pipe):
+    for door in DOORS.values():
+        with pytest.raises(ValueError, match=r"`\w+` cannot be encoded: row 0 holds half of a"):
+            door(pipe)
     with pytest.raises(ValueError, match=r"`prompt` cannot be encoded: row 1 holds"):
         pipe(["Tom has", HALF], use_chat_template=False, **SHORT)
 

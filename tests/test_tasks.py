@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import time
 from itertools import islice, pairwise
 
 import pytest
@@ -34,49 +33,32 @@ def wrong_parts(kind: str, answer: str, text: str) -> list[str]:
     return [mark.part for mark in marks if not mark.right]
 
 
+ABSURD = [
+    "", " ", "\0", "\ud800", "{}", "[]", "null", '{"name": NaN}', "####", "#### x", "=", "<>" * 9,
+    "1/0=1", "9" * 5000, "0-" * 9000, "1 " * 15_000, "=" * 10_000, "9*" * 9000 + "9=1",
+    '{"a":' * 9000, "[" * 30_000, "4th of May " * 3000, "4 May, " * 4000, "1,000" * 6000,
+    "#### " * 6000, "Ann " * 6000,
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_answer_passes_the_checker_of_its_kind(kind):
-    for task in some(kind):
+def test_checker_passes_the_answer_and_no_other_text(kind):
+    """In an answer a digit or a capital letter is replaced, or it answers another task."""
+    draw, tasks = random.Random(1), some(kind)
+    for task, other in pairwise(tasks):
         assert is_right(task, task.answer), task
         assert is_right(task, f"{task.answer}\n" if kind != "dates" else task.answer)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_answer_with_another_digit_or_name_fails(kind):
-    """A digit or a capital letter is replaced; where there is none, the task has names alone."""
-    draw = random.Random(1)
-    for task in some(kind):
         places = [m.start() for m in re.finditer(r"[0-9]|(?<=\")[A-Z]", task.answer)]
         places = places or [m.start() for m in re.finditer(r"[A-HJ-Z](?=[a-z])", task.answer)][1:]
         place = draw.choice(places)
-        other = str((int(task.answer[place]) + 1) % 10) if task.answer[place].isdigit() else "Q"
-        spoilt = task.answer[:place] + other + task.answer[place + 1 :]
+        letter = str((int(task.answer[place]) + 1) % 10) if task.answer[place].isdigit() else "Q"
+        spoilt = task.answer[:place] + letter + task.answer[place + 1 :]
         assert not is_right(task, spoilt), (task, spoilt)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_answer_to_another_task_fails(kind):
-    for task, other in pairwise(some(kind)):
         results = result(task.answer), result(other.answer)
         if results[0] != results[1] or (results[0] is None and task.content != other.content):
             assert not is_right(task, other.answer), (task, other)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "text",
-    [
-        "", " ", "\0", "\ud800", "{}", "[]", "null", "NaN", '{"name": NaN}', "####", "#### x", "=",
-        "<>" * 9, "1/0=1", "9" * 5000, "0-" * 9000, "1" * 30_000, "1 " * 15_000, "=" * 10_000,
-        "-" * 9000 + "=", "9*" * 9000 + "9=1", '{"a":' * 9000, "[" * 30_000, "4th of May " * 3000,
-        "4 May, " * 4000, "1,000" * 6000, "x " * 9000, "#### " * 6000, "Ann " * 6000,
-    ],
-)  # fmt: skip
-def test_no_text_is_right_by_accident_nor_breaks_a_checker_nor_takes_long(kind, text):
-    task = some(kind, 1)[0]
-    start = time.process_time()
-    assert not is_right(task, text)
-    assert time.process_time() - start < 5
+    for text in ABSURD:
+        assert not is_right(tasks[0], text)
 
 
 def test_record_may_have_its_fields_in_any_order_but_no_other_values():
@@ -149,7 +131,7 @@ def test_seed_and_split_determine_the_tasks():
 
 
 def test_splits_are_disjoint_in_content_and_in_questions():
-    tasks = {split: list(islice(draw_tasks(split, 0), 3000)) for split in SPLITS}
+    tasks = {split: list(islice(draw_tasks(split, 0), 1500)) for split in SPLITS}
     for split, drawn in tasks.items():
         assert {split_of(task) for task in drawn} == {split}
         for other in (tasks[name] for name in SPLITS if name != split):
@@ -181,13 +163,10 @@ def test_question_of_a_record_holds_every_value():
         assert all(str(value) in task.question for value in json.loads(task.answer).values())
 
 
-@pytest.mark.parametrize("split", ["dev", "train[:0]", "train[5:]", "", "train[:10"])
-def test_split_that_is_not_there_is_refused(split):
-    with pytest.raises(ValueError, match="`split`"):
-        sample_tasks(split)
-
-
-@pytest.mark.parametrize("kinds", ["riddles", "", "sums,", "sums;dates"])
-def test_kind_that_is_not_there_is_refused(kinds):
-    with pytest.raises(ValueError, match="`kinds` must be among records, ordering, sums"):
-        sample_tasks(kinds=kinds)
+def test_split_or_kind_that_is_not_there_is_refused():
+    for split in ("dev", "train[:0]", "train[5:]", "", "train[:10"):
+        with pytest.raises(ValueError, match="`split`"):
+            sample_tasks(split)
+    for kinds in ("riddles", "", "sums,", "sums;dates"):
+        with pytest.raises(ValueError, match="`kinds` must be among records, ordering, sums"):
+            sample_tasks(kinds=kinds)

@@ -42,9 +42,6 @@ def test_questions_and_answers_are_found_by_their_usual_names(suffix, tmp_path):
     else:
         Dataset.from_list(ROWS).to_parquet(path)
     assert load_examples(str(path)) == [Example(r["question"], r["answer"]) for r in ROWS]
-
-
-def test_prompts_and_completions_are_found_by_their_usual_names(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [{"id": 1, "prompt": "a", "completion": "b"}])
     assert load_examples(source) == [Example("a", "b")]
 
@@ -60,26 +57,17 @@ def test_named_columns_are_used(tmp_path):
     assert load_examples(source, prompt_column="q", answer_column="a") == [Example("x", "y")]
 
 
-def test_column_that_is_not_there_is_an_error_that_lists_the_columns(tmp_path):
+def test_source_without_the_columns_or_a_text_is_an_error_that_names_them(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*missing\.jsonl"):
+        load_examples(str(tmp_path / "missing.jsonl"))
     source = write_jsonl(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(ValueError, match=r"`answer_column` is 'reply', but .*'question'"):
         load_examples(source, answer_column="reply")
     with pytest.raises(ValueError, match=r"`prompt_column` is 'query', but .*'question'"):
         load_examples(source, prompt_column="query")
-
-
-def test_columns_of_unusual_names_are_an_error_that_says_what_to_give(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [{"body": "x"}])
     with pytest.raises(ValueError, match=r"`answer_column` must be given.*\['body'\]"):
         load_examples(source)
-
-
-def test_missing_file_is_an_error_that_names_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*missing\.jsonl"):
-        load_examples(str(tmp_path / "missing.jsonl"))
-
-
-def test_file_without_text_is_an_error_that_names_the_column(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": "  "}])
     with pytest.raises(ValueError, match="has no text in column 'text'"):
         load_examples(source)
@@ -94,12 +82,9 @@ def test_removed_pattern_is_gone_from_prompts_and_answers(tmp_path):
 def test_last_examples_are_held_out_and_test_comes_after_validation():
     train, validation, test = split_examples(list(range(10)), 2, 3)
     assert (train, validation, test) == ([0, 1, 2, 3, 4], [5, 6], [7, 8, 9])
-
-
-@pytest.mark.parametrize("sizes", [(0, 1), (5, 5), (1, -1)])
-def test_held_out_part_that_is_empty_or_everything_is_an_error(sizes):
-    with pytest.raises(ValueError, match="`num_validation`"):
-        split_examples(list(range(10)), *sizes)
+    for sizes in ((0, 1), (5, 5), (1, -1)):
+        with pytest.raises(ValueError, match="`num_validation`"):
+            split_examples(list(range(10)), *sizes)
 
 
 def test_prompts_stand_in_the_chat_template_and_answers_end_with_end_of_text(tiny_tokenizer):
@@ -111,44 +96,25 @@ def test_prompts_stand_in_the_chat_template_and_answers_end_with_end_of_text(tin
     assert bare.prompt_ids == []
 
 
-def test_long_answer_is_cut_and_an_example_whose_prompt_is_too_long_is_left_out(tiny_tokenizer):
-    examples = [Example("Tom?", "3 eggs and more of them " * 10), Example("Tom? " * 30, "3")]
-    whole = tokenize_examples(examples[:1], tiny_tokenizer, max_length=1000)[0]
-    (cut,) = tokenize_examples(examples, tiny_tokenizer, max_length=20)
-    assert len(cut.prompt_ids) + len(cut.answer_ids) == 20
-    assert cut.answer_ids == whole.answer_ids[: len(cut.answer_ids)]
-    assert cut.answer_ids[-1] != tiny_tokenizer.eos_token_id
-
-
-def test_what_truncation_costs_is_said(tiny_tokenizer, capsys):
-    long, too_long = Example("Tom?", "3 eggs and more " * 10), Example("Tom? " * 30, "3")
-    examples = [Example("Tom?", "3 eggs"), long, too_long]
-    tokenize_examples(examples[:1], tiny_tokenizer, max_length=20)
+def test_long_answers_are_cut_and_too_long_prompts_left_out_as_is_said(tiny_tokenizer, capsys):
+    short, long = Example("Tom?", "3 eggs"), Example("Tom?", "3 eggs and more of them " * 10)
+    whole, uncut = tokenize_examples([short, long], tiny_tokenizer, max_length=1000)
+    length = len(whole.prompt_ids) + len(whole.answer_ids)
+    assert tokenize_examples([short], tiny_tokenizer, max_length=length) == [whole]
     assert capsys.readouterr().out == ""
-    tokenize_examples(examples, tiny_tokenizer, max_length=20)
+    found = tokenize_examples([short, long, Example("Tom? " * 30, "3")], tiny_tokenizer, length)
+    assert found[0] == whole
+    assert found[1].answer_ids == uncut.answer_ids[: length - len(whole.prompt_ids)]
     said = " ".join(capsys.readouterr().out.split())
-    assert said.startswith("Of 3 examples, 1 lose the end of their answer to `max_length` (20")
+    assert said.startswith("Of 3 examples, 1 lose the end of their answer to `max_length` (")
     assert "and 1 with a prompt of that length are left out" in said
-
-
-@pytest.mark.parametrize("spare", [-1, 0])
-def test_answer_is_cut_where_its_end_of_text_no_longer_fits(spare, tiny_tokenizer, capsys):
-    example = Example("Tom?", "3 eggs")
-    (whole,) = tokenize_examples([example], tiny_tokenizer)
-    length = len(whole.prompt_ids) + len(whole.answer_ids) + spare
-    (cut,) = tokenize_examples([example], tiny_tokenizer, max_length=length)
-    assert (cut == whole) == (spare == 0)
-    assert ("1 lose the end" in capsys.readouterr().out) == (spare < 0)
-
-
-def test_prompts_that_leave_no_room_at_all_are_an_error(tiny_tokenizer):
-    with pytest.raises(
-        ValueError, match=r"`max_length` \(3\) leaves nothing: the prompts of all 2"
-    ):
+    (cut,) = tokenize_examples([short], tiny_tokenizer, max_length=length - 1)
+    assert cut.answer_ids == whole.answer_ids[:-1]
+    with pytest.raises(ValueError, match=r"`max_length` \(3\) leaves nothing: the prompts of all"):
         tokenize_examples([Example("Tom? " * 5, "3")] * 2, tiny_tokenizer, max_length=3)
 
 
-@pytest.mark.parametrize("max_length", [1, 7, 32, 10_000])
+@pytest.mark.parametrize("max_length", [1, 32, 10_000])
 def test_packed_pieces_are_the_texts_with_end_of_text_after_each(max_length, tiny_tokenizer):
     texts = [" ".join(SENTENCES[: i % 3 + 1]) for i in range(12)]
     pieces = tokenize_examples(
@@ -167,40 +133,29 @@ def test_packing_of_anything_with_a_prompt_is_an_error(tiny_tokenizer):
             tokenize_examples([Example("", "a"), example], tiny_tokenizer, packing=True)
 
 
-def test_tokenizer_without_end_of_text_is_an_error(tiny_tokenizer):
+def test_tokenizer_spells_any_text_and_every_digit_alone(tiny_tokenizer):
+    text = "Zoë paid 1234 €.\n"
+    assert tiny_tokenizer.decode(tiny_tokenizer(text)["input_ids"]) == text
+    assert len(tiny_tokenizer("1234")["input_ids"]) == 4
+    with pytest.raises(ValueError, match="`vocab_size` must be at least 261"):
+        train_tokenizer(["a"], vocab_size=100)
     tokenizer = train_tokenizer(["a b c"], 300)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="`eos_token`"):
         tokenize_examples([Example("a", "b")], tokenizer)
 
 
-def test_tokenizer_too_small_for_all_bytes_is_an_error_that_gives_the_least_size():
-    with pytest.raises(ValueError, match="`vocab_size` must be at least 261"):
-        train_tokenizer(["a"], vocab_size=100)
-
-
-def test_tokenizer_spells_any_text_and_every_digit_alone(tiny_tokenizer):
-    text = "Zoë paid 1234 €.\n"
-    assert tiny_tokenizer.decode(tiny_tokenizer(text)["input_ids"]) == text
-    assert len(tiny_tokenizer("1234")["input_ids"]) == 4
-
-
 def test_answers_are_filled_with_end_of_text_to_whole_windows_and_rows_with_padding():
     examples = [TokenizedExample([7, 8], [9, 10, 11, 1]), TokenizedExample([], [12, 1])]
-    canvas = collate(examples, window_length=3, eos_token_id=1, pad_token_id=0)
+    filled = {"window_length": 3, "eos_token_id": 1, "pad_token_id": 0}
+    canvas = collate(examples, **filled)
     assert canvas.input_ids.tolist() == [[7, 8, 9, 10, 11, 1, 1, 1], [12, 1, 1, 0, 0, 0, 0, 0]]
     assert canvas.attention_mask.tolist() == [[1] * 8, [1, 1, 1, 0, 0, 0, 0, 0]]
     assert canvas.answer_start.tolist() == [2, 0]
     assert canvas.answer_end.tolist() == [8, 3]
-
-
-def test_extra_windows_hold_end_of_text():
-    examples = [TokenizedExample([7], [9, 1]), TokenizedExample([7], [9, 1])]
-    canvas = collate(
-        examples, window_length=2, eos_token_id=1, pad_token_id=0, extra_windows=[2, 0]
-    )
-    assert canvas.input_ids.tolist() == [[7, 9, 1, 1, 1, 1, 1], [7, 9, 1, 0, 0, 0, 0]]
-    assert canvas.answer_end.tolist() == [7, 3]
+    canvas = collate(examples, **filled, extra_windows=[0, 2])
+    assert canvas.input_ids[1].tolist() == [12, *[1] * 8]
+    assert canvas.answer_end.tolist() == [8, 9]
 
 
 LENGTHS = torch.randint(3, 30, (50,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -211,14 +166,10 @@ def batches(number: int, **changes) -> list[list[int]]:
     return list(islice(batch_indices(**arguments), number))
 
 
-def test_batches_are_a_function_of_the_seed():
-    assert batches(40) == batches(40)
+def test_batches_are_a_function_of_the_seed_and_go_on_where_a_run_stopped():
     assert batches(40) != batches(40, seed=1)
-
-
-@pytest.mark.parametrize("first", [1, 7, 33])
-def test_batches_go_on_where_a_run_stopped(first):
-    assert batches(20, first_batch=first) == batches(20 + first)[first:]
+    for first in (1, 33):
+        assert batches(20, first_batch=first) == batches(20 + first)[first:]
 
 
 def test_every_epoch_covers_every_example_once_in_a_new_order():
@@ -234,10 +185,7 @@ def test_every_epoch_covers_every_example_once_in_a_new_order():
     assert epochs[0] != epochs[1]
 
 
-def test_padded_batches_stay_within_the_budget_of_tokens():
+def test_padded_batches_stay_within_the_budget_of_tokens_or_are_one_example():
     for batch in batches(40):
         assert len(batch) * max(LENGTHS[i] for i in batch) <= 64
-
-
-def test_example_longer_than_the_budget_is_a_batch_of_its_own():
     assert sorted(batches(2, lengths=[100, 5])) == [[0], [1]]

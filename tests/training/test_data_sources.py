@@ -43,16 +43,11 @@ def test_last_turn_of_the_assistant_is_the_answer_and_all_before_it_the_prompt(s
     assert load_examples(str(path)) == [CHAT_EXAMPLE] * 2
 
 
-def test_turns_after_the_last_answer_are_left_out(tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT[:4]}])
-    assert load_examples(source) == [Example("2 + 2?", "4", (("system", "Be brief."),))]
-
-
-def test_conversations_in_the_from_and_value_form_are_the_same(tmp_path):
+def test_turns_after_the_last_answer_are_left_out_and_other_names_are_read(tmp_path):
     names = {"system": "system", "user": "human", "assistant": "gpt"}
-    turns = [{"from": names[m["role"]], "value": m["content"]} for m in CHAT]
+    turns = [{"from": names[m["role"]], "value": m["content"]} for m in CHAT[:4]]
     source = write_jsonl(tmp_path / "a.jsonl", [{"conversations": turns}])
-    assert load_examples(source) == [CHAT_EXAMPLE]
+    assert load_examples(source) == [Example("2 + 2?", "4", (("system", "Be brief."),))]
 
 
 def test_conversations_are_found_in_a_column_that_is_named(tmp_path):
@@ -73,23 +68,15 @@ def test_only_the_last_answer_is_learnt_and_the_template_renders_the_rest(tiny_t
     prompt = "<|system|>Be brief.<|user|>2 + 2?<|assistant|>4<|end|><|user|>and 3?<|assistant|>"
     assert tiny_tokenizer.decode(example.prompt_ids) == prompt
     assert tiny_tokenizer.decode(example.answer_ids) == "7<|end|>"
+    (bare,) = tokenize_examples([Example("", "4", CHAT_EXAMPLE.history[:1])], tiny_tokenizer)
+    assert tiny_tokenizer.decode(bare.prompt_ids) == "<|system|>Be brief.<|assistant|>"
 
 
-def test_conversation_without_a_user_keeps_what_is_before_the_answer(tmp_path, tiny_tokenizer):
-    source = write_jsonl(tmp_path / "a.jsonl", [{"messages": [CHAT[0], CHAT[2]]}])
-    (example,) = tokenize_examples(load_examples(source), tiny_tokenizer)
-    assert tiny_tokenizer.decode(example.prompt_ids) == "<|system|>Be brief.<|assistant|>"
-
-
-def test_conversation_needs_a_chat_template():
+def test_conversation_needs_a_chat_template_that_takes_its_roles():
     tokenizer = train_tokenizer(SENTENCES, vocab_size=300)
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="needs a chat template"):
         tokenize_examples([CHAT_EXAMPLE], tokenizer)
-
-
-def test_template_that_refuses_the_roles_is_an_error_that_names_them():
-    tokenizer = train_tokenizer(SENTENCES, vocab_size=300)
     tokenizer.chat_template = "{{ raise_exception('no system, please') }}"
     with pytest.raises(ValueError, match=r"roles system, .*: TemplateError: no system, please"):
         tokenize_examples([CHAT_EXAMPLE], tokenizer)
@@ -99,11 +86,9 @@ def test_template_that_refuses_the_roles_is_an_error_that_names_them():
     ("rows", "message"),
     [
         ([{"text": "a"}, {"text": 3}], "Row 2 of '.*' must hold a text in column 'text', got 3:"),
-        ([{"text": "a"}, {"text": None}], "Row 2 .* got None"),
         ([{"question": "a", "answer": "b"}, {"answer": "b"}], "Row 2 .* column 'question', got N"),
         ([{"messages": CHAT}, {"messages": None}], "Row 2 .* list of messages .* got None"),
         ([{"messages": CHAT}, {"messages": "hi"}], "Row 2 .* list of messages .* got 'hi'"),
-        ([{"messages": "hi"}], "Row 1 .* list of messages"),
         ([{"messages": CHAT}, {"messages": [{"role": "user"}]}], "Row 2 .* text `content`"),
         ([{"messages": CHAT}, {"messages": ["hi"]}], "Row 2 .* text `content` .* got 'hi'"),
         ([{"messages": CHAT}, {"messages": CHAT[:2]}], "Row 2 .* no message of the role 'assis"),
@@ -113,21 +98,6 @@ def test_row_that_does_not_hold_what_it_should_is_named(rows, message, tmp_path)
     source = write_jsonl(tmp_path / "a.jsonl", rows)
     with pytest.raises(ValueError, match=message):
         load_examples(source)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"text": }', "line 3 is not JSON"),
-        ("[1, 2]", "line 3 is not a JSON object"),
-        ('{"text": "\udce9"}', "line 3 is not JSON .*utf-8"),
-    ],
-)
-def test_line_of_a_jsonl_file_that_is_broken_is_named(line, message, tmp_path):
-    text = f'{{"text": "a"}}\n\n{line}\n{{"text": "b"}}\n'
-    (tmp_path / "a.jsonl").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=f"Row 3 .* cannot be read: {message}"):
-        load_examples(str(tmp_path / "a.jsonl"))
 
 
 def test_text_file_is_cut_into_lines_paragraphs_or_not_at_all(tmp_path):

