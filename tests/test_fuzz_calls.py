@@ -269,7 +269,7 @@ METHODS = {
     "sample": ("sample_shape", "generator"),
     "viterbi": (),
     "condition": ("tokens", "observed"),
-    "without": ("token_ids", "where"),
+    "without": ("token_ids",),
     "with_temperature": ("temperature",),
     "with_active": ("active",),
 }

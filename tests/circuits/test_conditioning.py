@@ -118,14 +118,12 @@ def test_with_active_is_factorized_in_the_other_rows():
     assert_logs_agree(again.log_partition, case.distribution().log_partition)
 
 
-def test_tokens_taken_out_at_some_positions_have_no_probability_there():
+def test_tokens_taken_out_have_no_probability():
     case = random_case(9, observed="none")
-    where = torch.tensor([[True, False, True, False]] * 3)
-    ours = case.distribution().without(torch.tensor([0, 2]), where)
-    case.logits[:, [[0], [2]], [0, 2]] = -torch.inf
+    ours = case.distribution().without(torch.tensor([0, 2]))
+    case.logits[..., [0, 2]] = -torch.inf
     for row in range(3):
         assert_probabilities_agree(ours.marginals[row], case.enumerate(row).marginals)
-    assert (ours.marginals[:, [0, 2]][..., [0, 2]] == 0).all()
     with pytest.raises(ValueError, match="holds evidence in place of logits"):
         CASES["top 1"].distribution().without(torch.tensor([0]))
 

@@ -300,7 +300,8 @@ class CoupledCategorical(Distribution):
 
         What stands at absent positions has no meaning.
         """
-        value, (at, posterior) = self._checked(value, samples=False), self._coupled_positions()
+        value = self._checked(as_tensor("value", value, int, self.tokens.shape))
+        at, posterior = self._coupled_positions()
         probs = self.prediction.log_prob_of(value).exp()
         probs = torch.where(self.observed, (value == self.tokens).to(probs.dtype), probs)
         return probs.index_put(at, self.latents.prob_of(value[at], at, posterior))
@@ -329,10 +330,8 @@ class CoupledCategorical(Distribution):
         Raises:
             ValueError: the latents have another shape, or there is no such state.
         """
-        latents = as_tensor("latents", latents, int, device=self.tokens.device)
-        as_tensor("latents", latents, shape=(*latents.shape[:-2], *self.tokens.shape))
         number = self.potentials.num_latents + self.latents.num_copies
-        check_tokens("latents", latents, number, "states")
+        latents = self._checked(latents, "latents", number, "states")
         return self.latents.log_probs_given(latents)
 
     @torch.no_grad()
@@ -384,31 +383,17 @@ class CoupledCategorical(Distribution):
         tokens = torch.where(self.observed, self.tokens, tokens)
         return replace(self, tokens=tokens, observed=self.observed | observed)
 
-    def without(
-        self, token_ids: torch.Tensor, where: torch.Tensor | None = None
-    ) -> CoupledCategorical:
-        """The same distribution with no potential for some tokens.
-
-        Args:
-            token_ids: `[n]` tokens that the backbone's prediction shall rule out.
-            where: `[B, L]` bool, at which positions; default all.
-
-        Raises:
-            ValueError: the distribution was made of evidence, which holds no logits.
-        """
+    def without(self, token_ids: torch.Tensor) -> CoupledCategorical:
+        """The same distribution with no potential for the tokens `token_ids` `[n]`."""
         self._check_logits("no token can be taken out, give `forbidden` when the evidence is made")
         token_ids = as_tensor("token_ids", token_ids, int, device=self.tokens.device)
         if token_ids.ndim != 1:
             raise ValueError(f"`token_ids` must have one dimension, got {shown(token_ids)}.")
         check_tokens("token_ids", token_ids, self.potentials.vocab_size)
-        where = torch.ones_like(self.present) if where is None else where
-        where = as_tensor("where", where, bool, self.tokens.shape, self.tokens.device)
-        chosen = self.logits[..., token_ids].masked_fill(where[..., None], -torch.inf)
-        return replace(self, logits=self.logits.index_copy(-1, token_ids, chosen))
+        return replace(self, logits=self.logits.index_fill(-1, token_ids, -torch.inf))
 
     def with_temperature(self, temperature: float) -> CoupledCategorical:
         """The same distribution at another evidence temperature."""
-        number("temperature", temperature, f"above 0, {FACTORS}", is_factor)
         if temperature == self.temperature:
             return self
         self._check_logits(f"make it again at {temperature}")
@@ -425,13 +410,12 @@ class CoupledCategorical(Distribution):
         """
         self.latents.filter_with(other.latents)
 
-    def _checked(self, value: torch.Tensor, samples: bool = True) -> torch.Tensor:
-        """Tokens `[*S, B, L]` of the vocabulary, or `[B, L]` without `samples`; 0 where absent."""
-        value = as_tensor("value", value, int, device=self.tokens.device)
-        leading = value.shape[:-2] if samples else ()
-        as_tensor("value", value, shape=(*leading, *self.tokens.shape))
+    def _checked(self, value: torch.Tensor, name="value", size=None, what="ids of the vocabulary"):
+        """`[*S, B, L]`, 0 where absent: tokens, or numbers below a size."""
+        value = as_tensor(name, value, int, device=self.tokens.device)
+        as_tensor(name, value, shape=(*value.shape[:-2], *self.tokens.shape))
         value = torch.where(self.present, value, 0)
-        check_tokens("value", value, self.potentials.vocab_size)
+        check_tokens(name, value, size or self.potentials.vocab_size, what)
         return value
 
     def _check_logits(self, remedy: str) -> None:
