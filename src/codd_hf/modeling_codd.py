@@ -365,11 +365,19 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
             states = self.backbone_states(ids, mask, positions)
             logits, distribution, loss = states.logits(), None, None
             if start is None:
-                start = self._trailing_window(ids, mask, head.window_length)
+                real = torch.ones_like(ids) if mask is None else mask
+                start = ids.shape[1] - real.flip(1).argmax(1) - head.window_length
             if return_distribution or coupling != "none":
                 distribution = self.window_distribution(states, ids, start, mask, head=head)
             if coupling != "none":
-                logits = self._coupled_logits(logits, distribution, start, coupling, generator)
+                if coupling == "marginal":
+                    coupled, where = distribution.marginals.log(), distribution.masked
+                else:
+                    latents = distribution.sample_latents(generator)
+                    coupled, where = distribution.logits_given(latents), distribution.present
+                rows, columns = where.nonzero(as_tuple=True)
+                at = rows, start[rows] + columns
+                logits = logits.index_put(at, coupled[rows, columns].to(logits.dtype))
             if labels is not None:
                 loss = self._loss(states, ids, mask, labels, head)
         output = CoDDOutput(

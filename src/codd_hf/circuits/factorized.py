@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .distribution import CoupledCategorical
 from .potentials import Potentials
 
 
@@ -32,7 +33,22 @@ def without_tokens(
     return logits if forbidden is None else logits.masked_fill(forbidden, -torch.inf)
 
 
-def trivial_potentials(vocab_size: int, device: torch.device) -> Potentials:
-    """A circuit of one state that changes nothing."""
-    zero = torch.zeros(1, device=device)
-    return Potentials(zero, zero[None, None], zero[None, None].expand(1, 1, vocab_size))
+def without_circuit(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    observed: torch.Tensor,
+    present: torch.Tensor | None = None,
+    temperature: float = 1.0,
+) -> CoupledCategorical:
+    """The factorized distribution over windows; the arguments are `CoupledCategorical`'s."""
+    zero = torch.zeros(1, device=logits.device)
+    emission = zero[None, None].expand(1, 1, logits.shape[-1])
+    return CoupledCategorical(
+        logits,
+        Potentials(zero, zero[None, None], emission),  # one state, which changes nothing
+        tokens=tokens,
+        observed=observed,
+        present=present,
+        active=torch.zeros(len(logits), dtype=torch.bool, device=logits.device),
+        temperature=temperature,
+    )

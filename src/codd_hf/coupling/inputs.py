@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +36,13 @@ def checked_inputs(
     if ids.shape[1] == 0:
         raise ValueError("`input_ids` must hold at least one token in a row, got none.")
     if mask is None:
-        model._warn_of_padding(ids)
+        real = model.real_tokens(ids)
+        if real is not None and not bool(real[:, [0, -1]].all()):
+            warnings.warn(
+                "`input_ids` begin or end with the padding token, which is read as text without an "
+                "`attention_mask`: give one.",
+                stacklevel=3,
+            )
     else:
         mask = padding_mask("attention_mask", mask, ids.shape, device)
     if positions is not None:

@@ -9,7 +9,7 @@ from transformers import LogitsProcessor
 
 from ..checks.arguments import RowError, as_tensor
 from ..circuits import CoupledCategorical
-from ..circuits.factorized import trivial_potentials, without_tokens
+from ..circuits.factorized import without_circuit, without_tokens
 from ..circuits.numerics import one_hot_log_probs
 from ..circuits.random import Generators, draw_categorical, uniform
 from .row_text import RowText
@@ -221,13 +221,8 @@ def of_logits(
         raise ValueError(
             "`mask_token_id` must be given here or in the scheduler's config to step with logits."
         )
-    return CoupledCategorical(
-        without_tokens(logits.float(), mask_token_id, None),
-        trivial_potentials(logits.shape[-1], logits.device),
-        tokens=sample,
-        observed=sample != mask_token_id,
-        active=torch.zeros(len(sample), dtype=torch.bool, device=logits.device),
-    )
+    logits = without_tokens(logits.float(), mask_token_id, None)
+    return without_circuit(logits, sample, sample != mask_token_id)
 
 
 def shape_logits(
