@@ -234,10 +234,10 @@ def test_saved_pipeline_with_code_loads_from_its_own_folder(repository, tmp_path
 
 
 def test_page_on_adding_a_family_works(tmp_path, monkeypatch):
-    for registry in ("FAMILIES", "LAYOUTS"):
-        entries = list(getattr(backbones, registry))
-        monkeypatch.setattr(backbones, registry, entries)
-        monkeypatch.setattr(f"codd_hf.backbones.registry.{registry}", entries)
+    for name, entries in (("FAMILIES", backbones.FAMILIES), ("LAYOUTS", backbones.LAYOUTS)):
+        monkeypatch.setattr(backbones, name, [*entries])
+    monkeypatch.setattr("codd_hf.backbones.family.FAMILIES", backbones.FAMILIES)
+    monkeypatch.setattr("codd_hf.backbones.registry.LAYOUTS", backbones.LAYOUTS)
     indented = re.findall(r"(?:^    .*\n|^\n)+", backbones.__doc__, flags=re.MULTILINE)
     for block in indented:
         exec(re.sub(r"^    ", "", block, flags=re.MULTILINE), {"__name__": "page"})

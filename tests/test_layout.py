@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import codd_hf
+from codd_hf import CoDDModel, default_model
+
 ROOT = Path(__file__).parent.parent
 LINT = "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
@@ -16,3 +19,28 @@ def test_imports_go_one_way():
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert told.returncode == 0, told.stdout + told.stderr
     assert "1 kept, 0 broken" in told.stdout
+
+
+def files_of(call) -> list[str]:
+    """The files of the package that a call passes."""
+    root, passed = str(Path(codd_hf.__file__).parent), set()
+
+    def watch(frame, event, argument):
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(root):
+            passed.add(file.removeprefix(root + "/"))
+
+    call()  # imports are not counted
+    sys.setprofile(watch)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return sorted(passed)
+
+
+def test_loading_the_embedded_model_passes_eight_files():
+    load, folder = CoDDModel.from_pretrained, Path(default_model(), "model")
+    passed = files_of(lambda: load(folder))
+    print(len(passed), "files:", *passed)
+    assert len(passed) <= 8

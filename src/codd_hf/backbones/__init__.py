@@ -6,7 +6,7 @@ A *layout* reads checkpoints whose own code does not run here as models of a fam
 configuration to its family.
 
 **Adding an architecture that transformers has.** Name its model types, let each position see the
-whole sequence (`make_bidirectional`), and read the hidden state and the logits computed at each
+whole sequence (`bidirectional`), and read the hidden state and the logits computed at each
 position (`run`). For a decoder that heeds `is_causal`, the model type is all:
 
     from codd_hf.backbones import FAMILIES, DecoderFamily
@@ -62,15 +62,22 @@ do, and check that a causal control differs.
 """
 
 from .canvas_cache import CanvasCache
-from .custom_code import CustomCodeFamily, needs_remote_code, nested_custom_config
+from .custom_code import CustomCodeFamily, nested_custom_config
 from .decoder import DecoderFamily
 from .dream import DreamLayout
-from .family import BackboneFamily, BackboneStates, execution_device
+from .family import (
+    FAMILIES,
+    BackboneFamily,
+    BackboneStates,
+    execution_device,
+    family_of,
+    needs_remote_code,
+)
 from .layout import CheckpointLayout
 from .llada import LLaDALayout
 from .loading import load_backbone, load_tokenizer
 from .masked_lm import MaskedLMFamily
-from .registry import FAMILIES, LAYOUTS, family_of, layout_of
+from .registry import LAYOUTS, layout_of
 
 __all__ = [
     "FAMILIES",

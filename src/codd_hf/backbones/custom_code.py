@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
-    CONFIG_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -24,18 +23,11 @@ from .family import BackboneFamily
 
 AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel)
 BLOCK_DIFFUSION = ("llada2", "sdar")
-DOWNLOADED = "transformers_modules."
 CODE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 class CustomCodeFamily(BackboneFamily):
     """Read through `logits` and `hidden_states`; attention is the model's own, or block-causal."""
-
-    def matches(self, config: PretrainedConfig) -> bool:
-        kind = type(config)
-        if config.model_type in CONFIG_MAPPING and not kind.__module__.startswith(DOWNLOADED):
-            kind = CONFIG_MAPPING[config.model_type]
-        return not kind.__module__.startswith(("transformers.", "codd_hf."))
 
     def make_bidirectional(self, config: PretrainedConfig) -> None:
         """Asks for the block length of models that are known to be trained in blocks."""
@@ -64,13 +56,6 @@ class CustomCodeFamily(BackboneFamily):
             Path(folder).mkdir(parents=True, exist_ok=True)
             custom_object_save(model, folder, config=model.config)
             custom_object_save(model.config, folder, config=model.config)
-
-
-def needs_remote_code(config: dict[str, Any]) -> bool:
-    """Whether a `config.json` with this content needs code that transformers does not have."""
-    return "AutoConfig" in config.get("auto_map", {}) and (
-        config.get("model_type") not in CONFIG_MAPPING
-    )
 
 
 def check_trust(name: str, config: dict[str, Any], trust_remote_code: bool | None) -> None:

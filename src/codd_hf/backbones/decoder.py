@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .canvas_cache import CanvasCache, cache_argument
 from .family import BackboneFamily, BackboneStates, execution_device
@@ -14,12 +14,7 @@ class DecoderFamily(BackboneFamily):
 
     auto_class = AutoModelForCausalLM
     model_types = ("llama", "qwen2")
-
-    def matches(self, config: PretrainedConfig) -> bool:
-        return config.model_type in self.model_types
-
-    def make_bidirectional(self, config: PretrainedConfig) -> None:
-        config.is_causal = False
+    bidirectional = {"is_causal": False}  # noqa: RUF012
 
     def make_cache(self, model: PreTrainedModel, num_rows: int) -> CanvasCache:
         implementation = model.config._attn_implementation or "eager"

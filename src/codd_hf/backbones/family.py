@@ -12,12 +12,13 @@ are made of. Families are stateless. Two fields of a configuration count for all
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from ..checks.arguments import integer
 from .canvas_cache import CanvasCache
@@ -70,19 +71,21 @@ class BackboneFamily:
 
     Attributes:
         auto_class: transformers' class that builds and loads the models.
+        model_types: of transformers; None for models that bring their own code.
+        bidirectional: fields of a configuration by which a model sees the whole sequence.
         unused_weights: a pattern of the names of weights that a checkpoint may hold and that
             denoising does not need; None if all are needed.
     """
 
     auto_class: type
+    model_types: Container[str] | None = None
+    bidirectional: dict[str, Any] = {}  # noqa: RUF012
     unused_weights: str | None = None
-
-    def matches(self, config: PretrainedConfig) -> bool:
-        """Whether a model with this configuration belongs to the family."""
-        raise NotImplementedError
 
     def make_bidirectional(self, config: PretrainedConfig) -> None:
         """Changes a configuration, also that of a loaded model, to see the whole sequence."""
+        for name, value in self.bidirectional.items():
+            setattr(config, name, value)
 
     def from_config(self, config: PretrainedConfig, **kwargs) -> PreTrainedModel:
         """A randomly initialised backbone."""
@@ -187,6 +190,50 @@ class BackboneFamily:
         states = self.run(model, input_ids, visible, position_ids, **cached)
         shift = getattr(model.config, "logit_shift", False)
         return states.shifted(attention_mask) if shift else states
+
+
+FAMILIES: list[BackboneFamily] = []
+DOWNLOADED = "transformers_modules."
+OURS = {
+    "codd": "is a CoDD model already: use its `backbone`, or its `load_head`",
+    "codd-head": "is a CoDD head: give the backbone first, and the head as `head`",
+}
+
+
+def family_of(config: PretrainedConfig) -> BackboneFamily:
+    """The family that a backbone with this configuration belongs to.
+
+    Raises:
+        ValueError: no family knows the model type.
+    """
+    kind = type(config)
+    if config.model_type in CONFIG_MAPPING and not kind.__module__.startswith(DOWNLOADED):
+        kind = CONFIG_MAPPING[config.model_type]
+    brings_code = not kind.__module__.startswith(("transformers.", "codd_hf."))
+    for family in FAMILIES:
+        types = family.model_types
+        if types is None if brings_code else types is not None and config.model_type in types:
+            return family
+    raise ValueError(unsupported(config.model_type))
+
+
+def needs_remote_code(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` with this content needs code that transformers does not have."""
+    return "AutoConfig" in config.get("auto_map", {}) and (
+        config.get("model_type") not in CONFIG_MAPPING
+    )
+
+
+def unsupported(model_type: str) -> str:
+    """The error message for a model type that no family knows."""
+    if model_type in OURS:
+        return f"`backbone` {OURS[model_type]}."
+    decoders = [n for f in FAMILIES if isinstance(f.model_types, tuple) for n in f.model_types]
+    return (
+        f"`text_config.model_type` is {model_type!r}, which no backbone family supports: "
+        f"use a masked language model or one of {', '.join(decoders)}, a LLaDA or Dream "
+        "checkpoint, or a model that brings its own code (`trust_remote_code=True`)."
+    )
 
 
 def block_causal_mask(

@@ -18,8 +18,9 @@ from transformers import (
 from ..configuration_codd import one_sentence_for
 from ..hub.repositories import Repository, explain_load_errors
 from ..hub.stored_weights import StoredWeights
-from .custom_code import CustomCodeFamily, check_trust, needs_remote_code
-from .registry import family_of, layout_of, unsupported
+from .custom_code import CustomCodeFamily, check_trust
+from .family import family_of, needs_remote_code, unsupported
+from .registry import layout_of
 
 
 def load_backbone(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForMaskedLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from .family import BackboneFamily
@@ -12,11 +12,9 @@ class MaskedLMFamily(BackboneFamily):
     """Already bidirectional and unshifted."""
 
     auto_class = AutoModelForMaskedLM
+    model_types = MODEL_FOR_MASKED_LM_MAPPING_NAMES
     # What pretraining added for pairs of sentences.
     unused_weights = r"(^|\.)(pooler|pooler_transform|seq_relationship|sop_classifier|nsp_cls)\."
-
-    def matches(self, config: PretrainedConfig) -> bool:
-        return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     def max_positions(self, model: PreTrainedModel) -> int | None:
         """Fewer than are stored where, as in RoBERTa, positions begin behind the padding token's.
