@@ -96,7 +96,7 @@ def test_window_likelihoods_are_those_of_enumeration():
     starts = torch.tensor([4, 2])
     masked = torch.zeros_like(text, dtype=torch.bool)
     masked[0, 5:7] = masked[1, 2] = masked[1, 4:6] = True
-    windows = LiveWindows(CanvasBatch(text, mask, starts, starts), masked, torch.ones(2), starts)
+    windows = LiveWindows(CanvasBatch(text, mask, starts, starts), masked, torch.ones(2), starts, 4)
     scores = windows.scores(model, JointConfig(evidence_temperature=0.7))
     assert scores.masked.tolist() == [2, 3]
     ids = text.masked_fill(masked, 2)
@@ -137,7 +137,7 @@ def test_accumulated_step_is_the_gradient_of_the_models_own_loss(tiny_tokenizer,
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     monkeypatch.setattr(LiveWindows, "drawn", classmethod(recorded))
-    changes = {"backbone": "full", "loss": loss, "max_steps": 1, "gradient_accumulation_steps": 2}
+    changes = {"backbone": "full", "loss": loss, "max_steps": 1, "windows_per_batch": 12}
     model = new_model(tiny_tokenizer)
     run(tiny_tokenizer, None, model, log=lambda _, v: told.append(v), **changes)
     chunks = drawn[1:-1]  # the first and the last are of the validation

@@ -101,7 +101,7 @@ def test_loss_that_is_no_longer_finite_is_an_error_that_says_what_to_lower(
 ):
     model = new_backbone(tiny_tokenizer)
     model.model.norm.weight.data.fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match=r"validation's elbo is nan .*`learning_rate`"):
+    with pytest.raises(FloatingPointError, match=r"elbo is nan at the validation .*`learning_rate`"):
         run(tiny_tokenizer, examples, tmp_path, model=model)
     with pytest.raises(FloatingPointError, match=r"nan.*: lower `learning_rate` \(now 1e\+30\)"):
         run(tiny_tokenizer, examples, tmp_path, max_steps=3, learning_rate=1e30)

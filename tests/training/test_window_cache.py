@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import re
 import resource
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from codd_hf.data.canvases import TokenizedExample, batch_indices
 from codd_hf.data.noise import draw_windows
 from codd_hf.training import Checkpoints, ConditionalConfig, fit_conditional, fit_head
 from codd_hf.training.evidence import cache as window_cache
-from codd_hf.training.evidence.cache import WindowCache, bytes_per_window, cache_windows
+from codd_hf.training.evidence.cache import WindowCache, cache_windows
 from codd_hf.training.fits.conditional import evaluate_head
 from tiny import correlated_examples, random_head, tiny_backbone
 
@@ -86,12 +87,11 @@ def test_size_is_said_before_anything_is_written(tiny_tokenizer, tmp_path, capsy
     model = new_model(tiny_tokenizer)
     cache = write(model, tiny_tokenizer, tmp_path, num_draws=8, progress=True)
     printed = capsys.readouterr().out
-    assert "Evidence about 192 windows of 4 tokens" in printed
-    each = bytes_per_window(model, CONFIG)
-    assert f"{each / 4 / 1e3:.2f} GB per million tokens" in printed
-    assert each * 192 == pytest.approx(cache.size, rel=0.1)
+    assert "Evidence about 192 of 192 windows of 4 tokens" in printed
+    each = float(re.search(r"\(([\d.]+) GB per million tokens\)", printed)[1]) * 4 * 1e3
+    assert each * 192 == pytest.approx(sum(part.size for part in cache.parts), rel=0.2)
     on_disk = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
-    assert each * 192 == pytest.approx(on_disk, rel=0.1)
+    assert each * 192 == pytest.approx(on_disk, rel=0.2)
 
 
 def test_evidence_of_another_setting_model_or_text_is_refused_and_the_field_named(
@@ -108,23 +108,23 @@ def test_evidence_of_another_setting_model_or_text_is_refused_and_the_field_name
         "mixed_precision": "bf16",
     }
     for name, value in changes.items():
-        with pytest.raises(ValueError, match=f"made with another `{name}`: .*{value!r}"):
+        with pytest.raises(ValueError, match=f"made with `{name}` .*, not {value!r}"):
             write(model, tiny_tokenizer, tmp_path, replace(CONFIG, **{name: value}))
     for options in ({"seed": 1}, {"num_draws": 3}):
-        with pytest.raises(ValueError, match=f"made with another `{next(iter(options))}`"):
+        with pytest.raises(ValueError, match=f"made with `{next(iter(options))}`"):
             write(model, tiny_tokenizer, tmp_path, **options)
     for examples in (EXAMPLES[::-1], EXAMPLES[:-1]):
-        with pytest.raises(ValueError, match="another `data`"):
+        with pytest.raises(ValueError, match=r"other examples \(`examples`\)"):
             write(model, tiny_tokenizer, tmp_path, examples=examples)
-    with pytest.raises(ValueError, match="another `hidden_states`: True instead of False"):
+    with pytest.raises(ValueError, match="made with `hidden_states` True, not False"):
         write(new_model(tiny_tokenizer, ()), tiny_tokenizer, tmp_path)
-    with pytest.raises(ValueError, match="another `copy_length`: 6 instead of 0"):
+    with pytest.raises(ValueError, match="made with `copy_length` 6, not 0"):
         write(new_model(tiny_tokenizer, ("latent",)), tiny_tokenizer, tmp_path)
-    with pytest.raises(ValueError, match="another `model_settings`"):
+    with pytest.raises(ValueError, match="other settings of the backbone"):
         write(new_model(tiny_tokenizer, rms_norm_eps=1e-3), tiny_tokenizer, tmp_path)
     with torch.no_grad():
         model.backbone.model.norm.weight[3] += 1e-3
-    with pytest.raises(ValueError, match=r"another `model_weights`.*Give another `evidence_dir`"):
+    with pytest.raises(ValueError, match=r"other weights of the backbone .*another `evidence_dir`"):
         write(model, tiny_tokenizer, tmp_path)
 
 
@@ -161,7 +161,7 @@ def test_lack_of_room_is_an_error_that_says_so_and_the_run_goes_on_later(
 ):
     model = new_model(tiny_tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr(window_cache, "bytes_per_window", lambda *_: 1e18)
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
         with pytest.raises(OSError, match=r"takes about .* GB left: make room"):
             write(model, tiny_tokenizer, tmp_path / "large")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -233,4 +233,3 @@ def test_empty_prompts_have_evidence_too(tiny_tokenizer, tmp_path):
     cache = write(new_model(tiny_tokenizer), tiny_tokenizer, tmp_path, examples=examples)
     windows = cache.take(torch.arange(len(cache)))
     assert (windows.preceding_tokens == -1).all(1).any()
-    assert json.loads((tmp_path / "fingerprint.json").read_text())["num_examples"] == 24

@@ -1,4 +1,4 @@
-"""The model card of a run: settings, curves and figures; and the push."""
+"""The model card of a run: its settings, curves and measured gap."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase
 
-from ..data.canvases import TokenizedExample
-from ..evaluation.gap import GapRow, gap_table, measure_gap
+from ..evaluation.gap import GapRow, gap_table
 from ..hub.cards import REWRITTEN, Artifact, make_card
-from ..hub.publishing import CARD, push_folder
+from ..hub.publishing import CARD
 from ..hub.repositories import is_local, reaching_hub
 from ..modeling_codd import CoDDModel
 from ..runtime.environment import environment
@@ -26,12 +25,13 @@ from .settings import STAGES, TrainConfig
 HISTORY = "history.json"
 """The history of a stage, in its folder."""
 
-GAP_RATIOS = (0.25, 0.5, 0.75, 1.0)
-NOT_PUSHED = ("*.jsonl",)
-"""The held-out examples are somebody's data, and stay on this machine."""
-
 OF_THIS_RUN = ("output_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_private")
 CURVE_ROWS = 12
+GAINS = (
+    "Gains are nats per masked token over factorized prediction on the validation examples, which "
+    "choices were made on; `gain 0.25-0.50` is of windows whose tokens were masked with a "
+    "probability in that range."
+)
 
 
 @reaching_hub()
@@ -58,29 +58,6 @@ def open_repository(config: TrainConfig) -> str | None:
     return repo_id
 
 
-def push_pipeline(folder: Path, repo_id: str, private: bool) -> CommitInfo:
-    """Pushes a pipeline folder, without the held-out examples in it."""
-    message = "Trained with codd-hf"
-    return push_folder(
-        folder, repo_id, private=private, ignore_patterns=NOT_PUSHED, commit_message=message
-    )
-
-
-def measure_final_gap(
-    config: TrainConfig,
-    model: CoDDModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[TokenizedExample],
-) -> list[GapRow] | None:
-    """The gap measure on `config.num_gap_problems` held-out examples; None if none has a window."""
-    examples = [e for e in examples if len(e.answer_ids) > model.window_length]
-    examples = examples[: config.num_gap_problems]
-    if not examples:
-        return None
-    head = model.coupling_head
-    return measure_gap(model, {"coupled": head}, tokenizer, examples, ratios=GAP_RATIOS)
-
-
 def write_card(
     config: TrainConfig,
     folder: Path,
@@ -97,11 +74,11 @@ def write_card(
     Args:
         config: of the run.
         folder: the pipeline.
-        model: what the run ends with.
+        model: the result of the run.
         tokenizer: its tokenizer.
         repo_id: where it will be pushed, if anywhere.
         sizes: numbers of the training, validation and test examples.
-        gap: what was measured at the end, if anything.
+        gap: the gap that was measured, if any.
     """
     settings = {k: v for k, v in asdict(config).items() if k not in OF_THIS_RUN}
     del settings["conditional"]["evidence_dir"]
@@ -113,51 +90,58 @@ def write_card(
     run["gap"] = None if gap is None else [row.as_dict() for row in gap]
     paths = {stage: Path(config.output_dir, stage, HISTORY) for stage in STAGES}
     histories = {name: read_json(path, list) for name, path in paths.items() if path.exists()}
-    figures = folder / "training"
-    figures.mkdir(parents=True, exist_ok=True)
+    (folder / "training").mkdir(parents=True, exist_ok=True)
     files = {f"{stage}_history": history for stage, history in histories.items()} | {"run": run}
     for name, content in files.items():
-        (figures / f"{name}.json").write_text(json.dumps(content, indent=2))
+        (folder / "training" / f"{name}.json").write_text(json.dumps(content, indent=2))
     path = folder / CARD
     if path.exists() and REWRITTEN not in path.read_text(encoding="utf-8"):
         return
-    section = [
+    parts = [
         "Trained with `codd-hf train`; all settings, histories and figures are in `training/`.",
         _facts(config, settings, sizes, facts),
     ]
     for stage, history in histories.items():
         line = "Run earlier, with settings that are not recorded here."
         if stage in config.chosen_stages:
-            values = (f"`{name}` {value}" for name, value in settings[stage].items())
-            line = f"Settings: {', '.join(values)}."
-        section += [f"### Stage: {stage}\n\n{line}", _curve(history)]
+            line = f"Settings: {_listed('`{}` {}', settings[stage])}."
+        parts += [f"### Stage: {stage}\n\n{line}", _curve(history)]
     if gap is not None:
-        section.append(_gap_section(config, sizes, gap))
+        caution = "test" if sizes["test"] else "validation (which choices were made on)"
+        parts.append(
+            f"### Measured gap\n\nOne full window in each of at most {config.num_gap_problems} "
+            f"{caution} examples, as `codd-hf evaluate gap` measures it: nats per masked token ± "
+            "standard error in one parallel step, and of the backbone that reveals one token at a "
+            f"time (sequential).\n\n{gap_table(gap)}"
+        )
     make_card(
         Artifact("pipeline", model.coupling_head, model.backbone, tokenizer, model.config),
         repo_id or folder.resolve().name,
         datasets=None if is_local(config.dataset) else config.dataset,
-        training="\n\n".join(section),
+        training="\n\n".join(parts),
     ).save(path)
+
+
+def _listed(form: str, values: dict[str, Any]) -> str:
+    return ", ".join(form.format(name, value) for name, value in values.items())
 
 
 def _facts(
     config: TrainConfig, settings: dict[str, Any], sizes: dict[str, int], facts: dict[str, Any]
 ) -> str:
     kind = "the local file" if is_local(config.dataset) else "the dataset"
-    of = [f"configuration `{config.dataset_config}`"] if config.dataset_config else []
-    data = ", ".join([f"{kind} `{settings['dataset']}`", *of, f"split `{config.split}`"])
+    of = f"configuration `{config.dataset_config}`, " if config.dataset_config else ""
     numbers = ", ".join(f"{number:,} for {name}" for name, number in sizes.items() if number)
     packed = ", packed" if config.packing else ""
     backbone = "trained on the same data, from random weights"
     if config.backbone is not None:
         local = " (a local model)" if is_local(config.backbone) else ""
-        further = ", trained further" if "pretraining" in config.chosen_stages else ""
+        further = ", trained further" if config.trains_backbone else ""
         backbone = f"`{settings['backbone']}`{local}{further}"
-    machine = ", ".join(f"{name} {value}" for name, value in facts.items())
     return (
-        f"- Data: {data}; {numbers}; at most {config.max_length} tokens each{packed}.\n"
-        f"- Backbone: {backbone}.\n- Machine and versions: {machine}."
+        f"- Data: {kind} `{settings['dataset']}`, {of}split `{config.split}`; {numbers}; at most "
+        f"{config.max_length} tokens each{packed}.\n- Backbone: {backbone}.\n"
+        f"- Machine and versions: {_listed('{} {}', facts)}."
     )
 
 
@@ -175,25 +159,5 @@ def _curve(history: History) -> str:
 
     table = [line([name.replace("_", " ") for name in names]), line(["---"] * len(names))]
     table += [line([cell(row.get(name)) for name in names]) for row in rows]
-    notes = ["\n".join(table)]
-    if "gain" in history[-1]:
-        notes.append(
-            "Gains are nats per masked token over factorized prediction on the validation "
-            "examples, which choices were made on; `gain 0.25-0.50` is of windows whose tokens "
-            "were masked with a probability in that range."
-        )
-    if "seconds" in history[-1]:
-        notes.append(f"It took {history[-1]['seconds'] / 60:.1f} minutes.")
-    return "\n\n".join(notes)
-
-
-def _gap_section(config: TrainConfig, sizes: dict[str, int], gap: list[GapRow]) -> str:
-    part = "test" if sizes["test"] else "validation"
-    caution = "" if sizes["test"] else " (choices were made on these)"
-    gains = "; ".join(f"{row.ratio:g}: {row.gains['coupled']:+.3f}" for row in gap)
-    return (
-        f"### Measured gap\n\nOne full window in each of at most {config.num_gap_problems} {part} "
-        f"examples{caution}, as `codd-hf evaluate gap` measures it: nats per masked token ± "
-        "standard error in one parallel step, and of the backbone that reveals one token at a time "
-        f"(sequential).\n\n{gap_table(gap)}\n\nPaired gains over factorized by mask ratio: {gains}."
-    )
+    took = f"It took {history[-1].get('seconds', 0) / 60:.1f} minutes."
+    return "\n\n".join(["\n".join(table), *([GAINS] if "gain" in names else []), took])

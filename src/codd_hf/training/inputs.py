@@ -43,17 +43,17 @@ def load_parts(config: TrainConfig) -> Parts:
         ValueError: it cannot be used.
     """
     options = {name: getattr(config, name) for name in OF_THE_DATA}
+    if config.dataset == TASKS and not config.split.startswith("train"):
+        raise ValueError(f"`split` of {TASKS!r} must be a part of 'train', got {config.split!r}.")
     examples = load_examples(config.dataset, split=config.split, **options)
     if config.dataset != TASKS:
         return split_examples(examples, config.num_validation, config.num_test)
-    if not config.split.startswith("train"):
-        raise ValueError(f"`split` of {TASKS!r} must be a part of 'train', got {config.split!r}.")
-
-    def held_out(name: str, number: int) -> Sequence[Example]:
-        return load_examples(TASKS, split=f"{name}[:{number}]", **options) if number else []
-
-    validation = held_out("validation", config.num_validation)
-    return examples, validation, held_out("test", config.num_test)
+    sizes = {"validation": config.num_validation, "test": config.num_test}
+    held_out = [
+        load_examples(TASKS, split=f"{name}[:{size}]", **options) if size else []
+        for name, size in sizes.items()
+    ]
+    return examples, *held_out
 
 
 def split_examples(examples: Sequence[Example], num_validation: int, num_test: int) -> Parts:
@@ -62,13 +62,12 @@ def split_examples(examples: Sequence[Example], num_validation: int, num_test: i
     Raises:
         ValueError: nothing is left to train on, or nothing to validate on.
     """
-    held_out = num_validation + num_test
-    if num_validation < 1 or num_test < 0 or held_out >= len(examples):
+    first, last = len(examples) - num_validation - num_test, len(examples) - num_test
+    if not 0 < first < last <= len(examples):
         raise ValueError(
             f"`num_validation` ({num_validation}) and `num_test` ({num_test}) must hold out at "
             f"least one and fewer than all of the {len(examples)} examples."
         )
-    first, last = len(examples) - held_out, len(examples) - num_test
     return examples[:first], examples[first:last], examples[last:]
 
 
@@ -121,7 +120,7 @@ def mask_token_of(config: TrainConfig, model: CoDDModel, tokenizer: PreTrainedTo
     found = next((token for token in named if token is not None), None)
     if found is None:
         raise ValueError("`mask_token_id` must be given: the tokenizer has no mask token.")
-    if not 0 <= found < model.config.vocab_size:
+    if found >= model.config.vocab_size:
         raise ValueError(
             f"`mask_token_id` must be one of the backbone's {model.config.vocab_size} tokens, got "
             f"{found}."
@@ -136,10 +135,7 @@ def never_generated(tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> s
 
 
 def tokenize_parts(
-    config: TrainConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    mask_token_id: int,
-    *parts: Sequence[Example],
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, mask_token_id: int, parts: Parts
 ) -> list[list[TokenizedExample]]:
     """Each part of the examples, tokenized as the run's settings say."""
     return [

@@ -14,18 +14,17 @@ from ..coupling.adapters import without_adapters
 from ..data.canvases import Example
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
+from ..pipelines.pipeline_codd import CoDDPipeline
+from ..schedulers.scheduling_codd import CoDDScheduler
 
 
 def save_held_out(folder: Path, validation: Sequence[Example], test: Sequence[Example]) -> None:
     """Writes `validation.jsonl`, `test.jsonl` and, with ten rows of the latter, `demo.jsonl`."""
-    for name, part in (("validation", validation), ("test", test)):
-        chat = any(example.history for example in part)
-        _write(folder / f"{name}.jsonl", [_row(example, chat) for example in part])
-    _write(folder / "demo.jsonl", [_row(example, False) for example in (test or validation)[:10]])
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    demo = (test or validation)[:10]
+    for name, part in (("validation", validation), ("test", test), ("demo", demo)):
+        chat = name != "demo" and any(example.history for example in part)
+        rows = [f"{json.dumps(_row(example, chat))}\n" for example in part]
+        (folder / f"{name}.jsonl").write_text("".join(rows))
 
 
 def _row(example: Example, chat: bool) -> dict[str, Any]:
@@ -44,14 +43,7 @@ def save_pipeline(
     dtype: torch.dtype,
 ) -> None:
     """Writes a pipeline folder with weights stored in `dtype` (computation stays in float32)."""
-    from ..pipelines.pipeline_codd import CoDDPipeline
-    from ..schedulers.scheduling_codd import CoDDScheduler
-
-    if Path(model.config.text_config._name_or_path).exists():
-        model.config.text_config._name_or_path = ""  # a path on this machine says nothing elsewhere
-    CoDDPipeline(model=model, scheduler=CoDDScheduler(), tokenizer=tokenizer).save_pretrained(
-        folder
-    )
+    CoDDPipeline(model, CoDDScheduler(), tokenizer).save_pretrained(folder)
     for part, weights, target in (
         (model, without_adapters(model), folder / "model"),
         (circuit, circuit.state_dict(), folder / "stage1"),

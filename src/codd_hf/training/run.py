@@ -16,10 +16,12 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..data.fingerprint import weights_fingerprint
+from ..evaluation.gap import measure_gap
+from ..hub.publishing import push_folder
 from ..modeling_head import CoDDHead
 from ..runtime.files import atomic_write
 from ..runtime.locks import locked
-from .card import HISTORY, measure_final_gap, open_repository, push_pipeline, write_card
+from .card import HISTORY, open_repository, write_card
 from .inputs import load_parts
 from .loop.checkpoints import Checkpoints
 from .loop.trackers import check_trackers, tracking
@@ -27,6 +29,10 @@ from .processes.launching import join_processes
 from .result import save_held_out, save_pipeline
 from .settings import TrainConfig
 from .stages import GENERATIVE, PRETRAINING, STAGES, Run, Stage, head_config
+
+GAP_RATIOS = (0.25, 0.5, 0.75, 1.0)
+NOT_PUSHED = ("*.jsonl",)
+"""The held-out examples are somebody's data, and stay on this machine."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -49,12 +55,10 @@ def train(config: TrainConfig) -> Path:
             folder, a stage lacks the result of an earlier one, a checkpoint is damaged, or a
             tracker is not installed.
     """
-    accelerator = join_processes()
-    output = Path(config.output_dir)
+    accelerator, output = join_processes(), Path(config.output_dir)
     check_trackers(config.report_to)
-    sizes = ("num_latents", "window_length")
-    shape = {name: getattr(config, name) for name in sizes} | {"vocab_size": config.num_latents}
-    head_config(config, shape, 1)  # what cannot be is found before anything is trained
+    shape = {name: getattr(config, name) for name in ("num_latents", "window_length")}
+    head_config(config, shape | {"vocab_size": config.num_latents}, 1)  # out of range: found here
     resume = resume_choices(config)
     with accelerator.main_process_first():  # the others find what it has converted
         run = Run(config, load_parts(config), accelerator)
@@ -62,15 +66,23 @@ def train(config: TrainConfig) -> Path:
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
     with locked(output / ".lock", f"`output_dir` {config.output_dir!r}", PartialState()):
-        _check_layout(output)
+        if any(output.glob("stage[13]")) or any(output.glob("backbone/checkpoint-*")):
+            raise ValueError(
+                f"`output_dir` {str(output)!r} holds a run of an earlier version, which cannot be "
+                "continued: give another folder."
+            )
         if accelerator.is_main_process:
             (output / "train_config.json").write_text(json.dumps(asdict(config), indent=2))
             for stage in (s for s in STAGES if resume.get(s.name) == "none"):
-                _delete(stage, output)
+                for folder in (output / stage.name, output / (stage.leaves or stage.name)):
+                    if folder.exists():
+                        tqdm.write(f"The stage {stage.name!r} begins anew: {folder} is deleted.")
+                        shutil.rmtree(folder)
         accelerator.wait_for_everyone()
-        for stage in (s for s in STAGES if s.name in config.chosen_stages):
+        for stage in (s for s in STAGES if s.name in resume):
             _run_stage(run, stage, resume[stage.name])
-        if config.chosen_stages == [PRETRAINING.name]:
+            accelerator.wait_for_everyone()
+        if [*resume] == [PRETRAINING.name]:
             return output / PRETRAINING.leaves
         if accelerator.is_main_process:
             _write_pipeline(run, output / "pipeline", repo_id)
@@ -83,51 +95,54 @@ def _run_stage(run: Run, stage: Stage, resume: str) -> None:
     config, main = run.config, run.accelerator.is_main_process
     output = Path(config.output_dir)
     checkpoints = Checkpoints(output / stage.name, resume, config.checkpoints_total_limit)
-    if stage is not PRETRAINING and run.parts is None:
-        run.load()
-    if stage.needs not in (None, PRETRAINING):
-        before = CoDDHead.from_pretrained(stage.needs.result(run))
-        checkpoints.start = weights_fingerprint(before)
-        run.take(before)
     finished = output / stage.name / HISTORY
-    if stage is PRETRAINING and main:
-        if run.accelerator.num_processes > 1:
-            tqdm.write("The backbone is trained by the main process; the others wait.")
+    if stage is PRETRAINING:
+        if not main:
+            return  # the main process trains it
         if resume == "latest" and finished.exists() and not checkpoints.steps():
             tqdm.write("The pretraining is complete; without checkpoints its data are not known.")
-            main = False
-    if main or stage is not PRETRAINING:
-        with tracking(config, stage.name) as log:
-            history = stage.fit(run, checkpoints, log)
-    if main:
-        if stage.leaves is not None:
-            folder = output / stage.leaves
-            new = folder.with_name(folder.name + ".new")
-            shutil.rmtree(new, ignore_errors=True)
-            parts = [run.model.coupling_head]
-            if stage is PRETRAINING:
-                parts = [run.model.backbone, run.tokenizer]
-            for part in parts:
-                part.save_pretrained(new)
-            shutil.rmtree(folder, ignore_errors=True)
-            new.rename(folder)
-        with atomic_write(finished) as new:
-            new.write_text(json.dumps(history, indent=2))
-    run.accelerator.wait_for_everyone()
+            return
+    elif run.parts is None:
+        run.load()
+    if stage.needs not in (None, PRETRAINING):
+        before = CoDDHead.from_pretrained(stage.needs.result(config))
+        checkpoints.start = weights_fingerprint(before)
+        run.take(before)
+    with tracking(config, stage.name) as log:
+        history = stage.fit(run, checkpoints, log)
+    if not main:
+        return
+    if stage.leaves is not None:
+        folder = output / stage.leaves
+        new = folder.with_name(folder.name + ".new")
+        shutil.rmtree(new, ignore_errors=True)
+        trained = [run.model.backbone, run.tokenizer]
+        for part in trained if stage is PRETRAINING else [run.model.coupling_head]:
+            part.save_pretrained(new)
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+    with atomic_write(finished) as new:
+        new.write_text(json.dumps(history, indent=2))
 
 
 def _write_pipeline(run: Run, folder: Path, repo_id: str | None) -> None:
     config, model, tokenizer = run.config, run.model, run.tokenizer
     sizes = dict(zip(("training", "validation", "test"), map(len, run.examples), strict=True))
-    write_card(config, folder, model, tokenizer, repo_id, sizes, None)
-    circuit = CoDDHead.from_pretrained(GENERATIVE.result(run))
+    card = (config, folder, model, tokenizer, repo_id, sizes)
+    write_card(*card, None)
+    circuit = CoDDHead.from_pretrained(GENERATIVE.result(config))
     save_pipeline(folder, model, circuit, tokenizer, getattr(torch, config.dtype))
     save_held_out(folder, *run.examples[1:])
-    if config.num_gap_problems and not run.sharded:
-        gap = measure_final_gap(config, model, tokenizer, run.parts[2] or run.parts[1])
-        write_card(config, folder, model, tokenizer, repo_id, sizes, gap)
+    held_out = run.parts[2] or run.parts[1]
+    problems = [e for e in held_out if len(e.answer_ids) > model.window_length]
+    problems = [] if run.sharded else problems[: config.num_gap_problems]
+    if problems:
+        heads = {"coupled": model.coupling_head}
+        gap = measure_gap(model, heads, tokenizer, problems, ratios=GAP_RATIOS)
+        write_card(*card, gap)
     if repo_id is not None:
-        pushed = push_pipeline(folder, repo_id, config.hub_private)
+        options = {"ignore_patterns": NOT_PUSHED, "commit_message": "Trained with codd-hf"}
+        pushed = push_folder(folder, repo_id, private=config.hub_private, **options)
         tqdm.write(f"The pipeline is on the Hub: {pushed.repo_url}")
 
 
@@ -150,19 +165,3 @@ def resume_choices(config: TrainConfig) -> dict[str, str]:
     place = chosen.index(stage)
     before, after = chosen[:place], chosen[place + 1 :]
     return dict.fromkeys(before, "latest") | {stage: choice} | dict.fromkeys(after, "none")
-
-
-def _delete(stage: Stage, output: Path) -> None:
-    for folder in (output / stage.name, output / (stage.leaves or stage.name)):
-        if folder.exists():
-            tqdm.write(f"The stage {stage.name!r} begins anew: {folder} is deleted.")
-            shutil.rmtree(folder)
-
-
-def _check_layout(output: Path) -> None:
-    """Refuses a folder whose checkpoints an earlier version wrote."""
-    if any(output.glob("stage[13]")) or any(output.glob("backbone/checkpoint-*")):
-        raise ValueError(
-            f"`output_dir` {str(output)!r} holds a run of an earlier version, which cannot be "
-            "continued: give another folder."
-        )

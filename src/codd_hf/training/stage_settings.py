@@ -203,8 +203,6 @@ class JointConfig(CoupledConfig):
     warmup_steps: Natural = 30
     windows_per_batch: Count = 32
     windows_per_chunk: Count = 16
-    gradient_accumulation_steps: Count = 1
-    """Batches whose gradients make one step."""
     evaluation_steps: Count = 100
     checkpointing_steps: Count = 50
     num_validation_draws: Count = 2

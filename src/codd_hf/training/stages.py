@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,20 +21,15 @@ from .fits.conditional import fit_conditional
 from .fits.generative import fit_generative, text_windows
 from .fits.joint import fit_joint
 from .fits.pretraining import fit_backbone
-from .inputs import (
-    Parts,
-    load_start,
-    mask_token_of,
-    never_generated,
-    new_backbone,
-    tokenize_parts,
-)
+from .inputs import Parts, load_start, mask_token_of, never_generated, new_backbone, tokenize_parts
 from .loop.checkpoints import Checkpoints
 from .loop.steps import History
 from .loop.trackers import Log
 from .processes.sharding import shard_backbone, wants_shards
 from .settings import TrainConfig
 from .task_stream import TaskStream
+
+OF_THE_HEAD = ("emission", "emission_rank", "conditioning", "noise_conditioning", "evidence_size")
 
 
 @dataclass
@@ -44,7 +40,7 @@ class Run:
         config: the settings.
         examples: the data.
         accelerator: knows the processes.
-        model: the backbone and, but for the first stages, a head.
+        model: the backbone, and a head once there is one.
         tokenizer: the backbone's.
         parts: the examples, tokenized.
     """
@@ -57,24 +53,24 @@ class Run:
     parts: list[list[TokenizedExample]] | None = None
 
     @property
-    def source(self) -> str:
-        """Where the backbone is."""
-        return (
-            str(PRETRAINING.result(self)) if self.config.trains_backbone else self.config.backbone
-        )
-
-    @property
     def sharded(self) -> bool:
         """Whether the processes share the frozen backbone."""
         return self.config.shard_backbone or wants_shards(self.accelerator)
 
-    def load(self) -> None:
-        """Reads the backbone, and the examples as it reads them."""
-        self.model, self.tokenizer = load_start(self.source)
+    def load_backbone(self) -> None:
+        """Reads the backbone, trained or given, and its tokenizer."""
+        trained = self.config.trains_backbone
+        source = str(PRETRAINING.result(self.config)) if trained else self.config.backbone
+        self.model, self.tokenizer = load_start(source)
         mask = mask_token_of(self.config, self.model, self.tokenizer)
         self.model.config.mask_token_id = mask
+
+    def load(self) -> None:
+        """Reads the backbone, and the examples as it reads them."""
+        self.load_backbone()
         # Test data too: a bad row is to be found before hours have been spent on the others.
-        self.parts = tokenize_parts(self.config, self.tokenizer, mask, *self.examples)
+        mask = self.model.config.mask_token_id
+        self.parts = tokenize_parts(self.config, self.tokenizer, mask, self.examples)
 
     def take(self, head: CoDDHead) -> None:
         """Couples the backbone with a head."""
@@ -97,13 +93,13 @@ class Stage:
     leaves: str | None
     fit: Callable[[Run, Checkpoints, Log | None], History]
 
-    def result(self, run: Run) -> Path:
+    def result(self, config: TrainConfig) -> Path:
         """The folder of its finished result.
 
         Raises:
             ValueError: it is not there.
         """
-        folder = Path(run.config.output_dir, self.leaves)
+        folder = Path(config.output_dir, self.leaves)
         if not (folder / "config.json").exists():
             raise ValueError(
                 f"{str(folder)!r} holds no finished result of the stage {self.name!r}: add "
@@ -114,15 +110,14 @@ class Stage:
 
 def pretrain(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> History:
     """Trains a small backbone, or the given one further."""
-    config = run.config
+    config, settings = run.config, run.config.pretraining
     if config.backbone is None:
         model, tokenizer = new_backbone(config, run.examples[0])
-        settings, mask = config.pretraining.completed("new"), tokenizer.mask_token_id
+        settings, mask = settings.completed("new"), tokenizer.mask_token_id
     else:
         start, tokenizer = load_start(config.backbone)
-        model, settings = start.backbone, config.pretraining
-        mask = mask_token_of(config, start, tokenizer)
-    train, validation, _ = tokenize_parts(config, tokenizer, mask, *run.examples)
+        model, mask = start.backbone, mask_token_of(config, start, tokenizer)
+    train, validation, _ = tokenize_parts(config, tokenizer, mask, run.examples)
     if config.dataset == TASKS:
         train = TaskStream(tokenizer, config.dataset_config, config.max_length)
     parts = (tokenizer, train, validation, settings, checkpoints, log)
@@ -133,25 +128,26 @@ def pretrain(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> Hist
 
 def fit_circuit(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> History:
     """Fits a circuit to the answers' windows, and makes a head of it, marginally corrected."""
-    config, model, eos = run.config, run.model, run.tokenizer.eos_token_id
+    config, model, length = run.config, run.model, run.config.window_length
     embeddings = model.get_output_embeddings().weight.detach().float()
-    train, validation = (text_windows(p, config.window_length, eos) for p in run.parts[:2])
+    windows = [text_windows(part, length, run.tokenizer.eos_token_id) for part in run.parts[:2]]
     potentials, history = fit_generative(
-        train, validation, embeddings, config.num_latents, config.generative, checkpoints, log
+        *windows, embeddings, config.num_latents, config.generative, checkpoints, log
     )
-    marginal = token_marginal(potentials, config.window_length)
+    marginal = token_marginal(potentials, length)
     # A token that the circuit has never seen gets the ratio 1: it says nothing about it.
-    unseen = train.flatten().bincount(minlength=len(embeddings)) == 0
+    unseen = windows[0].flatten().bincount(minlength=len(embeddings)) == 0
     emission = torch.where(unseen, marginal.log(), potentials.emission.dense())
     mask = model.config.mask_token_id
-    beyond = range(len(run.tokenizer), model.config.vocab_size)
+    never = never_generated(run.tokenizer, mask)
+    never |= {*range(len(run.tokenizer), model.config.vocab_size)}
     head = CoDDHead(
         CoDDHeadConfig(
             vocab_size=model.config.vocab_size,
             num_latents=config.num_latents,
-            window_length=config.window_length,
+            window_length=length,
             mask_token_id=mask,
-            forbidden_token_ids=sorted({*never_generated(run.tokenizer, mask), *beyond} - {mask}),
+            forbidden_token_ids=sorted(never - {mask}),
             base_model_name_or_path=None if config.trains_backbone else model.backbone.name_or_path,
         )
     )
@@ -159,6 +155,16 @@ def fit_circuit(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> H
     head.set_potentials(fitted, marginal, alpha=config.generative.alpha)
     run.take(head)
     return history
+
+
+def head_config(config: TrainConfig, circuit: dict[str, Any], context_size: int) -> CoDDHeadConfig:
+    """The configuration of a conditioned head.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+    chosen = {name: getattr(config, name) for name in OF_THE_HEAD}
+    return CoDDHeadConfig.from_dict(circuit | chosen | {"context_size": context_size})
 
 
 @torch.no_grad()
@@ -171,25 +177,14 @@ def conditioned(config: TrainConfig, model: CoDDModel, circuit: CoDDHead) -> CoD
     head = CoDDHead(head_config(config, circuit.config.to_dict(), model.config.hidden_size))
     if config.emission == "tied":
         head.bind(model.get_output_embeddings().weight)
-    alpha = circuit.config.alpha
-    fitted = circuit.potentials.scaled_by_marginal(circuit.token_marginal.log(), alpha)
-    head.set_potentials(fitted, circuit.token_marginal, alpha=alpha)
+    alpha, marginal = circuit.config.alpha, circuit.token_marginal
+    fitted = circuit.potentials.scaled_by_marginal(marginal.log(), alpha)
+    head.set_potentials(fitted, marginal, alpha=alpha)
     head.temper(config.conditional.emission_power, config.conditional.transition_power)
     if head.context_maps is not None:
         unigrams = fitted.emission.dense().log_softmax(-1).mean(0)
         head.context_maps.start(unigrams, occupancy(fitted, config.window_length).mean(0))
     return head
-
-
-def head_config(config: TrainConfig, circuit: dict, context_size: int) -> CoDDHeadConfig:
-    """The configuration of a conditioned head.
-
-    Raises:
-        ValueError: a setting is out of range.
-    """
-    names = ("emission", "emission_rank", "conditioning", "noise_conditioning", "evidence_size")
-    chosen = {name: getattr(config, name) for name in names}
-    return CoDDHeadConfig.from_dict(circuit | chosen | {"context_size": context_size})
 
 
 def condition_head(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> History:
@@ -198,18 +193,18 @@ def condition_head(run: Run, checkpoints: Checkpoints, log: Log | None = None) -
     run.take(head)
     if run.sharded:
         shard_backbone(run.model)
-    settings = run.config.conditional
-    history = fit_conditional(run.model, run.tokenizer, *run.parts[:2], settings, checkpoints, log)
+    parts = (run.tokenizer, *run.parts[:2], run.config.conditional)
+    history = fit_conditional(run.model, *parts, checkpoints, log)
     if run.sharded:
-        run.model = load_start(run.source)[0]
+        run.load_backbone()
         run.take(head.cpu())
     return history
 
 
 def train_jointly(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> History:
     """Fits backbone and head together."""
-    settings = run.config.joint
-    return fit_joint(run.model, run.tokenizer, *run.parts[:2], settings, checkpoints, log)
+    parts = (run.tokenizer, *run.parts[:2], run.config.joint)
+    return fit_joint(run.model, *parts, checkpoints, log)
 
 
 PRETRAINING = Stage("pretraining", None, "backbone", pretrain)

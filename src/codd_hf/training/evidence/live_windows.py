@@ -8,14 +8,19 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ...circuits import TopKEvidence
+from ...circuits.factorized import forbidden_tokens
 from ...data.canvases import CanvasBatch, TokenizedExample
 from ...data.noise import draw_windows
 from ...modeling_codd import CoDDModel
 from ...runtime.precision import autocast
-from ..stage_settings import CoupledConfig
+from ..stage_settings import ConditionalConfig, CoupledConfig
+from .noised_windows import NoisedWindows
 from .scores import WindowScores, score_all
 
 EVALUATION_CHUNK = 32
+DTYPES = {"half": (torch.float16, torch.bfloat16), "single": (torch.float32, torch.float32)}
+"""Of kept log-probabilities and hidden states."""
 
 
 @dataclass
@@ -24,15 +29,17 @@ class LiveWindows:
 
     Attributes:
         canvas: the clean text, `[B, T]`.
-        masked: `[B, T]` bool, what the backbone does not see.
+        masked: `[B, T]` bool, the positions that the backbone does not see.
         level: `[B]`, the probability with which the window's tokens were masked.
         starts: `[B]`, where each row's window begins.
+        window_length: tokens in a window.
     """
 
     canvas: CanvasBatch
     masked: torch.Tensor
     level: torch.Tensor
     starts: torch.Tensor
+    window_length: int
 
     @classmethod
     def drawn(
@@ -48,31 +55,76 @@ class LiveWindows:
         extra, span = config.max_extra_windows, config.mean_span_length
         drawn = draw_windows(examples, tokenizer, window_length, extra, generator, span)
         canvas, noise, starts = drawn
-        return cls(canvas, noise.masked, noise.level, starts)
+        return cls(canvas, noise.masked, noise.level, starts, window_length)
+
+    @property
+    def columns(self) -> torch.Tensor:
+        """`[B, L]`, the positions of each window."""
+        return self.starts[:, None] + torch.arange(self.window_length)
 
     def take(self, rows: torch.Tensor) -> LiveWindows:
         """Some of them, `rows [B]`."""
         canvas = CanvasBatch(*(tensor[rows] for tensor in vars(self.canvas).values()))
-        return LiveWindows(canvas, self.masked[rows], self.level[rows], self.starts[rows])
+        parts = (self.masked[rows], self.level[rows], self.starts[rows])
+        return LiveWindows(canvas, *parts, self.window_length)
+
+    def on(self, model: CoDDModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The noised ids, the attention mask and the starts, on the model's device."""
+        device = model.device
+        ids = self.canvas.input_ids.masked_fill(self.masked, model.config.mask_token_id)
+        return ids.to(device), self.canvas.attention_mask.to(device), self.starts.to(device)
 
     def scores(self, model: CoDDModel, config: CoupledConfig) -> WindowScores:
         """The model's likelihoods of their masked tokens."""
         device, config = model.device, config.at_temperature_of(model.coupling_head)
-        truth, real = self.canvas.input_ids.to(device), self.canvas.attention_mask.to(device)
-        ids = truth.masked_fill(self.masked.to(device), model.config.mask_token_id)
-        starts = self.starts.to(device)
+        ids, real, starts = self.on(model)
         with autocast(config.mixed_precision, device):
             states = model.backbone_states(ids, real)
             distribution = model.window_distribution(
                 states, ids, starts, real, temperature=config.evidence_temperature
             )
-        columns = starts[:, None] + torch.arange(model.window_length, device=device)
-        target = truth.gather(1, columns)
-        token = distribution.factorized_logits.gather(-1, target[..., None])[..., 0]
+        truth = self.canvas.input_ids.gather(1, self.columns).to(device)
+        token = distribution.factorized_logits.gather(-1, truth[..., None])[..., 0]
         masked = distribution.masked
         factorized = token.masked_fill(~masked, 0).sum(1)
-        gain = distribution.coupling_gain(target)
+        gain = distribution.coupling_gain(truth)
         return WindowScores(self.level.to(device), masked.sum(1), gain, factorized)
+
+    @torch.no_grad()
+    def predictions(self, model: CoDDModel, config: ConditionalConfig) -> NoisedWindows:
+        """The backbone's predictions about them; hidden states if the head is conditioned."""
+        device, rows = model.device, torch.arange(len(self.starts))[:, None]
+        maps = None if model.coupling_head is None else model.coupling_head.context_maps
+        size = (model.config.vocab_size, model.config.mask_token_id)
+        forbidden = forbidden_tokens(*size, model.config.forbidden_token_ids, device)
+        number, kept_state = DTYPES[config.evidence_precision]
+        ids, real, starts = self.on(model)
+        masked = self.masked[rows, self.columns]
+        window, column = masked.nonzero(as_tuple=True)
+        places = (window.to(device), self.columns[window, column].to(device))
+        with autocast(config.mixed_precision, device):
+            states = model.backbone_states(ids, real)
+            logits = states.logits(places)
+        kept = TopKEvidence.from_logits(
+            logits, min(config.cache_size, size[0]), config.evidence_temperature, forbidden
+        )
+        context = {}
+        if maps is not None:
+            hidden = states.last_hidden_state[rows.to(device), self.columns.to(device)]
+            context["hidden"] = hidden.to("cpu", kept_state)
+        if maps is not None and maps.copies:
+            before = model.preceding(states, ids, starts, real)
+            context["preceding_tokens"] = before.tokens.masked_fill(~before.present, -1).int().cpu()
+            context["preceding_hidden"] = before.hidden.to("cpu", kept_state)
+        return NoisedWindows(
+            self.canvas.input_ids[rows, self.columns].int(),
+            masked,
+            self.level,
+            kept.indices.int().cpu(),
+            kept.log_probs.to("cpu", number),
+            kept.log_rest.to("cpu", number),
+            **context,
+        )
 
 
 def window_scores(

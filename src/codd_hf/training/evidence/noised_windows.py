@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -29,70 +30,62 @@ class NoisedWindows:
         tokens: `[N, L]` int32, the true tokens.
         masked: `[N, L]` bool, the positions that were hidden from the backbone.
         level: `[N]`, the probability with which they were.
-        offsets: `[N + 1]`, where each window's masked positions begin and end among all `M`.
-        hidden: `[N, L, d]`, the hidden states that predict the window's tokens; None for a head
-            without conditioning.
-        preceding_tokens: `[N, C]` int32, the visible tokens before the window, -1 where there is
-            none; None for a head without "copy" conditioning.
-        preceding_hidden: `[N, C, d]`, the hidden states that predict them.
         indices: `[M, k]` int32, likeliest tokens of the masked positions, window by window.
         log_probs: `[M, k]`, their log-probabilities.
         log_rest: `[M]`, log of the remaining mass.
+        hidden: `[N, L, d]`, the hidden states that predict the window's tokens, for a head with
+            conditioning.
+        preceding_tokens: `[N, C]` int32, the visible tokens before the window, -1 where there is
+            none, for a head with "copy" conditioning.
+        preceding_hidden: `[N, C, d]`, the hidden states that predict them.
     """
 
     tokens: torch.Tensor
     masked: torch.Tensor
     level: torch.Tensor
-    offsets: torch.Tensor
-    hidden: torch.Tensor | None
-    preceding_tokens: torch.Tensor | None
-    preceding_hidden: torch.Tensor | None
     indices: torch.Tensor
     log_probs: torch.Tensor
     log_rest: torch.Tensor
+    hidden: torch.Tensor | None = None
+    preceding_tokens: torch.Tensor | None = None
+    preceding_hidden: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
+    def columns(self) -> dict[str, torch.Tensor]:
+        """The tensors that there are."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    @property
     def size(self) -> int:
         """Bytes held."""
-        return sum(tensor.nbytes for tensor in vars(self).values() if tensor is not None)
+        return sum(tensor.nbytes for tensor in self.columns.values())
+
+    @cached_property
+    def offsets(self) -> torch.Tensor:
+        """`[N + 1]`, where each window's masked positions begin and end among all `M`."""
+        counts = self.masked.sum(1)
+        return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
 
     def take(self, rows: torch.Tensor) -> NoisedWindows:
         """Some windows, `rows [B]`, in that order."""
-        return NoisedWindows.gathered([self], [rows])
-
-    @classmethod
-    def gathered(
-        cls, parts: Sequence[NoisedWindows], rows: Sequence[torch.Tensor]
-    ) -> NoisedWindows:
-        """Some windows of each of some parts, read once and written once."""
-        counts, places = [], []
-        for part, mine in zip(parts, rows, strict=True):
-            begins = part.offsets[mine]
-            count = part.offsets[mine + 1] - begins
-            shift = begins - (count.cumsum(0) - count)
-            places.append(torch.arange(int(count.sum())) + shift.repeat_interleave(count))
-            counts.append(count)
-        columns: dict[str, torch.Tensor | None] = {"offsets": _offsets(torch.cat(counts))}
-        for field in fields(cls):
-            first = getattr(parts[0], field.name)
-            if field.name == "offsets" or first is None:
-                columns.setdefault(field.name, None)
-                continue
-            chosen = places if field.name in BY_MASKED_POSITION else rows
-            out = first.new_empty(sum(map(len, chosen)), *first.shape[1:])
-            slots = out.split([len(part) for part in chosen])
-            for part, index, slot in zip(parts, chosen, slots, strict=True):
-                torch.index_select(getattr(part, field.name), 0, index, out=slot)
-            columns[field.name] = out
-        return cls(**columns)
+        ends = zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True)
+        places = torch.cat([torch.arange(*pair) for pair in ends])
+        return NoisedWindows(
+            **{
+                name: tensor[places if name in BY_MASKED_POSITION else rows]
+                for name, tensor in self.columns.items()
+            }
+        )
 
     @classmethod
     def joined(cls, parts: Sequence[NoisedWindows]) -> NoisedWindows:
         """All windows of some parts, in order."""
-        return cls.gathered(parts, [torch.arange(len(part)) for part in parts])
+        columns = [part.columns for part in parts]
+        return cls(**{name: torch.cat([c[name] for c in columns]) for name in columns[0]})
 
     def write(self, path: Path) -> None:
         """Writes them to a file; a kill leaves all of it or nothing.
@@ -101,19 +94,18 @@ class NoisedWindows:
             OSError: there is no room.
         """
         with atomic_write(path) as new:
-            save_file({name: t for name, t in vars(self).items() if t is not None}, new)
+            save_file(self.columns, new)
 
     @classmethod
     def read(cls, path: Path) -> NoisedWindows:
-        """Maps what `write` wrote into memory: only rows that are taken are read.
+        """Maps a file that `write` wrote into memory: only rows that are taken are read.
 
         Raises:
             ValueError: the file is damaged.
         """
         try:
-            found = load_file(path)
-            return cls(**{field.name: found.pop(field.name, None) for field in fields(cls)})
-        except (SafetensorError, OSError) as error:
+            return cls(**load_file(path))
+        except (SafetensorError, OSError, TypeError) as error:
             raise ValueError(
                 f"The evidence in {str(path)!r} is damaged ({error}): delete the folder, and it is "
                 "written anew."
@@ -127,18 +119,19 @@ class NoisedWindows:
             temperature: the evidence temperature that the predictions were made at.
         """
         device = head.device
-        window, column = self.masked.nonzero(as_tuple=True)
-        shape = (*self.masked.shape, self.indices.shape[1])
-        indices = torch.zeros(shape, dtype=torch.long)
-        log_probs = torch.zeros(shape)
-        log_rest = torch.full(self.masked.shape, -torch.inf)
+
+        def laid_out(values: torch.Tensor, fill: float) -> torch.Tensor:
+            out = values.new_full((*self.masked.shape, *values.shape[1:]), fill)
+            out[self.masked] = values
+            return out.to(device)
+
         # Half precision costs a prediction its normalisation.
         kept = torch.cat((self.log_probs, self.log_rest[:, None]), -1).float().log_softmax(-1)
-        indices[window, column] = self.indices.long()
-        log_probs[window, column] = kept[:, :-1]
-        log_rest[window, column] = kept[:, -1]
         evidence = TopKEvidence(
-            indices.to(device), log_probs.to(device), log_rest.to(device), temperature
+            laid_out(self.indices.long(), 0),
+            laid_out(kept[:, :-1], 0),
+            laid_out(kept[:, -1], -torch.inf),
+            temperature,
         )
         if head.config.vocab_size <= DENSE_VOCABULARY:
             dense = evidence.spread_by(head.log_spread).dense()
@@ -146,9 +139,8 @@ class NoisedWindows:
         preceding = None
         if self.preceding_tokens is not None:
             before = self.preceding_tokens.long().to(device)
-            preceding = Preceding(
-                before.clamp(min=0), before >= 0, self.preceding_hidden.to(device)
-            )
+            hidden = self.preceding_hidden.to(device)
+            preceding = Preceding(before.clamp(min=0), before >= 0, hidden)
         return head(
             evidence,
             tokens=self.tokens.long().to(device),
@@ -164,7 +156,3 @@ class NoisedWindows:
         gain = distribution.coupling_gain(self.tokens.long().to(head.device))
         masked = distribution.masked.sum(1)
         return WindowScores(self.level.to(head.device), masked, gain, torch.zeros_like(gain))
-
-
-def _offsets(counts: torch.Tensor) -> torch.Tensor:
-    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,14 @@ from ...modeling_codd import CoDDModel
 from ...modeling_head import CoDDHead
 from ...runtime.precision import chosen_precision
 from ..evidence.cache import WindowCache, cache_windows
-from ..evidence.fingerprint import fit_identity, model_fingerprint
-from ..evidence.noised_windows import NoisedWindows
-from ..evidence.scores import WindowScores, score_all
+from ..evidence.scores import score_all
+from ..identity import backbone_identity, data_identity
 from ..loop.checkpoints import Checkpoints, read_checkpoint
+from ..loop.gradients import GradientFit
 from ..loop.steps import Figures, History, run_steps
 from ..loop.trackers import Log
 from ..stage_settings import ConditionalConfig
-from .coupled import CoupledFit, adamw, head_groups, rows_of_step
+from .coupled import CoupledSteps, head_optimizer, rows_of_step
 
 OF_THE_HEAD = (
     "num_latents",
@@ -43,72 +43,17 @@ OF_THE_HEAD = (
 )
 """Settings of the head to fit, which a run is continued with."""
 
+EVALUATION_CHUNK = 64
 VALIDATION_SEED = 1234
 
 
-def evaluate_head(head: CoDDHead, cache: WindowCache, batch_size: int = 64) -> dict[str, float]:
+def evaluate_head(head: CoDDHead, windows: WindowCache) -> dict[str, float]:
     """Mean gain in nats per masked token over factorized, all and by mask ratio.
 
     Several processes share the windows, and all get the result.
     """
-    chunks = torch.arange(len(cache)).split(batch_size)
-    return score_all(chunks, lambda _, rows: cache.scores(head, rows), head.device).gains()
-
-
-class ConditionalFit(CoupledFit):
-    """Steps of a head on evidence that is made when it is known to be needed."""
-
-    config: ConditionalConfig
-
-    def __init__(
-        self,
-        head: CoDDHead,
-        evidence: Callable[[], tuple[WindowCache, WindowCache]],
-        num_windows: int,
-        config: ConditionalConfig,
-        identity: dict[str, Any],
-    ):
-        self.head, self._evidence, self.num_windows = head, evidence, num_windows
-        self.window_length = head.config.window_length
-        head.config.evidence_temperature = config.evidence_temperature
-        head.to(Accelerator().device).requires_grad_(True)
-        identity = {name: getattr(head.config, name) for name in OF_THE_HEAD} | identity
-        trained = {f"head.{name}": parameter for name, parameter in head.named_parameters()}
-        optimizers = [adamw(head_groups(head, config))]
-        config = config.with_steps(num_windows)
-        super().__init__("conditional fit", config, identity, trained, optimizers)
-
-    @cached_property
-    def evidence(self) -> tuple[WindowCache, WindowCache]:
-        """Of the training and of the validation windows."""
-        return self._evidence()
-
-    def chunks(self, step: int) -> Sequence[torch.Tensor]:
-        """Windows of a step; shards are read in order."""
-        config = self.config
-        rows = rows_of_step(self.num_windows, config.windows_per_batch, step, config.seed)
-        return [chunk.sort().values for chunk in rows.split(config.windows_per_chunk)]
-
-    def windows(self, step: int, number: int, rows: torch.Tensor) -> NoisedWindows:
-        """The evidence of a chunk."""
-        return self.evidence[0].take(rows)
-
-    def score(self, windows: NoisedWindows) -> WindowScores:
-        """The gains of the head."""
-        return windows.scores(self.head, self.config.evidence_temperature)
-
-    def measure(self) -> Figures:
-        """The gain on the validation windows."""
-        return evaluate_head(self.head, self.evidence[1])
-
-    def kept(self, history: History) -> list[int]:
-        """The best step's checkpoint, if its head is to be taken."""
-        return [best(history)["step"]] if self.config.keep == "best" else []
-
-
-def best(history: History) -> Figures:
-    """The entry with the largest validation gain, the first of equals."""
-    return max(history, key=lambda entry: entry["gain"])
+    chunks = torch.arange(len(windows)).split(EVALUATION_CHUNK)
+    return score_all(chunks, lambda _, rows: windows.scores(head, rows), head.device).gains()
 
 
 def fit_conditional(
@@ -147,35 +92,38 @@ def fit_conditional(
     head = model.coupling_head
     if head is None:
         raise ValueError("`model` has no head to fit: give `from_backbone` a head configuration.")
-    config = (config or ConditionalConfig()).at_temperature_of(head)
     device = Accelerator().device
+    config = (config or ConditionalConfig()).at_temperature_of(head)
     config = replace(config, mixed_precision=chosen_precision(config.mixed_precision, device))
     model.to(device).eval().requires_grad_(False)
     folder = config.evidence_dir
     if folder is None and checkpoints is not None:
         folder = checkpoints.folder.parent / "evidence"
-    made_by = model_fingerprint(model, tokenizer)
+    anew = checkpoints is not None and checkpoints.resume == "none"
+    made_by = backbone_identity(model.backbone, tokenizer, model.config.mask_token_id)
 
-    def kept(name: str, examples: Sequence[TokenizedExample], draws: int, seed: int) -> WindowCache:
-        return cache_windows(
-            model,
-            tokenizer,
-            examples,
-            config,
-            None if folder is None else Path(folder) / name,
-            num_draws=draws,
-            seed=seed,
-            made_by=made_by,
-            renew=config.evidence_dir is None and getattr(checkpoints, "resume", "") == "none",
-        )
+    def evidence() -> list[WindowCache]:
+        return [
+            cache_windows(
+                model,
+                tokenizer,
+                examples,
+                config,
+                None if folder is None else Path(folder, name),
+                num_draws=draws,
+                seed=seed,
+                made_by=made_by,
+                renew=anew and config.evidence_dir is None,
+            )
+            for name, examples, draws, seed in (
+                ("train", train, config.num_draws, config.seed),
+                ("validation", validation, config.num_validation_draws, VALIDATION_SEED),
+            )
+        ]
 
-    def evidence() -> tuple[WindowCache, WindowCache]:
-        learnt = kept("train", train, config.num_draws, config.seed)
-        return learnt, kept("validation", validation, config.num_validation_draws, VALIDATION_SEED)
-
-    identity = fit_identity(made_by, train, validation)
-    fit = ConditionalFit(head, evidence, config.num_draws * len(train), config, identity)
-    return _run(fit, checkpoints, log)
+    identity = made_by | data_identity(train, validation)
+    number = config.num_draws * len(train)
+    return _fit(head, evidence, number, config, identity, checkpoints, log)
 
 
 def fit_head(
@@ -190,27 +138,67 @@ def fit_head(
 
     Args:
         head: the head, bound to an output embedding if its emissions are tied.
-        train: evidence that it learns from.
+        train: evidence that it learns from; its temperature becomes the head's.
         validation: evidence that it is measured on.
-        config: how to fit; the evidence temperature is that of `train`.
+        config: how to fit.
         checkpoints: where the fit is kept, and goes on from.
         log: told of every step.
-
-    Returns:
-        As `fit_conditional`.
     """
     config = replace(config or ConditionalConfig(), evidence_temperature=train.temperature)
     identity = {"evidence": [train.identity(), validation.identity()]}
-    fit = ConditionalFit(head, lambda: (train, validation), len(train), config, identity)
-    return _run(fit, checkpoints, log)
+    caches = [train, validation]
+    return _fit(head, lambda: caches, len(train), config, identity, checkpoints, log)
 
 
-def _run(fit: ConditionalFit, checkpoints: Checkpoints | None, log: Log | None) -> History:
-    if checkpoints is None and fit.config.keep == "best":
+def _best(history: History) -> Figures:
+    """The entry with the largest validation gain, the first of equals."""
+    return max(history, key=lambda entry: entry["gain"])
+
+
+def _fit(
+    head: CoDDHead,
+    evidence: Callable[[], list[WindowCache]],
+    num_windows: int,
+    config: ConditionalConfig,
+    identity: dict[str, Any],
+    checkpoints: Checkpoints | None,
+    log: Log | None,
+) -> History:
+    """Fits a head on evidence that is made when it is known to be needed."""
+    if config.keep == "best" and checkpoints is None:
         raise ValueError("`keep='best'` needs `checkpoints`, where the best head is kept.")
+    config, evidence = config.with_steps(num_windows), cache(evidence)
+    temperature = head.config.evidence_temperature = config.evidence_temperature
+    head.to(Accelerator().device).requires_grad_(True)
+    identity = {name: getattr(head.config, name) for name in OF_THE_HEAD} | identity
+    trained = {f"head.{name}": parameter for name, parameter in head.named_parameters()}
+
+    def chunks(step: int) -> list[torch.Tensor]:
+        rows = rows_of_step(num_windows, config.windows_per_batch, step, config.seed)
+        return [chunk.sort().values for chunk in rows.split(config.windows_per_chunk)]
+
+    steps = CoupledSteps(
+        config,
+        list(trained.values()),
+        head.config.window_length,
+        chunks,
+        lambda rows, _: evidence()[0].take(rows),
+        lambda windows: windows.scores(head, temperature),
+    )
+    fit = GradientFit(
+        "conditional fit",
+        config,
+        identity,
+        trained,
+        [head_optimizer(head, config)],
+        steps.backward,
+        lambda: evaluate_head(head, evidence()[1]),
+        steps.blame,
+        kept=lambda history: [_best(history)["step"]] if config.keep == "best" else [],
+    )
     history = run_steps(fit, checkpoints, log)
-    if fit.config.keep == "best":
-        kept = [entry for entry in history if entry["step"] in checkpoints.steps()]
-        tensors, _ = read_checkpoint(checkpoints.path(best(kept)["step"]))
-        fit.restore(tensors)
+    if config.keep == "best":
+        steps_kept = checkpoints.steps()
+        step = _best([entry for entry in history if entry["step"] in steps_kept])["step"]
+        fit.restore(read_checkpoint(checkpoints.path(step))[0])
     return history

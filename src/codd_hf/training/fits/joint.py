@@ -20,74 +20,15 @@ from ...coupling.heads import DEFAULT_NAME
 from ...data.canvases import TokenizedExample
 from ...modeling_codd import CoDDModel
 from ...runtime.precision import chosen_precision, precision_note
-from ..evidence.fingerprint import fit_identity, model_fingerprint
 from ..evidence.live_windows import LiveWindows, window_scores
-from ..evidence.scores import WindowScores
+from ..identity import backbone_identity, data_identity
 from ..loop.checkpoints import Checkpoints
+from ..loop.gradients import GradientFit
 from ..loop.steps import Figures, History, run_steps
 from ..loop.trackers import Log
 from ..stage_settings import JointConfig
-from .coupled import CoupledFit, adamw, head_groups, rows_of_step
+from .coupled import CoupledSteps, head_optimizer, rows_of_step
 from .lora import add_lora, trained_in_float32
-
-
-class JointFit(CoupledFit):
-    """Steps of a backbone and its head."""
-
-    config: JointConfig
-
-    def __init__(
-        self,
-        model: CoDDModel,
-        tokenizer: PreTrainedTokenizerBase,
-        train: Sequence[TokenizedExample],
-        validation: Sequence[TokenizedExample],
-        config: JointConfig,
-    ):
-        self.model, self.tokenizer, self.train, self.validation = (
-            model,
-            tokenizer,
-            train,
-            validation,
-        )
-        self.window_length = model.window_length
-        self.lengths = torch.tensor([len(e.prompt_ids) + len(e.answer_ids) for e in train])
-        identity = fit_identity(model_fingerprint(model, tokenizer), train, validation)
-        head = model.coupling_head
-        head.config.evidence_temperature = config.evidence_temperature
-        backbone = _trained_backbone(model, config)
-        head.requires_grad_(True)
-        groups = head_groups(head, config)
-        if backbone:
-            peak = config.backbone_learning_rate
-            groups.append({"params": backbone, "peak": peak, "eps": 1e-8})
-        trained = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
-        clipped = [list(head.parameters()), backbone]
-        super().__init__("joint fit", config, identity, trained, [adamw(groups)], clipped)
-
-    def chunks(self, step: int) -> Sequence[torch.Tensor]:
-        """The examples of a step in chunks of like length."""
-        config = self.config
-        size = config.windows_per_batch * config.gradient_accumulation_steps
-        rows = rows_of_step(len(self.train), size, step, config.seed)
-        return rows[self.lengths[rows].argsort(stable=True)].split(config.windows_per_chunk)
-
-    def windows(self, step: int, number: int, rows: torch.Tensor) -> LiveWindows:
-        """A window of each example."""
-        self.model.backbone.train(self.config.backbone != "frozen")
-        examples = [self.train[row] for row in rows.tolist()]
-        seed = self.noise_seed(step) + number
-        return LiveWindows.drawn(examples, self.tokenizer, self.window_length, self.config, seed)
-
-    def score(self, windows: LiveWindows) -> WindowScores:
-        """The likelihoods of the model."""
-        return windows.scores(self.model, self.config)
-
-    def measure(self) -> Figures:
-        """The likelihoods of the validation windows."""
-        draws = self.config.num_validation_draws
-        scores = window_scores(self.model, self.tokenizer, self.validation, self.config, draws)
-        return scores.summary()
 
 
 def fit_joint(
@@ -121,15 +62,51 @@ def fit_joint(
     Raises:
         ValueError: the model has no head; and what `run_steps` raises.
     """
-    if model.coupling_head is None:
+    head, length, device = model.coupling_head, model.window_length, Accelerator().device
+    if head is None:
         raise ValueError("`model` has no head to fit: give `from_backbone` a head configuration.")
-    config = (config or JointConfig()).at_temperature_of(model.coupling_head)
-    accelerator = Accelerator()
-    model.to(accelerator.device)
-    if config.mixed_precision != "no" and accelerator.is_main_process:
-        precision = chosen_precision(config.mixed_precision, accelerator.device)
-        tqdm.write(precision_note(precision, accelerator.device))
-    fit = JointFit(model, tokenizer, train, validation, config)
+    config = (config or JointConfig()).at_temperature_of(head)
+    head.config.evidence_temperature = config.evidence_temperature
+    model.to(device)
+    if config.mixed_precision != "no" and Accelerator().is_main_process:
+        tqdm.write(precision_note(chosen_precision(config.mixed_precision, device), device))
+    identity = backbone_identity(model.backbone, tokenizer, model.config.mask_token_id)
+    identity |= data_identity(train, validation)
+    backbone = _trained_backbone(model, config)
+    head.requires_grad_(True)
+    peak = config.backbone_learning_rate
+    optimizer = head_optimizer(head, config, {"params": backbone, "peak": peak, "eps": 1e-8})
+    trained = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+    lengths = torch.tensor([len(e.prompt_ids) + len(e.answer_ids) for e in train])
+
+    def chunks(step: int) -> Sequence[torch.Tensor]:
+        model.backbone.train(config.backbone != "frozen")
+        rows = rows_of_step(len(train), config.windows_per_batch, step, config.seed)
+        return rows[lengths[rows].argsort(stable=True)].split(config.windows_per_chunk)
+
+    def windows(rows: torch.Tensor, seed: int) -> LiveWindows:
+        part = [train[row] for row in rows.tolist()]
+        return LiveWindows.drawn(part, tokenizer, length, config, seed)
+
+    def measure() -> Figures:
+        draws = config.num_validation_draws
+        return window_scores(model, tokenizer, validation, config, draws).summary()
+
+    parameters = list(trained.values())
+    steps = CoupledSteps(
+        config, parameters, length, chunks, windows, lambda part: part.scores(model, config)
+    )
+    fit = GradientFit(
+        "joint fit",
+        config,
+        identity,
+        trained,
+        [optimizer],
+        steps.backward,
+        measure,
+        steps.blame,
+        clipped=[list(head.parameters()), backbone],
+    )
     if config.gradient_checkpointing:
         gradient_checkpointing(model.backbone, "enable")({"use_reentrant": False})
     history = run_steps(fit, checkpoints, log)

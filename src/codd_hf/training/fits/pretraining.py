@@ -7,7 +7,6 @@ number of tokens that could have been masked (LLaDA, arXiv 2502.09992, Eq. 3).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,14 +17,9 @@ from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...backbones import family_of
 from ...data.canvases import CanvasBatch, TokenizedExample, batch_indices, collate, padding_token_id
-from ...data.fingerprint import (
-    data_fingerprint,
-    settings_fingerprint,
-    tokenizer_fingerprint,
-    weights_fingerprint,
-)
 from ...data.noise import Noise, sample_noise
 from ...runtime import precision
+from ..identity import backbone_identity, data_identity
 from ..loop.checkpoints import Checkpoints
 from ..loop.gradients import GradientFit
 from ..loop.steps import Figures, History, run_steps
@@ -88,113 +82,6 @@ def diffusion_loss(
     return weighted.sum() / noise.span.sum().clamp(min=1), losses
 
 
-class BackboneFit(GradientFit):
-    """Steps of a backbone, or of an adapter on it, by one process."""
-
-    config: PretrainingConfig
-
-    def __init__(
-        self,
-        backbone: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        train: Sequence[TokenizedExample] | TaskStream,
-        validation: Sequence[TokenizedExample],
-        config: PretrainingConfig,
-        window_length: int,
-        mask_token_id: int,
-        identity: dict[str, Any],
-    ):
-        self.backbone, self.tokenizer, self.train = backbone, tokenizer, train
-        self.validation = sorted(validation, key=lambda e: len(e.prompt_ids) + len(e.answer_ids))
-        self.window_length, self.mask_token_id = window_length, mask_token_id
-        self.device = Accelerator().device
-        self._batches: Iterator[list[TokenizedExample]] | None = None
-        backbone.to(self.device).train()
-        trained_in_float32(backbone)
-        trained = {f"model.{n}": p for n, p in backbone.named_parameters() if p.requires_grad}
-        identity = identity | {
-            "window_length": window_length,
-            "mask_token_id": mask_token_id,
-            "data": data_fingerprint(train.beginning() if isinstance(train, TaskStream) else train),
-            "validation_data": data_fingerprint(validation),
-            "model_settings": settings_fingerprint(backbone.config),
-            **tokenizer_fingerprint(tokenizer),
-        }
-        optimizers = _optimizers(backbone, config, self.device)
-        super().__init__("pretraining", config, identity, trained, optimizers)
-
-    def batches(self, first: int) -> Iterator[list[TokenizedExample]]:
-        """Batches without end; a pure function of the settings and a batch's number."""
-        size, length, seed = self.config.tokens_per_batch, self.window_length, self.config.seed
-        if isinstance(self.train, TaskStream):
-            yield from self.train.batches(size, length, seed, first)
-        lengths = [len(e.prompt_ids) + -(-len(e.answer_ids) // length) * length for e in self.train]
-        for indices in batch_indices(lengths, size, seed, first):
-            yield [self.train[i] for i in indices]
-
-    def draw(
-        self, examples: Sequence[TokenizedExample], generator: torch.Generator, **noise: float
-    ) -> tuple[CanvasBatch, Noise]:
-        """Noised canvases of examples."""
-        config, tokenizer = self.config, self.tokenizer
-        extra = torch.randint(config.max_extra_windows + 1, (len(examples),), generator=generator)
-        canvas = collate(
-            examples,
-            window_length=self.window_length,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=padding_token_id(tokenizer),
-            extra_windows=extra.tolist(),
-        )
-        options = {
-            "window_length": self.window_length,
-            "mean_span_length": config.mean_span_length,
-            "window_probability": config.window_probability,
-        }
-        drawn = sample_noise(canvas, generator=generator, **(options | noise))
-        return canvas.to(self.device), drawn
-
-    def backward(self, step: int) -> tuple[Figures, int]:
-        """Sets the gradients of the loss of a batch."""
-        if self._batches is None:
-            self._batches = self.batches(step)
-        seed = self.config.seed * 1_000_003 + step
-        canvas, noise = self.draw(next(self._batches), torch.Generator().manual_seed(seed))
-        devices = [self.device] if self.device.type == "cuda" else []
-        # Not the accelerator's autocast, which is one for the process: a stage has its precision.
-        autocast = precision.autocast(self.config.mixed_precision, self.device)
-        with autocast, torch.random.fork_rng(devices):
-            torch.manual_seed(seed)  # of dropout
-            loss, losses = diffusion_loss(self.backbone, canvas, noise, self.mask_token_id)
-        loss.backward()
-        figures = {"loss": loss.item(), "nats": losses.mean().item()}
-        return figures, int(canvas.attention_mask.sum())
-
-    @torch.no_grad()
-    def measure(self) -> Figures:
-        """ELBO per token of whole answers, and nats per masked token under window noise."""
-        self.backbone.eval()
-        result = {}
-        for name, window_probability in (("elbo", 0.0), ("nats", 1.0)):
-            noise = {"window_probability": window_probability, "prompt_probability": 0.0}
-            generator = torch.Generator().manual_seed(VALIDATION_SEED)
-            total, count = 0.0, 0
-            for first in range(0, len(self.validation), EVALUATION_ROWS):
-                part = self.validation[first : first + EVALUATION_ROWS]
-                canvas, drawn = self.draw(part, generator, **noise)
-                with precision.autocast(self.config.mixed_precision, self.device):
-                    loss, losses = diffusion_loss(self.backbone, canvas, drawn, self.mask_token_id)
-                size = int(drawn.span.sum()) if name == "elbo" else len(losses)
-                total += (loss if name == "elbo" else losses.mean()).item() * size
-                count += size
-            result[name] = total / count
-        self.backbone.train()
-        return result
-
-    def remedy(self, step: int | None) -> str:
-        """What to change."""
-        return super().remedy(step) + " or use `mixed_precision` 'no'"
-
-
 def fit_backbone(
     backbone: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -208,7 +95,7 @@ def fit_backbone(
     lora: LoraConfig | None = None,
     mask_token_id: int | None = None,
 ) -> History:
-    """Trains a backbone in place: all of it, or an adapter alone.
+    """Trains a backbone in place, all of it or an adapter alone, by one process.
 
     Args:
         backbone: an autoregressive decoder becomes a bidirectional one by it. A fit that goes on is
@@ -237,16 +124,87 @@ def fit_backbone(
         mask_token_id = found if mask_token_id is None else mask_token_id
     if mask_token_id is None:
         raise ValueError("`mask_token_id` must be given: neither backbone nor tokenizer has one.")
-    identity = {"model_weights": weights_fingerprint(backbone)}
+    stream = isinstance(train, TaskStream)
+    identity = backbone_identity(backbone, tokenizer, mask_token_id)
+    identity |= data_identity(train.beginning() if stream else train, validation)
+    identity["window_length"] = window_length
     if lora is not None:
         add_lora(backbone, lora, "default", config.seed)
-    chosen = (train, validation, config, window_length, mask_token_id)
-    fit = BackboneFit(backbone, tokenizer, *chosen, identity)
-    tqdm.write(
-        precision.precision_note(
-            precision.chosen_precision(config.mixed_precision, fit.device), fit.device
+    device = Accelerator().device
+    chosen = precision.chosen_precision(config.mixed_precision, device)
+    tqdm.write(precision.precision_note(chosen, device))
+    backbone.to(device).train()
+    trained_in_float32(backbone)
+    trained = {f"model.{n}": p for n, p in backbone.named_parameters() if p.requires_grad}
+    validation = sorted(validation, key=lambda e: len(e.prompt_ids) + len(e.answer_ids))
+    position: list[Iterator[list[TokenizedExample]]] = []
+
+    def batches(first: int) -> Iterator[list[TokenizedExample]]:
+        if stream:
+            yield from train.batches(config.tokens_per_batch, window_length, config.seed, first)
+        windows = [-(-len(e.answer_ids) // window_length) for e in train]
+        pairs = zip(train, windows, strict=True)
+        lengths = [len(e.prompt_ids) + number * window_length for e, number in pairs]
+        for indices in batch_indices(lengths, config.tokens_per_batch, config.seed, first):
+            yield [train[i] for i in indices]
+
+    def loss_of(
+        examples: Sequence[TokenizedExample], generator: torch.Generator, **noise: float
+    ) -> tuple[torch.Tensor, torch.Tensor, CanvasBatch, Noise]:
+        extra = torch.randint(config.max_extra_windows + 1, (len(examples),), generator=generator)
+        canvas = collate(
+            examples,
+            window_length=window_length,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=padding_token_id(tokenizer),
+            extra_windows=extra.tolist(),
         )
-    )
+        drawn = sample_noise(
+            canvas,
+            window_length=window_length,
+            generator=generator,
+            mean_span_length=config.mean_span_length,
+            **noise,
+        )
+        # Not the accelerator's autocast, which is one for the process: a stage has its precision.
+        with precision.autocast(chosen, device):
+            losses = diffusion_loss(backbone, canvas.to(device), drawn, mask_token_id)
+        return *losses, canvas, drawn
+
+    def backward(step: int) -> tuple[Figures, int]:
+        if not position:
+            position.append(batches(step))
+        seed = config.seed * 1_000_003 + step
+        generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)  # of dropout
+            noise = {"window_probability": config.window_probability}
+            loss, losses, canvas, _ = loss_of(next(position[0]), generator, **noise)
+        loss.backward()
+        figures = {"loss": loss.item(), "nats": losses.mean().item()}
+        return figures, int(canvas.attention_mask.sum())
+
+    @torch.no_grad()
+    def measure() -> Figures:
+        """ELBO per token of whole answers, and nats per masked token under window noise."""
+        backbone.eval()
+        parts = range(0, len(validation), EVALUATION_ROWS)
+        totals = {}
+        for name, window_probability in (("elbo", 0.0), ("nats", 1.0)):
+            noise = {"window_probability": window_probability, "prompt_probability": 0.0}
+            generator, total, count = torch.Generator().manual_seed(VALIDATION_SEED), 0.0, 0
+            for first in parts:
+                part = validation[first : first + EVALUATION_ROWS]
+                loss, losses, _, drawn = loss_of(part, generator, **noise)
+                size = int(drawn.span.sum()) if name == "elbo" else len(losses)
+                total += (loss if name == "elbo" else losses.mean()).item() * size
+                count += size
+            totals[name] = total / count
+        backbone.train()
+        return totals
+
+    optimizers = _optimizers(backbone, config, device)
+    fit = GradientFit("pretraining", config, identity, trained, optimizers, backward, measure)
     history = run_steps(fit, checkpoints, log, alone=True)
     backbone.eval()
     return history

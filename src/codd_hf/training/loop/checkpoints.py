@@ -20,18 +20,6 @@ from ...runtime.files import explained_lack_of_room, make_durable, read_json
 FORMAT_VERSION = 2
 WEIGHTS, STATE = "state.safetensors", "state.json"
 
-DIGESTS = {
-    "data": "training data",
-    "validation_data": "validation data",
-    "evidence": "evidence",
-    "tokenizer": "tokens of the tokenizer",
-    "embeddings": "embeddings of the backbone",
-    "model_settings": "settings of the backbone",
-    "model_weights": "weights of the backbone",
-    "start": "result of the stage before",
-}
-"""Parts of an identity that are digests, which say nothing to a reader."""
-
 
 @dataclass
 class Checkpoints:
@@ -166,24 +154,6 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
             "begin this stage again with `resume_from_checkpoint` 'none'."
         )
     return (load_file(path / WEIGHTS), state) if whole else None
-
-
-def check_same_run(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Refuses to continue a run with another identity.
-
-    Raises:
-        ValueError: it differs; the message names the part.
-    """
-    for name, value in ours.items():
-        if theirs.get(name) == value:
-            continue
-        made = f"with `{name}` {theirs.get(name)!r}, not {value!r}: continue with that"
-        if name in DIGESTS:
-            made = f"with other {DIGESTS[name]} (`{name}`): give back those"
-        raise ValueError(
-            f"The checkpoints in {str(folder)!r} were made {made}, or begin this stage anew with "
-            "`resume_from_checkpoint` 'none' (`--resume-from-checkpoint none`)."
-        )
 
 
 def _checksum(file: Path) -> int:

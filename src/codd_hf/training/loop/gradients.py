@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ..stage_settings import GradientConfig
-from .steps import Figures, Fit
+from .steps import Figures, Fit, History
 
 
 class GradientFit(Fit):
@@ -19,12 +18,14 @@ class GradientFit(Fit):
         name: beside the progress bar.
         config: the settings.
         identity: as in `Fit`, beside the settings.
-        trained: what is trained, under its names in checkpoints.
-        optimizers: which train it; the `peak` of a group is the rate that the schedule scales.
+        trained: the parameters, under their names in checkpoints.
+        optimizers: which train them; the `peak` of a group is the rate that the schedule scales.
+        backward: sets the gradients of a step of a number; returns its figures and its tokens.
+        measure: gives the figures of the validation.
+        blame: says where a figure of a step that is not finite came from.
         clipped: parts of what is trained whose gradients are clipped together; default, all.
+        kept: of a history, the steps whose checkpoints stay.
     """
-
-    config: GradientConfig
 
     def __init__(
         self,
@@ -33,16 +34,17 @@ class GradientFit(Fit):
         identity: dict[str, Any],
         trained: dict[str, torch.nn.Parameter],
         optimizers: Sequence[torch.optim.Optimizer],
+        backward: Callable[[int], tuple[Figures, int]],
+        measure: Callable[[], Figures],
+        blame: Callable[[int], str] = lambda step: "",
         clipped: Sequence[Sequence[torch.nn.Parameter]] | None = None,
+        kept: Callable[[History], list[int]] = lambda history: [],
     ):
         self.name, self.config, self.identity = name, config, config.identity() | identity
         self.num_steps, self.evaluation_steps = config.max_steps, config.evaluation_steps
         self.trained, self.optimizers = trained, optimizers
+        self.backward, self.measured, self.blame, self.kept = backward, measure, blame, kept
         self.clipped = [list(trained.values())] if clipped is None else clipped
-
-    @abstractmethod
-    def backward(self, step: int) -> tuple[Figures, int]:
-        """Sets the gradients of a step; returns its figures, with its `loss`, and its tokens."""
 
     def step(self, number: int) -> tuple[Figures, int]:
         """Makes the step of a number."""
@@ -58,8 +60,17 @@ class GradientFit(Fit):
             optimizer.zero_grad()
         return figures | {"learning_rate": self.config.learning_rate * rate}, tokens
 
+    def measure(self) -> Figures:
+        """Figures of the validation."""
+        return self.measured()
+
+    def remedy(self, step: int | None) -> str:
+        """Where it came from, and what to lower."""
+        where = "" if step is None else self.blame(step)
+        return f"{where}: lower `learning_rate` (now {self.config.learning_rate})"
+
     def state(self) -> dict[str, torch.Tensor]:
-        """What is trained, and the optimisers' states, under flat names."""
+        """The parameters, and the optimisers' states, under flat names."""
         return dict(self.trained) | {
             f"optimizer.{number}.{index}.{name}": value
             for number, optimizer in enumerate(self.optimizers)
@@ -69,7 +80,7 @@ class GradientFit(Fit):
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, torch.Tensor] | None) -> None:
-        """Sets what is trained, and the optimisers' states; None leaves them as they are."""
+        """Sets them; None leaves them as they are."""
         if tensors is None:
             return
         for name, parameter in self.trained.items():
@@ -82,7 +93,3 @@ class GradientFit(Fit):
                     states.setdefault(int(index), {})[name] = value
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": states, "param_groups": groups})
-
-    def remedy(self, step: int | None) -> str:
-        """What to lower."""
-        return f": lower `learning_rate` (now {self.config.learning_rate})"

@@ -12,14 +12,19 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ..identity import check_same
 from ..stage_settings import FitConfig
-from .checkpoints import Checkpoints, check_same_run
+from .checkpoints import Checkpoints
 from .trackers import Log
 
 Figures = dict[str, float]
 History = list[Figures]
 """An entry has the `step` after which it was measured, the figures of the validation, the `tokens`
 and the `seconds` since the first step, and the mean `loss` since the last entry."""
+
+ANEW = (
+    "begin this stage anew with `resume_from_checkpoint` 'none' (`--resume-from-checkpoint none`)"
+)
 
 
 class Fit(ABC):
@@ -55,9 +60,9 @@ class Fit(ABC):
     def measure(self) -> Figures:
         """Figures of the validation."""
 
+    @abstractmethod
     def remedy(self, step: int | None) -> str:
         """Where a figure that is not finite came from in a step, and what to change."""
-        return ""
 
     def kept(self, history: History) -> list[int]:
         """The steps whose checkpoints are written and stay in any case."""
@@ -69,12 +74,12 @@ class Fit(ABC):
         Raises:
             FloatingPointError: a figure is not finite.
         """
-        where = "validation's" if step is None else "step's"
+        place = "the validation" if step is None else f"step {step}"
         for name, value in figures.items():
             if not math.isfinite(value):
-                at = "" if step is None else f" at step {step}"
+                cause = self.remedy(step)
                 raise FloatingPointError(
-                    f"The {where} {name} is {value}{at} of the {self.name}{self.remedy(step)}."
+                    f"The {name} is {value} at {place} of the {self.name}{cause}."
                 )
 
 
@@ -84,7 +89,7 @@ def run_steps(
     """Makes the steps that are left of a fit, and returns its history.
 
     Args:
-        fit: what is fitted.
+        fit: the fit.
         checkpoints: where the main process writes them, and where the fit goes on from; nowhere if
             None.
         log: told of every step.
@@ -101,72 +106,64 @@ def run_steps(
     identity = fit.identity
     if checkpoints is not None and checkpoints.start is not None:
         identity = identity | {"start": checkpoints.start}
-    step, history, loss, tokens, seconds = 0, [], 0.0, 0, 0.0
+    state: dict[str, Any] = {"step": 0, "history": [], "loss": 0.0, "tokens": 0, "seconds": 0.0}
     found = None if checkpoints is None else checkpoints.load()
-    if found is None:
-        fit.restore(None)
-    else:
-        tensors, state = found
-        check_same_run(checkpoints.folder, state["identity"], identity)
-        fit.restore(tensors)
-        step, history = state["step"], state["history"]
-        loss, tokens, seconds = state["loss"], state["tokens"], state["seconds"]
-        going_on = f"goes on from step {step} of {fit.num_steps}"
-        show(f"The {fit.name} {going_on if step < fit.num_steps else 'is complete'}.")
-    began = time.monotonic() - seconds
+    tensors, state = (None, state) if found is None else found
+    if tensors is not None:
+        folder = str(checkpoints.folder)
+        check_same(f"The checkpoints in {folder!r} were", state["identity"], identity, ANEW)
+        going_on = f"goes on from step {state['step']} of {fit.num_steps}"
+        show(f"The {fit.name} {going_on if state['step'] < fit.num_steps else 'is complete'}.")
+    fit.restore(tensors)
+    history, began = state["history"], time.monotonic() - state["seconds"]
 
     def measure() -> Figures:
-        nonlocal loss
         measured = fit.measure()
         fit.check_finite(measured)
-        entry = {"step": step, **measured}
-        if step > 0:
-            read = tokens - history[-1].get("tokens", 0)
-            entry |= {"loss": loss / read, "tokens": tokens, "seconds": time.monotonic() - began}
-            loss = 0.0
+        entry = {"step": state["step"], **measured}
+        if history:
+            read, seconds = state["tokens"], time.monotonic() - began
+            loss = state["loss"] / (read - history[-1].get("tokens", 0))
+            entry |= {"loss": loss, "tokens": read, "seconds": seconds}
+            state["loss"] = 0.0
         history.append(entry)
         show(str(entry))
         return measured
 
     def save() -> None:
-        if checkpoints is None:
-            return
-        if accelerator.is_main_process:
-            state = {"history": history, "loss": loss, "tokens": tokens, "identity": identity}
-            state["seconds"] = time.monotonic() - began
-            checkpoints.save(step, fit.state(), state, fit.kept(history))
-        if not alone:
+        if checkpoints is not None and accelerator.is_main_process:
+            facts = state | {"seconds": time.monotonic() - began, "identity": identity}
+            checkpoints.save(state["step"], fit.state(), facts, fit.kept(history))
+        if checkpoints is not None and not alone:
             accelerator.wait_for_everyone()
 
     if not history:
         measure()
-        if step in fit.kept(history):
+        if fit.kept(history):
             save()
-    bar = tqdm(
-        total=fit.num_steps,
-        initial=step,
-        desc=fit.name,
-        unit="step",
-        disable=not accelerator.is_local_main_process,
-    )
-    while step < fit.num_steps:
-        step_began = time.monotonic()
-        figures, read = fit.step(step)
-        step, tokens, loss = step + 1, tokens + read, loss + figures["loss"] * read
-        bar.update()
-        bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("loss", "gain") if k in figures})
-        figures["tokens_per_second"] = read / max(time.monotonic() - step_began, 1e-9)
-        figures["memory_gb"] = _memory(accelerator.device)
-        last = step == fit.num_steps
-        if last or step % fit.evaluation_steps == 0:
-            figures |= {f"validation_{name}": value for name, value in measure().items()}
-        if log is not None:
-            log(step, figures)
-        due = last or step % fit.config.checkpointing_steps == 0
-        if due or step in fit.kept(history):
-            save()
-    bar.close()
+    bar = {"total": fit.num_steps, "initial": state["step"], "desc": fit.name, "unit": "step"}
+    with tqdm(**bar, disable=not accelerator.is_local_main_process) as progress:
+        while state["step"] < fit.num_steps:
+            step_began = time.monotonic()
+            figures, read = fit.step(state["step"])
+            state["step"] += 1
+            state["tokens"] += read
+            state["loss"] += figures["loss"] * read
+            progress.update()
+            progress.set_postfix({k: f"{v:.3f}" for k, v in figures.items() if k in SHOWN})
+            figures["tokens_per_second"] = read / max(time.monotonic() - step_began, 1e-9)
+            figures["memory_gb"] = _memory(accelerator.device)
+            step, last = state["step"], state["step"] == fit.num_steps
+            if last or step % fit.evaluation_steps == 0:
+                figures |= {f"validation_{name}": value for name, value in measure().items()}
+            if log is not None:
+                log(step, figures)
+            if last or step % fit.config.checkpointing_steps == 0 or step in fit.kept(history):
+                save()
     return history
+
+
+SHOWN = ("loss", "gain", "nats")
 
 
 def _memory(device: torch.device) -> float:
