@@ -125,7 +125,7 @@ def em(folder: Path, kept_in: Path | None, epochs: int) -> None:
     main_process_saves(leaves | {"scores": scores}, folder / "em.safetensors")
 
 
-def conditional(folder: Path, kept_in: Path | None, loss: str, stop_at: int = 0) -> None:
+def conditional(folder: Path, kept_in: Path | None, stop_at: int = 0) -> None:
     """A conditional fit; writes the head and the losses of its steps, unless it is to stop."""
     config = ConditionalConfig(
         max_steps=12,
@@ -135,7 +135,6 @@ def conditional(folder: Path, kept_in: Path | None, loss: str, stop_at: int = 0)
         learning_rate=0.1,
         context_learning_rate=0.02,
         warmup_steps=2,
-        loss=loss,
         num_draws=2,
         num_validation_draws=1,
         evaluation_steps=4,
@@ -179,7 +178,7 @@ def conditional(folder: Path, kept_in: Path | None, loss: str, stop_at: int = 0)
 def whole_run(folder: Path) -> None:
     """EM, the evidence and the conditional fit, each continued from where it stopped."""
     em(folder, folder, 4)
-    conditional(folder, folder, "elbo")
+    conditional(folder, folder)
     (folder / "done").touch()
 
 

@@ -29,6 +29,13 @@ DIGESTS = {
 """Parts of an identity that are digests, which say nothing to a reader."""
 
 
+def data_identity(
+    train: Sequence[TokenizedExample], validation: Sequence[TokenizedExample]
+) -> dict[str, Any]:
+    """Of the examples of a fit."""
+    return {"data": data_fingerprint(train), "validation_data": data_fingerprint(validation)}
+
+
 def backbone_identity(
     backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mask_token_id: int
 ) -> dict[str, Any]:
@@ -39,13 +46,6 @@ def backbone_identity(
         "mask_token_id": mask_token_id,
         **tokenizer_fingerprint(tokenizer),
     }
-
-
-def data_identity(
-    train: Sequence[TokenizedExample], validation: Sequence[TokenizedExample]
-) -> dict[str, Any]:
-    """Of the examples of a fit."""
-    return {"data": data_fingerprint(train), "validation_data": data_fingerprint(validation)}
 
 
 def check_same(what: str, theirs: dict[str, Any], ours: dict[str, Any], remedy: str) -> None:

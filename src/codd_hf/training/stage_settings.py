@@ -100,7 +100,7 @@ class GradientConfig(FitConfig):
 class PretrainingConfig(GradientConfig):
     """How a backbone is trained.
 
-    What is None has a default for new backbones, for given ones and for adapters of given ones.
+    What is None has a default for new backbones and one for given ones.
     """
 
     optimizer: Literal["muon", "adamw"] | None = None
@@ -115,13 +115,12 @@ class PretrainingConfig(GradientConfig):
     """Share of rows with window noise."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
 
-    def completed(self, backbone: Literal["new", "given", "lora"]) -> PretrainingConfig:
+    def completed(self, backbone: Literal["new", "given"]) -> PretrainingConfig:
         """These settings with the defaults for a kind of backbone."""
         names = ("optimizer", "max_steps", "learning_rate", "weight_decay", "warmup_steps")
         defaults = {
             "new": ("muon", 4600, 2e-3, 0.1, 100),
             "given": ("adamw", 1000, 5e-5, 0.0, 50),
-            "lora": ("adamw", 1000, 2e-4, 0.0, 50),
         }[backbone]
         pairs = zip(names, defaults, strict=True)
         return replace(self, **{name: v for name, v in pairs if getattr(self, name) is None})
@@ -143,9 +142,6 @@ class CoupledConfig(GradientConfig):
     """Windows of a batch, over all processes."""
     windows_per_chunk: Count = 32
     """Windows that a process computes at once."""
-    loss: Literal["elbo", "token"] = "elbo"
-    """elbo: each window weighted by 1/t, over its length. token: nats summed over masked tokens
-    over their number."""
     evidence_temperature: Annotated[float, Range(1e-6, 1e6)] | None = None
     """Divides the backbone's logits; becomes the head's. Default: the head's."""
     num_validation_draws: Count = 4
@@ -175,9 +171,6 @@ class ConditionalConfig(CoupledConfig):
     """How often each example is drawn, each time with another window and other noise."""
     cache_size: Count = 512
     """Likeliest tokens kept of a prediction; all if the vocabulary has no more."""
-    evidence_precision: Literal["half", "single"] = "half"
-    """Of the kept evidence. half: log-probabilities in float16 (off by at most 1/2048 of
-    themselves), hidden states in bfloat16."""
     evidence_dir: str | None = None
     """Where it is kept. Default: evidence in the output folder."""
     tokens_per_batch: Count = 8192

@@ -45,7 +45,6 @@ SETTINGS = (
     "evidence_temperature",
     "tokens_per_batch",
     "mixed_precision",
-    "evidence_precision",
 )
 """The settings that evidence depends on as they are."""
 

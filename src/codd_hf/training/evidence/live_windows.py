@@ -19,8 +19,6 @@ from .noised_windows import NoisedWindows
 from .scores import WindowScores, score_all
 
 EVALUATION_CHUNK = 32
-DTYPES = {"half": (torch.float16, torch.bfloat16), "single": (torch.float32, torch.float32)}
-"""Of kept log-probabilities and hidden states."""
 
 
 @dataclass
@@ -97,7 +95,6 @@ class LiveWindows:
         maps = None if model.coupling_head is None else model.coupling_head.context_maps
         size = (model.config.vocab_size, model.config.mask_token_id)
         forbidden = forbidden_tokens(*size, model.config.forbidden_token_ids, device)
-        number, kept_state = DTYPES[config.evidence_precision]
         ids, real, starts = self.on(model)
         masked = self.masked[rows, self.columns]
         window, column = masked.nonzero(as_tuple=True)
@@ -111,18 +108,18 @@ class LiveWindows:
         context = {}
         if maps is not None:
             hidden = states.last_hidden_state[rows.to(device), self.columns.to(device)]
-            context["hidden"] = hidden.to("cpu", kept_state)
+            context["hidden"] = hidden.to("cpu", torch.bfloat16)
         if maps is not None and maps.copies:
             before = model.preceding(states, ids, starts, real)
             context["preceding_tokens"] = before.tokens.masked_fill(~before.present, -1).int().cpu()
-            context["preceding_hidden"] = before.hidden.to("cpu", kept_state)
+            context["preceding_hidden"] = before.hidden.to("cpu", torch.bfloat16)
         return NoisedWindows(
             self.canvas.input_ids[rows, self.columns].int(),
             masked,
             self.level,
             kept.indices.int().cpu(),
-            kept.log_probs.to("cpu", number),
-            kept.log_rest.to("cpu", number),
+            kept.log_probs.to("cpu", torch.float16),
+            kept.log_rest.to("cpu", torch.float16),
             **context,
         )
 

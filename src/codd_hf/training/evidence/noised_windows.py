@@ -31,10 +31,10 @@ class NoisedWindows:
         masked: `[N, L]` bool, the positions that were hidden from the backbone.
         level: `[N]`, the probability with which they were.
         indices: `[M, k]` int32, likeliest tokens of the masked positions, window by window.
-        log_probs: `[M, k]`, their log-probabilities.
+        log_probs: `[M, k]` float16, their log-probabilities (off by at most 1/2048 of themselves).
         log_rest: `[M]`, log of the remaining mass.
-        hidden: `[N, L, d]`, the hidden states that predict the window's tokens, for a head with
-            conditioning.
+        hidden: `[N, L, d]` bfloat16, the hidden states that predict the window's tokens, for a head
+            with conditioning.
         preceding_tokens: `[N, C]` int32, the visible tokens before the window, -1 where there is
             none, for a head with "copy" conditioning.
         preceding_hidden: `[N, C, d]`, the hidden states that predict them.

@@ -101,6 +101,7 @@ def fit_conditional(
         folder = checkpoints.folder.parent / "evidence"
     anew = checkpoints is not None and checkpoints.resume == "none"
     made_by = backbone_identity(model.backbone, tokenizer, model.config.mask_token_id)
+    identity = data_identity(train, validation) | made_by
 
     def evidence() -> list[WindowCache]:
         return [
@@ -121,7 +122,6 @@ def fit_conditional(
             )
         ]
 
-    identity = made_by | data_identity(train, validation)
     number = config.num_draws * len(train)
     return _fit(head, evidence, number, config, identity, checkpoints, log)
 

@@ -26,7 +26,7 @@ Windows = NoisedWindows | LiveWindows
 
 @dataclass
 class CoupledSteps:
-    """Steps on `-log p(x_M | x_O)` of noised windows.
+    """Steps on `-log p(x_M | x_O) / t` of windows that were noised at level `t`, over their length.
 
     Attributes:
         config: the settings.
@@ -46,7 +46,7 @@ class CoupledSteps:
 
     def backward(self, step: int) -> tuple[Figures, int]:
         """Sets the gradients of the mean loss of a step's windows."""
-        device, elbo = self.parameters[0].device, self.config.loss == "elbo"
+        device = self.parameters[0].device
         chunks = self.chunks(step)
         shapes = [*(p.shape for p in self.parameters), torch.Size([4])]
 
@@ -59,8 +59,7 @@ class CoupledSteps:
                     scores = self.score(windows)
                 except ValueError:  # all processes must learn of it, not this one alone
                     return [torch.tensor(torch.nan)] * len(shapes)
-                weight = 1 / scores.level if elbo else 1
-                loss = -(weight * scores.log_prob).sum()
+                loss = -(scores.log_prob / scores.level).sum()
                 gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
             sums = (scores.gain.sum(), scores.log_prob.sum(), scores.masked.sum(), loss)
             return [*gradients, torch.stack([value.detach().to(loss) for value in sums])]
@@ -68,10 +67,9 @@ class CoupledSteps:
         *gradients, totals = summed(shapes, chunks, values, device)
         gain, log_prob, masked, loss = totals.tolist()
         tokens, masked = sum(map(len, chunks)) * self.window_length, max(masked, 1)
-        norm = tokens if elbo else masked
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient.div_(norm).to(parameter.dtype)
-        figures = {"loss": loss / norm, "gain": gain / masked, "coupled_nats": -log_prob / masked}
+            parameter.grad = gradient.div_(tokens).to(parameter.dtype)
+        figures = {"loss": loss / tokens, "gain": gain / masked, "coupled_nats": -log_prob / masked}
         return figures, tokens
 
     def seed(self, step: int, number: int) -> int:

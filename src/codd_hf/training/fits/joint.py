@@ -70,8 +70,8 @@ def fit_joint(
     model.to(device)
     if config.mixed_precision != "no" and Accelerator().is_main_process:
         tqdm.write(precision_note(chosen_precision(config.mixed_precision, device), device))
-    identity = backbone_identity(model.backbone, tokenizer, model.config.mask_token_id)
-    identity |= data_identity(train, validation)
+    identity = data_identity(train, validation)
+    identity |= backbone_identity(model.backbone, tokenizer, model.config.mask_token_id)
     backbone = _trained_backbone(model, config)
     head.requires_grad_(True)
     peak = config.backbone_learning_rate

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +25,7 @@ from ..loop.steps import Figures, History, run_steps
 from ..loop.trackers import Log
 from ..stage_settings import PretrainingConfig
 from ..task_stream import TaskStream
-from .lora import add_lora, trained_in_float32
+from .lora import trained_in_float32
 from .muon import FloatMuon
 
 BETAS = (0.9, 0.98)
@@ -92,10 +91,9 @@ def fit_backbone(
     log: Log | None = None,
     *,
     window_length: int = 32,
-    lora: LoraConfig | None = None,
     mask_token_id: int | None = None,
 ) -> History:
-    """Trains a backbone in place, all of it or an adapter alone, by one process.
+    """Trains a backbone in place, by one process.
 
     Args:
         backbone: an autoregressive decoder becomes a bidirectional one by it. A fit that goes on is
@@ -107,7 +105,6 @@ def fit_backbone(
         checkpoints: where the fit is kept, and goes on from.
         log: told of every step.
         window_length: of the noise and of the canvases.
-        lora: PEFT's options of a new adapter that is trained in place of the backbone.
         mask_token_id: the mask token; default, the backbone's or the tokenizer's.
 
     Returns:
@@ -118,18 +115,16 @@ def fit_backbone(
         ValueError: the mask token or the backbone's family is not known; and what `run_steps`
             raises.
     """
-    config = (config or PretrainingConfig()).completed("given" if lora is None else "lora")
+    config = (config or PretrainingConfig()).completed("given")
     family_of(backbone.config).make_bidirectional(backbone.config)
     for found in (getattr(backbone.config, "mask_token_id", None), tokenizer.mask_token_id):
         mask_token_id = found if mask_token_id is None else mask_token_id
     if mask_token_id is None:
         raise ValueError("`mask_token_id` must be given: neither backbone nor tokenizer has one.")
     stream = isinstance(train, TaskStream)
-    identity = backbone_identity(backbone, tokenizer, mask_token_id)
-    identity |= data_identity(train.beginning() if stream else train, validation)
+    identity = data_identity(train.beginning() if stream else train, validation)
+    identity |= backbone_identity(backbone, tokenizer, mask_token_id)
     identity["window_length"] = window_length
-    if lora is not None:
-        add_lora(backbone, lora, "default", config.seed)
     device = Accelerator().device
     chosen = precision.chosen_precision(config.mixed_precision, device)
     tqdm.write(precision.precision_note(chosen, device))
