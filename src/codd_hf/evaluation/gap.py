@@ -12,15 +12,15 @@ Gap closed is `(factorized - coupled) / (factorized - sequential)` (arXiv 2603.0
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..circuits.factorized import without_tokens
+from ..circuits import CoupledCategorical
 from ..coupling.heads import CallHead
 from ..data.canvases import (
     CanvasBatch,
@@ -38,6 +38,9 @@ from ..runtime.report import table
 from .report import Report
 from .settings import GapSettings
 from .statistics import Estimate, mean
+
+Method = tuple[CallHead, float]
+"""A head, or none, and its evidence temperature."""
 
 SMALLEST_GAP = 0.05
 """Gap closed is left out where the gap is smaller than this, in nats."""
@@ -63,6 +66,15 @@ class GapRow:
     gains: dict[str, Estimate]
     gap_closed: dict[str, float | None]
 
+    @classmethod
+    def of(cls, ratio: float, nats: dict[str, Estimate], heads: Iterable[str]) -> GapRow:
+        gains = {name: nats["factorized"] - nats[name] for name in heads}
+        closed = {}
+        if "sequential" in nats:
+            gap = (nats["factorized"] - nats["sequential"]).value
+            closed = {n: g.value / gap if gap > SMALLEST_GAP else None for n, g in gains.items()}
+        return cls(ratio, nats, gains, closed)
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "ratio": self.ratio,
@@ -72,18 +84,6 @@ class GapRow:
             "gain_errors": {name: figure.error for name, figure in self.gains.items()},
             "gap_closed": self.gap_closed,
         }
-
-
-class _Windows(NamedTuple):
-    """A window in each row of a batch; `rank` is the order in which its tokens are masked."""
-
-    canvas: CanvasBatch
-    columns: torch.Tensor  # [n, L]
-    rank: torch.Tensor  # [n, L]
-
-    @property
-    def truth(self) -> torch.Tensor:
-        return self.canvas.input_ids.gather(1, self.columns)
 
 
 @torch.no_grad()
@@ -123,35 +123,36 @@ def measure_gap(
     ratios = GapSettings().ratios if ratios is None else ratios
     if bad := [r for r in ratios if not 0 < r <= 1]:
         raise ValueError(f"`ratios` must lie in (0, 1], got {bad}.")
-    for head in heads.values():
-        model.heads.bind(head)
-    temperatures = {
-        name: evidence_temperature or head.config.evidence_temperature
-        for name, head in heads.items()
-    }
     length = model.window_length
-    frozen = {name: CallHead(None, head, length).frozen() for name, head in heads.items()}
     numbers = [i for i, example in enumerate(examples) if len(example.answer_ids) > length]
-    chosen = [examples[i] for i in numbers]
-    if not chosen:
+    if not numbers:
         raise ValueError(
             f"`examples` have no answer of at least {length} tokens (one full window)."
         )
-    batches = _windows(model, chosen, tokenizer, batch_size, seed)
+    factorized = CallHead(None, None, length)
+    methods = {"factorized": (factorized, 1.0), TEMPERED: (factorized, 1.0)}
+    for name, head in heads.items():
+        model.heads.bind(head)
+        temperature = evidence_temperature or head.config.evidence_temperature
+        methods |= {TEMPERED: (factorized, temperature)}
+        methods[name] = (CallHead(None, head, length).frozen(), temperature)
+    if methods[TEMPERED] == methods["factorized"]:
+        del methods[TEMPERED]
+    batches = _windows(model, [examples[i] for i in numbers], tokenizer, batch_size, seed)
     counts = [max(round(ratio * length), 1) for ratio in ratios]
-    passes = len(batches) * sum(1 + (count if sequential else 0) for count in counts)
+    passes = len(batches) * sum(1 + sequential * count for count in counts)
     rows = []
     with tqdm(total=passes, desc="measuring the gap", unit="pass", disable=not progress) as bar:
         for ratio, count in zip(ratios, counts, strict=True):
-            scores: dict[str, list[torch.Tensor]] = {}
+            scores = {name: [] for name in methods} | ({"sequential": []} if sequential else {})
             for batch in batches:
                 masked = batch.rank < count
-                scored = _one_step(model, frozen, temperatures, batch, masked)
+                laws = batch.laws(model, masked, methods)
+                for name in methods:
+                    scores[name].append(laws[name].log_prob(batch.truth))
                 bar.update()
                 if sequential:
-                    scored["sequential"] = _sequential(model, batch, masked, bar)
-                for name, value in scored.items():
-                    scores.setdefault(name, []).append(value)
+                    scores["sequential"].append(_one_by_one(model, batch, masked, methods, bar))
             nats = {name: -torch.cat(s).double().cpu() / count for name, s in scores.items()}
             for name, values in nats.items():
                 if not values.isfinite().all():
@@ -160,8 +161,40 @@ def measure_gap(
                         f"`examples` must have finite likelihoods, but number {bad} (from 0) has "
                         f"none under {name!r} at the mask ratio {ratio:g}: leave it out."
                     )
-            rows.append(_row(ratio, {name: mean(v) for name, v in nats.items()}, heads))
+            rows.append(GapRow.of(ratio, {n: mean(values) for n, values in nats.items()}, heads))
     return rows
+
+
+@dataclass
+class _Windows:
+    """A window in each row of a batch; `rank` is the order in which its tokens are masked."""
+
+    canvas: CanvasBatch
+    columns: torch.Tensor  # [n, L]
+    rank: torch.Tensor  # [n, L]
+
+    def __post_init__(self) -> None:
+        self.truth = self.canvas.input_ids.gather(1, self.columns)
+
+    def laws(
+        self, model: CoDDModel, masked: torch.Tensor, methods: Mapping[str, Method]
+    ) -> dict[str, CoupledCategorical]:
+        """By method, the distribution over the window, where `masked [n, L]` and all after it hide.
+
+        One pass of the backbone.
+        """
+        canvas, columns = self.canvas, self.columns
+        position = torch.arange(canvas.input_ids.shape[1], device=columns.device)
+        later = (position > columns[:, -1:]) & (position < canvas.answer_end[:, None])
+        hidden = later.scatter(1, columns, masked)
+        ids = canvas.input_ids.masked_fill(hidden, model.config.mask_token_id)
+        states = model.backbone_states(ids, canvas.attention_mask)
+        return {
+            name: model.window_distribution(
+                states, ids, columns[:, 0], canvas.attention_mask, temperature=by, head=head
+            )
+            for name, (head, by) in methods.items()
+        }
 
 
 def _windows(
@@ -172,13 +205,13 @@ def _windows(
     seed: int,
 ) -> list[_Windows]:
     """One random window of text (no end-of-text) of each example."""
-    length, generator = model.window_length, torch.Generator().manual_seed(seed)
+    length, device = model.window_length, model.device
+    generator = torch.Generator().manual_seed(seed)
     whole = torch.tensor([(len(e.answer_ids) - 1) // length for e in examples])
     first = (torch.rand(len(examples), generator=generator) * whole).long() * length
     ranks = torch.rand(len(examples), length, generator=generator).argsort(1).argsort(1)
     batches = []
-    for start in range(0, len(examples), batch_size):
-        rows = slice(start, start + batch_size)
+    for rows in (slice(at, at + batch_size) for at in range(0, len(examples), batch_size)):
         canvas = collate(
             examples[rows],
             window_length=length,
@@ -186,81 +219,26 @@ def _windows(
             pad_token_id=padding_token_id(tokenizer),
         )
         columns = (canvas.answer_start + first[rows])[:, None] + torch.arange(length)
-        device = model.device
         batches.append(_Windows(canvas.to(device), columns.to(device), ranks[rows].to(device)))
     return batches
 
 
-def _noised(model: CoDDModel, batch: _Windows, masked: torch.Tensor) -> torch.Tensor:
-    """Input ids with `masked [n, L]` of the window and everything after it hidden."""
-    canvas, columns = batch.canvas, batch.columns
-    position = torch.arange(canvas.input_ids.shape[1], device=columns.device)
-    later = (position > columns[:, -1:]) & (position < canvas.answer_end[:, None])
-    hidden = later.scatter(1, columns, masked)
-    return canvas.input_ids.masked_fill(hidden, model.config.mask_token_id)
-
-
-def _log_phi(model: CoDDModel, logits: torch.Tensor) -> torch.Tensor:
-    """The backbone's log-probabilities over the tokens that may be generated."""
-    config = model.config
-    logits = without_tokens(logits.float(), config.mask_token_id, config.forbidden_token_ids)
-    return logits.log_softmax(-1)
-
-
-def _one_step(
+def _one_by_one(
     model: CoDDModel,
-    heads: Mapping[str, CallHead],
-    temperatures: Mapping[str, float],
     batch: _Windows,
     masked: torch.Tensor,
-) -> dict[str, torch.Tensor]:
-    """Log-likelihood `[n]` of the masked tokens under the factorized and the coupled models."""
-    ids, truth = _noised(model, batch, masked), batch.truth
-    states = model.backbone_states(ids, batch.canvas.attention_mask)
-    rows = torch.arange(len(ids), device=ids.device)[:, None]
-    logits = states.logits((rows, batch.columns))
-    factorized = {"factorized": 1.0}
-    if temperatures and (last := [*temperatures.values()][-1]) != 1:
-        factorized[TEMPERED] = last
-    scores = {}
-    for name, temperature in factorized.items():
-        log_phi = _log_phi(model, logits / temperature).gather(-1, truth[..., None])[..., 0]
-        scores[name] = log_phi.masked_fill(~masked, 0).sum(1)
-    for name, head in heads.items():
-        distribution = model.window_distribution(
-            states,
-            ids,
-            batch.columns[:, 0],
-            batch.canvas.attention_mask,
-            temperature=temperatures[name],
-            head=head,
-        )
-        scores[name] = distribution.log_prob(truth)
-    return scores
-
-
-def _sequential(model: CoDDModel, batch: _Windows, masked: torch.Tensor, bar: tqdm) -> torch.Tensor:
+    methods: Mapping[str, Method],
+    bar: tqdm,
+) -> torch.Tensor:
     """Log-likelihood `[n]` of the masked tokens when each is revealed before the next, in order."""
     masked, total = masked.clone(), 0.0
-    rows = torch.arange(len(masked), device=masked.device)
     while masked.any():  # the rows have equally many
-        ids, first = _noised(model, batch, masked), masked.long().argmax(1)
-        states = model.backbone_states(ids, batch.canvas.attention_mask)
-        logits = states.logits((rows, batch.columns[rows, first]))
-        truth = batch.truth[rows, first]
-        total = total + _log_phi(model, logits).gather(1, truth[:, None])[:, 0]
-        masked[rows, first] = False
+        first = torch.zeros_like(masked).scatter(1, masked.long().argmax(1, keepdim=True), True)
+        laws = batch.laws(model, masked, {"factorized": methods["factorized"]})
+        total = total + laws["factorized"].partial_log_prob(batch.truth, first)
+        masked &= ~first
         bar.update()
     return total
-
-
-def _row(ratio: float, nats: dict[str, Estimate], heads: Mapping[str, CoDDHead]) -> GapRow:
-    gains = {name: nats["factorized"] - nats[name] for name in heads}
-    closed = {}
-    if "sequential" in nats:
-        gap = (nats["factorized"] - nats["sequential"]).value
-        closed = {n: gain.value / gap if gap > SMALLEST_GAP else None for n, gain in gains.items()}
-    return GapRow(ratio, nats, gains, closed)
 
 
 def gap_table(rows: Sequence[GapRow]) -> str:
