@@ -8,15 +8,13 @@ from collections import Counter
 import pytest
 import torch
 
-from codd_hf.evaluation.statistics import entropy, mean, repeated_ngrams, repeated_words
+from codd_hf.evaluation.statistics import entropy, mean, repeated_ngrams
 
 
 def test_repetition_is_as_counted_by_hand():
     grams = repeated_ngrams([[1, 2, 3, 1, 2, 3, 1], [4, 5], [7, 7, 7, 7]], 3)
     # 123 231 312 123 231: two of five; no run of three; 777 777: one of two.
     assert grams.value == pytest.approx(3 / 7)
-    words = repeated_words(["new new  new shirts", "has has", "", "5 = = 5"])
-    assert words.value == pytest.approx((2 + 1 + 1) / (3 + 1 + 3))
 
 
 def test_entropy_is_that_of_all_tokens_together():

@@ -1,7 +1,6 @@
-"""Speed and memory, each measure a module with `measure(options) -> Report`.
+"""Speed and memory: functions of `Options` that give a `Report`.
 
-Every speed is a ratio of medians within one process, the sides running in turns, and stands beside
-the least time that the machine's own measured rates allow.
+Every speed is a ratio of medians within one process, the sides running in turns.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ BENCHMARKS = {
 
 def run_benchmark(name: str, options: Options) -> Report:
     """Runs one of `BENCHMARKS`."""
-    module = import_module(f".{name.replace('-', '_')}", __name__)
-    return module.measure(options)
+    if name == "scaling":
+        return import_module(".head_step", __name__).measure_scaling(options)
+    return import_module(f".{name.replace('-', '_')}", __name__).measure(options)
 
 
 __all__ = ["BENCHMARKS", "Options", "Report", "run_benchmark"]

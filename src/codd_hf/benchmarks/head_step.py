@@ -1,4 +1,4 @@
-"""A head step against a plain reading of the paper, per batch size."""
+"""A head step against a plain reading of the paper, and as its sizes grow."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from functools import partial
 from .head_case import EVIDENCE, LLADA_8B, QUICK, HeadCase, mean_entropy
 from .report import Options, Report
 from .timing import RateProbes, median_seconds
+
+SWEEPS = {
+    "batch": (1, 2, 4),
+    "window": (8, 64),
+    "latents": (256, 512),
+    "vocab": (8_192, 32_768),
+}
+QUICK_SWEEPS = {"batch": (1, 2), "window": (4,), "latents": (8,), "vocab": (384,)}
 
 
 def measure(options: Options) -> Report:
@@ -37,7 +45,23 @@ def measure(options: Options) -> Report:
                     "times the limit": seconds[mode] / least,
                 }
             )
-    sizes = shape.as_dict() | {"dtype": "float32", "repeats": repeats}
+    sizes = shape.as_dict() | {"batch": None, "dtype": "float32", "repeats": repeats}
     sizes |= {"entropy of a prediction, nats": mean_entropy(case.logits[:1])}
-    del sizes["batch"]
     return Report("head-step", sizes, rows, measured)
+
+
+def measure_scaling(options: Options) -> Report:
+    """Median seconds of a step with one size changed at a time, against the physical limit."""
+    base = replace(QUICK if options.quick else LLADA_8B, batch=options.batch_size or 1)
+    repeats = options.repeats_or(3)
+    probes, rows = RateProbes(options.device, options.quick), []
+    for name, values in (QUICK_SWEEPS if options.quick else SWEEPS).items():
+        for value in values:
+            case = HeadCase(replace(base, **{name: value}), options)
+            sides = {mode: partial(case.step, mode) for mode in EVIDENCE}
+            seconds = median_seconds(sides | probes.sides, repeats, options.device, warmups=1)
+            limit = case.limit(probes.rates(seconds))
+            row = {"changed": name} | case.shape.as_dict()
+            row |= {f"{mode}, ms": 1e3 * seconds[mode] for mode in EVIDENCE}
+            rows.append(row | {"exact / limit": seconds["exact"] / limit, "limit, ms": 1e3 * limit})
+    return Report("scaling", {"dtype": "float32", "repeats": repeats}, rows)

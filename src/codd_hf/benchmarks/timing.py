@@ -116,9 +116,3 @@ class RateProbes:
     def rates(self, seconds: Mapping[str, float]) -> Rates:
         """The rates, from the seconds of each side."""
         return Rates(**{kind: number / seconds[kind] for kind, number in self.amounts.items()})
-
-
-def measure_rates(device: torch.device | str, quick: bool = False) -> Rates:
-    """The rates by themselves."""
-    probes = RateProbes(device, quick)
-    return probes.rates(median_seconds(probes.sides, repeats=5, device=device))

@@ -20,7 +20,7 @@ from ..pipelines.pipeline_codd import CoDDPipeline
 from ..schedulers.settings import DrawSettings
 from ..text.encoding import encode_texts
 from .judge import Judge
-from .statistics import Estimate, entropy, mean, ratio, repeated_ngrams, repeated_words
+from .statistics import Estimate, entropy, mean, ratio, repeated_ngrams
 
 
 @dataclass(frozen=True)
@@ -61,18 +61,11 @@ class Answers:
     seconds: float
 
     def figures(self) -> dict[str, Estimate]:
-        """Figures of all answers, with errors over questions.
-
-        `nats` per token of the judge; `entropy` and `bigram_entropy` of the backbone's tokens of
-        all answers thrown together; `repeated_trigrams` and `repeated_words`, shares; `length` in
-        tokens; `passes`.
-        """
+        """Nats per token of the judge, entropy of all tokens thrown together, and more."""
         return {
             "nats": ratio(self.nats, self.judge_tokens),
             "entropy": entropy(self.tokens),
-            "bigram_entropy": entropy(self.tokens, 2),
-            "repeated_trigrams": repeated_ngrams(self.tokens, 3),
-            "repeated_words": repeated_words(self.texts),
+            "repeated_trigrams": repeated_ngrams(self.tokens),
             "length": mean([len(tokens) for tokens in self.tokens]),
             "passes": mean(self.passes),
         }

@@ -86,9 +86,3 @@ def repeated_ngrams(texts: Sequence[Sequence[int]], size: int = 3) -> Estimate:
     """Share of the n-grams that have occurred before in the same text."""
     grams = [ngrams(tokens, size) for tokens in texts]
     return ratio([len(g) - len(set(g)) for g in grams], [len(g) for g in grams])
-
-
-def repeated_words(texts: Sequence[str]) -> Estimate:
-    """Share of the words (between white space) that equal the word before."""
-    pairs = [ngrams(text.split(), 2) for text in texts]
-    return ratio([sum(a == b for a, b in p) for p in pairs], [len(p) for p in pairs])
