@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from hypothesis import strategies as st
 from codd_hf import CoDDModel, CoDDScheduler, CoupledCategorical, Potentials
 from codd_hf.configuration_codd import COUPLINGS
 from codd_hf.decoding.call import PARADIGMS
-from codd_hf.schedulers.settings import SAMPLING, STRATEGIES
-from tiny import random_head, tiny_backbone, tiny_model
+from codd_hf.schedulers.settings import DrawSettings
+from tiny import SAMPLING, STRATEGIES, random_head, tiny_backbone, tiny_model
 from tiny_pipeline import tiny_pipeline
 
 MASK, VOCAB = 2, 12
@@ -169,16 +170,7 @@ def holds(call: Callable[[], Any]) -> Any:
     return result
 
 
-DRAWS = (
-    "strategy",
-    "sampling",
-    "temperature",
-    "evidence_temperature",
-    "top_k",
-    "top_p",
-    "threshold",
-)
-DRAWS += ("activation_ratio", "repetition_penalty", "forbidden_token_ids", "remask_threshold")
+DRAWS = [field.name for field in fields(DrawSettings)]
 TASK = ("block_length", "num_inference_steps", "paradigm", "infill")
 TASK += ("min_new_tokens", "forced_tokens", "generator", "cache", "guidance_scale", "early_stop")
 TASK += ("logits_processor", "eos_token_id", "attention_mask")

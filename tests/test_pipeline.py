@@ -606,8 +606,9 @@ MESSAGES = [{"role": "user", "content": "two"}]
             {"prompt": "two", "num_inference_steps": 1},
             "that are decoded, 2 in row 0 with `block_length=5`, got 1: take more steps",
         ),
+        ({"prompt": "two", "temperature": "hot"}, "`temperature` must be a finite number"),
         ({"prompt": "two", "strategy": "best"}, "`strategy` must be one of"),
-        ({"prompt": "two", "top_p": 0.0}, "`top_p` must be above 0"),
+        ({"prompt": "two", "top_p": 0.0}, "`top_p` must be at least 1e-06"),
         ({"prompt": "two", "output_type": "pt"}, "`output_type` must be one of text, seq"),
         (
             {"prompt": ["two", "four"], "generator": [torch.Generator()] * 3},
@@ -635,7 +636,6 @@ def test_bad_input_gets_one_clear_sentence(pipe, kwargs, said):
         ({"prompt": 3}, "`prompt` must be a string or a list of strings, got 3"),
         ({"input_ids": torch.zeros(1, 2)}, "`input_ids` must be integers"),
         ({"prompt": "two", "gen_length": 2.5}, "`gen_length` must be an integer, got 2.5"),
-        ({"prompt": "two", "temperature": "hot"}, "`temperature` must be a number"),
         (
             {"prompt": "two", "temprature": 1},
             "`temprature` is not an argument of the pipeline",

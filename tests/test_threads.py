@@ -15,10 +15,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
-from codd_hf.schedulers.settings import SAMPLING, STRATEGIES
 from codd_hf.text.encoding import encode_texts
 from codd_hf.training.fits.joint import gradient_checkpointing
-from tiny import random_head, tiny_backbone
+from tiny import SAMPLING, STRATEGIES, random_head, tiny_backbone
 
 MASK, NUM_THREADS = 2, 8
 IDS = torch.tensor([[5, 6, 7, MASK, 8, MASK, MASK], [9, 4, MASK, MASK, 3, MASK, 10]])
@@ -73,7 +72,7 @@ def random_call(draw: random.Random, caches: tuple[str | None, ...]) -> Call:
         "block_length": 4,
         "num_inference_steps": draw.randrange(4, 9),
         "sampling": draw.choice(SAMPLING),
-        "strategy": draw.choice(list(STRATEGIES)),
+        "strategy": draw.choice(STRATEGIES),
         "temperature": draw.choice([0.0, 1.0]),
         "paradigm": draw.choice(["block", "full"]),
         "cache": draw.choice(caches),

@@ -19,13 +19,17 @@ from transformers import (
 )
 
 from codd_hf import CoDDHead, CoDDHeadConfig, CoDDModel
+from codd_hf.checks.settings import settings_of
 from codd_hf.data.canvases import TokenizedExample
+from codd_hf.schedulers.settings import DrawSettings
 
 SENTENCES = [
     "Tom has 3 boxes of eggs and sells 4 eggs.",
     "Ann buys 12 red apples and eats 5 apples.",
     "How many eggs are left? He has 7 eggs.",
 ]
+SAMPLING = settings_of(DrawSettings)["sampling"].choices
+STRATEGIES = settings_of(DrawSettings)["strategy"].choices
 BACKBONES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),

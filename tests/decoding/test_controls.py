@@ -226,9 +226,9 @@ def test_block_of_forced_tokens_costs_no_pass_and_leaves_its_steps_to_the_others
             "a token id of the vocabulary, 0 to 11, got 12",
         ),
         ({"forced_tokens": [{}, {}]}, "`forced_tokens` must have one entry per prompt (1), got 2"),
-        ({"repetition_penalty": 0}, "`repetition_penalty` must be above 0"),
+        ({"repetition_penalty": 0}, "`repetition_penalty` must be at least 1e-06"),
         ({"forbidden_token_ids": [-1]}, "`forbidden_token_ids` must be a list of token ids"),
-        ({"threshold": 1.2}, "`threshold` must be a probability from 0 to 1"),
+        ({"threshold": 1.2}, "`threshold` must be at most 1, got 1.2"),
     ],
 )
 def test_bad_controls_get_one_clear_sentence(pipe, kwargs, said):

@@ -7,8 +7,7 @@ import torch
 from windows import HEAD, LENGTH, MASK, VOCAB, window
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
-from codd_hf.schedulers.settings import SAMPLING, STRATEGIES
-from tiny import enumerate_window, random_head, tiny_backbone
+from tiny import SAMPLING, STRATEGIES, enumerate_window, random_head, tiny_backbone
 
 PROMPTS = [[5, 6, 7], [9, 4], [3, 8, 10, 11]]
 

@@ -88,7 +88,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, setting in settings_of(type(self)).items():
-            setattr(self, name, setting.checked(name, getattr(self, name)))
+            # Of frozen dataclasses too.
+            object.__setattr__(self, name, setting.checked(name, getattr(self, name)))
 
 
 @cache

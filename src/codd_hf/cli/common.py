@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checks.errors import printable as printable
+from ..checks.settings import settings_of
+from ..schedulers.settings import DrawSettings
 
 if TYPE_CHECKING:
     import torch
@@ -15,23 +17,14 @@ if TYPE_CHECKING:
     from ..pipelines.pipeline_codd import CoDDPipeline
 
 LARGEST_SEED = 2**40
-
-DECODING = {
-    "paradigm": (str, "block, from left to right, or full: any position in any step"),
-    "strategy": (
-        str,
-        "which positions to commit: low_confidence, margin, entropy, random, left_to_right, or as "
-        "many as are sure enough: threshold, joint",
+TASK = {
+    "gen_length": (int, "tokens to generate; default: the model's, or else 128"),
+    "block_length": (int, "tokens decoded together; default: the model's, or else 32"),
+    "num_inference_steps": (
+        int,
+        "backbone passes for the whole text; default: one for four tokens",
     ),
-    "sampling": (str, "what is drawn: factorized, latent, any_order, marginal, viterbi"),
-    "temperature": (float, "of the final draw; 0 takes the most probable token"),
-    "evidence_temperature": (float, "divides the backbone's logits before the circuit"),
-    "top_k": (int, "draw from so many tokens"),
-    "top_p": (float, "draw from the tokens that reach this mass"),
-    "threshold": (float, "least probability, for the strategies threshold and joint"),
-    "activation_ratio": (float, "largest mask ratio under which the circuit is applied"),
-    "repetition_penalty": (float, "above 1: tokens that have occurred become less probable"),
-    "remask_threshold": (float, "tokens less probable than this are predicted again"),
+    "paradigm": (str, "block, from left to right, or full: any position in any step"),
     "min_new_tokens": (int, "tokens before the text may end"),
     "guidance_scale": (float, "of classifier-free guidance by the prompt; 0 is off"),
     "cache": (str, "prefix or dual: what the backbone need not read again within a block"),
@@ -68,31 +61,24 @@ def check_writable(path: str | None) -> None:
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
-    """Lengths, passes, seed and the scheduler's settings (default: the model's own)."""
-    parser.add_argument(
-        "--gen-length", type=int, help="tokens to generate; default: the model's, or else 128"
-    )
-    parser.add_argument(
-        "--block-length", type=int, help="tokens decoded together; default: the model's, or else 32"
-    )
-    parser.add_argument(
-        "--num-inference-steps",
-        type=int,
-        help="backbone passes for the whole text; default: one for four tokens",
-    )
+    """Lengths, passes, seed and the draw settings (default: the model's own)."""
     parser.add_argument("--seed", type=seed, default=0, help="seed of all draws")
-    for name, (kind, text) in DECODING.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
-    parser.add_argument(
-        "--forbidden-token-ids", type=int, nargs="+", metavar="ID", help="never generated"
-    )
+    flags = {
+        name: (int if setting.kind is list else setting.kind, setting.doc)
+        for name, setting in settings_of(DrawSettings).items()
+    }
+    for name, (kind, text) in (TASK | flags).items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            nargs="+" if name == "forbidden_token_ids" else None,
+            help=text.replace("%", "%%"),
+        )
 
 
 def decoding_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The pipeline's arguments from the command line's."""
-    lengths = ("gen_length", "block_length", "num_inference_steps")
-    names = (*lengths, *DECODING, "forbidden_token_ids")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in (*TASK, *settings_of(DrawSettings))}
 
 
 def load_pipeline(
@@ -105,11 +91,8 @@ def load_pipeline(
     from ..pipelines.pipeline_codd import CoDDPipeline
 
     quiet_loading()
-    name = default_model() if name is None else name
-    pipeline = CoDDPipeline.from_pretrained(name, **kwargs)
-    if device is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return pipeline.to(device)
+    pipeline = CoDDPipeline.from_pretrained(name or default_model(), **kwargs)
+    return pipeline.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def quiet_loading() -> None:

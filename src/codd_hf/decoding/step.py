@@ -11,7 +11,7 @@ from ..circuits.random import Generators
 from ..coupling.windows import CoupledBackbone
 from ..schedulers import RowText
 from ..schedulers.remasking import CanvasMemory
-from ..schedulers.settings import ADAPTIVE
+from ..schedulers.strategies import ADAPTIVE
 from .canvas import Canvas
 from .placement import Stage, positions_of, rows_alike, windows_over
 

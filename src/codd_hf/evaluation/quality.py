@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from ..data.sources import Example, load_examples
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.report import table
-from ..schedulers.settings import ADAPTIVE
+from ..schedulers.strategies import ADAPTIVE
 from .answers import Answers, AnswerSet, AnswerStore, Setting
 from .judge import Judge, load_judge
 from .report import Report

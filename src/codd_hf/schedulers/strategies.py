@@ -4,7 +4,8 @@ With `k` steps left and `m` masked positions a step commits the `ceil(m / k)` th
 that the last step commits everything; an adaptive strategy goes on down the ranking while it is
 sure. Ties go to the leftmost position.
 
-A strategy is a function that scores positions, and an entry of `STRATEGIES`.
+A strategy is a function that scores positions, an entry of `STRATEGIES`, and a name among those of
+`DrawSettings.strategy`.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ STRATEGIES = {
     "threshold": Strategy(confidence, goes_on="each"),
     "joint": Strategy(confidence, goes_on="together"),
 }
+ADAPTIVE = tuple(name for name, strategy in STRATEGIES.items() if strategy.goes_on)
+"""Strategies that commit as many tokens as are sure enough."""
 
 
 def even_pace(committable: torch.Tensor, steps_left: int) -> torch.Tensor:
@@ -137,7 +140,7 @@ def select(
     best = log_probs.amax(-1).exp()
     scores = _scores(settings, best, log_probs.exp, generator)
     selected = best_scored(scores, committable, even_pace(committable, steps_left))
-    if STRATEGIES[settings.strategy].goes_on:
+    if settings.strategy in ADAPTIVE:
         selected = selected | (committable & (best >= settings.threshold))
     return selected
 
