@@ -389,9 +389,7 @@ def test_bad_settings_get_one_clear_sentence(name, value, said):
 
 def test_setting_that_does_not_exist_is_refused_with_those_spelt_alike():
     distribution, sample = make_distribution()
-    with pytest.raises(
-        TypeError, match="`top_q` is not a setting of the scheduler: use"
-    ):
+    with pytest.raises(TypeError, match="`top_q` is not a setting of the scheduler: use"):
         make_scheduler().step(distribution, 1.0, sample, top_q=3)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checks.errors import printable as printable
-from ..checks.settings import settings_of
+from ..checks.settings import Setting, Settings, settings_of
 from ..schedulers.settings import DrawSettings
+from .options import add_flag
 
 if TYPE_CHECKING:
     import torch
@@ -17,26 +19,26 @@ if TYPE_CHECKING:
     from ..pipelines.pipeline_codd import CoDDPipeline
 
 LARGEST_SEED = 2**40
-TASK = {
-    "gen_length": (int, "tokens to generate; default: the model's, or else 128"),
-    "block_length": (int, "tokens decoded together; default: the model's, or else 32"),
-    "num_inference_steps": (
-        int,
-        "backbone passes for the whole text; default: one for four tokens",
-    ),
-    "paradigm": (str, "block, from left to right, or full: any position in any step"),
-    "min_new_tokens": (int, "tokens before the text may end"),
-    "guidance_scale": (float, "of classifier-free guidance by the prompt; 0 is off"),
-    "cache": (str, "prefix or dual: what the backbone need not read again within a block"),
-}
 
 
-def count(text: str) -> int:
-    """An argument that is a number of things: at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+@dataclass
+class TaskSettings(Settings):
+    """Choices of a call beside its draw settings; None for the model's own."""
+
+    gen_length: int | None = None
+    """tokens to generate; default: the model's, or else 128"""
+    block_length: int | None = None
+    """tokens decoded together; default: the model's, or else 32"""
+    num_inference_steps: int | None = None
+    """backbone passes for the whole text; default: one for four tokens"""
+    paradigm: str | None = None
+    """block, from left to right, or full: any position in any step"""
+    min_new_tokens: int | None = None
+    """tokens before the text may end"""
+    guidance_scale: float | None = None
+    """of classifier-free guidance by the prompt; 0 is off"""
+    cache: str | None = None
+    """prefix or dual: what the backbone need not read again within a block"""
 
 
 def seed(text: str) -> int:
@@ -63,22 +65,18 @@ def check_writable(path: str | None) -> None:
 def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     """Lengths, passes, seed and the draw settings (default: the model's own)."""
     parser.add_argument("--seed", type=seed, default=0, help="seed of all draws")
-    flags = {
-        name: (int if setting.kind is list else setting.kind, setting.doc)
-        for name, setting in settings_of(DrawSettings).items()
-    }
-    for name, (kind, text) in (TASK | flags).items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=kind,
-            nargs="+" if name == "forbidden_token_ids" else None,
-            help=text.replace("%", "%%"),
-        )
+    for name, setting in _decoding_settings().items():
+        flag, kind = f"--{name.replace('_', '-')}", (setting.entry or setting).kind
+        add_flag(parser, flag, replace(setting, default=None), type=kind)
 
 
 def decoding_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The pipeline's arguments from the command line's."""
-    return {name: getattr(args, name) for name in (*TASK, *settings_of(DrawSettings))}
+    return {name: getattr(args, name) for name in _decoding_settings()}
+
+
+def _decoding_settings() -> dict[str, Setting]:
+    return settings_of(TaskSettings) | settings_of(DrawSettings)
 
 
 def load_pipeline(

@@ -6,10 +6,13 @@ import argparse
 import shutil
 import textwrap
 import time
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from .common import count, load_pipeline, printable, seed
+from ..checks.settings import Count, Seed, Settings
+from .common import load_pipeline, printable
+from .options import add_flags, settings_from
 
 HELP = "Show factorized and coupled text side by side, at the same number of passes."
 EXAMPLE = """example:
@@ -17,41 +20,54 @@ EXAMPLE = """example:
   codd-hf demo --num-inference-steps 8 --seed 3"""
 
 
+@dataclass
+class DemoSettings(Settings):
+    """The settings of a demonstration."""
+
+    model: str | None = None
+    """a pipeline with `demo.jsonl`; default: the embedded one"""
+    num_questions: Count = 3
+    """held-out questions"""
+    gen_length: Count = 128
+    """tokens to generate"""
+    num_inference_steps: Count = 32
+    """backbone passes for the whole text"""
+    seed: Seed = 0
+    """of all draws"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="a pipeline with `demo.jsonl`; default: the embedded one")
-    parser.add_argument("--num-questions", type=count, default=3, help="held-out questions")
-    parser.add_argument("--gen-length", type=int, default=128, help="tokens to generate")
-    parser.add_argument(
-        "--num-inference-steps", type=int, default=32, help="backbone passes for the whole text"
-    )
-    parser.add_argument("--seed", type=seed, default=0, help="seed of all draws")
+    add_flags(parser, DemoSettings)
 
 
 def run(args: argparse.Namespace) -> None:
+    settings = settings_from(args, DemoSettings)
     import torch
 
     from ..hub.defaults import default_model
     from .jsonl_rows import PromptRows
 
-    folder = Path(args.model or default_model())
+    folder = Path(settings.model or default_model())
     if not (folder / "demo.jsonl").is_file():
         raise ValueError(f"`--model`: {str(folder)!r} has no `demo.jsonl` with held-out questions.")
     found = PromptRows.read(folder / "demo.jsonl", "question")
     for fault in found.bad.values():
         raise ValueError(fault)
-    questions = [row["question"] for _, row in found.rows[: args.num_questions]]
-    pipeline = load_pipeline(args.model)
+    questions = [row["question"] for _, row in found.rows[: settings.num_questions]]
+    pipeline = load_pipeline(settings.model)
     pipeline.set_progress_bar_config(disable=True)
 
     texts, report = {}, []
     modes = {"factorized": "factorized", "CoDD": pipeline.scheduler.config.sampling}
     for name, sampling in modes.items():
-        generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(questions))]
+        generators = [
+            torch.Generator().manual_seed(settings.seed + i) for i in range(len(questions))
+        ]
         started = time.perf_counter()
         output = pipeline(
             questions,
-            gen_length=args.gen_length,
-            num_inference_steps=args.num_inference_steps,
+            gen_length=settings.gen_length,
+            num_inference_steps=settings.num_inference_steps,
             sampling=sampling,
             generator=generators,
         )
@@ -65,8 +81,8 @@ def run(args: argparse.Namespace) -> None:
         print(side_by_side("factorized", texts["factorized"][i], "CoDD", texts["CoDD"][i], width))
         print()
     print(
-        f"Up to {args.gen_length} tokens for each of {len(questions)} questions in at most "
-        f"{args.num_inference_steps} passes: {'; '.join(report)}."
+        f"Up to {settings.gen_length} tokens for each of {len(questions)} questions in at most "
+        f"{settings.num_inference_steps} passes: {'; '.join(report)}."
     )
 
 
