@@ -30,14 +30,14 @@ class IncrementalPosterior:
 
     def __init__(self, distributions: Sequence[CoupledCategorical], wanted: torch.Tensor) -> None:
         self.latents = [distribution.latents for distribution in distributions]
-        self.wanted = wanted.clone()
-        self.device = wanted.device
+        self.wanted, self.device = wanted.clone(), wanted.device
         self._chain = self.latents[0].chain(torch.cat([each.evidence for each in self.latents]))
         messages = torch.cat([each.filter.messages for each in self.latents])
         self._past = messages.transpose(0, 1).contiguous()  # [L, S * B, H + J]
         self._future = torch.ones_like(self._past)
-        batch, length = wanted.shape
-        self._renew(torch.arange(batch, device=self.device), length, length - 1)
+        # Where the windows of a distribution stand in the stacked chains.
+        self._rows = torch.arange(len(messages), device=self.device).view(len(self.latents), -1)
+        self._renew(self._rows[0], wanted.shape[1], wanted.shape[1] - 1)
 
     def token_probs(self, index: int, at: At) -> torch.Tensor:
         """`[N, V]`: distributions of the tokens at wanted positions, given what is known by now.
@@ -53,17 +53,10 @@ class IncrementalPosterior:
     def reveal(self, at: At, tokens: torch.Tensor) -> None:
         """Makes the tokens `[n]` at wanted positions known, one of a window, windows in order."""
         windows, positions = at
-        first, copies = self.latents[0], len(self.latents)
-        evidence = first.hard_evidence(tokens, at) + first.prior[at]
-        places = self._rows(windows), positions.repeat(copies)
-        self._chain.evidence[places] = evidence.repeat(copies, 1)
+        evidence = self.latents[0].hard_evidence(tokens, at) + self.latents[0].prior[at]
+        self._chain.evidence[self._rows[:, windows], positions] = evidence
         self.wanted[at] = False
         self._renew(windows, int(positions.min()), int(positions.max()))
-
-    def _rows(self, windows: torch.Tensor) -> torch.Tensor:
-        """`[S * n]`: where the windows stand in the stacked chains."""
-        first = torch.arange(len(self.latents), device=self.device) * len(self.wanted)
-        return (first[:, None] + windows).flatten()
 
     @torch.no_grad()
     @full_precision
@@ -72,15 +65,14 @@ class IncrementalPosterior:
         columns = self.wanted[windows].any(0).nonzero()[:, 0]
         if len(columns) == 0:
             return
-        rows = self._rows(windows)
+        rows = self._rows[:, windows].flatten()
         chain = self._chain if len(windows) == len(self.wanted) else self._chain.select(rows)
         if not chain.cannot_underflow:  # the past stands for both, and what meets it is 1
             self._past[:, rows] = posterior(chain, forward_filter(chain)).transpose(0, 1)
             return
         algebra, _ = probabilities(chain)
         message = None if first == 0 else self._past[first - 1, rows]
-        pasts = algebra.forward(first, int(columns[-1]), message)
-        for i, (message, _) in enumerate(pasts, first):
+        for i, (message, _) in enumerate(algebra.forward(first, int(columns[-1]), message), first):
             self._past[i, rows] = message
         futures = algebra.backward(int(columns[0]), last, self._future[last, rows])
         for i, future in zip(range(last, -1, -1), futures, strict=False):
@@ -88,7 +80,7 @@ class IncrementalPosterior:
 
     def _posterior(self, index: int, at: At) -> torch.Tensor:
         """`[N, H + J]`: distributions of the latents; zeros where nothing is possible."""
-        place = at[1], at[0] + index * len(self.wanted)
+        place = at[1], self._rows[index, at[0]]
         joint = self._past[place] * self._future[place]
         total = joint.sum(-1, keepdim=True)
         return joint / total.masked_fill(total <= 0, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch.nn import functional as F
@@ -157,15 +158,14 @@ class Latents:
 
     def filters(self, *evidence: torch.Tensor) -> list[Filter]:
         """Forward passes over log-evidence `[S * B, L, H + J]`, all at once."""
-        stacked, parts, first = forward_filter(self.chain(torch.cat(evidence))), [], 0
+        stacked = forward_filter(self.chain(torch.cat(evidence)))
         if bool(stacked.log_partition.isnan().any()):
             raise ValueError(
                 "`logits`, `context` or the potentials hold NaN: check what made them."
             )
-        for part in evidence:
-            parts.append(stacked.part(first, len(part)))
-            first += len(part)
-        return parts
+        sizes = [len(part) for part in evidence]
+        ends = accumulate(sizes)
+        return [stacked.part(slice(end - n, end)) for n, end in zip(sizes, ends, strict=True)]
 
     def filter_with(self, other: Latents) -> None:
         """Runs both forward passes at once; all but the predictions must be the same."""

@@ -52,7 +52,13 @@ class Chain:
     present: torch.Tensor | None = None
 
     @classmethod
-    def start(cls, initial, steps, evidence, present=None) -> Chain:
+    def start(
+        cls,
+        initial: torch.Tensor,
+        steps: StepTransitions | CopySteps,
+        evidence: torch.Tensor,
+        present: torch.Tensor | None = None,
+    ) -> Chain:
         """A chain with log-potentials `initial`, `[H]` or `[B, L, H]`, of where it starts.
 
         They join the evidence of each row's first present position: messages start uniform.
@@ -263,22 +269,17 @@ class Filter:
         log_partition: `[B]`, log of the sum of `w` over all paths; -inf where it is zero.
         messages: `[B, L, H]`, distribution of `z_i` given the evidence up to `i`; at an absent
             position, of the last present one before it.
-        rows: `[n]`, those that were repeated in logs.
-        log_messages: `[n, L, H]`, their messages; None if there are none.
+        lost: `[n]` rows whose mass all but vanished, which are repeated in logs.
     """
 
     log_partition: torch.Tensor
     messages: torch.Tensor
-    rows: torch.Tensor
-    log_messages: torch.Tensor | None = None
+    lost: torch.Tensor
 
-    def part(self, first: int, size: int) -> Filter:
-        """The result of some consecutive rows."""
-        every, rows, log_messages = slice(first, first + size), self.rows, None
-        if len(rows):
-            inside = (rows >= first) & (rows < first + size)
-            rows, log_messages = rows[inside] - first, self.log_messages[inside]
-        return Filter(self.log_partition[every], self.messages[every], rows, log_messages)
+    def part(self, rows: slice) -> Filter:
+        """The result of some rows."""
+        lost = self.lost[(self.lost >= rows.start) & (self.lost < rows.stop)] - rows.start
+        return Filter(self.log_partition[rows], self.messages[rows], lost)
 
 
 @full_precision
@@ -287,29 +288,29 @@ def forward_filter(chain: Chain) -> Filter:
     algebra, log_scale = probabilities(chain)
     messages, totals = algebra.filtered()
     log_partition = log_scale + algebra.logs(totals).sum(1)
-    if chain.cannot_underflow:
-        return Filter(log_partition, messages, totals.new_empty(0, dtype=torch.long))
-    # Each step kept enough mass, but what is rounded to zero early may win late: the past must also
-    # meet the future. (The gradient of a message is the future's weight over that same total.)
-    with torch.no_grad():
-        met = algebra.smoothed(messages)[1]
-    rows = (torch.minimum(totals, met) <= chain.smallest).any(1).nonzero()[:, 0]
-    if len(rows) == 0:
-        return Filter(log_partition, messages, rows)
-    algebra = logs(chain.select(rows))
-    log_messages, totals = algebra.filtered()
-    log_partition = log_partition.index_put((rows,), totals.sum(1))
-    messages = messages.index_put((rows,), algebra.probs(log_messages))
-    return Filter(log_partition, messages, rows, log_messages)
+    lost = totals.new_empty(0, dtype=torch.long)
+    if not chain.cannot_underflow:
+        # Each step kept enough mass, but what is rounded to zero early may win late: the past must
+        # also meet the future. (The gradient of a message is the future's weight over that total.)
+        with torch.no_grad():
+            met = algebra.smoothed(messages)[1]
+        lost = (torch.minimum(totals, met) <= chain.smallest).any(1).nonzero()[:, 0]
+    if len(lost):
+        algebra = logs(chain.select(lost))
+        log_messages, totals = algebra.filtered()
+        log_partition = log_partition.index_put((lost,), totals.sum(1))
+        messages = messages.index_put((lost,), algebra.probs(log_messages))
+    return Filter(log_partition, messages, lost)
 
 
 @full_precision
 def posterior(chain: Chain, filtered: Filter) -> torch.Tensor:
     """`[B, L, H]`: the distribution of each latent given all evidence; zeros at absent ones."""
-    smoothed, _ = probabilities(chain)[0].smoothed(filtered.messages)
-    if len(filtered.rows):
-        again, _ = logs(chain.select(filtered.rows)).smoothed(filtered.log_messages)
-        smoothed = smoothed.index_put((filtered.rows,), again)
+    smoothed = probabilities(chain)[0].smoothed(filtered.messages)[0]
+    if len(filtered.lost):
+        again = logs(chain.select(filtered.lost))
+        exact = again.smoothed(again.filtered()[0])[0]
+        smoothed = smoothed.index_put((filtered.lost,), exact)
     return smoothed
 
 
@@ -325,14 +326,13 @@ def sample_paths(
     What stands at absent positions has no meaning. One uniform number is used per row, sample and
     position, whatever is present.
     """
-    batch, length, _ = chain.evidence.shape
-    samples, rows = int(torch.Size(sample_shape).numel()), filtered.rows
-    numbers = uniform((batch, samples, length), generator, chain.device).transpose(0, 1)
+    shape = (len(filtered.messages), math.prod(sample_shape), filtered.messages.shape[1])
+    numbers = uniform(shape, generator, chain.device).transpose(0, 1)
     paths = probabilities(chain)[0].drawn(filtered.messages, numbers)
-    if len(rows):
-        again = logs(chain.select(rows))
-        paths[:, rows] = again.drawn(filtered.log_messages, numbers[:, rows])
-    return paths.reshape(*sample_shape, batch, length)
+    if len(filtered.lost):
+        again = logs(chain.select(filtered.lost))
+        paths[:, filtered.lost] = again.drawn(again.filtered()[0], numbers[:, filtered.lost])
+    return paths.reshape(*sample_shape, *filtered.messages.shape[:2])
 
 
 @full_precision
