@@ -71,8 +71,8 @@ class IncrementalPosterior:
             self._past[:, rows] = posterior(chain, forward_filter(chain)).transpose(0, 1)
             return
         algebra, _ = probabilities(chain)
-        message = None if first == 0 else self._past[first - 1, rows]
-        for i, (message, _) in enumerate(algebra.forward(first, int(columns[-1]), message), first):
+        before = None if first == 0 else self._past[first - 1, rows]
+        for i, (message, _) in enumerate(algebra.forward(first, int(columns[-1]), before), first):
             self._past[i, rows] = message
         futures = algebra.backward(int(columns[0]), last, self._future[last, rows])
         for i, future in zip(range(last, -1, -1), futures, strict=False):
