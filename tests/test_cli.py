@@ -122,14 +122,7 @@ def test_evaluate_gap_reads_as_many_likeliest_tokens_as_asked(trained_pipeline, 
         assert main([*argv, "--evidence-size", str(k), "--output", str(path)]) == 0
         (row,) = json.loads(path.read_text())["rows"]
         nats[k] = row["nats"]["fitted"]
-    path = tmp_path / "groups.json"
-    argv += ["--output", str(path)]
-    assert main([*argv, "--evidence-size", "1", "--evidence-groups"]) == 0
-    (row,) = json.loads(path.read_text())["rows"]
-    assert len({row["nats"]["fitted"], nats[0], nats[1]}) == 3
-    assert main([*argv, "--evidence-size", "1"]) == 0  # each head's own setting: none
-    (plain,) = json.loads(path.read_text())["rows"]
-    assert plain["nats"]["fitted"] == nats[1]
+    assert nats[1] != nats[0]
     assert nats[10**6] == pytest.approx(nats[0], abs=1e-4)
 
 

@@ -42,7 +42,6 @@ def test_bad_size_is_an_error_that_names_the_field_and_the_value(field, value):
         ("alpha", -1.0),
         ("tie_emissions", "yes"),
         ("evidence_size", "all"),
-        ("evidence_groups", 1),
         ("evidence_temperature", "cold"),
         ("evidence_temperature", 0.0),
         ("mask_token_id", 1.0),
@@ -55,17 +54,6 @@ def test_bad_size_is_an_error_that_names_the_field_and_the_value(field, value):
 def test_value_of_the_wrong_kind_is_an_error_that_names_the_field(field, value):
     with pytest.raises(ValueError, match=f"^`{field}` must be .*got .*\\.$"):
         CoDDHeadConfig(**{"vocab_size": 12, "context_size": 16, field: value})
-
-
-@pytest.mark.parametrize("field", ["tie_emissions", "tie_transitions"])
-def test_groups_of_tokens_need_a_circuit_that_is_the_same_at_all_positions(field):
-    with pytest.raises(ValueError, match=f"`evidence_groups` needs .*`{field}`"):
-        CoDDHeadConfig(vocab_size=12, evidence_groups=True, **{field: False})
-
-
-def test_groups_of_tokens_with_emissions_tied_to_a_backbone_leave_transitions_free():
-    given = {"vocab_size": 12, "context_size": 3, "emission": "tied", "tie_transitions": False}
-    assert CoDDHeadConfig(**given, evidence_groups=True).evidence_groups
 
 
 def test_head_without_vocabulary_size_is_an_error_that_names_it():

@@ -271,7 +271,7 @@ ATTRIBUTES += ("log_partition_bounds",)
 
 def check_distribution(data: st.DataObject) -> None:
     names = ("logits", "potentials", "tokens", "observed", "present", "context", "active")
-    names += ("temperature", "forbidden", "top_k", "grouped")
+    names += ("temperature", "forbidden", "top_k")
     distribution = holds(lambda: a_distribution(data.draw(changes(*names))))
     distribution = distribution or a_distribution({})
     for _ in range(2):

@@ -11,10 +11,9 @@ from torch.nn import functional as F
 
 from codd_hf import CoDDHead, CoDDHeadConfig, CoDDModel, Potentials
 from codd_hf.circuits import (
-    GroupedEvidence,
+    ListedEvidence,
     Preceding,
     TiedEmission,
-    TopKEvidence,
 )
 from tiny import random_head, tiny_backbone
 
@@ -241,9 +240,8 @@ def test_a_mask_of_forbidden_tokens_that_was_changed_is_not_the_heads():
 
 
 @pytest.mark.parametrize("top_k", [0, 3])
-@pytest.mark.parametrize("groups", [False, True])
-def test_gradients_reach_the_logits_of_a_frozen_head_that_was_used_in_inference_mode(top_k, groups):
-    head = random_head(evidence_groups=groups).requires_grad_(False)
+def test_gradients_reach_the_logits_of_a_frozen_head_that_was_used_in_inference_mode(top_k):
+    head = random_head().requires_grad_(False)
     logits = torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = head(logits, top_k=top_k).log_partition.clone()
@@ -252,23 +250,6 @@ def test_gradients_reach_the_logits_of_a_frozen_head_that_was_used_in_inference_
     found.sum().backward()
     torch.testing.assert_close(found, expected.clone())
     assert logits.grad.abs().sum() > 0
-
-
-@torch.no_grad()
-def test_a_head_groups_what_its_lists_leave_out_where_its_config_says_so(tmp_path):
-    random_head(evidence_groups=True).save_pretrained(tmp_path)
-    head, plain = CoDDHead.from_pretrained(tmp_path), random_head()
-    logits = torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(head(logits).log_partition, plain(logits).log_partition)
-    found = head(logits, top_k=3)
-    assert not torch.equal(found.log_partition, plain(logits, top_k=3).log_partition)
-    groups = head.potentials.token_groups
-    own = GroupedEvidence.from_logits(logits, 3, forbidden=head.forbidden, groups=groups)
-    torch.testing.assert_close(found.log_partition, head(own).log_partition)
-    for changed in (found.with_temperature(0.5), found.with_active(torch.tensor([True, False]))):
-        assert isinstance(changed.prediction, GroupedEvidence)
-    head.emission.mul_(-1)
-    assert not torch.equal(head.potentials.token_groups.index, groups.index)
 
 
 # Binding to a backbone
@@ -382,7 +363,7 @@ def test_a_conditioned_head_without_fitting_hidden_states_is_an_error(hidden):
     given = window() | {"last_hidden_state": hidden}
     with pytest.raises(ValueError, match=r"`last_hidden_state` must have shape \(2, 3, 5\)"):
         head(**given)
-    listed = TopKEvidence.from_logits(given["logits"], 3, forbidden=head.forbidden)
+    listed = ListedEvidence.from_logits(given["logits"], 3, forbidden=head.forbidden)
     with pytest.raises(ValueError, match=r"`last_hidden_state` must have shape \(2, 3, 5\)"):
         head(**(given | {"logits": listed}))
 
@@ -459,7 +440,7 @@ def test_gaps_before_a_window_are_packed_without_joining_what_they_part():
 def test_a_window_does_not_depend_on_its_batchmates(name):
     head = shaken_head(name)
     given = window()
-    for logits in (given["logits"], TopKEvidence.from_logits(given["logits"], 3)):
+    for logits in (given["logits"], ListedEvidence.from_logits(given["logits"], 3)):
         together = head(**(given | {"logits": logits}))
         for row in range(BATCH):
             alone = head(**row_of(given | {"logits": logits}, row))

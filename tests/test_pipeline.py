@@ -677,12 +677,11 @@ def test_prompt_without_a_token_is_text_without_a_prompt_alone_and_in_a_batch(pi
     )
 
 
-@pytest.mark.parametrize("groups", [False, True])
-def test_listed_evidence_decodes_at_any_evidence_temperature(groups):
+def test_listed_evidence_decodes_at_any_evidence_temperature():
     """What a large vocabulary gets by default, and all tokens listed is the exact reading."""
     texts = {}
     for top_k in (0, 3, 12):
-        head = random_head(12, mask_token_id=1, evidence_size=top_k, evidence_groups=groups)
+        head = random_head(12, mask_token_id=1, evidence_size=top_k)
         backbone = tiny_backbone(vocab_size=12, eos_token_id=2)
         model = CoDDModel.from_backbone(backbone, head)
         assert model.coupling_head.evidence_size == top_k

@@ -178,11 +178,9 @@ class CoDDHeadConfig(PreTrainedConfig):
         context_size (`int`, *optional*): the backbone's hidden size; needed with conditioning or
             tied emissions.
         evidence_size (`int`, *optional*): how many of a prediction's likeliest tokens the circuit
-            reads in decoding, the others' mass being spread by the token marginal; 0 reads all
-            exactly. By default all, unless the vocabulary is large.
-        evidence_groups (`bool`, defaults to `False`): with `evidence_size`, keep how much of the
-            others' mass the backbone gave to the tokens of each latent, and spread it by the token
-            marginal only among these. Closer to reading all, for a little more time.
+            reads in decoding; of the others it reads how much mass the tokens of each latent have,
+            which the token marginal spreads among these. 0 reads all exactly. By default all,
+            unless the vocabulary is large.
         evidence_temperature (`float`, defaults to 1.0): the temperature that divided the backbone's
             logits when the head was fitted or tuned, and divides them wherever none is named.
         alpha (`float`, defaults to 1.0): power of the token marginal by which the emissions are
@@ -217,7 +215,6 @@ class CoDDHeadConfig(PreTrainedConfig):
     copy_size: int = 64
     context_size: int | None = None
     evidence_size: int | None = None
-    evidence_groups: bool = False
     evidence_temperature: float | int = 1.0
     alpha: float | int = 1.0
     mask_token_id: int | None = None
@@ -252,7 +249,7 @@ class CoDDHeadConfig(PreTrainedConfig):
             if kind in (fields.get("conditioning") or []):
                 without_left_fields({"conditioning": kind}, {"conditioning": None}, what)
         fields = without_left_fields(fields, LEFT, what) | {"format_version": FORMAT_VERSION}
-        for name in ("evidence_top_k", "num_gate_groups", "transition_rank"):
+        for name in ("evidence_top_k", "evidence_groups", "num_gate_groups", "transition_rank"):
             fields.pop(name, None)
         return fields
 
@@ -281,12 +278,6 @@ class CoDDHeadConfig(PreTrainedConfig):
                 f"`evidence_size` must be 0 (exact) or positive, got {self.evidence_size}."
             )
         number("evidence_temperature", self.evidence_temperature, f"above 0, {FACTORS}", is_factor)
-        tied = self.emission == "tied" or (self.tie_emissions and self.tie_transitions)
-        if self.evidence_groups and not tied:
-            raise ValueError(
-                "`evidence_groups` needs the same emissions and token marginal at all positions: "
-                "leave `tie_emissions` and `tie_transitions` on, or `evidence_groups` off."
-            )
 
     def validate_token_ids(self) -> None:
         """Checks that the tokens are the vocabulary's."""

@@ -19,15 +19,14 @@ from .circuits import (
     CoupledCategorical,
     DenseEmission,
     DenseEvidence,
+    ListedEvidence,
     Potentials,
     Preceding,
     TiedEmission,
-    TopKEvidence,
 )
-from .circuits.evidence.dense import ONE_PRODUCT
-from .circuits.evidence.lists import law_of_rest
 from .circuits.factorized import forbidden_tokens
 from .circuits.fitted_circuit import FittedCircuit
+from .circuits.potentials.tables import ONE_PRODUCT
 from .configuration_codd import CoDDHeadConfig
 from .hub.publishing import Publishing
 from .hub.repositories import Repository, checked_name, explain_load_errors, locate
@@ -270,16 +269,16 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
 
     @property
     def log_spread(self) -> torch.Tensor:
-        """`[1 or L, V]`, log of the law by which a top-k prediction's remaining mass is spread.
+        """`[1 or L, V]`, log of the distribution of the mass of tokens that are not listed.
 
         It is the token marginal without the forbidden tokens.
         """
         log_marginal = self.token_marginal.log().reshape(-1, self.config.vocab_size)
-        return law_of_rest(log_marginal, self.forbidden)
+        return DenseEvidence.from_logits(log_marginal, forbidden=self.forbidden).log_probs
 
     def forward(
         self,
-        logits: torch.Tensor | DenseEvidence | TopKEvidence,
+        logits: torch.Tensor | DenseEvidence | ListedEvidence,
         tokens: torch.Tensor | None = None,
         observed: torch.Tensor | None = None,
         last_hidden_state: torch.Tensor | None = None,
@@ -294,7 +293,7 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
 
         Args:
             logits: `[batch, L, vocab]`, the backbone's, used at masked positions; or
-                [`TopKEvidence`] made of them (at `temperature`).
+                [`ListedEvidence`] made of them (at `temperature`).
             tokens: `[batch, L]`, used where `observed`.
             observed: `[batch, L]` bool, True where the position is given by `tokens`.
             last_hidden_state: `[batch, L, hidden]`, the states that predict the window's tokens;
@@ -325,7 +324,6 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
             temperature=temperature,
             forbidden=circuit.forbidden,
             top_k=top_k,
-            grouped=self.config.evidence_groups,
         )
 
     def _context(self, logits, observed, last_hidden_state, present, preceding) -> Context:

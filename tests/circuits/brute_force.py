@@ -30,10 +30,9 @@ from codd_hf.circuits import (
     Context,
     CopyStates,
     CoupledCategorical,
-    GroupedEvidence,
+    ListedEvidence,
     Potentials,
     TiedEmission,
-    TopKEvidence,
 )
 
 LEAVES = ["logits", "initial", "transition", "emission", "latents", "projection", "bias"]
@@ -116,7 +115,7 @@ class Case:
             marginal = self.log_marginal.to(dtype).log_softmax(-1)
         return Potentials(self.initial.to(dtype), transition, emission, marginal)
 
-    def prediction(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | TopKEvidence:
+    def prediction(self, dtype: torch.dtype = torch.float32) -> torch.Tensor | ListedEvidence:
         """Our evidence: the logits as they are, or a list made of them."""
         if self.top_k is None:
             return self.logits
@@ -124,10 +123,8 @@ class Case:
         forbidden = self.options.get("forbidden")
         logits = self.logits.to(dtype)
         how = (self.top_k, temperature, forbidden)
-        if self.grouped:
-            groups = self.circuit(dtype).token_groups
-            return GroupedEvidence.from_logits(logits, *how, groups=groups)
-        return TopKEvidence.from_logits(logits, *how)
+        groups = self.circuit(dtype).groups if self.grouped else None
+        return ListedEvidence.from_logits(logits, *how, groups)
 
     def leaves(self) -> dict[str, torch.Tensor]:
         """Everything that a distribution is differentiable in, by name."""

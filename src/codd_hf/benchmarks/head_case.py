@@ -22,8 +22,8 @@ SHARED = 0.68
 NEW = 32 << 20
 """Bytes above which a result takes new memory; less is kept for the next use, as by glibc."""
 
-LISTS = {"topk": DEFAULT_TOP_K, "grouped": 16}
-"""Tokens of a prediction that a step reads; `grouped` spreads the rest by groups."""
+LISTS = {"listed": DEFAULT_TOP_K, "short list": 16}
+"""Tokens of a prediction that a step reads."""
 
 EVIDENCE = ("exact", *LISTS)
 
@@ -87,14 +87,13 @@ class HeadCase:
         """What a head adds to a denoising step: evidence, filter, latents, coupled log-probs.
 
         Args:
-            evidence: one of `EVIDENCE`; decoding takes `topk` for a large vocabulary.
+            evidence: one of `EVIDENCE`; decoding takes `listed` for a large vocabulary.
             marginals: whether to compute the candidates' exact marginals too, by which decoding
                 ranks positions.
 
         Returns:
             `[B, L, V]` log-probabilities given the sampled latents.
         """
-        self.head.config.evidence_groups = evidence == "grouped"
         distribution = self.frozen(
             self.logits,
             tokens=self.tokens,
@@ -123,9 +122,9 @@ class HeadCase:
         """Least seconds of a step on this machine: the sum of four parts that wait for each other.
 
         The logits are read. The evidence takes a product with all emissions or, with lists, a cache
-        line for every number that it gathers (or all of them, if that is faster) and, if `grouped`,
-        a product with the means of the groups. The chain multiplies with the transitions, read from
-        memory once and from a cache then. The emissions of its latents are read, and the coupled
+        line for every number that it gathers (or all of them, if that is faster) and a product with
+        the means of the groups. The chain multiplies with the transitions, read from memory once
+        and from a cache then. The emissions of its latents are read, and the coupled
         log-probabilities written.
         """
         shape, limit = self.shape, rates.limit
@@ -135,7 +134,6 @@ class HeadCase:
         if evidence != "exact":
             gathered = limit(scattered=LINE * self.num_listed(evidence) * shape.latents)
             reading = min(gathered, limit(copy=emissions))
-        if evidence == "grouped":
             reading += limit(2 * positions * square, copy=4 * square + 8 * shape.vocab)
         again = 4 * max(shape.window - 2, 0) * square
         chain = limit(2 * positions * square, copy=4 * square, cached=again)

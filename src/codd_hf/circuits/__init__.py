@@ -9,10 +9,10 @@ from .context.copies import CopyStates
 from .context.maps import Context, ContextMaps, Preceding
 from .distribution import CoupledCategorical, ViterbiPath
 from .evidence.dense import DenseEvidence
-from .evidence.grouped import GroupedEvidence, TokenGroups, group_tokens
-from .evidence.lists import TopKEvidence
+from .evidence.lists import ListedEvidence
 from .potentials import Potentials, occupancy, token_marginal
 from .potentials.emissions import DenseEmission, TiedEmission, fit_tied
+from .potentials.tables import TokenGroups
 from .potentials.transitions import StepTransitions
 
 __all__ = [
@@ -22,16 +22,14 @@ __all__ = [
     "CoupledCategorical",
     "DenseEmission",
     "DenseEvidence",
-    "GroupedEvidence",
+    "ListedEvidence",
     "Potentials",
     "Preceding",
     "StepTransitions",
     "TiedEmission",
     "TokenGroups",
-    "TopKEvidence",
     "ViterbiPath",
     "fit_tied",
-    "group_tokens",
     "occupancy",
     "token_marginal",
 ]

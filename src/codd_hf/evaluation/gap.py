@@ -270,9 +270,8 @@ def evaluate(pipeline: CoDDPipeline, examples: Sequence[Example], settings: GapS
     heads["fitted"] = fitted = model.coupling_head
     for head in heads.values():
         head.to(model.device)
-        for name in ("evidence_size", "evidence_groups"):
-            if (value := getattr(settings, name)) is not None:
-                setattr(head.config, name, value)
+        if settings.evidence_size is not None:
+            head.config.evidence_size = settings.evidence_size
     rows = measure_gap(
         model,
         heads,
@@ -294,7 +293,6 @@ def evaluate(pipeline: CoDDPipeline, examples: Sequence[Example], settings: GapS
         "examples": len(examples),
         "evidence_temperature": settings.evidence_temperature or fitted.config.evidence_temperature,
         "evidence_size": fitted.evidence_size,
-        "evidence_groups": fitted.config.evidence_groups,
         "seed": settings.seed,
     }
     return Report(gap_table(rows), facts, {"rows": [row.as_dict() for row in rows]})

@@ -21,9 +21,9 @@ from ...checks.arguments import (
 )
 from ..context.maps import Context
 from ..evidence.dense import DenseEvidence
-from ..evidence.grouped import GroupedEvidence
-from ..evidence.lists import TopKEvidence
+from ..evidence.lists import ListedEvidence
 from ..potentials import Potentials
+from ..potentials.tables import TokenGroups
 from ..random import Generators, draw_categorical, uniform
 from .latents import Latents
 
@@ -48,7 +48,7 @@ class CoupledCategorical(Distribution):
 
     Args:
         logits: `[B, L, V]`, the backbone's logits, of any floating dtype; used at masked positions.
-            Or the prediction itself, as [`TopKEvidence`] (or [`DenseEvidence`]), made at this
+            Or the prediction itself, as [`ListedEvidence`] (or [`DenseEvidence`]), made at this
             `temperature`.
         potentials: the circuit, over the same `V` and `L`.
         tokens: `[B, L]`, the window's tokens; needed where `observed`.
@@ -60,16 +60,15 @@ class CoupledCategorical(Distribution):
         active: `[B]` bool, False for rows that are to stay factorized; default all.
         temperature: the evidence temperature, which divides the logits.
         forbidden: `[V]` bool, tokens that get zero potential at masked positions.
-        top_k: read logits by so many of their likeliest tokens, the remaining mass spread by
-            `potentials.log_marginal`; 0 reads all, exactly.
-        grouped: with `top_k`, spread the remaining mass group by group (`GroupedEvidence`).
+        top_k: read logits by so many of their likeliest tokens, the others' mass spread by
+            `potentials.log_marginal` within groups; 0 reads all, exactly.
 
     Raises:
         TypeError: an argument is of another kind.
         ValueError: shapes do not fit, a number is out of range, or a logit is NaN.
     """
 
-    logits: torch.Tensor | DenseEvidence | TopKEvidence
+    logits: torch.Tensor | DenseEvidence | ListedEvidence
     potentials: Potentials
     tokens: torch.Tensor | None = None
     observed: torch.Tensor | None = None
@@ -79,7 +78,6 @@ class CoupledCategorical(Distribution):
     temperature: float = 1.0
     forbidden: torch.Tensor | None = None
     top_k: int = 0
-    grouped: bool = False
 
     arg_constraints: ClassVar[dict] = {}
     support: ClassVar = torch.distributions.constraints.independent(
@@ -126,7 +124,7 @@ class CoupledCategorical(Distribution):
         if isinstance(logits, torch.Tensor):
             as_tensor("logits", logits, float)
             shape = tuple(logits.shape)
-        elif isinstance(logits, DenseEvidence | TopKEvidence):
+        elif isinstance(logits, DenseEvidence | ListedEvidence):
             dense = isinstance(logits, DenseEvidence)
             vocab_size = logits.log_probs.shape[-1] if dense else potentials.vocab_size
             shape = (*logits.batch_shape, vocab_size)
@@ -142,12 +140,12 @@ class CoupledCategorical(Distribution):
                 f"`logits` must have shape [batch, length, {potentials.vocab_size}], got {shape}."
             )
         listed = (
-            self.top_k if isinstance(logits, torch.Tensor) else isinstance(logits, TopKEvidence)
+            self.top_k if isinstance(logits, torch.Tensor) else isinstance(logits, ListedEvidence)
         )
-        if listed and getattr(logits, "log_marginal", None) is potentials.log_marginal is None:
+        if listed and potentials.log_marginal is None and getattr(logits, "groups", None) is None:
             raise ValueError(
-                "There is no law by which the mass outside of top-k evidence is spread: call "
-                "its `spread_by(log_marginal)`, or give the potentials a `log_marginal`."
+                "There is no distribution by which the mass of tokens that are not listed is "
+                "spread: give the potentials a `log_marginal`."
             )
         for name, held, needed in (
             ("transition", potentials.transition.num_steps, shape[1] - 1),
@@ -161,17 +159,15 @@ class CoupledCategorical(Distribution):
         return shape[:2]
 
     @cached_property
-    def prediction(self) -> DenseEvidence | TopKEvidence:
+    def prediction(self) -> DenseEvidence | ListedEvidence:
         """The backbone's prediction without the circuit."""
         prediction, potentials = self.logits, self.potentials
         if isinstance(prediction, torch.Tensor):
             logits = prediction.to(torch.promote_types(potentials.emission.dtype, torch.float32))
             how = (self.temperature, self.forbidden)
-            if self.top_k and self.grouped:
-                groups = potentials.token_groups_without(self.forbidden)
-                return GroupedEvidence.from_logits(logits, self.top_k, *how, groups=groups)
             if self.top_k:
-                prediction = TopKEvidence.from_logits(logits, self.top_k, *how)
+                groups = potentials.groups_without(self.forbidden)
+                prediction = ListedEvidence.from_logits(logits, self.top_k, *how, groups)
             else:
                 prediction = DenseEvidence.from_logits(logits, *how)
                 undefined = (prediction.log_probs[..., 0].isnan() & self.masked).nonzero()
@@ -180,8 +176,9 @@ class CoupledCategorical(Distribution):
                         f"`logits` hold NaN or infinity in row {int(undefined[0, 0])}: check what "
                         "made them."
                     )
-        if isinstance(prediction, TopKEvidence) and prediction.log_marginal is None:
-            return prediction.spread_by_law(potentials.law_of_rest(self.forbidden))
+        if isinstance(prediction, ListedEvidence) and prediction.groups is None:
+            marginal = potentials.log_marginal_without(self.forbidden)
+            return prediction.spread(TokenGroups(marginal, None, potentials.tables))
         return prediction
 
     @cached_property
@@ -209,7 +206,7 @@ class CoupledCategorical(Distribution):
         Both are `log_partition` where the evidence is exact. The log-probability of listed tokens
         is off by no more than `log_partition` is.
         """
-        if not isinstance(self.prediction, TopKEvidence):
+        if not isinstance(self.prediction, ListedEvidence):
             return self.log_partition, self.log_partition
         bounds = self.latents.filters(self.latents.evidence_by(0), self.latents.evidence_by(1))
         return bounds[0].log_partition, bounds[1].log_partition

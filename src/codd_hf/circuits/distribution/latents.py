@@ -9,17 +9,11 @@ from itertools import accumulate
 import torch
 from torch.nn import functional as F
 
-from ..best import best_evidence
 from ..context.copies import CopyStates, CopySteps
 from ..context.maps import Context
-from ..evidence.dense import (
-    DenseEvidence,
-    EmissionSummary,
-    emission_of_latents,
-    mix_tokens,
-    summarise,
-)
-from ..evidence.lists import TopKEvidence
+from ..evidence.best import best_evidence
+from ..evidence.dense import DenseEvidence, emission_of_latents, mix_tokens
+from ..evidence.lists import ListedEvidence
 from ..numerics import full_precision, logsumexp, pin_tokens, safe_log
 from ..potentials import Potentials
 from ..potentials.transitions import StepTransitions
@@ -45,7 +39,7 @@ class Latents:
     """
 
     potentials: Potentials
-    prediction: DenseEvidence | TopKEvidence
+    prediction: DenseEvidence | ListedEvidence
     tokens: torch.Tensor
     masked: torch.Tensor
     present: torch.Tensor | None
@@ -61,16 +55,6 @@ class Latents:
     def dtype(self) -> torch.dtype:
         """Of evidence and messages: float32, or float64 if the emissions are."""
         return torch.promote_types(self.potentials.emission.dtype, torch.float32)
-
-    @cached_property
-    def tables(self) -> EmissionSummary:
-        """What the evidence needs of all emissions."""
-        if isinstance(self.prediction, DenseEvidence):
-            return self.potentials.summary
-        law = self.prediction.log_marginal
-        if law is self.potentials.log_marginal:
-            return self.potentials.top_k_summary
-        return summarise(self.potentials.emission, law)
 
     @cached_property
     def copies(self) -> CopyStates | None:
@@ -115,9 +99,9 @@ class Latents:
     def evidence_by(self, bound: int | None) -> torch.Tensor:
         """`evidence`, or a lower (0) or upper (1) bound, whatever a list of tokens left out."""
         at = (self.masked & self.active[:, None]).nonzero(as_tuple=True)
-        prediction, given = self.prediction, (self.potentials.emission, at[1], self.tables)
+        prediction, given = self.prediction, (self.potentials.tables, at[1])
         if bound is None:
-            soft = prediction[at].soft_evidence(*given, repair=self.tables.needs_repair)
+            soft = prediction[at].soft_evidence(*given)
         else:
             soft = prediction[at].soft_evidence_bounds(*given)[bound]
         if self.copies is not None:
@@ -131,10 +115,10 @@ class Latents:
 
     def evidence_of_best_tokens(self) -> torch.Tensor:
         """`evidence` with a maximum over tokens in place of the sum."""
-        at, emission = self.masked.nonzero(as_tuple=True), self.potentials.emission
+        at, tables = self.masked.nonzero(as_tuple=True), self.potentials.tables
         log_phi = self.prediction[at].dense()
-        best = best_evidence(emission, log_phi, at[1], self.tables).to(self.dtype)
-        best = torch.cat((best, self.evidence[at][:, emission.num_latents :]), -1)
+        best = best_evidence(log_phi, at[1], tables).to(self.dtype)
+        best = torch.cat((best, self.evidence[at][:, self.potentials.num_latents :]), -1)
         best = torch.where(self.active[at[0], None], best, log_phi.amax(-1, keepdim=True))
         return self.evidence.index_put(at, best)
 
@@ -208,10 +192,9 @@ class Latents:
         """
         log_phi = self.prediction[at].dense()
         weights, copied = self._emitted(at, posterior)
-        emission, tables = self.potentials.emission, self.potentials.summary
-        mixed = mix_tokens(emission, log_phi, weights, at[1], tables)
+        mixed = mix_tokens(log_phi, weights, at[1], self.potentials.tables)
         if self.copies is not None:
-            own = posterior[:, : emission.num_latents].sum(-1, keepdim=True)
+            own = posterior[:, : self.potentials.num_latents].sum(-1, keepdim=True)
             tokens, copied = self.copies.tokens[at[0]], copied.to(mixed.dtype)
             mixed = (own * mixed).scatter_add(1, tokens, copied)
         coupled = self._coupled(at, posterior)

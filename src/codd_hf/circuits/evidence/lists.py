@@ -1,20 +1,29 @@
-r"""Predictions that keep a short list of tokens, and the evidence they give.
+r"""Predictions that keep a short list of tokens and the mass of groups of others.
 
-A large vocabulary's prediction is mostly tail. Kept are the `k` likeliest tokens `T` and the mass
-`r` of all others, which is taken to be spread in proportion to a token marginal `u`:
+A large vocabulary's prediction is mostly tail. Kept are the `k` likeliest tokens `T` and, for each
+group `c` of tokens that look alike to the circuit, the mass `r_c` of those that are not listed.
+Within a group it is taken to be spread in proportion to a token marginal `u`:
 
-    phi(v) = r u(v) / (1 - u(T))    for v outside T
+    phi(v) = r_c u(v) / u(c \ T)    for v outside T in group c
 
-Soft evidence then needs `k` columns of the emission instead of all `V`:
+Soft evidence then needs `k` columns of the emission instead of all `V`, and a product with the
+groups' means `U_c(z) = \sum_{v in c} u(v) E(z, v)`, which are made once:
 
-    s(z) = \sum_{v in T} phi(v) E(z, v) + r (U(z) - \sum_{v in T} u(v) E(z, v)) / (1 - u(T)),
+    s(z) = \sum_{v in T} (phi(v) - w_c(v) u(v)) E(z, v) + \sum_c w_c U_c(z),  w_c = r_c / u(c \ T)
 
-with `U(z) = \sum_v u(v) E(z, v)` computed once. It is exact when `k = V`, and otherwise within
-`soft_evidence_bounds`.
+It is exact when `k = V`, and otherwise within `soft_evidence_bounds`.
+
+Where nearly all of a group's marginal is listed, what is left of it is mostly rounding error. A
+group takes mass for at least `SMALLEST_PART` of its marginal's, and what is then left over, with a
+rounding error's worth of all, is spread over all tokens by the marginal.
+
+On CUDA, sums by group are made in no fixed order: runs agree to rounding, and bit by bit only under
+`torch.use_deterministic_algorithms(True)`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,43 +31,37 @@ import torch
 from torch.nn import functional as F
 
 from ..numerics import exp_of_difference, full_precision, logsumexp, safe_log, shifted_exp
-from ..potentials.emissions import DenseEmission, Emission, stored_by_latent
-from .dense import (
-    DenseEvidence,
-    EmissionSummary,
-    columns_of_lists,
-    rows_of_latents,
-    scaled_logits,
-    summarise,
-    working_dtype,
-)
+from ..potentials.emissions import Emission, stored_by_latent
+from ..potentials.tables import EmissionTables, TokenGroups
+from .dense import DenseEvidence, rows_of_latents, scaled_logits
 from .listing import list_likeliest, slice_size, sum_by_group
+
+SMALLEST_PART = 1e-3
+"""Of a group's marginal: keeps the mass spread within it accurate to about a ten-thousandth."""
 
 STATES_AT_ONCE = 256
 """States whose emissions of the listed tokens are gathered together: the fastest on a CPU."""
 
 
 @dataclass(frozen=True)
-class TopKEvidence:
+class ListedEvidence:
     """The backbone's factorized prediction as a list of tokens and the mass of the others.
 
     Attributes:
         indices: `[*batch, k]` long, distinct tokens.
         log_probs: `[*batch, k]`, their log-probabilities.
-        log_rest: `[*batch]`, log of the mass of all other tokens; -inf when `k = V`.
+        log_rest: `[*batch, C]`, log of the mass of each group's other tokens; -inf when `k = V`.
         temperature: the evidence temperature it was computed at.
-        log_marginal: `[1 or L, V]`, the law by which the rest is spread (`spread_by`).
-        marginal_rows: `[*batch]` long, which row of `log_marginal` each prediction uses.
+        groups: by which that mass is spread (`spread`).
+        rows: `[*batch]` long, which row of the groups' marginal each prediction uses.
     """
 
     indices: torch.Tensor
     log_probs: torch.Tensor
     log_rest: torch.Tensor
     temperature: float = 1.0
-    log_marginal: torch.Tensor | None = None
-    marginal_rows: torch.Tensor | None = None
-
-    _by_prediction = ("indices", "log_probs", "log_rest", "marginal_rows")
+    groups: TokenGroups | None = None
+    rows: torch.Tensor | None = None
 
     @classmethod
     def from_logits(
@@ -67,76 +70,125 @@ class TopKEvidence:
         k: int,
         temperature: float = 1.0,
         forbidden: torch.Tensor | None = None,
-    ) -> TopKEvidence:
+        groups: TokenGroups | None = None,
+    ) -> ListedEvidence:
         """The `k` likeliest tokens of `softmax(logits / temperature)`, forbidden ones left out.
 
         Args:
             logits: `[*batch, V]`, of any floating dtype; a row that is -inf throughout stays so.
             k: from 1 to `V`.
             temperature: positive.
-            forbidden: `[V]` bool, tokens that get no mass; name them to `spread_by` as well.
+            forbidden: `[V]` bool, tokens that get no mass, nor have any in the groups' marginal.
+            groups: of tokens; None is one group, still without a distribution.
 
         Raises:
             ValueError: `k` is out of range.
         """
-        indices, log_probs, log_rest = list_and_rest(logits, k, temperature, forbidden)
-        return cls(indices, log_probs, log_rest[..., 0], temperature)
+        if not 1 <= k <= logits.shape[-1]:
+            raise ValueError(f"`k` must be in [1, {logits.shape[-1]}], got {k}.")
+        index, number = (None, 1) if groups is None else (groups.index, groups.number)
+        if torch.is_grad_enabled() and logits.requires_grad:
+            logits = scaled_logits(logits, temperature, forbidden)
+            listed, indices = logits.topk(k, -1)
+            others, shift = shifted_exp(logits.scatter(-1, indices, -torch.inf), -1)
+            rest = safe_log(sum_by_group(others, index, number)) + shift
+        else:
+            flat = logits.reshape(-1, logits.shape[-1])
+            found = list_likeliest(flat, k, temperature, forbidden, index, number)
+            shape = logits.shape[:-1]
+            listed, indices, rest = (part.view(*shape, part.shape[-1]) for part in found)
+        total = logsumexp(torch.cat((listed, rest), -1), -1)[..., None]
+        total = total.masked_fill(total == -torch.inf, 0)
+        evidence = cls(indices, listed - total, rest - total, temperature)
+        return evidence if groups is None else evidence.spread(groups)
 
-    def spread_by(
-        self, log_marginal: torch.Tensor, forbidden: torch.Tensor | None = None
-    ) -> TopKEvidence:
-        """The same with the law by which the remaining mass is spread.
+    def spread(self, groups: TokenGroups) -> ListedEvidence:
+        """The same with the distribution by which the groups' mass is spread.
 
-        Args:
-            log_marginal: `[V]` or `[L, V]` log of the token marginal, up to a constant; row `i` is
-                for position `i` of the batch's last axis.
-            forbidden: `[V]` bool, tokens that get none of it.
+        With one row a position, row `i` is for position `i` of the batch's last axis.
         """
-        return self.spread_by_law(law_of_rest(log_marginal, forbidden))
-
-    def spread_by_law(self, log_marginal: torch.Tensor) -> TopKEvidence:
-        """`spread_by` what `law_of_rest` has made."""
-        rows = torch.zeros_like(self.log_rest, dtype=torch.long)
-        if len(log_marginal) > 1:
+        rows = torch.zeros_like(self.indices[..., 0])
+        if len(groups.log_marginal) > 1:
             rows = rows + torch.arange(rows.shape[-1], device=rows.device)
-        return replace(self, log_marginal=log_marginal, marginal_rows=rows)
+        return replace(self, groups=groups, rows=rows)
 
     @property
     def batch_shape(self) -> torch.Size:
-        return self.log_rest.shape
+        return self.indices.shape[:-1]
 
     @property
     def device(self) -> torch.device:
-        return self.log_rest.device
+        return self.indices.device
 
-    def __getitem__(self, index) -> TopKEvidence:
+    def __getitem__(self, index) -> ListedEvidence:
         """The predictions at some places of the batch, such as `prediction[rows, positions]`."""
-        return self._map(lambda tensor: tensor[index])
+        parts = {n: getattr(self, n) for n in ("indices", "log_probs", "log_rest", "rows")}
+        return replace(self, **{n: t if t is None else t[index] for n, t in parts.items()})
 
-    def _map(self, function) -> TopKEvidence:
-        held = {name: getattr(self, name) for name in self._by_prediction}
-        return replace(self, **{n: t if t is None else function(t) for n, t in held.items()})
+    def _log_marginal_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`log u(v)` of tokens `[*S, *batch, n]`."""
+        if self.groups is None:
+            raise ValueError("the mass of other tokens has no distribution yet: call `spread`.")
+        marginal = self.groups.log_marginal
+        if len(marginal) == 1:
+            return marginal[0].take(tokens)
+        return marginal[self.rows[..., None], tokens]
+
+    @cached_property
+    def _log_marginal_listed(self) -> torch.Tensor:
+        return self._log_marginal_of(self.indices)
+
+    @cached_property
+    def _log_weights(self) -> torch.Tensor:
+        """`[*batch, C]`: what to add to `log u(v)` for the log-probability of a group's tokens."""
+        listed = self._log_marginal_listed.to(self.log_rest.dtype).exp()
+        outside = 1 - listed.sum(-1)
+        nothing = outside <= 16 * torch.finfo(outside.dtype).eps
+        log_outside = outside.masked_fill(nothing, torch.inf).log()
+        mass = self.groups.mass.to(listed.dtype)
+        group = 0 if self.groups.index is None else self.groups.index[self.indices]
+        left = mass.expand_as(self.log_rest)
+        left = left.scatter_add(-1, torch.zeros_like(self.indices) + group, -listed)
+        left = torch.where(mass > 0, left.clamp(min=0), 0)
+        counted = torch.maximum(left, SMALLEST_PART * mass)
+        counted = counted.masked_fill(counted <= 0, torch.inf)
+        within = self.log_rest - counted.log()
+        over = logsumexp(self.log_rest + safe_log(1 - left / counted), -1)
+        least = logsumexp(self.log_rest, -1) + math.log(torch.finfo(listed.dtype).eps)
+        over = logsumexp(torch.stack((over, least)), 0) - log_outside
+        return logsumexp(torch.stack((within, over[..., None].expand_as(within))), 0)
+
+    def _by_token(
+        self, weights: torch.Tensor, tokens: torch.Tensor | slice = slice(None)
+    ) -> torch.Tensor:
+        """Weights `[..., C]` of the groups of tokens `[..., n]`, or of all (or one for all)."""
+        if self.groups.index is None:
+            return weights
+        index = self.groups.index[tokens]
+        return weights.gather(-1, index.expand(*weights.shape[:-1], -1))
 
     def log_prob_of(self, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probabilities `[*S, *batch]` of tokens `[*S, *batch]`."""
         match = self.indices == tokens[..., None]
         listed = torch.where(match, self.log_probs, 0).sum(-1)
-        weights = self._log_rest_weights.expand(*tokens.shape, -1)
-        other = self._weights_of(weights, tokens[..., None])[..., 0]
-        other = other + self.log_marginal[self.marginal_rows, tokens]
-        return torch.where(match.any(-1), listed, other)
+        token = tokens[..., None]
+        weights = self._log_weights.expand(*tokens.shape, -1)
+        other = self._by_token(weights, token) + self._log_marginal_of(token)
+        return torch.where(match.any(-1), listed, other[..., 0])
 
     def log_prob_bounds_of(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lower and upper `log_prob_of`, however the remaining mass is really spread."""
+        """Lower and upper `log_prob_of`, however the mass of the others is really spread."""
         match = self.indices == tokens[..., None]
-        listed = torch.where(match, self.log_probs, 0).sum(-1)
-        known = match.any(-1)
-        rest = self.log_rest.expand_as(listed)
+        listed, known = torch.where(match, self.log_probs, 0).sum(-1), match.any(-1)
+        rest = logsumexp(self.log_rest, -1).expand_as(listed)
         return listed.masked_fill(~known, -torch.inf), torch.where(known, listed, rest)
 
     def dense(self) -> torch.Tensor:
         """`[*batch, V]` log-probabilities."""
-        rest = self._weights_of(self._log_rest_weights) + self.log_marginal[self.marginal_rows]
+        self._log_marginal_of(self.indices[..., :1])
+        marginal = self.groups.log_marginal
+        rest = self._by_token(self._log_weights)
+        rest = rest + (marginal[0] if len(marginal) == 1 else marginal[self.rows])
         return rest.scatter(-1, self.indices, self.log_probs.to(rest.dtype))
 
     @full_precision
@@ -153,228 +205,97 @@ class TopKEvidence:
         indices = flat(self.indices)
         listed = flat(self.log_probs - log_total[..., None])
         if not whole:
-            others = flat(self._log_rest_weights - log_total[..., None])
-            laws, law_of = self.log_marginal, flat(self.marginal_rows[..., None])[:, 0]
+            others, rows_of = (
+                flat(self._log_weights - log_total[..., None]),
+                flat(self.rows[..., None]),
+            )
+            marginal = self.groups.log_marginal
         for part, rows in rows_of_latents(emission, latents, scores):
             values = rows.gather(1, indices[part]).add_(listed[part])
             if not whole:
-                rows.add_(self._weights_of(others[part]))
-                rows.add_(laws if len(laws) == 1 else laws[law_of[part]])
+                rows.add_(self._by_token(others[part]))
+                rows.add_(marginal if len(marginal) == 1 else marginal[rows_of[part, 0]])
             rows.scatter_(1, indices[part], values)
         return scores
 
     @full_precision
-    def soft_evidence(
-        self,
-        emission: Emission,
-        positions: torch.Tensor,
-        summary: EmissionSummary | None = None,
-        repair: bool = True,
-    ) -> torch.Tensor:
+    def soft_evidence(self, tables: EmissionTables, positions: torch.Tensor) -> torch.Tensor:
         """`log s(z)`, `[N, H]`, of a batch of `N` predictions; differentiable.
 
         Args:
-            emission: the emission.
+            tables: of the emission.
             positions: `[N]`, where in the window each prediction stands.
-            summary: of this emission and of `log_marginal`, if at hand: saves a product with the
-                whole vocabulary.
-            repair: as in `DenseEvidence.soft_evidence`, for the `summary` that is made if none is
-                given; what the listed tokens add is summed in log space.
 
         Raises:
-            ValueError: `k < V` and no `spread_by` has said where the remaining mass goes.
+            ValueError: `k < V` and no `spread` has said where the mass of the others goes.
         """
-        safe = summary is not None and not summary.needs_repair
-        if safe and stored_by_latent(emission) and not torch.is_grad_enabled():
-            return self._soft_evidence_in_products(emission, positions, summary)
-        listed, columns = self._listed(emission, positions)
-        if self.indices.shape[-1] == emission.vocab_size:
-            return listed
-        rest, share = self._log_rest_weights, self._log_marginal_listed
-        if summary is None:
-            summary = summarise(emission, self.log_marginal, repair)
-        untied = emission.num_positions > 1
-        log_mean = summary.log_mean[positions if untied else self.marginal_rows].to(columns.dtype)
-        scale = log_mean.masked_fill(log_mean == -torch.inf, 0)
-        # The part of the mean that the listed tokens make up: at most 1 but for rounding.
-        part = (columns + share[..., None]).sub_(scale[:, None]).exp_().sum(1)
-        others = log_mean + safe_log(1 - part) + rest
-        return logsumexp(torch.stack((listed, others)), 0)
-
-    def _soft_evidence_in_products(
-        self, emission: Emission, positions: torch.Tensor, summary: EmissionSummary
-    ) -> torch.Tensor:
-        """The same where sums cannot underflow: what is listed is added up in two products."""
-        scale = summary.scale(0)
-        whole = self.indices.shape[-1] == emission.vocab_size
-        counted = [self.log_probs]  # and what the law of the rest would give to the listed tokens
+        whole = self.indices.shape[-1] == tables.emission.vocab_size
+        if tables.can_underflow:
+            dense = self._only_listed(tables) if whole else self.dense()
+            return DenseEvidence(dense).soft_evidence(tables, positions)
+        weights = [self.log_probs]  # and what the spread would give to the listed tokens
         if not whole:
-            rest = self._weights_of(self._log_rest_weights, self.indices)
-            counted.append(rest + self._log_marginal_listed)
-        weights = torch.stack(counted, 1).to(scale.dtype).exp()  # [N, 1 or 2, k]
-        if stored_by_latent(emission):
-            sums = self._sums_by_latent(emission, scale, weights)
-        else:
-            columns = columns_of_lists(emission, self.indices, positions).to(scale.dtype)
-            sums = weights @ exp_of_difference(columns, scale)
-        if whole:
-            return sums[:, 0].log() + scale
-        listed, part = sums.unbind(1)
-        return (listed + (self._rest(summary) - part).clamp(min=0)).log() + scale
+            others = self._by_token(self._log_weights, self.indices) + self._log_marginal_listed
+            weights.append(others)
+        dtype = torch.promote_types(tables.log_max.dtype, self.log_probs.dtype)
+        sums = self._sums(tables, positions, torch.stack(weights, 1).to(dtype).exp())
+        evidence = sums[:, 0]
+        if not whole:
+            rest, means = self._log_weights.to(dtype).exp(), self.groups.means().to(dtype)
+            if self.groups.index is None:
+                rest = rest * (means if len(means) == 1 else means[positions])
+            else:
+                rest = rest @ means
+            evidence = evidence + (rest - sums[:, 1]).clamp(min=0)
+        nothing = evidence <= 0  # NaN is not
+        evidence = evidence.masked_fill(nothing, 1).log() + tables.log_scale(positions).to(dtype)
+        return evidence.masked_fill(nothing, -torch.inf)
 
-    def _rest(self, summary: EmissionSummary) -> torch.Tensor:
-        """`[N, H]`: what the rest adds to `s(z) exp(-scale(z))` if no token were listed."""
-        scale = summary.scale(0)
-        mean = (summary.log_mean.to(scale.dtype) - scale).exp()[self.marginal_rows]
-        return self._log_rest_weights.to(scale.dtype).exp() * mean
-
-    def _sums_by_latent(
-        self, emission: DenseEmission, scale: torch.Tensor, weights: torch.Tensor
+    def _sums(
+        self, tables: EmissionTables, positions: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """`[N, n, H]`: sums of the listed tokens' `E(z, v) exp(-scale(z))`.
-
-        Args:
-            emission: stored by latent.
-            scale: `[H]`.
-            weights: `[N, n, k]`, what the tokens count in each sum.
-        """
+        """`[N, n, H]`: sums of the listed tokens' factors by weights `[N, n, k]`."""
+        emission = tables.emission
+        scale = tables.log_scale(positions).to(weights.dtype)
+        if not stored_by_latent(emission):
+            columns = emission.columns(self.indices, positions[:, None]).to(weights.dtype)
+            return weights @ exp_of_difference(columns, scale[:, None])
         # Predictions share many of their tokens: these are read once, and in the order in which
         # they lie in memory.
-        tokens, place = self.indices.unique(return_inverse=True)
+        tokens, places = self.indices.unique(return_inverse=True)
+        # A prediction's sums one after the other: all but the first from the processor's cache.
+        places = places.repeat_interleave(weights.shape[1], 0)
         number = min(max(slice_size(self.device) // max(len(tokens), 1), 1), STATES_AT_ONCE)
-        sums = scale.new_empty(len(weights), weights.shape[1], emission.num_latents)
-        for first in range(0, emission.num_latents, number):
-            part = slice(first, first + number)
-            matrix = emission.log_potential[0, part]
-            table = matrix.T.index_select(0, tokens).to(scale.dtype)
-            table = exp_of_difference(table, scale[part], out=table)
-            sums[..., part] = _weighted_sums(table, place, weights)
-        return sums
+        sums = []
+        for matrix, shift in zip(
+            emission.log_potential[0].split(number), scale[0].split(number), strict=True
+        ):
+            factors = matrix.T.index_select(0, tokens).to(shift.dtype)
+            out = None if torch.is_grad_enabled() else factors
+            factors, by_token = exp_of_difference(factors, shift, out), weights.flatten(0, 1)
+            sums.append(F.embedding_bag(places, factors, mode="sum", per_sample_weights=by_token))
+        return torch.cat(sums, -1).unflatten(0, weights.shape[:2])
+
+    def _only_listed(self, tables: EmissionTables) -> torch.Tensor:
+        """`[*batch, V]` log-probabilities of the listed tokens alone."""
+        nothing = self.log_probs.new_full(
+            (*self.batch_shape, tables.emission.vocab_size), -torch.inf
+        )
+        return nothing.scatter(-1, self.indices, self.log_probs)
 
     @full_precision
     def soft_evidence_bounds(
-        self,
-        emission: Emission,
-        positions: torch.Tensor,
-        summary: EmissionSummary | None = None,
+        self, tables: EmissionTables, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lower and upper `log s(z)`, `[N, H]` each, however the remaining mass is really spread.
+        """Lower and upper `log s(z)`, `[N, H]` each, however the others' mass is really spread.
 
         All of it is put on the token that the state emits least, or most. Sums over latent paths
         grow with every piece of evidence, so these give a lower and an upper `log Z` too.
         """
-        if summary is None:
-            summary = summarise(emission)
-        listed, _ = self._listed(emission, positions)
-        rows = positions if emission.num_positions > 1 else torch.zeros_like(positions)
-        extremes = torch.stack((summary.log_min, summary.log_max))[:, rows]
-        others = self.log_rest[:, None] + extremes  # [2, N, H]
-        lower, upper = logsumexp(torch.stack((listed.expand_as(others), others)), 0)
-        return lower, upper
-
-    def _listed(
-        self, emission: Emission, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The listed tokens' share of `log s`, `[N, H]`, and their `log E(z, v)`, `[N, k, H]`."""
-        dtype = working_dtype(emission, self.log_probs)
-        columns = columns_of_lists(emission, self.indices, positions).to(dtype)
-        return logsumexp(columns + self.log_probs[..., None], 1), columns
-
-    @cached_property
-    def _log_marginal_listed(self) -> torch.Tensor:
-        """`[*batch, k]`: `log u(v)` of the listed tokens."""
-        if self.log_marginal is None:
-            raise ValueError("the remaining mass has no law yet: call `spread_by` first.")
-        if len(self.log_marginal) == 1:
-            return self.log_marginal[0].take(self.indices)
-        return self.log_marginal[self.marginal_rows[..., None], self.indices]
-
-    @cached_property
-    def _log_rest_weights(self) -> torch.Tensor:
-        """`[*batch, 1]`: what to add to `log u(v)` for the log-probability of a token not listed.
-
-        -inf where `u` is all on listed tokens: then there is nothing to spread the rest over.
-        """
-        return (self.log_rest - self._log_left)[..., None]
-
-    @cached_property
-    def _log_left(self) -> torch.Tensor:
-        """`[*batch]`: log of what `u` has outside the list; inf if it is nothing."""
-        left = 1 - self._log_marginal_listed.exp().sum(-1)
-        none = left <= 16 * torch.finfo(left.dtype).eps
-        return left.masked_fill(none, torch.inf).log()
-
-    def _weights_of(
-        self, weights: torch.Tensor, tokens: torch.Tensor | slice = slice(None)
-    ) -> torch.Tensor:
-        """Such weights `[..., 1]` of tokens `[..., n]`, or of all; what broadcasts so will do."""
-        return weights
-
-
-def list_and_rest(
-    logits: torch.Tensor,
-    k: int,
-    temperature: float,
-    forbidden: torch.Tensor | None,
-    groups: torch.Tensor | None = None,
-    num_groups: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What lists are made of.
-
-    Args:
-        logits: `[*batch, V]`.
-        k: from 1 to `V`.
-        temperature: positive.
-        forbidden: `[V]` bool, tokens that get no mass.
-        groups: `[V]`, to which group each token belongs; default, all to one.
-        num_groups: how many there are.
-
-    Returns:
-        The tokens, `[*batch, k]`; their log-probabilities; and the logs of what is left in each
-        group, `[*batch, num_groups]`.
-
-    Raises:
-        ValueError: `k` is out of range.
-    """
-    if not 1 <= k <= logits.shape[-1]:
-        raise ValueError(f"`k` must be in [1, {logits.shape[-1]}], got {k}.")
-    if torch.is_grad_enabled() and logits.requires_grad:
-        logits = scaled_logits(logits, temperature, forbidden)
-        listed, indices = logits.topk(k, -1)
-        others, shift = shifted_exp(logits.scatter(-1, indices, -torch.inf), -1)
-        rest = safe_log(sum_by_group(others, groups, num_groups)) + shift
-    else:
-        batch = logits.shape[:-1]
-        flat = logits.reshape(-1, logits.shape[-1])
-        found = list_likeliest(flat, k, temperature, forbidden, groups, num_groups)
-        listed, indices, rest = (part.view(*batch, part.shape[-1]) for part in found)
-    total = logsumexp(torch.cat((listed, rest), -1), -1)[..., None]
-    total = total.masked_fill(total == -torch.inf, 0)
-    return indices, listed - total, rest - total
-
-
-def law_of_rest(log_marginal: torch.Tensor, forbidden: torch.Tensor | None) -> torch.Tensor:
-    """`[1 or L, V]`: the normalised log-law that `spread_by` makes of its arguments."""
-    rows = log_marginal.reshape(-1, log_marginal.shape[-1])
-    return DenseEvidence.from_logits(rows, forbidden=forbidden).log_probs
-
-
-def gives_mass_to(log_marginal: torch.Tensor, tokens: torch.Tensor) -> bool:
-    """Whether a law `[1 or L, V]` gives something to any of the tokens `[V]` (bool)."""
-    return bool((tokens & (log_marginal > -torch.inf)).any())
-
-
-def _weighted_sums(
-    table: torch.Tensor, places: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    """`[N, n, H]`: `sum_k weights[., n, k] table[places[., k]]`.
-
-    Args:
-        table: `[U, H]`.
-        places: `[N, k]`.
-        weights: `[N, n, k]`.
-    """
-    # The sums of a prediction one after the other: all but the first from the processor's cache.
-    every = places.repeat_interleave(weights.shape[1], 0)
-    sums = F.embedding_bag(every, table, mode="sum", per_sample_weights=weights.flatten(0, 1))
-    return sums.unflatten(0, weights.shape[:2])
+        listed = DenseEvidence(self._only_listed(tables)).soft_evidence(tables, positions)
+        rest, rows = logsumexp(self.log_rest, -1)[:, None], positions % len(tables.log_max)
+        bounds = (
+            logsumexp(torch.stack((listed, rest + extreme[rows])), 0)
+            for extreme in (tables.log_min, tables.log_max)
+        )
+        return tuple(bounds)

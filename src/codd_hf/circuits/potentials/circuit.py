@@ -15,10 +15,9 @@ from functools import cached_property
 import torch
 
 from ...checks.arguments import as_tensor, shown
-from ..evidence.dense import ONE_PRODUCT, EmissionSummary, summarise, with_factors
-from ..evidence.grouped import TokenGroups, group_tokens
-from ..evidence.lists import gives_mass_to, law_of_rest
+from ..numerics import log_softmax
 from .emissions import DenseEmission, Emission, TiedEmission
+from .tables import EmissionTables, TokenGroups
 from .transitions import StepTransitions
 
 
@@ -77,35 +76,27 @@ class Potentials:
         return self.emission.vocab_size
 
     @cached_property
-    def summary(self) -> EmissionSummary:
-        """What exact evidence needs of all emissions."""
-        summary = summarise(self.emission)
-        small = self.num_latents * self.vocab_size <= ONE_PRODUCT
-        if small and self.emission.num_positions == 1 and not torch.is_grad_enabled():
-            return with_factors(summary, self.emission)
-        return summary
+    def tables(self) -> EmissionTables:
+        """What evidence needs of all emissions."""
+        return EmissionTables(self.emission)
 
     @cached_property
-    def top_k_summary(self) -> EmissionSummary:
-        """What top-k evidence needs of all emissions."""
-        return summarise(self.emission, self.log_marginal)
+    def groups(self) -> TokenGroups:
+        """Tokens that look alike to the circuit, for evidence of short lists."""
+        return TokenGroups.of(self.log_marginal, self.tables)
 
-    @cached_property
-    def token_groups(self) -> TokenGroups:
-        """What grouped evidence needs of all emissions."""
-        return group_tokens(self.emission, self.log_marginal, self.summary)
+    def log_marginal_without(self, forbidden: torch.Tensor | None) -> torch.Tensor:
+        """`log_marginal` without some tokens, `[V]` bool; mostly itself."""
+        marginal = self.log_marginal
+        if forbidden is None or not bool((forbidden & (marginal > -torch.inf)).any()):
+            return marginal
+        return log_softmax(marginal.masked_fill(forbidden, -torch.inf))
 
-    def token_groups_without(self, forbidden: torch.Tensor | None) -> TokenGroups:
-        """`token_groups` by `law_of_rest`, which is mostly `log_marginal` itself."""
-        law = self.law_of_rest(forbidden)
-        same = law is self.log_marginal
-        return self.token_groups if same else group_tokens(self.emission, law, self.summary)
-
-    def law_of_rest(self, forbidden: torch.Tensor | None) -> torch.Tensor:
-        """`log_marginal` without some tokens, `[V]` bool; itself if it gives them nothing."""
-        if forbidden is None or not gives_mass_to(self.log_marginal, forbidden):
-            return self.log_marginal
-        return law_of_rest(self.log_marginal, forbidden)
+    def groups_without(self, forbidden: torch.Tensor | None) -> TokenGroups:
+        """`groups` that spread nothing over some tokens, `[V]` bool; mostly `groups` themselves."""
+        marginal = self.log_marginal_without(forbidden)
+        same = marginal is self.log_marginal
+        return self.groups if same else TokenGroups.of(marginal, self.tables)
 
     def leaves(self) -> tuple[torch.Tensor, ...]:
         """The tensors of log-potentials that the circuit is made of."""

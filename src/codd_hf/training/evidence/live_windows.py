@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ...circuits import TopKEvidence
+from ...circuits import ListedEvidence
 from ...circuits.factorized import forbidden_tokens
 from ...data.canvases import CanvasBatch, TokenizedExample
 from ...data.noise import draw_windows
@@ -102,7 +102,7 @@ class LiveWindows:
         with autocast(config.mixed_precision, device):
             states = model.backbone_states(ids, real)
             logits = states.logits(places)
-        kept = TopKEvidence.from_logits(
+        kept = ListedEvidence.from_logits(
             logits, min(config.cache_size, size[0]), config.evidence_temperature, forbidden
         )
         context = {}
@@ -119,7 +119,7 @@ class LiveWindows:
             self.level,
             kept.indices.int().cpu(),
             kept.log_probs.to("cpu", torch.float16),
-            kept.log_rest.to("cpu", torch.float16),
+            kept.log_rest[..., 0].to("cpu", torch.float16),
             **context,
         )
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ...circuits import CoupledCategorical, DenseEvidence, Preceding, TopKEvidence
+from ...circuits import CoupledCategorical, DenseEvidence, ListedEvidence, Preceding, TokenGroups
 from ...modeling_head import CoDDHead
 from ...runtime.files import atomic_write
 from .scores import WindowScores
@@ -127,14 +127,14 @@ class NoisedWindows:
 
         # Half precision costs a prediction its normalisation.
         kept = torch.cat((self.log_probs, self.log_rest[:, None]), -1).float().log_softmax(-1)
-        evidence = TopKEvidence(
+        evidence = ListedEvidence(
             laid_out(self.indices.long(), 0),
             laid_out(kept[:, :-1], 0),
-            laid_out(kept[:, -1], -torch.inf),
+            laid_out(kept[:, -1:], -torch.inf),
             temperature,
         )
         if head.config.vocab_size <= DENSE_VOCABULARY:
-            dense = evidence.spread_by(head.log_spread).dense()
+            dense = evidence.spread(TokenGroups(head.log_spread)).dense()
             evidence = DenseEvidence(dense, temperature)
         preceding = None
         if self.preceding_tokens is not None:
