@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch.nn import functional as F
@@ -54,6 +53,7 @@ class ListedEvidence:
         temperature: the evidence temperature it was computed at.
         groups: by which that mass is spread (`spread`).
         rows: `[*batch]` long, which row of the groups' marginal each prediction uses.
+        log_weights: `[*batch, C]`, what to add to it for the log-probability of a group's tokens.
     """
 
     indices: torch.Tensor
@@ -62,6 +62,7 @@ class ListedEvidence:
     temperature: float = 1.0
     groups: TokenGroups | None = None
     rows: torch.Tensor | None = None
+    log_weights: torch.Tensor | None = None
 
     @classmethod
     def from_logits(
@@ -110,7 +111,25 @@ class ListedEvidence:
         rows = torch.zeros_like(self.indices[..., 0])
         if len(groups.log_marginal) > 1:
             rows = rows + torch.arange(rows.shape[-1], device=rows.device)
-        return replace(self, groups=groups, rows=rows)
+        spread = replace(self, groups=groups, rows=rows)
+        listed = spread._log_marginal_of(self.indices).to(self.log_rest.dtype).exp()
+        outside = 1 - listed.sum(-1)
+        nothing = outside <= 16 * torch.finfo(outside.dtype).eps
+        log_outside = outside.masked_fill(nothing, torch.inf).log()
+        mass = groups.mass.to(listed.dtype)
+        index = torch.zeros_like(self.indices)
+        if groups.index is not None:
+            index = groups.index[self.indices]
+        left = mass.expand_as(self.log_rest).scatter_add(-1, index, -listed)
+        left = torch.where(mass > 0, left.clamp(min=0), 0)
+        counted = torch.maximum(left, SMALLEST_PART * mass)
+        counted = counted.masked_fill(counted <= 0, torch.inf)
+        within = self.log_rest - counted.log()
+        over = logsumexp(self.log_rest + safe_log(1 - left / counted), -1)
+        least = logsumexp(self.log_rest, -1) + math.log(torch.finfo(listed.dtype).eps)
+        over = logsumexp(torch.stack((over, least)), 0) - log_outside
+        weights = logsumexp(torch.stack((within, over[..., None].expand_as(within))), 0)
+        return replace(spread, log_weights=weights)
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -122,7 +141,8 @@ class ListedEvidence:
 
     def __getitem__(self, index) -> ListedEvidence:
         """The predictions at some places of the batch, such as `prediction[rows, positions]`."""
-        parts = {n: getattr(self, n) for n in ("indices", "log_probs", "log_rest", "rows")}
+        names = ("indices", "log_probs", "log_rest", "rows", "log_weights")
+        parts = {name: getattr(self, name) for name in names}
         return replace(self, **{n: t if t is None else t[index] for n, t in parts.items()})
 
     def _log_marginal_of(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -133,30 +153,6 @@ class ListedEvidence:
         if len(marginal) == 1:
             return marginal[0].take(tokens)
         return marginal[self.rows[..., None], tokens]
-
-    @cached_property
-    def _log_marginal_listed(self) -> torch.Tensor:
-        return self._log_marginal_of(self.indices)
-
-    @cached_property
-    def _log_weights(self) -> torch.Tensor:
-        """`[*batch, C]`: what to add to `log u(v)` for the log-probability of a group's tokens."""
-        listed = self._log_marginal_listed.to(self.log_rest.dtype).exp()
-        outside = 1 - listed.sum(-1)
-        nothing = outside <= 16 * torch.finfo(outside.dtype).eps
-        log_outside = outside.masked_fill(nothing, torch.inf).log()
-        mass = self.groups.mass.to(listed.dtype)
-        group = 0 if self.groups.index is None else self.groups.index[self.indices]
-        left = mass.expand_as(self.log_rest)
-        left = left.scatter_add(-1, torch.zeros_like(self.indices) + group, -listed)
-        left = torch.where(mass > 0, left.clamp(min=0), 0)
-        counted = torch.maximum(left, SMALLEST_PART * mass)
-        counted = counted.masked_fill(counted <= 0, torch.inf)
-        within = self.log_rest - counted.log()
-        over = logsumexp(self.log_rest + safe_log(1 - left / counted), -1)
-        least = logsumexp(self.log_rest, -1) + math.log(torch.finfo(listed.dtype).eps)
-        over = logsumexp(torch.stack((over, least)), 0) - log_outside
-        return logsumexp(torch.stack((within, over[..., None].expand_as(within))), 0)
 
     def _by_token(
         self, weights: torch.Tensor, tokens: torch.Tensor | slice = slice(None)
@@ -172,7 +168,7 @@ class ListedEvidence:
         match = self.indices == tokens[..., None]
         listed = torch.where(match, self.log_probs, 0).sum(-1)
         token = tokens[..., None]
-        weights = self._log_weights.expand(*tokens.shape, -1)
+        weights = self.log_weights.expand(*tokens.shape, -1)
         other = self._by_token(weights, token) + self._log_marginal_of(token)
         return torch.where(match.any(-1), listed, other[..., 0])
 
@@ -187,7 +183,7 @@ class ListedEvidence:
         """`[*batch, V]` log-probabilities."""
         self._log_marginal_of(self.indices[..., :1])
         marginal = self.groups.log_marginal
-        rest = self._by_token(self._log_weights)
+        rest = self._by_token(self.log_weights)
         rest = rest + (marginal[0] if len(marginal) == 1 else marginal[self.rows])
         return rest.scatter(-1, self.indices, self.log_probs.to(rest.dtype))
 
@@ -206,7 +202,7 @@ class ListedEvidence:
         listed = flat(self.log_probs - log_total[..., None])
         if not whole:
             others, rows_of = (
-                flat(self._log_weights - log_total[..., None]),
+                flat(self.log_weights - log_total[..., None]),
                 flat(self.rows[..., None]),
             )
             marginal = self.groups.log_marginal
@@ -235,13 +231,15 @@ class ListedEvidence:
             return DenseEvidence(dense).soft_evidence(tables, positions)
         weights = [self.log_probs]  # and what the spread would give to the listed tokens
         if not whole:
-            others = self._by_token(self._log_weights, self.indices) + self._log_marginal_listed
+            others = self._by_token(self.log_weights, self.indices) + self._log_marginal_of(
+                self.indices
+            )
             weights.append(others)
         dtype = torch.promote_types(tables.log_max.dtype, self.log_probs.dtype)
         sums = self._sums(tables, positions, torch.stack(weights, 1).to(dtype).exp())
         evidence = sums[:, 0]
         if not whole:
-            rest, means = self._log_weights.to(dtype).exp(), self.groups.means().to(dtype)
+            rest, means = self.log_weights.to(dtype).exp(), self.groups.means().to(dtype)
             if self.groups.index is None:
                 rest = rest * (means if len(means) == 1 else means[positions])
             else:
