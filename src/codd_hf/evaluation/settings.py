@@ -50,7 +50,6 @@ class GapSettings(MeasureSettings):
     it on validation data, with --dataset validation.jsonl --no-sequential."""
     evidence_size: Natural | None = None
     """Likeliest tokens of a prediction that the circuits read; 0: all; default: each head's own."""
-    """Spread the mass of unread tokens within groups; default: each head's own."""
     sequential: bool = True
     """Also measure the backbone that reveals one token at a time, which takes longest."""
 
