@@ -207,7 +207,7 @@ def sharded_evidence(folder: Path, kind: str, sharded: bool) -> None:
         shard_backbone(model)
     window_cache.SHARD_BYTES = 1024
     examples, config = correlated_examples(21), ConditionalConfig(tokens_per_batch=64)
-    cache = cache_windows(model, tokenizer, examples, config, folder / "evidence", progress=False)
+    cache = cache_windows(model, tokenizer, examples, config, folder / "evidence")
     windows = cache.take(torch.arange(len(cache)))
     gains = windows.distribution(model.coupling_head, 1.0).coupling_gain(windows.tokens.long())
     kept = torch.tensor([part.numel() for part in backbone.parameters()]).sum()

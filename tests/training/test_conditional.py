@@ -118,7 +118,7 @@ def test_untrained_head_gains_nothing(tiny_tokenizer):
     backbone = new_model(tiny_tokenizer).backbone
     config = head_config(len(tiny_tokenizer), mask_token_id=1, num_latents=6)
     model = CoDDModel.from_backbone(backbone, config)
-    cache = cache_windows(model, tiny_tokenizer, VALIDATION, num_draws=2, progress=False)
+    cache = cache_windows(model, tiny_tokenizer, VALIDATION, num_draws=2)
     measured = evaluate_head(model.coupling_head, cache)
     assert all(abs(value) < 1e-5 for value in measured.values())
     assert "gain_0.75-1.00" in measured
@@ -129,9 +129,9 @@ def test_measured_gain_is_the_likelihood_over_the_factorized_one(tiny_tokenizer,
     model = new_model(tiny_tokenizer)
     config = ConditionalConfig(cache_size=size)
     for seed, example in enumerate(VALIDATION[:6]):
-        cache = cache_windows(model, tiny_tokenizer, [example], config, seed=seed, progress=False)
+        cache = cache_windows(model, tiny_tokenizer, [example], config, seed=seed)
         scores = cache.scores(model.coupling_head, torch.tensor([0]))
-        generator = torch.Generator().manual_seed(seed * 1_000_003 * 100_003)
+        generator = torch.Generator().manual_seed(seed * 1_000_003)
         canvas, noise, starts = draw_windows([example], tiny_tokenizer, 4, 1, generator)
         ids = canvas.input_ids.masked_fill(noise.masked, 1)
         distribution = model(
@@ -168,7 +168,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_the_windows(tiny_tokeni
     model = new_model(tiny_tokenizer)
     config = replace(CONFIG, cache_size=1000, windows_per_batch=41)
     train, validation = (
-        cache_windows(model, tiny_tokenizer, examples, config, progress=False)
+        cache_windows(model, tiny_tokenizer, examples, config)
         for examples in ([*TRAIN, TokenizedExample([18], [19] * 7)], VALIDATION)
     )
     windows = train.parts[0]
@@ -189,7 +189,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_the_windows(tiny_tokeni
 
 def test_step_by_chunks_is_the_step_of_the_whole_batch(tiny_tokenizer, monkeypatch):
     head = new_model(tiny_tokenizer).coupling_head
-    cache = cache_windows(new_model(tiny_tokenizer), tiny_tokenizer, TRAIN, progress=False)
+    cache = cache_windows(new_model(tiny_tokenizer), tiny_tokenizer, TRAIN)
     sizes = {"windows_per_batch": 40, "windows_per_chunk": 7}
     config = ConditionalConfig(max_steps=1, warmup_steps=1, **sizes)
     scores = cache.scores(head, torch.arange(40))

@@ -143,7 +143,7 @@ def test_evidence_that_is_other_is_refused_by_a_fit_of_a_head_alone(
     caches = []
     for number, model in enumerate(models):
         folder = tmp_path / str(number) if on_disk else None
-        caches.append(cache_windows(model, tiny_tokenizer, TRAIN, FIT, folder, progress=False))
+        caches.append(cache_windows(model, tiny_tokenizer, TRAIN, FIT, folder))
     heads, checkpoints = [model.coupling_head for model in models], Checkpoints(tmp_path / "fit")
     for _ in range(2):
         fit_head(heads[0], caches[0], caches[0], FIT, checkpoints)
@@ -184,10 +184,10 @@ def test_evidence_that_another_run_writes_is_refused_until_it_is_whole(tiny_toke
         locked(tmp_path / ".lock", "`x`"),
         pytest.raises(OSError, match=r"The evidence in .* is being written by another run"),
     ):
-        cache_windows(*arguments, progress=False)
-    cache_windows(*arguments, progress=False)
+        cache_windows(*arguments)
+    cache_windows(*arguments)
     with locked(tmp_path / ".lock", "`x`"):
-        assert len(cache_windows(*arguments, progress=False)) == len(TRAIN)
+        assert len(cache_windows(*arguments)) == len(TRAIN)
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])

@@ -19,7 +19,6 @@ from codd_hf.training import (
     fit_joint,
 )
 from codd_hf.training.evidence.live_windows import LiveWindows, window_scores
-from codd_hf.training.evidence.scores import WindowScores
 from tiny import correlated_examples, enumerate_window, random_head, tiny_backbone, tiny_model
 
 SETTINGS = {
@@ -285,26 +284,6 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_the_examples(tiny_token
             )
         inside = re.search(r"windows \[([\d, ]*)\]", str(error.value))[1]
         assert [int(number) for number in inside.split(", ")] == named
-
-
-def test_difference_of_two_models_has_the_error_of_resampled_examples():
-    generator = torch.Generator().manual_seed(0)
-    example = torch.arange(60).repeat(3)
-    masked = torch.randint(1, 33, (180,), generator=generator).double()
-    noise = torch.randn(2, 180, generator=generator, dtype=torch.float64) * masked
-    shared = torch.randn(60, generator=generator, dtype=torch.float64)[example] * masked
-    zero = torch.zeros(180)
-    ours = WindowScores(zero, masked, 0.1 * masked, noise[0] + 0.5 * shared)
-    theirs = WindowScores(zero, masked, zero.double(), noise[1])
-    mean, error = ours.better_than(theirs, 3)
-    surplus = noise[0] + 0.5 * shared + 0.1 * masked - noise[1]
-    assert mean == pytest.approx((surplus.sum() / masked.sum()).item())
-    means = []
-    for _ in range(2000):
-        chosen = torch.randint(60, (60,), generator=generator)
-        rows = (chosen[:, None] + torch.tensor([0, 60, 120])).flatten()
-        means.append((surplus[rows].sum() / masked[rows].sum()).item())
-    assert error == pytest.approx(torch.tensor(means).std().item(), rel=0.08)
 
 
 def test_other_settings_text_or_model_are_refused(tiny_tokenizer, tmp_path):

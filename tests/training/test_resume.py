@@ -35,7 +35,7 @@ def test_best_head_is_kept_and_taken_at_the_end(tiny_tokenizer, tmp_path):
     backbone = tiny_backbone(vocab_size=len(tiny_tokenizer), eos_token_id=2)
     model = CoDDModel.from_backbone(backbone, head)
     caches = [
-        cache_windows(model, tiny_tokenizer, examples, progress=False)
+        cache_windows(model, tiny_tokenizer, examples)
         for examples in (correlated_examples(8), correlated_examples(30, seed=1))
     ]
     config = ConditionalConfig(

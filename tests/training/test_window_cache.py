@@ -41,7 +41,7 @@ def new_model(tokenizer, conditioning=("latent", "copy"), **backbone) -> CoDDMod
 
 
 def write(model, tokenizer, folder, config=CONFIG, examples=EXAMPLES, **options) -> WindowCache:
-    options = {"num_draws": 2, "progress": False} | options
+    options = {"num_draws": 2} | options
     return cache_windows(model, tokenizer, examples, config, folder, **options)
 
 
@@ -80,7 +80,7 @@ def test_evidence_on_disk_is_that_in_memory(tiny_tokenizer, tmp_path, conditioni
 
 def test_size_is_said_before_anything_is_written(tiny_tokenizer, tmp_path, capsys):
     model = new_model(tiny_tokenizer)
-    cache = write(model, tiny_tokenizer, tmp_path, num_draws=8, progress=True)
+    cache = write(model, tiny_tokenizer, tmp_path, num_draws=8)
     printed = capsys.readouterr().out
     assert "Evidence about 192 of 192 windows of 4 tokens" in printed
     each = float(re.search(r"\(([\d.]+) GB per million tokens\)", printed)[1]) * 4 * 1e3

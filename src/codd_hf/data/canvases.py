@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, count, islice
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +27,10 @@ class TokenizedExample:
 
     prompt_ids: list[int]
     answer_ids: list[int]
+
+    def length(self, window_length: int = 1) -> int:
+        """Tokens of the prompt and of the answer, which is counted in whole windows."""
+        return len(self.prompt_ids) + -(-len(self.answer_ids) // window_length) * window_length
 
 
 @dataclass
@@ -201,31 +206,33 @@ def collate(
     return CanvasBatch(input_ids, attention_mask, start, start + torch.tensor(spans))
 
 
+def epoch_batches(
+    lengths: Sequence[int], tokens_per_batch: int, seed: int, epoch: int = 0
+) -> list[list[int]]:
+    """Batches of example indices that hold each example once, in an order of the epoch's own.
+
+    Within stretches of a permutation, examples of like length share a batch: little is padded.
+    """
+    lengths = torch.as_tensor(lengths)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    batches: list[list[int]] = []
+    for stretch in torch.randperm(len(lengths), generator=generator).split(2048):
+        batch: list[int] = []
+        for index in stretch[lengths[stretch].argsort(stable=True)].tolist():
+            if batch and (len(batch) + 1) * int(lengths[index]) > tokens_per_batch:
+                batches.append(batch)
+                batch = []
+            batch.append(index)
+        batches.append(batch)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
 def batch_indices(
     lengths: Sequence[int], tokens_per_batch: int, seed: int, first_batch: int = 0
 ) -> Iterator[list[int]]:
-    """Endless batches of example indices, a pure function of `seed` and the batch's number.
+    """The batches of one epoch after the other, without end.
 
-    Every epoch is a new permutation; within stretches of it, examples of like length share a batch,
-    so that little is padded. `first_batch` skips ahead, which makes a run resumable by its step.
+    `first_batch` skips ahead, which makes a run resumable by its step.
     """
-    lengths = torch.as_tensor(lengths)
-    number, epoch = 0, 0
-    while True:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(lengths), generator=generator)
-        batches: list[list[int]] = []
-        for stretch in order.split(2048):
-            stretch = stretch[lengths[stretch].argsort(stable=True)]
-            batch: list[int] = []
-            for index in stretch.tolist():
-                if batch and (len(batch) + 1) * int(lengths[index]) > tokens_per_batch:
-                    batches.append(batch)
-                    batch = []
-                batch.append(index)
-            batches.append(batch)
-        for i in torch.randperm(len(batches), generator=generator).tolist():
-            if number >= first_batch:
-                yield batches[i]
-            number += 1
-        epoch += 1
+    epochs = (epoch_batches(lengths, tokens_per_batch, seed, epoch) for epoch in count())
+    return islice(chain.from_iterable(epochs), first_batch, None)

@@ -70,15 +70,7 @@ def write_card(
     """Writes `README.md` and `training/` (settings, histories, gap) into a pipeline folder.
 
     A card that somebody wrote, which lacks the mark of `hub.cards.REWRITTEN`, stays as it is.
-
-    Args:
-        config: of the run.
-        folder: the pipeline.
-        model: the result of the run.
-        tokenizer: its tokenizer.
-        repo_id: where it will be pushed, if anywhere.
-        sizes: numbers of the training, validation and test examples.
-        gap: the gap that was measured, if any.
+    `sizes` are the numbers of training, validation and test examples.
     """
     settings = {k: v for k, v in asdict(config).items() if k not in OF_THIS_RUN}
     del settings["conditional"]["evidence_dir"]

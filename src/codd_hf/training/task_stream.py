@@ -46,11 +46,7 @@ class TaskStream:
     ) -> Iterator[list[TokenizedExample]]:
         """Batches of about `tokens_per_batch` tokens, answers counted in whole windows.
 
-        Args:
-            tokens_per_batch: the size; no batch is empty.
-            window_length: of the answers' windows.
-            seed: of tasks and order.
-            first_batch: how many are skipped, at no cost.
+        No batch is empty, and the first ones are skipped at no cost.
         """
         stretch, skipped = divmod(first_batch, STRETCH)
         while True:
@@ -59,23 +55,19 @@ class TaskStream:
 
     def _stretch(self, size: int, window_length: int, seed: str) -> list[list[TokenizedExample]]:
         """`STRETCH` batches of equally many tokens, in random order."""
-
-        def length(example: TokenizedExample) -> int:
-            windows = -(-len(example.answer_ids) // window_length)
-            return len(example.prompt_ids) + windows * window_length
-
         examples: list[TokenizedExample] = []
         total, longest = 0, 1
         for example in self._drawn(seed):
             examples.append(example)
-            total, longest = total + length(example), max(longest, length(example))
+            length = example.length(window_length)
+            total, longest = total + length, max(longest, length)
             if total >= STRETCH * max(size, longest):  # so that no batch is empty
                 break
         batches: list[list[TokenizedExample]] = [[] for _ in range(STRETCH)]
         before = 0
-        for example in sorted(examples, key=length):
+        for example in sorted(examples, key=lambda e: e.length(window_length)):
             batches[before * STRETCH // total].append(example)
-            before += length(example)
+            before += example.length(window_length)
         Random(f"{seed} order").shuffle(batches)
         return batches
 
@@ -85,5 +77,5 @@ class TaskStream:
         while True:
             some = [Example(t.question, t.answer) for t in islice(tasks, DRAWN)]
             for example in tokenize_examples(some, self.tokenizer, None):
-                if len(example.prompt_ids) + len(example.answer_ids) <= longest:
+                if example.length() <= longest:
                     yield example

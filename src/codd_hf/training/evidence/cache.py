@@ -22,7 +22,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ...data.canvases import TokenizedExample, batch_indices
+from ...data.canvases import TokenizedExample, epoch_batches
 from ...data.fingerprint import data_fingerprint, json_fingerprint, tensor_fingerprint
 from ...modeling_codd import CoDDModel
 from ...modeling_head import CoDDHead
@@ -38,6 +38,8 @@ from .scores import WindowScores
 
 SHARD_BYTES = 128 * 2**20
 MAX_SHARDS = 1024
+SEEDS = 1_000_003
+"""More than there are batches: the noise of two seeds has nothing in common."""
 FINGERPRINT = "fingerprint.json"
 SETTINGS = (
     "max_extra_windows",
@@ -114,7 +116,6 @@ def cache_windows(
     *,
     num_draws: int = 1,
     seed: int = 0,
-    progress: bool = True,
     made_by: dict[str, Any] | None = None,
     renew: bool = False,
 ) -> WindowCache:
@@ -127,14 +128,13 @@ def cache_windows(
     Args:
         model: the backbone; hidden states are kept if its head is conditioned.
         tokenizer: its tokenizer.
-        examples: the examples.
-        config: the noise, and what to keep.
+        examples: the text.
+        config: the noise, and the size of what is kept.
         folder: where the evidence is written, or taken from if it is there; without one it is held
             in memory.
         num_draws: how often each example is drawn, each time with another window and other noise.
         seed: of windows and noise.
-        progress: say how large it will be, and show a progress bar.
-        made_by: the backbone's identity, if it is known.
+        made_by: the backbone's identity, if it was read already.
         renew: evidence in the folder that something else made gives way.
 
     Raises:
@@ -143,12 +143,14 @@ def cache_windows(
     """
     config = (config or ConditionalConfig()).at_temperature_of(model.coupling_head)
     state, length = PartialState(), model.window_length
-    progress = progress and state.is_local_main_process
+    progress = state.is_local_main_process
     precision = chosen_precision(config.mixed_precision, model.device)
     if config.mixed_precision != "no" and progress:
         tqdm.write(precision_note(precision, model.device))
     config = replace(config, mixed_precision=precision)
-    batches = _batches(examples, length, config.tokens_per_batch, num_draws, seed)
+    lengths, size = [e.length(length) for e in examples], config.tokens_per_batch
+    rows = [part for draw in range(num_draws) for part in epoch_batches(lengths, size, seed + draw)]
+    batches = list(enumerate(rows, seed * SEEDS))  # with the seeds of their noise
 
     def read(batch: tuple[int, list[int]]) -> NoisedWindows:
         part = [examples[row] for row in batch[1]]
@@ -240,22 +242,6 @@ def _check_room(folder: Path, size: float) -> None:
             f"{free / 1e9:.2f} GB left: make room, give another `evidence_dir`, or lower "
             "`cache_size` or `num_draws`."
         )
-
-
-def _batches(
-    examples: Sequence[TokenizedExample], length: int, size: int, num_draws: int, seed: int
-) -> list[tuple[int, list[int]]]:
-    """The seed of each batch's noise, and the examples in it; each draw has all examples once."""
-    lengths = [len(e.prompt_ids) + -(-len(e.answer_ids) // length) * length for e in examples]
-    batches: list[tuple[int, list[int]]] = []
-    for draw in range(num_draws):
-        seen = 0
-        for rows in batch_indices(lengths, size, seed + draw):
-            batches.append(((seed * 1_000_003 + draw) * 100_003 + len(batches), rows))
-            seen += len(rows)
-            if seen >= len(lengths):
-                break
-    return batches
 
 
 def _paths(folder: Path, number: int) -> list[Path]:

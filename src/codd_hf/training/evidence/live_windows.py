@@ -135,18 +135,10 @@ def window_scores(
     """Scores one noised window of each example a draw, `[num_draws * len(examples)]`.
 
     Windows and noise depend on the examples, `seed`, `max_extra_windows` and `mean_span_length`
-    alone, so that models are compared on the same ones.
-
-    Args:
-        model: a backbone with a head; it is in evaluation mode after the call.
-        tokenizer: its tokenizer.
-        examples: the text.
-        config: the noise, temperature and precision.
-        num_draws: how often each example is drawn.
-        seed: of windows and noise.
+    alone, so that models are compared on the same ones. The model is in evaluation mode afterwards.
     """
     model.eval()
-    lengths = torch.tensor([len(e.prompt_ids) + len(e.answer_ids) for e in examples])
+    lengths = torch.tensor([example.length() for example in examples])
     order = lengths.argsort(stable=True).split(EVALUATION_CHUNK)
     chunks = [part + draw * len(examples) for draw in range(num_draws) for part in order]
 

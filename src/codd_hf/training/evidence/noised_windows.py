@@ -88,11 +88,7 @@ class NoisedWindows:
         return cls(**{name: torch.cat([c[name] for c in columns]) for name in columns[0]})
 
     def write(self, path: Path) -> None:
-        """Writes them to a file; a kill leaves all of it or nothing.
-
-        Raises:
-            OSError: there is no room.
-        """
+        """Writes them to a file; a kill leaves all of it or nothing."""
         with atomic_write(path) as new:
             save_file(self.columns, new)
 
@@ -112,12 +108,7 @@ class NoisedWindows:
             ) from error
 
     def distribution(self, head: CoDDHead, temperature: float) -> CoupledCategorical:
-        """Their coupled distributions, on the head's device.
-
-        Args:
-            head: gives the circuit.
-            temperature: the evidence temperature that the predictions were made at.
-        """
+        """Their coupled distributions, at the temperature that the predictions were made at."""
         device = head.device
 
         def laid_out(values: torch.Tensor, fill: float) -> torch.Tensor:

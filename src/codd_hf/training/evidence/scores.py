@@ -54,22 +54,6 @@ class WindowScores:
         }
         return nats | self.gains()
 
-    def better_than(self, other: WindowScores, num_draws: int) -> tuple[float, float]:
-        """By how many nats per masked token these are better than another model's.
-
-        Args:
-            other: of the same windows.
-            num_draws: how often each example was drawn.
-
-        Returns:
-            The mean, and its standard error over examples (of a ratio of sums, paired).
-        """
-        surplus = (self.log_prob - other.log_prob).view(num_draws, -1).sum(0)
-        count = self.masked.view(num_draws, -1).sum(0)
-        mean = surplus.sum() / count.sum()
-        spread = (surplus - mean * count).square().sum() * len(count) / (len(count) - 1)
-        return mean.item(), (spread.sqrt() / count.sum()).item()
-
 
 @torch.no_grad()
 def score_all(
@@ -77,14 +61,8 @@ def score_all(
     score: Callable[[int, torch.Tensor], WindowScores],
     device: torch.device,
 ) -> WindowScores:
-    """Scores of all windows, which the processes share in chunks; all get the result.
-
-    Args:
-        chunks: numbers of windows, from 0.
-        score: gives the scores of a chunk of a number.
-        device: where they are summed.
-    """
-    total = sum(len(rows) for rows in chunks)
+    """Scores of all windows, whose rows the processes share in chunks; all get the result."""
+    total = sum(map(len, chunks))
 
     def placed(number: int, rows: torch.Tensor) -> list[torch.Tensor]:
         part = score(number, rows)

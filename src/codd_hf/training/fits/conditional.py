@@ -70,24 +70,14 @@ def fit_conditional(
     The backbone runs over the data first; its evidence is kept in `config.evidence_dir`, by default
     in `evidence` beside the folder of the checkpoints, and in memory if there is neither. Where all
     steps were made already, it does not run, and the evidence may be gone. The evidence temperature
-    becomes the head's.
-
-    Args:
-        model: a backbone with a head, best from the generative fit.
-        tokenizer: its tokenizer.
-        train: what the head learns from.
-        validation: what it is measured on, with fixed noise.
-        config: how to fit.
-        checkpoints: where the fit is kept, and goes on from.
-        log: told of every step.
+    becomes the head's. The head is best that of the generative fit.
 
     Returns:
-        The validation history, with the `gain`: nats per masked token over factorized prediction,
-        all and by mask ratio.
+        The history, with the `gain`: nats per masked token over factorized prediction, all and by
+        mask ratio.
 
     Raises:
-        ValueError: the model has no head, or there is evidence that something else made; and what
-            `run_steps` raises.
+        ValueError: the model has no head, or there is evidence that something else made.
     """
     head = model.coupling_head
     if head is None:
@@ -134,15 +124,9 @@ def fit_head(
     checkpoints: Checkpoints | None = None,
     log: Log | None = None,
 ) -> History:
-    """`fit_conditional` of a head on evidence alone; no backbone is there.
+    """`fit_conditional` on evidence alone, whose temperature becomes the head's.
 
-    Args:
-        head: the head, bound to an output embedding if its emissions are tied.
-        train: evidence that it learns from; its temperature becomes the head's.
-        validation: evidence that it is measured on.
-        config: how to fit.
-        checkpoints: where the fit is kept, and goes on from.
-        log: told of every step.
+    No backbone is there; a head with tied emissions is bound to its output embedding.
     """
     config = replace(config or ConditionalConfig(), evidence_temperature=train.temperature)
     identity = {"evidence": [train.identity(), validation.identity()]}

@@ -15,7 +15,7 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 
 from ...circuits import Potentials
 from ...circuits.em import Counts, expected_counts, log_likelihood, maximise
-from ...data.canvases import TokenizedExample, collate
+from ...data.canvases import TokenizedExample
 from ...data.fingerprint import tensor_fingerprint
 from ..loop.checkpoints import Checkpoints
 from ..loop.steps import Figures, Fit, History, run_steps
@@ -30,31 +30,19 @@ def text_windows(
     examples: Sequence[TokenizedExample], window_length: int, eos_token_id: int
 ) -> torch.Tensor:
     """The windows `[N, L]` of all answers, cut as decoding cuts them, filled with end-of-text."""
-    windows = []
-    for example in examples:
-        canvas = collate(
-            [TokenizedExample([], example.answer_ids)],
-            window_length=window_length,
-            eos_token_id=eos_token_id,
-            pad_token_id=eos_token_id,
-        )
-        windows.append(canvas.input_ids.view(-1, window_length))
-    return torch.cat(windows)
+    windows: list[int] = []
+    for ids in (example.answer_ids for example in examples):
+        windows += [*ids, *[eos_token_id] * (-len(ids) % window_length)]
+    return torch.tensor(windows).view(-1, window_length)
 
 
 def cluster_tokens(
     embeddings: torch.Tensor, counts: torch.Tensor, num_clusters: int, seed: int = 0
 ) -> torch.Tensor:
-    """k-means of token embeddings, weighted by frequency.
+    """The cluster `[V]` of each token: k-means of embeddings `[V, d]`, weighted by counts `[V]`.
 
-    Args:
-        embeddings: `[V, d]`, the backbone's output embeddings.
-        counts: `[V]`, how often each token occurs.
-        num_clusters: number of clusters; no more than there are tokens that occur.
-        seed: seed of the clustering.
-
-    Returns:
-        `[V]` cluster of each token.
+    Raises:
+        ValueError: fewer different tokens occur.
     """
     features = torch.nn.functional.normalize(embeddings.float(), dim=-1).cpu().numpy()
     weights = counts.float().cpu().numpy()
@@ -194,15 +182,10 @@ class ExpectationMaximisation(Fit):
 def batch_counts(
     potentials: Potentials, windows: torch.Tensor, chunk_size: int
 ) -> tuple[Counts, float]:
-    """E-step over a batch that all processes share.
-
-    Args:
-        potentials: the circuit, the same on all processes.
-        windows: `[B, L]` tokens, the same on all processes.
-        chunk_size: windows that are counted at once.
+    """E-step over a batch `[B, L]` that all processes share in chunks.
 
     Returns:
-        The expected counts in the circuit's dtype, and the sum of the log-likelihoods in nats.
+        The expected counts, and the sum of the log-likelihoods in nats.
     """
     leaves = potentials.leaves()
     device = leaves[0].device
@@ -231,7 +214,7 @@ def fit_generative(
     Args:
         windows: `[N, L]` tokens; several processes share each batch of them.
         validation: `[M, L]` tokens.
-        embeddings: `[V, d]`, for the clustering.
+        embeddings: `[V, d]` of the backbone's output, for the clustering.
         num_latents: number of states `H`.
         config: how to fit.
         checkpoints: where the fit is kept, and goes on from.
@@ -242,7 +225,7 @@ def fit_generative(
 
     Raises:
         ValueError: the windows have fewer than 2 tokens, or fewer different ones than there are
-            states; and what `run_steps` raises.
+            states.
     """
     if windows.ndim != 2 or windows.shape[1] < 2:
         raise ValueError(

@@ -44,23 +44,15 @@ def fit_joint(
 
     The head should come from the conditional fit: a LoRA starts as a no-op and the rates warm up,
     so that training goes on from what is there. What is trained is held in float32. A LoRA belongs
-    to the head: `model.save_pretrained` and `model.save_head` write it beside what they write.
-
-    Args:
-        model: a backbone with a head. A fit that goes on is given it as it was at the start.
-        tokenizer: its tokenizer.
-        train: what both learn from.
-        validation: what they are measured on, with fixed noise.
-        config: how to train.
-        checkpoints: where the fit is kept, and goes on from.
-        log: told of every step.
+    to the head: `model.save_pretrained` and `model.save_head` write it beside what they write. A
+    fit that goes on is given the model as it was at the start.
 
     Returns:
-        The validation history: `factorized_nats` and `coupled_nats` (per masked token), and `gain`,
-        their difference, all and by mask ratio.
+        The history: `factorized_nats` and `coupled_nats` (per masked token), and `gain`, their
+        difference, all and by mask ratio.
 
     Raises:
-        ValueError: the model has no head; and what `run_steps` raises.
+        ValueError: the model has no head.
     """
     head, length, device = model.coupling_head, model.window_length, Accelerator().device
     if head is None:
@@ -77,7 +69,7 @@ def fit_joint(
     peak = config.backbone_learning_rate
     optimizer = head_optimizer(head, config, {"params": backbone, "peak": peak, "eps": 1e-8})
     trained = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
-    lengths = torch.tensor([len(e.prompt_ids) + len(e.answer_ids) for e in train])
+    lengths = torch.tensor([example.length() for example in train])
 
     def chunks(step: int) -> Sequence[torch.Tensor]:
         model.backbone.train(config.backbone != "frozen")

@@ -13,11 +13,7 @@ from ...coupling.adapters import add_adapter
 def add_lora(backbone: PreTrainedModel, lora: LoraConfig, name: str, seed: int) -> None:
     """Adds an adapter that changes nothing yet and is all of the backbone that is trained.
 
-    Args:
-        backbone: what it is for; its own weights are frozen.
-        lora: rank, layers and the like.
-        name: what the adapter is called.
-        seed: of its random half; torch's generators are left as they were.
+    Its random half is drawn with `seed`; torch's generators are left as they were.
 
     Raises:
         ValueError: the backbone has no layer of the names that `lora` wants.

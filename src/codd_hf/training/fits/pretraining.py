@@ -95,25 +95,16 @@ def fit_backbone(
 ) -> History:
     """Trains a backbone in place, by one process.
 
-    Args:
-        backbone: an autoregressive decoder becomes a bidirectional one by it. A fit that goes on is
-            given it as it was at the start.
-        tokenizer: its tokenizer, with padding and end-of-text tokens.
-        train: what it learns from, or a stream of it without end.
-        validation: what it is measured on, with fixed noise.
-        config: how to train; what is None is completed for a given backbone.
-        checkpoints: where the fit is kept, and goes on from.
-        log: told of every step.
-        window_length: of the noise and of the canvases.
-        mask_token_id: the mask token; default, the backbone's or the tokenizer's.
+    An autoregressive decoder becomes a bidirectional one by it. A fit that goes on is given the
+    backbone as it was at the start. Settings that are None are completed for a given backbone. The
+    mask token is by default the backbone's or the tokenizer's.
 
     Returns:
-        The validation history: `elbo` (nats per token, an upper bound) and `nats` (per masked token
-        of window noise).
+        The history: `elbo` (nats per token, an upper bound) and `nats` (per masked token of window
+        noise).
 
     Raises:
-        ValueError: the mask token or the backbone's family is not known; and what `run_steps`
-            raises.
+        ValueError: the mask token or the backbone's family is not known.
     """
     config = (config or PretrainingConfig()).completed("given")
     family_of(backbone.config).make_bidirectional(backbone.config)
@@ -131,15 +122,13 @@ def fit_backbone(
     backbone.to(device).train()
     trained_in_float32(backbone)
     trained = {f"model.{n}": p for n, p in backbone.named_parameters() if p.requires_grad}
-    validation = sorted(validation, key=lambda e: len(e.prompt_ids) + len(e.answer_ids))
+    validation = sorted(validation, key=lambda example: example.length())
     position: list[Iterator[list[TokenizedExample]]] = []
 
     def batches(first: int) -> Iterator[list[TokenizedExample]]:
         if stream:
             yield from train.batches(config.tokens_per_batch, window_length, config.seed, first)
-        windows = [-(-len(e.answer_ids) // window_length) for e in train]
-        pairs = zip(train, windows, strict=True)
-        lengths = [len(e.prompt_ids) + number * window_length for e, number in pairs]
+        lengths = [example.length(window_length) for example in train]
         for indices in batch_indices(lengths, config.tokens_per_batch, config.seed, first):
             yield [train[i] for i in indices]
 

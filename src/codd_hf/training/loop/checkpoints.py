@@ -58,13 +58,9 @@ class Checkpoints:
         state: dict[str, Any],
         keep: Iterable[int] = (),
     ) -> None:
-        """Writes a checkpoint, then deletes those that are too many and what a kill left over.
+        """Writes a checkpoint of tensors and JSON, then deletes those that are too many.
 
-        Args:
-            step: how many steps were made.
-            tensors: everything that is a tensor.
-            state: everything else, as JSON.
-            keep: steps whose checkpoints stay, whatever the limit.
+        Those of the steps in `keep` stay, whatever the limit.
 
         Raises:
             OSError: there is no room; the older checkpoints are still whole.

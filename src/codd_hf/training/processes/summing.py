@@ -27,14 +27,7 @@ def summed(
     values: Callable[[int, Any], Sequence[torch.Tensor]],
     device: torch.device,
 ) -> list[torch.Tensor]:
-    """Sums over chunks that all processes share.
-
-    Args:
-        shapes: of the sums.
-        chunks: the same on all processes.
-        values: the terms of a chunk of a number.
-        device: where they are summed.
-    """
+    """Sums, of these shapes, of the `values` of all chunks, which the processes share."""
     sums = [torch.zeros(shape, dtype=summing_dtype(device), device=device) for shape in shapes]
     for number, chunk in my_part(chunks):
         for total, term in zip(sums, values(number, chunk), strict=True):
