@@ -110,7 +110,7 @@ def test_text_that_the_tokenizer_cannot_spell_is_refused_by_its_row_or_left_out(
     assert [e.answer_ids for e in kept] == [[5, 6, 8, 1]]
     number = 2 if example.row is None else example.row
     assert list(report.bad) == [number]
-    assert f"1 row ({number}) is left out as bad" in capsys.readouterr().out
+    assert f"1 row is left out as bad ({number})" in capsys.readouterr().out
     with pytest.raises(ValueError, match="Nothing is left of `data`: all 1 rows are bad or empty"):
         tokenize_examples([example], word_tokenizer, never=[3], report=report)
 
@@ -119,7 +119,7 @@ def test_answer_without_a_token_is_passed_over(word_tokenizer, capsys):
     examples = [Example("", text) for text in ("tom has eggs", "\u200b", "tom")]
     kept = tokenize_examples([*examples, Example("has [SEP]", "tom")], word_tokenizer)
     assert [e.answer_ids for e in kept] == [[5, 6, 8, 1], [5, 1], [5, 1]]
-    assert "1 row (2) is passed over: an answer without a token" in capsys.readouterr().out
+    assert "1 row is passed over: an answer without a token (2)" in capsys.readouterr().out
 
 
 def test_role_that_makes_a_template_write_the_mask_token_is_refused_by_its_row(tiny_tokenizer):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -91,29 +90,6 @@ def number(name: str, value: Any, wanted: str, holds: Callable[[float], bool]) -
 def is_factor(value: float) -> bool:
     """Whether float32 can multiply and divide logits by it: `FACTORS` in words."""
     return 1 / LARGEST_FACTOR <= value <= LARGEST_FACTOR
-
-
-def check_numbers(settings: Any, most: dict[str, float] | None = None, **least: float) -> None:
-    """Checks all numbers among the fields of a dataclass, and makes them Python's own.
-
-    Args:
-        settings: the dataclass.
-        most: the largest value of a field, where there is one.
-        **least: the smallest value of a field; by default 1 of integers and 0 of others.
-    """
-    for field in fields(settings):
-        name, (kind, _, optional) = field.name, field.type.partition(" | ")
-        value = getattr(settings, name)
-        if kind not in ("int", "float") or (optional and value is None):
-            continue
-        low, high = least.get(name, 1 if kind == "int" else 0), (most or {}).get(name)
-        if kind == "int":
-            value = integer(name, value, low)
-        else:
-            value = float(number(name, value, f"at least {low:g}", lambda x, low=low: x >= low))
-            if high is not None:
-                number(name, value, f"at most {high:g}", lambda x, high=high: x <= high)
-        setattr(settings, name, value)
 
 
 def flag(name: str, value: Any) -> bool:
@@ -204,12 +180,7 @@ def as_tensor(
 ) -> torch.Tensor:
     """A tensor as it is; an array, or lists of equal lengths, as one on `device`.
 
-    Args:
-        name: of the argument.
-        value: of the argument.
-        kind: what it holds: int (then it becomes int64), float, bool; None for anything.
-        shape: what it must have.
-        device: where a new tensor goes.
+    It must hold the `kind`: int (which becomes int64), float or bool; None for anything.
     """
     try:
         if isinstance(value, (list, tuple)):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from ..checks.arguments import as_tensor, check_numbers, shown
+from ..checks.arguments import as_tensor, shown
+from ..checks.settings import Count, Natural, Range, Settings
 from ..text.encoding import encode_texts
 from .canvases import TokenizedExample, padding_token_id
 from .noise import draw_windows
@@ -19,7 +20,7 @@ IGNORED = -100
 
 
 @dataclass
-class DataCollatorForMaskedDiffusion:
+class DataCollatorForMaskedDiffusion(Settings):
     """Lays texts out as canvases and masks a window of each, as block decoding meets it.
 
     A feature has `input_ids` and may have `labels`, -100 where the text is given: the answer begins
@@ -37,22 +38,13 @@ class DataCollatorForMaskedDiffusion:
         window_length: the head's (`model.window_length`).
         max_extra_windows: canvases end with up to this many windows of end-of-text.
         mean_span_length: mean length of the spans that are masked together; 1: each token alone.
-
-    Raises:
-        TypeError: there is no tokenizer.
-        ValueError: a number is out of its range.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    mask_token_id: int
-    window_length: int = 32
-    max_extra_windows: int = 1
-    mean_span_length: float = 1.0
-
-    def __post_init__(self):
-        if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
-            raise TypeError(f"`tokenizer` must be a tokenizer, got {shown(self.tokenizer)}.")
-        check_numbers(self, mask_token_id=0, max_extra_windows=0, mean_span_length=1)
+    mask_token_id: Natural
+    window_length: Count = 32
+    max_extra_windows: Natural = 1
+    mean_span_length: Annotated[float, Range(1)] = 1.0
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch: `input_ids`, `attention_mask` and `labels`, `[batch, length]` each.

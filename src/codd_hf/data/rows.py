@@ -70,14 +70,16 @@ class RowReport:
 
     def __str__(self) -> str:
         """Counts, numbers and reasons, a sentence a kind; empty if all rows gave an example."""
-        said = [
-            f"Of {self.source}, {_rows(numbers)} passed over: {reason}."
-            for reason, numbers in self.passed_over.items()
-        ]
+        groups = {f"passed over: {reason}": rows for reason, rows in self.passed_over.items()}
         if self.bad:
-            said.append(f"Of {self.source}, {_rows(list(self.bad))} left out as bad.")
-            told = list(self.bad.items())[:LISTED]
-            said += [f"Row {number} {reason}." for number, reason in told]
+            groups["left out as bad"] = list(self.bad)
+        said = []
+        for what, rows in groups.items():
+            noun = "row is" if len(rows) == 1 else "rows are"
+            numbers = ", ".join(map(str, rows[:LISTED_NUMBERS]))
+            more = ", ..." if len(rows) > LISTED_NUMBERS else ""
+            said.append(f"Of {self.source}, {len(rows)} {noun} {what} ({numbers}{more}).")
+        said += [f"Row {number} {reason}." for number, reason in list(self.bad.items())[:LISTED]]
         return "\n".join(said)
 
 
@@ -85,15 +87,6 @@ def tell(text: object) -> None:
     """Prints a text, unless it is empty, on the main process."""
     if str(text) and PartialState().is_main_process:
         tqdm.write(str(text))
-
-
-def _rows(numbers: list[int]) -> str:
-    """`2 rows (4, 7) are`."""
-    noun, verb = ("row", "is") if len(numbers) == 1 else ("rows", "are")
-    listed = [str(number) for number in numbers[:LISTED_NUMBERS]]
-    if len(numbers) > LISTED_NUMBERS:
-        listed.append(f"and {len(numbers) - LISTED_NUMBERS} more")
-    return f"{len(numbers)} {noun} ({', '.join(listed)}) {verb}"
 
 
 def file_kind(source: str) -> str:
@@ -137,13 +130,12 @@ def read_rows(path: str, sample_by: str = "line") -> list[Row]:
 
 
 def _lines(text: str, parse: Callable[[str], dict[str, Any]], kind: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), 1):
-        line = line.removeprefix(MARK)  # within a file too, where files were joined
-        if not line.strip():
-            continue
+    lines = (line.removeprefix(MARK) for line in text.split("\n"))  # also where files were joined
+    for number, line in enumerate(lines, 1):
         try:
-            line.encode()
-            yield number, parse(line)
+            if line.strip():
+                line.encode()
+                yield number, parse(line)
         except BadRowError as error:
             yield number, BadRowError(f"cannot be read: line {number} {error}")
         except (ValueError, RecursionError) as error:
