@@ -115,7 +115,7 @@ def test_adapter_with_a_start_off_the_weights_is_what_peft_trained_and_is_not_sh
     same = CoDDModel.from_backbone(wrapped, random_head())
     loaded = CoDDModel.from_backbone(base, random_head(), tmp_path / "adapter")
     assert torch.allclose(coupled(loaded), coupled(same), atol=1e-5)
-    with pytest.raises(ValueError, match="has changed the backbone's weights"):
+    with pytest.raises(ValueError, match="changes the backbone's weights"):
         loaded.load_head(random_head(seed=3), "other")
     plain = coupled(model)
     with pytest.raises(ValueError, match="changes the backbone's weights"):
@@ -300,14 +300,14 @@ def test_adapter_that_changed_the_backbone_is_not_shared(model):
     model.load_head(other, "other")
     plain = coupled(model)
     for make in (model.add_adapter, lambda config: get_peft_model(model, config)):
-        with pytest.raises(ValueError, match="weights, which the head"):
+        with pytest.raises(ValueError, match="changes the backbone's weights"):
             make(lora(init_lora_weights="pissa"))
         assert torch.allclose(coupled(model), plain, atol=1e-6)
     model.delete_head("other")
     model.add_adapter(lora(init_lora_weights="pissa"))
-    with pytest.raises(ValueError, match=r"'default' .*has changed the backbone's weights"):
+    with pytest.raises(ValueError, match="changes the backbone's weights"):
         model.load_head(other, "other")
-    with pytest.raises(ValueError, match=r"'default' .*has changed the backbone's weights"):
+    with pytest.raises(ValueError, match="changes the backbone's weights"):
         model.add_adapter(lora(), "second")
     with pytest.raises(ValueError, match=r"'default' .*cannot be deleted"):
         model.delete_adapter("default")

@@ -107,9 +107,9 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
         self.coupling_head = coupling_head
         self.heads = Heads(self)
         self.post_init()
-        # transformers collects what the parts ignore; a head ignores the backbone beside it.
-        ignored = set(self._keys_to_ignore_on_load_unexpected or ())
-        ignored -= set(CoDDHead._keys_to_ignore_on_load_unexpected)
+        # transformers collects the names that the parts ignore; a head ignores the backbone's.
+        ignored = {*(self._keys_to_ignore_on_load_unexpected or ())}
+        ignored -= {*CoDDHead._keys_to_ignore_on_load_unexpected}
         self._keys_to_ignore_on_load_unexpected = ignored
 
     @classmethod
@@ -141,9 +141,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
                 head and adapter as well.
 
         Raises:
-            TypeError: a part is nothing of these.
             ValueError: the parts do not fit, or the backbone's family is not known.
-            OSError: nothing is found.
         """
         shared = shared_arguments(kwargs)
         if isinstance(backbone, str | Path):
@@ -349,16 +347,16 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
                 have no effect, others must ask for nothing (None, False, 0).
 
         Raises:
-            ValueError: an argument is out of range, or `labels` supervise tokens of which none is
-                masked.
+            ValueError: an argument is out of range, or `labels` supervise no masked token.
             TypeError: an argument is of another kind, or asks for what only the backbone can do.
         """
         coupling = self.config.coupling if coupling is None else coupling
         check_coupling(coupling)
         return_distribution = flag("return_distribution", return_distribution)
+        refuse_requests(kwargs)
         given = input_ids, attention_mask, position_ids, labels, window_start
+        given = *given, kwargs.get("token_type_ids")
         ids, mask, positions, labels, start = checked_inputs(self, *given)
-        refuse_requests(kwargs, ids)
         generators("generator", generator, len(ids))
         head = self.heads.of_call(head)
         with self.heads.adapter_of_call(head):
@@ -380,12 +378,9 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
                 logits = logits.index_put(at, coupled[rows, columns].to(logits.dtype))
             if labels is not None:
                 loss = self._loss(states, ids, mask, labels, head)
-        output = CoDDOutput(
-            loss=loss,
-            logits=logits,
-            last_hidden_state=states.last_hidden_state,
-            distribution=distribution if return_distribution else None,
-        )
+        output = CoDDOutput(loss, logits, states.last_hidden_state)
+        if return_distribution:
+            output.distribution = distribution
         return output.to_tuple() if return_dict is False else output
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs) -> torch.Tensor:

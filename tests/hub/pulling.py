@@ -90,13 +90,12 @@ def check_adapter_with_its_head_comes_back(work):
 
 def check_head_with_its_lora_comes_back_with_the_backbone_that_it_names(work):
     expected = torch.load(work / "expected_lora.pt")
-    for name in ("tester/with-lora", "tester/with-lora-2"):
-        for model in (
-            CoDDModel.from_pretrained(name),
-            CoDDPipeline.from_pretrained(name).model,
-            CoDDModel.from_backbone("tester/backbone", name),
-        ):
-            assert torch.equal(model(PROMPT, coupling="marginal").logits, expected)
+    for model in (
+        CoDDModel.from_pretrained("tester/with-lora"),
+        CoDDPipeline.from_pretrained("tester/with-lora").model,
+        CoDDModel.from_backbone("tester/backbone", "tester/with-lora"),
+    ):
+        assert torch.equal(model(PROMPT, coupling="marginal").logits, expected)
     assert_same(CoDDModel.from_pretrained("tester/head"), work)
 
 

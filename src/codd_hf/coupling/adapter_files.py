@@ -24,7 +24,9 @@ from .adapters import (
     add_adapter,
     delete_adapter,
     lora_layers,
+    refuse_changes,
     restore,
+    starts_of,
 )
 
 PREFIX = "base_model.model."
@@ -80,11 +82,8 @@ def load_adapter(
     _check_ranks(used, ranks)
     start = used.pop("init_lora_weights", True)
     takes_start_off = start in CHANGING_STARTS and not start_is_off
-    if takes_start_off and (shared or getattr(backbone, "peft_config", None)):
-        raise ValueError(
-            f"`adapter` {source!r} (`init_lora_weights={start!r}`) changes the backbone's weights, "
-            "which other heads or adapters need as they are."
-        )
+    if takes_start_off and (shared or starts_of(backbone)):
+        refuse_changes([start])
     before, own = active_state(backbone), {id(p) for p in backbone.parameters()}
     add_adapter(backbone, peft.LoraConfig(**used, inference_mode=True), name)
     added = {key: p for key, p in backbone.named_parameters() if id(p) not in own}

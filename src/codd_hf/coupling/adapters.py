@@ -7,7 +7,7 @@ holds the adapters' configurations (`backbone.peft_config`), also where PEFT wra
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,14 @@ def add_adapter(backbone: nn.Module, config: peft.LoraConfig, name: str) -> None
             of the names in `config`.
     """
     check_adapter_settings(config.to_dict())
-    check_room_for(backbone, name)
     there = adapter_configs(backbone)
-    if there and config.init_lora_weights in CHANGING_STARTS:
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"The name of an adapter must be a text without dots, got {name!r}.")
+    if name in there:
         raise ValueError(
-            f"`init_lora_weights` {config.init_lora_weights!r} changes the backbone's weights, "
-            f"which the adapter {next(iter(there))!r} needs as they are: use True."
+            f"The backbone has an adapter {name!r} already: choose another name or delete it first."
         )
+    refuse_changes([*starts_of(backbone), config.init_lora_weights] if there else [])
     training = backbone.training
     names = {key: getattr(config, key) for key in ("target_modules", "modules_to_save")}
     try:
@@ -83,26 +84,20 @@ def _check_all_found(backbone: nn.Module, names: dict[str, Any]) -> None:
             raise ValueError(f"There are no modules {sorted(missed)}.")
 
 
-def check_room_for(backbone: nn.Module, name: str) -> None:
-    """Raises a ValueError for a name that is taken, or if an adapter changed the backbone."""
-    if not isinstance(name, str) or not name or "." in name:
-        raise ValueError(f"The name of an adapter must be a text without dots, got {name!r}.")
-    if name in adapter_configs(backbone):
-        raise ValueError(
-            f"The backbone has an adapter {name!r} already: choose another name or delete it first."
-        )
-    check_backbone_is_whole(backbone, f"the adapter {name!r}")
-
-
-def check_backbone_is_whole(backbone: nn.Module, user: str) -> None:
-    """Raises a ValueError if an adapter has changed the backbone's weights, which `user` needs."""
-    for name, config in adapter_configs(backbone).items():
-        if (start := getattr(config, "init_lora_weights", None)) in CHANGING_STARTS:
+def refuse_changes(starts: Iterable[Any]) -> None:
+    """Raises a ValueError for a start (`init_lora_weights`) that changes the backbone's weights."""
+    for start in starts:
+        if start in CHANGING_STARTS:
             raise ValueError(
-                f"The adapter {name!r} (`init_lora_weights={start!r}`) has changed the backbone's "
-                f"weights, which {user} needs as they were: `save_head`, and load the head into a "
-                "model with the weights as they were."
+                f"`init_lora_weights` {start!r} changes the backbone's weights: an adapter with it "
+                "must be the only one, for the only head."
             )
+
+
+def starts_of(backbone: nn.Module) -> list[Any]:
+    """`init_lora_weights` of a backbone's adapters."""
+    configs = adapter_configs(backbone).values()
+    return [getattr(config, "init_lora_weights", True) for config in configs]
 
 
 def set_adapter(backbone: nn.Module, name: str, *, train: bool = True) -> None:
@@ -314,7 +309,7 @@ class AdaptersMixin:
         try:
             check_adapters(self)
             if len(self.heads) > 1:
-                check_backbone_is_whole(self.backbone, f"the head {[*self.heads][-1]!r}")
+                refuse_changes(starts_of(self.backbone))
         except ValueError:
             newest = next(reversed(configs))
             _take_off(self, newest)

@@ -21,7 +21,7 @@ from ..checks.arguments import shown
 from ..configuration_codd import CoDDHeadConfig
 from ..conversion import convert_jpc, holds_circuit
 from ..hub.cards import Artifact
-from ..hub.publishing import FACTS, UPLOAD, push
+from ..hub.publishing import ACCESS, FACTS, UPLOAD, push
 from ..hub.repositories import (
     ADAPTER_FOLDER,
     CACHE_ARGUMENTS,
@@ -37,9 +37,10 @@ from .adapters import (
     active_state,
     adapter_configs,
     adapter_in_use,
-    check_backbone_is_whole,
     delete_adapter,
+    refuse_changes,
     restore,
+    starts_of,
 )
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ class Heads:
                 f"`name` {name!r} is taken: choose another one, or `delete_head({name!r})` first."
             )
         if len(self):
-            check_backbone_is_whole(model.backbone, f"the head {name!r}")
+            refuse_changes(starts_of(model.backbone))
         loaded = load_head(head, model.backbone, model.config.mask_token_id, **hub)
         if adapter is None and isinstance(head, str | Path):
             adapter = Repository(checked_name(head, "head"), hub).adapter()
@@ -256,6 +257,7 @@ class Heads:
             head.config.base_model_name_or_path = base
         to_hub = kwargs.pop("push_to_hub", False)
         repo_id = kwargs.pop("repo_id", Path(save_directory).resolve().name)
+        access = {key: kwargs.pop(key) for key in ACCESS if key in kwargs}
         upload = {key: kwargs.pop(key) for key in UPLOAD if key in kwargs}
 
         def save(folder: str | Path) -> None:
@@ -270,7 +272,7 @@ class Heads:
         save(save_directory)
         if to_hub:
             facts = {key: kwargs[key] for key in FACTS if key in kwargs}
-            push(Artifact("head", head), save, repo_id, **upload, **facts)
+            push(Artifact("head", head), save, repo_id, upload=upload, **access, **facts)
 
 
 def load_head(

@@ -19,11 +19,15 @@ from ..checks.arguments import (
 if TYPE_CHECKING:
     from .windows import CoupledBackbone
 
-WITHOUT_EFFECT = ("use_cache", "cache_position")
-
 
 def checked_inputs(
-    model: CoupledBackbone, ids: Any, mask: Any, positions: Any, labels: Any, start: Any
+    model: CoupledBackbone,
+    ids: Any,
+    mask: Any,
+    positions: Any,
+    labels: Any,
+    start: Any,
+    token_types: Any = None,
 ) -> tuple[torch.Tensor, ...]:
     """The tensors of `CoDDModel.forward`, from `input_ids` to `window_start`, on its device.
 
@@ -35,6 +39,7 @@ def checked_inputs(
     ids = token_ids("input_ids", ids, vocab_size, device)
     if ids.shape[1] == 0:
         raise ValueError("`input_ids` must hold at least one token in a row, got none.")
+    check_token_types(token_types, ids)
     if mask is None:
         real = model.real_tokens(ids)
         if real is not None and not bool(real[:, [0, -1]].all()):
@@ -58,17 +63,11 @@ def checked_inputs(
     return ids, mask, positions, labels, start
 
 
-def refuse_requests(asked: dict[str, Any], input_ids: torch.Tensor) -> None:
-    """Raises a TypeError for arguments of transformers' models that ask for anything.
-
-    `token_type_ids`, which tokenizers give, may be 0 everywhere.
-    """
-    for name, value in asked.items():
-        if name == "token_type_ids":
-            check_token_types(value, input_ids)
-        elif name not in WITHOUT_EFFECT:
-            value = plain(value)
-            if value is not None and not (isinstance(value, (bool, int)) and value == 0):
-                raise TypeError(
-                    f"`{name}` cannot be used here: leave it out, or give it to `model.backbone`."
-                )
+def refuse_requests(asked: dict[str, Any]) -> None:
+    """Raises a TypeError for arguments of transformers' models that ask for anything."""
+    for name in asked.keys() - {"token_type_ids", "use_cache", "cache_position"}:
+        value = plain(asked[name])
+        if value is not None and not (isinstance(value, (bool, int)) and value == 0):
+            raise TypeError(
+                f"`{name}` cannot be used here: leave it out, or give it to `model.backbone`."
+            )

@@ -7,7 +7,7 @@ write a placeholder over the card, and that of diffusers does not know revisions
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +24,8 @@ from .repositories import is_local, reaching_hub
 
 CARD = "README.md"
 FACTS = ("license", "datasets", "eval_results", "tags")
-UPLOAD = ("commit_message", "commit_description", "private", "token", "revision", "create_pr")
+ACCESS = ("private", "token")
+UPLOAD = ("revision", "create_pr", "commit_message", "commit_description")
 PATHS = ("_name_or_path", "base_model_name_or_path")
 
 
@@ -43,10 +44,9 @@ class Publishing:
             **kwargs: as in transformers or diffusers, and the keyword arguments of `push_to_hub`.
         """
         folder = Path(save_directory)
-        facts, upload = (
-            {key: kwargs.pop(key) for key in keys if key in kwargs} for keys in (FACTS, UPLOAD)
-        )
         repo_id = kwargs.pop("repo_id", folder.resolve().name)
+        facts = {key: kwargs.pop(key) for key in FACTS if key in kwargs}
+        upload = {key: kwargs.pop(key) for key in (*ACCESS, *UPLOAD) if key in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
         if not kwargs.get("is_main_process", args[0] if args else True):
             return
@@ -63,12 +63,8 @@ class Publishing:
         datasets: str | list[str] | None = None,
         eval_results: list[EvalResult] | None = None,
         tags: list[str] | None = None,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
         **kwargs: Any,
     ) -> CommitInfo:
         """Uploads to a repository, which is created if there is none, with a model card.
@@ -82,13 +78,10 @@ class Publishing:
             datasets: ids of the data sets that it was trained on, for the card.
             eval_results: measured results, for the card.
             tags: further tags for the card.
-            commit_message: of the commit.
-            commit_description: of the commit.
             private: whether a new repository is private.
             token: of the user; by default the one that `hf auth login` stored.
-            revision: the branch, created if there is none.
-            create_pr: open a pull request instead of committing to the branch.
-            **kwargs: for `save_pretrained`.
+            **kwargs: `revision` (a branch, created if there is none), `create_pr`,
+                `commit_message` and `commit_description`; and the arguments of `save_pretrained`.
 
         Returns:
             The commit (its `pr_url` with `create_pr`).
@@ -98,19 +91,18 @@ class Publishing:
                 without a licence.
             OSError: the Hub cannot be reached.
         """
+        upload = {"commit_message": f"Upload {type(self).__name__}"}
+        upload |= {key: kwargs.pop(key) for key in UPLOAD if key in kwargs}
         facts = {"license": license, "datasets": datasets, "eval_results": eval_results}
         return push(
             Artifact.of(self),
             lambda folder: self.save_pretrained(folder, **kwargs),
             repo_id,
-            **facts,
-            tags=tags,
             private=private,
             token=token,
-            revision=revision,
-            commit_message=commit_message or f"Upload {type(self).__name__}",
-            commit_description=commit_description,
-            create_pr=create_pr,
+            upload=upload,
+            tags=tags,
+            **facts,
         )
 
 
@@ -122,36 +114,25 @@ def push(
     *,
     private: bool | None = None,
     token: str | bool | None = None,
-    revision: str | None = None,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    create_pr: bool = False,
+    upload: dict[str, Any] | None = None,
     **facts: Any,
 ) -> CommitInfo:
-    """Uploads what `save` writes into a folder; arguments and errors as for `push_to_hub`."""
-    _check_license(artifact, facts.get("license"), public=not private)
+    """Uploads what `save` writes into a folder, with a model card; see `push_to_hub`."""
     api = HfApi(token=token, library_name="codd-hf")
     if "/" not in repo_id:
         repo_id = f"{api.whoami()['name']}/{repo_id}"
-    card = _completed_card(api, make_card(artifact, repo_id, **facts), repo_id, revision)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if private:  # which a repository that was there before may not be
-        public = not api.model_info(repo_id).private
-        _check_license(artifact, facts.get("license"), public=public)
-    if revision is not None and not revision.startswith("refs/pr/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    # A repository that was there before may be public.
+    public = not private or (api.repo_exists(repo_id) and not api.model_info(repo_id).private)
+    if public and artifact.source is not None and facts.get("license") is None:
+        raise ValueError(
+            f"The circuit was converted from {artifact.source}: to make it public give its licence "
+            "(`license=...`), or push with `private=True` to a private repository."
+        )
     with TemporaryDirectory() as folder:
-        card.save(Path(folder) / CARD)
+        make_card(artifact, repo_id, **facts).save(Path(folder) / CARD)
         save(Path(folder))
         forget_paths(Path(folder))
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        return push_folder(Path(folder), repo_id, private=private, token=token, **(upload or {}))
 
 
 @reaching_hub()
@@ -159,11 +140,12 @@ def push_folder(
     folder: Path,
     repo_id: str,
     *,
-    private: bool = False,
-    ignore_patterns: Sequence[str] = (),
-    commit_message: str,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    **upload: Any,
 ) -> CommitInfo:
-    """Uploads a folder, with the model card in it, as it is.
+    """Uploads a folder, with the model card in it.
 
     A card that somebody wrote in the repository keeps its text, and replaces the folder's.
 
@@ -171,28 +153,17 @@ def push_folder(
         folder: holds what `save_pretrained` has written.
         repo_id: the repository, with its namespace; created if there is none.
         private: whether a new repository is private.
-        ignore_patterns: files that stay here.
-        commit_message: of the commit.
+        token: of the user.
+        revision: the branch, created if there is none.
+        **upload: for huggingface_hub's `upload_folder`.
 
     Raises:
         ValueError: the Hub would refuse the card.
         OSError: the Hub cannot be reached.
     """
-    api = HfApi(library_name="codd-hf")
-    card = _completed_card(api, ModelCard.load(folder / CARD), repo_id, None)
-    card.save(folder / CARD)
-    api.create_repo(repo_id, private=private or None, exist_ok=True)
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        ignore_patterns=list(ignore_patterns),
-        commit_message=commit_message,
-    )
-
-
-def _completed_card(api: HfApi, card: ModelCard, repo_id: str, revision: str | None) -> ModelCard:
-    """A new card, or the one that the repository has; a new branch starts with the main one's."""
-    for where in dict.fromkeys((revision, None)):
+    api = HfApi(token=token, library_name="codd-hf")
+    card = ModelCard.load(folder / CARD)
+    for where in dict.fromkeys((revision, None)):  # a new branch starts with the main one's card
         try:
             present = ModelCard.load(api.hf_hub_download(repo_id, CARD, revision=where))
         except RevisionNotFoundError:
@@ -202,7 +173,11 @@ def _completed_card(api: HfApi, card: ModelCard, repo_id: str, revision: str | N
         card = complete_card(present, card)
         break
     card.validate()
-    return card
+    card.save(folder / CARD)
+    repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, **upload)
 
 
 def forget_paths(folder: Path) -> None:
@@ -216,11 +191,3 @@ def forget_paths(folder: Path) -> None:
             for part, key in local:
                 del part[key]
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_license(artifact: Artifact, license: str | None, public: bool) -> None:
-    if public and artifact.source is not None and license is None:
-        raise ValueError(
-            f"The circuit was converted from {artifact.source}: to make it public give its licence "
-            "(`license=...`), or push with `private=True` to a private repository."
-        )
