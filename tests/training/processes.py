@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from fitting import new_model
 from hmm_cases import random_hmm, sample_windows
 from safetensors.torch import save_file
 
@@ -141,14 +142,7 @@ def conditional(folder: Path, kept_in: Path | None, stop_at: int = 0) -> None:
         checkpointing_steps=1,
     )
     tokenizer = train_tokenizer(SENTENCES, vocab_size=300)
-    backbone = tiny_backbone(
-        vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=2, initializer_range=0.1
-    )
-    changes = {"conditioning": ["latent", "copy"], "context_size": 16, "copy_length": 6}
-    head = random_head(len(tokenizer), mask_token_id=1, num_latents=6, **changes)
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.mul_(0.3)
+    model = new_model(tokenizer, ("latent", "copy"))
     losses, gains = [], []
 
     def log(step: int, values: dict[str, float]) -> None:
@@ -158,7 +152,7 @@ def conditional(folder: Path, kept_in: Path | None, stop_at: int = 0) -> None:
         gains.append(values["gain"])
 
     history = fit_conditional(
-        CoDDModel.from_backbone(backbone, head),
+        model,
         tokenizer,
         correlated_examples(41),
         correlated_examples(13, seed=1),
@@ -171,7 +165,7 @@ def conditional(folder: Path, kept_in: Path | None, stop_at: int = 0) -> None:
         "gains": torch.tensor(gains),
         "validation": torch.tensor([entry["gain"] for entry in history]),
     }
-    tensors = {k: v.detach() for k, v in head.named_parameters()}
+    tensors = {k: v.detach() for k, v in model.coupling_head.named_parameters()}
     main_process_saves(tensors | curves, folder / "conditional.safetensors")
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from codd_hf import CoDDModel, CoDDPipeline
 from codd_hf.data.canvases import Example, load_examples
 from codd_hf.hub.cards import REWRITTEN
-from codd_hf.training import ConditionalConfig, TrainConfig, train
+from codd_hf.training import TrainConfig, train
 from codd_hf.training.result import save_held_out
 
 
@@ -150,14 +150,6 @@ def test_packed_text_is_trained_on_without_false_ends(trained_pipeline, short_co
     assert "at most 12 tokens each, packed" in (folder / "README.md").read_text()
     with pytest.raises(ValueError, match=r"`max_length` \(10\) must be a multiple"):
         replace(config, max_length=10)
-
-
-@pytest.mark.parametrize(
-    ("windows", "steps"), [(100, 200), (7_600, 380), (28_000, 1400), (10**6, 2000)]
-)
-def test_number_of_steps_grows_with_the_data_unless_it_is_given(windows, steps):
-    assert ConditionalConfig().with_steps(windows).max_steps == steps
-    assert ConditionalConfig(max_steps=7).with_steps(windows).max_steps == 7
 
 
 def test_held_out_conversations_are_read_back_as_they_were(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fitting import equal_states, new_model, untimed
 
 from codd_hf import CoDDHead, CoDDModel
 from codd_hf.data.canvases import TokenizedExample
@@ -14,7 +15,7 @@ from codd_hf.data.noise import draw_windows
 from codd_hf.training import Checkpoints, ConditionalConfig, fit_conditional, fit_head
 from codd_hf.training.evidence.cache import cache_windows
 from codd_hf.training.fits.conditional import evaluate_head
-from tiny import correlated_examples, head_config, random_head, tiny_backbone
+from tiny import correlated_examples, head_config, tiny_backbone
 
 CONFIG = ConditionalConfig(
     max_steps=12,
@@ -29,26 +30,11 @@ CONFIG = ConditionalConfig(
 TRAIN, VALIDATION = correlated_examples(40), correlated_examples(20, seed=1)
 
 
-def new_model(tokenizer) -> CoDDModel:
-    backbone = tiny_backbone(
-        vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=2, initializer_range=0.1
-    )
-    head = random_head(len(tokenizer), mask_token_id=1, num_latents=6)
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.mul_(0.3)
-    return CoDDModel.from_backbone(backbone, head)
-
-
 def run(tokenizer, checkpoints=None, log=None, **changes):
     model = new_model(tokenizer)
     config = replace(CONFIG, **changes)
     history = fit_conditional(model, tokenizer, TRAIN, VALIDATION, config, checkpoints, log)
     return model, history
-
-
-def gains(history) -> list[dict]:
-    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in history]
 
 
 def test_fit_improves_the_held_out_gain_and_leaves_the_backbone_as_it_was(tiny_tokenizer):
@@ -105,9 +91,8 @@ def test_run_that_stopped_ends_bit_equal_to_one_that_did_not(tiny_tokenizer, tmp
         run(tiny_tokenizer, checkpoints, interrupt)
     assert checkpoints.steps() == [4, 8]
     resumed, resumed_history = run(tiny_tokenizer, checkpoints)
-    assert gains(resumed_history) == gains(history)
-    states = whole.state_dict(), resumed.state_dict()
-    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert untimed(resumed_history) == untimed(history)
+    assert equal_states(whole, resumed)
     with pytest.raises(
         ValueError, match=r"made with `learning_rate` 0\.1, not 0\.2: continue with"
     ):

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from fitting import untimed
 from hmm_cases import NO_PRIOR, counts_by_enumeration, random_hmm, sample_windows
 
 from codd_hf.circuits.em import expected_counts, log_likelihood, maximise
@@ -74,10 +75,6 @@ def test_fit_comes_close_to_the_circuit_that_made_the_text():
     assert [entry["step"] for entry in history] == list(range(0, 241, 6))
     assert history[0]["nats"] - 0.08 > after
     assert after < best + 0.03
-
-
-def untimed(history) -> list[dict]:
-    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in history]
 
 
 def test_run_that_stopped_within_an_epoch_ends_bit_equal_to_one_that_did_not(tmp_path):

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from fitting import equal_states, new_model, untimed
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -13,13 +14,11 @@ from codd_hf import CoDDModel
 from codd_hf.data.canvases import CanvasBatch, TokenizedExample
 from codd_hf.training import (
     Checkpoints,
-    ConditionalConfig,
     JointConfig,
-    fit_conditional,
     fit_joint,
 )
 from codd_hf.training.evidence.live_windows import LiveWindows, window_scores
-from tiny import correlated_examples, enumerate_window, random_head, tiny_backbone, tiny_model
+from tiny import correlated_examples, enumerate_window, tiny_backbone, tiny_model
 
 SETTINGS = {
     "max_steps": 10,
@@ -37,26 +36,11 @@ SETTINGS = {
 TRAIN, VALIDATION = correlated_examples(40), correlated_examples(20, seed=1)
 
 
-def new_model(tokenizer, **changes) -> CoDDModel:
-    backbone = tiny_backbone(
-        vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=2, initializer_range=0.1
-    )
-    head = random_head(len(tokenizer), **({"mask_token_id": 1, "num_latents": 6} | changes))
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.mul_(0.3)
-    return CoDDModel.from_backbone(backbone, head)
-
-
 def run(tokenizer, folder=None, model=None, train=TRAIN, log=None, **changes):
     model = new_model(tokenizer) if model is None else model
     config = JointConfig(**(SETTINGS | changes))
     checkpoints = None if folder is None else Checkpoints(folder)
     return model, fit_joint(model, tokenizer, train, VALIDATION, config, checkpoints, log)
-
-
-def untimed(history) -> list[dict]:
-    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in history]
 
 
 def backbone_weights(model) -> dict[str, torch.Tensor]:
@@ -181,9 +165,7 @@ def test_run_that_stopped_ends_bit_equal_to_one_that_did_not(tiny_tokenizer, tmp
     torch.manual_seed(99)
     resumed, resumed_history = run(tiny_tokenizer, tmp_path / "stopped", **changes)
     assert untimed(resumed_history) == untimed(history)
-    states = whole.state_dict(), resumed.state_dict()
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert equal_states(whole, resumed)
 
 
 def test_gradient_checkpointing_changes_no_step(tiny_tokenizer):
@@ -242,26 +224,6 @@ def test_lora_is_saved_and_loaded_with_its_head(tiny_tokenizer, tmp_path):
     assert any("lora" in n for n, p in joined.named_parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("backbone", ["lora", "full"])
-def test_first_steps_do_not_harm_a_head_that_was_fitted(tiny_tokenizer, backbone):
-    model = new_model(tiny_tokenizer)
-    fitted = ConditionalConfig(
-        max_steps=100,
-        tokens_per_batch=512,
-        windows_per_batch=32,
-        learning_rate=0.1,
-        warmup_steps=5,
-        num_validation_draws=1,
-        evaluation_steps=100,
-    )
-    fit_conditional(model, tiny_tokenizer, TRAIN, VALIDATION, fitted)
-    config = JointConfig(backbone=backbone, max_steps=40, evaluation_steps=5)
-    history = fit_joint(model, tiny_tokenizer, TRAIN, VALIDATION, config)
-    start = history[0]["coupled_nats"]
-    assert all(entry["coupled_nats"] < start + 0.005 for entry in history)
-    assert history[-1]["coupled_nats"] < start
-
-
 def test_loss_that_is_not_finite_stops_the_run_and_names_the_examples(tiny_tokenizer):
     train = [*TRAIN[:11], TokenizedExample([18], [19] * 7)]
     for kind in ("impossible", "nan"):
@@ -270,18 +232,9 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_the_examples(tiny_token
             model.coupling_head.emission.data[:, 19] = -torch.inf
         else:
             model.backbone.model.embed_tokens.weight.data[19] = torch.nan
-        with pytest.raises(
-            FloatingPointError, match=r"loss is nan at step 0 of the joint fit"
-        ) as error:
-            run(
-                tiny_tokenizer,
-                None,
-                model,
-                train,
-                windows_per_batch=12,
-                max_extra_windows=0,
-                seed=3,
-            )
+        changes = {"windows_per_batch": 12, "max_extra_windows": 0, "seed": 3}
+        with pytest.raises(FloatingPointError, match=r"loss is nan at step 0 of") as error:
+            run(tiny_tokenizer, None, model, train, **changes)
         inside = re.search(r"windows \[([\d, ]*)\]", str(error.value))[1]
         assert [int(number) for number in inside.split(", ")] == named
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from fitting import new_model
 from safetensors.torch import load_file
 
-from codd_hf import CoDDModel
 from codd_hf.data.tokenizers import train_tokenizer
 from codd_hf.training import Checkpoints, JointConfig, fit_joint
-from tiny import SENTENCES, correlated_examples, random_head, tiny_backbone
+from tiny import SENTENCES, correlated_examples
 
 
 def joint(folder: Path, backbone: str) -> None:
@@ -31,14 +31,7 @@ def joint(folder: Path, backbone: str) -> None:
         checkpointing_steps=2,
     )
     tokenizer = train_tokenizer(SENTENCES, vocab_size=300)
-    changes = {"conditioning": ["latent", "copy"], "context_size": 16, "copy_length": 6}
-    head = random_head(len(tokenizer), mask_token_id=1, num_latents=6, **changes)
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.mul_(0.3)
-    model = CoDDModel.from_backbone(
-        tiny_backbone(vocab_size=len(tokenizer), eos_token_id=2, initializer_range=0.1), head
-    )
+    model = new_model(tokenizer, ("latent", "copy"))
     losses = []
     history = fit_joint(
         model,

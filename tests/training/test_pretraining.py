@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fitting import equal_states, untimed
 from transformers import AutoModelForCausalLM
 
 from codd_hf import CoDDModel
@@ -48,10 +49,6 @@ def run(tokenizer, examples, folder=None, *, model=None, new=True, log=None, **c
     return model, fit_backbone(model, *args, window_length=4)
 
 
-def untimed(history) -> list[dict]:
-    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in history]
-
-
 def test_training_lowers_the_loss(tiny_tokenizer, examples):
     changes = {"max_steps": 40, "learning_rate": 1e-2, "evaluation_steps": 10}
     model, history = run(tiny_tokenizer, examples, **changes)
@@ -84,8 +81,7 @@ def test_run_that_stopped_ends_bit_equal_to_one_that_did_not(
     assert Checkpoints(folder).steps() == [4, 8]
     resumed, resumed_history = run(tiny_tokenizer, examples, folder, **options)
     assert untimed(resumed_history) == untimed(history)
-    states = whole.state_dict(), resumed.state_dict()
-    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert equal_states(whole, resumed)
     with pytest.raises(ValueError, match=r"made with `mean_span_length` 2\.0, not 1\.0"):
         run(tiny_tokenizer, examples, folder, **(options | {"mean_span_length": 1.0}))
 

@@ -9,35 +9,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fitting import equal_states, new_model
 
-from codd_hf import CoDDModel
 from codd_hf.data.canvases import TokenizedExample, batch_indices
 from codd_hf.data.noise import draw_windows
 from codd_hf.training import Checkpoints, ConditionalConfig, fit_conditional, fit_head
 from codd_hf.training.evidence import cache as window_cache
 from codd_hf.training.evidence.cache import WindowCache, cache_windows
 from codd_hf.training.fits.conditional import evaluate_head
-from tiny import correlated_examples, random_head, tiny_backbone
+from tiny import correlated_examples
 
-EXAMPLES = correlated_examples(24)
+EXAMPLES, CONTEXT = correlated_examples(24), ("latent", "copy")
 CONFIG = ConditionalConfig(max_steps=3, tokens_per_batch=64, windows_per_batch=8, warmup_steps=1)
-
-
-def new_model(tokenizer, conditioning=("latent", "copy"), **backbone) -> CoDDModel:
-    sizes = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 2}
-    head = random_head(
-        len(tokenizer),
-        mask_token_id=1,
-        num_latents=6,
-        conditioning=list(conditioning),
-        context_size=16,
-        copy_length=6,
-        copy_size=8,
-    )
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.mul_(0.3)
-    return CoDDModel.from_backbone(tiny_backbone(**(sizes | backbone)), head)
 
 
 def write(model, tokenizer, folder, config=CONFIG, examples=EXAMPLES, **options) -> WindowCache:
@@ -79,7 +62,7 @@ def test_evidence_on_disk_is_that_in_memory(tiny_tokenizer, tmp_path, conditioni
 
 
 def test_size_is_said_before_anything_is_written(tiny_tokenizer, tmp_path, capsys):
-    model = new_model(tiny_tokenizer)
+    model = new_model(tiny_tokenizer, CONTEXT)
     cache = write(model, tiny_tokenizer, tmp_path, num_draws=8)
     printed = capsys.readouterr().out
     assert "Evidence about 192 of 192 windows of 4 tokens" in printed
@@ -92,7 +75,7 @@ def test_size_is_said_before_anything_is_written(tiny_tokenizer, tmp_path, capsy
 def test_evidence_of_another_setting_model_or_text_is_refused_and_the_field_named(
     tiny_tokenizer, tmp_path
 ):
-    model = new_model(tiny_tokenizer)
+    model = new_model(tiny_tokenizer, CONTEXT)
     write(model, tiny_tokenizer, tmp_path)
     changes = {
         "evidence_temperature": 0.5,
@@ -115,7 +98,7 @@ def test_evidence_of_another_setting_model_or_text_is_refused_and_the_field_name
     with pytest.raises(ValueError, match="made with `copy_length` 6, not 0"):
         write(new_model(tiny_tokenizer, ("latent",)), tiny_tokenizer, tmp_path)
     with pytest.raises(ValueError, match="other settings of the backbone"):
-        write(new_model(tiny_tokenizer, rms_norm_eps=1e-3), tiny_tokenizer, tmp_path)
+        write(new_model(tiny_tokenizer, CONTEXT, {"rms_norm_eps": 1e-3}), tiny_tokenizer, tmp_path)
     with torch.no_grad():
         model.backbone.model.norm.weight[3] += 1e-3
     with pytest.raises(ValueError, match=r"other weights of the backbone .*another `evidence_dir`"):
@@ -125,7 +108,7 @@ def test_evidence_of_another_setting_model_or_text_is_refused_and_the_field_name
 def test_shards_that_a_kill_left_out_are_written_and_the_others_kept(
     tiny_tokenizer, tmp_path, small_shards
 ):
-    model = new_model(tiny_tokenizer)
+    model = new_model(tiny_tokenizer, CONTEXT)
     whole = write(model, tiny_tokenizer, None)
     write(model, tiny_tokenizer, tmp_path)
     shards = sorted(tmp_path.glob("*.safetensors"))
@@ -143,7 +126,7 @@ def test_shards_that_a_kill_left_out_are_written_and_the_others_kept(
 @pytest.mark.parametrize("content", [None, b"{", b"{}"])
 @pytest.mark.parametrize("pattern", ["*.safetensors", "fingerprint.json"])
 def test_damaged_file_is_an_error_that_says_what_to_do(tiny_tokenizer, tmp_path, pattern, content):
-    write(new_model(tiny_tokenizer), tiny_tokenizer, tmp_path)
+    write(new_model(tiny_tokenizer, CONTEXT), tiny_tokenizer, tmp_path)
     file = next(tmp_path.glob(pattern))
     file.write_bytes(file.read_bytes()[:20] if content is None else content)
     with pytest.raises(ValueError, match=r"damaged|does not say what made the evidence"):
@@ -153,7 +136,7 @@ def test_damaged_file_is_an_error_that_says_what_to_do(tiny_tokenizer, tmp_path,
 def test_lack_of_room_is_an_error_that_says_so_and_the_run_goes_on_later(
     tiny_tokenizer, tmp_path, monkeypatch
 ):
-    model = new_model(tiny_tokenizer)
+    model = new_model(tiny_tokenizer, CONTEXT)
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
         with pytest.raises(OSError, match=r"takes about .* GB left: make room"):
@@ -170,16 +153,15 @@ def test_lack_of_room_is_an_error_that_says_so_and_the_run_goes_on_later(
 
 
 def test_fit_from_evidence_needs_no_backbone(tiny_tokenizer, tmp_path):
-    model, checkpoints = new_model(tiny_tokenizer), Checkpoints(tmp_path / "conditional")
+    model, checkpoints = new_model(tiny_tokenizer, CONTEXT), Checkpoints(tmp_path / "conditional")
     data = (tiny_tokenizer, EXAMPLES, EXAMPLES[:4])
     fit_conditional(model, *data, CONFIG, checkpoints)
-    head = new_model(tiny_tokenizer).coupling_head
+    head = new_model(tiny_tokenizer, CONTEXT).coupling_head
     caches = [WindowCache.open(tmp_path / "evidence" / name) for name in ("train", "validation")]
     fit_head(head, *caches, CONFIG)
-    states = model.coupling_head.state_dict(), head.state_dict()
-    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert equal_states(model.coupling_head, head)
     # Nor does a run that is continued.
-    model = new_model(tiny_tokenizer)
+    model = new_model(tiny_tokenizer, CONTEXT)
     model.backbone.forward = None
     history = fit_conditional(model, *data, replace(CONFIG, max_steps=5), checkpoints)
     assert history[-1]["step"] == 5
@@ -205,7 +187,7 @@ def live_gradients(model, tokenizer, examples, config) -> list[torch.Tensor]:
 
 
 def test_gradients_from_the_cache_are_those_of_the_live_backbone(tiny_tokenizer, tmp_path):
-    model = new_model(tiny_tokenizer).requires_grad_(False)
+    model = new_model(tiny_tokenizer, CONTEXT).requires_grad_(False)
     head = model.coupling_head.requires_grad_(True)
     config = replace(CONFIG, cache_size=10_000, tokens_per_batch=10_000)
     cache = write(model, tiny_tokenizer, tmp_path, config, num_draws=1)
@@ -220,6 +202,6 @@ def test_gradients_from_the_cache_are_those_of_the_live_backbone(tiny_tokenizer,
 
 def test_empty_prompts_have_evidence_too(tiny_tokenizer, tmp_path):
     examples = [TokenizedExample([], e.answer_ids) for e in EXAMPLES]
-    cache = write(new_model(tiny_tokenizer), tiny_tokenizer, tmp_path, examples=examples)
+    cache = write(new_model(tiny_tokenizer, CONTEXT), tiny_tokenizer, tmp_path, examples=examples)
     windows = cache.take(torch.arange(len(cache)))
     assert (windows.preceding_tokens == -1).all(1).any()
