@@ -123,6 +123,21 @@ def test_scheduler_of_a_call_counts_before_the_model_s_configuration():
     assert of_model(model, max_new_tokens=8) == of_pipe(pipe, gen_length=8, sampling="factorized")
 
 
+def test_evidence_temperature_is_the_call_s_then_the_scheduler_s_then_the_head_s(tmp_path):
+    made = tiny_pipeline(sampling="marginal")
+    made.model.coupling_head.config.evidence_temperature = 5.0
+    made.save_pretrained(tmp_path)
+    pipe = CoDDPipeline.from_pretrained(tmp_path)
+    model, of_head = pipe.model, of_pipe(pipe, gen_length=20)
+    plain = of_pipe(pipe, gen_length=20, evidence_temperature=1.0)
+    assert of_head == of_model(model, max_new_tokens=20) != plain
+    said = CoDDScheduler(sampling="marginal", evidence_temperature=1.0)
+    assert of_model(model, max_new_tokens=20, scheduler=said) == plain
+    model.generation_config.evidence_temperature = 1.0
+    assert of_model(model, max_new_tokens=20) == plain
+    assert of_model(model, max_new_tokens=20, evidence_temperature=5.0) == of_head
+
+
 def test_lengths_and_steps_come_from_the_call_then_the_model_then_one_rule():
     pipe = tiny_pipeline()
     pipe.model.backbone.config.max_position_embeddings = 256  # the positions are rotary

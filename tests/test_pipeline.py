@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from diffusers.callbacks import PipelineCallback
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from codd_hf import CoDDHead, CoDDModel
 from codd_hf.configuration_codd import CoDDHeadConfig
@@ -26,8 +26,8 @@ def tokenizer():
     return train_tokenizer(["two and two are four, and 3 + 4 = 7"] * 3, vocab_size=280)
 
 
-def make_backbone(kind: str, tokenizer):
-    """A random backbone with absolute (bert) or rotary (llama) positions, 5 ids too many."""
+def make_backbone(tokenizer):
+    """A random backbone with 5 ids too many."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": len(tokenizer) + 5,
@@ -40,8 +40,6 @@ def make_backbone(kind: str, tokenizer):
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    if kind == "bert":
-        return BertForMaskedLM(BertConfig(**sizes)).eval()
     return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 
 
@@ -63,8 +61,8 @@ def make_head(tokenizer) -> CoDDHead:
     return head
 
 
-def make_pipe(tokenizer, kind: str = "llama", **scheduler) -> CoDDPipeline:
-    model = CoDDModel.from_backbone(make_backbone(kind, tokenizer), head=make_head(tokenizer))
+def make_pipe(tokenizer, **scheduler) -> CoDDPipeline:
+    model = CoDDModel.from_backbone(make_backbone(tokenizer), head=make_head(tokenizer))
     pipe = CoDDPipeline(model=model, scheduler=CoDDScheduler(**scheduler), tokenizer=tokenizer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -73,11 +71,6 @@ def make_pipe(tokenizer, kind: str = "llama", **scheduler) -> CoDDPipeline:
 @pytest.fixture(scope="module")
 def pipe(tokenizer):
     return make_pipe(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def bert_pipe(tokenizer):
-    return make_pipe(tokenizer, "bert")
 
 
 @pytest.fixture
@@ -123,58 +116,7 @@ def seeds() -> list[torch.Generator]:
     return [torch.Generator().manual_seed(100 + row) for row in range(len(PROMPTS))]
 
 
-def padded(side: str, pad: int, extra: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, PROMPTS)) + extra
-    rows, masks = [], []
-    for prompt in PROMPTS:
-        fill = width - len(prompt)
-        rows.append([pad] * fill + prompt if side == "left" else prompt + [pad] * fill)
-        masks.append(
-            [0] * fill + [1] * len(prompt) if side == "left" else [1] * len(prompt) + [0] * fill
-        )
-    return torch.tensor(rows), torch.tensor(masks)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("sampling", ["factorized", "latent", "marginal"])
-@pytest.mark.parametrize("strategy", ["low_confidence", "margin", "entropy", "random"])
-@pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_row_is_the_same_alone_batched_and_padded_on_any_side(
-    pipe, bert_pipe, kind, strategy, sampling, temperature
-):
-    pipe = pipe if kind == "llama" else bert_pipe
-    kwargs = {
-        **SHORT,
-        "strategy": strategy,
-        "sampling": sampling,
-        "temperature": temperature,
-        "evidence_temperature": 0.7,
-        "activation_ratio": 0.8,
-        "output_type": "seq",
-    }
-    batched = pipe(input_ids=PROMPTS, generator=seeds(), **kwargs).sequences
-    for row, prompt in enumerate(PROMPTS):
-        alone = pipe(input_ids=prompt, generator=[seeds()[row]], **kwargs).sequences
-        assert torch.equal(alone[0], batched[row])
-    for side in ("left", "right"):
-        ids, mask = padded(side, pad=7, extra=3)
-        result = pipe(input_ids=ids, attention_mask=mask, generator=seeds(), **kwargs).sequences
-        assert torch.equal(result, batched)
-
-
-def test_stochastic_modes_depend_on_the_seed(pipe):
-    kwargs = {**SHORT, "input_ids": PROMPTS[0], "output_type": "seq", "temperature": 1.0}
-    results = [
-        pipe(generator=torch.Generator().manual_seed(seed), **kwargs).sequences
-        for seed in (0, 0, 1)
-    ]
-    assert torch.equal(results[0], results[1])
-    assert not torch.equal(results[0], results[2])
-
-
-@pytest.mark.parametrize(
-    ("gen_length", "block_length"), [(3, 8), (8, 4), (9, 2), (10, 4), (11, 5), (13, 6), (7, 7)]
-)
+@pytest.mark.parametrize(("gen_length", "block_length"), [(3, 8), (8, 4), (9, 2), (13, 6)])
 def test_every_position_is_filled_whatever_the_lengths(pipe, gen_length, block_length):
     num_blocks = -(-gen_length // block_length)
     sequences = pipe(
@@ -199,18 +141,6 @@ def test_num_inference_steps_is_the_number_of_backbone_passes(pipe, passes):
     assert output.num_passes == 4
 
 
-def test_no_pass_is_spent_once_a_block_is_filled(pipe, passes):
-    pipe(
-        input_ids=PROMPTS,
-        gen_length=6,
-        block_length=3,
-        num_inference_steps=40,
-        early_stop=False,
-        output_type="seq",
-    )
-    assert len(passes) == 6
-
-
 def test_tokens_of_a_block_are_committed_in_equal_shares(pipe):
     shares, blocks = [], []
 
@@ -231,27 +161,6 @@ def test_tokens_of_a_block_are_committed_in_equal_shares(pipe):
     assert blocks == [{0}, {0}, {0}, {1}, {1}]
 
 
-def test_untrained_head_decodes_as_the_bare_backbone(tokenizer):
-    backbone = make_backbone("bert", tokenizer)
-    head = CoDDHead(
-        CoDDHeadConfig(
-            vocab_size=len(tokenizer) + 5,
-            num_latents=4,
-            window_length=WINDOW,
-            mask_token_id=tokenizer.mask_token_id,
-        )
-    )
-    results = []
-    for joined in (head, None):
-        model = CoDDModel.from_backbone(
-            backbone, head=joined, mask_token_id=tokenizer.mask_token_id
-        )
-        pipe = CoDDPipeline(model=model, scheduler=CoDDScheduler(), tokenizer=tokenizer)
-        pipe.set_progress_bar_config(disable=True)
-        results.append(pipe(input_ids=PROMPTS, **SHORT, sampling="marginal").sequences)
-    assert torch.equal(*results)
-
-
 def test_text_ends_at_the_end_of_text_and_finished_rows_cost_nothing(pipe, passes, monkeypatch):
     eos = pipe.tokenizer.eos_token_id
     at = len(PROMPTS[0]) + 3
@@ -263,52 +172,12 @@ def test_text_ends_at_the_end_of_text_and_finished_rows_cost_nothing(pipe, passe
     assert eos not in output.sequences[1]
     assert passes == [2, 2, 2, 1, 1, 1]
     assert output.texts[0] == pipe.tokenizer.decode(output.sequences[0, :3])
-
-
-def test_end_of_text_at_the_first_position_gives_an_empty_text(pipe, passes, monkeypatch):
-    favour(pipe, monkeypatch, pipe.tokenizer.eos_token_id)
-    output = pipe(input_ids=PROMPTS, gen_length=12, block_length=4, num_inference_steps=3)
-    assert output.texts == ["", "", ""]
-    assert (output.sequences[:, 0] == pipe.tokenizer.eos_token_id).all()
-    assert (output.sequences[:, 1:] == pipe.tokenizer.pad_token_id).all()
-    assert passes == [3]
-
-
-def test_finished_rows_stay_as_they_are(pipe, monkeypatch):
-    favour(pipe, monkeypatch, pipe.tokenizer.eos_token_id, at=len(PROMPTS[0]) + 1)
-    seen = []
-
-    def callback(pipe, step, timestep, kwargs):
-        seen.append(kwargs["canvas"][0].clone())
-        return {}
-
-    pipe(
-        input_ids=PROMPTS[:2],
-        gen_length=12,
-        block_length=4,
-        num_inference_steps=6,
-        callback_on_step_end=callback,
+    whole = pipe(
+        input_ids=PROMPTS[0], gen_length=12, block_length=6, num_inference_steps=6, early_stop=False
     )
-    assert all(torch.equal(canvas, seen[2]) for canvas in seen[2:])
-
-
-def test_without_early_stop_all_tokens_are_generated_and_the_text_still_ends(
-    pipe, passes, monkeypatch
-):
-    favour(pipe, monkeypatch, pipe.tokenizer.eos_token_id, at=len(PROMPTS[0]))
-    output = pipe(
-        input_ids=PROMPTS[0], gen_length=8, block_length=4, num_inference_steps=4, early_stop=False
-    )
-    assert len(passes) == 4
-    assert output.sequences[0, 0] == pipe.tokenizer.eos_token_id
-    assert not (output.sequences[0, 1:] == pipe.tokenizer.eos_token_id).any()
-    assert output.texts == [""]
-
-
-def test_end_of_text_in_the_prompt_ends_nothing(pipe):
-    prompt = [pipe.tokenizer.eos_token_id, 40, 41]
-    output = pipe(input_ids=prompt, **SHORT, eos_token_id=[0, pipe.tokenizer.eos_token_id])
-    assert not (output.sequences == pipe.tokenizer.eos_token_id).all()
+    assert not (whole.sequences[0, 4:] == pipe.tokenizer.pad_token_id).any()
+    assert whole.texts == output.texts[:1]
+    assert len(passes) == 12
 
 
 def test_callback_sees_the_whole_canvas_at_every_step(pipe):
@@ -338,14 +207,35 @@ def test_callback_sees_the_whole_canvas_at_every_step(pipe):
     assert steps == [(0, 1.0, 21), (1, 0.5, 15), (2, 1.0, 6), (3, 0.5, 0)]
 
 
-def test_canvas_that_the_callback_returns_is_used(pipe):
-    def callback(pipe, step, timestep, kwargs):
-        canvas = kwargs["canvas"].clone()
-        canvas[:, 2] = 77
-        return {"canvas": canvas}
+def test_canvas_that_the_callback_returns_is_used_even_beyond_the_tokenizer(pipe):
+    beyond = len(pipe.tokenizer) + 2
 
-    output = pipe(input_ids=PROMPTS[0], **SHORT, callback_on_step_end=callback)
-    assert output.sequences[0, 0] == 77
+    def callback(pipe, step, timestep, kwargs):
+        return {"canvas": kwargs["canvas"].masked_fill(kwargs["generated"], beyond)}
+
+    names = ["canvas", "generated"]
+    call = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": names}
+    output = pipe(input_ids=PROMPTS[0], **SHORT, **call)
+    assert (output.sequences == beyond).all()
+    assert output.texts == [""]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda canvas: None, "must return a dict"),
+        (lambda canvas: {"canvas": canvas[:, 1:]}, "`canvas` must have shape"),
+        (lambda canvas: {"canvas": canvas * 0 - 1}, "`canvas` must hold"),
+        (lambda canvas: {"canvas": canvas + 0.5}, "`canvas` must be integers"),
+    ],
+)
+def test_callback_must_return_a_dict_with_tokens_in_the_shape_of_the_canvas(pipe, change, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        pipe(
+            input_ids=PROMPTS[0],
+            **SHORT,
+            callback_on_step_end=lambda p, s, t, kwargs: change(kwargs["canvas"]),
+        )
 
 
 def test_diffusers_callback_objects_work(pipe):
@@ -359,33 +249,6 @@ def test_diffusers_callback_objects_work(pipe):
     seen = []
     pipe(input_ids=PROMPTS[0], **SHORT, callback_on_step_end=Recorder())
     assert seen[0] == (0, ["canvas", "transfer_index"], 4)
-
-
-def test_callback_must_return_a_dict_and_keep_the_shape(pipe):
-    with pytest.raises(ValueError, match="must return a dict"):
-        pipe(input_ids=PROMPTS[0], **SHORT, callback_on_step_end=lambda *args: None)
-    with pytest.raises(ValueError, match="`canvas` must have shape"):
-        pipe(
-            input_ids=PROMPTS[0],
-            **SHORT,
-            callback_on_step_end=lambda p, s, t, kwargs: {"canvas": kwargs["canvas"][:, 1:]},
-        )
-
-
-@pytest.mark.parametrize("change", [lambda canvas: canvas * 0 - 1, lambda canvas: canvas + 0.5])
-def test_canvas_of_a_callback_must_hold_tokens(pipe, change):
-    with pytest.raises((TypeError, ValueError), match=r"`canvas` must (hold|be) .*, got"):
-        pipe(
-            input_ids=PROMPTS[0],
-            **SHORT,
-            callback_on_step_end=lambda p, s, t, kwargs: {"canvas": change(kwargs["canvas"])},
-        )
-
-
-def test_progress_bar_configuration_is_left_alone(pipe):
-    before = dict(pipe._progress_bar_config)
-    pipe(input_ids=PROMPTS[0], **SHORT)
-    assert pipe._progress_bar_config == before
 
 
 def test_output_is_text_or_sequences_as_output_or_tuple(pipe):
@@ -450,25 +313,6 @@ def test_prompts_may_have_lengths_and_steps_of_their_own(pipe):
         assert output.texts[row] == alone.texts[0]
 
 
-def test_ids_beyond_the_tokenizer_do_not_break_decoding(pipe, monkeypatch):
-    monkeypatch.setattr(pipe.model.config, "forbidden_token_ids", None)
-    beyond = len(pipe.tokenizer) + 2
-
-    def callback(pipe, step, timestep, kwargs):
-        canvas = kwargs["canvas"].clone()
-        canvas[kwargs["generated"]] = beyond
-        return {"canvas": canvas}
-
-    output = pipe(
-        input_ids=PROMPTS[0],
-        **SHORT,
-        callback_on_step_end=callback,
-        callback_on_step_end_tensor_inputs=["canvas", "generated"],
-    )
-    assert (output.sequences == beyond).all()
-    assert output.texts == [""]
-
-
 def test_window_that_the_circuit_excludes_is_decoded_factorized_with_one_warning(tokenizer, caplog):
     pipe = make_pipe(tokenizer)
     with torch.no_grad():
@@ -483,19 +327,6 @@ def test_window_that_the_circuit_excludes_is_decoded_factorized_with_one_warning
     assert len(warnings) == 1
     expected = pipe(input_ids=PROMPTS, **SHORT, sampling="factorized").sequences
     assert torch.equal(sequences, expected)
-
-
-def test_circuit_is_activated_row_by_row(pipe):
-    """A row far in its generation is coupled while its neighbours, at the same step, are not."""
-    kwargs = {**SHORT, "sampling": "marginal", "activation_ratio": 0.0}
-    off = pipe(input_ids=PROMPTS, **kwargs).sequences
-    factorized = pipe(input_ids=PROMPTS, **SHORT, sampling="factorized").sequences
-    assert torch.equal(off, factorized)
-    on = {**SHORT, "sampling": "marginal", "activation_ratio": 0.6}
-    batched = pipe(input_ids=PROMPTS, **on).sequences
-    for row, prompt in enumerate(PROMPTS):
-        assert torch.equal(pipe(input_ids=prompt, **on).sequences[0], batched[row])
-    assert not torch.equal(batched, factorized)
 
 
 def test_saved_pipeline_gives_the_same_text_for_the_same_seed(tokenizer, tmp_path):
@@ -646,22 +477,6 @@ def test_bad_input_gets_one_clear_sentence(pipe, kwargs, said):
 def test_values_of_the_wrong_type_get_one_clear_sentence(pipe, kwargs, said):
     with pytest.raises(TypeError, match=re.escape(said)):
         pipe(**{**SHORT, **kwargs})
-
-
-def test_generate_and_the_pipeline_share_one_loop(pipe):
-    ids, mask = padded("left", pad=pipe.tokenizer.pad_token_id)
-    kwargs = {**SHORT, "sampling": "latent", "temperature": 0.8}
-    generated = pipe.model.generate(ids, attention_mask=mask, generator=seeds(), **kwargs)
-    expected = pipe(input_ids=PROMPTS, generator=seeds(), **kwargs).sequences
-    assert torch.equal(generated, torch.cat((ids, expected), dim=1))
-
-
-def test_generate_understands_the_names_of_transformers(pipe):
-    ids = torch.tensor([PROMPTS[1]])
-    kwargs = {"block_length": 5, "num_inference_steps": 4, "sampling": "marginal"}
-    greedy = pipe.model.generate(input_ids=ids, max_new_tokens=10, do_sample=False, **kwargs)
-    expected = pipe(input_ids=ids, gen_length=10, temperature=0.0, **kwargs).sequences
-    assert torch.equal(greedy[:, ids.shape[1] :], expected)
 
 
 def test_prompt_without_a_token_is_text_without_a_prompt_alone_and_in_a_batch(pipe):

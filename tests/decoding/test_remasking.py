@@ -6,9 +6,11 @@ import pytest
 import torch
 from windows import HEAD, LENGTH, LOGITS, MASK, VOCAB, law, one_step
 
+from codd_hf import CoDDModel, CoDDPipeline
 from codd_hf.circuits import CoupledCategorical, Potentials
 from codd_hf.circuits.distribution.conditionals import leave_one_out
 from codd_hf.schedulers import CoDDScheduler, CommitMemory
+from tiny import random_head, tiny_backbone
 
 OPEN = [MASK] * LENGTH
 ENUMERATED = law(OPEN)
@@ -187,12 +189,28 @@ def test_repeated_tokens_that_the_circuit_excludes_go_back():
     assert probs[3] > 0.5
 
 
+@pytest.mark.parametrize("paradigm", ["block", "full"])
+def test_rows_with_texts_to_copy_from_of_different_lengths_remask_alone_as_together(paradigm):
+    head = random_head(conditioning=["copy"], context_size=16)
+    pipe = CoDDPipeline(CoDDModel.from_backbone(tiny_backbone(), head), CoDDScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    call = {"gen_length": 12, "block_length": 6, "num_inference_steps": 8, "paradigm": paradigm}
+    call |= {"remask_threshold": 0.5, "temperature": 1.0, "output_type": "seq"}
+    prompts = [[3, 4], [5, 6, 7, 8, 9, 10, 3], [4, 5, 6]]
+    generators = [torch.Generator().manual_seed(row) for row in range(3)]
+    together = pipe(input_ids=prompts, generator=generators, **call).sequences
+    for row, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(row)
+        alone = pipe(input_ids=prompt, generator=[generator], **call).sequences
+        assert torch.equal(alone[0], together[row])
+
+
 def test_remasking_needs_the_circuit_and_the_mask_token():
     with pytest.raises(ValueError, match="`remask_threshold` judges tokens by the circuit"):
         CoDDScheduler(sampling="factorized", remask_threshold=0.1)
     with pytest.raises(ValueError, match="`mask_token_id` must be given here or in the scheduler"):
         one_step(OPEN, steps=2, remask_threshold=0.1)
-    with pytest.raises(ValueError, match="`remask_threshold` must be a probability"):
+    with pytest.raises(ValueError, match="`remask_threshold` must be at most 1"):
         CoDDScheduler(remask_threshold=1.5)
     configured = CoDDScheduler(remask_threshold=0.1)
     assert configured.draw_settings(sampling="factorized").remask_threshold == 0.0

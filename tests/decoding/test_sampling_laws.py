@@ -12,8 +12,7 @@ PARTLY = [MASK, 3, MASK, MASK]
 IN_ANY_ORDER = ["low_confidence", "margin", "entropy", "random", "left_to_right", "threshold"]
 
 
-@pytest.mark.parametrize("evidence_temperature", [1.0, 0.6])
-@pytest.mark.parametrize("tokens", [OPEN, PARTLY])
+@pytest.mark.parametrize(("tokens", "evidence_temperature"), [(OPEN, 1.0), (PARTLY, 0.6)])
 @pytest.mark.parametrize("strategy", IN_ANY_ORDER)
 def test_any_order_at_temperature_one_has_the_law_of_the_joint(
     strategy, tokens, evidence_temperature

@@ -23,8 +23,8 @@ def test_threshold_commits_every_token_that_is_sure_enough_and_at_least_one(samp
         assert torch.equal(output.transfer_index, torch.where(sure.any(-1)[:, None], sure, best))
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.01, 0.1, 0.3, 0.6, 1.0])
-@pytest.mark.parametrize("sampling", ["latent", "marginal", "viterbi"])
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.6, 1.0])
+@pytest.mark.parametrize("sampling", ["latent", "viterbi"])
 def test_joint_commits_the_longest_prefix_whose_exact_probability_stays_above(sampling, threshold):
     output = one_step(
         OPEN,
