@@ -25,6 +25,7 @@ from ..evidence.lists import ListedEvidence
 from ..potentials import Potentials
 from ..potentials.tables import TokenGroups
 from ..random import Generators, draw_categorical, uniform
+from ..recursions.chain import best_path
 from .latents import Latents
 
 
@@ -87,12 +88,12 @@ class CoupledCategorical(Distribution):
     def __post_init__(self):
         number("temperature", self.temperature, f"above 0, {FACTORS}", is_factor)
         self.top_k = integer("top_k", self.top_k, least=0)
-        batch, length = shape = self._checked_shape()
-        super().__init__((batch,), (length,), validate_args=False)
-        context, device = self.context, self.logits.device
-        self.context = Context(context) if isinstance(context, torch.Tensor | None) else context
+        shape, device = self._checked_shape(), self.logits.device
+        super().__init__(shape[:1], shape[1:], validate_args=False)
+        if isinstance(self.context, torch.Tensor | None):
+            self.context = Context(self.context)
         if not isinstance(self.context, Context):
-            raise TypeError(f"`context` must be a Context or a tensor, got {shown(context)}.")
+            raise TypeError(f"`context` must be a Context or a tensor, got {shown(self.context)}.")
         if self.context.latent is not None:
             as_tensor("context", self.context.latent, float, (*shape, self.potentials.num_latents))
         if self.forbidden is not None:
@@ -100,49 +101,43 @@ class CoupledCategorical(Distribution):
         for name, default, of in (
             ("present", True, shape),
             ("observed", False, shape),
-            ("active", True, (batch,)),
+            ("active", True, shape[:1]),
         ):
             value = getattr(self, name)
             value = torch.full(of, default, device=device) if value is None else value
             setattr(self, name, as_tensor(name, value, bool, of, device))
         self.observed = self.observed & self.present
         self.masked = self.present & ~self.observed
-        if self.tokens is None and bool(self.observed.any()):
-            raise ValueError("`tokens` must be given where `observed` is True.")
-        tokens = torch.zeros_like(self.present, dtype=torch.long)
-        if self.tokens is not None:
-            given = as_tensor("tokens", self.tokens, int, shape, device)
-            tokens = torch.where(self.observed, given, tokens)
-        self.tokens = tokens
-        check_tokens("tokens", tokens, self.potentials.vocab_size)
+        if self.tokens is None:
+            if bool(self.observed.any()):
+                raise ValueError("`tokens` must be given where `observed` is True.")
+            self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
+        tokens = as_tensor("tokens", self.tokens, int, shape, device)
+        self.tokens = torch.where(self.observed, tokens, 0)
+        check_tokens("tokens", self.tokens, self.potentials.vocab_size)
 
     def _checked_shape(self) -> tuple[int, int]:
         """`[B, L]`, once logits and potentials fit together."""
         logits, potentials = self.logits, self.potentials
         if not isinstance(potentials, Potentials):
             raise TypeError(f"`potentials` must be Potentials, got {shown(potentials)}.")
-        if isinstance(logits, torch.Tensor):
-            as_tensor("logits", logits, float)
-            shape = tuple(logits.shape)
-        elif isinstance(logits, DenseEvidence | ListedEvidence):
-            dense = isinstance(logits, DenseEvidence)
-            vocab_size = logits.log_probs.shape[-1] if dense else potentials.vocab_size
-            shape = (*logits.batch_shape, vocab_size)
-            if logits.temperature != self.temperature:
-                raise ValueError(
-                    f"`logits` is evidence computed at temperature {logits.temperature}, so that "
-                    f"`temperature` cannot be {self.temperature}: compute the evidence again."
-                )
-        else:
+        values = logits.log_probs if isinstance(logits, DenseEvidence) else logits
+        listed, vocab_size = isinstance(values, ListedEvidence), potentials.vocab_size
+        if not (listed or isinstance(values, torch.Tensor)):
             raise TypeError(f"`logits` must be a tensor or evidence, got {shown(logits)}.")
-        if len(shape) != 3 or shape[-1] != potentials.vocab_size:
+        shape = (*values.batch_shape, vocab_size) if listed else tuple(values.shape)
+        if len(shape) != 3 or shape[-1] != vocab_size:
             raise ValueError(
-                f"`logits` must have shape [batch, length, {potentials.vocab_size}], got {shape}."
+                f"`logits` must have shape [batch, length, {vocab_size}], got {shape}."
             )
-        listed = (
-            self.top_k if isinstance(logits, torch.Tensor) else isinstance(logits, ListedEvidence)
-        )
-        if listed and potentials.log_marginal is None and getattr(logits, "groups", None) is None:
+        if not listed:
+            as_tensor("logits", values, float)
+        if getattr(logits, "temperature", self.temperature) != self.temperature:
+            raise ValueError(
+                f"`logits` is evidence computed at temperature {logits.temperature}, so that "
+                f"`temperature` cannot be {self.temperature}: compute the evidence again."
+            )
+        if (logits.groups is None if listed else self.top_k) and potentials.log_marginal is None:
             raise ValueError(
                 "There is no distribution by which the mass of tokens that are not listed is "
                 "spread: give the potentials a `log_marginal`."
@@ -165,17 +160,10 @@ class CoupledCategorical(Distribution):
         if isinstance(prediction, torch.Tensor):
             logits = prediction.to(torch.promote_types(potentials.emission.dtype, torch.float32))
             how = (self.temperature, self.forbidden)
-            if self.top_k:
-                groups = potentials.groups_without(self.forbidden)
-                prediction = ListedEvidence.from_logits(logits, self.top_k, *how, groups)
-            else:
-                prediction = DenseEvidence.from_logits(logits, *how)
-                undefined = (prediction.log_probs[..., 0].isnan() & self.masked).nonzero()
-                if len(undefined):
-                    raise ValueError(
-                        f"`logits` hold NaN or infinity in row {int(undefined[0, 0])}: check what "
-                        "made them."
-                    )
+            if not self.top_k:
+                return DenseEvidence.from_logits(logits, *how)
+            groups = potentials.groups_without(self.forbidden)
+            return ListedEvidence.from_logits(logits, self.top_k, *how, groups)
         if isinstance(prediction, ListedEvidence) and prediction.groups is None:
             marginal = potentials.log_marginal_without(self.forbidden)
             return prediction.spread(TokenGroups(marginal, None, potentials.tables))
@@ -316,7 +304,7 @@ class CoupledCategorical(Distribution):
     @torch.no_grad()
     def best_latents(self) -> torch.Tensor:
         """The most probable latent path `[B, L]`, whatever the tokens (`viterbi` chooses both)."""
-        return self.latents.best(self.latents.evidence)[0]
+        return best_path(self.latents.chain(self.latents.evidence))[0]
 
     def logits_given(self, latents: torch.Tensor) -> torch.Tensor:
         """Log-probabilities `[*S, B, L, V]` of each token given the latents `[*S, B, L]`.
@@ -361,7 +349,8 @@ class CoupledCategorical(Distribution):
             ValueError: no token is possible at some position.
         """
         self._check_tokens_left()
-        latents, log_weight = self.latents.best(self.latents.evidence_of_best_tokens())
+        best = self.latents.evidence_of_best_tokens()
+        latents, log_weight = best_path(self.latents.chain(best))
         tokens = self.latents.log_probs_given(latents).argmax(-1)
         possible = self.log_partition > -torch.inf
         log_prob = torch.where(possible, log_weight - self.log_partition, -torch.inf)

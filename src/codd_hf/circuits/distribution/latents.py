@@ -18,7 +18,7 @@ from ..numerics import full_precision, logsumexp, pin_tokens, safe_log
 from ..potentials import Potentials
 from ..potentials.transitions import StepTransitions
 from ..random import Generators
-from ..recursions.chain import Chain, Filter, best_path, forward_filter, posterior, sample_paths
+from ..recursions.chain import Chain, Filter, forward_filter, posterior, sample_paths
 
 At = tuple[torch.Tensor, torch.Tensor]
 """Rows `[N]` of a batch and their positions `[N]`."""
@@ -143,9 +143,11 @@ class Latents:
     def filters(self, *evidence: torch.Tensor) -> list[Filter]:
         """Forward passes over log-evidence `[S * B, L, H + J]`, all at once."""
         stacked = forward_filter(self.chain(torch.cat(evidence)))
-        if bool(stacked.log_partition.isnan().any()):
+        undefined = stacked.log_partition.isnan().nonzero()
+        if len(undefined):
             raise ValueError(
-                "`logits`, `context` or the potentials hold NaN: check what made them."
+                "`logits`, `context` or the potentials hold NaN or infinity in row "
+                f"{int(undefined[0]) % len(self.tokens)}: check what made them."
             )
         sizes = [len(part) for part in evidence]
         ends = accumulate(sizes)
@@ -176,10 +178,6 @@ class Latents:
     def sample(self, sample_shape: tuple[int, ...], generator: Generators) -> torch.Tensor:
         """Joint samples `[*sample_shape, B, L]` of the latent path."""
         return sample_paths(self.chain(self.evidence), self.filter, sample_shape, generator)
-
-    def best(self, evidence: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best path `[B, L]` with log-evidence `[B, L, H + J]`, and its log-weight `[B]`."""
-        return best_path(self.chain(evidence))
 
     def token_probs(self, at: At, posterior: torch.Tensor) -> torch.Tensor:
         """`[N, V]`: distributions of the tokens at masked positions, given those of the latents.
