@@ -114,19 +114,17 @@ class Heads:
             raise ValueError(f"`head`: there is no head {name!r}: the model's heads are {there}.")
         return self.model.coupling_head if name == DEFAULT_NAME else self.others[name]
 
-    def of_call(self, head: HeadName | CallHead = None) -> CallHead:
+    def of_call(self, head: HeadName = None) -> CallHead:
         """The head of a call that begins now.
 
         Args:
             head: the name of a head; None, the default one; False, none: window and adapter are
-                then the default head's. A head that was settled before stays.
+                then the default head's.
 
         Raises:
             TypeError: it is none of these.
             ValueError: there is no such head.
         """
-        if isinstance(head, CallHead):
-            return head
         if not (head is None or head is False or isinstance(head, str)):
             raise TypeError(
                 "`head` must be the name of a head, None (the model's default) or False (none), "

@@ -18,6 +18,7 @@ from ..checks.arguments import (
     rows_of_ids,
     several,
     shown,
+    token_id,
 )
 from ..text.encoding import encode_as_written
 from .heads import HeadName
@@ -76,7 +77,7 @@ def score(
             tokenizer.
         TypeError: an argument is of another kind.
     """
-    mask_token_id = model.mask_token_id
+    mask_token_id = token_id("mask_token_id", model.mask_token_id, model.config.vocab_size)
     batch_size = integer("batch_size", batch_size, least=1)
     check_callable("tokenizer", tokenizer, "a tokenizer")
     prompts = _tokens(model, "prompts", prompts, tokenizer)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..backbones import BackboneFamily, BackboneStates, execution_device, family_of
-from ..checks.arguments import RowError, several, token_id
+from ..checks.arguments import RowError, several
 from ..circuits import CoupledCategorical, Preceding
 from ..circuits.factorized import without_circuit, without_tokens
 from ..configuration_codd import CoDDConfig
@@ -57,11 +57,11 @@ class CoupledBackbone:
         """The mask token.
 
         Raises:
-            ValueError: it is not known, or is none of the vocabulary.
+            ValueError: it is not known.
         """
         if self.config.mask_token_id is None:
             raise ValueError("`mask_token_id` is not known: give it to `from_backbone`.")
-        return token_id("mask_token_id", self.config.mask_token_id, self.config.vocab_size)
+        return self.config.mask_token_id
 
     def real_tokens(
         self,
@@ -142,9 +142,10 @@ class CoupledBackbone:
             attention_mask: `[batch, length]`; padding is absent.
             rows: `[N]`, the row each window lies on; default, one window per row.
             temperature: the evidence temperature; default, the head's.
-            head: as [`Heads.of_call`] takes it.
+            head: as [`Heads.of_call`] takes it, or what it returned.
         """
-        _, head, length = self.heads.of_call(head)
+        call = head if isinstance(head, CallHead) else self.heads.of_call(head)
+        head, length = call.module, call.window_length
         config, mask_token_id = self.config, self.mask_token_id
         rows = torch.arange(len(input_ids), device=input_ids.device) if rows is None else rows
         index, present = _span(input_ids, rows, window_start, 0, length, attention_mask)

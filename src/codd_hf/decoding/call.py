@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +47,7 @@ class DecodingCall:
     The fields are the arguments of `of`, and besides
 
     Attributes:
-        scheduler: a copy, whose timesteps are the call's.
+        scheduler: of the call, or of many: a step leaves nothing there.
         settings: of every draw.
         block_length: None in the full paradigm, which has no block order.
         end_ids: the tokens that end a text; in a gap of a template none of them is drawn.
@@ -143,7 +142,8 @@ class DecodingCall:
                 a place does not exist, or arguments or the backbone's attention do not go together.
             TypeError: an argument is of another kind, or unknown.
         """
-        config, mask_token_id = model.config, model.mask_token_id
+        config = model.config
+        mask_token_id = token_id("mask_token_id", model.mask_token_id, config.vocab_size)
         check_scheduler(scheduler)
         check_callable("logits_processor", logits_processor, PROCESSOR)
         generators("generator", generator, batch)
@@ -194,7 +194,7 @@ class DecodingCall:
         draws.check_vocabulary(config.vocab_size)
         return cls(
             head=model.heads.of_call(head),
-            scheduler=copy.copy(scheduler),
+            scheduler=scheduler,
             settings=draws,
             generator=generator,
             block_length=None if paradigm == "full" else block_length,

@@ -110,7 +110,8 @@ def denoise(
     most_passes = int(sum((stage.num_steps for stage in stages), passes_per_row).max())
     bar = None if progress is None else progress(most_passes)
     for stage in stages:
-        memory, most_steps = CanvasMemory(), int(stage.num_steps.max())
+        memory = CanvasMemory() if call.settings.remask_threshold else None
+        most_steps = int(stage.num_steps.max())
         reader.open_block(stage.within)
         for number in range(most_steps):
             open_ = canvas.open(call.early_stop) & stage.within

@@ -11,7 +11,7 @@ from ..circuits.random import Generators
 from ..coupling.windows import CoupledBackbone
 from ..schedulers import RowText
 from ..schedulers.remasking import CanvasMemory
-from ..schedulers.strategies import ADAPTIVE
+from ..schedulers.strategies import ADAPTIVE, select
 from .canvas import Canvas
 from .placement import Stage, positions_of, rows_alike, windows_over
 
@@ -23,7 +23,7 @@ def take_step(
     states: BackboneStates,
     stage: Stage,
     number: int,
-    memory: CanvasMemory,
+    memory: CanvasMemory | None,
     record: dict[str, torch.Tensor],
 ) -> bool:
     """Commits tokens of a stage to the canvas, in all rows of a pass, those that are alike at once.
@@ -35,7 +35,7 @@ def take_step(
         states: the backbone's pass over them.
         stage: the part of the canvas that is decoded.
         number: of the step in the stage, from 0.
-        memory: of the stage's earlier steps.
+        memory: of the stage's earlier steps, to remask.
         record: tensors `[batch, T]` by their names in the scheduler's output; they take down the
             step, in its windows.
 
@@ -43,7 +43,7 @@ def take_step(
         Whether a window was decoded factorized, since circuit and backbone exclude each other.
     """
     call, fallback, part = canvas.call, False, canvas.rows(rows)
-    scheduler, length = call.scheduler, call.head.window_length
+    length = call.head.window_length
     states = _without_early_ends(states, part)
     num_steps, open_ = stage.num_steps[rows], part.open(call.early_stop) & stage.within[rows]
     over, eligible, at_least = stage.within[rows], open_, None
@@ -74,14 +74,14 @@ def take_step(
 
         # 2. Some of the masked tokens are committed.
         column = position.clamp(max=canvas.tokens.shape[1] - 1)
-        remembered = memory.read(group_rows, position, begin)
+        remembered = None if memory is None else memory.read(group_rows, position, begin)
         known = group.attention_mask.bool() & (group.tokens != canvas.mask_token_id)
-        scheduler.set_timesteps(steps, device=rows.device)
         with numbered(group_rows):
-            output = scheduler.step(
+            output = call.scheduler.commit(
                 distribution,
-                scheduler.timesteps[number],
                 group.tokens.gather(1, column),
+                call.settings,
+                steps - number,
                 generator=_of_rows(call.generator, group_rows),
                 eligible=eligible[index].gather(1, column),
                 at_least=None if at_least is None else at_least[index],
@@ -89,10 +89,9 @@ def take_step(
                 logits_processor=call.logits_processor,
                 text=RowText(group.tokens, known, position),
                 memory=remembered,
-                output_logits=False,
-                **vars(call.settings),
             )
-        memory.write(group_rows, position, begin, remembered, canvas.tokens)
+        if memory is not None:
+            memory.write(group_rows, position, begin, remembered, canvas.tokens)
         fallback = fallback or bool(output.fallback.any())
 
         # 3. They go onto the canvas.
@@ -131,7 +130,8 @@ def _chosen(
     call, chosen = part.call, torch.zeros_like(open_)
     last = part.generated.shape[1] - part.generated.flip(1).long().argmax(-1)
     alike = torch.stack((num_steps, last - part.start), dim=-1)
-    never = model.config.mask_token_id, model.config.forbidden_token_ids
+    never = model.config.forbidden_token_ids or []
+    never = model.mask_token_id, [*never, *(call.settings.forbidden_token_ids or [])]
     for steps, span in alike.unique(dim=0).tolist():
         index = (alike == alike.new_tensor((steps, span))).all(-1).nonzero()[:, 0]
         column = part.start[index, None] + torch.arange(span, device=rows.device)
@@ -139,13 +139,9 @@ def _chosen(
         at = eligible.nonzero(as_tuple=True)
         logits = without_tokens(states.logits((index[at[0]], column[at])), *never)
         logits = logits.new_zeros(*column.shape, logits.shape[-1]).index_put_(at, logits)
-        call.scheduler.set_timesteps(steps, device=rows.device)
-        chosen[index[:, None], column] = call.scheduler.select_positions(
-            logits,
-            call.scheduler.timesteps[number],
-            eligible,
-            generator=_of_rows(call.generator, rows[index]),
-            **vars(call.settings),
+        log_probs, generator = logits.float().log_softmax(-1), _of_rows(call.generator, rows[index])
+        chosen[index[:, None], column] = select(
+            call.settings, log_probs, eligible, steps - number, generator
         )
     return chosen
 

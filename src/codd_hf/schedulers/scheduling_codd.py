@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from diffusers.configuration_utils import register_to_config
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
 )
 
 from ..checks.arguments import (
@@ -30,14 +29,14 @@ from ..checks.versions import without_left_fields
 from ..circuits import CoupledCategorical
 from ..circuits.factorized import without_tokens
 from ..circuits.random import Generators
-from .drawing import Drawing, of_logits
-from .draws import draw_in_any_order, draw_independently
+from .committing import commit
+from .drawing import of_logits
 from .noise import span_uniforms
-from .remasking import CommitMemory, take_back
+from .remasking import CommitMemory
 from .row_text import RowText
 from .scheduler_output import CoDDSchedulerOutput
 from .settings import LEFT, DrawSettings
-from .strategies import even_pace, select
+from .strategies import select
 
 PROCESSOR = "transformers' processors, or a function of ids and scores"
 MOST_STEPS = 1 << 20
@@ -246,48 +245,27 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
                 raise TypeError(f"`{name}` must be a {kind.__name__}, got {shown(value)}.")
         check_callable("logits_processor", logits_processor, PROCESSOR)
 
-        # 1. The distribution, and where a token may be committed.
-        draw = draw_in_any_order if settings.sampling == "any_order" else draw_independently
         if isinstance(model_output, torch.Tensor):
             model_output = of_logits(model_output, sample, mask_token_id)
-            draw = draw_independently
-        processors = [logits_processor] if logits_processor else []
-        if settings.repetition_penalty != 1:
-            penalty = RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty))
-            processors.insert(0, penalty)
-        drawing = Drawing(
-            model_output, sample, settings, generator, processors, text, output_logits
-        )
-        committable = drawing.masked if eligible is None else drawing.masked & eligible
-        if at_least is None:
-            at_least = even_pace(committable, steps_left)
-
-        # 2. Candidates, and those of them that are committed.
-        drawn = draw(drawing, committable, at_least)
-
-        # 3. Tokens that the others make improbable go back.
-        prev_sample, transfer_index = drawn.tokens, drawn.where
-        remasked = torch.zeros_like(transfer_index)
-        if settings.remask_threshold and steps_left > 1:
-            if mask_token_id is None:
-                raise ValueError(
-                    "`mask_token_id` must be given here or in the scheduler's config to remask."
-                )
-            memory = CommitMemory() if memory is None else memory
-            back = take_back(drawing, drawn, memory)
-            prev_sample = prev_sample.masked_fill(back, mask_token_id)
-            transfer_index, remasked = transfer_index & ~back, back & ~transfer_index
-
-        output = CoDDSchedulerOutput(
-            prev_sample=prev_sample,
-            transfer_index=transfer_index,
-            sampled_tokens=drawn.candidates,
-            sampled_probs=drawn.probs,
-            pred_logits=drawn.logits,
-            fallback=drawing.fallback,
-            remasked=remasked,
+            if settings.sampling == "any_order":  # of independent tokens, no order matters
+                settings = replace(settings, sampling="marginal")
+        output = self.commit(
+            model_output,
+            sample,
+            settings,
+            steps_left,
+            generator=generator,
+            eligible=eligible,
+            at_least=at_least,
+            mask_token_id=mask_token_id,
+            logits_processor=logits_processor,
+            text=text,
+            memory=memory,
+            output_logits=output_logits,
         )
         return output if return_dict else output.to_tuple()
+
+    commit = staticmethod(commit)
 
     @torch.no_grad()
     def select_positions(

@@ -1,0 +1,90 @@
+"""The work of a step: candidates are drawn, some are committed, and improbable ones go back."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+)
+
+from ..circuits import CoupledCategorical
+from ..circuits.random import Generators
+from .drawing import Drawing
+from .draws import draw_in_any_order, draw_independently
+from .remasking import CommitMemory, take_back
+from .row_text import RowText
+from .scheduler_output import CoDDSchedulerOutput
+from .settings import DrawSettings
+from .strategies import even_pace
+
+
+@torch.no_grad()
+def commit(
+    distribution: CoupledCategorical,
+    sample: torch.LongTensor,
+    settings: DrawSettings,
+    steps_left: int,
+    *,
+    generator: Generators = None,
+    eligible: torch.BoolTensor | None = None,
+    at_least: torch.LongTensor | None = None,
+    mask_token_id: int | None = None,
+    logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
+    text: RowText | None = None,
+    memory: CommitMemory | None = None,
+    output_logits: bool = False,
+) -> CoDDSchedulerOutput:
+    """[`CoDDScheduler.step`] for loops whose arguments and settings are checked already.
+
+    Args:
+        distribution: over the windows of the rows.
+        sample: `[batch, length]`, the current tokens.
+        settings: of the call.
+        steps_left: steps that remain, this one included.
+        generator: this and the others as for `CoDDScheduler.step`.
+        eligible: as above.
+        at_least: as above.
+        mask_token_id: as above.
+        logits_processor: as above.
+        text: as above.
+        memory: as above.
+        output_logits: as above.
+    """
+    # 1. The distribution, and where a token may be committed.
+    draw = draw_in_any_order if settings.sampling == "any_order" else draw_independently
+    processors = [logits_processor] if logits_processor else []
+    if settings.repetition_penalty != 1:
+        penalty = RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty))
+        processors.insert(0, penalty)
+    drawing = Drawing(distribution, sample, settings, generator, processors, text, output_logits)
+    committable = drawing.masked if eligible is None else drawing.masked & eligible
+    if at_least is None:
+        at_least = even_pace(committable, steps_left)
+
+    # 2. Candidates, and those of them that are committed.
+    drawn = draw(drawing, committable, at_least)
+
+    # 3. Tokens that the others make improbable go back.
+    prev_sample, transfer_index = drawn.tokens, drawn.where
+    remasked = torch.zeros_like(transfer_index)
+    if settings.remask_threshold and steps_left > 1:
+        if mask_token_id is None:
+            raise ValueError(
+                "`mask_token_id` must be given here or in the scheduler's config to remask."
+            )
+        memory = CommitMemory() if memory is None else memory
+        back = take_back(drawing, drawn, memory)
+        prev_sample = prev_sample.masked_fill(back, mask_token_id)
+        transfer_index, remasked = transfer_index & ~back, back & ~transfer_index
+
+    return CoDDSchedulerOutput(
+        prev_sample=prev_sample,
+        transfer_index=transfer_index,
+        sampled_tokens=drawn.candidates,
+        sampled_probs=drawn.probs,
+        pred_logits=drawn.logits,
+        fallback=drawing.fallback,
+        remasked=remasked,
+    )
