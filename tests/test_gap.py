@@ -8,6 +8,7 @@ import torch
 from codd_hf import CoDDHead, CoDDModel, CoDDPipeline
 from codd_hf.data.canvases import TokenizedExample, load_examples, tokenize_examples
 from codd_hf.evaluation.gap import SMALLEST_GAP, TEMPERED, gap_table, measure_gap
+from codd_hf.evaluation.settings import GapSettings
 from tiny import correlated_examples, enumerate_window, head_config, random_head, tiny_backbone
 
 EXAMPLES = correlated_examples(6)
@@ -24,7 +25,7 @@ def rows(trained_pipeline):
         {"raw product": raw, "fitted": pipe.model.coupling_head},
         pipe.tokenizer,
         tokenize_examples(examples, pipe.tokenizer),
-        ratios=(0.25, 0.75, 1.0),
+        GapSettings(ratios=[0.25, 0.75, 1.0]),
         progress=False,
     )
 
@@ -37,9 +38,10 @@ def random_model(tokenizer, **head) -> CoDDModel:
 
 def measured(model, tokenizer, **options):
     """The only row of a measurement of a model's own head."""
-    options = {"ratios": [0.5], "progress": False} | options
+    examples = options.pop("examples", EXAMPLES)
+    settings = GapSettings(**{"ratios": [0.5]} | options)
     heads = {"head": model.coupling_head}
-    (row,) = measure_gap(model, heads, tokenizer, options.pop("examples", EXAMPLES), **options)
+    (row,) = measure_gap(model, heads, tokenizer, examples, settings, progress=False)
     return row
 
 

@@ -51,8 +51,8 @@ def judge(pipe):
 def answer_set(pipe, judge):
     def make(examples=TEST, store=None, **changes):
         of_examples = Judge(*judge, [example.prompt for example in examples])
-        options = {"gen_length": 8, "store": store} | changes
-        return AnswerSet(pipe, of_examples, examples, **options)
+        settings = QualitySettings(judge="x", **{"gen_length": 8} | changes)
+        return AnswerSet(pipe, of_examples, examples, settings, store)
 
     return make
 

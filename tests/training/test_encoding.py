@@ -15,6 +15,7 @@ from codd_hf.data.canvases import Example, TokenizedExample, tokenize_examples
 from codd_hf.data.collator import DataCollatorForMaskedDiffusion
 from codd_hf.data.rows import RowReport
 from codd_hf.evaluation.gap import measure_gap
+from codd_hf.evaluation.settings import GapSettings
 from codd_hf.text.encoding import encode_chats, encode_texts, special_token_ids
 from tiny import tiny_model
 
@@ -195,4 +196,4 @@ def test_gap_refuses_tokens_that_the_model_never_generates(token, tiny_tokenizer
     examples = [TokenizedExample([], [10, 11, 12, 13, 2]), TokenizedExample([], [10, token] * 4)]
     heads = {"head": model.coupling_head}
     with pytest.raises(ValueError, match="number 1"):
-        measure_gap(model, heads, tiny_tokenizer, examples, progress=False)
+        measure_gap(model, heads, tiny_tokenizer, examples, GapSettings(), progress=False)

@@ -20,6 +20,7 @@ from ..pipelines.pipeline_codd import CoDDPipeline
 from ..schedulers.settings import DrawSettings
 from ..text.encoding import encode_texts
 from .judge import Judge
+from .settings import QualitySettings
 from .statistics import Estimate, entropy, mean, ratio, repeated_ngrams
 
 
@@ -121,9 +122,8 @@ class AnswerSet:
         pipeline: with a tokenizer. Its scheduler's settings hold where a `Setting` has none.
         judge: of the same questions.
         examples: questions and real answers.
-        gen_length: tokens to generate; real answers are cut there.
-        batch_size: questions answered together; it changes the speed, not the answers.
-        seed: question `i` is answered with a generator of seed `seed + i`.
+        settings: `gen_length`, at which real answers are cut; `batch_size`, which changes the
+            speed, not the answers; and `seed`, to which a question's place is added.
         store: holds the answers of an earlier run.
 
     Raises:
@@ -135,10 +135,7 @@ class AnswerSet:
         pipeline: CoDDPipeline,
         judge: Judge,
         examples: Sequence[Example],
-        *,
-        gen_length: int = 128,
-        batch_size: int = 32,
-        seed: int = 0,
+        settings: QualitySettings,
         store: AnswerStore | None = None,
     ) -> None:
         if len(examples) < 2:
@@ -146,7 +143,7 @@ class AnswerSet:
         if not all(example.prompt for example in examples):
             raise ValueError("`examples` must each have a question: one has none.")
         self.pipeline, self.judge, self.examples = pipeline, judge, list(examples)
-        self.gen_length, self.batch_size, self.seed = gen_length, batch_size, seed
+        self.settings = settings
         self.store = store or AnswerStore(None)
         # Earlier messages are no part of the question, and special tokens in it are text.
         asked = tokenize_examples(
@@ -160,7 +157,7 @@ class AnswerSet:
             weights_fingerprint(pipeline.model),
             weights_fingerprint(judge.model),
             [[example.prompt, example.answer] for example in examples],
-            [gen_length, seed],
+            [settings.gen_length, settings.seed],
         ]
 
     @property
@@ -171,7 +168,7 @@ class AnswerSet:
         """The real answers, no longer than the pipeline may write them."""
         tokenizer = self.pipeline.tokenizer
         encoded, _ = encode_texts([example.answer for example in self.examples], tokenizer)
-        tokens = [row[: self.gen_length] for row in encoded]
+        tokens = [row[: self.settings.gen_length] for row in encoded]
         return self._judged(list(map(tokenizer.decode, tokens)), tokens, [0] * len(tokens), 0.0)
 
     def answers(self, setting: Setting) -> Answers:
@@ -204,16 +201,16 @@ class AnswerSet:
         )
 
     def _generate(self, setting: Setting) -> Answers:
-        num_blocks = -(-self.gen_length // self.block_length)
+        num_blocks = -(-self.settings.gen_length // self.block_length)
         ends = self.pipeline.task()["eos_token_id"]
         texts, tokens, passes = [], [], []
         started = time.perf_counter()
-        for start in range(0, len(self.examples), self.batch_size):
-            batch = self._prompts[start : start + self.batch_size]
-            seeds = range(self.seed + start, self.seed + start + len(batch))
+        for start in range(0, len(self.examples), self.settings.batch_size):
+            batch = self._prompts[start : start + self.settings.batch_size]
+            seeds = range(self.settings.seed + start, self.settings.seed + start + len(batch))
             output = self.pipeline(
                 input_ids=batch,
-                gen_length=self.gen_length,
+                gen_length=self.settings.gen_length,
                 block_length=self.block_length,
                 num_inference_steps=setting.passes * num_blocks,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],

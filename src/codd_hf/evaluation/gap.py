@@ -92,12 +92,7 @@ def measure_gap(
     heads: Mapping[str, CoDDHead],
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[TokenizedExample],
-    *,
-    ratios: Sequence[float] | None = None,
-    sequential: bool = True,
-    batch_size: int = 32,
-    evidence_temperature: float | None = None,
-    seed: int = 0,
+    settings: GapSettings,
     progress: bool = True,
 ) -> list[GapRow]:
     """Measures the gap on one random full window of each example that has one.
@@ -107,22 +102,12 @@ def measure_gap(
         heads: to couple it with, by name.
         tokenizer: the backbone's.
         examples: held-out text.
-        ratios: mask ratios in (0, 1]; default 0.1 to 1.
-        sequential: also run the sequential ideal, which takes a pass per masked token.
-        batch_size: windows at once.
-        evidence_temperature: divides the backbone's logits before the circuits see them; default,
-            each head's own. The factorized column is without; one more column shows the effect of
-            the last head's temperature on it.
-        seed: chooses windows and masks.
+        settings: those of which windows, ratios and evidence are measured.
         progress: show a progress bar.
 
     Raises:
-        ValueError: no example has a full window, a likelihood is not finite, or a ratio is outside
-            (0, 1].
+        ValueError: no example has a full window, or a likelihood is not finite.
     """
-    ratios = GapSettings().ratios if ratios is None else ratios
-    if bad := [r for r in ratios if not 0 < r <= 1]:
-        raise ValueError(f"`ratios` must lie in (0, 1], got {bad}.")
     length = model.window_length
     numbers = [i for i, example in enumerate(examples) if len(example.answer_ids) > length]
     if not numbers:
@@ -133,25 +118,27 @@ def measure_gap(
     methods = {"factorized": (factorized, 1.0), TEMPERED: (factorized, 1.0)}
     for name, head in heads.items():
         model.heads.bind(head)
-        temperature = evidence_temperature or head.config.evidence_temperature
+        temperature = settings.evidence_temperature or head.config.evidence_temperature
         methods |= {TEMPERED: (factorized, temperature)}
         methods[name] = (CallHead(None, head, length).frozen(), temperature)
     if methods[TEMPERED] == methods["factorized"]:
         del methods[TEMPERED]
-    batches = _windows(model, [examples[i] for i in numbers], tokenizer, batch_size, seed)
-    counts = [max(round(ratio * length), 1) for ratio in ratios]
-    passes = len(batches) * sum(1 + sequential * count for count in counts)
+    batches = _windows(model, [examples[i] for i in numbers], tokenizer, settings)
+    counts = [max(round(ratio * length), 1) for ratio in settings.ratios]
+    passes = len(batches) * sum(1 + settings.sequential * count for count in counts)
     rows = []
     with tqdm(total=passes, desc="measuring the gap", unit="pass", disable=not progress) as bar:
-        for ratio, count in zip(ratios, counts, strict=True):
-            scores = {name: [] for name in methods} | ({"sequential": []} if sequential else {})
+        for ratio, count in zip(settings.ratios, counts, strict=True):
+            scores = {name: [] for name in methods} | (
+                {"sequential": []} if settings.sequential else {}
+            )
             for batch in batches:
                 masked = batch.rank < count
                 laws = batch.laws(model, masked, methods)
                 for name in methods:
                     scores[name].append(laws[name].log_prob(batch.truth))
                 bar.update()
-                if sequential:
+                if settings.sequential:
                     scores["sequential"].append(_one_by_one(model, batch, masked, methods, bar))
             nats = {name: -torch.cat(s).double().cpu() / count for name, s in scores.items()}
             for name, values in nats.items():
@@ -201,17 +188,17 @@ def _windows(
     model: CoDDModel,
     examples: Sequence[TokenizedExample],
     tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    seed: int,
+    settings: GapSettings,
 ) -> list[_Windows]:
     """One random window of text (no end-of-text) of each example."""
     length, device = model.window_length, model.device
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(settings.seed)
     whole = torch.tensor([(len(e.answer_ids) - 1) // length for e in examples])
     first = (torch.rand(len(examples), generator=generator) * whole).long() * length
     ranks = torch.rand(len(examples), length, generator=generator).argsort(1).argsort(1)
     batches = []
-    for rows in (slice(at, at + batch_size) for at in range(0, len(examples), batch_size)):
+    for start in range(0, len(examples), settings.batch_size):
+        rows = slice(start, start + settings.batch_size)
         canvas = collate(
             examples[rows],
             window_length=length,
@@ -283,11 +270,7 @@ def evaluate(pipeline: CoDDPipeline, examples: Sequence[Example], settings: GapS
             never=model.config.forbidden_token_ids or (),
             report=RowReport(repr(settings.dataset), settings.skip_bad_rows),
         ),
-        ratios=settings.ratios,
-        sequential=settings.sequential,
-        batch_size=settings.batch_size,
-        evidence_temperature=settings.evidence_temperature,
-        seed=settings.seed,
+        settings,
     )
     facts = {
         "examples": len(examples),

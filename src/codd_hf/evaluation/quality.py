@@ -309,15 +309,8 @@ def evaluate(
     store = AnswerStore(Path(samples) if samples else None)
 
     def answer_set(examples: Sequence[Example]) -> AnswerSet:
-        return AnswerSet(
-            pipeline,
-            Judge(*model, [example.prompt for example in examples]),
-            examples,
-            gen_length=settings.gen_length,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            store=store,
-        )
+        judge = Judge(*model, [example.prompt for example in examples])
+        return AnswerSet(pipeline, judge, examples, settings, store)
 
     validation = None
     if settings.choose_on:

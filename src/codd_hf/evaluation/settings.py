@@ -55,6 +55,8 @@ class GapSettings(MeasureSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if bad := [ratio for ratio in self.ratios if not 0 < ratio <= 1]:
+            raise ValueError(f"`ratios` must lie in (0, 1], got {bad}.")
         for entry in self.head:
             name, _, path = entry.partition("=")
             if not (name and path):

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..data.fingerprint import weights_fingerprint
 from ..evaluation.gap import measure_gap
+from ..evaluation.settings import GapSettings
 from ..hub.publishing import push_folder
 from ..modeling_head import CoDDHead
 from ..runtime.files import atomic_write
@@ -138,7 +139,7 @@ def _write_pipeline(run: Run, folder: Path, repo_id: str | None) -> None:
     problems = [] if run.sharded else problems[: config.num_gap_problems]
     if problems:
         heads = {"coupled": model.coupling_head}
-        gap = measure_gap(model, heads, tokenizer, problems, ratios=GAP_RATIOS)
+        gap = measure_gap(model, heads, tokenizer, problems, GapSettings(ratios=GAP_RATIOS))
         write_card(*card, gap)
     if repo_id is not None:
         options = {"ignore_patterns": NOT_PUSHED, "commit_message": "Trained with codd-hf"}
