@@ -196,8 +196,8 @@ def test_every_parameter_of_a_new_head_can_be_trained(name):
         ({"conditioning": ["latent"], "context_size": None}, r"`context_size` .* is needed"),
         ({"emission": "tied", "context_size": None}, r"`context_size` .* is needed"),
         ({"emission": "tied", "tie_emissions": False}, r"set `tie_emissions` to true"),
-        ({"context_size": 0}, r"`context_size` must be a positive integer, got 0"),
-        ({"emission_rank": 0}, r"`emission_rank` must be a positive integer, got 0"),
+        ({"context_size": 0}, r"`context_size` must be at least 1, got 0"),
+        ({"emission_rank": 0}, r"`emission_rank` must be at least 1, got 0"),
     ],
 )
 def test_a_structure_that_cannot_be_is_an_error_that_names_the_field(changes, message):
@@ -278,7 +278,7 @@ def test_binding_to_an_embedding_of_another_shape_is_an_error_with_both_shapes(s
 
 
 def test_a_head_for_another_hidden_size_is_refused_by_the_backbone():
-    with pytest.raises(ValueError, match=r"hidden states of size 8 .* backbone's have 16"):
+    with pytest.raises(ValueError, match="hidden states of size 8, but the backbone has 16"):
         CoDDModel.from_backbone(
             tiny_backbone(),
             random_head(

@@ -2,7 +2,6 @@
 
 # Annotations are not postponed here: they are what `strict` checks values against.
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -16,7 +15,7 @@ from huggingface_hub.errors import (
 )
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
-from .checks.arguments import FACTORS, choice, is_factor, number, plain
+from .checks.arguments import FACTORS, choice, integer, is_factor, number, plain
 from .checks.errors import is_of_a_library, reason
 from .checks.versions import without_left_fields
 
@@ -26,56 +25,42 @@ CONDITIONINGS = ("latent", "copy")
 FORMAT_VERSION = 2
 LEFT = {"structure": "dense", "evidence_dtype": None}
 """Fields of `format_version` 1, each with the value that is the only one now."""
+GONE = ("evidence_top_k", "evidence_groups", "num_gate_groups", "transition_rank")
+"""Fields of `format_version` 1 that ask for nothing by themselves, or have another name."""
 MAX_WINDOW_LENGTH = 1 << 16
-"""No weights need be stored for positions: only this bounds what those of a window, or those before
-it that are copied from, may take."""
+"""No weights need be stored for positions: only this bounds those of a window, or those before it
+that are copied from."""
 MOST_LAYERS = 1 << 14
 """More layers or labels than any backbone has; transformers makes lists of so many entries."""
 COUNTS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks?|groups?|experts?|labels)|\w+_layers|depth")
+INHERITED = {field.name: field.type for field in fields(PreTrainedConfig)} | {
+    "num_labels": int | None,
+    "torch_dtype": str | torch.dtype | None,
+}
+"""Types that transformers' base class leaves unchecked."""
 OF_TRANSFORMERS = {
-    *(field.name for field in fields(PreTrainedConfig)),
+    *INHERITED,
+    *PreTrainedConfig().to_dict(),
     *GenerationConfig().to_dict(),  # which transformers drops from a model's configuration
     "_attn_implementation",
     "_commit_hash",
-    "_name_or_path",
     "attn_implementation",
     "auto_map",
     "experts_implementation",
-    "model_type",
     "name_or_path",
-    "num_labels",
-    "output_attentions",
     "per_layer_config",
     "quantization_config",
     "tie_word_embeddings",
-    "torch_dtype",
 }
 """Fields of any configuration. Not `transformers_weights`: no file says where weights are."""
-_dtype = str | torch.dtype | None
-_labels = dict[int, str] | dict[str, str] | dict[str, int] | None
-INHERITED = {
-    "architectures": list[str] | None,
-    "chunk_size_feed_forward": int,
-    "dtype": _dtype,
-    "id2label": _labels,
-    "is_encoder_decoder": bool,
-    "label2id": _labels,
-    "num_labels": int | None,
-    "output_hidden_states": bool | None,
-    "problem_type": str | None,
-    "return_dict": bool | None,
-    "torch_dtype": _dtype,
-    "transformers_version": str | None,
-}
-"""Types that transformers' base class leaves unchecked."""
 
 
-def one_sentence(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+def strict_configuration(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """Makes a configuration strict: each refusal is a ValueError of one sentence.
 
-    Types are checked whenever a field is set; what the methods `validate_*` check, when the
-    configuration is made or saved; and unknown fields are refused when it is made. What a caller
-    says in place of a file's fields is checked as those are.
+    Types are checked whenever a field is set, `validate_*` run when the configuration is made or
+    saved, and unknown fields are refused when it is made, after `upgrade`. What a caller says in
+    place of a file's fields is checked as those are.
     """
     cls = strict(cls)
     types = {field.name: field.type for field in fields(cls)}
@@ -83,21 +68,18 @@ def one_sentence(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     from_dict = cls.from_dict.__func__
 
     def __init__(self, **given: Any) -> None:
-        if "format_version" in types:
-            given = cls.upgrade(given)
-        unknown = [name for name in given if name not in types and name not in OF_TRANSFORMERS]
-        if unknown:
-            raise ValueError(
-                f"`{unknown[0]}` is no field of the configuration {cls.__name__}, got "
-                f"{given[unknown[0]]!r:.100}: remove it or correct its name."
-            )
-        for name in INHERITED.keys() & given.keys():
-            try:
-                type_validator(name, given[name], INHERITED[name])
-            except TypeError as error:
+        given = cls.upgrade(given) if hasattr(cls, "upgrade") else given
+        for name, value in given.items():
+            if name not in types and name not in OF_TRANSFORMERS:
                 raise ValueError(
-                    f"`{name}` must be of type {INHERITED[name]}, got {given[name]!r:.100}."
-                ) from error
+                    f"`{name}` is no field of the configuration {cls.__name__}, got "
+                    f"{value!r:.100}: remove it or correct its name."
+                )
+            if name in INHERITED:
+                try:
+                    type_validator(name, value, INHERITED[name])
+                except TypeError as error:
+                    raise _wrong_type(name, INHERITED[name], value) from error
         check_counts({name: value for name, value in given.items() if name not in types})
         inherited = [f"`{name}`" for name in given if name in OF_TRANSFORMERS]
         with one_sentence_for(f"{', '.join(inherited)} in the configuration {cls.__name__}"):
@@ -107,8 +89,7 @@ def one_sentence(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         try:
             assign(self, name, plain(value) if name in types else value)
         except StrictDataclassFieldValidationError as error:
-            wanted = types[name].__name__ if isinstance(types[name], type) else types[name]
-            raise ValueError(f"`{name}` must be of type {wanted}, got {value!r:.100}.") from error
+            raise _wrong_type(name, types[name], value) from error
 
     def validated(self) -> None:
         try:
@@ -124,6 +105,11 @@ def one_sentence(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     cls.__init__, cls.__setattr__, cls.validate = __init__, __setattr__, validated
     cls.from_dict = classmethod(read)
     return cls
+
+
+def _wrong_type(name: str, wanted: Any, value: Any) -> ValueError:
+    wanted = wanted.__name__ if isinstance(wanted, type) else wanted
+    return ValueError(f"`{name}` must be of type {wanted}, got {value!r:.100}.")
 
 
 @contextmanager
@@ -156,7 +142,7 @@ def check_counts(
             raise ValueError(f"`{name}` must be at most {most:,} {where}, got {value}.")
 
 
-@one_sentence
+@strict_configuration
 class CoDDHeadConfig(PreTrainedConfig):
     """Configuration of a [`CoDDHead`]: a circuit over a window of tokens.
 
@@ -241,49 +227,33 @@ class CoDDHeadConfig(PreTrainedConfig):
                 f"`format_version` is {version!r:.100}; this version of codd-hf reads up to "
                 f"{FORMAT_VERSION}: upgrade codd-hf."
             )
-        if version != 1:
+        if version == FORMAT_VERSION:
             return fields
         what = "a head's configuration"
-        fields = {"evidence_size": fields.get("evidence_top_k"), **fields}
         for kind in ("gate", "low_rank"):
-            if kind in (fields.get("conditioning") or []):
+            if kind in str(fields.get("conditioning")):
                 without_left_fields({"conditioning": kind}, {"conditioning": None}, what)
-        fields = without_left_fields(fields, LEFT, what) | {"format_version": FORMAT_VERSION}
-        for name in ("evidence_top_k", "evidence_groups", "num_gate_groups", "transition_rank"):
-            fields.pop(name, None)
-        return fields
+        renamed = {"evidence_size": fields.get("evidence_top_k")}
+        fields = renamed | without_left_fields(fields, LEFT, what)
+        fields = {name: value for name, value in fields.items() if name not in GONE}
+        return fields | {"format_version": FORMAT_VERSION}
 
-    def validate_sizes(self) -> None:
+    def validate_numbers(self) -> None:
         """Checks every number by itself."""
         if self.vocab_size is None:
             raise ValueError("`vocab_size` is missing from the head's configuration.")
-        positive = ["vocab_size", "num_latents", "window_length", "emission_rank"]
-        positive += ["copy_length", "copy_size"]
-        positive += [] if self.context_size is None else ["context_size"]
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {getattr(self, name)}.")
+        for name in ("vocab_size", "num_latents", "emission_rank", "copy_size"):
+            integer(name, getattr(self, name), least=1)
         for name in ("window_length", "copy_length"):
-            if getattr(self, name) > MAX_WINDOW_LENGTH:
-                raise ValueError(
-                    f"`{name}` must be at most {MAX_WINDOW_LENGTH:,}, got {getattr(self, name)}."
-                )
-        if not 0 <= self.alpha <= sys.float_info.max:
-            raise ValueError(f"`alpha` must be 0 or a positive number, got {self.alpha}.")
-
-    def validate_evidence(self) -> None:
-        """Checks how predictions are read."""
-        if self.evidence_size is not None and self.evidence_size < 0:
-            raise ValueError(
-                f"`evidence_size` must be 0 (exact) or positive, got {self.evidence_size}."
-            )
+            integer(name, getattr(self, name), 1, MAX_WINDOW_LENGTH)
+        for name, least in (("context_size", 1), ("evidence_size", 0)):
+            if getattr(self, name) is not None:
+                integer(name, getattr(self, name), least)
         number("evidence_temperature", self.evidence_temperature, f"above 0, {FACTORS}", is_factor)
-
-    def validate_token_ids(self) -> None:
-        """Checks that the tokens are the vocabulary's."""
+        number("alpha", self.alpha, "0 or a positive number", lambda alpha: alpha >= 0)
         _check_tokens(self, self.vocab_size)
 
-    def validate_structure(self) -> None:
+    def validate_parts(self) -> None:
         """Checks which parts there are, and that they go together."""
         choice("emission", self.emission, EMISSIONS)
         unknown = [c for c in self.conditioning if c not in CONDITIONINGS]
@@ -308,7 +278,7 @@ class CoDDHeadConfig(PreTrainedConfig):
             )
 
 
-@one_sentence
+@strict_configuration
 class CoDDConfig(PreTrainedConfig):
     """Configuration of a [`CoDDModel`]: a backbone and a head.
 
@@ -369,12 +339,9 @@ class CoDDConfig(PreTrainedConfig):
             self.forbidden_token_ids = self.head_config.forbidden_token_ids
         self.tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
 
-    def validate_coupling(self) -> None:
-        """Checks that the coupling is a known one."""
+    def validate_fields(self) -> None:
+        """Checks that the coupling is a known one, and the tokens are the vocabulary's."""
         check_coupling(self.coupling)
-
-    def validate_token_ids(self) -> None:
-        """Checks that the tokens are the vocabulary's."""
         _check_tokens(self, getattr(self.text_config, "vocab_size", None))
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
@@ -422,10 +389,8 @@ def _nested_config(name: str, config: dict | PreTrainedConfig | None) -> PreTrai
 
 
 def _check_tokens(config: PreTrainedConfig, vocab_size: int | None) -> None:
-    ids = [*(config.forbidden_token_ids or [])]
-    ids += [] if config.mask_token_id is None else [config.mask_token_id]
-    beyond = [i for i in ids if i < 0 or (vocab_size is not None and i >= vocab_size)]
-    if beyond:
+    ids = [config.mask_token_id or 0, *(config.forbidden_token_ids or [])]
+    if beyond := [i for i in ids if i < 0 or (vocab_size is not None and i >= vocab_size)]:
         raise ValueError(
             f"`mask_token_id` and `forbidden_token_ids` must lie in [0, {vocab_size}), got "
             f"{beyond}."
