@@ -19,11 +19,11 @@ import torch
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
+from codd_hf.checks.arguments import choice
 from codd_hf.checks.errors import is_of_a_library, printable, reading
 from codd_hf.cli import convert, main
 from codd_hf.cli.failures import is_refusal
 from codd_hf.cli.printing import one_line
-from codd_hf.configuration_codd import check_coupling
 from tiny_pipeline import save_tiny_pipeline, tiny_pipeline
 
 HOSTILE = "a\x1b[31mb\x1b]0;title\x07\x9b2J\r\x08\x7f\u202ec\u2066d\u200fe\nf"
@@ -194,7 +194,7 @@ def test_door_makes_one_sentence_of_what_a_library_raises_and_of_nothing_else():
             act()
     with pytest.raises(KeyboardInterrupt), reading("'x.json'"):
         raise KeyboardInterrupt
-    assert not is_of_a_library(raised(lambda: check_coupling("x")))
+    assert not is_of_a_library(raised(lambda: choice("coupling", "x", ())))
     assert is_of_a_library(raised(lambda: json.loads("{")))
 
 

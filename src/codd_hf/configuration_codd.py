@@ -341,7 +341,7 @@ class CoDDConfig(PreTrainedConfig):
 
     def validate_fields(self) -> None:
         """Checks that the coupling is a known one, and the tokens are the vocabulary's."""
-        check_coupling(self.coupling)
+        choice("coupling", self.coupling, COUPLINGS)
         _check_tokens(self, getattr(self.text_config, "vocab_size", None))
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
@@ -362,11 +362,6 @@ class CoDDConfig(PreTrainedConfig):
     @property
     def pad_token_id(self) -> int | None:
         return getattr(self.text_config, "pad_token_id", None)
-
-
-def check_coupling(coupling: str) -> None:
-    """Raises a ValueError unless `coupling` is one of `COUPLINGS`."""
-    choice("coupling", coupling, COUPLINGS)
 
 
 def _nested_config(name: str, config: dict | PreTrainedConfig | None) -> PreTrainedConfig:

@@ -24,10 +24,10 @@ from .backbones import (
     needs_remote_code,
     nested_custom_config,
 )
-from .checks.arguments import flag, generators
+from .checks.arguments import choice, flag, generators
 from .circuits import CoupledCategorical
 from .circuits.random import Generators
-from .configuration_codd import CoDDConfig, CoDDHeadConfig, check_coupling
+from .configuration_codd import COUPLINGS, CoDDConfig, CoDDHeadConfig
 from .coupling.adapter_files import load_adapter, save_adapter
 from .coupling.adapters import AdaptersMixin, unwrapped, without_adapters
 from .coupling.heads import DEFAULT_NAME, HeadName, Heads, load_head, named_backbone
@@ -351,7 +351,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
             TypeError: an argument is of another kind, or asks for what only the backbone can do.
         """
         coupling = self.config.coupling if coupling is None else coupling
-        check_coupling(coupling)
+        choice("coupling", coupling, COUPLINGS)
         return_distribution = flag("return_distribution", return_distribution)
         refuse_requests(kwargs)
         given = input_ids, attention_mask, position_ids, labels, window_start

@@ -109,14 +109,8 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
         self.register_buffer("token_marginal", torch.empty(*(() if tied else (length,)), vocab))
         self.context_maps = None
         if config.conditioning:
-            self.context_maps = ContextMaps(
-                config.conditioning,
-                context_size=config.context_size,
-                num_latents=latents,
-                noise_conditioning=config.noise_conditioning,
-                copy_size=config.copy_size,
-                vocab_size=vocab,
-            )
+            sizes = config.context_size, latents, vocab, config.copy_size
+            self.context_maps = ContextMaps(config.conditioning, config.noise_conditioning, *sizes)
         # A default dtype of 16 bits (`_from_config(dtype=...)` sets one) is about the backbone too.
         self.to(torch.promote_types(torch.get_default_dtype(), torch.float32))
         self._bound: list[torch.Tensor] = []  # a list, so that the backbone's weight is not ours
@@ -216,13 +210,12 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
         Raises:
             ValueError: the emissions are tied and the head is not bound to a backbone.
         """
-        self._check_bound()
         config = self.config
         transition = self.transition[None] if config.tie_transitions else self.transition
         if config.emission == "tied":
             projection = self.emission_projection
             with torch.autocast(projection.device.type, enabled=False):
-                embedding = self._bound[0].to(projection.dtype) @ projection.T
+                embedding = self.output_embedding.to(projection.dtype) @ projection.T
             emission = TiedEmission(self.emission_latents, embedding, self.emission_bias)
         else:
             emission = DenseEmission(self.emission[None] if config.tie_emissions else self.emission)
@@ -241,12 +234,15 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
         with align_module_device(self):  # its weights may be offloaded
             return FrozenHead(self, self.potentials, self.forbidden)
 
-    def _check_bound(self) -> None:
-        if self.config.emission == "tied" and not self._bound:
+    @property
+    def output_embedding(self) -> torch.Tensor:
+        """The backbone's, `[V, d]`, which tied emissions are bound to."""
+        if not self._bound:
             raise ValueError(
                 "The head's emissions are tied to a backbone's output embedding: join them with "
                 "`CoDDModel.from_backbone(backbone, head)`, or call `head.bind(embedding)`."
             )
+        return self._bound[0]
 
     @property
     def forbidden(self) -> torch.Tensor | None:
@@ -283,7 +279,7 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
         observed: torch.Tensor | None = None,
         last_hidden_state: torch.Tensor | None = None,
         present: torch.Tensor | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         active: torch.Tensor | None = None,
         preceding: Preceding | None = None,
         top_k: int = 0,
@@ -299,7 +295,7 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
             last_hidden_state: `[batch, L, hidden]`, the states that predict the window's tokens;
                 needed by a head with conditioning, unused by others.
             present: `[batch, L]` bool, False where there is no such position.
-            temperature: the evidence temperature.
+            temperature: the evidence temperature; default, that of the evidence or the head's.
             active: `[batch]` bool, False for rows that are to stay factorized.
             preceding: the tokens before the window, needed by `"copy"` conditioning.
             top_k: read `logits` by so many of their likeliest tokens; 0 reads all, exactly.
@@ -312,7 +308,7 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
         context = None
         if self.context_maps is not None:
             context = self._context(logits, observed, last_hidden_state, present, preceding)
-        circuit = self if frozen is None else frozen
+        circuit, own = self if frozen is None else frozen, self.config.evidence_temperature
         return CoupledCategorical(
             logits,
             circuit.potentials,
@@ -321,36 +317,28 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
             present=present,
             context=context,
             active=active,
-            temperature=temperature,
+            temperature=getattr(logits, "temperature", own) if temperature is None else temperature,
             forbidden=circuit.forbidden,
             top_k=top_k,
         )
 
     def _context(self, logits, observed, last_hidden_state, present, preceding) -> Context:
         leading = logits.shape[:2] if isinstance(logits, torch.Tensor) else logits.batch_shape
-        shape = (*leading, self.config.context_size)
-        if last_hidden_state is not None:
-            last_hidden_state = as_tensor(
-                "last_hidden_state", last_hidden_state, float, device=logits.device
-            )
-        if last_hidden_state is None or tuple(last_hidden_state.shape) != shape:
-            given = None if last_hidden_state is None else tuple(last_hidden_state.shape)
-            raise ValueError(
-                f"`last_hidden_state` must have shape {shape} for a head with conditioning, got "
-                f"{given}."
-            )
-        if observed is None:
-            observed = torch.zeros(shape[:2], dtype=torch.bool, device=logits.device)
-        masked = ~observed if present is None else ~observed & present
-        if self.context_maps.copies and preceding is None:
-            raise ValueError(
-                "`preceding` must be given to a head with 'copy' conditioning: the tokens before "
-                "the window and their hidden states."
-            )
-        with torch.autocast(logits.device.type, enabled=False):
+        shape, device = (*leading, self.config.context_size), logits.device
+        for name, value in (("last_hidden_state", last_hidden_state), ("preceding", preceding)):
+            if value is None and (name != "preceding" or self.context_maps.copies):
+                raise ValueError(
+                    f"`{name}` must be given to a head with conditioning "
+                    f"({', '.join(self.config.conditioning)})."
+                )
+        hidden = as_tensor("last_hidden_state", last_hidden_state, float, shape, device)
+        masked = torch.ones(shape[:2], dtype=torch.bool, device=device)
+        for part, where in ((observed, False), (present, True)):
+            masked = masked if part is None else masked & (part == where)
+        with torch.autocast(device.type, enabled=False):
             log_marginal = self.token_marginal.log().reshape(-1, self.config.vocab_size)[0]
             return self.context_maps(
-                last_hidden_state, masked, present, preceding, log_marginal, self.config.alpha
+                hidden, masked, present, preceding, log_marginal, self.config.alpha
             )
 
 

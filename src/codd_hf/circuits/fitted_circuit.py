@@ -23,7 +23,8 @@ class FittedCircuit:
             marginal: its token marginal `u`, `[V]` or `[L, V]`; computed from it if not given.
             alpha: the emissions are divided by `u ** alpha`.
         """
-        self._check_bound()
+        tied = self.config.emission == "tied"
+        embedding = self.output_embedding if tied else None
         if marginal is None:
             marginal = token_marginal(potentials, self.config.window_length)
         if marginal.ndim > self.token_marginal.ndim:
@@ -33,16 +34,12 @@ class FittedCircuit:
         self.config.alpha = alpha
         self.initial.copy_(corrected.initial)
         _copy(self.transition, corrected.transition.log_potential)
-        if self.config.emission == "tied":
-            fitted = fit_tied(
-                corrected.emission.dense()[0],
-                self._bound[0].to(self.emission_projection.dtype),
-                marginal,
-                self.config.emission_rank,
-            )
-            self.emission_latents.copy_(fitted[0])
-            self.emission_projection.copy_(fitted[1])
-            self.emission_bias.copy_(fitted[2])
+        if tied:
+            emission, rank = corrected.emission.dense()[0], self.config.emission_rank
+            fitted = fit_tied(emission, embedding, marginal, rank)
+            parts = self.emission_latents, self.emission_projection, self.emission_bias
+            for parameter, value in zip(parts, fitted, strict=True):
+                parameter.copy_(value)
         else:
             _copy(self.emission, corrected.emission.dense())
 

@@ -86,20 +86,12 @@ class HeadLinear(nn.Module):
 
     Libraries find those in a model and put theirs into their place: an adapter ("all-linear" in
     PEFT) or weights of few bits, which are meant for the backbone.
-
-    Args:
-        in_features: size of the inputs.
-        out_features: size of the outputs.
-        bias: whether there is a `b`.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Maps `[..., in_features]` to `[..., out_features]`."""
@@ -111,59 +103,66 @@ class ContextMaps(nn.Module):
 
     Args:
         conditioning: any of `"latent"`, `"copy"`.
+        noise_conditioning: the share of the window that is masked is an input as well.
         context_size: size `d` of the hidden states.
         num_latents: number of latent states `H`.
-        noise_conditioning: the share of the window that is masked is an input as well.
+        vocab_size: number of tokens.
         copy_size: size of the queries and keys of `"copy"`.
-        vocab_size: number of tokens, for `"copy"`.
     """
 
     def __init__(
         self,
         conditioning: list[str],
+        noise_conditioning: bool,
         context_size: int,
         num_latents: int,
-        noise_conditioning: bool,
-        copy_size: int = 64,
-        vocab_size: int = 0,
+        vocab_size: int,
+        copy_size: int,
     ):
         super().__init__()
         self.noise_conditioning = noise_conditioning
         size = context_size + (2 if noise_conditioning else 0)
         self.latent = HeadLinear(size, num_latents) if "latent" in conditioning else None
         self.copies = "copy" in conditioning
-        if self.copies:
-            self.query = HeadLinear(size, copy_size, bias=False)
-            self.key = HeadLinear(context_size, copy_size, bias=False)
-            self.copy_bias = nn.Parameter(torch.empty(1))
-            self.follow_query = HeadLinear(size, copy_size, bias=False)
-            self.follow_key = HeadLinear(context_size, copy_size, bias=False)
-            self.follow_bias = nn.Parameter(torch.empty(1))
-            # Fixed, as the generative circuit has them: the conditional fit bends the emissions
-            # away from laws, and its gradient would cost more than all the rest of a step.
-            shape = (vocab_size, min(SUGGESTED_STATES, num_latents))
-            states = torch.int16 if num_latents < 1 << 15 else torch.int32
-            self.register_buffer("suggested", torch.empty(shape, dtype=states))
-            self.register_buffer("log_suggested", torch.empty(shape))
-            self.register_buffer("log_occupancy", torch.empty(num_latents))
+        if not self.copies:
+            return
+        self.query = HeadLinear(size, copy_size, bias=False)
+        self.key = HeadLinear(context_size, copy_size, bias=False)
+        self.copy_bias = nn.Parameter(torch.empty(1))
+        self.follow_query = HeadLinear(size, copy_size, bias=False)
+        self.follow_key = HeadLinear(context_size, copy_size, bias=False)
+        self.follow_bias = nn.Parameter(torch.empty(1))
+        # Fixed, as the generative circuit has them: the conditional fit bends the emissions away
+        # from probabilities, and its gradient would cost more than all the rest of a step.
+        shape = (vocab_size, min(SUGGESTED_STATES, num_latents))
+        states = torch.int16 if num_latents < 1 << 15 else torch.int32
+        self.register_buffer("suggested", torch.empty(shape, dtype=states))
+        self.register_buffer("log_suggested", torch.empty(shape))
+        self.register_buffer("log_occupancy", torch.empty(num_latents))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Makes every map a no-op; what transformers has loaded from a file stays."""
-        for name, map_ in self.named_children():
-            if map_.bias is not None:
-                _fill(map_.bias, 0)
-            if name == "latent":
-                _fill(map_.weight, 0)
-            elif not _is_loaded(map_.weight):  # ranks must differ for their gradients to differ
-                map_.weight.normal_(std=0.02)
+        values = {}
+        if self.latent is not None:
+            values = {self.latent.weight: 0, self.latent.bias: 0}
         if self.copies:
+            for map_ in (self.query, self.key, self.follow_query, self.follow_key):
+                values[map_.weight] = None  # ranks must differ for their gradients to differ
             number, states = self.suggested.shape[1], len(self.log_occupancy)
-            _fill(self.copy_bias, COPY_FLOOR)
-            _fill(self.follow_bias, 0)
-            _fill(self.suggested, torch.arange(number))
-            _fill(self.log_suggested, -math.log(number))
-            _fill(self.log_occupancy, -math.log(states))
+            values |= {self.copy_bias: COPY_FLOOR, self.follow_bias: 0}
+            values |= {self.suggested: torch.arange(number), self.log_suggested: -math.log(number)}
+            values |= {self.log_occupancy: -math.log(states)}
+        for tensor, value in values.items():
+            # transformers marks what it has read from a file. `torch.nn.init` heeds the mark only
+            # while transformers has replaced its functions, for the whole process, which it undoes
+            # when any other model is made in another thread.
+            if getattr(tensor, "_is_hf_initialized", False):
+                continue
+            if value is None:
+                tensor.normal_(std=0.02)
+            else:
+                tensor.copy_(torch.as_tensor(value))
 
     @torch.no_grad()
     def start(self, log_emitted: torch.Tensor, occupancy: torch.Tensor) -> None:
@@ -187,9 +186,9 @@ class ContextMaps(nn.Module):
         hidden: torch.Tensor,
         masked: torch.Tensor,
         present: torch.Tensor | None,
-        preceding: Preceding | None = None,
-        log_marginal: torch.Tensor | None = None,
-        alpha: float = 1.0,
+        preceding: Preceding | None,
+        log_marginal: torch.Tensor,
+        alpha: float,
     ) -> Context:
         """Context of a batch of windows.
 
@@ -201,57 +200,41 @@ class ContextMaps(nn.Module):
             log_marginal: `[V]`, log of the token marginal, for `"copy"`.
             alpha: the power of it that the emissions were divided by.
         """
-        dtype = next(self.parameters()).dtype
-        inputs = F.rms_norm(hidden.to(dtype), hidden.shape[-1:])
+        inputs = _scaled(hidden, self.latent.weight if self.latent else self.copy_bias)
         if self.noise_conditioning:
             length = masked.shape[1] if present is None else present.sum(1).clamp(min=1)
             level = (masked.sum(1) / length).to(inputs.dtype)
             level = torch.stack((level, level * level), -1)[:, None]
             inputs = torch.cat((inputs, level.expand(-1, inputs.shape[1], -1)), -1)
         latent = None if self.latent is None else self.latent(inputs)
-        copies = None
-        if self.copies:
-            copies = self._copy_states(inputs, preceding, log_marginal, alpha)
-        return Context(latent, copies)
-
-    def _copy_states(self, inputs, preceding: Preceding, log_marginal, alpha) -> CopyStates:
-        hidden = preceding.hidden.to(inputs.dtype)
-        hidden = F.rms_norm(hidden, hidden.shape[-1:])
-        start = self.query(inputs) @ self.key(hidden).transpose(1, 2) + self.copy_bias
-        follow = self.follow_query(inputs) @ self.follow_key(hidden).transpose(1, 2)
-        present = preceding.present
-        absent = ~present[:, None]
-        apart = ~(present & present.roll(1, 1))[:, None]
-        states = self.suggested[preceding.tokens].long()
-        left = inputs.new_full((*preceding.tokens.shape, len(self.log_occupancy)), -torch.inf)
-        left = left.scatter(-1, states, self.log_suggested[preceding.tokens].to(left.dtype))
-        log_marginal = log_marginal[preceding.tokens]
+        if not self.copies:
+            return Context(latent)
+        keys, present = _scaled(preceding.hidden, inputs), preceding.present[:, None]
+        start = self.query(inputs) @ self.key(keys).transpose(1, 2) + self.copy_bias
+        follow = self.follow_query(inputs) @ self.follow_key(keys).transpose(1, 2)
+        tokens, apart = preceding.tokens, ~(present & present.roll(1, -1))
+        left = inputs.new_full((*tokens.shape, len(self.log_occupancy)), -torch.inf)
+        values = self.log_suggested[tokens].to(left.dtype)
+        left = left.scatter(-1, self.suggested[tokens].long(), values)
+        log_marginal = log_marginal[tokens]
         emitted = left + log_marginal[..., None] - self.log_occupancy  # p(x | z) by Bayes' rule
-        return CopyStates(
-            tokens=preceding.tokens,
-            start=_below(COPY_LIMIT, start).clamp(min=COPY_FLOOR).masked_fill(absent, -torch.inf),
+        copies = CopyStates(
+            tokens=tokens,
+            start=_below(COPY_LIMIT, start).clamp(min=COPY_FLOOR).masked_fill(~present, -torch.inf),
             follow=_below(COPY_LIMIT, follow + self.follow_bias).masked_fill(apart, -torch.inf),
             emitted=emitted.clamp(EMITTED_FLOOR, 0),
             left=left,
             weight=(-alpha * log_marginal).clamp(max=LARGEST_WEIGHT),
             limits=(COPY_FLOOR + EMITTED_FLOOR, COPY_LIMIT),
         )
+        return Context(latent, copies)
+
+
+def _scaled(hidden: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Hidden states at unit root mean square."""
+    return F.rms_norm(hidden.to(like.dtype), hidden.shape[-1:])
 
 
 def _below(limit: float, x: torch.Tensor) -> torch.Tensor:
     """`x`, smoothly kept below `limit`."""
     return limit - F.softplus(limit - x)
-
-
-def _is_loaded(tensor: torch.Tensor) -> bool:
-    """Whether transformers has read the tensor from a file: it marks what it loads.
-
-    The functions of `torch.nn.init` heed the mark only while transformers has replaced them, which
-    it does for the whole process and undoes when any other model is made in another thread.
-    """
-    return getattr(tensor, "_is_hf_initialized", False)
-
-
-def _fill(tensor: torch.Tensor, value: torch.Tensor | float) -> None:
-    if not _is_loaded(tensor):
-        tensor.copy_(torch.as_tensor(value))
