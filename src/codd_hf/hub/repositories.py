@@ -28,7 +28,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..checks.arguments import shown
 from ..checks.errors import is_of_a_library, reason
 from .stored_weights import read_headers
 
@@ -38,16 +37,13 @@ NOT_FOUND = (EntryNotFoundError, HFValidationError, RepositoryNotFoundError, Rev
 LOADING = RLock()
 ADAPTER_FOLDER = "adapter"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-TYPES = {
-    "_name_or_path": (str,),
-    "eos_token_id": (int, list),
-    "model_max_length": (int, float),
-    "output_attentions": (bool,),
-    "output_hidden_states": (bool,),
-    "pad_token_id": (int,),
-}
+TYPES = {"_name_or_path": str, "output_attentions": bool, "output_hidden_states": bool}
 """Fields that transformers takes as they are, and stumbles over in use."""
 REMEDY = "save it or download it again"
+NOTHING = (
+    "holds no CoDD head, model or pipeline, nor a backbone: its configuration (`config.json`) or "
+    "its weights are missing."
+)
 
 
 def shared_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +175,7 @@ class Repository:
         if not Path(self.name).is_dir():
             path = Path(hf_hub_download(self.name, "config.json", **self.hub))
         if not path.is_file():
-            raise OSError(_nothing_in(self.name))
+            raise OSError(f"{self.name!r} {NOTHING}")
         return self.read(path)
 
     def check(self) -> None:
@@ -300,40 +296,32 @@ def reaching_hub() -> Iterator[None]:
 
 
 def _explanation(repository: Repository, error: BaseException) -> str:
-    name, chain = repository.name, [error]
+    name, hub, chain = repository.name, repository.hub, [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
-
-    def has(*kinds: type) -> bool:
-        return any(isinstance(link, kinds) for link in chain)
-
-    if has(HFValidationError):
-        return f"{name!r} is neither a folder nor an id on the Hub: check the path."
-    if has(RevisionNotFoundError):
-        return (
-            f"{name!r} has no revision {repository.hub.get('revision')!r}: give a branch, a tag or "
-            "a commit of that repository."
-        )
-    if has(RepositoryNotFoundError, GatedRepoError):
-        return (
-            f"{name!r} is neither a folder nor a repository on the Hub that can be read: check "
-            "the name, or give the `token` of somebody who may read it."
-        )
-    if has(LocalEntryNotFoundError):
-        start = f"{name!r} is not a folder and could not be read from the Hub"
-        if repository.hub.get("local_files_only"):
-            return f"{start}: `local_files_only` is set, but it is not in the cache."
-        return f"{start}, and it is not in the cache: check the connection."
-    if has(EntryNotFoundError):
-        return _nothing_in(name)
+    cached = "`local_files_only` is set" if hub.get("local_files_only") else "check the connection"
+    for kinds, sentence in (
+        (HFValidationError, "is neither a folder nor an id on the Hub: check the path."),
+        (
+            RevisionNotFoundError,
+            f"has no revision {hub.get('revision')!r}: give a branch, a tag or a commit of that "
+            "repository.",
+        ),
+        (
+            (RepositoryNotFoundError, GatedRepoError),
+            "is neither a folder nor a repository on the Hub that can be read: check the name, or "
+            "give the `token` of somebody who may read it.",
+        ),
+        (
+            LocalEntryNotFoundError,
+            "is not a folder and could not be read from the Hub, and it is not in the cache: "
+            f"{cached}.",
+        ),
+        (EntryNotFoundError, NOTHING),
+    ):
+        if any(isinstance(link, kinds) for link in chain):
+            return f"{name!r} {sentence}"
     return f"{name!r} cannot be loaded: {reason(error)}."
-
-
-def _nothing_in(name: str) -> str:
-    return (
-        f"{name!r} holds no CoDD head, model or pipeline, nor a backbone: its configuration "
-        "(`config.json`) or its weights are missing."
-    )
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -344,21 +332,11 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    parts = [_object(path)]
-    for part in parts:
-        parts += [value for value in part.values() if isinstance(value, dict)]
-        for name, kinds in TYPES.items():
-            if part.get(name) is not None and type(part[name]) not in kinds:
-                wanted = " or ".join(kind.__name__ for kind in kinds)
-                raise ValueError(f"`{name}` must be of type {wanted}, got {shown(part[name])}")
-    return parts[0]
-
-
-def _tokenizer(path: Path) -> dict[str, Any]:
     content = _object(path)
-    model, added = content.get("model"), content.get("added_tokens")
-    if not isinstance(model, dict) or not isinstance(added, list):
-        raise ValueError("it must hold a `model` and a list of `added_tokens`")
+    for part in (content, *(v for v in content.values() if isinstance(v, dict))):
+        for name, kind in TYPES.items():
+            if not isinstance(part.get(name), kind | None):
+                raise ValueError(f"`{name}` must be of type {kind.__name__}")
     return content
 
 
@@ -372,12 +350,10 @@ def _shards(path: Path) -> list[str]:
 
 
 READERS = {
-    "*.index.json": _shards,
+    "*.index*.json": _shards,
     "*config.json": _config,
     "model_index.json": _object,
-    "tokenizer.json": _tokenizer,
-    "special_tokens_map.json": _object,
-    "added_tokens.json": _object,
+    "tokenizer.json": _object,
     "*.jinja": lambda path: path.read_text("utf-8"),
     "*.safetensors": read_headers,
 }
