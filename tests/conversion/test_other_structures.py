@@ -55,7 +55,7 @@ OTHER_CIRCUITS = [
     (change(0, dist=None, dist_shared_with=1), "node 0 shares the distribution of a node that"),
     (change(0, extra=1), "node 0 has the unknown entry 'extra'"),
     (change(2, params=np.ones(19, "f4")), r"node 2 has emissions of shape \(19,\), not the 20"),
-    (change(2, params=np.ones(20, "i8")), "node 2 has 'params' of type int64"),
+    (change(2, params=np.ones(20, "i8")), "node 2 has 'params' that has elements of type 'i8'"),
     (change(4, params=np.ones((4, 2, 1), "f4")), r"has parameters of shape \(4, 2, 1\), which"),
     (change(4, edge_ids=np.zeros((2, 3), "i8")), "node 4 has 4 tiles, but `edge_ids` of shape"),
     (change(4, edge_ids=np.zeros((2, 4), "i8")), "outside its blocks, or the same twice"),

@@ -38,11 +38,11 @@ class CustomCodeFamily(BackboneFamily):
                 "attention, so give `from_backbone` the length of its blocks."
             )
 
-    def from_config(self, config: PretrainedConfig, **kwargs) -> PreTrainedModel:
+    def from_config(self, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
         return _auto_class(config).from_config(config, trust_remote_code=False, **kwargs)
 
     def from_pretrained(
-        self, name_or_path: str, config: PretrainedConfig, **kwargs
+        self, name_or_path: str, config: PretrainedConfig, **kwargs: Any
     ) -> PreTrainedModel:
         self.make_bidirectional(config)
         hub = {name: kwargs[name] for name in CODE_ARGUMENTS if name in kwargs}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .canvas_cache import CanvasCache, cache_argument
-from .family import BackboneFamily, BackboneStates, execution_device
+from .family import BackboneFamily, BackboneStates, Index, execution_device
 
 
 class DecoderFamily(BackboneFamily):
@@ -30,9 +32,16 @@ class DecoderFamily(BackboneFamily):
             )
         return CanvasCache(num_rows, execution_device(model))
 
-    def run(self, model, input_ids, attention_mask, position_ids, cache=None) -> BackboneStates:
+    def run(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: CanvasCache | None = None,
+    ) -> BackboneStates:
         decoder, project = model.get_decoder(), model.get_output_embeddings()
-        cached = {"use_cache": False}
+        cached: dict[str, Any] = {"use_cache": False}
         if cache is not None:
             cached = {"use_cache": True, cache_argument(decoder): cache}
             position_ids = cache.positions
@@ -46,7 +55,7 @@ class DecoderFamily(BackboneFamily):
         if cache is not None:
             hidden = cache.keep(hidden)
 
-        def read_logits(index):
+        def read_logits(index: Index | None) -> torch.Tensor:
             # With a device map over several devices, the last layer is not where the tokens are.
             return project(hidden if index is None else hidden[index]).to(input_ids.device)
 

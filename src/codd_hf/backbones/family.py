@@ -87,13 +87,13 @@ class BackboneFamily:
         for name, value in self.bidirectional.items():
             setattr(config, name, value)
 
-    def from_config(self, config: PretrainedConfig, **kwargs) -> PreTrainedModel:
+    def from_config(self, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
         """A randomly initialised backbone."""
         self.make_bidirectional(config)
         return self.auto_class.from_config(config, **kwargs)
 
     def from_pretrained(
-        self, name_or_path: str, config: PretrainedConfig, **kwargs
+        self, name_or_path: str, config: PretrainedConfig, **kwargs: Any
     ) -> PreTrainedModel:
         """A pretrained backbone; `kwargs` go to transformers' `from_pretrained`."""
         self.make_bidirectional(config)

@@ -38,11 +38,11 @@ class Array:
             yield np.frombuffer(part, dtype=self.dtype)
 
 
-def read_array(value: Any) -> Array:
-    """The array that numpy would make.
+def read_array(value: Any, kinds: str = "fib") -> Array:
+    """The array that numpy would make, with elements of one of its `kinds`.
 
     Raises:
-        ValueError: it is none, or none of numbers.
+        ValueError: it is none.
     """
     match value:
         case Call(
@@ -57,7 +57,7 @@ def read_array(value: Any) -> Array:
             raise ValueError("is no array")
     match dtype:
         case Call("dtype", (str(code), 0, 1), (3, str(end), None, None, None, -1, -1, 0)):
-            if code not in DTYPES or end not in "<>|":
+            if code not in DTYPES or code[0] not in kinds or end not in "<>|":
                 raise ValueError(f"has elements of type {code!r}")
             dtype = np.dtype(end + code)
         case _:

@@ -70,12 +70,14 @@ class _Node:
     def array(self, key: str, kinds: str) -> Array:
         """An entry that is an array with elements of one of numpy's kinds."""
         try:
-            array = read_array(self.fields.get(key))
+            return read_array(self.fields.get(key), kinds)
         except ValueError as error:
             self.refuse(f"has {key!r} that {error}")
-        if array.dtype.kind not in kinds:
-            self.refuse(f"has {key!r} of type {array.dtype}")
-        return array
+
+    @property
+    def mask(self) -> Array | None:
+        """The places where parameters are zero."""
+        return self.array("zero_param_mask", "b") if "zero_param_mask" in self.fields else None
 
 
 @dataclass(frozen=True)
@@ -99,17 +101,16 @@ class _Matrix:
         different = len(np.unique(rows * self.columns[0] + columns))
         if not within.all() or different < len(rows):
             node.refuse("has `edge_ids` outside its blocks, or the same twice")
-        if "zero_param_mask" in self.source.fields:
-            mask = self.source.array("zero_param_mask", "b")
-            if mask.shape != tiles:
-                self.source.refuse(f"has a `zero_param_mask` of shape {mask.shape}, not {tiles}")
+        mask = self.source.mask
+        if mask is not None and mask.shape != tiles:
+            self.source.refuse(f"has a `zero_param_mask` of shape {mask.shape}, not {tiles}")
 
     def dense(self) -> torch.Tensor:
         """The matrix `[rows, columns]`, float32."""
         tiles = self.source.array("params", "f").numpy().astype(np.float32)
         _check_values(self.source, tiles)
-        if "zero_param_mask" in self.source.fields:
-            tiles[self.source.array("zero_param_mask", "b").numpy()] = 0
+        if self.source.mask is not None:
+            tiles[self.source.mask.numpy()] = 0
         (row_blocks, height), (column_blocks, width) = self.rows, self.columns
         dense = np.zeros((row_blocks, height, column_blocks, width), np.float32)
         rows, columns = self.places

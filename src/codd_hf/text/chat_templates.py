@@ -53,7 +53,8 @@ class _Worker:
     """The process that renders, started at the first template; one request at a time."""
 
     def __init__(self) -> None:
-        self.lock, self.process = Lock(), None
+        self.lock = Lock()
+        self.process: subprocess.Popen | None = None
 
     def render(self, request: dict[str, Any]) -> str:
         sent = pickle.dumps(request)
