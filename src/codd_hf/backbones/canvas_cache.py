@@ -50,6 +50,7 @@ class CanvasCache(Cache):
 
     def __init__(self, num_rows: int, device: torch.device):
         super().__init__(layer_class_to_replicate=CanvasLayer)
+        self.positions: torch.Tensor | None = None
         self.known = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self.reset()
 

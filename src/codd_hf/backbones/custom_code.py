@@ -88,7 +88,7 @@ def nested_custom_config(
     check_trust(name, config, trust_remote_code)
     if Path(name).is_dir():
         name = str(Path(name, hub.pop("subfolder", None) or ""))
-    config_class = get_class_from_dynamic_module(config["auto_map"]["AutoConfig"], name, **hub)
+    config_class: Any = get_class_from_dynamic_module(config["auto_map"]["AutoConfig"], name, **hub)
     config_class.register_for_auto_class()
     nested = config_class.from_dict(dict(config))
     _registered_class(name, nested, **hub)
@@ -99,13 +99,13 @@ def _registered_class(name: str, config: PretrainedConfig, **hub: Any) -> type[P
     """The model class that a repository, which the user trusts, has for its configuration."""
     auto_class = _auto_class(config)
     reference = config.auto_map[auto_class.__name__]
-    model_class = get_class_from_dynamic_module(reference, name, **hub)
+    model_class: Any = get_class_from_dynamic_module(reference, name, **hub)
     model_class.register_for_auto_class(auto_class)
     auto_class.register(type(config), model_class, exist_ok=True)
     return model_class
 
 
-def _auto_class(config: PretrainedConfig) -> type:
+def _auto_class(config: PretrainedConfig) -> Any:
     """The first of `AUTO_CLASSES` that a configuration names or that knows it."""
     auto_map = getattr(config, "auto_map", None) or {}
     known = [c for c in AUTO_CLASSES if c.__name__ in auto_map]

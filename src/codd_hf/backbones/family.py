@@ -77,7 +77,7 @@ class BackboneFamily:
             denoising does not need; None if all are needed.
     """
 
-    auto_class: type
+    auto_class: Any
     model_types: Container[str] | None = None
     bidirectional: dict[str, Any] = {}  # noqa: RUF012
     unused_weights: str | None = None
@@ -133,7 +133,7 @@ class BackboneFamily:
             ValueError: the model takes no `position_ids`.
         """
         taken = inspect.signature(model.forward).parameters
-        kwargs = {"use_cache": False} if "use_cache" in taken else {}
+        kwargs: dict[str, Any] = {"use_cache": False} if "use_cache" in taken else {}
         if position_ids is not None:
             if "position_ids" not in taken:
                 raise ValueError(
@@ -262,6 +262,6 @@ def execution_device(model: PreTrainedModel) -> torch.device:
     """The device that a backbone takes its tokens on, also while its weights are offloaded."""
     embedding = model.get_input_embeddings()
     if not hasattr(embedding, "_hf_hook"):
-        return embedding.weight.device
+        return next(embedding.parameters()).device
     # Offloaded weights are on no device until a hook fetches them: where, the result shows.
     return embedding(torch.zeros(1, dtype=torch.long)).device

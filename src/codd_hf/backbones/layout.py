@@ -24,11 +24,11 @@ class CheckpointLayout:
             `AutoTokenizer` needs no help.
     """
 
-    config_class: type[PretrainedConfig]
-    fields: tuple[str, ...] = ()
+    config_class: ClassVar[type[PretrainedConfig]]
+    fields: ClassVar[tuple[str, ...]] = ()
     only: ClassVar[dict[str, Any]] = {}
-    key_mapping: dict[str, str] | None = None
-    tokenizer_class: str | None = None
+    key_mapping: ClassVar[dict[str, str] | None] = None
+    tokenizer_class: ClassVar[str | None] = None
 
     def reads(self, config: dict[str, Any]) -> bool:
         """Whether a `config.json` with this content describes a checkpoint of the layout."""

@@ -192,7 +192,8 @@ class HiddenMarkovModel:
 
     def _walk(self) -> tuple[list[_Node], list[_Node], list[_Node]]:
         """The sums, the products and the inputs along the chain."""
-        nodes, sums, products, inputs = self._nodes, [], [], []
+        nodes, sums, products = self._nodes, [], []
+        inputs: list[_Node] = []
         node: _Node | None = nodes[-1]
         while node is not None:
             if node.kind != "Sum" or len(node.children) != 1:

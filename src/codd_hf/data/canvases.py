@@ -213,13 +213,13 @@ def epoch_batches(
 
     Within stretches of a permutation, examples of like length share a batch: little is padded.
     """
-    lengths = torch.as_tensor(lengths)
+    of_example = torch.as_tensor(lengths)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     batches: list[list[int]] = []
-    for stretch in torch.randperm(len(lengths), generator=generator).split(2048):
+    for stretch in torch.randperm(len(of_example), generator=generator).split(2048):
         batch: list[int] = []
-        for index in stretch[lengths[stretch].argsort(stable=True)].tolist():
-            if batch and (len(batch) + 1) * int(lengths[index]) > tokens_per_batch:
+        for index in stretch[of_example[stretch].argsort(stable=True)].tolist():
+            if batch and (len(batch) + 1) * int(of_example[index]) > tokens_per_batch:
                 batches.append(batch)
                 batch = []
             batch.append(index)

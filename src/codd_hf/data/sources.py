@@ -94,8 +94,8 @@ def load_examples(
         ValueError: the file cannot be read, a column is missing, a row is bad, or nothing is left.
     """
     if source == TASKS:
-        columns = {"prompt_column": prompt_column, "answer_column": answer_column}
-        for name, value in (columns | {"remove_pattern": remove_pattern}).items():
+        unused = {"prompt_column": prompt_column, "answer_column": answer_column}
+        for name, value in (unused | {"remove_pattern": remove_pattern}).items():
             if value is not None:
                 raise ValueError(f"`{name}` must not be given with {TASKS!r}, got {value!r}.")
         return [Example(t.question, t.answer) for t in sample_tasks(split, dataset_config)]

@@ -21,7 +21,8 @@ def locked(path: Path, what: str, state: PartialState | None = None) -> Iterator
         state: accelerate's, when several processes are one run: all of them come here, the main one
             holds the lock, and a refusal is raised in all.
     """
-    lock, refusal = FileLock(path, timeout=0), [None]
+    lock = FileLock(path, timeout=0)
+    refusal: list[str | None] = [None]
     if state is None or state.is_main_process:
         try:
             lock.acquire()
