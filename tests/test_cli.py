@@ -107,9 +107,10 @@ def test_evaluate_gap_prints_the_table_and_reads_as_many_tokens_as_asked(
     path = tmp_path / "gap.json"
     argv = ["evaluate", "gap", "--model", str(trained_pipeline), "--num-problems", "4"]
     argv += ["--output", str(path)]
-    assert main([*argv, "--ratios", "0.5", "1"]) == 0
+    heads = [x for name in ("one", "two") for x in ("--head", f"{name}={trained_pipeline}/stage1")]
+    assert main([*argv, "--ratios", "0.5", "1", *heads]) == 0
     header = capsys.readouterr().out.splitlines()[0]
-    for name in ("factorized", "raw product", "corrected", "fitted", "sequential", "gap closed"):
+    for name in ("factorized", "raw product", "corrected", "one", "two", "fitted", "sequential"):
         assert name in header
     result = json.loads(path.read_text())
     assert [row["ratio"] for row in result["rows"]] == [0.5, 1.0]

@@ -28,16 +28,12 @@ INTERRUPTED = 128 + 2  # what shells say of a program that SIGINT ended
 
 
 class Parser(argparse.ArgumentParser):
-    """Every command has `--debug`."""
+    """Every command has `--debug`, and one line for bad usage."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.add_argument(
-            "--debug",
-            action="store_true",
-            default=argparse.SUPPRESS,
-            help="show where an error comes from",
-        )
+        debug = {"action": "store_true", "default": argparse.SUPPRESS}
+        self.add_argument("--debug", **debug, help="show where an error comes from")
 
     def error(self, message: str) -> NoReturn:
         super().error(one_line(message))

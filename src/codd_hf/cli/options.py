@@ -20,7 +20,7 @@ def add_flag(parser: argparse.ArgumentParser, flag: str, setting: Setting, **opt
     if setting.kind is bool:
         options |= {"action": argparse.BooleanOptionalAction, "type": None, "metavar": None}
     elif setting.kind is list:
-        options["nargs"] = "*"
+        options |= {"nargs": "*", "action": "extend"}
     options = {name: value for name, value in options.items() if value is not None}
     parser.add_argument(flag, help=text, **options)
 
