@@ -91,24 +91,28 @@ def test_stream_out_of_a_terminal_prints_what_is_printed_without_it(folder, pipe
     assert "\x1b" not in streamed
 
 
-@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
-@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize(
+    ("name", "value", "command"),
+    [("NO_COLOR", "1", ["generate", "--stream"]), ("TERM", "dumb", ["chat"])],
+)
 def test_no_control_sequences_where_the_user_wants_none(
     folder, screen, monkeypatch, name, value, command
 ):
     monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.stdin", io.StringIO("How many?\n"))
-    stream = ["--stream"] if command == "generate" else []
-    run_on(screen, command, "--model", str(folder), *stream, *SHORT)
+    run_on(screen, *command, "--model", str(folder), *SHORT)
     assert screen.getvalue().strip()
     assert "\x1b" not in screen.getvalue()
 
 
-def test_stream_in_a_terminal_ends_with_the_texts_alone(folder, pipe, screen, monkeypatch):
-    resized(monkeypatch, screen, 12, 24)
+@pytest.mark.parametrize(("columns", "rows"), [(12, 24), (6, 3)])
+def test_stream_in_a_terminal_of_any_size_ends_with_the_texts_alone(
+    folder, pipe, screen, monkeypatch, columns, rows
+):
+    resized(monkeypatch, screen, columns, rows)
     prompts = ["How many?", "Where to?"]
     run_on(screen, "generate", *prompts, "--model", str(folder), *SHORT, "--stream")
-    plain = Terminal(12, 24)
+    plain = Terminal(columns, rows)
     plain.feed("".join(f"{text}\n" for text in texts(pipe, prompts)))
     assert screen.terminal.text == plain.text
 
@@ -172,18 +176,6 @@ def test_tokens_have_the_colour_of_the_step_that_committed_them(pipe, screen):
     assert {steps[i] for i in range(16)} == set(range(6))
 
 
-def test_text_longer_than_the_terminal_is_complete_in_the_end(folder, pipe, screen, monkeypatch):
-    resized(monkeypatch, screen, 6, 3)
-    argv = ["generate", "How many?", "--model", str(folder), *SHORT, "--gen-length", "32"]
-    run_on(screen, *argv, "--stream")
-    generator = seeded(0)
-    text = pipe("How many?", **(LENGTHS | {"gen_length": 32}), generator=generator).texts[0]
-    plain = Terminal(6, 3)
-    plain.feed(printable(text) + "\n")
-    assert len(plain.lines) > 6
-    assert screen.terminal.text == plain.text
-
-
 def test_text_of_a_model_writes_no_control_sequences_into_the_terminal(pipe, screen):
     hostile = "\x1b[2J\x1b]0;title\x07red\x9b31m\r\x08\u202e"
     tokens = pipe.tokenizer(hostile, add_special_tokens=False)["input_ids"]
@@ -229,25 +221,30 @@ def test_options_that_do_not_go_together_are_bad_usage(argv, capsys):
     assert "usage: codd-hf generate" in capsys.readouterr().err
 
 
-def test_cache_and_guidance_reach_the_pipeline(folder, pipe, capsys):
-    prompt, given = "Tom has 3 eggs.", {"cache": "dual", "guidance_scale": 2.0}
-    argv = ["generate", "--model", str(folder), *SHORT, "--cache", "dual", "--guidance-scale", "2"]
-    assert main([*argv, prompt]) == 0
+@pytest.mark.parametrize(
+    ("prompt", "options", "given"),
+    [
+        (
+            "Tom has 3 eggs.",
+            ["--cache", "dual", "--guidance-scale", "2"],
+            {"cache": "dual", "guidance_scale": 2.0},
+        ),
+        (
+            "Tom has <|mask|><|mask|> eggs.",
+            ["--infill", "--paradigm", "full", "--forbidden-token-ids", "40", "41"],
+            {"infill": True, "paradigm": "full", "forbidden_token_ids": [40, 41]},
+        ),
+    ],
+)
+def test_options_reach_the_pipeline(folder, pipe, capsys, prompt, options, given):
+    assert main(["generate", prompt, "--model", str(folder), *SHORT, *options]) == 0
     (expected,) = pipe(prompt, generator=seeded(0), **LENGTHS, **given).texts
-    (plain,) = pipe(prompt, generator=seeded(0), **LENGTHS).texts
     assert capsys.readouterr().out == f"{printable(expected)}\n"
-    assert expected != plain
-
-
-def test_infill_prints_the_prompts_with_their_gaps_filled(folder, pipe, capsys):
-    template = f"Tom has {2 * pipe.tokenizer.mask_token} eggs."
-    argv = ["generate", template, "--infill", "--model", str(folder), *SHORT]
-    assert main([*argv, "--paradigm", "full", "--forbidden-token-ids", "40", "41"]) == 0
-    settings = {"paradigm": "full", "forbidden_token_ids": [40, 41], "infill": True}
-    text = pipe(template, **LENGTHS, **settings, generator=seeded(0)).texts[0]
-    assert text.startswith("Tom has ")
-    assert text.endswith(" eggs.")
-    assert capsys.readouterr().out == f"{printable(text)}\n"
+    if "infill" in given:
+        assert expected.startswith("Tom has ")
+        assert expected.endswith(" eggs.")
+    else:
+        assert expected != pipe(prompt, generator=seeded(0), **LENGTHS).texts[0]
 
 
 def test_stream_of_gaps_shows_the_text_around_them(folder, pipe, screen, monkeypatch):
@@ -319,13 +316,10 @@ def test_answer_that_is_stopped_or_fails_is_forgotten_and_the_chat_goes_on(
     assert printed.endswith(f"> {texts(pipe, ['How many?'])[0]}\n> ")
 
 
-def test_chat_that_outgrows_the_model_fails_with_one_line(folder, capsys, monkeypatch):
+def test_chat_that_cannot_go_on_fails_with_one_line(folder, pipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("How many eggs are left?\n" * 12))
     assert main(["chat", "--model", str(folder), *SHORT]) == 1
     assert "exceed the 128 positions" in capsys.readouterr().err
-
-
-def test_chat_needs_a_chat_template(pipe, tmp_path, capsys):
     pipe.save_pretrained(tmp_path)
     (tmp_path / "tokenizer" / "chat_template.jinja").unlink()
     assert main(["chat", "--model", str(tmp_path)]) == 1

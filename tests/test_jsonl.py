@@ -140,20 +140,6 @@ def test_line_may_have_lengths_steps_and_a_seed_of_its_own(pipe, tmp_path):
         assert json.loads(answered) == line | {"generated_text": expected}
 
 
-def test_templates_of_a_file_are_filled_in(pipe, tmp_path):
-    source, output = tmp_path / "gaps.jsonl", tmp_path / "answers.jsonl"
-    mask = pipe.tokenizer.mask_token
-    prompts = [f"Tom has {3 * mask} eggs.", f"Ann {mask} apples{mask}"]
-    source.write_text("".join(f"{json.dumps({'prompt': prompt})}\n" for prompt in prompts))
-    answer_jsonl(pipe, source, output, infill=True, **LENGTHS)
-    texts = [json.loads(line)["generated_text"] for line in output.read_text().splitlines()]
-    for prompt, text in zip(prompts, texts, strict=True):
-        first, *_, last = prompt.split(mask)
-        assert text.startswith(first)
-        assert text.endswith(last)
-        assert mask not in text
-
-
 def test_stopped_run_goes_on_with_any_batch_size_and_does_torn_lines_again(pipe, source, tmp_path):
     output = tmp_path / "answers.jsonl"
     with pytest.raises(Killed):
@@ -414,13 +400,10 @@ def test_processes_skip_their_own_bad_rows_and_a_killed_run_goes_on(pipe, with_b
 
 
 def test_file_of_bad_rows_alone_is_refused(pipe, tmp_path):
-    source = tmp_path / "bad.jsonl"
+    source, options = tmp_path / "bad.jsonl", {"prompt_column": "question", **LENGTHS}
     source.write_bytes(b"\n".join(BAD.values()))
     with pytest.raises(ValueError, match=r"`source` .*bad.jsonl' has no row that can be answered"):
-        answer_jsonl(
-            pipe, source, tmp_path / "answers.jsonl", skip=lambda said: None,
-            prompt_column="question", **LENGTHS,
-        )  # fmt: skip
+        answer_jsonl(pipe, source, tmp_path / "answers.jsonl", skip=print, **options)
 
 
 def test_file_of_another_origin_is_not_written_over(pipe, source, tmp_path, capsys, folder):
