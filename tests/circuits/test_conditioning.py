@@ -193,7 +193,7 @@ def at_two_temperatures(distribution: CoupledCategorical) -> list[CoupledCategor
     if not isinstance(distribution.logits, torch.Tensor):
         return [distribution]
     other = distribution.with_temperature(0.7)
-    distribution.filter_with(other)
+    distribution.latents.filter_with(other.latents)
     return [distribution, other]
 
 

@@ -14,8 +14,8 @@ from cases import random_case
 from codd_hf.circuits import CoupledCategorical, Potentials, reference
 from codd_hf.circuits.em import expected_counts
 
-BY_NAME = ("checks/", "numerics.py", "random.py")
-"""Checks of arguments, arithmetic and random draws: their names say what they do."""
+BY_NAME = ("checks/", "numerics.py", "random.py", "potentials/emissions.py")
+"""Checks of arguments, arithmetic, random draws and look-ups: their names say what they do."""
 
 
 def random_circuit(states: int, vocab: int, length: int, seed: int = 0):
@@ -88,7 +88,7 @@ def test_a_plain_step_draws_a_path_from_the_posterior_and_gives_the_tokens_given
     torch.testing.assert_close(step.log_probs[:1][ours.masked], expected.float())
 
 
-def test_a_reader_follows_log_z_a_sample_and_a_conditional_in_6_files_and_900_lines():
+def test_a_reader_follows_log_z_a_sample_and_a_conditional_in_5_files_and_900_lines():
     """Of the functions that run, those of more than two lines."""
     circuit, (logits, tokens, observed) = random_circuit(states=3, vocab=5, length=4)
     potentials = Potentials(circuit[0], circuit[1][None], circuit[2][None])
@@ -116,5 +116,5 @@ def test_a_reader_follows_log_z_a_sample_and_a_conditional_in_6_files_and_900_li
         if not file.removeprefix("circuits/").startswith(BY_NAME)
     }
     print(*(f"{lines:4} lines of {file}" for file, lines in followed.items()), sep="\n")
-    assert len(followed) <= 6
+    assert len(followed) <= 5
     assert sum(followed.values()) <= 900

@@ -72,7 +72,7 @@ class Drawing:
         fallback = torch.zeros_like(active)
         if bool(active.any()):
             if plain is not sharpened:
-                plain.filter_with(sharpened)
+                plain.latents.filter_with(sharpened.latents)
             impossible = sharpened.log_partition.isneginf() | plain.log_partition.isneginf()
             fallback, active = active & impossible, active & ~impossible
             if bool(fallback.any()):

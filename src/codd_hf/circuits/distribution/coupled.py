@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from functools import cached_property
+from inspect import signature
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -37,7 +37,6 @@ class ViterbiPath(NamedTuple):
     log_prob: torch.Tensor
 
 
-@dataclass(eq=False, repr=False)
 class CoupledCategorical(Distribution):
     r"""A joint distribution over the masked tokens of a window (CoDD, arXiv 2603.00045).
 
@@ -49,15 +48,14 @@ class CoupledCategorical(Distribution):
 
     Args:
         logits: `[B, L, V]`, the backbone's logits, of any floating dtype; used at masked positions.
-            Or the prediction itself, as [`ListedEvidence`] (or [`DenseEvidence`]), made at this
-            `temperature`.
+            Or evidence, [`ListedEvidence`] or [`DenseEvidence`], made at this `temperature`.
         potentials: the circuit, over the same `V` and `L`.
         tokens: `[B, L]`, the window's tokens; needed where `observed`.
         observed: `[B, L]` bool, True where the position is given by `tokens`; default none.
         present: `[B, L]` bool, False where there is no such position (padding, past the end);
             default all. An absent position is skipped, not summed over.
         context: what the backbone says about the latents; a tensor `[B, L, H]` is the log of a
-            factor on them at every position; default none.
+            factor on them; default none.
         active: `[B]` bool, False for rows that are to stay factorized; default all.
         temperature: the evidence temperature, which divides the logits.
         forbidden: `[V]` bool, tokens that get zero potential at masked positions.
@@ -69,52 +67,53 @@ class CoupledCategorical(Distribution):
         ValueError: shapes do not fit, a number is out of range, or a logit is NaN.
     """
 
-    logits: torch.Tensor | DenseEvidence | ListedEvidence
-    potentials: Potentials
-    tokens: torch.Tensor | None = None
-    observed: torch.Tensor | None = None
-    present: torch.Tensor | None = None
-    context: Context | torch.Tensor | None = None
-    active: torch.Tensor | None = None
-    temperature: float = 1.0
-    forbidden: torch.Tensor | None = None
-    top_k: int = 0
-
     arg_constraints: ClassVar[dict] = {}
-    support: ClassVar = torch.distributions.constraints.independent(
+    support = torch.distributions.constraints.independent(
         torch.distributions.constraints.nonnegative_integer, 1
     )
 
-    def __post_init__(self):
-        number("temperature", self.temperature, f"above 0, {FACTORS}", is_factor)
-        self.top_k = integer("top_k", self.top_k, least=0)
-        shape, device = self._checked_shape(), self.logits.device
+    def __init__(
+        self,
+        logits: torch.Tensor | DenseEvidence | ListedEvidence,
+        potentials: Potentials,
+        tokens: torch.Tensor | None = None,
+        observed: torch.Tensor | None = None,
+        present: torch.Tensor | None = None,
+        context: Context | torch.Tensor | None = None,
+        active: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        forbidden: torch.Tensor | None = None,
+        top_k: int = 0,
+    ):
+        self.logits, self.potentials = logits, potentials
+        self.temperature = number("temperature", temperature, f"above 0, {FACTORS}", is_factor)
+        self.top_k = integer("top_k", top_k, least=0)
+        shape, device = self._checked_shape(), logits.device
         super().__init__(shape[:1], shape[1:], validate_args=False)
-        if isinstance(self.context, torch.Tensor | None):
-            self.context = Context(self.context)
+        self.context = Context(context) if isinstance(context, torch.Tensor | None) else context
         if not isinstance(self.context, Context):
-            raise TypeError(f"`context` must be a Context or a tensor, got {shown(self.context)}.")
+            raise TypeError(f"`context` must be a Context or a tensor, got {shown(context)}.")
         if self.context.latent is not None:
-            as_tensor("context", self.context.latent, float, (*shape, self.potentials.num_latents))
-        if self.forbidden is not None:
-            as_tensor("forbidden", self.forbidden, bool, (self.potentials.vocab_size,))
-        for name, default, of in (
-            ("present", True, shape),
-            ("observed", False, shape),
-            ("active", True, shape[:1]),
-        ):
-            value = getattr(self, name)
-            value = torch.full(of, default, device=device) if value is None else value
-            setattr(self, name, as_tensor(name, value, bool, of, device))
-        self.observed = self.observed & self.present
+            as_tensor("context", self.context.latent, float, (*shape, potentials.num_latents))
+        self.forbidden = forbidden
+        if forbidden is not None:
+            as_tensor("forbidden", forbidden, bool, (potentials.vocab_size,))
+
+        def where(name: str, value: torch.Tensor | None, default: bool, axes: int = 2):
+            value = torch.full(shape[:axes], default, device=device) if value is None else value
+            return as_tensor(name, value, bool, shape[:axes], device)
+
+        self.present = where("present", present, True)
+        self.active = where("active", active, True, axes=1)
+        self.observed = where("observed", observed, False) & self.present
         self.masked = self.present & ~self.observed
-        if self.tokens is None:
+        if tokens is None:
             if bool(self.observed.any()):
                 raise ValueError("`tokens` must be given where `observed` is True.")
-            self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
-        tokens = as_tensor("tokens", self.tokens, int, shape, device)
+            tokens = torch.zeros(shape, dtype=torch.long, device=device)
+        tokens = as_tensor("tokens", tokens, int, shape, device)
         self.tokens = torch.where(self.observed, tokens, 0)
-        check_tokens("tokens", self.tokens, self.potentials.vocab_size)
+        check_tokens("tokens", self.tokens, potentials.vocab_size)
 
     def _checked_shape(self) -> tuple[int, int]:
         """`[B, L]`, once logits and potentials fit together."""
@@ -159,11 +158,10 @@ class CoupledCategorical(Distribution):
         prediction, potentials = self.logits, self.potentials
         if isinstance(prediction, torch.Tensor):
             logits = prediction.to(torch.promote_types(potentials.emission.dtype, torch.float32))
-            how = (self.temperature, self.forbidden)
             if not self.top_k:
-                return DenseEvidence.from_logits(logits, *how)
-            groups = potentials.groups_without(self.forbidden)
-            return ListedEvidence.from_logits(logits, self.top_k, *how, groups)
+                return DenseEvidence.from_logits(logits, self.temperature, self.forbidden)
+            how = self.top_k, self.temperature, self.forbidden
+            return ListedEvidence.from_logits(logits, *how, potentials.groups_without(how[-1]))
         if isinstance(prediction, ListedEvidence) and prediction.groups is None:
             marginal = potentials.log_marginal_without(self.forbidden)
             return prediction.spread(TokenGroups(marginal, None, potentials.tables))
@@ -191,20 +189,16 @@ class CoupledCategorical(Distribution):
     def log_partition_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Lower and upper `log Z`, `[B]` each, whatever top-k evidence left out.
 
-        Both are `log_partition` where the evidence is exact. The log-probability of listed tokens
-        is off by no more than `log_partition` is.
+        The log-probability of listed tokens is off by no more than `log_partition` is.
         """
         if not isinstance(self.prediction, ListedEvidence):
             return self.log_partition, self.log_partition
-        bounds = self.latents.filters(self.latents.evidence_by(0), self.latents.evidence_by(1))
-        return bounds[0].log_partition, bounds[1].log_partition
+        lower, upper = self.latents.filters(*map(self.latents.evidence_by, (0, 1)))
+        return lower.log_partition, upper.log_partition
 
     @property
     def latent_posterior(self) -> torch.Tensor:
-        """`[B, L, H + J]`: the distribution of each latent; zeros at absent positions.
-
-        `J` copy states come last if the context has any.
-        """
+        """`[B, L, H + J]`: the distribution of each latent, copy states last; zeros if absent."""
         return self.latents.posterior
 
     @cached_property
@@ -229,8 +223,7 @@ class CoupledCategorical(Distribution):
     def coupling_gain(self, value: torch.Tensor) -> torch.Tensor:
         """`log p_w(x) - log Z`, `[*S, B]`: what the circuit adds to the factorized log-likelihood.
 
-        Raises:
-            ValueError: `Z` is zero for a row, or a token is outside the vocabulary.
+        Raises as `log_prob` does.
         """
         evidence = self.latents.hard_evidence(self._checked(value))
         return torch.where(self.active, self._log_share(evidence), 0)
@@ -243,10 +236,6 @@ class CoupledCategorical(Distribution):
         Args:
             value: `[B, L]` tokens; used where `known`.
             known: `[*S, B, L]` bool, the positions that count; masked ones.
-
-        Raises:
-            ValueError: `Z` is zero for a row, shapes do not fit, or a token is outside the
-                vocabulary.
         """
         shape, device = self.tokens.shape, self.tokens.device
         known = as_tensor("known", known, bool, device=device)
@@ -272,19 +261,15 @@ class CoupledCategorical(Distribution):
 
     @cached_property
     def marginals(self) -> torch.Tensor:
-        """`[B, L, V]`: exact marginal probabilities of the tokens.
+        """`[B, L, V]`: exact marginal probabilities of the tokens, one-hot at observed positions.
 
-        One-hot at observed positions; the backbone's own at absent ones and in rows where the
-        circuit is not active or `Z` is zero.
+        They are the backbone's at absent ones, in inactive rows, and in rows where `Z` is zero.
         """
         at, posterior = self._coupled_positions()
         return self.factorized_logits.exp().index_put(at, self.latents.token_probs(at, posterior))
 
     def marginal_probs_of(self, value: torch.Tensor) -> torch.Tensor:
-        """`[B, L]`: what `marginals` give the tokens `[B, L]`, at no cost in the vocabulary.
-
-        What stands at absent positions has no meaning.
-        """
+        """`[B, L]`: what `marginals` give tokens `[B, L]`, at no cost in the vocabulary."""
         value = self._checked(as_tensor("value", value, int, self.tokens.shape))
         at, posterior = self._coupled_positions()
         probs = self.prediction.log_prob_of(value).exp()
@@ -311,13 +296,9 @@ class CoupledCategorical(Distribution):
 
         Given the latents the tokens are independent. One-hot at observed positions, the backbone's
         own at absent ones and in inactive rows.
-
-        Raises:
-            ValueError: the latents have another shape, or there is no such state.
         """
-        number = self.potentials.num_latents + self.latents.num_copies
-        latents = self._checked(latents, "latents", number, "states")
-        return self.latents.log_probs_given(latents)
+        states = self.potentials.num_latents + self.latents.num_copies
+        return self.latents.log_probs_given(self._checked(latents, "latents", states, "states"))
 
     @torch.no_grad()
     def sample(
@@ -345,8 +326,7 @@ class CoupledCategorical(Distribution):
     def viterbi(self) -> ViterbiPath:
         """The most probable latents and tokens together (not the mode of the tokens alone).
 
-        Raises:
-            ValueError: no token is possible at some position.
+        Raises as `sample` does.
         """
         self._check_tokens_left()
         best = self.latents.evidence_of_best_tokens()
@@ -367,7 +347,7 @@ class CoupledCategorical(Distribution):
         tokens = as_tensor("tokens", tokens, int, shape, device)
         observed = as_tensor("observed", observed, bool, shape, device)
         tokens = torch.where(self.observed, self.tokens, tokens)
-        return replace(self, tokens=tokens, observed=self.observed | observed)
+        return self._replace(tokens=tokens, observed=self.observed | observed)
 
     def without(self, token_ids: torch.Tensor) -> CoupledCategorical:
         """The same distribution with no potential for the tokens `token_ids` `[n]`."""
@@ -376,25 +356,22 @@ class CoupledCategorical(Distribution):
         if token_ids.ndim != 1:
             raise ValueError(f"`token_ids` must have one dimension, got {shown(token_ids)}.")
         check_tokens("token_ids", token_ids, self.potentials.vocab_size)
-        return replace(self, logits=self.logits.index_fill(-1, token_ids, -torch.inf))
+        return self._replace(logits=self.logits.index_fill(-1, token_ids, -torch.inf))
 
     def with_temperature(self, temperature: float) -> CoupledCategorical:
         """The same distribution at another evidence temperature."""
         if temperature == self.temperature:
             return self
         self._check_logits(f"make it again at {temperature}")
-        return replace(self, temperature=temperature)
+        return self._replace(temperature=temperature)
 
     def with_active(self, active: torch.Tensor) -> CoupledCategorical:
-        """The same distribution with the circuit applied in the rows of `active` `[B]` only."""
-        return replace(self, active=active)
+        """The same distribution with the circuit applied in the rows `active` `[B]` only."""
+        return self._replace(active=active)
 
-    def filter_with(self, other: CoupledCategorical) -> None:
-        """Runs the recursions behind both `log_partition`s at once.
-
-        `other` must be the same but for the evidence temperature.
-        """
-        self.latents.filter_with(other.latents)
+    def _replace(self, **changes) -> CoupledCategorical:
+        names = signature(CoupledCategorical).parameters
+        return CoupledCategorical(**{name: getattr(self, name) for name in names} | changes)
 
     def _checked(self, value: torch.Tensor, name="value", size=None, what="ids of the vocabulary"):
         """`[*S, B, L]`, 0 where absent: tokens, or numbers below a size."""
@@ -417,6 +394,5 @@ class CoupledCategorical(Distribution):
         none = (self.masked & (self.prediction.log_probs.amax(-1) == -torch.inf)).nonzero()
         if len(none):
             raise ValueError(
-                f"`logits` leave no token possible in row {int(none[0, 0])}: `forbidden` and "
-                "`without` must leave one."
+                f"`logits` and `forbidden` leave no token possible in row {int(none[0, 0])}."
             )
