@@ -64,27 +64,16 @@ def commit(
         at_least = even_pace(committable, steps_left)
 
     # 2. Candidates, and those of them that are committed.
-    drawn = draw(drawing, committable, at_least)
+    output = draw(drawing, committable, at_least)
 
     # 3. Tokens that the others make improbable go back.
-    prev_sample, transfer_index = drawn.tokens, drawn.where
-    remasked = torch.zeros_like(transfer_index)
     if settings.remask_threshold and steps_left > 1:
         if mask_token_id is None:
             raise ValueError(
                 "`mask_token_id` must be given here or in the scheduler's config to remask."
             )
-        memory = CommitMemory() if memory is None else memory
-        back = take_back(drawing, drawn, memory)
-        prev_sample = prev_sample.masked_fill(back, mask_token_id)
-        transfer_index, remasked = transfer_index & ~back, back & ~transfer_index
-
-    return CoDDSchedulerOutput(
-        prev_sample=prev_sample,
-        transfer_index=transfer_index,
-        sampled_tokens=drawn.candidates,
-        sampled_probs=drawn.probs,
-        pred_logits=drawn.logits,
-        fallback=drawing.fallback,
-        remasked=remasked,
-    )
+        back = take_back(drawing, output, CommitMemory() if memory is None else memory)
+        output.prev_sample = output.prev_sample.masked_fill(back, mask_token_id)
+        output.remasked = back & ~output.transfer_index
+        output.transfer_index = output.transfer_index & ~back
+    return output

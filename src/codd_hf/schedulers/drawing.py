@@ -13,6 +13,7 @@ from ..circuits.factorized import without_circuit, without_tokens
 from ..circuits.numerics import one_hot_log_probs
 from ..circuits.random import Generators, draw_categorical, uniform
 from .row_text import RowText
+from .scheduler_output import CoDDSchedulerOutput
 from .settings import DrawSettings
 
 
@@ -116,6 +117,13 @@ class Drawing:
 
     def _factorized(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.join(self.plain.factorized_logits).gather(-1, tokens[..., None])[..., 0]
+
+    def output(self, tokens, where, candidates, probs, logits) -> CoDDSchedulerOutput:
+        """What the step gives as long as nothing is remasked."""
+        remasked = torch.zeros_like(where)
+        return CoDDSchedulerOutput(
+            tokens, where, candidates, probs, logits, self.fallback, remasked
+        )
 
     def uniforms(self) -> torch.Tensor | None:
         """A number in [0, 1) for each position; None where nothing is random."""

@@ -12,38 +12,21 @@ Source: section 5.1 of CoDD (arXiv 2603.00045).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from ..circuits import CoupledCategorical
 from ..circuits.distribution.conditionals import draw_left_to_right
 from ..circuits.distribution.incremental import IncrementalPosterior
 from .drawing import Drawing
+from .scheduler_output import CoDDSchedulerOutput
 from .strategies import STRATEGIES, best_scored, choose
-
-
-@dataclass
-class Drawn:
-    """The tokens of a step.
-
-    Attributes:
-        tokens: `[batch, length]`, with the step's tokens committed.
-        where: `[batch, length]` bool, where that is.
-        candidates: `[batch, length]`, committed or not.
-        probs: `[batch, length]`, confidence in the candidates.
-        logits: `[batch, length, vocab]`, what they were drawn from; None if nobody asked.
-    """
-
-    tokens: torch.Tensor
-    where: torch.Tensor
-    candidates: torch.Tensor
-    probs: torch.Tensor
-    logits: torch.Tensor | None
 
 
 def draw_independently(
     drawing: Drawing, committable: torch.Tensor, at_least: torch.Tensor
-) -> Drawn:
+) -> CoDDSchedulerOutput:
     """Draws a candidate for every masked position; the strategy chooses among them.
 
     Args:
@@ -61,14 +44,16 @@ def draw_independently(
     candidates = torch.where(masked, tokens, sample)
     probs = drawing.probs_of(candidates)
     where = choose(drawing, candidates, probs, committable, at_least)
-    return Drawn(torch.where(where, candidates, sample), where, candidates, probs, logits)
+    return drawing.output(torch.where(where, candidates, sample), where, candidates, probs, logits)
 
 
-def draw_in_any_order(drawing: Drawing, committable: torch.Tensor, at_least: torch.Tensor) -> Drawn:
+def draw_in_any_order(
+    drawing: Drawing, committable: torch.Tensor, at_least: torch.Tensor
+) -> CoDDSchedulerOutput:
     """Draws the tokens that the strategy commits, and no others.
 
-    Candidates of other masked positions are the mask token, their `probs` 0 and `logits` one-hot;
-    `probs` of drawn tokens are given the tokens known when they were drawn.
+    Candidates of other masked positions are the mask token, of probability 0; the probabilities of
+    drawn tokens are given the tokens known when they were drawn.
     """
     order = STRATEGIES[drawing.settings.strategy].order
     draw = _AnyOrder(drawing)
@@ -77,18 +62,20 @@ def draw_in_any_order(drawing: Drawing, committable: torch.Tensor, at_least: tor
     else:
         scores = order(draw.probs, drawing.generator, drawing.settings.is_greedy)
         draw.left_to_right(best_scored(scores, committable, at_least))
-    return Drawn(draw.tokens, draw.where, draw.tokens, draw.probs, draw.logits)
+    return drawing.output(draw.tokens, draw.where, draw.tokens, draw.probs, draw.logits)
 
 
 class _AnyOrder:
-    """The tokens of a step while they are drawn; the attributes are those of [`Drawn`]."""
+    """The tokens of a step while they are drawn.
+
+    `tokens`, `probs` and `logits` are those of the output; `where` are the positions drawn by now.
+    """
 
     def __init__(self, drawing: Drawing) -> None:
         self.drawing, self.plain, self.sharpened = drawing, drawing.plain, drawing.sharpened
         self.uniforms, self.tokens = drawing.uniforms(), drawing.sample.clone()
-        self.where = torch.zeros_like(drawing.masked)
+        self.where, self.logits = torch.zeros_like(drawing.masked), None
         self.probs = (~drawing.masked).to(self.plain.log_partition.dtype)
-        self.logits = None
         if drawing.output_logits:
             shape = (*self.tokens.shape, self.plain.potentials.vocab_size)
             self.logits = self.probs.new_full(shape, -torch.inf)
@@ -99,25 +86,18 @@ class _AnyOrder:
         length, window_length = where.shape[1], self.plain.event_shape[0]
         in_window = torch.arange(length, device=where.device) % window_length
 
-        def draw(i: int, probs: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+        def visit(distribution: CoupledCategorical, i: int, probs: torch.Tensor, windows):
             place = windows * window_length + i
-            rows, columns = place // length, place % length
-            self.where = where & (in_window < i)
-            tokens, logits = self._draw(probs, rows, columns)
-            self._commit(rows, columns, tokens, _at(probs, tokens), logits)
-            return tokens
+            at = place // length, place % length
+            if distribution is self.sharpened:
+                self.where = where & (in_window < i)
+                self._commit(*self._draw(probs, *at), at)
+            self.probs[at] = _of(probs, self.tokens[at]).to(self.probs.dtype)
+            return self.tokens[at]
 
-        def rate(i: int, probs: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-            place = windows * window_length + i
-            rows, columns = place // length, place % length
-            tokens = self.tokens[rows, columns]
-            self.probs[rows, columns] = _at(probs, tokens).to(self.probs.dtype)
-            return tokens
-
-        in_windows = self.drawing.split(where)
-        draw_left_to_right(self.sharpened, in_windows, draw)
-        if self.sharpened is not self.plain:
-            draw_left_to_right(self.plain, in_windows, rate)
+        for distribution in dict.fromkeys((self.sharpened, self.plain)):
+            in_windows = self.drawing.split(where)
+            draw_left_to_right(distribution, in_windows, partial(visit, distribution))
         self.where = where
 
     def one_by_one(self, committable: torch.Tensor, at_least: torch.Tensor) -> None:
@@ -125,7 +105,6 @@ class _AnyOrder:
         settings, window_length = self.drawing.settings, self.plain.event_shape[0]
         strategy = STRATEGIES[settings.strategy]
         distributions = list(dict.fromkeys((self.plain, self.sharpened)))
-        last = len(distributions) - 1
         known = IncrementalPosterior(distributions, self.drawing.split(committable))
 
         def place(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,22 +132,22 @@ class _AnyOrder:
                 scores[at] = strategy.score(confidence[at], lambda probs=probs: probs)
             chosen = scores.masked_fill(~left, -torch.inf).argmax(-1)  # [batch]
             if strategy.goes_on == "each":
-                going = going & (due | (_at(confidence, chosen) >= settings.threshold))
+                going = going & (due | (_of(confidence, chosen) >= settings.threshold))
             rows = going.nonzero()[:, 0]
             if not len(rows):
                 return
-            columns = chosen[rows]
-            tokens, logits = self._draw(
-                known.token_probs(last, place(rows, columns)), rows, columns
-            )
-            probs = known.prob_of(tokens, 0, place(rows, columns))
+            at = rows, chosen[rows]
+            sharpened = known.token_probs(len(distributions) - 1, place(*at))
+            tokens, logits = self._draw(sharpened, *at)
+            probs = known.prob_of(tokens, 0, place(*at))
             if strategy.goes_on == "together":
                 log_joint[rows] += probs.log()
                 stays = due[rows] | (log_joint[rows] >= settings.log_threshold)
                 going[rows[~stays]] = False
-                rows, columns, tokens, probs = (t[stays] for t in (rows, columns, tokens, probs))
+                at, tokens, probs = (at[0][stays], at[1][stays]), tokens[stays], probs[stays]
                 logits = None if logits is None else logits[stays]
-            self._commit(rows, columns, tokens, probs, logits)
+            self._commit(tokens, logits, at)
+            self.probs[at] = probs
             left = left & ~self.where
 
     def _draw(
@@ -182,13 +161,13 @@ class _AnyOrder:
         uniforms = None if self.uniforms is None else self.uniforms[rows, columns]
         return self.drawing.draw(scores, uniforms, rows)
 
-    def _commit(self, rows, columns, tokens, probs, logits) -> None:
-        self.tokens[rows, columns] = tokens
-        self.probs[rows, columns] = probs.to(self.probs.dtype)
-        self.where[rows, columns] = True
+    def _commit(
+        self, tokens: torch.Tensor, logits: torch.Tensor | None, at: tuple[torch.Tensor, ...]
+    ) -> None:
+        self.tokens[at], self.where[at] = tokens, True
         if self.logits is not None:
-            self.logits[rows, columns] = logits
+            self.logits[at] = logits
 
 
-def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def _of(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return values.gather(-1, index[..., None])[..., 0]

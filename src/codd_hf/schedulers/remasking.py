@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ..circuits import CoupledCategorical
 from ..circuits.distribution.conditionals import leave_one_out
 from .drawing import Drawing
-from .draws import Drawn
+from .scheduler_output import CoDDSchedulerOutput
 
 
 @dataclass
@@ -118,17 +118,17 @@ def _fingerprint(plain: CoupledCategorical) -> torch.Tensor:
     return states + (emitted * powers).sum(-1, keepdim=True)
 
 
-def take_back(drawing: Drawing, drawn: Drawn, memory: CommitMemory) -> torch.Tensor:
+def take_back(drawing: Drawing, output: CoDDSchedulerOutput, memory: CommitMemory) -> torch.Tensor:
     """`[batch, length]` bool: the tokens that go back, those of this step among them.
 
     Args:
         drawing: of the step.
-        drawn: its tokens.
+        output: its tokens.
         memory: of earlier steps; it is brought up to date.
     """
     plain, split, join = drawing.plain, drawing.split, drawing.join
     active = plain.active[:, None].expand_as(plain.masked)
-    tokens, committed = split(drawn.tokens), split(drawn.where)
+    tokens, committed = split(output.prev_sample), split(output.transfer_index)
     held, returned = torch.zeros_like(committed), torch.zeros_like(committed)
     evidence = plain.latents.evidence
     log_probs = plain.prediction.log_prob_of(torch.where(plain.masked, tokens, 0))

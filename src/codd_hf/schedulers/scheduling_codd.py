@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from ..checks.arguments import (
+    LARGEST_INTEGER,
     as_tensor,
     check_callable,
     generators,
@@ -341,25 +342,16 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         if mask_token_id is None:
             raise ValueError("`mask_token_id` must be given here or in the scheduler's config.")
         mask_token_id = integer("mask_token_id", mask_token_id, least=0)
-        original_samples = as_tensor("original_samples", original_samples, int)
-        if original_samples.ndim != 2:
-            raise ValueError(
-                "`original_samples` must have shape [batch, length], got "
-                f"{tuple(original_samples.shape)}."
-            )
-        generators("generator", generator, len(original_samples))
-        levels = as_tensor("timesteps", timesteps).to(original_samples.device, torch.float32)
-        if levels.ndim:
-            as_tensor("timesteps", levels, shape=original_samples.shape[:1])
+        original_samples = token_ids("original_samples", original_samples, LARGEST_INTEGER)
+        shape, device = original_samples.shape, original_samples.device
+        levels = as_tensor("timesteps", timesteps).to(device, torch.float32)
+        as_tensor("timesteps", levels, shape=shape[: levels.ndim and 1])
         if not bool(((levels >= 0) & (levels <= 1)).all()):
             raise ValueError(f"`timesteps` must be in [0, 1], got {levels.tolist()}.")
-        uniforms = span_uniforms(
-            original_samples.shape, mean_span_length, generator, original_samples.device
-        )
+        uniforms = span_uniforms(shape, mean_span_length, generator, device)
         masked = uniforms < levels.reshape(-1, 1)
         if maskable is not None:
-            shape = original_samples.shape
-            masked = masked & as_tensor("maskable", maskable, bool, shape, original_samples.device)
+            masked = masked & as_tensor("maskable", maskable, bool, shape, device)
         return original_samples.masked_fill(masked, mask_token_id)
 
     def _steps_left(self, timestep: float | torch.Tensor) -> int:
