@@ -361,14 +361,10 @@ def test_autocast_does_not_reach_the_head(grad):
 def test_a_conditioned_head_without_fitting_hidden_states_is_an_error(hidden):
     head = fresh_head(conditioning=["latent"])
     given = window() | {"last_hidden_state": hidden}
-    with pytest.raises(
-        ValueError, match=r"`last_hidden_state` must (be given|have shape \(2, 3, 5\))"
-    ):
+    with pytest.raises(ValueError, match="`last_hidden_state` must"):
         head(**given)
     listed = ListedEvidence.from_logits(given["logits"], 3, forbidden=head.forbidden)
-    with pytest.raises(
-        ValueError, match=r"`last_hidden_state` must (be given|have shape \(2, 3, 5\))"
-    ):
+    with pytest.raises(ValueError, match="`last_hidden_state` must"):
         head(**(given | {"logits": listed}))
 
 

@@ -66,14 +66,6 @@ class CopyStates:
         entered = logsumexp(log_initial + self.emitted, -1)[:, None] + self.start
         return torch.cat((log_initial.expand(batch, length, -1), entered), -1)
 
-    def emits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`[..., B, L, J]` bool: is it what the copy state emits? Of tokens `[..., B, L]`."""
-        return tokens[..., None] == self.tokens[:, None]
-
-    def hard_evidence(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`[..., B, L, J]` log-evidence of tokens `[..., B, L]`."""
-        return torch.where(self.emits(tokens), self.weight[:, None], -torch.inf)
-
     def soft_evidence(self, log_prob_of) -> torch.Tensor:
         """`[B, L, J]` log-evidence of a prediction.
 
@@ -170,21 +162,19 @@ class CopySteps:
         one_hot = torch.nn.functional.one_hot(state, size).to(self.emitted.dtype)
         return self.backward(one_hot.flatten(0, 1), position).unflatten(0, state.shape)
 
-    def log_matrix(self, position: int, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """`[n, H + J, H + J]`, for `rows` or all; sums over states in float64."""
-        copies = self.copies if rows is None else self.copies[rows]
-        matrix = self._log_matrix_anew(position, rows)
-        start, follow = copies.start[:, position], copies.follow[:, position, 1:]
+    def log_matrix(self, position: int) -> torch.Tensor:
+        """`[B, H + J, H + J]`; sums over states in float64."""
+        matrix = self._anew if self.inner.num_steps == 1 else self._log_matrix_anew(position)
+        start, follow = self.copies.start[:, position], self.copies.follow[:, position, 1:]
         first = self.num_latents
         matrix = torch.cat((matrix[..., :first], matrix[..., first:] + start[:, None]), -1)
         above = matrix.diagonal(1, -2, -1)
         on = logsumexp(torch.stack((above[:, first:], follow)), 0)
         return matrix.diagonal_scatter(torch.cat((above[:, :first], on), -1), 1, -2, -1)
 
-    def _log_matrix_anew(self, position: int, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """`[n, H + J, H + J]`: `log_matrix` without `start` and without following."""
-        copies = self.copies if rows is None else self.copies[rows]
-        inner = self.inner.log_matrix(position, rows)
+    def _log_matrix_anew(self, position: int) -> torch.Tensor:
+        """`[B, H + J, H + J]`: `log_matrix` without `start` and without following."""
+        copies, inner = self.copies, self.inner.log_matrix(position)
         matrix = inner.expand(len(copies.tokens), -1, -1).double()
         entered = _log_product(matrix, copies.emitted.double().transpose(1, 2))
         rows_of_states = torch.cat((matrix, entered), -1)
@@ -192,29 +182,9 @@ class CopySteps:
         return torch.cat((rows_of_states, rows_of_copies), 1).to(inner.dtype)
 
     @cached_property
-    def _log_matrix_into(self) -> torch.Tensor:
-        """`[B, H + J, H + J]`: `_log_matrix_anew` by next state, if the same at all positions."""
-        return self._log_matrix_anew(0).transpose(1, 2).contiguous()
-
-    def best_into(self, score: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """As that of `StepTransitions`."""
-        inner = self.inner
-        if inner.num_steps > 1:
-            into = self._log_matrix_anew(position).transpose(1, 2)
-        else:
-            into = self._log_matrix_into
-        best, origin = (into + score[:, None]).max(-1)
-        first = self.num_latents
-        best[:, first:] += self.copies.start[:, position]
-        # Following the copy state before: an entry to which beginning the state anew adds too.
-        anew = into.diagonal(-1, -2, -1)[:, first:] + self.copies.start[:, position, 1:]
-        follow = self.copies.follow[:, position, 1:]
-        followed = score[:, first:-1] + logsumexp(torch.stack((anew, follow)), 0)
-        better = followed > best[:, first + 1 :]
-        before = torch.arange(first, len(origin[0]) - 1, device=origin.device)
-        best[:, first + 1 :] = torch.where(better, followed, best[:, first + 1 :])
-        origin[:, first + 1 :] = torch.where(better, before, origin[:, first + 1 :])
-        return best, origin
+    def _anew(self) -> torch.Tensor:
+        """`_log_matrix_anew`, the same at all positions."""
+        return self._log_matrix_anew(1)
 
     def select(self, rows: torch.Tensor) -> CopySteps:
         """The transitions of some rows (of stacked copies of the batch)."""

@@ -52,97 +52,56 @@ def likeliest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
 def list_likeliest(
     logits: torch.Tensor,
     k: int,
-    temperature: float = 1.0,
-    forbidden: torch.Tensor | None = None,
-    groups: torch.Tensor | None = None,
-    num_groups: int = 1,
+    temperature: float,
+    forbidden: torch.Tensor | None,
+    groups: torch.Tensor | None,
+    num_groups: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Splits logits over the temperature into the `k` largest and the rest; not differentiable.
+
+    The rest is summed itself: 1 minus the sum of the listed is rounding error when that is 1.
 
     Args:
         logits: `[N, V]`, of any floating dtype.
         k: from 1 to `V`.
         temperature: positive.
         forbidden: `[V]` bool, tokens that have no mass.
-        groups: `[V]`, to which group each token belongs; default, all to one.
+        groups: `[V]`, to which group each token belongs; None, all to one.
         num_groups: how many there are.
 
     Returns:
         The `k` largest, `[N, k]` in float32 or float64; their tokens, `[N, k]`; and the
         `logsumexp` of all others, group by group, `[N, num_groups]`.
     """
-    size = logits.shape[-1]
-    never = None if forbidden is None else forbidden.nonzero()[:, 0]
-    found = []
+    size, at_once = logits.shape[-1], slice_size(logits.device)
+    never = torch.zeros(0, dtype=torch.long, device=logits.device)
+    if forbidden is not None:
+        never = forbidden.nonzero()[:, 0]
+    found, dtype = [], torch.promote_types(logits.dtype, torch.float32)
     # More rows than are summed together: the search goes through maxima, which are few.
-    for part in logits.split(max(2 * slice_size(logits.device) // size, 1)):
-        listed, indices = _list(part, min(k + 1, size), never)
-        listed = listed / temperature
-        others = _log_sum_of_others(
-            part, indices[:, :k], listed[:, k:], temperature, never, groups, num_groups
-        )
-        found.append((listed[:, :k], indices[:, :k], others))
-    listed, indices, rest = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return listed, indices, rest
-
-
-def _list(
-    logits: torch.Tensor, k: int, never: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `k` largest of each row `[n, V]`, in float32 at least, and their tokens.
-
-    Tokens that must not be listed, `never` `[m]`, are few and unlikely: they are taken out of a
-    longer list if they are in it.
-    """
-    number = 0 if never is None else len(never)
-    values, indices = likeliest(logits, min(k + number, logits.shape[-1]))
-    values = values.to(torch.promote_types(logits.dtype, torch.float32))
-    if number:
-        out = torch.isin(indices, never)
+    for part in logits.split(max(2 * at_once // size, 1)):
+        # Tokens that must not be listed are few and unlikely: out of a longer list, if at all.
+        values, indices = likeliest(part, min(k + 1 + len(never), size))
+        values, out = values.to(dtype), torch.isin(indices, never)
         if bool(out.any()):
             values, order = values.masked_fill(out, -torch.inf).sort(-1, descending=True)
             indices = indices.gather(1, order)
-    return values[:, :k], indices[:, :k]
-
-
-def _log_sum_of_others(
-    logits: torch.Tensor,
-    indices: torch.Tensor,
-    largest: torch.Tensor,
-    temperature: float,
-    never: torch.Tensor | None,
-    groups: torch.Tensor | None,
-    num_groups: int,
-) -> torch.Tensor:
-    """`[n, num_groups]`: `logsumexp` of logits `[n, V]` over the temperature without some tokens.
-
-    They are summed themselves: 1 minus the sum of the listed is rounding error when that is 1.
-
-    Args:
-        logits: the logits.
-        indices: `[n, k]` tokens to leave out.
-        largest: `[n, 1]`, the largest of what is summed; `[n, 0]` if nothing is.
-        temperature: positive.
-        never: `[m]` further tokens to leave out, if any.
-        groups: as in `list_likeliest`.
-        num_groups: likewise.
-    """
-    if not largest.shape[1]:
-        return logits.new_full((len(logits), num_groups), -torch.inf, dtype=largest.dtype)
-    largest = largest.masked_fill(largest == -torch.inf, 0)
-    rows = max(slice_size(logits.device) // 2 // logits.shape[-1], 1)
-    weights = torch.empty_like(logits[:rows], dtype=largest.dtype)
-    sums = []
-    for part, left_out, shift in zip(
-        *(t.split(rows) for t in (logits, indices, largest)), strict=True
-    ):
-        weights = weights[: len(part)]
-        exp_of_difference(part, shift, out=weights, factor=1 / temperature)
-        weights.scatter_(-1, left_out, 0.0)
-        if never is not None:
-            weights.index_fill_(-1, never, 0.0)
-        sums.append(sum_by_group(weights, groups, num_groups))
-    return torch.cat(sums).log() + largest
+        values, indices = values[:, : k + 1] / temperature, indices[:, :k]
+        rest = values.new_full((len(part), num_groups), -torch.inf)
+        if values.shape[1] > k:
+            largest = values[:, k:].masked_fill(values[:, k:] == -torch.inf, 0)
+            rows, sums = max(at_once // 2 // size, 1), []
+            weights = torch.empty_like(part[:rows], dtype=dtype)
+            for scores, listed, shift in zip(
+                *(tensor.split(rows) for tensor in (part, indices, largest)), strict=True
+            ):
+                weights = weights[: len(scores)]
+                exp_of_difference(scores, shift, out=weights, factor=1 / temperature)
+                weights.scatter_(-1, listed, 0.0).index_fill_(-1, never, 0.0)
+                sums.append(sum_by_group(weights, groups, num_groups))
+            rest = torch.cat(sums).log() + largest
+        found.append((values[:, :k], indices, rest))
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
 def sum_by_group(

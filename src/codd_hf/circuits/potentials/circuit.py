@@ -43,24 +43,20 @@ class Potentials:
             object.__setattr__(self, "transition", StepTransitions(self.transition))
         if isinstance(self.emission, torch.Tensor):
             object.__setattr__(self, "emission", DenseEmission(self.emission))
-        if not isinstance(self.initial, torch.Tensor):
-            raise TypeError(f"`initial` must be a tensor, got {shown(self.initial)}.")
-        as_tensor("initial", self.initial, float)
-        if self.initial.ndim != 1 or not len(self.initial):
-            raise ValueError(f"`initial` must have shape [H], got {tuple(self.initial.shape)}.")
-        for name in ("transition", "emission"):
+        size = as_tensor("initial", self.initial, float).shape
+        if len(size) != 1 or not size[0]:
+            raise ValueError(f"`initial` must have shape [H], got {tuple(size)}.")
+        for name, kinds in (("transition", StepTransitions), ("emission", Emission)):
             part = getattr(self, name)
-            if not isinstance(part, StepTransitions | DenseEmission | TiedEmission):
+            if not isinstance(part, kinds):
                 raise TypeError(f"`{name}` must be a tensor, got {shown(part)}.")
-            step = isinstance(part, StepTransitions)
-            for tensor in [part.log_potential] if step else part.tensors():
+            for tensor in part.tensors():
                 as_tensor(name, tensor, float)
-            if not isinstance(part, TiedEmission):
-                shape = tuple(part.log_potential.shape)
-                square = name == "emission" or shape[-2:-1] == shape[-1:]
-                if len(shape) != 3 or not square or 0 in shape:
-                    wanted = "[1 or L - 1, H, H]" if name == "transition" else "[1 or L, H, V]"
-                    raise ValueError(f"`{name}` must have shape {wanted}, got {shape}.")
+            shape = tuple(part.tensors()[0].shape)
+            square = name == "emission" or shape[-2:-1] == shape[-1:]
+            if not isinstance(part, TiedEmission) and (len(shape) != 3 or not square or 0 in shape):
+                wanted = "[1 or L - 1, H, H]" if name == "transition" else "[1 or L, H, V]"
+                raise ValueError(f"`{name}` must have shape {wanted}, got {shape}.")
             if part.num_latents != len(self.initial):
                 raise ValueError(
                     f"`{name}` has {part.num_latents} latent states, but `initial` "
@@ -100,7 +96,7 @@ class Potentials:
 
     def leaves(self) -> tuple[torch.Tensor, ...]:
         """The tensors of log-potentials that the circuit is made of."""
-        return (self.initial, self.transition.log_potential, *self.emission.tensors())
+        return (self.initial, *self.transition.tensors(), *self.emission.tensors())
 
     def with_leaves(self, leaves: Sequence[torch.Tensor]) -> Potentials:
         """A circuit of the same structure from other tensors, in the order of `leaves()`."""

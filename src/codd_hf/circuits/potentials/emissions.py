@@ -12,14 +12,36 @@ it in chunks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch.nn import functional as F
 
 
+class Emission:
+    """The common part of emissions: the same at all positions, unless they say otherwise."""
+
+    num_positions = 1
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that make up the emissions."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors()[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors()[0].device
+
+    def rows_into(self, out: torch.Tensor, latents: torch.Tensor, positions: torch.Tensor) -> None:
+        """Writes `rows` of latents and positions `[n]` into `out [n, V]`."""
+        out.copy_(self.rows(latents, positions))
+
+
 @dataclass(frozen=True)
-class DenseEmission:
+class DenseEmission(Emission):
     """Log-potentials `[1, H, V]` (shared by all positions) or `[L, H, V]`."""
 
     log_potential: torch.Tensor
@@ -35,18 +57,6 @@ class DenseEmission:
     @property
     def vocab_size(self) -> int:
         return self.log_potential.shape[-1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.log_potential.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.log_potential.device
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """The log-potentials that make up the emissions."""
-        return (self.log_potential,)
 
     def columns(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """`log E_i(., v)`, `[..., H]`, of tokens and the positions where they stand, `[...]`."""
@@ -65,16 +75,14 @@ class DenseEmission:
         if self.num_positions == 1 and out.dtype == self.dtype:
             torch.index_select(self.log_potential[0], 0, latents, out=out)
         else:
-            out.copy_(self.rows(latents, positions))
+            super().rows_into(out, latents, positions)
 
     def chunks(self, size: int, position: int = 0) -> Iterator[tuple[slice, torch.Tensor]]:
         """Slices of the vocabulary and their `log E [H, n]`."""
         matrix = self.log_potential[position if self.num_positions > 1 else 0]
         # Split, not sliced: the backward pass of a slice fills a whole matrix with zeros.
-        first = 0
-        for part in matrix.split(size, -1):
-            yield slice(first, first + part.shape[-1]), part
-            first += part.shape[-1]
+        for number, part in enumerate(matrix.split(size, -1)):
+            yield slice(number * size, number * size + part.shape[-1]), part
 
     def dense(self) -> torch.Tensor:
         """`[1 or L, H, V]`."""
@@ -87,7 +95,7 @@ class DenseEmission:
 
 
 @dataclass(frozen=True)
-class TiedEmission:
+class TiedEmission(Emission):
     """Emissions that share the backbone's output embedding; the same at all positions.
 
     Attributes:
@@ -100,8 +108,6 @@ class TiedEmission:
     embedding: torch.Tensor
     bias: torch.Tensor
 
-    num_positions = 1
-
     @property
     def num_latents(self) -> int:
         return self.latents.shape[0]
@@ -109,18 +115,6 @@ class TiedEmission:
     @property
     def vocab_size(self) -> int:
         return self.bias.shape[0]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.latents.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.latents.device
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """The tensors that make up the emissions."""
-        return self.latents, self.embedding, self.bias
 
     def columns(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """`log E(., v)`, `[..., H]`, of tokens `[...]`."""
@@ -130,16 +124,12 @@ class TiedEmission:
         """`log E(z, .)`, `[..., V]`, of latents `[...]`."""
         return self.latents[latents] @ self.embedding.T + self.bias
 
-    def rows_into(self, out: torch.Tensor, latents: torch.Tensor, positions: torch.Tensor) -> None:
-        """Writes `rows` of latents `[n]` into `out [n, V]`."""
-        out.copy_(self.rows(latents, positions))
-
     def chunks(self, size: int, position: int = 0) -> Iterator[tuple[slice, torch.Tensor]]:
         """Slices of the vocabulary and their `log E [H, n]`."""
-        first = 0
-        for embedding, bias in zip(self.embedding.split(size), self.bias.split(size), strict=True):
-            yield slice(first, first + len(bias)), self.latents @ embedding.T + bias
-            first += len(bias)
+        parts = zip(self.embedding.split(size), self.bias.split(size), strict=True)
+        for number, (embedding, bias) in enumerate(parts):
+            part = slice(number * size, number * size + len(bias))
+            yield part, self.latents @ embedding.T + bias
 
     def dense(self) -> torch.Tensor:
         """`[1, H, V]`."""
@@ -150,14 +140,10 @@ class TiedEmission:
         return TiedEmission(self.latents, self.embedding, self.bias + by.to(self.dtype))
 
 
-Emission = DenseEmission | TiedEmission
-
-
 def stored_by_latent(emission: Emission) -> bool:
     """Whether a tied matrix has a state's tokens, not a token's states, side by side."""
-    if not isinstance(emission, DenseEmission) or emission.num_positions > 1:
-        return False
-    return emission.log_potential.stride(-1) == 1
+    is_matrix = isinstance(emission, DenseEmission) and emission.num_positions == 1
+    return is_matrix and emission.log_potential.stride(-1) == 1
 
 
 @torch.no_grad()

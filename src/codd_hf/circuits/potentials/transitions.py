@@ -27,6 +27,10 @@ class StepTransitions:
 
     log_potential: torch.Tensor
 
+    def tensors(self) -> tuple[torch.Tensor]:
+        """The log-potentials."""
+        return (self.log_potential,)
+
     @property
     def num_steps(self) -> int:
         return self.log_potential.shape[0]
@@ -85,13 +89,9 @@ class StepTransitions:
         """`A(., state)`, `[*S, H]`, up to the scale, of states `[*S]`."""
         return self._scaled[0][self.step(position)].T[state]
 
-    def log_matrix(self, position: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+    def log_matrix(self, position: int) -> torch.Tensor:
         """`[1, H, H]`: the same for all rows of a batch."""
         return self.log_potential[self.step(position)][None]
-
-    def best_into(self, score: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`max_z score(z) + log A(z, .)` and where from, both `[B, H]`, of scores `[B, H]`."""
-        return (score[:, :, None] + self.log_matrix(position)).max(1)
 
     def select(self, rows: torch.Tensor) -> StepTransitions:
         """The transitions of some rows of a batch: the same for all."""

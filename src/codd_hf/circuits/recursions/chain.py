@@ -341,7 +341,7 @@ def best_path(chain: Chain) -> tuple[torch.Tensor, torch.Tensor]:
     origins = {}
 
     def step(message: torch.Tensor, i: int) -> torch.Tensor:
-        best, origins[i] = chain.steps.best_into(message, i)
+        best, origins[i] = (message[:, :, None] + chain.steps.log_matrix(i)).max(1)
         return best
 
     def before(state: torch.Tensor, i: int) -> torch.Tensor:
