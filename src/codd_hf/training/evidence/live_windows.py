@@ -74,7 +74,7 @@ class LiveWindows:
 
     def scores(self, model: CoDDModel, config: CoupledConfig) -> WindowScores:
         """The model's likelihoods of their masked tokens."""
-        device, config = model.device, config.at_temperature_of(model.coupling_head)
+        device = model.device
         ids, real, starts = self.on(model)
         with autocast(config.mixed_precision, device):
             states = model.backbone_states(ids, real)

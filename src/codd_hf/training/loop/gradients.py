@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,40 +12,37 @@ from ..stage_settings import GradientConfig
 from .steps import Figures, Fit, History
 
 
+@dataclass
 class GradientFit(Fit):
     """Optimiser steps on clipped gradients, at the rates of `config`.
 
-    Args:
+    Attributes:
         name: beside the progress bar.
         config: the settings.
-        identity: as in `Fit`, beside the settings.
+        identity: tells this run from any other, with the settings.
         trained: the parameters, under their names in checkpoints.
         optimizers: which train them; the `peak` of a group is the rate that the schedule scales.
         backward: sets the gradients of a step of a number; returns its figures and its tokens.
         measure: gives the figures of the validation.
         blame: says where a figure of a step that is not finite came from.
-        clipped: parts of what is trained whose gradients are clipped together; default, all.
+        clipped: parts of what is trained whose gradients are clipped together; all if None.
         kept: of a history, the steps whose checkpoints stay.
     """
 
-    def __init__(
-        self,
-        name: str,
-        config: GradientConfig,
-        identity: dict[str, Any],
-        trained: dict[str, torch.nn.Parameter],
-        optimizers: Sequence[torch.optim.Optimizer],
-        backward: Callable[[int], tuple[Figures, int]],
-        measure: Callable[[], Figures],
-        blame: Callable[[int], str] = lambda step: "",
-        clipped: Sequence[Sequence[torch.nn.Parameter]] | None = None,
-        kept: Callable[[History], list[int]] = lambda history: [],
-    ):
-        self.name, self.config, self.identity = name, config, config.identity() | identity
-        self.num_steps, self.evaluation_steps = config.max_steps, config.evaluation_steps
-        self.trained, self.optimizers = trained, optimizers
-        self.backward, self.measured, self.blame, self.kept = backward, measure, blame, kept
-        self.clipped = [list(trained.values())] if clipped is None else clipped
+    name: str
+    config: GradientConfig
+    identity: dict[str, Any]
+    trained: dict[str, torch.nn.Parameter]
+    optimizers: Sequence[torch.optim.Optimizer]
+    backward: Callable[[int], tuple[Figures, int]]
+    measure: Callable[[], Figures]
+    blame: Callable[[int], str] = lambda step: ""
+    clipped: Sequence[Sequence[torch.nn.Parameter]] | None = None
+    kept: Callable[[History], list[int]] = lambda history: []
+
+    def __post_init__(self) -> None:
+        self.identity = self.config.identity() | self.identity
+        self.num_steps, self.evaluation_steps = self.config.max_steps, self.config.evaluation_steps
 
     def step(self, number: int) -> tuple[Figures, int]:
         """Makes the step of a number."""
@@ -53,16 +51,13 @@ class GradientFit(Fit):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
         figures, tokens = self.backward(number)
-        norms = [torch.nn.utils.clip_grad_norm_(part, 1.0).item() for part in self.clipped]
+        parts = self.clipped or [list(self.trained.values())]
+        norms = [torch.nn.utils.clip_grad_norm_(part, 1.0).item() for part in parts]
         self.check_finite(figures | {"gradient norm": sum(norms)}, number)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         return figures | {"learning_rate": self.config.learning_rate * rate}, tokens
-
-    def measure(self) -> Figures:
-        """Figures of the validation."""
-        return self.measured()
 
     def remedy(self, step: int | None) -> str:
         """Where it came from, and what to lower."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -36,6 +37,8 @@ class Fit(ABC):
         identity: tells this run from any other, as JSON.
         num_steps: how many steps there are.
         evaluation_steps: steps between validations.
+        measure: gives the figures of a validation.
+        kept: of a history, the steps whose checkpoints are written and stay in any case.
     """
 
     name: str
@@ -43,6 +46,8 @@ class Fit(ABC):
     identity: dict[str, Any]
     num_steps: int
     evaluation_steps: int
+    measure: Callable[[], Figures]
+    kept: Callable[[History], list[int]] = staticmethod(lambda history: [])
 
     @abstractmethod
     def state(self) -> dict[str, torch.Tensor]:
@@ -57,16 +62,8 @@ class Fit(ABC):
         """Makes the step of a number, from 0; returns its figures and its tokens."""
 
     @abstractmethod
-    def measure(self) -> Figures:
-        """Figures of the validation."""
-
-    @abstractmethod
     def remedy(self, step: int | None) -> str:
         """Where a figure that is not finite came from in a step, and what to change."""
-
-    def kept(self, history: History) -> list[int]:
-        """The steps whose checkpoints are written and stay in any case."""
-        return []
 
     def check_finite(self, figures: Figures, step: int | None = None) -> None:
         """Refuses to go on with a step, or a validation, that has come to nothing.

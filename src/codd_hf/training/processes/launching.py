@@ -37,15 +37,9 @@ def join_processes() -> Accelerator:
             f"Several processes were started, and Accelerate joins none on {accelerator.device}: "
             "set ACCELERATE_USE_CPU=true, or start one."
         )
-    if _asked_for_more() and accelerator.num_processes == 1:
+    # `accelerate launch --cpu --num_processes N` gives its only process an address to meet others
+    # at, and no place among them.
+    alone = "RANK" not in os.environ and accelerator.num_processes == 1
+    if alone and {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys():
         print(ONE_PROCESS)
     return accelerator
-
-
-def _asked_for_more() -> bool:
-    """Whether this is the lone process of an `accelerate launch --cpu --num_processes N`.
-
-    That gives the process an address to meet others at, and no place among them.
-    """
-    told = os.environ
-    return "MASTER_ADDR" in told and "ACCELERATE_MIXED_PRECISION" in told and "RANK" not in told
