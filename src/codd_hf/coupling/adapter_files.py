@@ -138,13 +138,7 @@ def _check_ranks(used: dict[str, Any], ranks: dict[str, int]) -> None:
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base: str | None) -> None:
-    """Writes the active adapter of a [`CoDDModel`], or removes one that was written before.
-
-    Args:
-        model: the model.
-        folder: of the adapter.
-        base: the path or id of the backbone, for the adapter's configuration.
-    """
+    """Writes the active adapter of a [`CoDDModel`], or removes one that was written before."""
     name = active_adapter(model)
     if name is not None:
         write_adapter(model.backbone, name, folder, base)

@@ -21,12 +21,7 @@ from .adapter_settings import CHANGING_STARTS, PLAIN_STARTS, check_adapter_setti
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model within PEFT's wrapper, whose adapters are on its layers; any other model itself.
-
-    Raises:
-        ValueError: the wrapper holds virtual tokens, which would be lost, or an adapter of a kind
-            that cannot be saved.
-    """
+    """The model within PEFT's wrapper, whose adapters must be LoRA; any other model itself."""
     if not hasattr(model, "get_base_model"):
         return model
     for config in model.peft_config.values():
@@ -101,13 +96,7 @@ def starts_of(backbone: nn.Module) -> list[Any]:
 
 
 def set_adapter(backbone: nn.Module, name: str, *, train: bool = True) -> None:
-    """Makes an adapter the active one, alone, and enables it.
-
-    Args:
-        backbone: carries it.
-        name: the adapter.
-        train: whether it is trained from now on, alone; else nothing of that is changed.
-    """
+    """Makes an adapter the active one and, with `train`, all that is trained."""
     trained = {} if train else {p: p.requires_grad for p in backbone.parameters()}
     enable_adapters(backbone)
     functional.set_adapter(backbone, name)
@@ -139,12 +128,7 @@ def adapter_in_use(backbone: nn.Module, name: str | None) -> Iterator[None]:
 
 
 def delete_adapter(backbone: nn.Module, name: str) -> None:
-    """Removes an adapter; if it was active, all others are switched off.
-
-    Raises:
-        ValueError: there is no such adapter, it is merged into the backbone's weights, or has
-            changed them by its start.
-    """
+    """Removes an adapter that has not changed the backbone's weights; others are switched off."""
     config = adapter_configs(backbone, name)[name]
     _check_not_merged(backbone)
     if config.init_lora_weights in CHANGING_STARTS:
@@ -241,12 +225,7 @@ def check_adapters(model: nn.Module) -> None:
 def without_adapters(
     model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
-    """The state dict of a [`CoDDModel`] as if no adapter had been added to its backbone.
-
-    Args:
-        model: the model.
-        state_dict: its own, where the caller has it already.
-    """
+    """The state dict of a [`CoDDModel`] as if no adapter had been added to its backbone."""
     renamed: dict[str, str | None] = {}
     for name, layer in adapter_layers(model).items():
         children = dict(layer.named_children())
@@ -323,11 +302,7 @@ class AdaptersMixin:
         del self.backbone.peft_config
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in torch.
-
-        Raises:
-            ValueError: the model has adapters, of which there is nothing in `state_dict`.
-        """
+        """As in torch; a model with adapters refuses a state dict without them."""
         has_adapters = adapter_layers(self) and adapter_configs(self.backbone)
         if has_adapters and not any(".lora_" in key for key in state_dict):
             raise ValueError(
@@ -338,13 +313,7 @@ class AdaptersMixin:
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def add_adapter(self, adapter_config: peft.LoraConfig, adapter_name: str | None = None) -> None:
-        """Adds a new LoRA to the backbone, for training; it is active and all else is frozen.
-
-        Raises:
-            TypeError: the configuration is none.
-            ValueError: the name is taken, the options are not supported, or the backbone has no
-                layer of the names in `adapter_config`.
-        """
+        """Adds a new LoRA to the backbone, for training; it is active and all else is frozen."""
         if not hasattr(adapter_config, "peft_type"):
             raise TypeError(
                 "`adapter_config` must be a `peft.LoraConfig`, got "

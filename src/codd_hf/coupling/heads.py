@@ -115,29 +115,19 @@ class Heads:
         return self.model.coupling_head if name == DEFAULT_NAME else self.others[name]
 
     def of_call(self, head: HeadName = None) -> CallHead:
-        """The head of a call that begins now.
-
-        Args:
-            head: the name of a head; None, the default one; False, none: window and adapter are
-                then the default head's.
-
-        Raises:
-            TypeError: it is none of these.
-            ValueError: there is no such head.
-        """
+        """The head of a call that begins now; with False, window and adapter are the default's."""
         if not (head is None or head is False or isinstance(head, str)):
             raise TypeError(
                 "`head` must be the name of a head, None (the model's default) or False (none), "
                 f"got {shown(head)}."
             )
-        if isinstance(head, str):
-            module = self[head]
-            self.bind(module)
-            return CallHead(head, module, module.config.window_length)
-        module = None if head is False else self.model.coupling_head
-        if module is not None:
-            self.bind(module)
-        return CallHead(DEFAULT_NAME, module, self.model.window_length)
+        name = head if isinstance(head, str) else DEFAULT_NAME
+        module = self[name] if isinstance(head, str) else self.model.coupling_head
+        length = self.model.window_length if module is None else module.config.window_length
+        if module is None or head is False:
+            return CallHead(name, None, length)
+        self.bind(module)
+        return CallHead(name, module, length)
 
     def bind(self, head: CoDDHead) -> None:
         """Gives tied emissions the output embedding; where that is offloaded, a copy, once."""
@@ -155,14 +145,9 @@ class Heads:
 
     @contextmanager
     def adapter_of_call(self, head: CallHead) -> Iterator[None]:
-        """Runs a pass of the backbone with the adapter that belongs to the head of a call.
+        """Runs a pass of the backbone with the adapter of the head of a call, if it has one.
 
-        The default head's passes meet the adapters as they are set; other heads' have their own
-        adapter or none.
-
-        Raises:
-            ValueError: the adapter is another one than the default head's, and the pass would be
-                repeated later, when gradients are computed.
+        The default head's passes meet the adapters as they are set.
         """
         backbone = self.model.backbone
         adapters = adapter_configs(backbone).keys()
@@ -279,19 +264,17 @@ def load_head(
     mask_token_id: int | None = None,
     **hub: Any,
 ) -> CoDDHead:
-    """A head for a backbone.
+    """A head for a backbone; `head` and `hub` are as for [`CoDDModel.from_backbone`].
 
     Args:
-        head: a head; a folder or id of a head, of a model that has one, or of a PyJuice circuit
-            (`model.jpc`), which is converted; a configuration makes a new head.
+        head: a head, its configuration, or its folder or id.
         backbone: the model that it is for.
         mask_token_id: the mask token, for a head that does not know it; default the backbone's.
-        **hub: `revision`, `token`, `cache_dir`, `local_files_only`, for a folder or an id.
+        **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: it is no head.
         ValueError: it does not fit the backbone.
-        OSError: nothing is found.
     """
     config = backbone.config
     if mask_token_id is None:
@@ -330,14 +313,8 @@ def named_backbone(
 ) -> tuple[str, dict[str, Any]]:
     """The backbone that a head's configuration names, and the arguments to load it with.
 
-    Arguments for loading (`revision`, `token`, `trust_remote_code`, ...) concern the repository
-    that the user named. The backbone is another one: of these arguments it gets those that say how
-    to load and where to cache, none that grant anything.
-
-    Args:
-        name: where the head is from.
-        head: its configuration.
-        kwargs: the user's arguments for the head.
+    Of the user's arguments `kwargs` for the head in `name`, it gets those that say how to load and
+    where to cache, none that grant anything.
 
     Raises:
         ValueError: the head names no backbone, or one that the user has to name: a local path (in a

@@ -52,12 +52,7 @@ def shared_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def checked_name(name: str | Path, argument: str) -> str:
-    """A path or id as a string.
-
-    Raises:
-        TypeError: it is neither.
-        FileNotFoundError: it can only be a path, and there is nothing.
-    """
+    """A path or id as a string; raises for anything else, and where a path leads to nothing."""
     if not isinstance(name, str | Path) or not str(name).strip():
         raise TypeError(f"`{argument}` must be a folder or an id on the Hub, got {name!r}.")
     text = str(name)
@@ -119,11 +114,7 @@ class Repository:
             return None
 
     def first(self, *filenames: str) -> str | None:
-        """Which of some files is there: the first, or the first of those in the cache.
-
-        Raises:
-            LocalEntryNotFoundError: none is in the cache, and the Hub cannot be reached.
-        """
+        """Which of some files is there: the first, or the first of those in the cache."""
         in_cache = [file for file in filenames if isinstance(self._cached(file), str)]
         tried = dict.fromkeys((*in_cache, *filenames))
         return next((file for file in tried if self._ask_for(file) is not None), None)
@@ -166,11 +157,7 @@ class Repository:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The content of `config.json`.
-
-        Raises:
-            OSError: there is none, it is damaged, or the Hub cannot be reached.
-        """
+        """The content of `config.json`."""
         path = Path(self.name, self.subfolder, "config.json")
         if not Path(self.name).is_dir():
             path = Path(hf_hub_download(self.name, "config.json", **self.hub))
@@ -179,22 +166,14 @@ class Repository:
         return self.read(path)
 
     def check(self) -> None:
-        """Reads the files that describe a model, and the headers of its weights.
-
-        Raises:
-            OSError: a file is damaged; the sentence names it.
-        """
+        """Reads the files that describe a model, and the headers of its weights."""
         folder = self.folder
         for path in sorted(folder.iterdir()) if folder is not None and folder.is_dir() else ():
             if any(path.match(pattern) for pattern in READERS):
                 self.read(path)
 
     def read(self, path: Path) -> Any:
-        """The content of a JSON or text file, or the headers of weights.
-
-        Raises:
-            OSError: the file is damaged.
-        """
+        """The content of a JSON or text file, or the headers of weights, unless it is damaged."""
         if path in self.contents:
             return self.contents[path]
         if not path.is_file():
@@ -222,16 +201,10 @@ class Repository:
         return None if found[0] is None else str(Path(found[0]).parent)
 
     def refuse_adapter(self, adapter_kwargs: dict[str, Any] | None = None) -> None:
-        """Refuses a model beside which an adapter lies.
+        """Raises a ValueError for a model beside which an adapter lies.
 
-        transformers would load from the path or repository that the adapter's configuration names.
-
-        Args:
-            adapter_kwargs: an argument of `from_pretrained`, in which transformers' Auto classes
-                say that they have followed an adapter.
-
-        Raises:
-            ValueError: there is an adapter.
+        transformers would load from the path or repository that the adapter's configuration names;
+        its Auto classes have done so where they say it in `adapter_kwargs`.
         """
         followed = (adapter_kwargs or {}).get("_adapter_model_path")
         if followed or self.find("adapter_config.json") is not None:

@@ -57,11 +57,7 @@ class StoredWeights(NamedTuple):
 
     @classmethod
     def find(cls, repository: Repository, kwargs: dict[str, Any]) -> StoredWeights:
-        """Reads the headers; no weights are read.
-
-        Args:
-            repository: where the weights are.
-            kwargs: the arguments of a `from_pretrained`.
+        """Reads the headers; `kwargs` are the arguments of a `from_pretrained`.
 
         Raises:
             OSError: a file is damaged, or names another one that is not there.
@@ -202,11 +198,7 @@ def read_headers(path: Path) -> dict[str, Header]:
 
 
 def read_pickled(file: str) -> dict[str, Header]:
-    """The headers of a file that torch pickled; nothing that it holds is run.
-
-    Raises:
-        OSError: it is damaged, or holds more than weights.
-    """
+    """The headers of a file that torch pickled, unless it holds more than weights; none is run."""
     try:
         weights = torch.load(file, map_location="meta", weights_only=True)
         tensors = {key: t for key, t in weights.items() if isinstance(t, torch.Tensor)}

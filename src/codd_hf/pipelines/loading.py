@@ -27,10 +27,6 @@ def load_components(name: str, kwargs: dict[str, Any]) -> tuple[Path | None, dic
 
     diffusers cannot download a pipeline whose components live in another package.
 
-    Args:
-        name: a folder, or an id on the Hub.
-        kwargs: the arguments of `from_pretrained`.
-
     Returns:
         The folder of a pipeline and the arguments for diffusers, its model among them; or no folder
         and `model`, `scheduler` and `tokenizer`.
@@ -78,16 +74,7 @@ def check_index(path: Path, repository: Repository, trusted: bool) -> None:
     """Raises unless a `model_index.json` describes a CoDD pipeline and nothing else.
 
     diffusers imports the modules and runs the code that the file names, before it looks at what
-    they hold.
-
-    Args:
-        path: of the file.
-        repository: reads it.
-        trusted: whether the user trusts the code of the repository, which a tokenizer may need.
-
-    Raises:
-        ValueError: it names another class, library or component.
-        OSError: it is damaged.
+    they hold. Where the user has `trusted` the repository, a tokenizer may bring its code.
     """
     index = repository.read(path)
 
