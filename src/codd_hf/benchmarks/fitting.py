@@ -17,8 +17,8 @@ import torch
 
 from ..circuits import Potentials
 from ..circuits.em import Counts, expected_counts, maximise
-from ..data.canvases import collate, load_examples, padding_token_id, tokenize_examples
-from ..data.noise import sample_noise
+from ..data.canvases import load_examples, tokenize_examples
+from ..data.collator import DataCollatorForMaskedDiffusion
 from ..hub.defaults import default_model
 from ..pipelines import CoDDPipeline
 from .report import Options, Report
@@ -26,11 +26,11 @@ from .timing import median_seconds
 
 LENGTH = 32
 
-Iteration = Callable[[], float]
-"""One EM iteration; returns the nats per token of the start."""
-
 Start = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Log-probabilities `initial [H]`, `transition [H, H]` and `emission [H, V]`."""
+
+Iteration = Callable[[], float]
+"""One EM iteration; returns the nats per token of the start."""
 
 
 def our_iteration(start: Start, windows: torch.Tensor) -> Iteration:
@@ -101,41 +101,42 @@ def em_rows(options: Options) -> tuple[list[dict], dict]:
 
 
 def conditional_rows(options: Options) -> list[dict]:
-    """The backbone's forward pass over the canvases and the window's logits, then whole steps."""
+    """The backbone's forward pass and the masked logits of a window, then whole training steps."""
     pipeline = CoDDPipeline.from_pretrained(default_model()).to(options.device)
-    model, tokenizer, device = pipeline.model, pipeline.tokenizer, pipeline.model.device
+    model, tokenizer = pipeline.model, pipeline.tokenizer
     model.requires_grad_(False)
     model.coupling_head.requires_grad_(True)
     number = options.batch_size or (2 if options.quick else 32)
     examples = load_examples(str(Path(default_model()) / "test.jsonl"))[:number]
-    canvas = collate(
-        tokenize_examples(examples, tokenizer),
-        window_length=model.window_length,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=padding_token_id(tokenizer),
+    collator = DataCollatorForMaskedDiffusion(
+        tokenizer, model.config.mask_token_id, model.window_length
     )
-    noise = sample_noise(
-        canvas,
-        window_length=model.window_length,
-        generator=torch.Generator().manual_seed(options.seed),
-        window_probability=1.0,
+    torch.manual_seed(options.seed)
+    batch = collator(
+        [
+            {
+                "input_ids": example.prompt_ids + example.answer_ids,
+                "labels": [-100] * len(example.prompt_ids) + example.answer_ids,
+            }
+            for example in tokenize_examples(examples, tokenizer)
+        ]
     )
-    starts = noise.span.long().argmax(1).to(device)
-    wanted = (noise.masked & noise.span).to(device).nonzero(as_tuple=True)
-    canvas = canvas.to(device)
-    ids, mask = canvas.input_ids, canvas.attention_mask
-    noised = ids.masked_fill(noise.masked.to(device), model.config.mask_token_id)
-    columns = starts[:, None] + torch.arange(model.window_length, device=device)
-    truth = ids.gather(1, columns.clamp(max=ids.shape[1] - 1))
+    ids, mask, labels = (
+        batch[name].to(options.device) for name in ("input_ids", "attention_mask", "labels")
+    )
+    window = labels != -100
+    wanted = (window & (ids == model.config.mask_token_id)).nonzero(as_tuple=True)
+    starts = window.long().argmax(1)
+    truth = labels[window].view(len(ids), -1)
     optimizer = torch.optim.AdamW(model.coupling_head.parameters(), lr=1e-3, weight_decay=0.0)
 
     @torch.no_grad()
     def forward() -> None:
-        model.backbone_states(noised, mask).logits(wanted)
+        model.backbone_states(ids, mask).logits(wanted)
 
     def step() -> None:
-        states = model.backbone_states(noised, mask)
-        distribution = model.window_distribution(states, noised, starts, mask)
+        states = model.backbone_states(ids, mask)
+        distribution = model.window_distribution(states, ids, starts, mask)
         (-distribution.coupling_gain(truth).sum() / len(wanted[0])).backward()
         optimizer.step()
         optimizer.zero_grad()
