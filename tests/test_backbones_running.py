@@ -78,7 +78,11 @@ def test_gradient_checkpointing_recomputes_layers_and_changes_no_number(folder, 
     assert torch.allclose(logits, oracle["logits"], atol=1e-5)
 
 
-@pytest.mark.parametrize("where", ["some layers on disk", "all on disk", "hooks"])
+@pytest.mark.parametrize(
+    ("folder", "where"),
+    [("llada", "some layers on disk"), ("dream", "all on disk"), ("llada", "hooks")],
+    indirect=["folder"],
+)
 def test_offloaded_backbone_gives_the_same_logits_and_decodes(where, folder, oracle, tmp_path):
     head = random_head(128, mask_token_id=MASK)
     if where == "hooks":
@@ -115,7 +119,11 @@ def test_offloaded_backbone_gives_the_same_logits_and_decodes(where, folder, ora
     assert torch.allclose(model(oracle["input_ids"]).logits, oracle["logits"], atol=1e-5)
 
 
-@pytest.mark.parametrize("library", ["optimum.quanto", "torchao"])
+@pytest.mark.parametrize(
+    ("folder", "library"),
+    [("llada", "optimum.quanto"), ("dream", "torchao")],
+    indirect=["folder"],
+)
 def test_quantized_backbone_stays_close_to_the_exact_one(library, folder, oracle):
     pytest.importorskip(library)
     if library == "torchao":
@@ -142,7 +150,11 @@ def test_quantized_backbone_stays_close_to_the_exact_one(library, folder, oracle
 
 
 @OLDER_NAME
-@pytest.mark.parametrize("on", ["model", "language model", "backbone"])
+@pytest.mark.parametrize(
+    ("folder", "on"),
+    [("llada", "model"), ("dream", "language model"), ("llada", "backbone")],
+    indirect=["folder"],
+)
 def test_lora_trains_and_starts_from_the_same_logits(on, folder, oracle):
     ids, labels = masked_pair(oracle)
     model = coupled_model(folder)
