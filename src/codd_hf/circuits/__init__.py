@@ -1,8 +1,8 @@
-"""Tractable circuits over a window of tokens: potentials, evidence, recursions, distribution.
+"""Tractable circuits over a window of tokens. `reference` says the method in plain code.
 
-`circuits` knows only torch. The way of the data: `Potentials` and the backbone's logits make token
-evidence (`evidence`), over which the chain recursions run (`chain`); `CoupledCategorical` puts them
-behind the interface of `torch.distributions`; `em` fits a circuit to tokens.
+`circuits` knows only torch. The way of the data: `potentials` and the backbone's logits make token
+`evidence`, over which the `recursions` run, with what its hidden states add (`context`);
+`distribution` puts them behind the interface of `torch.distributions`; `em` fits a circuit.
 """
 
 from .context.copies import CopyStates

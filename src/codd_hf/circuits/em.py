@@ -32,22 +32,18 @@ class Counts:
         return Counts(tuple(leaf * factor for leaf in self.leaves))
 
 
-def log_likelihood(
-    potentials: Potentials, tokens: torch.Tensor, present: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`log p_w(x)`, `[B]`, of tokens `[B, L]`; absent positions are skipped."""
+def log_likelihood(potentials: Potentials, tokens: torch.Tensor) -> torch.Tensor:
+    """`log p_w(x)`, `[B]`, of tokens `[B, L]`."""
     evidence = hard_evidence(potentials.emission, tokens)
-    chain = Chain.start(potentials.initial, potentials.transition, evidence, present)
+    chain = Chain.start(potentials.initial, potentials.transition, evidence)
     return forward_filter(chain).log_partition
 
 
-def expected_counts(
-    potentials: Potentials, tokens: torch.Tensor, present: torch.Tensor | None = None
-) -> tuple[Counts, torch.Tensor]:
+def expected_counts(potentials: Potentials, tokens: torch.Tensor) -> tuple[Counts, torch.Tensor]:
     """E-step: expected counts summed over the batch, and the log-likelihoods `[B]`."""
     leaves = [leaf.detach().requires_grad_() for leaf in potentials.leaves()]
     with torch.enable_grad():
-        scores = log_likelihood(potentials.with_leaves(leaves), tokens, present)
+        scores = log_likelihood(potentials.with_leaves(leaves), tokens)
         # Windows of one token have no transitions: their counts are zero.
         counts = torch.autograd.grad(scores.sum(), leaves, materialize_grads=True)
     return Counts(counts), scores.detach()
