@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             description=getdoc(settings),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        add_flags(measure, settings, required=["judge"])
+        add_flags(measure, settings)
         measure.set_defaults(usage_error=measure.error)
 
 
@@ -55,8 +55,6 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("`--model` has no tokenizer for the texts: save one beside the model.")
     folder = Path(settings.model or default_model())
     settings.dataset = settings.dataset or str(folder / "test.jsonl")
-    if args.measure == "gap" and settings.stage1 is None and (folder / "stage1").is_dir():
-        settings.stage1 = str(folder / "stage1")
     examples = load_examples(settings.dataset, skip_bad_rows=settings.skip_bad_rows)
     measure = import_module(f"..evaluation.{args.measure}", __package__).evaluate
     report = measure(pipeline, examples[: settings.num_problems], settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
 from dataclasses import MISSING
 from typing import Any, TypeVar
 
@@ -25,19 +24,12 @@ def add_flag(parser: argparse.ArgumentParser, flag: str, setting: Setting, **opt
     parser.add_argument(flag, help=text, **options)
 
 
-def add_flags(
-    parser: argparse.ArgumentParser, kind: type[Settings], required: Collection[str] = ()
-) -> None:
+def add_flags(parser: argparse.ArgumentParser, kind: type[Settings]) -> None:
     """A flag for each setting of a settings class."""
     for name, setting in settings_of(kind).items():
-        add_flag(
-            parser,
-            f"--{name.replace('_', '-')}",
-            setting,
-            type=(setting.entry or setting).kind,
-            default=argparse.SUPPRESS,
-            required=name in required or None,
-        )
+        required = True if setting.default is MISSING else None
+        options = {"type": (setting.entry or setting).kind, "default": argparse.SUPPRESS}
+        add_flag(parser, f"--{name.replace('_', '-')}", setting, required=required, **options)
 
 
 def settings_from(args: argparse.Namespace, kind: type[Kind]) -> Kind:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from ..data.canvases import (
 )
 from ..data.rows import RowReport
 from ..data.sources import Example
+from ..hub.defaults import default_model
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
 from ..pipelines.pipeline_codd import CoDDPipeline
@@ -247,9 +249,10 @@ def gap_table(rows: Sequence[GapRow]) -> str:
 def evaluate(pipeline: CoDDPipeline, examples: Sequence[Example], settings: GapSettings) -> Report:
     """`codd-hf evaluate gap`: the raw and the corrected stage 1, other heads, and the model's."""
     model, heads = pipeline.model, {}
-    if settings.stage1 is not None:
+    stage1 = settings.stage1 or Path(settings.model or default_model(), "stage1")
+    if settings.stage1 or stage1.is_dir():
         for name, alpha in (("raw product", 0.0), ("corrected", 1.0)):
-            heads[name] = CoDDHead.from_pretrained(settings.stage1)
+            heads[name] = CoDDHead.from_pretrained(stage1)
             heads[name].set_alpha(alpha)
     for entry in settings.head:
         name, _, path = entry.partition("=")

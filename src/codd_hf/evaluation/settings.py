@@ -63,7 +63,7 @@ class GapSettings(MeasureSettings):
                 raise ValueError(f"`--head` must look like NAME=PATH, got {entry!r}.")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class QualitySettings(MeasureSettings):
     """Answers to held-out questions at several numbers of backbone passes.
 
@@ -77,7 +77,7 @@ class QualitySettings(MeasureSettings):
     `pip install codd-hf[quality]`.
     """
 
-    judge: str = ""
+    judge: str
     """A causal language model, a path or an id."""
     judge_file: str | None = None
     """A GGUF file of it."""
