@@ -145,11 +145,15 @@ class ListedEvidence:
         parts = {name: getattr(self, name) for name in names}
         return replace(self, **{n: t if t is None else t[index] for n, t in parts.items()})
 
-    def _log_marginal_of(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`log u(v)` of tokens `[*S, *batch, n]`."""
+    @property
+    def _log_marginal(self) -> torch.Tensor:
         if self.groups is None:
             raise ValueError("the mass of other tokens has no distribution yet: call `spread`.")
-        marginal = self.groups.log_marginal
+        return self.groups.log_marginal
+
+    def _log_marginal_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`log u(v)` of tokens `[*S, *batch, n]`."""
+        marginal = self._log_marginal
         if len(marginal) == 1:
             return marginal[0].take(tokens)
         return marginal[self.rows[..., None], tokens]
@@ -181,8 +185,7 @@ class ListedEvidence:
 
     def dense(self) -> torch.Tensor:
         """`[*batch, V]` log-probabilities."""
-        self._log_marginal_of(self.indices[..., :1])
-        marginal = self.groups.log_marginal
+        marginal = self._log_marginal
         rest = self._by_token(self.log_weights)
         rest = rest + (marginal[0] if len(marginal) == 1 else marginal[self.rows])
         return rest.scatter(-1, self.indices, self.log_probs.to(rest.dtype))
@@ -192,25 +195,21 @@ class ListedEvidence:
         self, emission: Emission, latents: torch.Tensor, log_total: torch.Tensor
     ) -> torch.Tensor:
         """As `DenseEvidence.given_latents`."""
-        scores = log_total.new_empty(*latents.shape, emission.vocab_size)
-        whole = self.indices.shape[-1] == emission.vocab_size
+        scores, marginal = (
+            log_total.new_empty(*latents.shape, emission.vocab_size),
+            self._log_marginal,
+        )
 
         def flat(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.expand(*latents.shape, -1).reshape(-1, tensor.shape[-1])
 
-        indices = flat(self.indices)
+        indices, rows_of = flat(self.indices), flat(self.rows[..., None])[:, 0]
         listed = flat(self.log_probs - log_total[..., None])
-        if not whole:
-            others, rows_of = (
-                flat(self.log_weights - log_total[..., None]),
-                flat(self.rows[..., None]),
-            )
-            marginal = self.groups.log_marginal
+        others = flat(self.log_weights - log_total[..., None])
         for part, rows in rows_of_latents(emission, latents, scores):
             values = rows.gather(1, indices[part]).add_(listed[part])
-            if not whole:
-                rows.add_(self._by_token(others[part]))
-                rows.add_(marginal if len(marginal) == 1 else marginal[rows_of[part, 0]])
+            rows.add_(self._by_token(others[part]))
+            rows.add_(marginal if len(marginal) == 1 else marginal[rows_of[part]])
             rows.scatter_(1, indices[part], values)
         return scores
 
@@ -223,28 +222,20 @@ class ListedEvidence:
             positions: `[N]`, where in the window each prediction stands.
 
         Raises:
-            ValueError: `k < V` and no `spread` has said where the mass of the others goes.
+            ValueError: no `spread` has said where the mass of the others goes.
         """
-        whole = self.indices.shape[-1] == tables.emission.vocab_size
         if tables.can_underflow:
-            dense = self._only_listed(tables) if whole else self.dense()
-            return DenseEvidence(dense).soft_evidence(tables, positions)
-        weights = [self.log_probs]  # and what the spread would give to the listed tokens
-        if not whole:
-            others = self._by_token(self.log_weights, self.indices) + self._log_marginal_of(
-                self.indices
-            )
-            weights.append(others)
+            return DenseEvidence(self.dense()).soft_evidence(tables, positions)
         dtype = torch.promote_types(tables.log_max.dtype, self.log_probs.dtype)
-        sums = self._sums(tables, positions, torch.stack(weights, 1).to(dtype).exp())
-        evidence = sums[:, 0]
-        if not whole:
-            rest, means = self.log_weights.to(dtype).exp(), self.groups.means().to(dtype)
-            if self.groups.index is None:
-                rest = rest * (means if len(means) == 1 else means[positions])
-            else:
-                rest = rest @ means
-            evidence = evidence + (rest - sums[:, 1]).clamp(min=0)
+        spread = self._by_token(self.log_weights, self.indices)
+        weights = torch.stack((self.log_probs, spread + self._log_marginal_of(self.indices)), 1)
+        listed, part = self._sums(tables, positions, weights.to(dtype).exp()).unbind(1)
+        rest, means = self.log_weights.to(dtype).exp(), self.groups.means().to(dtype)
+        if self.groups.index is None:
+            rest = rest * (means if len(means) == 1 else means[positions])
+        else:
+            rest = rest @ means
+        evidence = listed + (rest - part).clamp(min=0)
         nothing = evidence <= 0  # NaN is not
         evidence = evidence.masked_fill(nothing, 1).log() + tables.log_scale(positions).to(dtype)
         return evidence.masked_fill(nothing, -torch.inf)
@@ -274,13 +265,6 @@ class ListedEvidence:
             sums.append(F.embedding_bag(places, factors, mode="sum", per_sample_weights=by_token))
         return torch.cat(sums, -1).unflatten(0, weights.shape[:2])
 
-    def _only_listed(self, tables: EmissionTables) -> torch.Tensor:
-        """`[*batch, V]` log-probabilities of the listed tokens alone."""
-        nothing = self.log_probs.new_full(
-            (*self.batch_shape, tables.emission.vocab_size), -torch.inf
-        )
-        return nothing.scatter(-1, self.indices, self.log_probs)
-
     @full_precision
     def soft_evidence_bounds(
         self, tables: EmissionTables, positions: torch.Tensor
@@ -290,10 +274,13 @@ class ListedEvidence:
         All of it is put on the token that the state emits least, or most. Sums over latent paths
         grow with every piece of evidence, so these give a lower and an upper `log Z` too.
         """
-        listed = DenseEvidence(self._only_listed(tables)).soft_evidence(tables, positions)
+        shape = *self.batch_shape, tables.emission.vocab_size
+        listed = self.log_probs.new_full(shape, -torch.inf)
+        listed = DenseEvidence(listed.scatter(-1, self.indices, self.log_probs))
+        listed = listed.soft_evidence(tables, positions)
         rest, rows = logsumexp(self.log_rest, -1)[:, None], positions % len(tables.log_max)
-        bounds = (
+        lower, upper = (
             logsumexp(torch.stack((listed, rest + extreme[rows])), 0)
             for extreme in (tables.log_min, tables.log_max)
         )
-        return tuple(bounds)
+        return lower, upper
