@@ -71,5 +71,5 @@ def score_all(
         table[:, rows.to(device)] = torch.stack([column.to(table) for column in columns])
         return [table]
 
-    (table,) = summed([(4, total)], chunks, placed, device)
+    (table,) = summed([torch.Size((4, total))], chunks, placed, device)
     return WindowScores(*table.cpu())

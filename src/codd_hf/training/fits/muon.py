@@ -16,7 +16,7 @@ class FloatMuon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no caller has one
         """Makes one step."""
         for group in self.param_groups:
             for parameter in (p for p in group["params"] if p.grad is not None):
