@@ -55,10 +55,7 @@ def add_adapter(backbone: nn.Module, config: peft.LoraConfig, name: str) -> None
         if any(p.is_meta for n, p in backbone.named_parameters() if f".{name}." in f".{n}."):
             raise ValueError("they are offloaded, by `device_map`")
     except Exception as error:  # whatever it is, PEFT leaves what it has done so far
-        _take_off(backbone, name)
-        there.pop(name, None)
-        if not there:
-            backbone.__dict__.pop("peft_config", None)
+        _take_off(backbone, backbone, name)
         told = " and ".join(f"`{key}` {value!r:.80}" for key, value in names.items() if value)
         raise ValueError(
             f"{told} of an adapter must name layers of the backbone that PEFT can adapt "
@@ -251,16 +248,18 @@ def adapter_state_dict(backbone: nn.Module, name: str) -> dict[str, torch.Tensor
     )
 
 
-def _take_off(module: nn.Module, adapter: str) -> None:
+def _take_off(module: nn.Module, backbone: nn.Module, adapter: str) -> None:
     """Takes an adapter off that was refused; without another one, a module is as it was before."""
-    configs, layers = adapter_configs(module), adapter_layers(module)
-    if getattr(configs.get(adapter), "init_lora_weights", True) not in PLAIN_STARTS:
+    configs, layers = adapter_configs(backbone), adapter_layers(module)
+    start = getattr(configs.pop(adapter, None), "init_lora_weights", True)
+    if start not in PLAIN_STARTS:
         for layer in lora_layers(module, adapter).values():
             layer.get_base_layer().weight.data += layer.get_delta_weight(adapter)
-    if configs.keys() - {adapter}:
+    if configs:
         for layer in layers.values():
             layer.delete_adapter(adapter)
         return
+    backbone.__dict__.pop("peft_config", None)
     for name in layers:
         parent, _, child = name.rpartition(".")
         try:
@@ -290,11 +289,7 @@ class AdaptersMixin:
             if len(self.heads) > 1:
                 refuse_changes(starts_of(self.backbone))
         except ValueError:
-            newest = next(reversed(configs))
-            _take_off(self, newest)
-            del configs[newest]
-            if not configs:
-                del self.backbone.peft_config
+            _take_off(self, self.backbone, next(reversed(configs)))
             raise
 
     @peft_config.deleter
