@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -57,6 +60,17 @@ def test_default_head_couples_calls_that_name_none_and_alone_is_saved(model, tmp
     loaded = CoDDModel.from_pretrained(tmp_path)
     assert [*loaded.heads] == ["default"]
     assert torch.equal(coupled(loaded), coupled(model))
+
+
+def test_model_that_is_let_go_frees_its_memory_at_once():
+    model = CoDDModel.from_backbone(tiny_backbone(), random_head())
+    backbone = weakref.ref(model.backbone)
+    gc.disable()
+    try:
+        del model
+        assert backbone() is None
+    finally:
+        gc.enable()
 
 
 def test_bare_backbone_gets_a_default_head(tmp_path):

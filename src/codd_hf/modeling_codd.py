@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,8 +74,7 @@ class CoDDOutput(ModelOutput):
 class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
     """A diffusion language model (`backbone`) with a circuit (`coupling_head`).
 
-    Use [`~CoDDModel.from_backbone`] to join the two, `from_pretrained` to load a saved pair,
-    `generate` to decode. `heads` are all heads on the backbone, by name.
+    `from_backbone` joins the two, `from_pretrained` loads a saved pair, `generate` decodes.
     """
 
     config_class = CoDDConfig
@@ -105,7 +105,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
             coupling_head = CoDDHead(config.head_config)
         self.backbone = backbone
         self.coupling_head = coupling_head
-        self.heads = Heads(self)
+        self.heads = Heads(weakref.ref(self))
         self.post_init()
         # transformers collects the names that the parts ignore; a head ignores the backbone's.
         ignored = {*(self._keys_to_ignore_on_load_unexpected or ())}

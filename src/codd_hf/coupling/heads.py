@@ -7,6 +7,7 @@ threads can share a model.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,15 +92,20 @@ class Heads:
     head of its name; where heads have adapters of their own, passes of the backbone take turns.
     """
 
-    model: CoupledBackbone
+    of: weakref.ref[CoupledBackbone]  # no cycle: a model that is let go frees its memory at once
     others: dict[str, CoDDHead] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"lock": None}
+    @property
+    def model(self) -> CoupledBackbone:
+        """The model that has the heads."""
+        return self.of()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state | {"lock": threading.RLock()}  # a copy has its own
+    def __getstate__(self) -> tuple[CoupledBackbone, dict[str, CoDDHead]]:
+        return self.model, self.others
+
+    def __setstate__(self, state: tuple[CoupledBackbone, dict[str, CoDDHead]]) -> None:
+        self.__init__(weakref.ref(state[0]), state[1])  # with a lock of its own
 
     def __iter__(self) -> Iterator[str]:
         default = () if self.model.coupling_head is None else (DEFAULT_NAME,)

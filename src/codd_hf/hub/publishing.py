@@ -7,7 +7,7 @@ write a placeholder over the card, and that of diffusers does not know revisions
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -143,6 +143,7 @@ def push_folder(
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
+    ignore_patterns: Sequence[str] = (),
     **upload: Any,
 ) -> CommitInfo:
     """Uploads a folder, with the model card in it.
@@ -155,6 +156,7 @@ def push_folder(
         private: whether a new repository is private.
         token: of the user.
         revision: the branch, created if there is none.
+        ignore_patterns: files that stay here.
         **upload: for huggingface_hub's `upload_folder`.
 
     Raises:
@@ -177,7 +179,8 @@ def push_folder(
     repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, **upload)
+    upload |= {"revision": revision, "ignore_patterns": [*ignore_patterns]}
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, **upload)
 
 
 def forget_paths(folder: Path) -> None:
