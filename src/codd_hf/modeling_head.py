@@ -32,7 +32,7 @@ from .hub.publishing import Publishing
 from .hub.repositories import Repository, checked_name, explain_load_errors, locate
 from .hub.stored_weights import StoredWeights
 
-DEFAULT_TOP_K = 64
+DEFAULT_EVIDENCE_SIZE = 64
 """Tokens kept of a prediction over a large vocabulary."""
 
 
@@ -256,12 +256,12 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
         """How many of a prediction's likeliest tokens a model's decoding keeps; 0: all, exactly.
 
         `config.evidence_size`, or, if that is not set, all where one product of the vocabulary
-        with the states is cheap and `DEFAULT_TOP_K` otherwise.
+        with the states is cheap and `DEFAULT_EVIDENCE_SIZE` otherwise.
         """
         config = self.config
         if config.evidence_size is not None:
             return min(config.evidence_size, config.vocab_size)
-        return 0 if config.num_latents * config.vocab_size <= ONE_PRODUCT else DEFAULT_TOP_K
+        return 0 if config.num_latents * config.vocab_size <= ONE_PRODUCT else DEFAULT_EVIDENCE_SIZE
 
     @property
     def log_spread(self) -> torch.Tensor:

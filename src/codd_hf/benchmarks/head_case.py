@@ -9,7 +9,7 @@ import torch
 
 from ..circuits.reference import plain_step
 from ..configuration_codd import CoDDHeadConfig
-from ..modeling_head import DEFAULT_TOP_K, CoDDHead
+from ..modeling_head import DEFAULT_EVIDENCE_SIZE, CoDDHead
 from .report import Options
 from .timing import LINE, Rates
 
@@ -22,7 +22,7 @@ SHARED = 0.68
 NEW = 32 << 20
 """Bytes above which a result takes new memory; less is kept for the next use, as by glibc."""
 
-LISTS = {"listed": DEFAULT_TOP_K, "short list": 16}
+LISTS = {"listed": DEFAULT_EVIDENCE_SIZE, "short list": 16}
 """Tokens of a prediction that a step reads."""
 
 EVIDENCE = ("exact", *LISTS)
@@ -54,8 +54,8 @@ class HeadCase:
     """A head with random normalised potentials, and the inputs of a step.
 
     Predictions share a part of their logits, as the frequencies of tokens are shared: of the lists
-    of `DEFAULT_TOP_K` tokens of a window 51 % are distinct, of those of eight windows 18 %; a
-    language model has 39 and 18 % (SmolLM2-135M, `examples/listed_tokens.py`).
+    of `DEFAULT_EVIDENCE_SIZE` tokens of a window 51 % are distinct, of those of eight windows 18 %;
+    a language model has 39 and 18 % (SmolLM2-135M, `examples/listed_tokens.py`).
 
     Args:
         shape: sizes of the step.

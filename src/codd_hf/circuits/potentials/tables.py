@@ -92,11 +92,8 @@ class EmissionTables:
     def factors(
         self, position: int, dtype: torch.dtype
     ) -> Iterator[tuple[slice, Callable[[], torch.Tensor]]]:
-        """Slices of the vocabulary, and what makes their `E_i(z, v) / exp(log_max(z))`, `[H, n]`.
-
-        With gradients, a large emission's are made again in the backward pass: kept, they would add
-        up to all of it.
-        """
+        """Slices of the vocabulary, and functions that make their factors `[H, n]`:
+        `E_i(z, v) / exp(log_max(z))`."""
         small = self._width == self.emission.vocab_size and self.emission.num_positions == 1
         if small and not torch.is_grad_enabled() and self._whole.dtype == dtype:
             yield slice(None), lambda: self._whole
@@ -108,20 +105,27 @@ class EmissionTables:
     def sums(self, weights: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """`[N, H]`: sums of the factors of all tokens by weights `[N, V]`, at positions `[N]`."""
 
-        def part_of_sum(weights, made):
-            return weights @ made().T
-
         def at(position: int, rows: torch.Tensor | slice) -> torch.Tensor:
-            total = weights.new_zeros(len(weights[rows]), self.emission.num_latents)
-            for part, made in self.factors(position, weights.dtype):
-                if torch.is_grad_enabled() and self._width < self.emission.vocab_size:
-                    add = partial(checkpoint, part_of_sum, use_reentrant=False)
-                    total = total + add(weights[rows][:, part], made, preserve_rng_state=False)
-                else:
-                    total = total + part_of_sum(weights[rows][:, part], made)
+            counted = weights[rows]
+            total = counted.new_zeros(len(counted), self.emission.num_latents)
+            for part, make in self.factors(position, weights.dtype):
+
+                def add(total, counted, make=make):
+                    return total + counted @ make().T
+
+                total = self._held_briefly(add, total, counted[:, part])
             return total
 
         return self.by_position(positions, at)
+
+    def _held_briefly(self, function: Callable, *tensors: torch.Tensor) -> torch.Tensor:
+        """What a function of one slice's factors gives.
+
+        With gradients they are made again in the backward pass: held, they add up to the emission.
+        """
+        if torch.is_grad_enabled() and self._width < self.emission.vocab_size:
+            return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+        return function(*tensors)
 
     def by_position(
         self, positions: torch.Tensor, at: Callable[[int, torch.Tensor | slice], torch.Tensor]
@@ -192,13 +196,10 @@ class TokenGroups:
             positions = torch.arange(length, device=marginal.device)
             return tables.sums(marginal.expand(length, -1), positions)
         means = marginal.new_zeros(self.number, self.number)
-        for part, made in tables.factors(0, marginal.dtype):
+        for part, make in tables.factors(0, marginal.dtype):
 
-            def added(means, part, made):
-                return means.index_add(0, self.index[part], (made() * marginal[0, part]).T)
+            def add(means, part=part, make=make):
+                return means.index_add(0, self.index[part], (make() * marginal[0, part]).T)
 
-            if torch.is_grad_enabled():
-                means = checkpoint(added, means, part, made, use_reentrant=False)
-            else:
-                means = added(means, part, made)
+            means = tables._held_briefly(add, means)
         return means
