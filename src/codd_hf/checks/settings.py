@@ -59,7 +59,9 @@ class Setting:
         """
 
         def refuse(wanted: str) -> NoReturn:
-            raise ValueError(f"`{name}` must be {wanted}, got {value!r}.")
+            from .arguments import shown  # imports torch, for which no help waits
+
+            raise ValueError(f"`{name}` must be {wanted}, got {shown(value)}.")
 
         if value is None and self.optional:
             return None
