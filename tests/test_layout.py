@@ -6,8 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 import codd_hf
 from codd_hf import CoDDModel, default_model
+from codd_hf.decoding import loop
+from codd_hf.decoding.reader import CanvasReader
 
 ROOT = Path(__file__).parent.parent
 LINT = "from importlinter.cli import lint_imports_command; lint_imports_command()"
@@ -21,7 +25,7 @@ def test_imports_go_one_way():
     assert "1 kept, 0 broken" in told.stdout
 
 
-def files_of(call) -> list[str]:
+def files_of(call, warmed_up: bool = False) -> list[str]:
     """The files of the package that a call passes."""
     root, passed = str(Path(codd_hf.__file__).parent), set()
 
@@ -30,7 +34,8 @@ def files_of(call) -> list[str]:
         if event == "call" and file.startswith(root):
             passed.add(file.removeprefix(root + "/"))
 
-    call()  # imports are not counted
+    if not warmed_up:
+        call()  # imports are not counted
     sys.setprofile(watch)
     try:
         call()
@@ -44,3 +49,25 @@ def test_loading_the_embedded_model_passes_eight_files():
     passed = files_of(lambda: load(folder))
     print(len(passed), "files:", *passed)
     assert len(passed) <= 8
+
+
+def test_a_step_of_the_embedded_model_passes_few_files(monkeypatch):
+    """One pass of the loop, from the backbone to the tokens on the canvas."""
+    model, passed = CoDDModel.from_pretrained(Path(default_model(), "model")), []
+    reads, steps = CanvasReader.read, loop.take_step
+
+    def watched(function):
+        def run(*args):
+            passed.extend(files_of(lambda: function(*args), warmed_up=True))
+            return function(*args)
+
+        return run
+
+    call = {"max_new_tokens": 32, "num_inference_steps": 3}
+    model.generate(torch.tensor([[5, 6, 7]]), **call)
+    monkeypatch.setattr(CanvasReader, "read", watched(reads))
+    monkeypatch.setattr(loop, "take_step", watched(steps))
+    model.generate(torch.tensor([[5, 6, 7]]), **call)
+    files = sorted({*passed})
+    print(len(files), "files:", *files)
+    assert len(files) <= 26

@@ -15,6 +15,7 @@ block, and steps that are not needed there are not passed on to later blocks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,7 +120,9 @@ def denoise(
             if len(rows) == 0:
                 break
             record = {} if on_step is None else _empty_record(canvas)
-            with model.heads.adapter_of_call(call.head):
+            # A model with one head has no adapter to switch.
+            adapter = model.heads.adapter_of_call if model.heads.others else nullcontext
+            with adapter(call.head):
                 fallback |= take_step(
                     model, canvas, rows, reader.read(rows), stage, number, memory, record
                 )
