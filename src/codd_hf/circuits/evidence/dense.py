@@ -116,13 +116,6 @@ class DenseEvidence:
         ]
         return log_evidence.index_put((rows, states), torch.cat(exact))
 
-    def soft_evidence_bounds(
-        self, tables: EmissionTables, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lower and upper `soft_evidence`, which is exact."""
-        exact = self.soft_evidence(tables, positions)
-        return exact, exact
-
 
 @full_precision
 def hard_evidence(emission: Emission, tokens: torch.Tensor) -> torch.Tensor:
