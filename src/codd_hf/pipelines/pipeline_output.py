@@ -25,7 +25,7 @@ class CoDDPipelineOutput(BaseOutput):
             The passes that each prompt took part in.
     """
 
-    sequences: torch.LongTensor
+    sequences: torch.Tensor
     texts: list[str] | None = None
     num_passes: int | None = None
-    passes_per_row: torch.LongTensor | None = None
+    passes_per_row: torch.Tensor | None = None

@@ -23,13 +23,13 @@ from .strategies import even_pace
 @torch.no_grad()
 def commit(
     distribution: CoupledCategorical,
-    sample: torch.LongTensor,
+    sample: torch.Tensor,
     settings: DrawSettings,
     steps_left: int,
     *,
     generator: Generators = None,
-    eligible: torch.BoolTensor | None = None,
-    at_least: torch.LongTensor | None = None,
+    eligible: torch.Tensor | None = None,
+    at_least: torch.Tensor | None = None,
     mask_token_id: int | None = None,
     logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
     text: RowText | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..checks.arguments import RowError, as_tensor
 from ..circuits import CoupledCategorical
@@ -48,7 +48,7 @@ class Drawing:
         sample: torch.Tensor,
         settings: DrawSettings,
         generator: Generators,
-        processors: Sequence[LogitsProcessor],
+        processors: Sequence[LogitsProcessor | LogitsProcessorList],
         text: RowText | None,
         output_logits: bool,
     ) -> None:

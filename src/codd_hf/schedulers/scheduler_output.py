@@ -35,10 +35,10 @@ class CoDDSchedulerOutput(BaseOutput):
             Tokens committed in an earlier step that went back to being masked.
     """
 
-    prev_sample: torch.LongTensor
-    transfer_index: torch.BoolTensor
-    sampled_tokens: torch.LongTensor
+    prev_sample: torch.Tensor
+    transfer_index: torch.Tensor
+    sampled_tokens: torch.Tensor
     sampled_probs: torch.Tensor
     pred_logits: torch.Tensor | None
-    fallback: torch.BoolTensor
-    remasked: torch.BoolTensor
+    fallback: torch.Tensor
+    remasked: torch.Tensor

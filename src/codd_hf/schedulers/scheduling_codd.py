@@ -56,7 +56,7 @@ def _with_draw_settings(init: Callable) -> Callable:
         )
         for setting in fields(DrawSettings)
     )
-    init.__signature__ = inspect.Signature([*own, *settings])
+    vars(init)["__signature__"] = inspect.Signature([*own, *settings])
     return register_to_config(init)
 
 
@@ -172,11 +172,11 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         self,
         model_output: CoupledCategorical | torch.Tensor,
         timestep: float | torch.Tensor,
-        sample: torch.LongTensor,
+        sample: torch.Tensor,
         *,
         generator: Generators = None,
-        eligible: torch.BoolTensor | None = None,
-        at_least: torch.LongTensor | None = None,
+        eligible: torch.Tensor | None = None,
+        at_least: torch.Tensor | None = None,
         mask_token_id: int | None = None,
         logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
         text: RowText | None = None,
@@ -273,11 +273,11 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         self,
         logits: torch.Tensor,
         timestep: float | torch.Tensor,
-        eligible: torch.BoolTensor,
+        eligible: torch.Tensor,
         *,
         generator: Generators = None,
         **overrides: Any,
-    ) -> torch.BoolTensor:
+    ) -> torch.Tensor:
         """Chooses what a step of the full paradigm commits, by the backbone's prediction alone.
 
         With `k` steps left and `m` eligible positions these are the `ceil(m / k)` that the strategy
@@ -310,13 +310,13 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise(
         self,
-        original_samples: torch.LongTensor,
+        original_samples: torch.Tensor,
         timesteps: float | torch.Tensor,
         generator: Generators = None,
         mask_token_id: int | None = None,
-        maskable: torch.BoolTensor | None = None,
+        maskable: torch.Tensor | None = None,
         mean_span_length: float = 1.0,
-    ) -> torch.LongTensor:
+    ) -> torch.Tensor:
         """The forward process: replaces each token by the mask token with probability `t`.
 
         Independently of each other, or in spans: then a row is cut into spans of geometric length
