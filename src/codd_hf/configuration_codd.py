@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from huggingface_hub.dataclasses import strict, type_validator
@@ -33,7 +33,8 @@ that are copied from."""
 MOST_LAYERS = 1 << 14
 """More layers or labels than any backbone has; transformers makes lists of so many entries."""
 COUNTS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks?|groups?|experts?|labels)|\w+_layers|depth")
-INHERITED = {field.name: field.type for field in fields(PreTrainedConfig)} | {
+_hints = get_type_hints(PreTrainedConfig, localns={"torch": torch})
+INHERITED = {field.name: _hints[field.name] for field in fields(PreTrainedConfig)} | {
     "num_labels": int | None,
     "torch_dtype": str | torch.dtype | None,
 }
