@@ -228,6 +228,7 @@ def test_complete_run_is_left_alone_even_if_it_was_killed_before_its_parts_went(
     (tmp_path / "answers.jsonl.parts").mkdir()
     assert answer_jsonl(Stopping(pipe, 0), source, output, **LENGTHS) == 0
     assert output.stat().st_mtime_ns == before.st_mtime_ns
+    assert not (tmp_path / "answers.jsonl.parts").exists()
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text('{"seed": 9')])

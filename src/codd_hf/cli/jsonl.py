@@ -221,7 +221,10 @@ class RunFiles:
             )
         if answered:
             self.check_same()
-        return self.output.exists()
+        if not self.output.exists():
+            return False
+        self.tidy()  # a run may have been killed before it came to this
+        return True
 
     def check_same(self) -> None:
         """Raises a ValueError where what has begun is another run."""
@@ -283,6 +286,10 @@ class RunFiles:
                 raise
             return
         make_durable(self.output.parent)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Removes what a complete run does not need."""
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # a complete run is not written again
             self.lock.unlink()
