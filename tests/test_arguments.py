@@ -196,6 +196,7 @@ HIDDEN = torch.tensor([[5, 6, MASK]])
             "hold the mask token (2) at none of them but padding: mask some",
         ),
         (lambda m: m(HIDDEN, position_ids=HIDDEN + 126), "must hold positions, 0 to 127"),
+        (lambda m: m(HIDDEN, position_ids=0), "`position_ids` must have shape (1, 3), got ()"),
         (lambda m: m(HIDDEN, window_start=3), "`window_start` must have shape (1,), got ()"),
         (lambda m: m(HIDDEN, past_key_values=(1,)), "`past_key_values` cannot be used here"),
         (lambda m: m.score([[5]], [[6]], batch_size=0), "`batch_size` must be at least 1, got 0"),

@@ -472,6 +472,10 @@ def test_bad_input_gets_one_clear_sentence(pipe, kwargs, said):
             "`temprature` is not an argument of the pipeline",
         ),
         ({"prompt": "two", "callback_on_step_end": 3}, "`callback_on_step_end` must be callable"),
+        *(
+            ({"prompt": "two", "chat_template_kwargs": value}, "`chat_template_kwargs` must be a")
+            for value in ({0: 0}, [], torch.zeros(2))
+        ),
     ],
 )
 def test_values_of_the_wrong_type_get_one_clear_sentence(pipe, kwargs, said):

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 )
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
-from .checks.arguments import FACTORS, choice, integer, is_factor, number, plain
+from .checks.arguments import choice, factor, integer, number, plain
 from .checks.errors import is_of_a_library, reason
 from .checks.versions import without_left_fields
 
@@ -250,7 +250,7 @@ class CoDDHeadConfig(PreTrainedConfig):
         for name, least in (("context_size", 1), ("evidence_size", 0)):
             if getattr(self, name) is not None:
                 integer(name, getattr(self, name), least)
-        number("evidence_temperature", self.evidence_temperature, f"above 0, {FACTORS}", is_factor)
+        factor("evidence_temperature", self.evidence_temperature)
         number("alpha", self.alpha, "0 or a positive number", lambda alpha: alpha >= 0)
         _check_tokens(self, self.vocab_size)
 

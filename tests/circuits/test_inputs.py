@@ -1,5 +1,8 @@
 """Bad input gets one clear sentence."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from cases import random_case
@@ -47,6 +50,27 @@ def make(**changes):
 def test_a_wrong_argument_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         make(**changes)
+
+
+def test_lists_and_arrays_are_read_as_tensors_are():
+    initial, transition, emission = (part.tolist() for part in circuit().tensors())
+    forbidden = [False, True, False, False]
+    lists = make(potentials=Potentials(initial, transition, emission), forbidden=forbidden)
+    tensors = make(potentials=circuit(), forbidden=torch.tensor(forbidden))
+    assert torch.allclose(lists.marginals, tensors.marginals, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [torch.tensor([1, 2]), np.array([0, 1]), "1", None, True, [1.0]])
+def test_temperature_that_is_no_number_is_refused_at_every_door(value):
+    for call in (make().with_temperature, lambda value: make(temperature=value)):
+        with pytest.raises(TypeError, match="`temperature` must be a number"):
+            call(value)
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 3), (0, 4), (4, 4)])
+def test_law_of_unlisted_tokens_has_a_shape(shape):
+    with pytest.raises(ValueError, match="log_marginal"):
+        make(potentials=replace(circuit(), log_marginal=torch.zeros(shape)))
 
 
 def test_queries_name_a_wrong_shape_and_a_wrong_id():

@@ -17,7 +17,6 @@ import torch
 BOOL = torch.bool
 LARGEST_INTEGER = 2**31 - 1
 LARGEST_FACTOR = 1e6
-FACTORS = f"within {1 / LARGEST_FACTOR:g} to {LARGEST_FACTOR:g}"
 KINDS = {
     int: ("integers", lambda kind: not (kind.is_floating_point or kind.is_complex or kind == BOOL)),
     float: ("floating-point numbers", lambda kind: kind.is_floating_point),
@@ -87,9 +86,12 @@ def number(name: str, value: Any, wanted: str, holds: Callable[[float], bool]) -
     return number
 
 
-def is_factor(value: float) -> bool:
-    """Whether float32 can multiply and divide logits by it: `FACTORS` in words."""
-    return 1 / LARGEST_FACTOR <= value <= LARGEST_FACTOR
+def factor(name: str, value: Any) -> float:
+    """A number by which float32 can multiply and divide logits, as Python's own."""
+    least, most = 1 / LARGEST_FACTOR, LARGEST_FACTOR
+    return number(
+        name, value, f"above 0, within {least:g} to {most:g}", lambda x: least <= x <= most
+    )
 
 
 def flag(name: str, value: Any) -> bool:

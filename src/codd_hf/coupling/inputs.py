@@ -51,8 +51,9 @@ def checked_inputs(
     else:
         mask = padding_mask("attention_mask", mask, ids.shape, device)
     if positions is not None:
-        shape = (1 if len(positions) == 1 else len(ids), ids.shape[1])
-        positions = as_tensor("position_ids", positions, int, shape, device)
+        positions = as_tensor("position_ids", positions, int, device=device)
+        batch = 1 if positions.shape[:1] == (1,) else len(ids)
+        as_tensor("position_ids", positions, shape=(batch, ids.shape[1]))
         if most is not None:
             check_tokens("position_ids", positions, most, "positions")
     if labels is not None:

@@ -80,10 +80,10 @@ def encode_prompts(
     elif name == "prompt" and not templated:
         rows = encode_as_written(name, _texts(value), tokenizer)
     else:
-        if not isinstance(chat_template_kwargs or {}, Mapping):
+        kwargs = {} if chat_template_kwargs is None else chat_template_kwargs
+        if not (isinstance(kwargs, Mapping) and all(isinstance(key, str) for key in kwargs)):
             raise TypeError(
-                "`chat_template_kwargs` must be a dict of arguments, got "
-                f"{shown(chat_template_kwargs)}."
+                f"`chat_template_kwargs` must be a dict of arguments by name, got {shown(kwargs)}."
             )
         if name == "prompt":
             chats = [[{"role": "user", "content": text}] for text in _texts(value)]
@@ -94,8 +94,8 @@ def encode_prompts(
                     "`messages` needs a tokenizer with a chat template: give `prompt`."
                 )
         may_spell = [model.config.mask_token_id] if infill else []
-        template = {"add_generation_prompt": opens_answer, **(chat_template_kwargs or {})}
-        rows, faults = encode_chats(chats, tokenizer, may_spell=may_spell, **template)
+        template = {"add_generation_prompt": opens_answer, **kwargs}
+        rows, faults = encode_chats(chats, tokenizer, may_spell, **template)
         for index, fault in faults.items():
             raise ValueError(f"`{name}` cannot be encoded: row {index} {fault}.")
 

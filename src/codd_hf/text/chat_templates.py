@@ -31,7 +31,7 @@ CHAT_TEMPLATE = (
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **kwargs: Any
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], /, **kwargs: Any
 ) -> str:
     """A conversation as `tokenizer.apply_chat_template` writes it, without tokenizing.
 

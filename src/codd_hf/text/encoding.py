@@ -116,8 +116,8 @@ def encode_as_written(
 def encode_chats(
     conversations: Sequence[Sequence[dict[str, Any]]],
     tokenizer: PreTrainedTokenizerBase,
-    *,
     may_spell: Collection[int] = (),
+    /,
     **template_kwargs: Any,
 ) -> tuple[list[list[int]], dict[int, str]]:
     """Token ids of conversations in the tokenizer's chat template.
@@ -172,7 +172,7 @@ def _encode_chat(
     try:
         rendered = render_chat(tokenizer, messages, **template_kwargs)
     except Exception as error:
-        if not (is_of_a_library(error) or isinstance(error, ValueError)):
+        if not (is_of_a_library(error) or isinstance(error, ValueError | TypeError)):
             raise
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise ValueError(

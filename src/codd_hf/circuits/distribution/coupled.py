@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from inspect import signature
 from typing import ClassVar, NamedTuple
@@ -9,16 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch.distributions import Distribution
 
-from ...checks.arguments import (
-    FACTORS,
-    as_tensor,
-    check_tokens,
-    integer,
-    is_factor,
-    number,
-    several,
-    shown,
-)
+from ...checks.arguments import as_tensor, check_tokens, factor, integer, several, shown
 from ..context.maps import Context
 from ..evidence.dense import DenseEvidence
 from ..evidence.lists import ListedEvidence
@@ -86,18 +78,19 @@ class CoupledCategorical(Distribution):
         top_k: int = 0,
     ):
         self.logits, self.potentials = logits, potentials
-        self.temperature = number("temperature", temperature, f"above 0, {FACTORS}", is_factor)
+        self.temperature = factor("temperature", temperature)
         self.top_k = integer("top_k", top_k, least=0)
         shape, device = self._checked_shape(), logits.device
         super().__init__(shape[:1], shape[1:], validate_args=False)
-        self.context = Context(context) if isinstance(context, torch.Tensor | None) else context
-        if not isinstance(self.context, Context):
-            raise TypeError(f"`context` must be a Context or a tensor, got {shown(context)}.")
-        if self.context.latent is not None:
-            as_tensor("context", self.context.latent, float, (*shape, potentials.num_latents))
-        self.forbidden = forbidden
+        self.context = context if isinstance(context, Context) else Context(context)
+        if (latent := self.context.latent) is not None:
+            size = (*shape, potentials.num_latents)
+            latent = as_tensor("context", latent, float, size, device)
+            self.context = replace(self.context, latent=latent)
         if forbidden is not None:
-            as_tensor("forbidden", forbidden, bool, (potentials.vocab_size,))
+            size = (potentials.vocab_size,)
+            forbidden = as_tensor("forbidden", forbidden, bool, size, device)
+        self.forbidden = forbidden
 
         def where(name: str, value: torch.Tensor | None, default: bool, axes: int = 2):
             value = torch.full(shape[:axes], default, device=device) if value is None else value
@@ -141,7 +134,9 @@ class CoupledCategorical(Distribution):
                 "There is no distribution by which the mass of tokens that are not listed is "
                 "spread: give the potentials a `log_marginal`."
             )
+        marginal = potentials.log_marginal
         for name, held, needed in (
+            ("log_marginal", 1 if marginal is None else len(marginal), shape[1]),
             ("transition", potentials.transition.num_steps, shape[1] - 1),
             ("emission", potentials.emission.num_positions, shape[1]),
         ):
@@ -360,6 +355,7 @@ class CoupledCategorical(Distribution):
 
     def with_temperature(self, temperature: float) -> CoupledCategorical:
         """The same distribution at another evidence temperature."""
+        temperature = factor("temperature", temperature)
         if temperature == self.temperature:
             return self
         self._check_logits(f"make it again at {temperature}")

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
-from ...checks.arguments import as_tensor, shown
+from ...checks.arguments import as_tensor
 from ..numerics import log_softmax
 from .emissions import DenseEmission, Emission, TiedEmission
 from .tables import EmissionTables, TokenGroups
@@ -39,17 +39,16 @@ class Potentials:
     log_marginal: torch.Tensor | None = None
 
     def __post_init__(self):
-        if isinstance(self.transition, torch.Tensor):
-            object.__setattr__(self, "transition", StepTransitions(self.transition))
-        if isinstance(self.emission, torch.Tensor):
-            object.__setattr__(self, "emission", DenseEmission(self.emission))
-        size = as_tensor("initial", self.initial, float).shape
-        if len(size) != 1 or not size[0]:
-            raise ValueError(f"`initial` must have shape [H], got {tuple(size)}.")
-        for name, kinds in (("transition", StepTransitions), ("emission", Emission)):
+        hold = partial(object.__setattr__, self)
+        hold("initial", as_tensor("initial", self.initial, float))
+        if not isinstance(self.transition, StepTransitions):
+            hold("transition", StepTransitions(as_tensor("transition", self.transition, float)))
+        if not isinstance(self.emission, Emission):
+            hold("emission", DenseEmission(as_tensor("emission", self.emission, float)))
+        if self.initial.ndim != 1 or not len(self.initial):
+            raise ValueError(f"`initial` must have shape [H], got {tuple(self.initial.shape)}.")
+        for name in ("transition", "emission"):
             part = getattr(self, name)
-            if not isinstance(part, kinds):
-                raise TypeError(f"`{name}` must be a tensor, got {shown(part)}.")
             for tensor in part.tensors():
                 as_tensor(name, tensor, float)
             shape = tuple(part.tensors()[0].shape)
@@ -62,6 +61,11 @@ class Potentials:
                     f"`{name}` has {part.num_latents} latent states, but `initial` "
                     f"{len(self.initial)}."
                 )
+        if self.log_marginal is not None:
+            hold("log_marginal", as_tensor("log_marginal", self.log_marginal, float))
+            shape, size = tuple(self.log_marginal.shape), self.vocab_size
+            if len(shape) != 2 or shape[0] == 0 or shape[1] != size:
+                raise ValueError(f"`log_marginal` must have shape [1 or L, {size}], got {shape}.")
 
     @property
     def num_latents(self) -> int:
