@@ -78,6 +78,13 @@ def test_template_writes_what_transformers_writes(template, pipe, monkeypatch):
     assert chat_templates.render_chat(pipe.tokenizer, CHAT, **kwargs) == expected
 
 
+@pytest.mark.parametrize("kwargs", [{"x": lambda: 0}, {"tools": 3}, {"messages": 1}, {"self": 1}])
+def test_argument_that_a_template_cannot_have_is_refused(kwargs, pipe, monkeypatch):
+    monkeypatch.setattr(pipe.tokenizer, "chat_template", "{{ messages[0].content }}")
+    with pytest.raises(ValueError, match="`messages` cannot be encoded: row 0"):
+        pipe(messages=CHAT[1:2], gen_length=4, chat_template_kwargs=kwargs)
+
+
 def test_long_conversation_is_written(pipe, monkeypatch):
     chat = [{"role": "user", "content": "word " * 20_000}] * 4
     for template in (chat_templates.CHAT_TEMPLATE, "{{ messages|map(attribute='content')|join }}"):

@@ -57,7 +57,10 @@ class _Worker:
         self.process: subprocess.Popen | None = None
 
     def render(self, request: dict[str, Any]) -> str:
-        sent = pickle.dumps(request)
+        try:
+            sent = pickle.dumps(request)
+        except Exception as error:  # of many types; mostly of a function
+            raise ValueError(f"an argument cannot be sent to its process: {error}") from error
         with self.lock:
             self.process = process = self.process or _start()
             timer = Timer(SECONDS, process.kill)
