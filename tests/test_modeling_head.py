@@ -312,6 +312,16 @@ def test_a_conditioned_head_without_fitting_hidden_states_is_an_error(hidden):
         head(**(given | {"logits": listed}))
 
 
+def test_a_conditioned_head_reads_lists_as_tensors_and_names_what_is_neither():
+    head = shaken_head("dense emission, all and noise")
+    given = window() | {"present": torch.tensor([[True, True, False]] * 2)}
+    lists = {name: given[name].tolist() for name in ("tokens", "observed", "present")}
+    assert torch.equal(head(**(given | lists)).log_partition, head(**given).log_partition)
+    for name in ("logits", "observed", "present", "preceding"):
+        with pytest.raises(TypeError, match=f"`{name}` must be"):
+            head(**(given | {name: 3 if name in ("logits", "preceding") else IDS[:, :3]}))
+
+
 def test_a_head_that_copies_without_the_preceding_tokens_is_an_error():
     head = fresh_head(conditioning=["copy"])
     with pytest.raises(ValueError, match=r"`preceding` must be given"):

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 
-from .checks.arguments import as_tensor
+from .checks.arguments import as_tensor, shown
 from .circuits import (
     Context,
     ContextMaps,
@@ -323,6 +323,10 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
         )
 
     def _context(self, logits, observed, last_hidden_state, present, preceding) -> Context:
+        if not isinstance(logits, torch.Tensor | DenseEvidence | ListedEvidence):
+            raise TypeError(f"`logits` must be a tensor or evidence, got {shown(logits)}.")
+        if not isinstance(preceding, Preceding | None):
+            raise TypeError(f"`preceding` must be a Preceding, got {shown(preceding)}.")
         leading = logits.shape[:2] if isinstance(logits, torch.Tensor) else logits.batch_shape
         shape, device = (*leading, self.config.context_size), logits.device
         for name, value in (("last_hidden_state", last_hidden_state), ("preceding", preceding)):
@@ -333,8 +337,11 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
                 )
         hidden = as_tensor("last_hidden_state", last_hidden_state, float, shape, device)
         masked = torch.ones(shape[:2], dtype=torch.bool, device=device)
-        for part, where in ((observed, False), (present, True)):
-            masked = masked if part is None else masked & (part == where)
+        if observed is not None:
+            masked = ~as_tensor("observed", observed, bool, shape[:2], device)
+        if present is not None:
+            present = as_tensor("present", present, bool, shape[:2], device)
+            masked = masked & present
         with torch.autocast(device.type, enabled=False):
             log_marginal = self.token_marginal.log().reshape(-1, self.config.vocab_size)[0]
             return self.context_maps(
