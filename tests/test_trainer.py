@@ -192,6 +192,11 @@ def test_text_without_labels_is_all_answer_and_one_without_an_answer_is_refused(
             r"`input_ids` of a feature must have shape \[length\], got \(1, 2\)",
         ),
         ({"input_ids": [5, 6], "labels": [5.0, 6.0]}, "`labels` must be integers, got"),
+        ({"input_ids": [5, 6], "labels": 3}, r"`labels` of a feature must have shape \[length\]"),
+        ({"input_ids": [5, 6], "labels": ["x"]}, "`labels` must be a tensor, an array, or rows"),
+        ({"input_ids": [5, 6], "attention_mask": 1}, "`attention_mask` of a feature must have"),
+        ({"input_ids": None}, "`input_ids` of a feature must be token ids, got None"),
+        (3, r"`features` must hold at least one, each with `input_ids`, got \[3\]"),
         (
             {"text": "a"},
             r"`features` must hold at least one, each with `input_ids`, got \[\['text'\]",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -57,11 +57,13 @@ class DataCollatorForMaskedDiffusion(Settings):
             TypeError: tokens are no integers.
             ValueError: there is no feature, one has nothing to learn, or its parts do not match.
         """
-        if not features or any("input_ids" not in feature for feature in features):
+        rows = list(features) if isinstance(features, Iterable) else []
+        if not rows or not all(isinstance(row, Mapping) and "input_ids" in row for row in rows):
             raise ValueError(
                 "`features` must hold at least one, each with `input_ids`, got "
-                f"{shown([list(feature) for feature in features])}."
+                f"{shown([list(row) if isinstance(row, Mapping) else row for row in rows])}."
             )
+        features = [_read(row) for row in rows]
         fixed = {_is_noised(feature) for feature in features}
         if fixed == {True, False}:
             raise ValueError("`features` must be all noised by `fixed` or none, got both.")
@@ -102,7 +104,7 @@ class DataCollatorForMaskedDiffusion(Settings):
             noised += [parts] if _is_noised(parts) else []
         return noised
 
-    def _padded(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def _padded(self, features: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
         columns = {"input_ids": padding_token_id(self.tokenizer), "labels": IGNORED}
         features = [{**f, "attention_mask": [1] * len(f["input_ids"])} for f in features]
         return {
@@ -110,15 +112,9 @@ class DataCollatorForMaskedDiffusion(Settings):
             for name, padding in {**columns, "attention_mask": 0}.items()
         }
 
-    def _example(self, feature: Mapping[str, Any]) -> TokenizedExample:
-        ids, labels = as_tensor("input_ids", feature["input_ids"], int), feature.get("labels")
-        if ids.ndim != 1:
-            raise ValueError(
-                f"`input_ids` of a feature must have shape [length], got {tuple(ids.shape)}."
-            )
-        labels = ids if labels is None else as_tensor("labels", labels, int)
-        ids, labels = ids.tolist(), labels.tolist()
-        real = feature.get("attention_mask", [1] * len(ids))
+    def _example(self, feature: Mapping[str, list[int]]) -> TokenizedExample:
+        ids = feature["input_ids"]
+        labels, real = feature.get("labels", ids), feature.get("attention_mask", [1] * len(ids))
         if not len(ids) == len(labels) == len(real):
             raise ValueError(
                 "`labels` and `attention_mask` must be as long as `input_ids`, got "
@@ -147,7 +143,23 @@ class DataCollatorForMaskedDiffusion(Settings):
         return [own for t in ids for own in (spelling if t == self.mask_token_id else (t,))]
 
 
-def _is_noised(feature: Mapping[str, Any]) -> bool:
+def _read(feature: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The parts of a feature that are there, as lists."""
+    parts = {}
+    for name, kind in (("input_ids", int), ("labels", int), ("attention_mask", None)):
+        if feature.get(name) is not None:
+            part = as_tensor(name, feature[name], kind)
+            if part.ndim != 1:
+                raise ValueError(
+                    f"`{name}` of a feature must have shape [length], got {tuple(part.shape)}."
+                )
+            parts[name] = part.tolist()
+    if "input_ids" not in parts:
+        raise ValueError("`input_ids` of a feature must be token ids, got None.")
+    return parts
+
+
+def _is_noised(feature: Mapping[str, list[int]]) -> bool:
     """Whether labels tell what is hidden; those of a text are its tokens, or -100."""
     ids, labels = feature["input_ids"], feature.get("labels")
     return labels is not None and any(
