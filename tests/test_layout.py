@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,23 @@ def test_a_step_of_the_embedded_model_passes_few_files(monkeypatch):
     files = sorted({*passed})
     print(len(files), "files:", *files)
     assert len(files) <= 26
+
+
+def is_docstring(node: ast.stmt) -> bool:
+    value = getattr(node, "value", None)
+    is_text = isinstance(value, ast.Constant) and isinstance(value.value, str)
+    return isinstance(node, ast.Expr) and is_text
+
+
+def test_package_grows_no_larger():
+    lines = statements = 0
+    for path in Path(codd_hf.__file__).parent.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.stmt)]
+        length = len(text.splitlines())
+        assert length <= 400, f"{path} has {length} lines"
+        lines += length
+        statements += sum(not is_docstring(node) for node in nodes)
+    print(lines, "lines,", statements, "statements")
+    assert lines <= 23_000
+    assert statements <= 11_200
