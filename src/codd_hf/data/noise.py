@@ -83,6 +83,29 @@ def sample_noise(
     return Noise(masked=target | later, target=target, span=span, level=level)
 
 
+def draw_canvases(
+    examples: Sequence[TokenizedExample],
+    tokenizer: PreTrainedTokenizerBase,
+    window_length: int,
+    max_extra_windows: int,
+    generator: torch.Generator,
+    **noise: float,
+) -> tuple[CanvasBatch, Noise]:
+    """Canvases, each with up to `max_extra_windows` of end-of-text at its end, and their noise.
+
+    The other arguments are those of `sample_noise`.
+    """
+    extra = torch.randint(max_extra_windows + 1, (len(examples),), generator=generator)
+    canvas = collate(
+        examples,
+        window_length=window_length,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=padding_token_id(tokenizer),
+        extra_windows=extra.tolist(),
+    )
+    return canvas, sample_noise(canvas, window_length=window_length, generator=generator, **noise)
+
+
 def draw_windows(
     examples: Sequence[TokenizedExample],
     tokenizer: PreTrainedTokenizerBase,
@@ -96,18 +119,12 @@ def draw_windows(
     Returns:
         canvases, noise, and `[batch]` the start of each row's window.
     """
-    extra = torch.randint(max_extra_windows + 1, (len(examples),), generator=generator)
-    canvas = collate(
+    canvas, noise = draw_canvases(
         examples,
-        window_length=window_length,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=padding_token_id(tokenizer),
-        extra_windows=extra.tolist(),
-    )
-    noise = sample_noise(
-        canvas,
-        window_length=window_length,
-        generator=generator,
+        tokenizer,
+        window_length,
+        max_extra_windows,
+        generator,
         window_probability=1.0,
         mean_span_length=mean_span_length,
     )

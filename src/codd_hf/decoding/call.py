@@ -214,12 +214,6 @@ def check_scheduler(scheduler: Any) -> None:
         raise TypeError(f"`scheduler` must be a CoDDScheduler, got {shown(scheduler)}.")
 
 
-def filler(config: CoDDConfig, end_ids: Sequence[int], pad_token_id: int | None) -> int:
-    """The token behind the end of a text: padding or, as in transformers, an end token."""
-    tokens = (pad_token_id, config.pad_token_id, *end_ids[:1])
-    return next((t for t in tokens if t not in (None, config.mask_token_id)), config.mask_token_id)
-
-
 def _check_attention(config: CoDDConfig, paradigm: str, block_length: int) -> None:
     """A block-causal backbone sees nothing beyond a block: positions must be filled in order."""
     attended = getattr(config.text_config, "block_length", None)

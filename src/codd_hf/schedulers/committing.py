@@ -38,19 +38,8 @@ def commit(
 ) -> CoDDSchedulerOutput:
     """[`CoDDScheduler.step`] for loops whose arguments and settings are checked already.
 
-    Args:
-        distribution: over the windows of the rows.
-        sample: `[batch, length]`, the current tokens.
-        settings: of the call.
-        steps_left: steps that remain, this one included.
-        generator: this and the others as for `CoDDScheduler.step`.
-        eligible: as above.
-        at_least: as above.
-        mask_token_id: as above.
-        logits_processor: as above.
-        text: as above.
-        memory: as above.
-        output_logits: as above.
+    The arguments are those of `step`, with the `settings` of the call and the number of steps that
+    are left, this one included, in place of overrides and a timestep.
     """
     # 1. The distribution, and where a token may be committed.
     draw = draw_in_any_order if settings.sampling == "any_order" else draw_independently

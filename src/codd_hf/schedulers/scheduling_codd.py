@@ -89,6 +89,9 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
     Confidence is read at evidence temperature 1, since a sharpened distribution saturates and
     cannot rank.
 
+    `step` checks its arguments and calls `commit`, which the denoising loop calls itself: override
+    `commit` in a subclass.
+
     Args:
         mask_token_id (`int`, *optional*): The mask token; needed to step with plain logits, to
             remask and to add noise, unless given there.

@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...backbones import family_of
-from ...data.canvases import CanvasBatch, TokenizedExample, batch_indices, collate, padding_token_id
-from ...data.noise import Noise, sample_noise
+from ...data.canvases import CanvasBatch, TokenizedExample, batch_indices
+from ...data.noise import Noise, draw_canvases
 from ...runtime import precision
 from ..identity import backbone_identity, data_identity
 from ..loop.checkpoints import Checkpoints
@@ -135,18 +135,12 @@ def fit_backbone(
     def loss_of(
         examples: Sequence[TokenizedExample], generator: torch.Generator, **noise: float
     ) -> tuple[torch.Tensor, torch.Tensor, CanvasBatch, Noise]:
-        extra = torch.randint(config.max_extra_windows + 1, (len(examples),), generator=generator)
-        canvas = collate(
+        canvas, drawn = draw_canvases(
             examples,
-            window_length=window_length,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=padding_token_id(tokenizer),
-            extra_windows=extra.tolist(),
-        )
-        drawn = sample_noise(
-            canvas,
-            window_length=window_length,
-            generator=generator,
+            tokenizer,
+            window_length,
+            config.max_extra_windows,
+            generator,
             mean_span_length=config.mean_span_length,
             **noise,
         )
