@@ -15,9 +15,8 @@ from huggingface_hub.errors import (
 )
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
-from .checks.arguments import choice, factor, integer, number, plain
+from .checks.arguments import choice, factor, integer, number, plain, without_left_fields
 from .checks.errors import is_of_a_library, reason
-from .checks.versions import without_left_fields
 
 COUPLINGS = ("none", "marginal", "latent")
 EMISSIONS = ("dense", "tied")
@@ -251,7 +250,7 @@ class CoDDHeadConfig(PreTrainedConfig):
             if getattr(self, name) is not None:
                 integer(name, getattr(self, name), least)
         factor("evidence_temperature", self.evidence_temperature)
-        number("alpha", self.alpha, "0 or a positive number", lambda alpha: alpha >= 0)
+        number("alpha", self.alpha, least=0)
         _check_tokens(self, self.vocab_size)
 
     def validate_parts(self) -> None:

@@ -33,8 +33,8 @@ def make(**changes):
         ({"context": Context(torch.zeros(2, 4, 3))}, r"`context` must have shape \(2, 5, 3\)"),
         ({"active": torch.zeros(2, 1).bool()}, r"`active` must have shape \(2,\)"),
         ({"forbidden": torch.zeros(5).bool()}, r"`forbidden` must have shape \(4,\)"),
-        ({"temperature": 0.0}, r"`temperature` must be above 0, within 1e-06 to 1e[+]06, got 0.0"),
-        ({"temperature": float("nan")}, r"`temperature` must be above 0"),
+        ({"temperature": 0.0}, r"`temperature` must be at least 1e-06, got 0.0"),
+        ({"temperature": float("nan")}, r"`temperature` must be a finite number"),
         ({"observed": EVERYWHERE}, r"`tokens` must be given"),
         (
             {"observed": EVERYWHERE, "tokens": torch.full((2, 5), -1)},

@@ -386,7 +386,7 @@ def test_what_is_not_there_is_an_error_that_says_so(hub_cache, tmp_path):
 
 def test_numbers_out_of_range_are_an_error():
     for alpha in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match="`alpha` must be 0 or a positive number"):
+        with pytest.raises(ValueError, match="`alpha` must be"):
             convert_jpc(FIXTURES / "cat_hmm.jpc", alpha=alpha)
     with pytest.raises(ValueError, match=r"`mask_token_id`.* must lie in \[0, 20\), got \[20\]"):
         convert_jpc(FIXTURES / "cat_hmm.jpc", mask_token_id=20)

@@ -227,7 +227,7 @@ def test_block_of_forced_tokens_costs_no_pass_and_leaves_its_steps_to_the_others
         ),
         ({"forced_tokens": [{}, {}]}, "`forced_tokens` must have one entry per prompt (1), got 2"),
         ({"repetition_penalty": 0}, "`repetition_penalty` must be at least 1e-06"),
-        ({"forbidden_token_ids": [-1]}, "`forbidden_token_ids` must be a list of token ids"),
+        ({"forbidden_token_ids": [-1]}, "`forbidden_token_ids` must be a token id"),
         ({"threshold": 1.2}, "`threshold` must be at most 1, got 1.2"),
     ],
 )

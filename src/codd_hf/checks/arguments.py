@@ -1,33 +1,29 @@
-"""What arguments and settings must be; an error is one sentence that names the argument.
+"""Arguments that callers give: each check raises one sentence that names the argument.
 
 Numbers and ids may be Python's, numpy's or tensors. A bool is no number, and a float is no id.
-Checks raise a TypeError for a value of another kind and a ValueError for one out of range.
+A value of another kind is a TypeError, one out of range a ValueError. Nothing here imports torch
+at once: the help of the command line uses it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-BOOL = torch.bool
 LARGEST_INTEGER = 2**31 - 1
 LARGEST_FACTOR = 1e6
-KINDS = {
-    int: ("integers", lambda kind: not (kind.is_floating_point or kind.is_complex or kind == BOOL)),
-    float: ("floating-point numbers", lambda kind: kind.is_floating_point),
-    bool: ("True or False everywhere", lambda kind: kind == BOOL),
-}
-"""What a tensor may hold, in words, and the dtypes that do."""
+KINDS = {int: "integers", float: "floating-point numbers", bool: "True or False everywhere"}
 
 
 def shown(value: Any) -> str:
     """A value as an error message shows it: in one line, and cut where it is long."""
-    if isinstance(value, torch.Tensor) and value.ndim:
+    if getattr(value, "shape", ()) and hasattr(value, "dtype"):
         return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -64,34 +60,37 @@ def several(value: Any) -> list | None:
     return list(value) if getattr(value, "ndim", 0) else None
 
 
-def integer(name: str, value: Any, least: int | None = None, most: int = LARGEST_INTEGER) -> int:
-    """The number as Python's `int`, from `least` to `most`."""
-    number = plain(value)
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"`{name}` must be an integer, got {shown(value)}.")
-    if least is not None and number < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {number}.")
-    if abs(number) > most:
-        raise ValueError(f"`{name}` must be at most {most:,}, got {shown(number)}.")
-    return number
+def number(
+    name: str,
+    value: Any,
+    least: float = -sys.float_info.max,
+    most: float = sys.float_info.max,
+    kind: type[float] = float,
+) -> Any:
+    """The number from `least` to `most` as Python's own."""
+    found = plain(value)
+    if isinstance(found, bool) or not isinstance(found, (int, kind)):
+        wanted = "an integer" if kind is int else "a number"
+        raise TypeError(f"`{name}` must be {wanted}, got {shown(value)}.")
+    if not abs(found) <= sys.float_info.max:
+        raise ValueError(f"`{name}` must be a finite number, got {shown(found)}.")
+    if found < least:
+        raise ValueError(f"`{name}` must be at least {least:,}, got {shown(found)}.")
+    if found > most:
+        raise ValueError(f"`{name}` must be at most {most:,}, got {shown(found)}.")
+    return found
 
 
-def number(name: str, value: Any, wanted: str, holds: Callable[[float], bool]) -> float:
-    """The finite number as Python's own; `wanted` says in words what `holds` tests."""
-    number = plain(value)
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise TypeError(f"`{name}` must be a number {wanted}, got {shown(value)}.")
-    if not (abs(number) <= sys.float_info.max and holds(number)):
-        raise ValueError(f"`{name}` must be {wanted}, got {shown(number)}.")
-    return number
+def integer(
+    name: str, value: Any, least: int = -LARGEST_INTEGER, most: int = LARGEST_INTEGER
+) -> int:
+    """The integer from `least` to `most` as Python's own."""
+    return number(name, value, least, most, int)
 
 
 def factor(name: str, value: Any) -> float:
-    """A number by which float32 can multiply and divide logits, as Python's own."""
-    least, most = 1 / LARGEST_FACTOR, LARGEST_FACTOR
-    return number(
-        name, value, f"above 0, within {least:g} to {most:g}", lambda x: least <= x <= most
-    )
+    """A number by which float32 can multiply and divide logits."""
+    return number(name, value, 1 / LARGEST_FACTOR, LARGEST_FACTOR)
 
 
 def flag(name: str, value: Any) -> bool:
@@ -101,9 +100,9 @@ def flag(name: str, value: Any) -> bool:
     return plain(value)
 
 
-def choice(name: str, value: Any, choices: Iterable[str | None]) -> None:
+def choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
     """Raises unless the value is one of the choices."""
-    if not (isinstance(value, str | None) and value in (choices := tuple(choices))):
+    if not (isinstance(value, str | None) and value in choices):
         names = ", ".join(map(str, choices))
         raise ValueError(f"`{name}` must be one of {names}, got {shown(value)}.")
 
@@ -123,18 +122,40 @@ def check_callable(name: str, value: Any, what: str) -> None:
         raise TypeError(f"`{name}` must be {what}, got {shown(value)}.")
 
 
-def generators(name: str, value: Any, rows: int | None = None) -> None:
+def without_left_fields(
+    saved: Mapping[str, Any], left: Mapping[str, Any], what: str
+) -> dict[str, Any]:
+    """Saved fields without those that an earlier version had, and whose value changes nothing.
+
+    Args:
+        saved: fields by name.
+        left: the fields that left, each with the value that changes nothing.
+        what: was saved, for the error.
+
+    Raises:
+        ValueError: one of them holds another value.
+    """
+    for name, default in left.items():
+        if saved.get(name, default) != default:
+            raise ValueError(
+                f"`{name}={shown(saved[name])}` in {what} is no longer supported: remove it, or "
+                f"use codd-hf 0.1."
+            )
+    return {name: value for name, value in saved.items() if name not in left}
+
+
+def generators(name: str, value: Any, rows: int) -> None:
     """Raises unless the source of randomness is None, a generator, or a list of one per row."""
-    if value is None or isinstance(value, torch.Generator):
+    from torch import Generator
+
+    if value is None or isinstance(value, Generator):
         return
-    if not isinstance(value, (list, tuple)) or not all(
-        isinstance(entry, torch.Generator) for entry in value
-    ):
+    if not (isinstance(value, (list, tuple)) and all(isinstance(v, Generator) for v in value)):
         raise TypeError(
             f"`{name}` must be a torch.Generator or a list with one per row, got {shown(value)}: "
             "of a seed, `torch.Generator().manual_seed(seed)` makes one."
         )
-    if rows is not None and len(value) != rows:
+    if len(value) != rows:
         raise ValueError(f"`{name}` must have one entry per row ({rows}), got {len(value)}.")
 
 
@@ -148,29 +169,20 @@ def per_row(name: str, value: Any, rows: int, check: Callable[[str, Any], Any]) 
     return [check(name, entry) for entry in values]
 
 
-def token_id(name: str, value: Any, vocab_size: int, what: str = "a token id") -> int:
+def token_id(name: str, value: Any, vocab_size: int) -> int:
     """A token of the vocabulary as Python's `int`."""
     token = integer(name, value)
     if not 0 <= token < vocab_size:
         raise ValueError(
-            f"`{name}` must be {what} of the vocabulary, 0 to {vocab_size - 1}, got {token}."
+            f"`{name}` must be a token id of the vocabulary, 0 to {vocab_size - 1}, got {token}."
         )
     return token
 
 
 def list_of_ids(name: str, value: Any, vocab_size: int = LARGEST_INTEGER) -> list[int]:
-    """Tokens of the vocabulary as a list of Python's `int`."""
-    ids = several(value)
-    if ids is None:
-        raise TypeError(f"`{name}` must be a list of token ids, got {shown(value)}.")
-    return [token_id(name, entry, vocab_size, "a list of token ids") for entry in ids]
-
-
-def end_tokens(name: str, value: Any, vocab_size: int) -> list[int]:
-    """The tokens that end a text: one, several or, with None, none."""
-    if value is None:
-        return []
-    return list_of_ids(name, [value] if several(value) is None else value, vocab_size)
+    """Tokens of the vocabulary: one, several or, with None, none."""
+    ids = [] if value is None else several(value)
+    return [token_id(name, entry, vocab_size) for entry in ([value] if ids is None else ids)]
 
 
 def as_tensor(
@@ -184,22 +196,21 @@ def as_tensor(
 
     It must hold the `kind`: int (which becomes int64), float or bool; None for anything.
     """
-    try:
-        if isinstance(value, (list, tuple)):
-            if len({isinstance(entry, bool) for entry in value}) > 1:
-                raise TypeError
-            if any(isinstance(entry, (list, tuple)) or hasattr(entry, "shape") for entry in value):
-                value = torch.stack([as_tensor(name, entry, device=device) for entry in value])
-        if not isinstance(value, torch.Tensor):
-            value = torch.as_tensor(value, device=device)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise TypeError(
-            f"`{name}` must be a tensor, an array, or rows of equal length, got {shown(value)}."
-        ) from error
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        try:
+            value = torch.as_tensor(plain(value) if several(value) else value, device=device)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise TypeError(
+                f"`{name}` must be a tensor, an array, or rows of equal length, got {shown(value)}."
+            ) from error
     if kind is int and not value.numel():  # of whatever dtype, as `torch.tensor([[]])`
         value = value.long()
-    if kind is not None and not KINDS[kind][1](value.dtype):
-        raise TypeError(f"`{name}` must be {KINDS[kind][0]}, got {value.dtype}.")
+    is_bool, is_real = value.dtype == torch.bool, not value.is_complex()
+    found = float if value.is_floating_point() else bool if is_bool else int if is_real else None
+    if kind not in (None, found):
+        raise TypeError(f"`{name}` must be {KINDS[kind]}, got {value.dtype}.")
     if shape is not None and tuple(value.shape) != tuple(shape):
         raise ValueError(f"`{name}` must have shape {tuple(shape)}, got {tuple(value.shape)}.")
     return value.long() if kind is int else value
@@ -225,11 +236,8 @@ def check_tokens(
     outside = (ids < 0) | (ids >= vocab_size)
     if bool(outside.any()):
         row = int(outside.nonzero()[0, -2]) if ids.ndim > 1 else 0
-        raise RowError(
-            f"`{name}` must hold {what}, 0 to {vocab_size - 1}, got "
-            f"{int(ids[outside][0])} in row {{row}}.",
-            row,
-        )
+        found = f"{int(ids[outside][0])} in row {{row}}."
+        raise RowError(f"`{name}` must hold {what}, 0 to {vocab_size - 1}, got {found}", row)
 
 
 def rows_of_ids(name: str, value: Any, vocab_size: int) -> list[torch.Tensor]:
@@ -238,13 +246,10 @@ def rows_of_ids(name: str, value: Any, vocab_size: int) -> list[torch.Tensor]:
     if rows is None:
         raise TypeError(f"`{name}` must hold rows of token ids, got {shown(value)}.")
     found = [as_tensor(name, row, int) for row in rows]
-    for number, ids in enumerate(found):
+    for row, ids in enumerate(found):
         if ids.ndim != 1:
-            raise ValueError(
-                f"`{name}` must be one- or two-dimensional, rows of token ids, got "
-                f"{shown(rows[number])} as row {number}."
-            )
-        with numbered([number]):
+            raise ValueError(f"`{name}` must hold rows of token ids, got {shown(rows[row])}.")
+        with numbered([row]):
             check_tokens(name, ids[None], vocab_size)
     return found
 
@@ -260,23 +265,18 @@ def check_unmasked(name: str, rows: Iterable[torch.Tensor], mask_token_id: int |
 
 
 def padding_mask(
-    name: str, value: Any, shape: tuple[int, ...], device: torch.device | None = None
+    name: str, value: Any, shape: Sequence[int], device: torch.device | None = None
 ) -> torch.Tensor:
     """A mask of tokens, 1 where they are real and 0 at padding, as int64."""
-    mask = as_tensor(name, value, device=device)
-    if tuple(mask.shape) != tuple(shape):
-        raise ValueError(
-            f"`{name}` must have the shape of `input_ids`, {tuple(shape)}, got {tuple(mask.shape)}."
-        )
+    mask = as_tensor(name, value, shape=shape, device=device)
     if bool(((mask != 0) & (mask != 1)).any()):
         raise ValueError(f"`{name}` must be 1 at real tokens and 0 at padding, got other values.")
     return mask.long()
 
 
-def check_token_types(value: Any, input_ids: torch.Tensor) -> None:
+def check_token_types(value: Any) -> None:
     """Raises unless `token_type_ids` of a tokenizer, if there are any, are 0 everywhere."""
-    if value is not None and as_tensor("token_type_ids", value, int, input_ids.shape).any():
+    if value is not None and as_tensor("token_type_ids", value).any():
         raise ValueError(
-            "`token_type_ids` must be 0 everywhere, got others: a denoised text has one type of "
-            "tokens."
+            "`token_type_ids` must be 0 everywhere: a denoised text has one type of tokens."
         )

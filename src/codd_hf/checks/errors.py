@@ -1,8 +1,6 @@
 """Exceptions of libraries that read what a user or a repository gave, told in one sentence.
 
-Where files are handed to libraries, `reading` and `hub.repositories.explain_load_errors` make a
-sentence of whatever those raise. Exceptions of this package pass: its refusals are sentences
-already, and its accidents are bugs.
+Exceptions of this package pass: its refusals are sentences already, and its accidents are bugs.
 """
 
 from __future__ import annotations
@@ -47,14 +45,7 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """A door at which a file is read: what a library raises inside becomes one sentence.
-
-    Args:
-        what: is read, with the file's name; begins the sentence.
-
-    Raises:
-        OSError: a library could not read it. What this package raises passes as it is.
-    """
+    """Makes an OSError of one sentence, which `what` begins, of what a library raises inside."""
     try:
         yield
     except BaseException as error:

@@ -8,10 +8,11 @@ import math
 import textwrap
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
-from numbers import Integral, Real
+from itertools import pairwise
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
-from typing import get_type_hints as type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from .arguments import choice, flag, number, plain, shown
 
 
 class Range(NamedTuple):
@@ -26,7 +27,6 @@ Natural = Annotated[int, Range(0)]
 Seed = Annotated[int, Range(0, 2**40)]  # what is added to it leaves torch's range open
 Positive = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
-NOUNS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
 
 
 @dataclass(frozen=True)
@@ -57,31 +57,23 @@ class Setting:
         Raises:
             ValueError: it is none of this setting's; the message names the setting.
         """
-
-        def refuse(wanted: str) -> NoReturn:
-            from .arguments import shown  # imports torch, for which no help waits
-
-            raise ValueError(f"`{name}` must be {wanted}, got {shown(value)}.")
-
         if value is None and self.optional:
             return None
-        if self.kind in (int, float):
-            number = isinstance(value, Integral if self.kind is int else Real)
-            if not number or isinstance(value, bool) or not -math.inf < value < math.inf:
-                refuse(NOUNS[self.kind])
-            if value < self.bounds.low:
-                refuse(f"at least {self.bounds.low}")
-            if value > self.bounds.high:
-                refuse(f"at most {self.bounds.high}")
-            return self.kind(value)
-        if not isinstance(value, (list, tuple) if self.kind is list else self.kind):
-            refuse(
-                "a list" if self.kind is list else NOUNS.get(self.kind, f"a {self.kind.__name__}")
-            )
-        if self.kind is list:
-            return [self.entry.checked(name, entry) for entry in value]
-        if self.choices and value not in self.choices:
-            refuse(f"one of {', '.join(self.choices)}")
+        value = plain(value)
+        try:
+            if self.kind in (int, float):
+                return self.kind(number(name, value, *self.bounds, self.kind))
+            if self.kind is bool:
+                return flag(name, value)
+            if self.entry is not None and isinstance(value, (list, tuple)):
+                return [self.entry.checked(name, entry) for entry in value]
+            if self.choices:
+                choice(name, value, self.choices)
+            elif not isinstance(value, self.kind):
+                wanted = "text" if self.kind is str else self.kind.__name__
+                raise ValueError(f"`{name}` must be a {wanted}, got {shown(value)}.")
+        except TypeError as error:
+            raise ValueError(str(error)) from None
         return value
 
 
@@ -94,22 +86,22 @@ class Settings:
             object.__setattr__(self, name, setting.checked(name, getattr(self, name)))
 
 
-@cache
 def settings_of(kind: type) -> dict[str, Setting]:
     """The settings of a settings class by name."""
+    return _settings_of(kind)
+
+
+@cache
+def _settings_of(kind: type) -> dict[str, Setting]:
     docs: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        if is_dataclass(base):
-            docs |= _field_docs(base)
-    hints = type_hints(kind, include_extras=True)
-    return {
-        field.name: _setting(
-            hints[field.name],
-            field.default if field.default_factory is MISSING else field.default_factory(),
-            docs.get(field.name, ""),
-        )
-        for field in fields(kind)
-    }
+    for base in filter(is_dataclass, reversed(kind.__mro__)):
+        docs |= _field_docs(base)
+    hints, found = get_type_hints(kind, include_extras=True), {}
+    for field in fields(kind):
+        makes = field.default_factory
+        default = field.default if makes is MISSING else makes()
+        found[field.name] = _setting(hints[field.name], default, docs.get(field.name, ""))
+    return found
 
 
 def _setting(hint: Any, default: Any = MISSING, doc: str = "") -> Setting:
@@ -128,9 +120,10 @@ def _setting(hint: Any, default: Any = MISSING, doc: str = "") -> Setting:
 
 def _field_docs(kind: type) -> dict[str, str]:
     """The strings below the fields of a class."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     docs = {}
-    for field, below in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-            docs[field.target.id] = " ".join(below.value.value.split())
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    for pair in pairwise(ast.iter_child_nodes(definition)):
+        match pair:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(str(doc))):
+                docs[name] = " ".join(doc.split())
     return docs

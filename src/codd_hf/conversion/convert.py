@@ -64,7 +64,7 @@ def convert_jpc(
             or `alpha` or a token id is out of range.
         OSError: there is no such file, folder or repository.
     """
-    number("alpha", alpha, "0 or a positive number", lambda alpha: alpha >= 0)
+    number("alpha", alpha, least=0)
     if output is not None:
         _check_output(Path(output), overwrite)
     path, name = _find(source, hub)

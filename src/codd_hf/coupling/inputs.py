@@ -39,7 +39,7 @@ def checked_inputs(
     ids = token_ids("input_ids", ids, vocab_size, device)
     if ids.shape[1] == 0:
         raise ValueError("`input_ids` must hold at least one token in a row, got none.")
-    check_token_types(token_types, ids)
+    check_token_types(token_types)
     if mask is None:
         real = model.real_tokens(ids)
         if real is not None and not bool(real[:, [0, -1]].all()):

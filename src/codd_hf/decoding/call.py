@@ -13,10 +13,10 @@ from ..checks.arguments import (
     LARGEST_FACTOR,
     check_callable,
     choice,
-    end_tokens,
     flag,
     generators,
     integer,
+    list_of_ids,
     number,
     per_row,
     shown,
@@ -179,7 +179,7 @@ class DecodingCall:
                         f"`forced_tokens` must have places below `gen_length` ({length}), got "
                         f"{place}."
                     )
-        ends = end_tokens("eos_token_id", eos_token_id, config.vocab_size)
+        ends = list_of_ids("eos_token_id", eos_token_id, config.vocab_size)
         if mask_token_id in ends:
             raise ValueError(
                 f"`eos_token_id` must not hold the mask token ({mask_token_id}), which stands "
@@ -240,8 +240,7 @@ def _steps(name: str, value: Any) -> int | None:
 
 
 def _scale(name: str, value: Any) -> float:
-    wanted = f"at least 0 (off) and at most {LARGEST_FACTOR:g}"
-    return float(number(name, value, wanted, lambda x: 0 <= x <= LARGEST_FACTOR))
+    return float(number(name, value, 0, LARGEST_FACTOR))
 
 
 def _forced(config: CoDDConfig, name: str, tokens: Any) -> dict[int, int]:

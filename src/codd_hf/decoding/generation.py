@@ -144,7 +144,7 @@ def generate(
     if inputs is None:
         inputs = torch.empty(1, 0, dtype=torch.long, device=model.device)
     inputs = token_ids(name, inputs, model.config.vocab_size, model.device)
-    check_token_types(kwargs.pop("token_type_ids", None), inputs)
+    check_token_types(kwargs.pop("token_type_ids", None))
     if not isinstance(generation_config, GenerationConfig | None):
         raise TypeError(
             f"`generation_config` must be a GenerationConfig, got {shown(generation_config)}."

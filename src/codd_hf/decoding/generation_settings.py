@@ -16,8 +16,15 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..checks.arguments import end_tokens, flag, integer, plain, several, token_id
-from ..checks.versions import without_left_fields
+from ..checks.arguments import (
+    flag,
+    integer,
+    list_of_ids,
+    plain,
+    several,
+    token_id,
+    without_left_fields,
+)
 from ..coupling.windows import CoupledBackbone
 from ..schedulers import CoDDScheduler
 from ..schedulers.settings import LEFT, DrawSettings
@@ -88,7 +95,7 @@ def task_of(
         if file.get("eos_token_id") in (mask_token_id, [mask_token_id]):
             file["eos_token_id"] = None
     task = first_of(TASK, [*sources, *files])
-    task["eos_token_id"] = end_tokens("eos_token_id", task.get("eos_token_id"), vocab_size)
+    task["eos_token_id"] = list_of_ids("eos_token_id", task.get("eos_token_id"), vocab_size)
     if "pad_token_id" in task:
         task["pad_token_id"] = token_id("pad_token_id", task["pad_token_id"], vocab_size)
     return task

@@ -37,7 +37,7 @@ def span_uniforms(
     Raises:
         ValueError: `mean_span_length` is below 1.
     """
-    number("mean_span_length", mean_span_length, "at least 1 (independent masks)", lambda x: x >= 1)
+    number("mean_span_length", mean_span_length, least=1)
     numbers = uniform(shape, generator, device)
     if mean_span_length == 1:
         return numbers

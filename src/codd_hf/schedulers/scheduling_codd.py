@@ -25,8 +25,8 @@ from ..checks.arguments import (
     shown,
     token_id,
     token_ids,
+    without_left_fields,
 )
-from ..checks.versions import without_left_fields
 from ..circuits import CoupledCategorical
 from ..circuits.factorized import without_tokens
 from ..circuits.random import Generators
@@ -361,7 +361,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         """How many steps remain at `timestep`, itself included."""
         if self.num_inference_steps is None:
             raise ValueError("`step` was called before `set_timesteps`: call that first.")
-        timestep = number("timestep", timestep, "one of `scheduler.timesteps`", lambda x: True)
+        timestep = number("timestep", timestep)
         steps = timestep * self.num_inference_steps
         rounding = max(0.01, self.num_inference_steps * 2.0**-23)  # of timesteps in float32
         most = self.num_inference_steps + 0.5

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
+from ..checks.arguments import LARGEST_INTEGER, check_known, list_of_ids
 from ..checks.settings import Range, Settings, Share
 
 LOWEST, HIGHEST = 1e-6, 1e6  # by what float32 can divide logits
@@ -63,10 +64,6 @@ class DrawSettings(Settings):
     0: none"""
 
     def __post_init__(self) -> None:
-        from ..checks.arguments import LARGEST_INTEGER, plain
-
-        for field in fields(self):
-            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         super().__post_init__()
         if 0 < self.temperature < LOWEST:
             raise ValueError(
@@ -91,9 +88,7 @@ class DrawSettings(Settings):
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises a ValueError if a forbidden token is not in a vocabulary of this size."""
-        from ..checks.arguments import list_of_ids
-
-        list_of_ids("forbidden_token_ids", self.forbidden_token_ids or [], vocab_size)
+        list_of_ids("forbidden_token_ids", self.forbidden_token_ids, vocab_size)
 
     @classmethod
     def resolve(cls, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> DrawSettings:
@@ -106,8 +101,6 @@ class DrawSettings(Settings):
         Raises:
             TypeError: a name is not a setting.
         """
-        from ..checks.arguments import check_known
-
         names = [field.name for field in fields(cls)]
         check_known(overrides, names, "a setting of the scheduler")
         call = {name: value for name, value in overrides.items() if value is not None}
