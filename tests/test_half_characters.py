@@ -36,5 +36,5 @@ def test_half_a_character_is_refused_in_a_sentence_that_names_argument_and_row(p
 def test_what_a_tokenizer_cannot_encode_is_one_sentence():
     pipe = tiny_pipeline()
     pipe.tokenizer.model_max_length = "many"
-    with pytest.raises(ValueError, match=r"`prompt`.* a text cannot be encoded by the tokenizer"):
+    with pytest.raises(ValueError, match=r"`prompt`.* row 0 cannot be encoded by the tokenizer"):
         pipe("Tom has", **SHORT)

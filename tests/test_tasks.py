@@ -168,5 +168,5 @@ def test_split_or_kind_that_is_not_there_is_refused():
         with pytest.raises(ValueError, match="`split`"):
             sample_tasks(split)
     for kinds in ("riddles", "", "sums,", "sums;dates"):
-        with pytest.raises(ValueError, match="`kinds` must be among records, ordering, sums"):
+        with pytest.raises(ValueError, match="`kinds` must be one of records, ordering, sums"):
             sample_tasks(kinds=kinds)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import gzip
 import json
 
 import pytest
@@ -29,37 +28,14 @@ def test_text_that_looks_like_something_else_is_text(text, tmp_path):
     assert load(tmp_path, {"text": text}, {"text": text}) == [Example("", text)] * 2
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.jsonl", LINES.encode()),
-        ("a.jsonl", codecs.BOM_UTF8 + LINES.replace("\n", "\r\n").encode()),
-        ("a.jsonl", LINES.encode("utf-32")),
-        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
-        ("a.json", codecs.BOM_UTF8 + json.dumps(ANSWERS, indent=1).encode()),
-        ("a.json.gz", gzip.compress(json.dumps(ANSWERS).encode("utf-16"), mtime=0)),
-    ],
-)
-def test_rows_are_the_same_in_every_form_of_a_file(name, content, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    assert load_examples(tmp_path / name) == DATES
-    assert load_examples(str(tmp_path / name), split="train[20%:40%]") == DATES[1:2]
-
-
-@pytest.mark.parametrize(
-    ("encoding", "sample_by"),
-    [("utf-8-sig", "line"), ("utf-16", "line"), ("utf-8-sig", "document")],
-)
-def test_byte_order_mark_is_no_text(encoding, sample_by, tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding=encoding)
-    (first, *_) = load_examples(str(tmp_path / "a.txt"), sample_by=sample_by)
-    assert first.answer == ("one\n\ntwo" if sample_by == "document" else "one")
-
-
-def test_byte_order_marks_of_files_that_were_joined_are_dropped(tmp_path):
-    line = codecs.BOM_UTF8 + b'{"text": "a"}\n'
-    (tmp_path / "a.jsonl").write_bytes(2 * line)
-    assert load_examples(str(tmp_path / "a.jsonl")) == [Example("", "a")] * 2
+def test_byte_order_mark_and_breaks_of_windows_are_no_text(tmp_path):
+    content = codecs.BOM_UTF8 + LINES.replace("\n", "\r\n").encode()
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert load_examples(tmp_path / "a.jsonl") == DATES
+    assert load_examples(str(tmp_path / "a.jsonl"), split="train[20%:40%]") == DATES[1:2]
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8-sig")
+    (whole,) = load_examples(str(tmp_path / "a.txt"), sample_by="document")
+    assert whole.answer == "one\n\ntwo"
 
 
 @pytest.mark.parametrize(
@@ -69,7 +45,8 @@ def test_byte_order_marks_of_files_that_were_joined_are_dropped(tmp_path):
         ([PLAIN[0], CALL, {"role": "tool", "content": "21"}, PLAIN[1]], "a call of a tool"),
         ([PLAIN[0], {"role": "assistant", "content": None}], "a message without content"),
         ([PLAIN[0], {"role": "assistant", "content": " "}], "an empty answer"),
-        ([], "no messages"),
+        ([], "no message of the assistant"),
+        (PLAIN[:1], "no message of the assistant"),
     ],
 )
 def test_conversation_without_an_answer_to_learn_is_passed_over_and_counted(
@@ -77,15 +54,15 @@ def test_conversation_without_an_answer_to_learn_is_passed_over_and_counted(
 ):
     rows = [{"messages": PLAIN}, {"messages": messages}]
     assert load(tmp_path, *rows) == [PLAIN_EXAMPLE]
-    assert f"1 row is passed over: {reason}" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=rf"has no text in column 'messages'.* {reason}.* \(1\)"):
+    assert f"Rows left out: 2: {reason}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"(?s)has no text in column 'messages'.* left out: 1: "):
         load(tmp_path, rows[1])
 
 
 def test_answer_that_is_empty_after_cleaning_is_passed_over(tmp_path, capsys):
     rows = [{"text": "<<1>>"}, {"text": "a<<2>>"}, {"text": " <<3>>\n"}]
     assert load(tmp_path, *rows, remove_pattern="<<.*?>>") == [Example("", "a")]
-    assert "2 rows are passed over: an empty answer (1, 3)" in capsys.readouterr().out
+    assert "Rows left out: 1, 3: an empty answer." in capsys.readouterr().out
     with pytest.raises(
         ValueError, match=r"`remove_pattern` must be a regular expression, got '\['"
     ):
@@ -99,7 +76,7 @@ def test_messages_may_be_json_or_hold_parts_of_text(tmp_path):
     rows = [{"messages": json.dumps(PLAIN)}, {"messages": parts}]
     assert load(tmp_path, *rows) == [PLAIN_EXAMPLE] * 2
     parts[0]["content"].append({"type": "image", "url": "x"})
-    with pytest.raises(ValueError, match=r"Row 1 .* a text `content` .* got"):
+    with pytest.raises(ValueError, match=r"Row 1 .* a text `content`, .* got"):
         load(tmp_path, {"messages": parts})
 
 
@@ -112,9 +89,7 @@ def test_prompt_and_completion_may_be_lists_of_messages(tmp_path):
     ]
     told = Example("Hi", "Hello.", (("system", "Be brief."),))
     assert load(tmp_path, *rows) == [PLAIN_EXAMPLE, told, PLAIN_EXAMPLE]
-    with pytest.raises(ValueError, match=r"Row 1 .* must hold messages in column 'prompt' too"):
-        load(tmp_path, {"prompt": "Hi", "completion": PLAIN})
-    with pytest.raises(ValueError, match=r"Row 1 .* a text in column 'answer', got \['Ann', 'An"):
+    with pytest.raises(ValueError, match=r"Row 1 .* in column 'answer', got \['Ann', 'An"):
         load(tmp_path, {"question": "Who?", "answer": ["Ann", "Anna"]})
     json_text = '[{"role": "user"}]'
     assert load(tmp_path, {"prompt": "Hi", "completion": json_text}) == [Example("Hi", json_text)]
@@ -122,11 +97,11 @@ def test_prompt_and_completion_may_be_lists_of_messages(tmp_path):
 
 BAD = [
     ('{"text": 3}', "must hold a text"),
-    ('{"text": "a', "line 2 is not JSON"),
-    ('{"text": "\ud83d"}', "half of a surrogate pair"),
-    ("[1]", "line 2 is not a JSON object"),
-    ("[" * 100_000, "line 2 is not JSON"),
-    (b'{"text": "\xff"}', "line 2 is not JSON .*utf-8"),
+    ('{"text": "a', "is not JSON"),
+    ('{"text": "\ud83d"}', "must hold a text"),
+    ("[1]", "is not a JSON object"),
+    ("[" * 100_000, "is not JSON"),
+    (b'{"text": "\xff"}', "is not JSON .*utf-8"),
     ("{}", "must hold a text"),
 ]
 
@@ -139,26 +114,22 @@ def test_bad_row_is_refused_by_its_number_or_left_out_and_listed(line, said, tmp
         load_examples(str(tmp_path / "a.jsonl"))
     kept = load_examples(str(tmp_path / "a.jsonl"), skip_bad_rows=True)
     assert [(e.answer, e.row) for e in kept] == [("a", 1), ("b", 3)]
-    assert "1 row is left out as bad (2)" in capsys.readouterr().out
+    assert "Rows left out: 2: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("a.jsonl", b"", "has no rows"),
-        ("a.json", b"[]", "has no rows"),
-        ("a.json", b'[\n{"text": "a"},\n{"text": "b"}\n', "cannot be read"),
-        ("a.json", b"[" * 100_000, "nested too deeply"),
-        ("a.json", b"[1]", "is not a JSON object"),
-        ("a.jsonl.gz", b"no gzip", "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-9], "cannot be read"),
-        ("a.txt", b"\xff\xfe\x00", "cannot be read"),
-        ("a.txt", b"a\n\xff\n", "line 2 is not text"),
+        ("a.jsonl", b"[1]", "is not a JSON object"),
+        ("a.txt", b"a\n\xff\n", "is not text"),
+        ("a.parquet", b"none", "cannot be read"),
+        ("a.json", b"[]", "must be a file that ends in"),
     ],
 )
 def test_file_that_cannot_be_read_is_one_sentence(name, content, said, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}.*{said}|{said}.*{name}"):
+    with pytest.raises((ValueError, OSError), match=f"{name}.*{said}|{said}.*{name}"):
         load_examples(str(tmp_path / name))
 
 

@@ -97,11 +97,6 @@ def tokenize_examples(
         raise ValueError("`tokenizer` needs an `eos_token`, so that answers can end.")
     if packing and any(e.messages for e in examples):
         raise ValueError("`packing` is for plain text, but there are examples with a prompt.")
-    if any(e.history for e in examples) and tokenizer.chat_template is None:
-        raise ValueError(
-            "`tokenizer` needs a chat template for messages: set `tokenizer.chat_template`, or "
-            "use a prompt column and an answer column."
-        )
     report = report or RowReport("`examples`")
     mask = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
     max_length = sys.maxsize if max_length is None else max_length
@@ -110,8 +105,7 @@ def tokenize_examples(
     prompts, bad_prompts = _encode_prompts(examples, tokenizer)
     tokenized, cut, left_out = [], 0, 0
     for i, (example, prompt, answer) in enumerate(zip(examples, prompts, answers, strict=True)):
-        number = i + 1 if example.row is None else example.row
-        fault = None
+        number, fault = example.row or i + 1, None
         if i in bad_prompts:
             fault = f"has a prompt that {bad_prompts[i]}"
         elif mask in prompt:
@@ -121,18 +115,16 @@ def tokenize_examples(
         elif outside := refused.intersection(answer):
             name = tokenizer.convert_ids_to_tokens(min(outside))
             fault = f"has an answer with the token {name!r}, which is never generated"
+        room = sys.maxsize if packing else max_length - len(prompt)
         if fault is not None:
-            report.refuse(number, fault.rstrip("."))
-            continue
-        if not answer:
+            report.refuse(number, fault)
+        elif not answer:
             report.pass_over(number, "an answer without a token")
-            continue
-        room = max_length - len(prompt)
-        if packing or room > 0:
-            cut += not packing and len(answer) >= room
-            tokenized.append(TokenizedExample(prompt, [*answer, eos][: None if packing else room]))
-        else:
+        elif room <= 0:
             left_out += 1
+        else:
+            cut += len(answer) >= room
+            tokenized.append(TokenizedExample(prompt, [*answer, eos][:room]))
     tell(report)
     if examples and not tokenized:
         raise ValueError(
@@ -141,16 +133,16 @@ def tokenize_examples(
             if left_out
             else f"Nothing is left of {report.source}: all {len(examples)} rows are bad or empty."
         )
-    if packing:
-        joined = [token for piece in tokenized for token in piece.answer_ids]
-        pieces = (joined[first : first + max_length] for first in range(0, len(joined), max_length))
-        return [TokenizedExample([], piece) for piece in pieces]
     if cut or left_out:
         tell(
             f"Of {len(examples)} examples, {cut} lose the end of their answer to `max_length` "
             f"({max_length} tokens), and {left_out} with a prompt of that length are left out."
         )
-    return tokenized
+    if not packing:
+        return tokenized
+    joined = [token for piece in tokenized for token in piece.answer_ids]
+    starts = range(0, len(joined), max_length)
+    return [TokenizedExample([], joined[start : start + max_length]) for start in starts]
 
 
 def _encode_prompts(
@@ -158,12 +150,17 @@ def _encode_prompts(
 ) -> tuple[list[list[int]], dict[int, str]]:
     """The prompts, in the chat template where there is one; as `encode_texts`."""
     given = [i for i, example in enumerate(examples) if example.messages]
-    if tokenizer.chat_template is None:
-        prompts = [examples[i].prompt for i in given]
-        encoded, bad = encode_texts(prompts, tokenizer, add_special_tokens=True)
-    else:
+    if tokenizer.chat_template is not None:
         chats = [examples[i].messages for i in given]
         encoded, bad = encode_chats(chats, tokenizer, add_generation_prompt=True)
+    elif any(e.history for e in examples):
+        raise ValueError(
+            "`tokenizer` needs a chat template for messages: set `tokenizer.chat_template`, or "
+            "use a prompt column and an answer column."
+        )
+    else:
+        prompts = [examples[i].prompt for i in given]
+        encoded, bad = encode_texts(prompts, tokenizer, add_special_tokens=True)
     rows: list[list[int]] = [[] for _ in examples]
     for i, row in zip(given, encoded, strict=True):
         rows[i] = row
@@ -230,9 +227,6 @@ def epoch_batches(
 def batch_indices(
     lengths: Sequence[int], tokens_per_batch: int, seed: int, first_batch: int = 0
 ) -> Iterator[list[int]]:
-    """The batches of one epoch after the other, without end.
-
-    `first_batch` skips ahead, which makes a run resumable by its step.
-    """
+    """The batches of one epoch after the other, without end, from the `first_batch` on."""
     epochs = (epoch_batches(lengths, tokens_per_batch, seed, epoch) for epoch in count())
     return islice(chain.from_iterable(epochs), first_batch, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,19 +42,13 @@ def weights_fingerprint(module: torch.nn.Module) -> str:
     Of a sharded module it is that of the whole one, and all processes call it together.
     """
 
-    return _digest(
-        part
-        for name, tensor in sorted(module.state_dict().items())
-        for part in (
-            f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(),
-            _content(whole(tensor)),
-        )
-    )
+    def parts() -> Iterator[bytes | memoryview]:
+        for name, tensor in sorted(module.state_dict().items()):
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            yield f"{name} {whole.dtype} {tuple(whole.shape)}".encode()
+            yield _content(whole)
 
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor, gathered from all processes if it is sharded; they then call it together."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return _digest(parts())
 
 
 def data_fingerprint(examples: Sequence[TokenizedExample]) -> str:

@@ -53,11 +53,7 @@ def sample_noise(
         window_probability: share of rows with window noise.
         prompt_probability: share of the other rows in which the prompt is noised as well.
         minimum_level: the smallest `t`; the loss weight is `1/t`.
-        mean_span_length: mean length of the spans of tokens that are masked together; 1 masks each
-            token on its own.
-
-    Raises:
-        ValueError: `mean_span_length` is below 1.
+        mean_span_length: mean length of the spans that are masked together; 1: each token alone.
     """
     batch, length = canvas.input_ids.shape
     start, end = canvas.answer_start[:, None], canvas.answer_end[:, None]

@@ -1,17 +1,14 @@
-"""The rows of a JSON, JSONL or text file, as they are written, and the report on bad ones.
+"""The rows of a JSONL or text file, as they are written, and the report on bad ones.
 
-Nothing guesses the type of a column: a date in quotes is a text. A byte order mark is no text.
+Nothing guesses the type of a column: a date in quotes is a text.
 """
 
 from __future__ import annotations
 
-import codecs
-import gzip
 import json
 import re
-import zlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +18,8 @@ from tqdm.auto import tqdm
 from ..checks.arguments import shown
 
 SAMPLE_BY = ("line", "paragraph", "document")
-WIDE_ENCODINGS = {
-    codecs.BOM_UTF32_LE: "utf-32",  # begins as the mark of utf-16 does
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-MARK = "\ufeff"
-LISTED, LISTED_NUMBERS = 10, 200
-"""So many bad rows are told with their reasons, and so many by their numbers."""
+LISTED = 20
+"""So many reasons, and so many rows of each, are told."""
 
 Row = tuple[int, "dict[str, Any] | BadRowError"]
 """A row's number, from 1, and its columns, or what is wrong where they should be."""
@@ -46,14 +36,12 @@ class RowReport:
     Attributes:
         source: where they are from, as a user named it.
         skip_bad_rows: leave bad rows out; otherwise the first one is an error.
-        bad: the reason by the number of a row.
-        passed_over: by reason, the numbers of rows in which there is nothing to learn.
+        left_out: the numbers of rows by the reason.
     """
 
     source: str
     skip_bad_rows: bool = False
-    bad: dict[int, str] = field(default_factory=dict)
-    passed_over: dict[str, list[int]] = field(default_factory=dict)
+    left_out: dict[str, list[int]] = field(default_factory=dict)
 
     def refuse(self, number: int, reason: str) -> None:
         """Notes a bad row, or raises a ValueError if such rows are not to be skipped."""
@@ -62,25 +50,19 @@ class RowReport:
                 f"Row {number} of {self.source} {reason}: mend it, or leave bad rows out with "
                 "`skip_bad_rows`."
             )
-        self.bad[number] = reason
+        self.pass_over(number, reason)
 
     def pass_over(self, number: int, reason: str) -> None:
-        """Notes a row without anything to learn."""
-        self.passed_over.setdefault(reason, []).append(number)
+        """Notes a row that gives no example."""
+        self.left_out.setdefault(reason, []).append(number)
 
     def __str__(self) -> str:
-        """Counts, numbers and reasons, a sentence a kind; empty if all rows gave an example."""
-        groups = {f"passed over: {reason}": rows for reason, rows in self.passed_over.items()}
-        if self.bad:
-            groups["left out as bad"] = list(self.bad)
-        said = []
-        for what, rows in groups.items():
-            noun = "row is" if len(rows) == 1 else "rows are"
-            numbers = ", ".join(map(str, rows[:LISTED_NUMBERS]))
-            more = ", ..." if len(rows) > LISTED_NUMBERS else ""
-            said.append(f"Of {self.source}, {len(rows)} {noun} {what} ({numbers}{more}).")
-        said += [f"Row {number} {reason}." for number, reason in list(self.bad.items())[:LISTED]]
-        return "\n".join(said)
+        numbers = sum(map(len, self.left_out.values()))
+        lines = [f"Of {self.source}, {numbers} rows are left out."] if numbers else []
+        for reason, rows in islice(self.left_out.items(), LISTED):
+            more = ", ..." if len(rows) > LISTED else ""
+            lines.append(f"Rows left out: {', '.join(map(str, rows[:LISTED]))}{more}: {reason}.")
+        return "\n".join(lines)
 
 
 def tell(text: object) -> None:
@@ -89,78 +71,33 @@ def tell(text: object) -> None:
         tqdm.write(str(text))
 
 
-def file_kind(source: str) -> str:
-    """The suffix of a file, without the `.gz` of one that gzip has packed."""
-    return Path(source.removesuffix(".gz")).suffix
-
-
 def read_rows(path: str, sample_by: str = "line") -> list[Row]:
     """All rows of a file, in order, numbered by lines where a row is a line.
 
-    Rows of a .txt file have one column, `text`. Blank lines are no rows.
-
     Args:
-        path: a .jsonl, .json (an array of objects, or as .jsonl) or .txt file, or one of these with
-            .gz.
+        path: a .txt file, of texts, or one of JSON objects, one a line; in UTF-8. Rows of a .txt
+            file have one column, `text`. Blank lines are no rows.
         sample_by: one text of a .txt file is a line, a paragraph (up to an empty line) or the whole
             document.
-
-    Raises:
-        ValueError: the file as a whole cannot be read.
     """
-    kind = file_kind(path)
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            raw = file.read()
-        wide = next((e for mark, e in WIDE_ENCODINGS.items() if raw.startswith(mark)), None)
-        # Bytes that are no UTF-8 become halves of surrogate pairs, which only their rows are about.
-        text = raw.decode(wide) if wide else raw.decode("utf-8", "surrogateescape")
-        if kind == ".json":
-            return _array(text.removeprefix(MARK))
-        if kind == ".jsonl":
-            return list(_lines(text, _object, "JSON"))
-        if sample_by == "line":
-            return list(_lines(text, lambda line: {"text": line.rstrip("\r\n")}, "text"))
-        text = text.removeprefix(MARK).replace("\r\n", "\n")
+    # Bytes that are no UTF-8 become halves of surrogate pairs, which only their rows are about.
+    text = Path(path).read_text("utf-8-sig", "surrogateescape")
+    of_texts = Path(path).suffix == ".txt"
+    if of_texts and sample_by != "line":
         parts = re.split(r"\n\n+", text) if sample_by == "paragraph" else [text]
         texts = (part.strip("\n") for part in parts if part.strip())
         return list(enumerate(({"text": text} for text in texts), 1))
-    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
-        raise ValueError(f"`source` {path!r} cannot be read: {error}.") from error
-
-
-def _lines(text: str, parse: Callable[[str], dict[str, Any]], kind: str) -> Iterator[Row]:
-    lines = (line.removeprefix(MARK) for line in text.split("\n"))  # also where files were joined
-    for number, line in enumerate(lines, 1):
+    rows: list[Row] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                line.encode()
-                yield number, parse(line)
-        except BadRowError as error:
-            yield number, BadRowError(f"cannot be read: line {number} {error}")
+            line.encode()
+            value = {"text": line} if of_texts else json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield number, BadRowError(f"cannot be read: line {number} is not {kind} ({error})")
-
-
-def _object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise BadRowError(f"is not a JSON object ({shown(value)})")
-    return value
-
-
-def _array(text: str) -> list[Row]:
-    """The rows of a .json file: of its array, or of its lines."""
-    try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    except ValueError:
-        if text.lstrip().startswith("["):
-            raise  # a damaged array, of which lines would say little
-        return list(_lines(text, _object, "JSON"))
-    rows = value if isinstance(value, list) else [value]
-    return [
-        (i, row if isinstance(row, dict) else BadRowError(f"is not a JSON object ({shown(row)})"))
-        for i, row in enumerate(rows, 1)
-    ]
+            value = BadRowError(f"is not {'text' if of_texts else 'JSON'} ({error})")
+        else:
+            if not isinstance(value, dict):
+                value = BadRowError(f"is not a JSON object ({shown(value)})")
+        rows.append((number, value))
+    return rows

@@ -1,8 +1,11 @@
-"""Users' text to tokens: what spells a special token in it is text.
+"""Users' text to tokens: a special token that is spelt in it is text.
 
 Only chat templates, and the model's own ends, write special tokens. A text that spells one, such as
 an article about `[MASK]`, is encoded as any other characters are. Where the tokenizer cannot do
 that, or has no spelling for a character, the text is refused.
+
+Functions return the ids of all texts and, by index, the faults of those that cannot be encoded:
+each is the end of a sentence.
 """
 
 from __future__ import annotations
@@ -18,13 +21,11 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedTokenizerBase
 
 from ..checks.errors import is_of_a_library, reason
-from .chat_templates import render_chat
 
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
-"""Around the number of a spelling that is set aside while a template is rendered: characters of the
-private use area, which are set aside themselves where a text has them."""
-HALF = "holds half of a surrogate pair"
+"""Private characters around the number of a spelling that a template must not see."""
 AS_TEXT = {"split_special_tokens": True}
+Encoded = tuple[list[list[int]], dict[int, str]]
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -43,41 +44,12 @@ def is_text(text: str) -> bool:
     return True
 
 
-def _spelling_pattern(
-    tokenizer: PreTrainedTokenizerBase, may_spell: Collection[int] = ()
-) -> re.Pattern:
-    """Finds the spellings of special tokens in a text, but of some, and the marks for them."""
-    names = tokenizer.convert_ids_to_tokens(sorted(special_token_ids(tokenizer) - set(may_spell)))
-    names = sorted([*names, OPEN, CLOSE], key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names)))
-
-
 def encode_texts(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool = False
-) -> tuple[list[list[int]], dict[int, str]]:
-    """Token ids of texts, in which no special token comes from the text.
-
-    Args:
-        texts: the texts.
-        tokenizer: the tokenizer.
-        add_special_tokens: whether the tokenizer adds its own (beginning, end).
-
-    Returns:
-        The ids, and by their indices what is wrong with the texts that cannot be encoded so, as the
-        end of a sentence.
-    """
-    faults = {i: HALF for i, text in enumerate(texts) if not is_text(text)}
-    texts = ["" if i in faults else text for i, text in enumerate(texts)]
-    options = {**AS_TEXT, "add_special_tokens": add_special_tokens}
-    try:
-        rows = _encode(tokenizer, texts, **options)
-        bare = _encode(tokenizer, texts, **AS_TEXT) if add_special_tokens else rows
-    except ValueError as error:  # the tokenizer does not say of which one
-        if len(texts) == 1:
-            return [[]], {0: str(error).removeprefix("a text ")}
-        each = [encode_texts([t], tokenizer, add_special_tokens=add_special_tokens) for t in texts]
-        told = {i: fault[0] for i, (_, fault) in enumerate(each) if fault}
-        return [row for (row,), _ in each], told | faults
+) -> Encoded:
+    """Token ids of texts; the tokenizer may add special tokens around one, none come from it."""
+    rows, faults = _encode(texts, tokenizer, add_special_tokens, **AS_TEXT)
+    bare = _encode(texts, tokenizer, **AS_TEXT)[0] if add_special_tokens else rows
     special = special_token_ids(tokenizer)
     for i, ids in enumerate(bare):
         if read := special.intersection(ids):
@@ -95,22 +67,13 @@ def encode_as_written(
 ) -> list[list[int]]:
     """Token ids of texts that may write special tokens, since nothing else does.
 
-    Args:
-        name: of the argument, for errors.
-        texts: the texts.
-        tokenizer: the tokenizer.
-        add_special_tokens: whether the tokenizer adds its own (beginning, end).
-
     Raises:
-        ValueError: a text cannot be encoded.
+        ValueError: a text of the argument `name` cannot be encoded.
     """
-    for row, text in enumerate(texts):
-        if not is_text(text):
-            raise ValueError(f"`{name}` cannot be encoded: row {row} {HALF}.")
-    try:
-        return _encode(tokenizer, texts, add_special_tokens)
-    except ValueError as error:
-        raise ValueError(f"`{name}`: {error}.") from error
+    rows, faults = _encode(texts, tokenizer, add_special_tokens)
+    for row, fault in faults.items():
+        raise ValueError(f"`{name}` cannot be encoded: row {row} {fault}.")
+    return rows
 
 
 def encode_chats(
@@ -119,25 +82,22 @@ def encode_chats(
     may_spell: Collection[int] = (),
     /,
     **template_kwargs: Any,
-) -> tuple[list[list[int]], dict[int, str]]:
-    """Token ids of conversations in the tokenizer's chat template.
-
-    The special tokens are the template's own: the spelling of one in a message is text.
+) -> Encoded:
+    """Token ids of conversations in the tokenizer's chat template, which writes special tokens.
 
     Args:
         conversations: messages for the template; texts may stand anywhere in them.
         tokenizer: with a chat template.
         may_spell: special tokens that a text may write all the same.
         **template_kwargs: for the template (`add_generation_prompt`, ...).
-
-    Returns:
-        As `encode_texts`.
     """
-    special = _spelling_pattern(tokenizer, may_spell)
+    special = special_token_ids(tokenizer) - set(may_spell)
+    names = [*tokenizer.convert_ids_to_tokens(sorted(special)), OPEN, CLOSE]
+    spelling = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
     rows, faults = [], {}
     for i, messages in enumerate(conversations):
         try:
-            rows.append(_encode_chat(messages, tokenizer, special, template_kwargs))
+            rows.append(_encode_chat(messages, tokenizer, spelling, template_kwargs))
         except ValueError as error:
             rows.append([])
             faults[i] = str(error)
@@ -147,21 +107,19 @@ def encode_chats(
 def _encode_chat(
     messages: Sequence[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
-    special: re.Pattern,
+    spelling: re.Pattern[str],
     template_kwargs: dict[str, Any],
 ) -> list[int]:
     """One conversation: spellings are set aside while the template writes around them."""
     set_aside: list[str] = []
 
-    def mark(found: re.Match) -> str:
+    def mark(found: re.Match[str]) -> str:
         set_aside.append(found.group())
         return f"{OPEN}{len(set_aside) - 1}{CLOSE}"
 
     def marked(value: Any) -> Any:
         if isinstance(value, str):
-            if not is_text(value):
-                raise ValueError(HALF)
-            return special.sub(mark, value)
+            return spelling.sub(mark, value)
         if isinstance(value, list):
             return [marked(part) for part in value]
         if isinstance(value, dict):
@@ -170,43 +128,50 @@ def _encode_chat(
 
     messages = [marked(message) for message in messages]
     try:
-        rendered = render_chat(tokenizer, messages, **template_kwargs)
-    except Exception as error:
-        if not (is_of_a_library(error) or isinstance(error, ValueError | TypeError)):
-            raise
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
+    except Exception as error:  # of many types: a template is a program
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise ValueError(
             f"cannot be written in the chat template (roles {roles}: {reason(error)})"
         ) from error
-    pieces = re.split(f"{OPEN}([0-9]+){CLOSE}", rendered)
-    ids: list[list[int]] = [[]] * len(pieces)
-    ids[::2] = _encode(tokenizer, pieces[::2])
-    ids[1::2], faults = encode_texts([set_aside[int(i)] for i in pieces[1::2]], tokenizer)
-    for fault in faults.values():
+    pieces = re.split(f"{OPEN}([0-9]+){CLOSE}", str(rendered))
+    written, faults = _encode(pieces[::2], tokenizer)
+    spelt, more = encode_texts([set_aside[int(i)] for i in pieces[1::2]], tokenizer)
+    for fault in (*faults.values(), *more.values()):
         raise ValueError(fault)
+    ids: list[list[int]] = [[]] * len(pieces)
+    ids[::2], ids[1::2] = written, spelt
     return [token for piece in ids for token in piece]
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
     add_special_tokens: bool = False,
     **options: Any,
-) -> list[list[int]]:
-    """Calls the tokenizer; raises a ValueError where it fails at a text."""
+) -> Encoded:
+    """Calls the tokenizer: for all texts, or for each where it fails at one of them."""
     if not texts:
-        return []
-    try:
-        own = _unshared(tokenizer, **options)
-        encoded = own(list(texts), add_special_tokens=add_special_tokens, **options)
-    except BaseException as error:  # tokenizers' panics are no `Exception`
-        if not is_of_a_library(error):
-            raise
-        raise ValueError(f"a text cannot be encoded by the tokenizer ({reason(error)})") from error
-    return [list(ids) for ids in encoded["input_ids"]]
+        return [], {}
+    fault = None
+    if not all(map(is_text, texts)):
+        fault = "holds half of a surrogate pair"
+    else:
+        try:
+            own = _unshared(tokenizer, **options)
+            encoded = own(list(texts), add_special_tokens=add_special_tokens, **options)
+            return [list(ids) for ids in encoded["input_ids"]], {}
+        except BaseException as error:  # tokenizers' panics are no `Exception`
+            if not is_of_a_library(error):
+                raise
+            fault = f"cannot be encoded by the tokenizer ({reason(error)})"
+    if len(texts) == 1:
+        return [[]], {0: fault}
+    alone = [_encode([text], tokenizer, add_special_tokens, **options) for text in texts]
+    return [row for (row,), _ in alone], {i: bad[0] for i, (_, bad) in enumerate(alone) if bad}
 
 
-_copies: WeakKeyDictionary = WeakKeyDictionary()
+_copies: WeakKeyDictionary[PreTrainedTokenizerBase, dict[bool, Any]] = WeakKeyDictionary()
 _copying = Lock()
 
 
@@ -221,7 +186,7 @@ def _unshared(tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreTrainedT
         return tokenizer
     backend = tokenizer.backend_tokenizer
     steps = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
-    state = (len(tokenizer), *(pickle.dumps(step) for step in steps))
+    state = (len(tokenizer), *map(pickle.dumps, steps))
     with _copying:
         copies = _copies.setdefault(tokenizer, {})
         found, own = copies.get(bool(options), (None, None))

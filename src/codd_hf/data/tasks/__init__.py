@@ -4,16 +4,7 @@ A kind of task is a file with `draw(rng)`, which makes one, and `check(task, tex
 parts of an answer. Contents are hashed into splits, so that no test task was ever trained on.
 """
 
-from .source import (
-    KINDS,
-    TASKS,
-    check,
-    draw_tasks,
-    is_right,
-    kind_names,
-    sample_tasks,
-    split_of,
-)
+from .source import KINDS, TASKS, check, draw_tasks, is_right, kind_names, sample_tasks, split_of
 from .task import Mark, Task
 
 __all__ = [

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from random import Random
 
-from .ranges import DAY, YEAR
+from .contents import DAY, MONTHS, YEAR
 from .task import Mark, Task
-from .words import MONTHS
 
 TO_DIGITS = (
     "Write {} as year-month-day.",

@@ -8,7 +8,7 @@ from fractions import Fraction
 from itertools import pairwise
 from operator import add, mul, sub, truediv
 
-from .task import Mark
+from .task import Mark, Task
 
 TIMES, OBELUS = "\N{MULTIPLICATION SIGN}", "\N{DIVISION SIGN}"
 OPERATORS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
@@ -52,11 +52,11 @@ def result(text: str) -> str | None:
     return found and found[1].replace(",", "")
 
 
-def check_worked_answer(truth: str, text: str) -> list[Mark]:
-    """Marks each equation of `text`, and its result against that of the answer `truth`."""
+def check_worked_answer(task: Task, text: str) -> list[Mark]:
+    """Whether each equation is true, and the result right."""
     found = result(text)
     shown = "no result" if found is None else f"#### {found}"
-    return [*equations(text), Mark(shown, found is not None and found == result(truth))]
+    return [*equations(text), Mark(shown, found is not None and found == result(task.answer))]
 
 
 def evaluate(expression: str) -> Fraction | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from random import Random
+from typing import Any
 
-from .ranges import NUM_SORTED, SORTED
+from .contents import NAMES, NUM_SORTED, SORTED
 from .task import Mark, Task, listed
-from .words import NAMES
 
 QUESTIONS = {
     ("numbers", False): (
@@ -38,7 +38,7 @@ SIGN = re.compile(r"[<>]")
 def draw(rng: Random) -> Task:
     """A task with a few distinct numbers or names."""
     what, falling = rng.choice(list(QUESTIONS))
-    items = rng.sample(SORTED if what == "numbers" else NAMES, rng.choice(NUM_SORTED))
+    items: list[Any] = rng.sample(SORTED if what == "numbers" else NAMES, rng.choice(NUM_SORTED))
     ordered = [str(item) for item in sorted(items, reverse=falling)]
     given = rng.choice((listed(items), ", ".join(map(str, items))))
     question = rng.choice(QUESTIONS[what, falling]).format(given)

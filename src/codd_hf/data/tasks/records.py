@@ -6,9 +6,8 @@ import json
 from random import Random
 from typing import Any
 
-from .ranges import AGE, COUNT, PRICE
+from .contents import AGE, CITIES, COUNT, DAYS, JOBS, NAMES, PRICE, THINGS
 from .task import Mark, Task
-from .words import CITIES, DAYS, JOBS, NAMES, THINGS
 
 REQUESTS = ("Write as JSON: {}", "{} Give this as JSON.", "Turn into JSON: {}", "JSON of this: {}")
 SENTENCES = {

@@ -8,6 +8,7 @@ from hashlib import blake2b
 from itertools import islice
 from random import Random
 
+from ...checks.arguments import choice
 from . import dates, ordering, records, sums, word_problems
 from .task import Mark, Task
 
@@ -48,11 +49,9 @@ def draw_tasks(
     Raises:
         ValueError: there is no such split or kind.
     """
-    if split not in SPLITS:
-        raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}.")
+    choice("split", split, SPLITS)
     for kind in kinds:
-        if kind not in KINDS:
-            raise ValueError(f"`kinds` must be among {', '.join(KINDS)}, got {kind!r}.")
+        choice("kinds", kind, KINDS)
     return _tasks(split, Random(f"{seed} {split}"), list(kinds or KINDS))
 
 

@@ -7,10 +7,9 @@ from operator import add, floordiv, mul, sub
 from random import Random
 from typing import NamedTuple
 
+from .contents import AMOUNT, CONTAINERS, FACTOR, NAMES, THINGS
 from .equations import check_worked_answer
-from .ranges import AMOUNT, FACTOR
-from .task import Mark, Task
-from .words import CONTAINERS, NAMES, THINGS
+from .task import Task
 
 OPERATORS: dict[str, Callable[[int, int], int]] = {"+": add, "-": sub, "*": mul, "/": floordiv}
 
@@ -105,14 +104,17 @@ ANSWERS = (
 )
 
 
+check = check_worked_answer
+
+
 def draw(rng: Random) -> Task:
     """A task of one of the kinds in `PROBLEMS`."""
     name = rng.choice(list(PROBLEMS))
     problem = PROBLEMS[name]
     numbers = _numbers(rng)
-    while name in ("loss", "gain and loss") and not _is_positive(name, numbers):
+    while not _leaves_something(name, **numbers):
         numbers = _numbers(rng)
-    values = {str(k): v for k, v in numbers.items()}
+    values = dict(numbers)
     steps = []
     for step in problem.steps:
         left, sign, right = step.split()
@@ -129,11 +131,6 @@ def draw(rng: Random) -> Task:
     return Task("word problems", question, answer, f"{name} {asked}")
 
 
-def check(task: Task, text: str) -> list[Mark]:
-    """Whether each equation is true, and the result right."""
-    return check_worked_answer(task.answer, text)
-
-
 def _numbers(rng: Random) -> dict[str, int]:
     """Amounts `a b c`, factors `f g h i`, and products and sums that divide evenly."""
     numbers = {name: rng.choice(AMOUNT) for name in "abc"}
@@ -142,9 +139,6 @@ def _numbers(rng: Random) -> dict[str, int]:
     return numbers | {"fg": product, "fg+a": product + numbers["a"]}
 
 
-def _is_positive(name: str, numbers: dict[str, int]) -> bool:
-    return (
-        numbers["b"] < numbers["a"]
-        if name == "loss"
-        else (numbers["c"] < numbers["a"] + numbers["b"])
-    )
+def _leaves_something(name: str, a: int, b: int, c: int, **_: int) -> bool:
+    """Whether no more is lost than there is."""
+    return {"loss": b < a, "gain and loss": c < a + b}.get(name, True)
