@@ -8,9 +8,8 @@ import math
 import pytest
 import torch
 
-from codd_hf.benchmarks import BENCHMARKS, Options
+from codd_hf.benchmarks import BENCHMARKS
 from codd_hf.benchmarks.end_to_end import BLOCK, BLOCK_CAUSAL, FACTORIZED
-from codd_hf.benchmarks.head_case import QUICK, HeadCase
 from codd_hf.benchmarks.timing import Rates, median_seconds
 from codd_hf.cli import main
 
@@ -19,7 +18,7 @@ COLUMNS = {
     "head-step": "times faster",
     "end-to-end": "tokens/s",
     "memory": "emission matrices",
-    "scaling": "exact / limit",
+    "scaling": "times the limit",
     "fitting": "ms",
 }
 
@@ -34,46 +33,27 @@ def test_benchmark_runs_and_its_figures_are_sane(name, capsys, tmp_path):
     assert "| ---" in text
     result = json.loads(path.read_text())
     assert result["environment"]["threads"] == torch.get_num_threads()
-    report = result["benchmarks"][name]
-    assert report["sizes"]
-    for row in report["rows"]:
+    rows = result["benchmarks"][name]["rows"]
+    for row in rows:
         numbers = [v for v in row.values() if isinstance(v, float)]
         assert all(math.isfinite(v) and v >= 0 for v in numbers)
         assert row[COLUMNS[name]] > 0
     if name != "end-to-end":
         return
     # Where both pipelines read the same they find the same tokens.
-    rows = {(row["block"], row["pipeline"]): row for row in report["rows"]}
-    for key in ((64, FACTORIZED), (BLOCK, "CoDDPipeline" + BLOCK_CAUSAL)):
-        assert rows[key]["tokens as LLaDA2Pipeline's, %"] == 100
-        assert rows[key]["passes"] == 4
-    assert rows[BLOCK, FACTORIZED]["tokens as LLaDA2Pipeline's, %"] < 100  # it reads more
-
-
-def test_random_head_is_normalised_and_its_predictions_exclude_the_mask_token():
-    case = HeadCase(QUICK, Options(quick=True))
-    for parameter in (case.head.initial, case.head.transition, case.head.emission):
-        torch.testing.assert_close(parameter.logsumexp(-1), torch.zeros(parameter.shape[:-1]))
-    assert case.logits[..., case.head.config.mask_token_id].isneginf().all()
+    same = {(row["block"], row["pipeline"]): row["tokens as LLaDA2Pipeline's, %"] for row in rows}
+    assert same[64, FACTORIZED] == same[BLOCK, "CoDDPipeline" + BLOCK_CAUSAL] == 100
+    assert same[BLOCK, FACTORIZED] < 100  # it reads more
 
 
 def test_sides_are_timed_in_turns():
     order = []
     sides = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    seconds = median_seconds(sides, repeats=2, warmups=1)
+    assert all(value >= 0 for value in median_seconds(sides, repeats=2, warmups=1).values())
     assert order == ["a", "b"] * 3
-    assert all(value >= 0 for value in seconds.values())
 
 
 def test_physical_limit_is_the_slower_of_moving_and_computing():
     rates = Rates(copy=10.0, product=100.0, scattered=5.0, new=10.0, cached=20.0)
     assert rates.limit(100, copy=20, cached=20) == 3
     assert rates.limit(1000, copy=20) == 10
-
-
-@pytest.mark.parametrize("option", ["--repeats", "--batch-size", "--threads"])
-def test_option_that_cannot_be_is_bad_usage_that_names_it(option, capsys):
-    with pytest.raises(SystemExit) as leaving:
-        main(["bench", "head-step", "--quick", option, "0"])
-    assert leaving.value.code == 2
-    assert option[2:].replace("-", "_") in capsys.readouterr().err.replace("--threads", "threads")

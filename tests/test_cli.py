@@ -113,14 +113,14 @@ def test_evaluate_gap_prints_the_table_and_reads_as_many_tokens_as_asked(
     for name in ("factorized", "raw product", "corrected", "one", "two", "fitted", "sequential"):
         assert name in header
     result = json.loads(path.read_text())
-    assert [row["ratio"] for row in result["rows"]] == [0.5, 1.0]
-    assert result["environment"]["examples"] == 4
+    assert [row["mask ratio"] for row in result["rows"]] == [0.5, 1.0]
+    assert result["facts"]["examples"] == 4
     assert "torch" in result["environment"]
 
     def fitted(*options: str) -> float:
         assert main([*argv, "--ratios", "1", "--no-sequential", *options]) == 0
         (row,) = json.loads(path.read_text())["rows"]
-        return row["nats"]["fitted"]
+        return row["fitted"]["value"]
 
     exact, one = fitted("--evidence-size", "0"), fitted("--evidence-size", "1")
     assert one != exact

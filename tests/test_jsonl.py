@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from codd_hf import CoDDPipeline
-from codd_hf.cli import main
-from codd_hf.cli.jsonl import RunFiles, answer_jsonl
+from codd_hf.cli import jsonl, main
+from codd_hf.cli.jsonl import RunFiles
+from codd_hf.data.rows import RowReport, read_rows
+from codd_hf.runtime.journal import append_results
 from tiny_pipeline import save_tiny_pipeline
 
 LENGTHS = {"gen_length": 8, "block_length": 4, "num_inference_steps": 4}
@@ -68,6 +70,12 @@ def process(index: int, count: int) -> SimpleNamespace:
         num_processes=count,
         is_main_process=index == 0,
         wait_for_everyone=lambda: None,
+    )
+
+
+def answer_jsonl(pipe, source, output, report=None, **options) -> int:
+    return jsonl.answer_jsonl(
+        pipe, source, output, report=report or RowReport(repr(str(source))), **options
     )
 
 
@@ -153,7 +161,7 @@ def test_stopped_run_goes_on_with_any_batch_size_and_does_torn_lines_again(pipe,
         done = list(range(sum(end <= cut for end in ends)))
         assert list(files.answers()) == done
         if cut % 20 == 0:
-            files.append(0, [(9, "text")])  # is whole, whatever stands before it
+            append_results(part, [(9, "text")])  # is whole, whatever stands before it
             assert list(files.answers()) == [*done, 9]
     for cut, left in ((ends[1] + 9, 5), (ends[1], 5), (ends[1] - 1, 6)):
         part.parent.mkdir(exist_ok=True)
@@ -210,7 +218,7 @@ def test_processes_that_are_last_at_once_write_the_same(pipe, source, tmp_path, 
         found = read(files)
         if len(found) == 7:
             monkeypatch.setattr(RunFiles, "answers", read)
-            files.finish([json.loads(line) for line in source.read_text().splitlines()])
+            files.finish(read_rows(str(source)), "generated_text")
             assert not files.folder.exists()
         return found
 
@@ -240,7 +248,7 @@ def test_answers_of_an_unknown_run_are_neither_taken_nor_thrown_away(
         answer_jsonl(Stopping(pipe, 2), source, output, batch_size=2, **LENGTHS)
     known = about.read_text()
     damage(about)
-    with pytest.raises((OSError, ValueError), match=r"answers.jsonl.run.json"):
+    with pytest.raises(ValueError, match="is of another input, model or setting"):
         answer_jsonl(pipe, source, output, **LENGTHS)
     about.write_text(known)
     assert answer_jsonl(pipe, source, output, **LENGTHS) == 3
@@ -257,7 +265,7 @@ def test_input_that_is_edited_while_it_is_answered_is_answered_as_it_was(pipe, s
 
     assert answer_jsonl(Edited(pipe, 2), source, output, batch_size=3, **LENGTHS) == 7
     assert output.read_bytes() == right
-    with pytest.raises(ValueError, match="was begun with another content of its input"):
+    with pytest.raises(ValueError, match="is of another input"):
         answer_jsonl(pipe, source, output, **LENGTHS)
 
 
@@ -276,7 +284,7 @@ def test_run_is_not_continued_by_another_model_in_the_same_folder(pipe, source, 
     known = weight.detach().clone()
     for change, undo in changes:
         change()
-        with pytest.raises(ValueError, match=r"was begun with another model"):
+        with pytest.raises(ValueError, match="is of another input, model"):
             answer_jsonl(pipe, source, output, **LENGTHS)
         undo()
         weight.data.copy_(known)
@@ -285,18 +293,10 @@ def test_run_is_not_continued_by_another_model_in_the_same_folder(pipe, source, 
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"seed": 1}, "`seed` 0, not 1"),
-        ({"gen_length": 12}, "`gen_length` 8, not 12"),
-        ({"temperature": 0.5}, "`temperature` None, not 0.5"),
-        ({"prompt_column": "id_text"}, "`prompt_column` 'question', not 'id_text'"),
-        ({}, "another content of its input"),
-    ],
+    "change",
+    [{"seed": 1}, {"gen_length": 12}, {"temperature": 0.5}, {"prompt_column": "id_text"}, {}],
 )
-def test_run_is_not_continued_with_other_settings_or_another_input(
-    pipe, source, tmp_path, change, named
-):
+def test_run_is_not_continued_with_other_settings_or_another_input(pipe, source, tmp_path, change):
     output = tmp_path / "answers.jsonl"
     text = source.read_text().replace('"id":', '"id_text": "x", "id":')
     source.write_text(text)
@@ -304,38 +304,29 @@ def test_run_is_not_continued_with_other_settings_or_another_input(
         answer_jsonl(Stopping(pipe, 1), source, output, batch_size=1, **LENGTHS)
     if not change:
         source.write_text(text.replace("eggs", "egg"))
-    with pytest.raises(ValueError, match=r"answers.jsonl.*was begun with") as error:
+    with pytest.raises(ValueError, match=r"answers.jsonl.* is of another input, model or setting"):
         answer_jsonl(pipe, source, output, **(LENGTHS | change))
-    assert named in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("content", "options", "said"),
     [
-        (b'{"question": "a"}\n{"question": "b\n', {}, "Line 2 of .* is not JSON"),
-        (b'{"question": "a"}\n\n["b"]\n', {}, "Line 3 of .* is not a JSON object"),
-        (b'{"question": "Zo\xeb?"}\n', {}, "Line 1 .* is not JSON"),
-        (b'{"question": "a", "n": %s}\n' % (b"[" * 10**5), {}, "Line 1 .* is not JSON .*recursion"),
-        (b'{"question": "a", "n": %s}\n' % (b"9" * 5000), {}, "Line 1 .* is not JSON .Exceeds"),
-        (b'{"question": ""}\n', {}, "Line 1 .* text in column 'question', got ''"),
-        (b'{"question": "a"}\n{"prompt": "b"}\n', {}, "Line 2 .* column 'question', got None"),
-        (b'{"text": "a"}\n', {}, "neither question nor prompt is among"),
+        (b'{"question": "a"}\n{"question": "b\n', {}, "Row 2 of .* is not JSON"),
+        (b'{"question": "a"}\n\n["b"]\n', {}, "Row 3 of .* is not a JSON object"),
+        (b'{"question": "Zo\xeb?"}\n', {}, "Row 1 .* is not JSON"),
+        (b'{"question": "a", "n": %s}\n' % (b"9" * 5000), {}, "Row 1 .* is not JSON .Exceeds"),
+        (b'{"question": ""}\n', {}, "Row 1 .* text in column 'question', got ''"),
+        (b'{"question": "a"}\n{"prompt": "b"}\n', {}, "Row 2 .* column 'question', got None"),
+        (b'{"text": "a"}\n', {}, "`prompt_column` must be given"),
+        (b"\n", {}, "`prompt_column` must be given"),
         (b'{"q": 3}\n', {"prompt_column": "q"}, "text in column 'q', got 3"),
         (b'{"question": "a", "generated_text": ""}\n', {}, "has a column 'generated_text' already"),
-        (b"\n", {}, "has no rows"),
-        (b'{"question": "a"}\n{"question": "b \\ud83d c"}\n', {}, "Line 2 .* half of a surrogate"),
-        (b'{"question": "%s"}\n' % (b"egg " * 200), {}, "Line 1 .* exceed the 128 positions"),
-        (
-            b'{"question": "a"}\n{"question": "<|mask|>"}\n',
-            {"use_chat_template": False},
-            "Line 2 .* must not hold the mask",
-        ),
-        (b'{"question": "<|mask|>"}\n{"question": "a"}\n', {"infill": True}, "Line 2 .*`infill`"),
-        (b'{"question": "a", "gen_length": true}\n', {}, "Line 1 .*`gen_length` must be an integ"),
-        (b'{"question": "a", "gen_length": 40}\n', {}, "Line 1 .* the number of blocks"),
-        (b'{"question": "a", "seed": 1.5}\n', {}, "Line 1 .*`seed` must be an integer, got 1.5"),
-        (b'{"question": "a"}\n', {"seed": 2**64}, "`seed` must be at most"),
-        (b'{"question": "a"}\n', {"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        (b'{"question": "a"}\n{"question": "b \\ud83d c"}\n', {}, "Row 2 .* half of a surrogate"),
+        (b'{"question": "%s"}\n' % (b"egg " * 200), {}, "Row 1 .* exceed the 128 positions"),
+        (b'{"question": "<|mask|>"}\n{"question": "a"}\n', {"infill": True}, "Row 2 .*`infill`"),
+        (b'{"question": "a", "gen_length": true}\n', {}, "Row 1 .*`gen_length` must be an integ"),
+        (b'{"question": "a", "gen_length": 40}\n', {}, "Row 1 .* the number of blocks"),
+        (b'{"question": "a", "seed": 1.5}\n', {}, "Row 1 .*`seed` must be an integer, got 1.5"),
         (b'{"question": "a"}\n', {"strategy": "luck"}, "^`strategy`"),
     ],
 )
@@ -373,13 +364,12 @@ def test_bad_rows_are_skipped_counted_and_listed(folder, pipe, with_bad_rows, tm
     output = tmp_path / "answers.jsonl"
     argv = ["generate", "--input", str(with_bad_rows), "--output", str(output), *OPTIONS]
     assert main([*argv, "--model", str(folder)]) == 1
-    assert "Line 2 of" in capsys.readouterr().err
+    assert "Row 2 of" in capsys.readouterr().err
     assert not output.exists()
     assert main([*argv, "--model", str(folder), "--skip-bad-rows"]) == 0
     captured = capsys.readouterr()
-    listed = [line for line in captured.err.splitlines() if "skipped" in line]
-    assert [line.split("Line ")[1].split(" of")[0] for line in listed] == ["2", "3", "5", "6", "8"]
-    assert "7 rows answered now, 5 skipped" in captured.out
+    assert "5 rows are left out as bad (2, 3, 5, 6, 8)" in captured.err
+    assert "7 rows answered now" in captured.out
     rows = [i for i in range(12) if i not in BAD]
     for row, line in zip(rows, output.read_text().splitlines(), strict=True):
         answered = json.loads(line)
@@ -389,22 +379,19 @@ def test_bad_rows_are_skipped_counted_and_listed(folder, pipe, with_bad_rows, tm
 
 
 def test_processes_skip_their_own_bad_rows_and_a_killed_run_goes_on(pipe, with_bad_rows, tmp_path):
-    alone, output, told = tmp_path / "alone.jsonl", tmp_path / "answers.jsonl", []
-    answer_jsonl(pipe, with_bad_rows, alone, skip=lambda said: None, **LENGTHS)
-    options = {"skip": told.append, "batch_size": 1, **LENGTHS}
+    alone, output = tmp_path / "alone.jsonl", tmp_path / "answers.jsonl"
+
+    def answer(pipe, output, *share) -> tuple[int, list[int]]:
+        report = RowReport("rows", skip_bad_rows=True)
+        options = {"state": process(*share), "batch_size": 1, "report": report, **LENGTHS}
+        return answer_jsonl(pipe, with_bad_rows, output, **options), list(report.bad)
+
+    assert answer(pipe, alone, 0, 1) == (7, [2, 3, 5, 6, 8])
     with pytest.raises(Killed):
-        answer_jsonl(Stopping(pipe, 1), with_bad_rows, output, state=process(0, 2), **options)
-    assert answer_jsonl(pipe, with_bad_rows, output, state=process(1, 2), **options) == 3
-    assert answer_jsonl(pipe, with_bad_rows, output, state=process(0, 2), **options) == 3
+        answer(Stopping(pipe, 1), output, 0, 2)
+    assert answer(pipe, output, 1, 2) == (3, [2, 6, 8])
+    assert answer(pipe, output, 0, 2) == (3, [3, 5])
     assert output.read_bytes() == alone.read_bytes()
-    assert len(told) == 2 + 3 + 2
-
-
-def test_file_of_bad_rows_alone_is_refused(pipe, tmp_path):
-    source, options = tmp_path / "bad.jsonl", {"prompt_column": "question", **LENGTHS}
-    source.write_bytes(b"\n".join(BAD.values()))
-    with pytest.raises(ValueError, match=r"`source` .*bad.jsonl' has no row that can be answered"):
-        answer_jsonl(pipe, source, tmp_path / "answers.jsonl", skip=print, **options)
 
 
 def test_file_of_another_origin_is_not_written_over(pipe, source, tmp_path, capsys, folder):
@@ -412,7 +399,7 @@ def test_file_of_another_origin_is_not_written_over(pipe, source, tmp_path, caps
     output.write_text("mine\n")
     argv = ["--input", str(source), "--output", str(output), "--model", str(folder), *OPTIONS]
     assert main(["generate", *argv]) == 1
-    assert f"'{output}' exists, and no 'answers.jsonl.run.json' says" in capsys.readouterr().err
+    assert f"'{output}' is of another input, model or setting" in capsys.readouterr().err
     assert output.read_text() == "mine\n"
 
 

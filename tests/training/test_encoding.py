@@ -11,11 +11,9 @@ from transformers import BertTokenizerFast, ByT5Tokenizer
 
 from codd_hf import CoDDPipeline
 from codd_hf.cli import main
-from codd_hf.data.canvases import Example, TokenizedExample, tokenize_examples
+from codd_hf.data.canvases import Example, tokenize_examples
 from codd_hf.data.collator import DataCollatorForMaskedDiffusion
 from codd_hf.data.rows import RowReport
-from codd_hf.evaluation.gap import measure_gap
-from codd_hf.evaluation.settings import GapSettings
 from codd_hf.text.encoding import encode_chats, encode_texts, special_token_ids
 from tiny import tiny_model
 
@@ -179,12 +177,3 @@ def test_gap_of_a_text_that_spells_the_mask_token_is_finite(trained_pipeline, tm
     assert "nan" not in out
     assert main([*command, "--num-problems", "1"]) == 0
     assert "nan" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("token", [1, 9])
-def test_gap_refuses_tokens_that_the_model_never_generates(token, tiny_tokenizer):
-    model = tiny_model("llama", len(tiny_tokenizer), mask_token_id=1, forbidden_token_ids=[9])
-    examples = [TokenizedExample([], [10, 11, 12, 13, 2]), TokenizedExample([], [10, token] * 4)]
-    heads = {"head": model.coupling_head}
-    with pytest.raises(ValueError, match="number 1"):
-        measure_gap(model, heads, tiny_tokenizer, examples, GapSettings(), progress=False)

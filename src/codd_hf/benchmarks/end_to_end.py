@@ -11,20 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
-from torch.nn.modules.module import register_module_forward_pre_hook
-from transformers import PreTrainedModel
 
 from ..data.canvases import load_examples, tokenize_examples
 from ..hub.defaults import default_model
 from ..modeling_codd import CoDDModel
 from ..pipelines import CoDDPipeline
 from ..schedulers import CoDDScheduler
-from .report import Options, Report
+from . import Options, Report
 from .timing import median_seconds
 
 ALWAYS_TOP_K = 2.0
@@ -34,6 +32,9 @@ BLOCK = 32
 STOCK, FACTORIZED = "LLaDA2Pipeline", "CoDDPipeline, factorized"
 CACHES = {None: FACTORIZED, "prefix": "with prefix cache", "dual": "with dual cache"}
 BLOCK_CAUSAL = ", block-causal"
+
+Run = Callable[[], torch.Tensor]
+"""Generates `[batch, length]` tokens."""
 
 
 def bare_pipeline(model: CoDDModel, attention_block: int | None = None) -> CoDDPipeline:
@@ -51,42 +52,38 @@ def bare_pipeline(model: CoDDModel, attention_block: int | None = None) -> CoDDP
 
 def generators(
     pipeline: CoDDPipeline, prompts: torch.Tensor, length: int, steps: int, block: int
-) -> dict[str, Callable[[], torch.Tensor]]:
-    """Functions that generate `[batch, length]` tokens in `steps` passes and blocks of `block`."""
-    mask_token_id = pipeline.model.config.mask_token_id
+) -> dict[str, Run]:
+    """Each side's way to generate tokens in `steps` passes and blocks of `block`."""
+    # The stock blocks are counted from the beginning: a single one holds the prompt as well.
+    stock_block = block if block < length else prompts.shape[1] + length
 
-    def stock(model: PreTrainedModel) -> Callable[[], torch.Tensor]:
-        pipeline = LLaDA2Pipeline(model, BlockRefinementScheduler())
-        pipeline.set_progress_bar_config(disable=True)
-        # Its blocks are counted from the beginning: a single one holds the prompt as well.
-        stock_block = block if block < length else prompts.shape[1] + length
-        return lambda: (
-            pipeline(
-                input_ids=prompts,
-                gen_length=length,
-                block_length=stock_block,
-                num_inference_steps=steps * stock_block // length,  # of a block
-                threshold=ALWAYS_TOP_K,
-                editing_threshold=None,
-                eos_early_stop=False,
-                mask_token_id=mask_token_id,
-                output_type="seq",
-            ).sequences
-        )
+    def stock(model: CoDDModel) -> Run:
+        side = LLaDA2Pipeline(model, BlockRefinementScheduler())
+        side.set_progress_bar_config(disable=True)
+        call = {
+            "input_ids": prompts,
+            "gen_length": length,
+            "block_length": stock_block,
+            "num_inference_steps": steps * stock_block // length,  # of a block
+            "threshold": ALWAYS_TOP_K,
+            "editing_threshold": None,
+            "eos_early_stop": False,
+            "mask_token_id": pipeline.model.mask_token_id,
+            "output_type": "seq",
+        }
+        return lambda: side(**call).sequences
 
-    def ours(side: CoDDPipeline, cache: str | None = None) -> Callable[[], torch.Tensor]:
-        return lambda: (
-            side(
-                input_ids=prompts,
-                gen_length=length,
-                block_length=block,
-                num_inference_steps=steps,
-                early_stop=False,
-                cache=cache,
-                generator=torch.Generator().manual_seed(0),
-                output_type="seq",
-            ).sequences
-        )
+    def ours(side: CoDDPipeline, cache: str | None = None) -> Run:
+        call = {
+            "input_ids": prompts,
+            "gen_length": length,
+            "block_length": block,
+            "num_inference_steps": steps,
+            "early_stop": False,
+            "cache": cache,
+            "output_type": "seq",
+        }
+        return lambda: side(**call, generator=torch.Generator().manual_seed(0)).sequences
 
     bare = bare_pipeline(pipeline.model)
     sides = {STOCK: stock(pipeline.model.backbone), FACTORIZED: ours(bare)}
@@ -99,23 +96,13 @@ def generators(
     return sides
 
 
-def count_passes(decoder: type, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """The tokens of one run, and the passes of the backbone's decoder in it."""
-    read = []
-    hook = register_module_forward_pre_hook(lambda module, args: read.append(type(module)))
-    try:
-        return run(), read.count(decoder)
-    finally:
-        hook.remove()
-
-
 def cache_quality(
     pipeline: CoDDPipeline, questions: list[list[int]], length: int, steps: int
 ) -> dict[str, dict[str, float]]:
     """The answers to questions with each cache, by pipeline name."""
-    bare = bare_pipeline(pipeline.model)
-    runs = {
-        name: bare(
+    bare, figures, plain = bare_pipeline(pipeline.model), {}, None
+    for cache, name in CACHES.items():
+        tokens = bare(
             input_ids=questions,
             gen_length=length,
             block_length=BLOCK,
@@ -125,69 +112,61 @@ def cache_quality(
             cache=cache,
             output_type="seq",
         ).sequences
-        for cache, name in CACHES.items()
-    }
-    figures = {}
-    for name, tokens in runs.items():
+        plain = tokens if plain is None else plain
         scored = bare.model.score(questions, tokens.tolist())
         figures[name] = {
-            "same tokens, %": 100 * (tokens == runs[FACTORIZED]).float().mean().item(),
+            "same tokens, %": 100 * (tokens == plain).float().mean().item(),
             "nats/token": -float(scored.factorized.sum() / scored.num_tokens.sum()),
         }
     return figures
 
 
-def measure(options: Options) -> Report:
-    """Tokens per second of each pipeline, per batch size and length of the blocks."""
+def end_to_end(options: Options) -> Report:
+    """`codd-hf bench end-to-end`: tokens per second, per batch size and length of the blocks."""
     length, steps, questions = (64, 4, 2) if options.quick else (256, 64, 40)
-    repeats = options.repeats_or(5)
     pipeline = CoDDPipeline.from_pretrained(default_model()).to(options.device)
     pipeline.set_progress_bar_config(disable=True)
     model, tokenizer, config = pipeline.model, pipeline.tokenizer, pipeline.model.config
     examples = load_examples(str(Path(default_model()) / "test.jsonl"))
     tokenized = tokenize_examples(examples, tokenizer, max_length=None)
-    prompts = [example.prompt_ids for example in tokenized[:questions]]
-    quality = cache_quality(pipeline, prompts, length // 2, steps // 2)
+    asked = [example.prompt_ids for example in tokenized[:questions]]
+    quality = cache_quality(pipeline, asked, length // 2, steps // 2)
 
     # Whoever runs the backbone, these get no probability.
-    never = [tokenizer.eos_token_id, config.mask_token_id, *config.forbidden_token_ids]
-    never = torch.tensor(never, device=model.device)
+    ids = [tokenizer.eos_token_id, config.mask_token_id, *config.forbidden_token_ids]
+    never = torch.tensor(ids, device=model.device)
     model.get_output_embeddings().register_forward_hook(
         lambda module, args, logits: logits.index_fill(-1, never, -torch.inf)
     )
     text = torch.tensor([token for e in tokenized for token in e.prompt_ids + e.answer_ids])
-    rows = []
+    rows: list[dict[str, Any]] = []
     for batch in options.batches_or(1, 4):
         generator = torch.Generator().manual_seed(options.seed)
         first = torch.randint(len(text) - 2 * BLOCK, (batch, 1), generator=generator)
         prompts = text[first + torch.arange(2 * BLOCK)].to(options.device)
         for block in (length, BLOCK):
             sides = generators(pipeline, prompts, length, steps, block)
-            count = partial(count_passes, type(model.backbone.get_decoder()))
-            counted = {name: count(run) for name, run in sides.items()}
-            seconds = median_seconds(sides, repeats, options.device, warmups=0)
-            for name, (tokens, passes) in counted.items():
+            found = {name: run() for name, run in sides.items()}
+            seconds = median_seconds(sides, options.repeats, options.device, warmups=0)
+            for name, tokens in found.items():
                 stock = STOCK + BLOCK_CAUSAL * name.endswith(BLOCK_CAUSAL)
-                same = 100 * (tokens == counted[stock][0]).float().mean().item()
+                same = 100 * (tokens == found[stock]).float().mean().item()
                 row = {
                     "batch": batch,
                     "block": block,
                     "pipeline": name,
-                    "passes": passes,
                     "tokens/s": batch * length / seconds[name],
                     "over LLaDA2Pipeline": seconds[stock] / seconds[name],
                     "over no cache": seconds[FACTORIZED] / seconds[name],
                     "tokens as LLaDA2Pipeline's, %": same,
                 }
                 rows.append(row | (quality.get(name, {}) if block < length else {}))
-    sizes = {
+    facts = {
         "backbone": "the embedded model's",
-        "parameters": sum(p.numel() for p in model.backbone.parameters()),
-        "dtype": str(model.backbone.dtype).removeprefix("torch."),
         "prompt": 2 * BLOCK,
         "generated": length,
         "passes": steps,
-        "repeats": repeats,
+        "repeats": options.repeats,
         "questions": questions,
     }
-    return Report("end-to-end", sizes, rows)
+    return Report(facts, {"rows": rows})

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,20 +22,17 @@ from ..data.canvases import load_examples, tokenize_examples
 from ..data.collator import DataCollatorForMaskedDiffusion
 from ..hub.defaults import default_model
 from ..pipelines import CoDDPipeline
-from .report import Options, Report
+from . import Options, Report
 from .timing import median_seconds
 
 LENGTH = 32
-
-Start = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Log-probabilities `initial [H]`, `transition [H, H]` and `emission [H, V]`."""
 
 Iteration = Callable[[], float]
 """One EM iteration; returns the nats per token of the start."""
 
 
-def our_iteration(start: Start, windows: torch.Tensor) -> Iteration:
-    """`expected_counts` and `maximise`."""
+def our_iteration(start: list[torch.Tensor], windows: torch.Tensor) -> Iteration:
+    """`expected_counts` and `maximise`, from log-probabilities `[H]`, `[H, H]` and `[H, V]`."""
     circuit = Potentials(start[0], start[1][None], start[2][None])
     prior = Counts((torch.tensor(1e-3),) * 3)
 
@@ -46,22 +44,17 @@ def our_iteration(start: Start, windows: torch.Tensor) -> Iteration:
     return run
 
 
-def hmmlearn_iteration(start: Start, windows: torch.Tensor) -> Iteration:
+def hmmlearn_iteration(start: list[torch.Tensor], windows: torch.Tensor) -> Iteration:
     """`CategoricalHMM` with its faster, scaled recursions (single-threaded C++)."""
     from hmmlearn.hmm import CategoricalHMM
 
     symbols = windows.reshape(-1, 1).numpy()
     lengths = [windows.shape[1]] * len(windows)
     probs = [part.double().softmax(-1).numpy() for part in start]
+    options = {"n_iter": 1, "init_params": "", "implementation": "scaling"}
 
     def run() -> float:
-        model = CategoricalHMM(
-            len(start[0]),
-            n_features=start[2].shape[1],
-            n_iter=1,
-            init_params="",
-            implementation="scaling",
-        )
+        model = CategoricalHMM(len(start[0]), n_features=start[2].shape[1], **options)
         model.startprob_, model.transmat_, model.emissionprob_ = probs
         model.fit(symbols, lengths)
         return -model.monitor_.history[0] / windows.numel()
@@ -69,13 +62,13 @@ def hmmlearn_iteration(start: Start, windows: torch.Tensor) -> Iteration:
     return run
 
 
-def em_rows(options: Options) -> tuple[list[dict], dict]:
-    """A row for each implementation, and their sizes."""
-    latents, vocab, number = (8, 64, 8) if options.quick else (256, 2048, 128)
+def em_rows(options: Options) -> list[dict[str, Any]]:
+    """A row for each implementation, and one for ours on the batches of a fit."""
+    states, vocab, number = (8, 64, 8) if options.quick else (256, 2048, 128)
     number = options.batch_size or number
     generator = torch.Generator().manual_seed(options.seed)
-    sizes = ((latents,), (latents, latents), (latents, vocab))
-    start = tuple(torch.randn(size, generator=generator).log_softmax(-1) for size in sizes)
+    sizes = ((states,), (states, states), (states, vocab))
+    start = [torch.randn(size, generator=generator).log_softmax(-1) for size in sizes]
     frequencies = 1 / torch.arange(1, vocab + 1, dtype=torch.float64)
     drawn = torch.multinomial(frequencies, 4 * number * LENGTH, True, generator=generator)
     many = drawn.view(-1, LENGTH)
@@ -85,7 +78,7 @@ def em_rows(options: Options) -> tuple[list[dict], dict]:
     rows = []
     for sides, windows in ((both, number), ({"codd-hf": our_iteration(start, many)}, 4 * number)):
         nats = {name: run() for name, run in sides.items()}
-        seconds = median_seconds(sides, options.repeats_or(3), warmups=0, settling=1)
+        seconds = median_seconds(sides, options.repeats, warmups=0, settling=1)
         rows += [
             {
                 "what": f"EM iteration, {name} {version(name)}",
@@ -94,13 +87,15 @@ def em_rows(options: Options) -> tuple[list[dict], dict]:
                 "tokens/s": windows * LENGTH / seconds[name],
                 "codd-hf is faster, times": seconds[name] / seconds["codd-hf"],
                 "nats per token of the start": nats[name],
+                "states": states,
+                "vocabulary": vocab,
             }
             for name in sides
         ]
-    return rows, {"EM states": latents, "EM vocabulary": vocab, "window": LENGTH}
+    return rows
 
 
-def conditional_rows(options: Options) -> list[dict]:
+def conditional_rows(options: Options) -> list[dict[str, Any]]:
     """The backbone's forward pass and the masked logits of a window, then whole training steps."""
     pipeline = CoDDPipeline.from_pretrained(default_model()).to(options.device)
     model, tokenizer = pipeline.model, pipeline.tokenizer
@@ -108,11 +103,9 @@ def conditional_rows(options: Options) -> list[dict]:
     model.coupling_head.requires_grad_(True)
     number = options.batch_size or (2 if options.quick else 32)
     examples = load_examples(str(Path(default_model()) / "test.jsonl"))[:number]
-    collator = DataCollatorForMaskedDiffusion(
-        tokenizer, model.config.mask_token_id, model.window_length
-    )
+    collate = DataCollatorForMaskedDiffusion(tokenizer, model.mask_token_id, model.window_length)
     torch.manual_seed(options.seed)
-    batch = collator(
+    batch = collate(
         [
             {
                 "input_ids": example.prompt_ids + example.answer_ids,
@@ -121,11 +114,10 @@ def conditional_rows(options: Options) -> list[dict]:
             for example in tokenize_examples(examples, tokenizer)
         ]
     )
-    ids, mask, labels = (
-        batch[name].to(options.device) for name in ("input_ids", "attention_mask", "labels")
-    )
+    names = ("input_ids", "attention_mask", "labels")
+    ids, mask, labels = (batch[name].to(options.device) for name in names)
     window = labels != -100
-    wanted = (window & (ids == model.config.mask_token_id)).nonzero(as_tuple=True)
+    wanted = (window & (ids == model.mask_token_id)).nonzero(as_tuple=True)
     starts = window.long().argmax(1)
     truth = labels[window].view(len(ids), -1)
     optimizer = torch.optim.AdamW(model.coupling_head.parameters(), lr=1e-3, weight_decay=0.0)
@@ -142,7 +134,7 @@ def conditional_rows(options: Options) -> list[dict]:
         optimizer.zero_grad()
 
     sides = {"backbone forward": forward, "conditional step": step}
-    seconds = median_seconds(sides, options.repeats_or(5), options.device)
+    seconds = median_seconds(sides, options.repeats, options.device)
     return [
         {
             "what": name,
@@ -155,13 +147,8 @@ def conditional_rows(options: Options) -> list[dict]:
     ]
 
 
-def measure(options: Options) -> Report:
-    """EM per implementation on the CPU, then a conditional step on the asked device."""
-    rows, sizes = em_rows(options)
-    rows += conditional_rows(options)
-    sizes |= {
-        "conditional model": "the embedded one",
-        "dtype": "float32 (hmmlearn: float64)",
-        "repeats": options.repeats_or(3),
-    }
-    return Report("fitting", sizes, rows)
+def fitting(options: Options) -> Report:
+    """`codd-hf bench fitting`: EM on the CPU, then a conditional step on the asked device."""
+    facts = {"window": LENGTH, "dtype": "float32 (hmmlearn: float64)"}
+    rows = em_rows(options) + conditional_rows(options)
+    return Report(facts | {"repeats": options.repeats}, {"rows": rows})

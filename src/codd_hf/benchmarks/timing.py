@@ -5,19 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from statistics import median
 
 import torch
 
+from . import Options
+
 LINE = 64
 """Bytes that a processor reads from memory together."""
 
+Side = Callable[[], object]
+
 
 def median_seconds(
-    sides: Mapping[str, Callable[[], object]],
+    sides: Mapping[str, Side],
     repeats: int,
-    device: torch.device | str = "cpu",
+    device: str = "cpu",
     warmups: int = 2,
     settling: int = 0,
 ) -> dict[str, float]:
@@ -31,8 +34,7 @@ def median_seconds(
         settling: runs of a side right before each that is timed, for sides that run in succession
             in practice: what another side left in the caches and the allocator then has no effect.
     """
-    cuda = torch.device(device).type == "cuda"
-    synchronize = partial(torch.cuda.synchronize, device) if cuda else lambda: None
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(warmups + repeats):
         for name, run in sides.items():
@@ -71,48 +73,41 @@ class Rates:
         return max(moving, product / self.product)
 
     def as_dict(self) -> dict[str, float]:
+        """The rates by names with units."""
         names = {"product": "GFLOP/s"}
         return {f"{kind} {names.get(kind, 'GB/s')}": v / 1e9 for kind, v in asdict(self).items()}
 
 
-class RateProbes:
-    """Sides for `median_seconds` by which `Rates` are measured, in turns with what they limit.
+def seconds_and_rates(
+    sides: Mapping[str, Side], options: Options
+) -> tuple[dict[str, float], Rates]:
+    """Median seconds of each side, and the rates of the machine, measured in turns with them.
 
     A copy of 256 MiB, a product of 2048 x 2048 x 2048, a number from every fourth cache line of
-    256 MiB, 128 MiB of new memory, and a sum of 4 MiB taken 32 times.
-
-    Args:
-        device: where to measure.
-        quick: a small copy and product.
+    256 MiB, 128 MiB of new memory, and a sum of 4 MiB taken 32 times; less where it is to be quick.
     """
-
-    def __init__(self, device: torch.device | str, quick: bool = False) -> None:
-        numbers, side = (1 << 20, 256) if quick else (1 << 26, 2048)
-        source = torch.ones(numbers, device=device)
-        target = torch.empty_like(source)
-        left = torch.randn(side, side, device=device)
-        right = torch.randn(side, side, device=device)
-        product = torch.empty_like(left)
-        rows = source.view(-1, numbers // 512)
-        spacing = 4 * LINE // source.itemsize
-        lines = torch.arange(0, rows.shape[1], spacing, device=device).expand(len(rows), -1)
-        gathered = source.new_empty(lines.shape)
-        again = source[: 1 << 20].expand(32, -1)
-        self.sides = {
-            "copy": lambda: target.copy_(source),
-            "product": lambda: torch.mm(left, right, out=product),
-            "scattered": lambda: torch.gather(rows, 1, lines, out=gathered),
-            "new": lambda: torch.empty(numbers // 2, device=device).fill_(1.0),
-            "cached": lambda: again.sum(1),
-        }
-        self.amounts = {
-            "copy": 2 * 4 * numbers,
-            "product": 2 * side**3,
-            "scattered": LINE * lines.numel(),
-            "new": 4 * (numbers // 2),
-            "cached": 4 * again.numel(),
-        }
-
-    def rates(self, seconds: Mapping[str, float]) -> Rates:
-        """The rates, from the seconds of each side."""
-        return Rates(**{kind: number / seconds[kind] for kind, number in self.amounts.items()})
+    device = options.device
+    numbers, side = (1 << 20, 256) if options.quick else (1 << 26, 2048)
+    source = torch.ones(numbers, device=device)
+    target, square = torch.empty_like(source), torch.randn(side, side, device=device)
+    product = torch.empty_like(square)
+    rows = source.view(-1, numbers // 512)
+    lines = torch.arange(0, rows.shape[1], 4 * LINE // source.itemsize, device=device)
+    lines = lines.expand(len(rows), -1)
+    gathered, again = source.new_empty(lines.shape), source[: 1 << 20].expand(32, -1)
+    probes: dict[str, Side] = {
+        "copy": lambda: target.copy_(source),
+        "product": lambda: torch.mm(square, square, out=product),
+        "scattered": lambda: torch.gather(rows, 1, lines, out=gathered),
+        "new": lambda: torch.empty(numbers // 2, device=device).fill_(1.0),
+        "cached": lambda: again.sum(1),
+    }
+    amounts = {
+        "copy": 8 * numbers,
+        "product": 2 * side**3,
+        "scattered": LINE * lines.numel(),
+        "new": 2 * numbers,
+        "cached": 4 * again.numel(),
+    }
+    seconds = median_seconds({**probes, **sides}, options.repeats, device)
+    return seconds, Rates(**{kind: number / seconds[kind] for kind, number in amounts.items()})

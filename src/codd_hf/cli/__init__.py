@@ -8,11 +8,10 @@ import ctypes
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from . import bench, chat, convert, demo, evaluate, generate, train
-from .failures import report
-from .printing import one_line, printing_safely
+from .messages import one_line, printing_safely, report
 
 COMMANDS = {
     "demo": demo,
@@ -28,14 +27,10 @@ INTERRUPTED = 128 + 2  # what shells say of a program that SIGINT ended
 
 
 class Parser(argparse.ArgumentParser):
-    """Every command has `--debug`, and one line for bad usage."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        debug = {"action": "store_true", "default": argparse.SUPPRESS}
-        self.add_argument("--debug", **debug, help="show where an error comes from")
+    """One line for bad usage, whatever text is in it."""
 
     def error(self, message: str) -> NoReturn:
+        """Leaves with code 2."""
         super().error(one_line(message))
 
 
@@ -54,8 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=module.EXAMPLE,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        module.add_arguments(subparser)
         subparser.set_defaults(run=module.run, usage_error=subparser.error)
+        subparser.add_argument(
+            "--debug", action="store_true", help="show where an error comes from"
+        )
+        module.add_arguments(subparser)
     return parser
 
 
@@ -93,6 +91,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # tokenizers' panics are no `Exception`
-            report(error, args.command, getattr(args, "debug", False))
+            report(error, args.command, args.debug)
             return 1
     return 0

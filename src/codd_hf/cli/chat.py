@@ -6,10 +6,13 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
 from ..checks.errors import reading
-from .common import add_decoding_arguments, decoding_arguments, load_pipeline
-from .printing import one_line
+from ..checks.settings import Seed, Settings
+from .common import add_flags, decoding_arguments, load_pipeline, settings_from
+from .messages import one_line
 
 HELP = "Talk with a model; its canvas is shown as it resolves."
 EXAMPLE = """example:
@@ -17,53 +20,51 @@ EXAMPLE = """example:
 
 Each line is a message, and the model sees all that was said before. /clear begins a new
 conversation, /exit (or the end of the input) leaves, and Ctrl-C stops an answer. Where standard
-output is no terminal, or NO_COLOR is set, each answer is printed once it is complete."""
-
-PROMPT = "> "
+output is no terminal, each answer is printed once it is complete."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="path or Hub id; default: the embedded model")
-    parser.add_argument("--system", metavar="TEXT", help="a first message of the system")
-    add_decoding_arguments(parser)
+@dataclass
+class ChatSettings(Settings):
+    """The settings of a conversation."""
+
+    model: str | None = None
+    """path or Hub id; default: the embedded model"""
+    seed: Seed = 0
+    """of the first answer; that of each further one is larger by one"""
+
+
+add_arguments = partial(add_flags, kind=ChatSettings, decoding=True)
 
 
 def run(args: argparse.Namespace) -> None:
+    """Answers line after line."""
+    settings = settings_from(args, ChatSettings)
     import torch
 
     from .terminal import write_answer
 
-    pipeline = load_pipeline(args.model)
+    pipeline = load_pipeline(settings.model)
     pipeline.set_progress_bar_config(disable=True)
     if not getattr(pipeline.tokenizer, "chat_template", None):
-        raise ValueError(
-            f"`--model` {args.model!r} has no chat template: use `codd-hf generate` with it."
-        )
+        raise ValueError("`--model` has no chat template: use `codd-hf generate` with it.")
     interactive = sys.stdin.isatty()
-    opening = [] if args.system is None else [{"role": "system", "content": args.system}]
-    conversation = list(opening)
+    conversation: list[dict[str, str]] = []
     for turn, line in enumerate(_lines(interactive)):
         if line == "/exit":
             return
         if line == "/clear":
-            conversation = list(opening)
+            conversation = []
             continue
         messages = [*conversation, {"role": "user", "content": line}]
+        generator = torch.Generator().manual_seed(settings.seed + turn)
+        call = decoding_arguments(args)
         try:
-            answer = write_answer(
-                pipeline,
-                messages=messages,
-                generator=torch.Generator().manual_seed(args.seed + turn),
-                **decoding_arguments(args),
-            )
-        except KeyboardInterrupt:
+            answer = write_answer(pipeline, messages=messages, generator=generator, **call)
+        except (KeyboardInterrupt, ValueError) as error:
             if not interactive:
                 raise
-            print("(stopped: the message is forgotten)")
-        except ValueError as error:
-            if not interactive:
-                raise
-            print(f"{one_line(str(error))} (the message is forgotten; /clear begins anew)")
+            said = one_line(str(error)) or "stopped"
+            print(f"{said} (the message is forgotten; /clear begins anew)")
         else:
             conversation = [*messages, {"role": "assistant", "content": answer}]
 
@@ -77,7 +78,7 @@ def _lines(interactive: bool) -> Iterator[str]:
     while True:
         try:
             with reading("Standard input"):
-                line = input(PROMPT if interactive else "").strip()
+                line = input("> " if interactive else "").strip()
         except EOFError:
             return
         if line:

@@ -1,24 +1,26 @@
-"""What several commands share."""
+"""What several commands share: flags made of settings, loading, and writing results."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..checks.errors import printable as printable
 from ..checks.settings import Setting, Settings, settings_of
+from ..runtime.environment import environment
+from ..runtime.report import as_json
 from ..schedulers.settings import DrawSettings
-from .options import add_flag
 
 if TYPE_CHECKING:
     import torch
 
     from ..pipelines.pipeline_codd import CoDDPipeline
 
-LARGEST_SEED = 2**40
+Kind = TypeVar("Kind", bound=Settings)
 
 
 @dataclass
@@ -41,55 +43,80 @@ class TaskSettings(Settings):
     """prefix or dual: what the backbone need not read again within a block"""
 
 
-def seed(text: str) -> int:
-    """An argument that is a seed; what is added to it for rows leaves torch's range open."""
-    number = int(text)
-    if abs(number) > LARGEST_SEED:
-        raise argparse.ArgumentTypeError(f"must be at most 2**40, got {number}")
-    return number
+DECODING = settings_of(TaskSettings) | settings_of(DrawSettings)
 
 
-def check_writable(path: str | None) -> None:
-    """Finds before hours of work that a result could not be written.
+def add_flag(parser: argparse.ArgumentParser, flag: str, setting: Setting, **options: Any) -> None:
+    """A flag, or an argument without dashes, for one setting, with its explanation as help."""
+    text, shown = setting.doc.replace("%", "%%"), setting.default
+    if shown not in (MISSING, None, [], False):
+        text += f" (default {' '.join(map(str, shown)) if isinstance(shown, list) else shown})"
+    options = {"type": (setting.entry or setting).kind, "default": argparse.SUPPRESS, **options}
+    if setting.kind is bool:
+        options = {"default": options["default"], "action": argparse.BooleanOptionalAction}
+    elif setting.kind is list:
+        options |= {"nargs": "*", "action": "extend" if flag.startswith("-") else "store"}
+    parser.add_argument(flag, help=text, **options)
 
-    Raises:
-        OSError: `path` is a folder, or in none, or may not be written.
+
+def add_flags(
+    parser: argparse.ArgumentParser,
+    kind: type[Settings],
+    positional: Sequence[str] = (),
+    decoding: bool = False,
+) -> None:
+    """A flag for each setting of a settings class.
+
+    Args:
+        parser: gets the flags.
+        kind: the settings class.
+        positional: names of settings that are arguments without dashes.
+        decoding: whether lengths, passes and draw settings follow (default: the model's own).
     """
-    if path is None:
-        return
-    place = Path(path) if Path(path).exists() else Path(path).parent
-    if Path(path).is_dir() or not os.access(place, os.W_OK):
-        raise OSError(f"`--output` {path!r} cannot be written: give a file in a folder of yours.")
+    settings = settings_of(kind)
+    for name in positional:
+        add_flag(parser, name, settings[name])
+    for name in [name for name in settings if name not in positional]:
+        options = {"required": True} if settings[name].default is MISSING else {}
+        add_flag(parser, flag_of(name), settings[name], **options)
+    for name, setting in DECODING.items() if decoding else ():
+        add_flag(parser, flag_of(name), replace(setting, default=None), default=None)
 
 
-def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
-    """Lengths, passes, seed and the draw settings (default: the model's own)."""
-    parser.add_argument("--seed", type=seed, default=0, help="seed of all draws")
-    for name, setting in _decoding_settings().items():
-        flag, kind = f"--{name.replace('_', '-')}", (setting.entry or setting).kind
-        add_flag(parser, flag, replace(setting, default=None), type=kind)
+def flag_of(name: str) -> str:
+    """The flag of a setting, of which a name with dots is in a part of another."""
+    return f"--{re.sub('[._]', '-', name)}"
+
+
+def settings_from(args: argparse.Namespace, kind: type[Kind]) -> Kind:
+    """The settings that flags give; one that cannot be is bad usage."""
+    names = [name for name in settings_of(kind) if hasattr(args, name)]
+    try:
+        return kind(**{name: getattr(args, name) for name in names})
+    except ValueError as error:
+        return args.usage_error(str(error))
 
 
 def decoding_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The pipeline's arguments from the command line's."""
-    return {name: getattr(args, name) for name in _decoding_settings()}
+    return {name: getattr(args, name) for name in DECODING}
 
 
-def _decoding_settings() -> dict[str, Setting]:
-    return settings_of(TaskSettings) | settings_of(DrawSettings)
+def load_pipeline(name: str | None, device: torch.device | None = None) -> CoDDPipeline:
+    """The pipeline of a path or id, or the embedded default, on a device (default: a GPU's).
 
-
-def load_pipeline(
-    name: str | None, device: torch.device | None = None, **kwargs: Any
-) -> CoDDPipeline:
-    """The pipeline of a path or id, or the embedded default, on a device (default: a GPU's)."""
+    Raises:
+        ValueError: it has no tokenizer.
+    """
     import torch
 
     from ..hub.defaults import default_model
     from ..pipelines.pipeline_codd import CoDDPipeline
 
     quiet_loading()
-    pipeline = CoDDPipeline.from_pretrained(name or default_model(), **kwargs)
+    pipeline = CoDDPipeline.from_pretrained(name or default_model())
+    if pipeline.tokenizer is None:
+        raise ValueError(f"`--model` {name!r} has no tokenizer: save one beside the model.")
     return pipeline.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -103,3 +130,17 @@ def quiet_loading() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
+
+
+def check_writable(path: str | None) -> None:
+    """Raises an OSError before hours of work whose result could not be written."""
+    if path is not None:
+        place = path if os.path.exists(path) else os.path.dirname(path) or "."
+        if os.path.isdir(path) or not os.access(place, os.W_OK):
+            raise OSError(f"`--output` {path!r} cannot be written: give a file in your own folder.")
+
+
+def write_result(path: str | None, result: dict[str, Any]) -> None:
+    """Writes a JSON file, with the machine and the versions, if one is asked for."""
+    if path is not None:
+        Path(path).write_text(as_json({"environment": environment(), **result}))

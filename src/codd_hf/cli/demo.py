@@ -7,12 +7,13 @@ import shutil
 import textwrap
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
+from ..checks.errors import printable
 from ..checks.settings import Count, Seed, Settings
-from .common import load_pipeline, printable
-from .options import add_flags, settings_from
+from .common import add_flags, load_pipeline, settings_from
 
 HELP = "Show factorized and coupled text side by side, at the same number of passes."
 EXAMPLE = """example:
@@ -36,49 +37,41 @@ class DemoSettings(Settings):
     """of all draws"""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, DemoSettings)
+add_arguments = partial(add_flags, kind=DemoSettings)
 
 
 def run(args: argparse.Namespace) -> None:
+    """Answers each question twice."""
     settings = settings_from(args, DemoSettings)
     import torch
 
+    from ..data.sources import load_examples
     from ..hub.defaults import default_model
-    from .jsonl_rows import PromptRows
 
-    folder = Path(settings.model or default_model())
-    if not (folder / "demo.jsonl").is_file():
-        raise ValueError(f"`--model`: {str(folder)!r} has no `demo.jsonl` with held-out questions.")
-    found = PromptRows.read(folder / "demo.jsonl", "question")
-    for fault in found.bad.values():
-        raise ValueError(fault)
-    questions = [row["question"] for _, row in found.rows[: settings.num_questions]]
+    examples = load_examples(Path(settings.model or default_model(), "demo.jsonl"))
+    questions = [example.prompt for example in examples[: settings.num_questions]]
     pipeline = load_pipeline(settings.model)
     pipeline.set_progress_bar_config(disable=True)
-
     texts, report = {}, []
     modes = {"factorized": "factorized", "CoDD": pipeline.scheduler.config.sampling}
     for name, sampling in modes.items():
-        generators = [
-            torch.Generator().manual_seed(settings.seed + i) for i in range(len(questions))
-        ]
         started = time.perf_counter()
         output = pipeline(
             questions,
             gen_length=settings.gen_length,
             num_inference_steps=settings.num_inference_steps,
             sampling=sampling,
-            generator=generators,
+            generator=[
+                torch.Generator().manual_seed(settings.seed + i) for i in range(len(questions))
+            ],
         )
         seconds = time.perf_counter() - started
         texts[name] = [printable(text) for text in output.texts]
         report.append(f"{name} {output.num_passes} passes, {seconds:.1f} s")
-
     width = max(min(shutil.get_terminal_size((100, 20)).columns, 120), 60)
     for i, question in enumerate(questions):
         print(textwrap.fill(f"Question {i + 1}: {printable(question)}", width), end="\n\n")
-        print(side_by_side("factorized", texts["factorized"][i], "CoDD", texts["CoDD"][i], width))
+        print(side_by_side({name: answers[i] for name, answers in texts.items()}, width))
         print()
     print(
         f"Up to {settings.gen_length} tokens for each of {len(questions)} questions in at most "
@@ -86,13 +79,11 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def side_by_side(left_title: str, left: str, right_title: str, right: str, width: int) -> str:
-    """Two texts in columns of equal width."""
-    column = (width - 3) // 2
-
-    def wrapped(title: str, text: str) -> list[str]:
+def side_by_side(texts: dict[str, str], width: int) -> str:
+    """Two texts by title in columns of equal width."""
+    column, sides = (width - 3) // 2, []
+    for title, text in texts.items():
         lines = [part for line in text.splitlines() for part in textwrap.wrap(line, column) or [""]]
-        return [title, "-" * column, *lines]
-
-    pairs = zip_longest(wrapped(left_title, left), wrapped(right_title, right), fillvalue="")
-    return "\n".join(f"{a:<{column}} | {b}".rstrip() for a, b in pairs)
+        sides.append([title, "-" * column, *lines])
+    pairs = zip_longest(*sides, fillvalue="")
+    return "\n".join(f"{left:<{column}} | {right}".rstrip() for left, right in pairs)

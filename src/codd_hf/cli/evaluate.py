@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from importlib import import_module
 from inspect import getdoc
 from pathlib import Path
 
-from ..evaluation.settings import GapSettings, QualitySettings
+from ..evaluation.settings import GapSettings, MeasureSettings, QualitySettings
 from ..runtime.environment import environment
 from ..runtime.report import listed
-from .common import check_writable, load_pipeline
-from .options import add_flags, settings_from
+from .common import add_flags, check_writable, load_pipeline, settings_from, write_result
 
 HELP = "Measure a coupled model on held-out text."
 EXAMPLE = """example:
@@ -22,20 +20,19 @@ EXAMPLE = """example:
       --choose-on validation.jsonl --output quality.json
 
 `codd-hf evaluate gap --help` and `codd-hf evaluate quality --help` say what is measured."""
-MEASURES = {
-    "gap": ("what one parallel step loses", GapSettings),
-    "quality": ("text quality against backbone passes", QualitySettings),
-}
-"""By name; `codd_hf.evaluation.<name>.evaluate` measures."""
+MEASURES: dict[str, type[MeasureSettings]] = {"gap": GapSettings, "quality": QualitySettings}
+"""By name; `codd_hf.evaluation.<name>.measure` measures."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds a subcommand for each measure, and its flags."""
     measures = parser.add_subparsers(dest="measure", required=True, metavar="measure")
-    for name, (text, settings) in MEASURES.items():
+    for name, settings in MEASURES.items():
+        text = getdoc(settings) or ""
         measure = measures.add_parser(
             name,
-            help=text,
-            description=getdoc(settings),
+            help=text.partition("\n")[0],
+            description=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         add_flags(measure, settings)
@@ -43,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    settings = settings_from(args, MEASURES[args.measure][1])
+    """Measures, prints the tables and writes the figures."""
+    settings = settings_from(args, MEASURES[args.measure])
     check_writable(settings.output)
     from ..data.sources import load_examples
     from ..hub.defaults import default_model
@@ -51,15 +49,10 @@ def run(args: argparse.Namespace) -> None:
     pipeline = load_pipeline(settings.model)
     if pipeline.model.coupling_head is None:
         raise ValueError("`--model` has no head to measure: fit one with `codd-hf train`.")
-    if pipeline.tokenizer is None:
-        raise ValueError("`--model` has no tokenizer for the texts: save one beside the model.")
     folder = Path(settings.model or default_model())
     settings.dataset = settings.dataset or str(folder / "test.jsonl")
     examples = load_examples(settings.dataset, skip_bad_rows=settings.skip_bad_rows)
-    measure = import_module(f"..evaluation.{args.measure}", __package__).evaluate
+    measure = import_module(f"..evaluation.{args.measure}", __package__).measure
     report = measure(pipeline, examples[: settings.num_problems], settings)
-    facts = environment() | report.facts
-    print(f"{report.text}\n\n{listed(facts)}")
-    if settings.output:
-        written = {"environment": facts, **report.figures}
-        Path(settings.output).write_text(json.dumps(written, indent=2) + "\n")
+    print(f"{report.markdown()}\n\n{listed(environment())}")
+    write_result(settings.output, report.as_dict())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..checks.errors import reading
-from .common import add_decoding_arguments, decoding_arguments, load_pipeline, printable
-from .printing import one_line
+from ..checks.errors import printable, reading
+from ..checks.settings import Count, Seed, Settings
+from .common import add_flags, decoding_arguments, load_pipeline, settings_from
 
 HELP = "Generate text after prompts."
 EXAMPLE = """example:
@@ -28,100 +30,103 @@ a GPU as well. With `--infill` a prompt is a text with mask tokens (here of the 
 printed with the gaps filled."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="*", help="prompts")
-    parser.add_argument("--model", help="path or Hub id; default: the embedded model")
-    parser.add_argument(
-        "--no-chat-template", action="store_true", help="the prompt is the text itself"
-    )
-    parser.add_argument(
-        "--stream", action="store_true", help="show the canvas as it resolves (in a terminal)"
-    )
-    parser.add_argument(
-        "--infill", action="store_true", help="fill the mask tokens in the prompts, add nothing"
-    )
-    add_decoding_arguments(parser)
-    group = parser.add_argument_group("files")
-    group.add_argument("--input", metavar="JSONL", help="a file with a prompt in every line")
-    group.add_argument("--output", metavar="JSONL", help="its lines with one more column")
-    group.add_argument("--prompt-column", help="default: question, or else prompt")
-    group.add_argument("--output-column", default="generated_text", help="default: generated_text")
-    group.add_argument("--batch-size", type=int, default=8, help="rows at once (default: 8)")
-    group.add_argument(
-        "--skip-bad-rows",
-        action="store_true",
-        help="leave out rows that cannot be answered, and list them; default: they are an error",
-    )
+@dataclass
+class GenerateSettings(Settings):
+    """The settings beside those of decoding."""
+
+    prompt: list[str] = field(default_factory=list)
+    """prompts"""
+    model: str | None = None
+    """path or Hub id; default: the embedded model"""
+    seed: Seed = 0
+    """of the first prompt; that of each further one is larger by one"""
+    chat_template: bool = True
+    """whether a prompt becomes a user's message; else it is the text itself"""
+    infill: bool = False
+    """fill the mask tokens in the prompts, add nothing"""
+    stream: bool = False
+    """show the canvas as it resolves (in a terminal)"""
+    input: str | None = None
+    """a JSONL file with a prompt in every line"""
+    output: str | None = None
+    """a JSONL file for its lines with one more column"""
+    prompt_column: str | None = None
+    """of the input; default: question, or else prompt"""
+    output_column: str = "generated_text"
+    """the new column"""
+    batch_size: Count = 8
+    """rows of the input at once"""
+    skip_bad_rows: bool = False
+    """leave out rows that cannot be answered, and list them; default: they are an error"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.input is None) != (self.output is None):
+            raise ValueError("`--input` and `--output` go together: give both or neither.")
+        if self.input is not None and (self.prompt or self.stream):
+            raise ValueError("`--input` takes neither prompts nor `--stream`: leave them out.")
+
+
+add_arguments = partial(add_flags, kind=GenerateSettings, positional=("prompt",), decoding=True)
 
 
 def run(args: argparse.Namespace) -> None:
-    if (args.input is None) != (args.output is None):
-        args.usage_error("`--input` and `--output` go together: give both or neither.")
-    if args.input is not None:
-        if args.prompt or args.stream:
-            args.usage_error("`--input` takes neither prompts nor `--stream`: leave them out.")
-        _run_on_file(args)
+    """Answers prompts, or the rows of a file."""
+    settings = settings_from(args, GenerateSettings)
+    call = decoding_arguments(args) | {
+        "use_chat_template": settings.chat_template,
+        "infill": settings.infill,
+    }
+    if settings.input is not None:
+        _run_on_file(settings, call)
         return
-    if args.skip_bad_rows:
-        args.usage_error("`--skip-bad-rows` is about the rows of `--input`: give one.")
     import torch
 
-    from .terminal import can_redraw, write_answer
+    from .terminal import write_answer
 
     with reading("Standard input"):
-        prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        prompts = settings.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ValueError("`prompt` is empty: give a prompt, or lines on standard input.")
-    pipeline = load_pipeline(args.model)
-    call = _call(args)
-    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(len(prompts))]
-    if args.stream and can_redraw(sys.stdout):
-        pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_pipeline(settings.model)
+    generators = [torch.Generator().manual_seed(settings.seed + i) for i in range(len(prompts))]
+    pipeline.set_progress_bar_config(disable=settings.stream or not sys.stderr.isatty())
+    if settings.stream:
         for prompt, generator in zip(prompts, generators, strict=True):
             write_answer(pipeline, prompt=prompt, generator=generator, **call)
         return
-    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty())
     for text in pipeline(prompts, generator=generators, **call).texts:
         print(printable(text))
 
 
-def _call(args: argparse.Namespace) -> dict[str, Any]:
-    """The pipeline's arguments."""
-    return {
-        "use_chat_template": not args.no_chat_template,
-        "infill": args.infill,
-        **decoding_arguments(args),
-    }
-
-
-def _run_on_file(args: argparse.Namespace) -> None:
+def _run_on_file(settings: GenerateSettings, call: dict[str, Any]) -> None:
     import torch
     from accelerate import PartialState
 
+    from ..data.rows import RowReport
     from .jsonl import answer_jsonl
 
     # Without a GPU accelerate counts the processes of a launcher only if it is told to use the CPU.
     state = PartialState(cpu=not torch.cuda.is_available())
-    pipeline = load_pipeline(args.model, device=state.device)
+    pipeline = load_pipeline(settings.model, device=state.device)
     pipeline.set_progress_bar_config(disable=True)
-    skipped: list[str] = []
+    report = RowReport(repr(settings.input), settings.skip_bad_rows)
     number = answer_jsonl(
         pipeline,
-        args.input,
-        args.output,
-        prompt_column=args.prompt_column,
-        output_column=args.output_column,
-        batch_size=args.batch_size,
-        seed=args.seed,
+        Path(settings.input),
+        Path(settings.output),
+        prompt_column=settings.prompt_column,
+        output_column=settings.output_column,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
         state=state,
-        progress=sys.stderr.isatty(),
-        skip=skipped.append if args.skip_bad_rows else None,
-        **_call(args),
+        report=report,
+        **call,
     )
-    state.destroy_process_group()
-    for said in skipped:
-        print(f"codd-hf generate: skipped: {one_line(said)}", file=sys.stderr)
+    if state.num_processes > 1:
+        state.destroy_process_group()
+    if report.bad:
+        print(printable(str(report)), file=sys.stderr)
     who = f"process {state.process_index}: " if state.num_processes > 1 else ""
-    what = "is complete" if Path(args.output).exists() else "waits for other processes"
-    left_out = f", {len(skipped)} skipped" if skipped else ""
-    print(f"{who}{number} rows answered now{left_out}; {args.output} {what}.")
+    what = "is complete" if Path(settings.output).exists() else "waits for other processes"
+    print(f"{who}{number} rows answered now; {settings.output} {what}.")

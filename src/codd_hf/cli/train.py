@@ -12,7 +12,7 @@ from ..training.config_files import (
     named_settings,
     read_config,
 )
-from .options import add_flag
+from .common import add_flag, flag_of, quiet_loading
 
 HELP = "Fit a head to a backbone's predictions (or train a small backbone and its head)."
 EXAMPLE = """example:
@@ -59,13 +59,12 @@ FLAGS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags."""
     settings = dict(named_settings())
     for name in FLAGS:
-        flag = "--output" if name == "output_dir" else f"--{name.translate(DASHES)}"
+        flag = "--output" if name == "output_dir" else flag_of(name)
         metavar = flag.rpartition("-")[2].upper()
-        add_flag(
-            parser, flag, settings[name], dest=name, default=argparse.SUPPRESS, metavar=metavar
-        )
+        add_flag(parser, flag, settings[name], dest=name, type=str, metavar=metavar)
     parser.add_argument("--config", metavar="YAML", help="a file of settings; flags come before it")
     parser.add_argument(
         "--set",
@@ -79,10 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-DASHES = str.maketrans("._", "--")
-
-
 def run(args: argparse.Namespace) -> None:
+    """Trains, or prints the settings."""
     values = read_config(args.config) if args.config else {}
     try:
         values |= _flags(args)
@@ -95,7 +92,6 @@ def run(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from ..training.run import train
-    from .common import quiet_loading
 
     quiet_loading()
     folder = train(config)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -15,22 +13,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import is_gguf_available
 
+from ..data.fingerprint import weights_fingerprint
 from ..hub.repositories import Repository, explain_load_errors
 from ..hub.stored_weights import StoredWeights
 from ..text.encoding import encode_chats, encode_texts
 
 
-class Judged(NamedTuple):
-    """The nats of an answer, a sum over `num_tokens` of the judge's tokens."""
-
-    nats: float
-    num_tokens: int
-
-
 class Judge:
-    """Judges answers to fixed questions.
+    """Judges answers to fixed questions: nats, and the judge's tokens that these are a sum over.
 
     Args:
         model: a causal language model.
@@ -51,6 +42,7 @@ class Judge:
         batch_size: int = 8,
     ) -> None:
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+        self.digest = weights_fingerprint(model)
         if tokenizer.chat_template is None:
             texts = [question + "\n" for question in questions]
             self._contexts, faults = encode_texts(texts, tokenizer, add_special_tokens=True)
@@ -61,12 +53,8 @@ class Judge:
             raise ValueError(f"`questions` must suit the judge, but the one at index {i} {fault}.")
 
     @torch.no_grad()
-    def __call__(self, answers: Sequence[str]) -> list[Judged]:
-        """Nats of each answer after its question; an empty answer has none, over no token.
-
-        Args:
-            answers: one for each question, in their order.
-        """
+    def __call__(self, answers: Sequence[str]) -> list[tuple[float, int]]:
+        """Nats and number of tokens of each answer after its question, in their order."""
         encoded, _ = encode_texts(answers, self.tokenizer)
         pairs = list(zip(self._contexts, encoded, strict=True))
         judged = []
@@ -80,7 +68,7 @@ class Judge:
             log_probs = logits.gather(-1, ids[:, 1:, None])[..., 0] - logits.logsumexp(-1)
             for row, (context, answer) in zip(log_probs.double(), batch, strict=True):
                 nats = -row[len(context) - 1 : len(context) + len(answer) - 1].sum().item()
-                judged.append(Judged(nats, len(answer)))
+                judged.append((nats, len(answer)))
         return judged
 
 
@@ -96,28 +84,15 @@ def load_judge(
 
     Raises:
         OSError: there is no such model.
-        ValueError: the package `gguf` is missing, or `name` is a folder with GGUF files and no
-            `config.json`, and `gguf_file` does not name one of them.
+        ValueError: weights are missing, or an adapter lies beside them.
     """
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        there = sorted(path.name for path in folder.glob("*.gguf"))
-        if gguf_file not in there:
-            raise ValueError(
-                f"`judge_file` must name a GGUF file in {name!r}, which has no config.json: "
-                f"one of {there}, got {gguf_file!r}."
-            )
-    if gguf_file is not None and not is_gguf_available():
-        raise ValueError(
-            "`judge_file` needs the package gguf: install it with `pip install codd-hf[quality]`."
-        )
     repository = Repository(name)
     with explain_load_errors(repository):
         repository.refuse_adapter()
-        stored = StoredWeights.find(repository, {"gguf_file": gguf_file})
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
         load = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
         if gguf_file is None:
+            stored = StoredWeights.find(repository, {})
             stored.check_layers(repository.config)
             model, _ = stored.load(load, None, None)
         else:

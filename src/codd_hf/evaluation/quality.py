@@ -10,319 +10,179 @@ of a coupled setting when the judge finds its answers no less likely and their e
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..checks.arguments import choice
 from ..data.sources import Example, load_examples
 from ..pipelines.pipeline_codd import CoDDPipeline
-from ..runtime.report import table
-from ..schedulers.strategies import ADAPTIVE
-from .answers import Answers, AnswerSet, AnswerStore, Setting
+from ..runtime.report import Report
+from ..schedulers.strategies import ADAPTIVE, STRATEGIES
+from .answers import Answers, AnswerSet, Setting
 from .judge import Judge, load_judge
-from .report import Report
 from .settings import FACTORIZED, QualitySettings
-from .statistics import Estimate
+from .statistics import entropy, mean, ratio, repeated_ngrams
 
-Draw = Mapping[str, Any]
+Row = dict[str, Any]
+NATS, ENTROPY = "nats per token", "token entropy"
 
+# Factorized decoding has one temperature, whatever the scheduler's for the circuit is.
+FACTORIZED_GRID = [
+    *({"evidence_temperature": 1.0, "temperature": t} for t in (0.0, 0.5, 0.7, 0.85, 1.0)),
+    {"evidence_temperature": 1.0, "temperature": 1.0, "top_p": 0.9},
+]
+COUPLED_GRID = [
+    {"evidence_temperature": 0.7, "temperature": 0.0},
+    *({"evidence_temperature": t, "temperature": 1.0} for t in (0.5, 0.7, 0.85, 1.0)),
+    {"evidence_temperature": 1.0, "temperature": 1.0, "top_p": 0.9},
+]
+CHOSEN_AT = (4, 16)
+"""Passes at which each mode chooses; others take the choice at the nearest ones."""
 
-@dataclass(frozen=True)
-class Row:
-    """A setting and its answers; the setting of real answers is None."""
-
-    setting: Setting | None
-    answers: Answers
-
-    @cached_property
-    def figures(self) -> dict[str, Estimate]:
-        return self.answers.figures()
-
-    def as_dict(self) -> dict[str, Any]:
-        row = {} if self.setting is None else asdict(self.setting)
-        row["perplexity"] = math.exp(self.figures["nats"].value)
-        for name, figure in self.figures.items():
-            row |= {name: figure.value, f"{name}_error": figure.error}
-        return row | {"seconds": self.answers.seconds}
-
-    def cells(self) -> dict[str, Any]:
-        """The row of a table."""
-        setting, figures = self.setting, self.figures
-        row = {"sampling": "real answers", "strategy": None, "passes": None, "settings": None}
-        if setting is not None:
-            row |= vars(setting) | {
-                "settings": ", ".join(f"{name} {value}" for name, value in setting.draw.items())
-            }
-            del row["draw"]
-        return row | {
-            "nats per token": f"{figures['nats']:.3f}",
-            "perplexity": math.exp(figures["nats"].value),
-            "token entropy": f"{figures['entropy']:.3f}",
-            "repeated 3-grams": f"{figures['repeated_trigrams'] * 100:.1f} %",
-            "length": figures["length"].value,
-            "passes used": figures["passes"].value,
-            "seconds": self.answers.seconds,
-        }
+ENTROPY_KEPT = 0.9
+"""Share of real answers' token entropy that answers must have."""
 
 
-@dataclass(frozen=True)
-class Match:
-    """How many passes factorized decoding needs for the quality of a coupled setting.
-
-    Attributes:
-        coupled: the setting and its figures.
-        keeps_entropy: whether the coupled answers keep real text's; if not, nothing is compared.
-        measured: the fewest passes, of those measured, that reach the quality; None: none does.
-        passes: the passes at which the quality is crossed, with the figures interpolated over the
-            logarithm of the passes.
-        ratio: `passes` over the coupled passes.
-        most: the most passes that factorized decoding was given.
-        differences: nats of factorized minus coupled, paired, by factorized passes.
-    """
-
-    coupled: Row
-    keeps_entropy: bool
-    measured: int | None
-    passes: float | None
-    ratio: float | None
-    most: int
-    differences: Mapping[int, Estimate]
-
-    def as_dict(self) -> dict[str, Any]:
-        differences = {n: (d.value, d.error) for n, d in self.differences.items()}
-        fields = {k: v for k, v in vars(self).items() if k != "coupled"}
-        return asdict(self.coupled.setting) | fields | {"differences": differences}
-
-    def cells(self) -> dict[str, str]:
-        """The row of a table."""
-        setting = self.coupled.setting
-        needed, ratio = "entropy too low", None
-        if self.keeps_entropy:
-            needed, ratio = f"> {self.most}", f"> {self.most / setting.passes:g}"
-        if self.passes is not None:
-            needed, ratio = f"{self.passes:.1f} ({self.measured})", f"{self.ratio:.1f}"
-        row = {"sampling": setting.sampling, "CoDD passes": setting.passes}
-        row |= {"factorized passes": needed, "ratio": ratio}
-        return row | {
-            f"factorized - CoDD, nats, {n} passes": f"{figure:+.3f}"
-            for n, figure in self.differences.items()
-        }
-
-
-@dataclass(frozen=True)
-class QualityResult:
-    """All figures: `choices` are of validation data, the others of test data."""
-
-    choices: list[Row]
-    real: Row
-    rows: list[Row]
-    matches: list[Match]
-
-    def as_dict(self) -> dict[str, Any]:
-        lists = ("choices", "rows", "matches")
-        return {"real": self.real.as_dict()} | {
-            name: [row.as_dict() for row in getattr(self, name)] for name in lists
-        }
-
-    def tables(self) -> str:
-        """Choices, results and comparison; figures stand with their standard errors."""
-        titles = {
-            "Settings to choose among, on validation data:": self.choices,
-            "At the chosen settings, on test data:": [self.real, *self.rows],
-            "Passes that factorized decoding needs for the same quality:": self.matches,
-        }
-        return "\n".join(
-            f"{title}\n\n{table([row.cells() for row in rows])}\n"
-            for title, rows in titles.items()
-            if rows
-        )
-
-
-def measure_quality(
-    plan: QualitySettings, test: AnswerSet, validation: AnswerSet | None, progress: bool = True
-) -> QualityResult:
-    """Chooses settings on validation data and measures them on test data.
-
-    Args:
-        plan: what is measured.
-        test: for the figures that are reported.
-        validation: for the choice; needed unless the grids have one setting each.
-        progress: show a progress bar.
-
-    Raises:
-        ValueError: there is a choice and `validation` is missing or shares a question with `test`,
-            or a setting is out of range.
-    """
-    grids = {mode: [_draw(text) for text in plan.coupled_grid] for mode in plan.samplings}
-    # Factorized decoding has one temperature, whatever the scheduler's for the circuit is.
-    factorized = [{"evidence_temperature": 1.0, **_draw(text)} for text in plan.factorized_grid]
-    grids = {FACTORIZED: factorized, **grids}
-    choosing = len(plan.factorized_grid) > 1
-    if choosing and validation is None:
-        raise ValueError(
-            f"`validation` is needed to choose among {len(plan.factorized_grid)} settings: give "
-            "data that are not reported, or one setting for each side."
-        )
-    if choosing:
-        shared = {e.prompt for e in validation.examples} & {e.prompt for e in test.examples}
-        if shared:
-            raise ValueError(
-                f"`validation` shares {len(shared)} questions with `test`, such as "
-                f"{min(shared)[:60]!r}: settings must be chosen on data that are not reported."
-            )
-    strategies = plan.strategies or [test.pipeline.scheduler.config.strategy]
-
-    def settings(mode: str, draw: Callable[[int], Draw]) -> list[Setting]:
-        found = []
-        for strategy in strategies:
-            if strategy in ADAPTIVE:  # has a pass for each token
-                found += [
-                    Setting(mode, strategy, test.block_length, {**draw(1), "threshold": threshold})
-                    for threshold in plan.thresholds
-                ]
-            else:
-                found += [Setting(mode, strategy, n, draw(n)) for n in plan.passes]
-        return found
-
-    candidates = [
-        Setting(mode, strategies[0], number, draw)
-        for mode, grid in grids.items()
-        for number in plan.chosen_at
-        for draw in grid
-    ]
-    # A bad setting is to be found before hours have been spent on the good ones.
-    for setting in candidates:
-        test.check(setting)
-        for later in settings(setting.sampling, lambda _, draw=setting.draw: draw):
-            test.check(later)
-    with tqdm(desc="measuring quality", unit="setting", disable=not progress) as bar:
-
-        def row(answers: AnswerSet, setting: Setting) -> Row:
-            bar.update()
-            return Row(setting, answers.answers(setting))
-
-        choices = [row(validation, setting) for setting in candidates] if choosing else []
-        keeps, least = 1 - plan.entropy_tolerance, 0.0
-        if choosing:
-            least = keeps * Row(None, validation.real()).figures["entropy"].value
-        rows = []
-        for mode, grid in grids.items():
-
-            def chosen(passes: int, mode: str = mode, grid: list[Draw] = grid) -> Draw:
-                if not choosing:
-                    return grid[0]
-                at = min(plan.chosen_at, key=lambda at: abs(math.log(at / passes)))
-                ours = [r for r in choices if r.setting.sampling == mode]
-                return best([r for r in ours if r.setting.passes == at], least).setting.draw
-
-            rows += [row(test, setting) for setting in settings(mode, chosen)]
-    real = Row(None, test.real())
-    matches = find_matches(rows, keeps * real.figures["entropy"].value)
-    return QualityResult(choices, real, rows, matches)
-
-
-def _draw(text: str) -> Draw:
-    """`{"temperature": 0.5, "top_p": 0.9}` of `temperature=0.5,top_p=0.9`."""
-    try:
-        draw = dict(part.split("=") for part in text.split(","))
-        return {name: json.loads(value) for name, value in draw.items()}
-    except ValueError as error:
-        raise ValueError(
-            f"A grid must hold settings like temperature=0.5,top_p=0.9, got {text!r}."
-        ) from error
-
-
-def best(rows: Sequence[Row], least_entropy: float) -> Row:
-    """The most likely answers of those that keep the entropy; if none does, the most diverse."""
-    kept = [row for row in rows if row.figures["entropy"].value >= least_entropy]
-    if kept:
-        return min(kept, key=lambda row: row.figures["nats"].value)
-    return max(rows, key=lambda row: row.figures["entropy"].value)
-
-
-def find_matches(rows: Sequence[Row], least_entropy: float) -> list[Match]:
-    """Compares each coupled setting with the factorized ones of its strategy.
-
-    Args:
-        rows: settings that answered the same questions; those of adaptive strategies, which have no
-            number of passes, are passed over.
-        least_entropy: that answers must keep.
-    """
-    matches = []
-    for row in rows:
-        ours = row.setting
-        factorized = [
-            other
-            for other in rows
-            if (other.setting.sampling, other.setting.strategy) == (FACTORIZED, ours.strategy)
-        ]
-        if ours.sampling != FACTORIZED and ours.strategy not in ADAPTIVE:
-            factorized.sort(key=lambda other: other.setting.passes)
-            matches.append(_match(row, factorized, least_entropy))
-    return matches
-
-
-def _match(coupled: Row, factorized: Sequence[Row], least_entropy: float) -> Match:
-    differences = {
-        row.setting.passes: row.figures["nats"] - coupled.figures["nats"] for row in factorized
-    }
-    # At each number of passes, the nats and the entropy that factorized decoding lacks.
-    lacks = [
-        (differences[row.setting.passes].value, least_entropy - row.figures["entropy"].value)
-        for row in factorized
-    ]
-    keeps = coupled.figures["entropy"].value >= least_entropy
-    measured = passes = None
-    at = next((i for i, lack in enumerate(lacks) if keeps and max(lack) <= 0), None)
-    if at is not None:
-        measured = passes = factorized[at].setting.passes
-    if at:
-        # Where the last of the lacks before is made up, linear in the logarithm of passes.
-        fewer = factorized[at - 1].setting.passes
-        pairs = zip(lacks[at - 1], lacks[at], strict=True)
-        way = max(a / (a - b) if a > 0 else 0.0 for a, b in pairs)
-        passes = fewer * (measured / fewer) ** way
-    return Match(
-        coupled=coupled,
-        keeps_entropy=keeps,
-        measured=measured,
-        passes=passes,
-        ratio=None if passes is None else passes / coupled.setting.passes,
-        most=factorized[-1].setting.passes,
-        differences=differences,
-    )
-
-
-def evaluate(
+def measure(
     pipeline: CoDDPipeline, examples: Sequence[Example], settings: QualitySettings
 ) -> Report:
     """`codd-hf evaluate quality`."""
     pipeline.set_progress_bar_config(disable=True)
     model = load_judge(settings.judge, settings.judge_file, pipeline.model.device)
-    samples = settings.samples or (f"{settings.output}.samples.jsonl" if settings.output else None)
-    store = AnswerStore(Path(samples) if samples else None)
+    journal = Path(f"{settings.output}.samples.jsonl") if settings.output else None
 
     def answer_set(examples: Sequence[Example]) -> AnswerSet:
         judge = Judge(*model, [example.prompt for example in examples])
-        return AnswerSet(pipeline, judge, examples, settings, store)
+        return AnswerSet(pipeline, judge, examples, settings, journal)
 
     validation = None
     if settings.choose_on:
         chosen_on = load_examples(settings.choose_on, skip_bad_rows=settings.skip_bad_rows)
         validation = answer_set(chosen_on[: settings.num_validation])
-    result = measure_quality(settings, answer_set(examples), validation)
     facts = {
         "judge": Path(settings.judge_file or settings.judge).name,
         "problems": len(examples),
         "validation_problems": len(validation.examples) if validation else 0,
         "gen_length": settings.gen_length,
-        "entropy_tolerance": settings.entropy_tolerance,
         "seed": settings.seed,
     }
-    return Report(result.tables(), facts, result.as_dict())
+    return Report(facts, measure_quality(settings, answer_set(examples), validation))
+
+
+def measure_quality(
+    settings: QualitySettings, test: AnswerSet, validation: AnswerSet | None
+) -> dict[str, list[Row]]:
+    """Chooses settings on validation data and measures them on test data.
+
+    Args:
+        settings: what is measured.
+        test: for the figures that are reported.
+        validation: for the choice; without it the pipeline's own settings hold.
+
+    Returns:
+        `choices`, figures of validation data; `rows`, of test data, of the real answers first; and
+        `matches`, the passes that factorized decoding needs for the quality of each coupled row.
+
+    Raises:
+        ValueError: `validation` shares a question with `test`, or a setting is out of range.
+    """
+    strategies = settings.strategies or [test.pipeline.scheduler.config.strategy]
+    for strategy in strategies:
+        choice("strategies", strategy, STRATEGIES)  # before hours have been spent on good ones
+    length, modes = test.block_length, [FACTORIZED, *settings.samplings]
+    if max(settings.passes) > length:
+        raise ValueError(f"`passes` must be at most the window's {length}, got {settings.passes}.")
+    chosen: dict[tuple[str, int], dict[str, Any]] = {}
+    choices, rows = [], []
+    if validation is not None:
+        shared = {e.prompt for e in validation.examples} & {e.prompt for e in test.examples}
+        if shared:
+            raise ValueError(f"`choose_on` and `dataset` share the question {min(shared)!r}.")
+        least = ENTROPY_KEPT * figures(None, validation.real())[ENTROPY].value
+        for mode, at in tqdm([*product(modes, CHOSEN_AT)], "choosing settings", disable=None):
+            grid = FACTORIZED_GRID if mode == FACTORIZED else COUPLED_GRID
+            group = [Setting(mode, strategies[0], min(at, length), draw) for draw in grid]
+            found = [figures(setting, validation.answers(setting)) for setting in group]
+            chosen[mode, at] = grid[best(found, least)]
+            choices += found
+    ways = [(s, n) for s in strategies for n in ([length] if s in ADAPTIVE else settings.passes)]
+    for mode, (strategy, passes) in tqdm([*product(modes, ways)], "measuring", disable=None):
+        wanted = 1 if strategy in ADAPTIVE else passes
+        nearest = min(CHOSEN_AT, key=lambda at, n=wanted: abs(math.log(at / n)))
+        setting = Setting(mode, strategy, passes, chosen.get((mode, nearest), {}))
+        rows.append(figures(setting, test.answers(setting)))
+    real = figures(None, test.real())
+    least = ENTROPY_KEPT * real[ENTROPY].value
+    return {"choices": choices, "rows": [real, *rows], "matches": find_matches(rows, least)}
+
+
+def figures(setting: Setting | None, answers: Answers) -> Row:
+    """Settings and figures of answers; no setting, of real ones."""
+    row: Row = {"sampling": "real answers", "strategy": None, "passes": None, "settings": None}
+    if setting is not None:
+        draw = ", ".join(f"{name} {value}" for name, value in setting.draw.items())
+        row |= vars(setting) | {"settings": draw}
+        del row["draw"]
+    nats = ratio(*zip(*answers.verdicts, strict=True))
+    return row | {
+        NATS: nats,
+        "perplexity": math.exp(nats.value),
+        ENTROPY: entropy(answers.tokens),
+        "repeated 3-grams, %": repeated_ngrams(answers.tokens) * 100,
+        "length": mean([len(tokens) for tokens in answers.tokens]),
+        "passes used": mean(answers.passes),
+        "seconds": answers.seconds,
+    }
+
+
+def best(rows: Sequence[Row], least_entropy: float) -> int:
+    """The index of the likeliest answers that keep the entropy; if none does, the most diverse."""
+    kept = [i for i, row in enumerate(rows) if row[ENTROPY].value >= least_entropy]
+    if kept:
+        return min(kept, key=lambda i: rows[i][NATS].value)
+    return max(range(len(rows)), key=lambda i: rows[i][ENTROPY].value)
+
+
+def find_matches(rows: Sequence[Row], least_entropy: float) -> list[Row]:
+    """Compares each coupled row with the factorized ones of its strategy.
+
+    Those of adaptive strategies, which have no number of passes, are passed over. A match has the
+    passes at which the quality is reached (None: at none that was measured, or the coupled answers
+    do not keep the entropy themselves) and the paired differences of nats.
+    """
+    matches = []
+    for ours in rows:
+        if ours["sampling"] == FACTORIZED or ours["strategy"] in ADAPTIVE:
+            continue
+        same = (FACTORIZED, ours["strategy"])
+        theirs = [row for row in rows if (row["sampling"], row["strategy"]) == same]
+        theirs.sort(key=lambda row: row["passes"])
+        keeps = ours[ENTROPY].value >= least_entropy
+        needed = _passes_needed(ours, theirs, least_entropy) if keeps else None
+        match = {name: ours[name] for name in ("sampling", "strategy", "passes")}
+        match |= {"keeps entropy": keeps, "factorized passes": needed}
+        match["ratio"] = None if needed is None else needed / ours["passes"]
+        for row in theirs:
+            name = f"factorized - CoDD, nats, {row['passes']} passes"
+            match[name] = row[NATS] - ours[NATS]
+        matches.append(match)
+    return matches
+
+
+def _passes_needed(ours: Row, theirs: Sequence[Row], least_entropy: float) -> float | None:
+    """The factorized passes that reach a quality, interpolated over their logarithm."""
+    # At each number of passes, the nats and the entropy that factorized decoding lacks.
+    lacks = [((row[NATS] - ours[NATS]).value, least_entropy - row[ENTROPY].value) for row in theirs]
+    at = next((i for i, lack in enumerate(lacks) if max(lack) <= 0), None)
+    if not at:
+        return None if at is None else theirs[0]["passes"]
+    # Where the last of the lacks before is made up.
+    pairs = zip(lacks[at - 1], lacks[at], strict=True)
+    way = max(a / (a - b) if a > 0 else 0.0 for a, b in pairs)
+    fewer, enough = theirs[at - 1]["passes"], theirs[at]["passes"]
+    return fewer * (enough / fewer) ** way

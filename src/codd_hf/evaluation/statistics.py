@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+Values = Sequence[float] | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,15 @@ class Estimate:
         error = "" if self.error is None else f" ± {self.error:{spec.removeprefix('+')}}"
         return f"{self.value:{spec}}{error}"
 
+    def __str__(self) -> str:
+        return format(self, ".3f")
 
-def ratio(parts: Sequence[float], wholes: Sequence[float]) -> Estimate:
+    def as_dict(self) -> dict[str, Any]:
+        """Value and error, for JSON."""
+        return {"value": self.value, "error": self.error}
+
+
+def ratio(parts: Values, wholes: Values) -> Estimate:
     """`sum(parts) / sum(wholes)`, where each text gives a part and a whole; 0 where all is 0."""
     part = torch.as_tensor(parts, dtype=torch.float64)
     whole = torch.as_tensor(wholes, dtype=torch.float64)
@@ -53,27 +63,18 @@ def ratio(parts: Sequence[float], wholes: Sequence[float]) -> Estimate:
     return Estimate((part.sum() / whole.sum().clamp(min=smallest)).item(), left_out)
 
 
-def mean(values: Sequence[float]) -> Estimate:
+def mean(values: Values) -> Estimate:
     """The mean over texts."""
     return ratio(values, [1.0] * len(values))
 
 
-def ngrams(tokens: Sequence, size: int) -> list[tuple]:
-    """The runs of `size` neighbours."""
-    return list(zip(*(tokens[i:] for i in range(size)), strict=False))
-
-
-def entropy(texts: Sequence[Sequence[int]], size: int = 1) -> Estimate:
-    """Entropy, in nats, of the n-grams of `size` tokens of all texts thrown together."""
-    columns: dict[tuple, int] = {}
-    places = [
-        (row, columns.setdefault(gram, len(columns)))
-        for row, tokens in enumerate(texts)
-        for gram in ngrams(tokens, size)
-    ]
-    counts = torch.zeros(len(texts), max(len(columns), 1), dtype=torch.float64)
-    index = torch.tensor(places, dtype=torch.long).view(-1, 2).unbind(1)
-    counts.index_put_(index, torch.ones(len(places), dtype=torch.float64), accumulate=True)
+def entropy(texts: Sequence[Sequence[int]]) -> Estimate:
+    """Entropy, in nats, of the tokens of all texts thrown together."""
+    tokens = torch.tensor([token for text in texts for token in text], dtype=torch.long)
+    rows = torch.arange(len(texts)).repeat_interleave(torch.tensor([len(t) for t in texts]))
+    kinds, columns = tokens.unique(return_inverse=True)
+    counts = torch.zeros(len(texts), len(kinds), dtype=torch.float64)
+    counts.index_put_((rows, columns), torch.ones(len(tokens), dtype=torch.float64), True)
     total = counts.sum(0)
     return Estimate(_entropy(total).item(), _entropy(total - counts))
 
@@ -84,5 +85,5 @@ def _entropy(counts: torch.Tensor) -> torch.Tensor:
 
 def repeated_ngrams(texts: Sequence[Sequence[int]], size: int = 3) -> Estimate:
     """Share of the n-grams that have occurred before in the same text."""
-    grams = [ngrams(tokens, size) for tokens in texts]
+    grams = [list(zip(*(text[i:] for i in range(size)), strict=False)) for text in texts]
     return ratio([len(g) - len(set(g)) for g in grams], [len(g) for g in grams])

@@ -1,9 +1,40 @@
-"""Figures as a table for people."""
+"""Figures as tables for people and as JSON for programs."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass
+class Report:
+    """Figures, and the facts on which they depend.
+
+    Attributes:
+        facts: sizes and settings.
+        tables: rows by title, from column to value; a column names its unit.
+    """
+
+    facts: dict[str, Any]
+    tables: dict[str, list[dict[str, Any]]]
+
+    def markdown(self) -> str:
+        """The tables, under their titles where there are several, and the facts."""
+        tables = {title: table(rows) for title, rows in self.tables.items() if rows}
+        if len(tables) > 1:
+            tables = {title: f"### {title}\n\n{text}" for title, text in tables.items()}
+        return "\n\n".join([*tables.values(), listed(self.facts)])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Facts and tables by their titles."""
+        return {"facts": self.facts, **self.tables}
+
+
+def as_json(value: Any) -> str:
+    """A value as indented JSON; what JSON has not is asked for itself `as_dict`."""
+    return json.dumps(value, indent=2, default=lambda part: part.as_dict()) + "\n"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

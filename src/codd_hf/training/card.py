@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,13 +11,13 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase
 
-from ..evaluation.gap import GapRow, gap_table
 from ..hub.cards import REWRITTEN, Artifact, make_card
 from ..hub.publishing import CARD
 from ..hub.repositories import is_local, reaching_hub
 from ..modeling_codd import CoDDModel
 from ..runtime.environment import environment
 from ..runtime.files import read_json
+from ..runtime.report import as_json, table
 from .loop.steps import History
 from .settings import STAGES, TrainConfig
 
@@ -65,7 +64,7 @@ def write_card(
     tokenizer: PreTrainedTokenizerBase,
     repo_id: str | None,
     sizes: dict[str, int],
-    gap: list[GapRow] | None,
+    gap: list[dict[str, Any]] | None,
 ) -> None:
     """Writes `README.md` and `training/` (settings, histories, gap) into a pipeline folder.
 
@@ -79,13 +78,13 @@ def write_card(
             settings[name] = Path(settings[name]).name
     facts = environment() | {"processes": PartialState().num_processes}
     run = {"environment": facts, "examples": sizes, "settings": settings}
-    run["gap"] = None if gap is None else [row.as_dict() for row in gap]
+    run["gap"] = gap
     paths = {stage: Path(config.output_dir, stage, HISTORY) for stage in STAGES}
     histories = {name: read_json(path, list) for name, path in paths.items() if path.exists()}
     (folder / "training").mkdir(parents=True, exist_ok=True)
     files = {f"{stage}_history": history for stage, history in histories.items()} | {"run": run}
     for name, content in files.items():
-        (folder / "training" / f"{name}.json").write_text(json.dumps(content, indent=2))
+        (folder / "training" / f"{name}.json").write_text(as_json(content))
     path = folder / CARD
     if path.exists() and REWRITTEN not in path.read_text(encoding="utf-8"):
         return
@@ -104,7 +103,7 @@ def write_card(
             f"### Measured gap\n\nOne full window in each of at most {config.num_gap_problems} "
             f"{caution} examples, as `codd-hf evaluate gap` measures it: nats per masked token ± "
             "standard error in one parallel step, and of the backbone that reveals one token at a "
-            f"time (sequential).\n\n{gap_table(gap)}"
+            f"time (sequential).\n\n{table(gap)}"
         )
     make_card(
         Artifact("pipeline", model.coupling_head, model.backbone, tokenizer, model.config),
@@ -149,7 +148,7 @@ def _curve(history: History) -> str:
     def cell(value: float | None) -> str:
         return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
 
-    table = [line([name.replace("_", " ") for name in names]), line(["---"] * len(names))]
-    table += [line([cell(row.get(name)) for name in names]) for row in rows]
+    lines = [line([name.replace("_", " ") for name in names]), line(["---"] * len(names))]
+    lines += [line([cell(row.get(name)) for name in names]) for row in rows]
     took = f"It took {history[-1].get('seconds', 0) / 60:.1f} minutes."
-    return "\n\n".join(["\n".join(table), *([GAINS] if "gain" in names else []), took])
+    return "\n\n".join(["\n".join(lines), *([GAINS] if "gain" in names else []), took])

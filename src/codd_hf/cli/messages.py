@@ -1,21 +1,36 @@
-"""Whose fault an exception is: of a user's value, a file or the machine, or of this package.
+"""Messages of the command line: errors in one line, and no text that controls the terminal.
 
 A check refuses with a `raise` statement; an accident (`None + 1`, a missing key) is raised by the
 interpreter. So a ValueError that was raised on purpose is about a user's value, and one that
-happened is a bug. What libraries raise while they read a file is a refusal already (see `errors`).
+happened is a bug. What libraries raise while they read a file is a refusal already (see
+`checks.errors`).
 """
 
 from __future__ import annotations
 
 import dis
+import io
+import logging
+import re
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ..checks.errors import innermost, printable, reason
-from .printing import one_line
 
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
+LONGEST_LINE = 1200
 RAISE = dis.opmap["RAISE_VARARGS"]
 REFUSALS = (ValueError, TypeError, FloatingPointError, ImportError)
+
+
+def one_line(text: str) -> str:
+    """A message in one line, without its middle where it is very long."""
+    text = printable(" ".join(text.split()))
+    half = LONGEST_LINE // 2
+    return text if len(text) <= LONGEST_LINE else f"{text[:half]} ... {text[-half:]}"
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -29,8 +44,7 @@ def is_refusal(error: BaseException) -> bool:
 
 def report(error: BaseException, command: str, debug: bool = False) -> None:
     """Prints an error of a command to standard error: one line, or a bug with its traceback."""
-    refusal = is_refusal(error)
-    shown = traceback.format_exception(error)
+    refusal, shown = is_refusal(error), traceback.format_exception(error)
     traceback.clear_frames(error.__traceback__)  # progress bars write their last before the line
     if debug or not refusal:
         print(printable("".join(shown)), file=sys.stderr)
@@ -52,3 +66,26 @@ def _lacks_memory(error: BaseException) -> bool:
     from accelerate.utils.memory import should_reduce_batch_size
 
     return should_reduce_batch_size(error)
+
+
+@contextmanager
+def printing_safely() -> Iterator[None]:
+    """Text of files and repositories in warnings and logs cannot control the terminal.
+
+    Characters that the encoding of standard output lacks are printed as escapes.
+    """
+    format_warning, make_record = warnings.formatwarning, logging.getLogRecordFactory()
+    warnings.formatwarning = lambda *args, **kwargs: printable(format_warning(*args, **kwargs))
+    logging.setLogRecordFactory(_PrintableRecord)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        warnings.formatwarning = format_warning
+        logging.setLogRecordFactory(make_record)
+
+
+class _PrintableRecord(logging.LogRecord):
+    def getMessage(self) -> str:
+        return printable(COLOUR.sub("", super().getMessage()))
