@@ -107,5 +107,5 @@ def test_the_fitted_head_beats_factorized_prediction_in_a_mostly_masked_window(c
     assert main(["evaluate", "gap", *arguments]) == 0
     assert "gap closed" in capsys.readouterr().out
     for row in json.loads(output.read_text())["rows"]:
-        assert row["nats"]["fitted"] < row["nats"]["factorized"]
+        assert row["fitted"]["value"] < row["factorized"]["value"]
         assert row["nats"]["fitted"] < row["nats"]["raw product"]

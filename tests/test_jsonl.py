@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -368,7 +369,8 @@ def test_bad_rows_are_skipped_counted_and_listed(folder, pipe, with_bad_rows, tm
     assert not output.exists()
     assert main([*argv, "--model", str(folder), "--skip-bad-rows"]) == 0
     captured = capsys.readouterr()
-    assert "5 rows are left out as bad (2, 3, 5, 6, 8)" in captured.err
+    assert "5 rows are left out" in captured.err
+    assert "Rows left out: 6: `gen_length` must be" in captured.err
     assert "7 rows answered now" in captured.out
     rows = [i for i in range(12) if i not in BAD]
     for row, line in zip(rows, output.read_text().splitlines(), strict=True):
@@ -384,7 +386,9 @@ def test_processes_skip_their_own_bad_rows_and_a_killed_run_goes_on(pipe, with_b
     def answer(pipe, output, *share) -> tuple[int, list[int]]:
         report = RowReport("rows", skip_bad_rows=True)
         options = {"state": process(*share), "batch_size": 1, "report": report, **LENGTHS}
-        return answer_jsonl(pipe, with_bad_rows, output, **options), list(report.bad)
+        return answer_jsonl(pipe, with_bad_rows, output, **options), sorted(
+            chain(*report.left_out.values())
+        )
 
     assert answer(pipe, alone, 0, 1) == (7, [2, 3, 5, 6, 8])
     with pytest.raises(Killed):

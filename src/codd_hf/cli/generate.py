@@ -125,7 +125,7 @@ def _run_on_file(settings: GenerateSettings, call: dict[str, Any]) -> None:
     )
     if state.num_processes > 1:
         state.destroy_process_group()
-    if report.bad:
+    if report.left_out:
         print(printable(str(report)), file=sys.stderr)
     who = f"process {state.process_index}: " if state.num_processes > 1 else ""
     what = "is complete" if Path(settings.output).exists() else "waits for other processes"
