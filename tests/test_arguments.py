@@ -245,9 +245,7 @@ def test_mask_token_that_is_no_token_is_refused_at_every_door(value):
         (lambda s, x: s.step(x, 1.0, [[12] * 4]), "`sample` must hold ids of the vocabulary"),
         (lambda s, x: s.step(x, 1.0, [[2] * 4], eligible=[[1] * 4]), "`eligible` must be True or"),
         (lambda s, x: s.step(x, 1.0, [[2] * 4], at_least=[1, 1]), "`at_least` must have shape"),
-        (lambda s, x: s.step(x, 1.0, [[2] * 4], memory=7), "`memory` must be a CommitMemory"),
         (lambda s, x: s.add_noise(IDS, float("nan")), "`timesteps` must be in [0, 1]"),
-        (lambda s, x: s.add_noise(IDS, 0.5, maskable=IDS), "`maskable` must be True or False"),
     ],
 )
 def test_scheduler_says_what_cannot_be_meant(call, said):

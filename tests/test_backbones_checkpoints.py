@@ -258,12 +258,12 @@ def test_checkpoint_decodes_what_its_logits_say(kind):
     pipe = CoDDPipeline.from_pretrained(str(checkpoint(kind)))
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5]]
     settings = {"gen_length": 4, "block_length": 4, "num_inference_steps": 1, "temperature": 0.0}
-    found = pipe(input_ids=prompts, output_type="seq", early_stop=False, **settings).sequences
+    found = pipe(input_ids=prompts, output_type="seq", eos_token_id=[], **settings).sequences
     for prompt, answer in zip(prompts, found, strict=True):
         ids = torch.tensor([prompt + 4 * [MASK]])
         logits = pipe.model(ids).logits[0, -4:]
         assert torch.equal(
             logits.index_fill(-1, torch.tensor([MASK]), -torch.inf).argmax(-1), answer
         )
-        generated = pipe.model.generate(ids[:, :-4], early_stop=False, **settings)
+        generated = pipe.model.generate(ids[:, :-4], eos_token_id=[], **settings)
         assert torch.equal(generated[0, -4:], answer)

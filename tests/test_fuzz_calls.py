@@ -89,7 +89,6 @@ plausible: dict[str, list[Any]] = {
     "window_start": [[0, 0], [-9, 9], [2, 1]],
     "gen_length": [1, 5, [1, 9], 120, 10**6],
     "max_new_tokens": [1, [3, 6]],
-    "max_length": [5, 4],
     "block_length": [1, 3, 100],
     "num_inference_steps": [1, 2, 5, [2, 9], 10**12],
     "min_new_tokens": [1, [0, 2]],
@@ -98,11 +97,9 @@ plausible: dict[str, list[Any]] = {
     "cache": ["prefix", "dual"],
     "eos_token_id": [1, [1, 3], []],
     "pad_token_id": [0, 5],
-    "num_return_sequences": [1, 2],
     "generator": [torch.Generator(), [torch.Generator(), torch.Generator()]],
     "infill": [True],
     "do_sample": [True, False],
-    "early_stop": [False],
     "logits_processor": [lambda ids, scores: scores, lambda ids, scores: scores - torch.inf],
     "batch_size": [1, 2],
     "prompt": ["Tom", ["Tom", ""]],
@@ -172,7 +169,7 @@ def holds(call: Callable[[], Any]) -> Any:
 
 DRAWS = [field.name for field in fields(DrawSettings)]
 TASK = ("block_length", "num_inference_steps", "paradigm", "infill")
-TASK += ("min_new_tokens", "forced_tokens", "generator", "cache", "guidance_scale", "early_stop")
+TASK += ("min_new_tokens", "forced_tokens", "generator", "cache", "guidance_scale")
 TASK += ("logits_processor", "eos_token_id", "attention_mask")
 IDS = torch.tensor([[5, 6, 7, 8], [9, 3, 4, 10]])
 HIDDEN = torch.tensor([[5, 6, MASK, MASK], [MASK, 3, MASK, 10]])
@@ -198,8 +195,8 @@ def check_forward(data: st.DataObject) -> None:
 
 
 def check_generate(data: st.DataObject) -> None:
-    names = ("inputs", "input_ids", "max_new_tokens", "gen_length", "max_length", "do_sample")
-    names += ("num_return_sequences", "pad_token_id", "token_type_ids", "generation_config")
+    names = ("inputs", "input_ids", "max_new_tokens", "gen_length", "do_sample")
+    names += ("pad_token_id", "token_type_ids", "generation_config")
     names += ("streamer", "on_step")
     given = {"inputs": IDS, "max_new_tokens": 6, "num_inference_steps": 2}
     given |= data.draw(changes(*names, *TASK, *DRAWS, "head", "use_cache", "scheduler"))
@@ -216,7 +213,7 @@ def check_pipeline(data: st.DataObject) -> None:
     given = {"gen_length": 6, "block_length": 4, "num_inference_steps": 2}
     names = ("prompt", "messages", "input_ids", "use_chat_template", "gen_length", "output_type")
     names += ("return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
-    names += ("add_generation_prompt", "chat_template_kwargs")
+    names += ("chat_template_kwargs",)
     given |= data.draw(st.sampled_from([{"prompt": ["Tom", "Ann buys"]}, {"input_ids": IDS}]))
     holds(lambda: PIPE(**given | data.draw(changes(*names, *TASK, *DRAWS))))
 
@@ -226,13 +223,12 @@ def check_scheduler(data: st.DataObject) -> None:
     scheduler = scheduler or CoDDScheduler(mask_token_id=MASK)
     scheduler.set_timesteps(2)
     holds(lambda: scheduler.add_noise(**{"original_samples": IDS, "timesteps": 0.5} | data.draw(
-        changes("original_samples", "timesteps", "generator", "mask_token_id", "maskable",
-                "mean_span_length")
+        changes("original_samples", "timesteps", "generator", "mask_token_id", "mean_span_length")
     )))  # fmt: skip
     output = data.draw(st.sampled_from(["logits", "distribution"]))
     output = torch.randn(2, 4, VOCAB) if output == "logits" else a_distribution({})
     names = ("model_output", "timestep", "sample", "generator", "eligible", "at_least")
-    names += ("mask_token_id", "logits_processor", "text", "memory")
+    names += ("mask_token_id",)
     given = {"model_output": output, "timestep": 1.0, "sample": [[MASK] * 4] * 2}
     holds(lambda: scheduler.step(**given | data.draw(changes(*names, *DRAWS))))
     given = {"logits": torch.randn(2, 4, VOCAB), "timestep": 0.5, "eligible": torch.ones(2, 4) > 0}

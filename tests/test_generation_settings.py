@@ -11,7 +11,7 @@ from transformers import GenerationConfig, pipeline
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler, default_model
 from codd_hf.cli import main
-from codd_hf.decoding.generation_settings import scheduler_of, with_settings_of
+from codd_hf.decoding.choices import scheduler_of, with_settings_of
 from tiny import random_head, tiny_backbone
 from tiny_pipeline import tiny_pipeline
 
@@ -48,7 +48,7 @@ def test_folder_of_a_pipeline_decodes_alike_by_every_door(name, tmp_path):
     model.save_pretrained(tmp_path / "again")
     again = CoDDPipeline.from_pretrained(tmp_path / "again")
     assert of_pipe(again, gen_length=20) == expected
-    assert again.scheduler.draw_settings() == pipe.scheduler.draw_settings()
+    assert again.scheduler.settings == pipe.scheduler.settings
     warmer = {"temperature": 0.5, "gen_length": 20}
     assert of_model(model, **warmer) == of_pipe(pipe, **warmer)
 
@@ -93,21 +93,21 @@ def test_call_counts_before_the_model_in_whether_and_how_to_sample(
     model = CoDDModel.from_backbone(tiny_backbone(), random_head())
     model.generation_config = GenerationConfig(**own)
     asked = []
-    inner = CoDDScheduler.draw_settings
+    inner = CoDDScheduler.for_call
 
-    def told(self, **overrides):
-        settings = inner(self, **overrides)
-        asked.append(settings.temperature)
-        return settings
+    def told(self, *args, **overrides):
+        scheduler = inner(self, *args, **overrides)
+        asked.append(scheduler.settings.temperature)
+        return scheduler
 
-    monkeypatch.setattr(CoDDScheduler, "draw_settings", told)
+    monkeypatch.setattr(CoDDScheduler, "for_call", told)
     model.generate(torch.tensor([[5, 6]]), max_new_tokens=4, **call)
     assert asked[-1] == temperature
 
 
 def test_sampling_at_temperature_0_is_refused():
     model = CoDDModel.from_backbone(tiny_backbone(), random_head())
-    with pytest.raises(ValueError, match="`do_sample=True` draws, and `temperature=0` takes"):
+    with pytest.raises(ValueError, match="`do_sample=True` draws, and `temperature=0`"):
         model.generate(torch.tensor([[5, 6]]), do_sample=True, temperature=0.0)
 
 
@@ -168,7 +168,7 @@ def test_settings_survive_the_way_through_a_configuration(name, tmp_path):
     scheduler = CoDDScheduler(**SETTINGS[name])
     with_settings_of(GenerationConfig(), scheduler).save_pretrained(tmp_path)
     stored = GenerationConfig.from_pretrained(tmp_path)
-    assert scheduler_of(stored).draw_settings() == scheduler.draw_settings()
+    assert scheduler_of(stored).settings == scheduler.settings
 
 
 def test_setting_of_a_folder_that_is_none_is_refused_by_its_name(tmp_path):

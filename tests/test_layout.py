@@ -12,7 +12,7 @@ import torch
 import codd_hf
 from codd_hf import CoDDModel, default_model
 from codd_hf.decoding import loop
-from codd_hf.decoding.reader import CanvasReader
+from codd_hf.decoding.step import CanvasReader
 
 ROOT = Path(__file__).parent.parent
 LINT = "from importlinter.cli import lint_imports_command; lint_imports_command()"

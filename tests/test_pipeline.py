@@ -125,7 +125,7 @@ def test_every_position_is_filled_whatever_the_lengths(pipe, gen_length, block_l
         block_length=block_length,
         num_inference_steps=num_blocks,
         temperature=3.0,
-        early_stop=False,
+        eos_token_id=[],
         output_type="seq",
     ).sequences
     assert sequences.shape == (3, gen_length)
@@ -136,7 +136,7 @@ def test_every_position_is_filled_whatever_the_lengths(pipe, gen_length, block_l
 
 
 def test_num_inference_steps_is_the_number_of_backbone_passes(pipe, passes):
-    output = pipe(input_ids=PROMPTS, **SHORT, early_stop=False, output_type="seq")
+    output = pipe(input_ids=PROMPTS, **SHORT, eos_token_id=[], output_type="seq")
     assert passes == [3] * 4
     assert output.num_passes == 4
 
@@ -153,7 +153,7 @@ def test_tokens_of_a_block_are_committed_in_equal_shares(pipe):
     pipe(
         input_ids=PROMPTS,
         **{**SHORT, "num_inference_steps": 5},
-        early_stop=False,
+        eos_token_id=[],
         callback_on_step_end=callback,
         callback_on_step_end_tensor_inputs=["transfer_index"],
     )
@@ -172,12 +172,6 @@ def test_text_ends_at_the_end_of_text_and_finished_rows_cost_nothing(pipe, passe
     assert eos not in output.sequences[1]
     assert passes == [2, 2, 2, 1, 1, 1]
     assert output.texts[0] == pipe.tokenizer.decode(output.sequences[0, :3])
-    whole = pipe(
-        input_ids=PROMPTS[0], gen_length=12, block_length=6, num_inference_steps=6, early_stop=False
-    )
-    assert not (whole.sequences[0, 4:] == pipe.tokenizer.pad_token_id).any()
-    assert whole.texts == output.texts[:1]
-    assert len(passes) == 12
 
 
 def test_callback_sees_the_whole_canvas_at_every_step(pipe):
@@ -200,7 +194,7 @@ def test_callback_sees_the_whole_canvas_at_every_step(pipe):
     pipe(
         input_ids=PROMPTS,
         **SHORT,
-        early_stop=False,
+        eos_token_id=[],
         callback_on_step_end=callback,
         callback_on_step_end_tensor_inputs=pipe._callback_tensor_inputs,
     )
@@ -298,12 +292,14 @@ def test_text_with_mask_tokens_is_filled_in_and_the_rest_stays(pipe, tokenizer):
         {"role": "user", "content": "two"},
         {"role": "assistant", "content": f"3 {mask} 4"},
     ]
-    said = pipe(messages=messages, infill=True, add_generation_prompt=False, sampling="marginal")
+    said = pipe(
+        messages=messages, infill=True, chat_template_kwargs={"add_generation_prompt": False}
+    )
     assert said.texts[0].split("3 ")[1].endswith(" 4")
 
 
 def test_prompts_may_have_lengths_and_steps_of_their_own(pipe):
-    kwargs = {"sampling": "marginal", "block_length": 4, "early_stop": False}
+    kwargs = {"sampling": "marginal", "block_length": 4, "eos_token_id": []}
     output = pipe(input_ids=PROMPTS, gen_length=[4, 9, 1], num_inference_steps=[1, 3, 2], **kwargs)
     assert output.sequences.shape == (3, 9)
     assert output.passes_per_row.tolist() == [1, 3, 1]
@@ -419,9 +415,11 @@ MESSAGES = [{"role": "user", "content": "two"}]
         ({"prompt": "two", "messages": MESSAGES}, "got `prompt` and `messages`"),
         ({"prompt": []}, "`prompt` must hold at least one row, got none"),
         ({"messages": []}, "`messages` must hold at least one row, got none"),
-        ({"messages": [[]]}, "`messages` must hold at least one message"),
         ({"input_ids": []}, "`input_ids` must hold at least one row, got none"),
-        ({"input_ids": torch.zeros(1, 1, 1, dtype=torch.long)}, "`input_ids` must hold rows of token ids"),
+        (
+            {"input_ids": torch.zeros(1, 1, 1, dtype=torch.long)},
+            "`input_ids` must hold rows of token ids",
+        ),
         ({"input_ids": [40, 5000]}, "got 5000 in row 0"),
         ({"input_ids": [[40], [-1]]}, "got -1 in row 1"),
         ({"input_ids": [40, 1]}, "must not hold the mask token"),
@@ -464,6 +462,7 @@ def test_bad_input_gets_one_clear_sentence(pipe, kwargs, said):
 @pytest.mark.parametrize(
     ("kwargs", "said"),
     [
+        ({"messages": [[]]}, "`messages` must be a list of messages"),
         ({"prompt": 3}, "`prompt` must be a string or a list of strings, got 3"),
         ({"input_ids": torch.zeros(1, 2)}, "`input_ids` must be integers"),
         ({"prompt": "two", "gen_length": 2.5}, "`gen_length` must be an integer, got 2.5"),

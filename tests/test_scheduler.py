@@ -256,22 +256,19 @@ def test_plain_logits_are_decoded_factorized():
     assert not output.transfer_index[0, 0]
 
 
-def test_add_noise_masks_each_row_at_its_own_rate_where_it_may():
+def test_add_noise_masks_each_row_at_its_own_rate():
     clean = torch.zeros(3, 20000, dtype=torch.long)
     scheduler = CoDDScheduler(mask_token_id=MASK)
     levels = torch.tensor([0.0, 0.3, 1.0])
     noisy = scheduler.add_noise(clean, levels, generator=torch.Generator().manual_seed(0))
     rate = (noisy == MASK).float().mean(-1)
     torch.testing.assert_close(rate, levels, atol=0.015, rtol=0)
-    maskable = torch.arange(8).expand(2, -1) >= 4
-    noisy = scheduler.add_noise(torch.arange(8).expand(2, -1), 1.0, maskable=maskable)
-    assert noisy[0].tolist() == [0, 1, 2, 3, MASK, MASK, MASK, MASK]
 
 
 def test_scheduler_saves_and_loads_its_settings(tmp_path):
     scheduler = CoDDScheduler(strategy="margin", temperature=0.7, top_k=5)
     scheduler.save_pretrained(tmp_path)
-    assert CoDDScheduler.from_pretrained(tmp_path).draw_settings() == scheduler.draw_settings()
+    assert CoDDScheduler.from_pretrained(tmp_path).settings == scheduler.settings
 
 
 def test_settings_that_left_load_where_they_changed_nothing_and_are_refused_elsewhere():

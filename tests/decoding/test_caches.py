@@ -171,7 +171,7 @@ def test_block_causal_backbone_loses_nothing(cache):
     """Blocks that see nothing later have keys and values that no later token changes."""
     pipe = pipeline_of(CoDDModel.from_backbone(tiny_backbone(block_length=5), random_head()))
     prompts = [[3, 4, 5, 6, 7], [8, 9, 10, 3, 4, 5, 6, 7, 8, 9]]
-    kwargs = {**SHORT, "num_inference_steps": 10, "sampling": "factorized", "early_stop": False}
+    kwargs = {**SHORT, "num_inference_steps": 10, "sampling": "factorized", "eos_token_id": []}
     kept, plain = (pipe(input_ids=prompts, cache=c, **kwargs).sequences for c in (cache, None))
     assert torch.equal(kept, plain)
     assert kept.unique().numel() > 2

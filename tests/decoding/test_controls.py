@@ -83,7 +83,7 @@ def test_processors_see_the_known_tokens_of_each_row_in_order(model, sampling):
         scheduler=CoDDScheduler(sampling=sampling, temperature=1.0, strategy="left_to_right"),
         **SHORT,
         logits_processor=LogitsProcessorList([recorder]),
-        early_stop=False,
+        eos_token_id=[],
         on_step=lambda step, t, state: canvases.append(state["canvas"]),
     )
     assert not (sequences[:, 3:] == 7).any()
@@ -153,7 +153,6 @@ def test_end_of_text_never_comes_before_the_minimum_length(pipe, sampling):
             min_new_tokens=[5, 8],
             generator=torch.Generator().manual_seed(seed),
             output_type="seq",
-            early_stop=False,
         )
         ends += (output.sequences[0] == EOS).nonzero()[:, 0].tolist()
         assert not (output.sequences[1] == EOS).any()
@@ -172,7 +171,7 @@ def test_minimum_length_under_the_name_of_transformers(model):
 
 @pytest.mark.parametrize("sampling", MODES)
 def test_forced_tokens_stand_where_they_were_put_and_condition_the_rest(pipe, sampling):
-    kwargs = {**SHORT, "sampling": sampling, "output_type": "seq", "early_stop": False}
+    kwargs = {**SHORT, "sampling": sampling, "output_type": "seq", "eos_token_id": []}
     forced = [{0: 9, 5: 10}, {}]
     output = pipe(
         input_ids=[[3, 4, 5], [3, 4, 5]],
@@ -207,7 +206,7 @@ def test_block_of_forced_tokens_costs_no_pass_and_leaves_its_steps_to_the_others
         forced_tokens=[dict.fromkeys(range(4), 9), {}],
         **SHORT,
         output_type="seq",
-        early_stop=False,
+        eos_token_id=[],
     )
     assert output.passes_per_row.tolist() == [4, 4]
     assert output.num_passes == 6  # four for a block of each, and two for the second of one
@@ -220,7 +219,7 @@ def test_block_of_forced_tokens_costs_no_pass_and_leaves_its_steps_to_the_others
         ({"min_new_tokens": -1}, "`min_new_tokens` must be at least 0, got -1"),
         ({"min_new_tokens": [1, 2]}, "`min_new_tokens` must have one entry per prompt (1), got 2"),
         ({"forced_tokens": {8: 3}}, "`forced_tokens` must have places below `gen_length` (8)"),
-        ({"forced_tokens": {0: 2}}, "other than the mask token, got 2 at 0"),
+        ({"forced_tokens": {0: 2}}, "other tokens than the mask token, at 0"),
         (
             {"forced_tokens": {0: 12}},
             "a token id of the vocabulary, 0 to 11, got 12",

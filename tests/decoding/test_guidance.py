@@ -16,7 +16,7 @@ CALL = {
     "block_length": 4,
     "num_inference_steps": 8,
     "sampling": "marginal",
-    "early_stop": False,
+    "eos_token_id": [],
     "output_type": "seq",
 }
 
@@ -78,7 +78,7 @@ def test_scale_of_each_row_and_0_is_off(pipe):
         block_length=4,
         num_inference_steps=8,
         sampling="marginal",
-        early_stop=False,
+        eos_token_id=[],
         guidance_scale=3.0,
     )
     assert torch.equal(generated[0, len(PROMPTS[1]) :], guided[1])

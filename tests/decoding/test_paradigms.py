@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
+from codd_hf.decoding.step import CanvasReader
 from tiny import random_head, tiny_backbone, tiny_model
 
 MASK, EOS, PAD, WINDOW = 2, 1, 0, 4
@@ -41,7 +42,7 @@ def committed(model, input_ids, monkeypatch=None, **kwargs) -> tuple[list[list[i
     def remember(step, timestep, state):
         steps.append(state["transfer_index"][0].nonzero()[:, 0].tolist())
 
-    kwargs = {"gen_length": 16, "block_length": 4, "early_stop": False, **kwargs}
+    kwargs = {"gen_length": 16, "block_length": 4, "eos_token_id": [], **kwargs}
     model.generate(torch.tensor([input_ids]), on_step=remember, **kwargs)
     return steps, windows
 
@@ -118,15 +119,20 @@ def test_block_causal_backbone_reads_no_further_than_the_windows(
         )
         generator = torch.Generator().manual_seed(0)
         tokens = model.generate(
-            prompt, gen_length=12, block_length=block_length, generator=generator, early_stop=False
+            prompt, gen_length=12, block_length=block_length, generator=generator, eos_token_id=[]
         )
         hook.remove()
         return tokens
 
     cut = generate()
     assert min(lengths) < prompt_length + 12 == max(lengths)
-    everywhere = lambda canvas, block: torch.ones_like(block)  # noqa: E731
-    monkeypatch.setattr("codd_hf.decoding.reader.windows_over", everywhere)
+    inner = CanvasReader.open_block
+
+    def open_all(reader, block):
+        inner(reader, block)
+        reader.end = None
+
+    monkeypatch.setattr(CanvasReader, "open_block", open_all)
     assert torch.equal(cut, generate())
     assert set(lengths) == {prompt_length + 12}
 
@@ -157,7 +163,7 @@ def test_window_of_128_tokens(paradigm):
         block_length=32,
         num_inference_steps=6,
         paradigm=paradigm,
-        early_stop=False,
+        eos_token_id=[],
     )
     assert ids.shape == (1, 143)
     assert not (ids == MASK).any()
@@ -166,7 +172,7 @@ def test_window_of_128_tokens(paradigm):
 @pytest.mark.parametrize("paradigm", ["block", "full"])
 def test_nothing_is_decoded_behind_the_end_of_a_text(model, paradigm):
     kwargs = {"paradigm": paradigm, "num_inference_steps": 16, "eos_token_id": 9}
-    ended, _ = committed(model, PROMPT, forced_tokens={5: 9}, early_stop=True, **kwargs)
+    ended, _ = committed(model, PROMPT, forced_tokens={5: 9}, **kwargs)
     assert sorted(p for positions in ended for p in positions) == [3, 4, 5, 6, 7]
     kwargs |= {"gen_length": 16, "block_length": 4, "forced_tokens": {5: 9}}
     text = model.generate(torch.tensor([PROMPT]), **kwargs)[0, 3:]
@@ -199,7 +205,6 @@ def test_gap_follows_the_exact_law_given_all_other_text(model, paradigm):
     filled = model.generate(
         template,
         infill=True,
-        early_stop=False,
         sampling="any_order",
         temperature=1.0,
         paradigm=paradigm,
@@ -235,10 +240,8 @@ def test_gap_holds_no_end_and_no_padding(pipe, sampling, paradigm):
 def test_generate_puts_what_it_filled_in_where_the_padding_leaves_it(model):
     ids = torch.tensor([[0, 0, 3, MASK, 4], [5, MASK, 6, MASK, 7]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    filled = model.generate(ids, attention_mask=mask, infill=True, num_return_sequences=2)
-    assert filled.shape == (4, 5)
-    twice = ids.repeat_interleave(2, 0)
-    assert torch.equal(filled[twice != MASK], twice[twice != MASK])
+    filled = model.generate(ids, attention_mask=mask, infill=True)
+    assert torch.equal(filled[ids != MASK], ids[ids != MASK])
     assert not (filled == MASK).any()
 
 
@@ -246,8 +249,7 @@ def test_generate_puts_what_it_filled_in_where_the_padding_leaves_it(model):
     ("kwargs", "said"),
     [
         ({"infill": True}, "`infill` fills mask tokens, of which there is none in row 0"),
-        ({"infill": True, "min_new_tokens": 2}, "`min_new_tokens` is for text after a prompt"),
-        ({"infill": True, "forced_tokens": {0: 3}}, "`forced_tokens` is for text after a prompt"),
+        ({"infill": True, "min_new_tokens": 2}, "are for text after a prompt: leave them out"),
         ({"paradigm": "fuller"}, "`paradigm` must be one of block, full, got 'fuller'"),
         ({"gen_length": [4, 5]}, "`gen_length` must have one entry per prompt (1), got 2"),
         ({"gen_length": [0]}, "`gen_length` must be at least 1, got 0"),

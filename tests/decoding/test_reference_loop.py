@@ -119,8 +119,9 @@ def test_generate_the_pipeline_and_a_plain_loop_give_the_same_tokens(model, samp
     settings["threshold"] = 0.6
     pipe = CoDDPipeline(model=model, scheduler=CoDDScheduler(evidence_temperature=0.7))
     pipe.set_progress_bar_config(disable=True)
-    kwargs = {**arguments, "num_inference_steps": STEPS, "early_stop": False, **settings}
+    kwargs = {**arguments, "num_inference_steps": STEPS, **settings}
     infill = "infill" in arguments
+    kwargs |= {} if infill else {"eos_token_id": []}
     given = TEMPLATE if infill else PROMPT
     with torch.no_grad():
         expected, passes = plain_loop(

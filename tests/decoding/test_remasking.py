@@ -69,7 +69,7 @@ def test_tokens_of_earlier_steps_are_judged_by_the_prediction_that_committed_the
     )
     scheduler.set_timesteps(LENGTH)
     rows = 200
-    memory, sample = CommitMemory(), torch.tensor([OPEN] * rows)
+    memory, sample = CommitMemory(rows, LENGTH), torch.tensor([OPEN] * rows)
     generator = torch.Generator().manual_seed(0)
     went_back = [set() for _ in range(rows)]  # once is all
     counts = {"earlier": 0, "own": 0}
@@ -129,7 +129,7 @@ def test_decoding_ends_although_every_token_goes_back_once(sampling):
     )
     steps = 3 * LENGTH
     scheduler.set_timesteps(steps)
-    memory, sample = CommitMemory(), torch.tensor([OPEN] * 5)
+    memory, sample = CommitMemory(5, LENGTH), torch.tensor([OPEN] * 5)
     generator = torch.Generator().manual_seed(0)
     returned = torch.zeros(5, LENGTH, dtype=torch.bool)
     for timestep in scheduler.timesteps:
@@ -154,15 +154,15 @@ def test_what_the_circuit_did_not_judge_or_the_caller_changed_stays():
 
     scheduler = CoDDScheduler(**settings, remask_threshold=0.9, strategy="left_to_right")
     scheduler.set_timesteps(4)
-    memory, sample = CommitMemory(), torch.tensor([OPEN] * 30)
+    memory, sample = CommitMemory(30, LENGTH), torch.tensor([OPEN] * 30)
     first = scheduler.step(
         window_of(sample), 1.0, sample, memory=memory, remask_threshold=0.0
     ).prev_sample
-    assert memory.held is None
+    assert (memory.tokens == -1).all()
     first = scheduler.step(
         window_of(sample), 1.0, sample, memory=memory, remask_threshold=1e-9
     ).prev_sample
-    assert memory.held[:, 0].all()
+    assert (memory.tokens[:, 0] >= 0).all()
     changed = first.clone()
     changed[:, 0] = (first[:, 0] + 1) % 2
     output = scheduler.step(window_of(changed), 0.75, changed, memory=memory)
@@ -213,4 +213,4 @@ def test_remasking_needs_the_circuit_and_the_mask_token():
     with pytest.raises(ValueError, match="`remask_threshold` must be at most 1"):
         CoDDScheduler(remask_threshold=1.5)
     configured = CoDDScheduler(remask_threshold=0.1)
-    assert configured.draw_settings(sampling="factorized").remask_threshold == 0.0
+    assert configured.settings.updated(sampling="factorized").remask_threshold == 0.0

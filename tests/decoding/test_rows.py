@@ -115,7 +115,7 @@ def test_other_backbones_and_windows_shorter_and_longer_than_blocks(kind, window
 
 @pytest.mark.parametrize("strategy", ["threshold", "joint"])
 def test_adaptive_runs_need_fewer_passes_the_lower_their_threshold(pipe, strategy):
-    kwargs = {**SHORT, "num_inference_steps": 10, "sampling": "marginal", "early_stop": False}
+    kwargs = {**SHORT, "num_inference_steps": 10, "sampling": "marginal", "eos_token_id": []}
     passes = [
         pipe(input_ids=PROMPTS, strategy=strategy, threshold=threshold, **kwargs).passes_per_row
         for threshold in (0.0, 0.4, 1.0)

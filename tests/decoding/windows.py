@@ -8,7 +8,7 @@ from scipy.stats import chi2
 from codd_hf.circuits import CoupledCategorical
 from codd_hf.decoding.call import DecodingCall
 from codd_hf.decoding.canvas import Canvas
-from codd_hf.decoding.reader import CanvasReader
+from codd_hf.decoding.step import CanvasReader
 from codd_hf.schedulers import CoDDScheduler
 from tiny import enumerate_window, random_head
 

@@ -79,7 +79,7 @@ def generators(
             "gen_length": length,
             "block_length": block,
             "num_inference_steps": steps,
-            "early_stop": False,
+            "eos_token_id": [],
             "cache": cache,
             "output_type": "seq",
         }

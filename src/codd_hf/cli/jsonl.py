@@ -29,7 +29,7 @@ from ..data.fingerprint import (
     weights_fingerprint,
 )
 from ..data.rows import BadRowError, Row, RowReport, read_rows
-from ..decoding.generation_settings import SETTINGS
+from ..decoding.choices import SETTINGS
 from ..decoding.loop import lay_out
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.files import atomic_write, make_durable
@@ -81,7 +81,7 @@ def answer_jsonl(
         OSError: a file cannot be read or written, or another run is writing it.
     """
     draws = {name: call[name] for name in SETTINGS if name in call}
-    pipeline.scheduler.draw_settings(**draws).check_vocabulary(pipeline.model.config.vocab_size)
+    pipeline.scheduler.settings.updated(**draws).check_vocabulary(pipeline.model.config.vocab_size)
     rows = read_rows(str(source))
     good = [row for _, row in rows if isinstance(row, dict)]
     usual = (column for row in good for column in USUAL_PROMPTS if column in row)

@@ -3,9 +3,9 @@
 A canvas is filled stage by stage, a stage in a number of steps, each one pass of the backbone over
 the whole canvas `[prompt][generated][padding]`. In the block paradigm (semi-autoregressive) the
 stages are blocks, filled from left to right, each under all the windows of the circuit that overlap
-it; in the full paradigm there is one stage, everything, and each step places its windows
-(`placement`). Instead of a prompt, a row can be a template, whose gaps are generated given the text
-on both sides (infilling).
+it; in the full paradigm there is one stage, everything, and each step places its windows. Instead
+of a prompt, a row can be a template, whose gaps are generated given the text on both sides
+(infilling).
 
 Nothing that happens in a row depends on the others. Rows have their own lengths and numbers of
 steps. The number of steps is a ceiling: a row whose block is full costs no more passes in that
@@ -15,7 +15,6 @@ block, and steps that are not needed there are not passed on to later blocks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,15 +23,14 @@ from diffusers.utils import logging
 
 from ..checks.arguments import as_tensor, check_callable, check_tokens
 from ..coupling.windows import CoupledBackbone
-from ..schedulers.remasking import CanvasMemory
+from ..schedulers.remasking import CommitMemory
 from .call import DecodingCall
-from .canvas import Canvas
-from .placement import Stage, plan_stages
-from .reader import CanvasReader
-from .step import take_step
-from .streaming import OnStep
+from .canvas import Canvas, Stage
+from .step import CanvasReader, take_step
 
 logger = logging.get_logger(__name__)
+
+OnStep = Callable[[int, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor | None]
 
 
 @dataclass
@@ -47,14 +45,12 @@ class DecodingOutput:
         num_passes: passes of the backbone that were run, each over the rows that needed it. Rows
             begin their blocks together, so that it may exceed the steps of each of them where they
             share their steps over their blocks differently.
-        finished: `[batch]` bool, the rows that ended with an end-of-text token.
         passes_per_row: `[batch]`, the passes that each row took part in.
     """
 
     sequences: torch.Tensor
     is_text: torch.Tensor
     num_passes: int
-    finished: torch.Tensor
     passes_per_row: torch.Tensor
 
 
@@ -71,7 +67,7 @@ def lay_out(
     """
     canvas = Canvas.lay_out(model, call, input_ids, attention_mask)
     is_block_causal = getattr(model.config.text_config, "block_length", None) is not None
-    return canvas, plan_stages(canvas, from_position_0=is_block_causal)
+    return canvas, canvas.stages(from_position_0=is_block_causal)
 
 
 @torch.no_grad()
@@ -106,23 +102,29 @@ def denoise(
     check_callable("on_step", on_step, "a function of the step, its timestep and its state")
     call = replace(call, head=call.head.frozen())
     canvas, stages = lay_out(model, call, input_ids, attention_mask)
-    reader = CanvasReader(model, canvas)
+    reader, shape = CanvasReader(model, canvas), canvas.tokens.shape
     passes_per_row, num_passes, fallback = torch.zeros_like(canvas.start), 0, False
     most_passes = int(sum((stage.num_steps for stage in stages), passes_per_row).max())
     bar = None if progress is None else progress(most_passes)
     for stage in stages:
-        memory = CanvasMemory() if call.settings.remask_threshold else None
+        memory, device = None, canvas.tokens.device
+        if call.scheduler.settings.remask_threshold:
+            memory = CommitMemory(shape[0], shape[1] + call.head.window_length, device)
         most_steps = int(stage.num_steps.max())
         reader.open_block(stage.within)
         for number in range(most_steps):
-            open_ = canvas.open(call.early_stop) & stage.within
-            rows = (open_.any(-1) & (number < stage.num_steps)).nonzero()[:, 0]
+            is_open = (canvas.open() & stage.within).any(-1)
+            rows = (is_open & (number < stage.num_steps)).nonzero()[:, 0]
             if len(rows) == 0:
                 break
-            record = {} if on_step is None else _empty_record(canvas)
-            # A model with one head has no adapter to switch.
-            adapter = model.heads.adapter_of_call if model.heads.others else nullcontext
-            with adapter(call.head):
+            record = {}
+            if on_step is not None:
+                record = {
+                    "transfer_index": torch.zeros_like(canvas.generated),
+                    "sampled_tokens": torch.full_like(canvas.tokens, call.mask_token_id),
+                    "sampled_probs": torch.zeros(shape, device=device),
+                }
+            with model.heads.adapter_of_call(call.head):
                 fallback |= take_step(
                     model, canvas, rows, reader.read(rows), stage, number, memory, record
                 )
@@ -131,14 +133,12 @@ def denoise(
                 state = {"canvas": canvas.tokens.clone(), "generated": canvas.generated, **record}
                 returned = on_step(num_passes, torch.tensor(1 - number / most_steps), state)
                 if returned is not None:
-                    shape, device = canvas.tokens.shape, canvas.tokens.device
                     canvas.tokens = as_tensor("canvas", returned, int, shape, device).clone()
                     check_tokens("canvas", canvas.tokens, model.config.vocab_size)
             if bar is not None:
                 bar.update()
             num_passes += 1
-            if call.early_stop:
-                canvas.close()
+            canvas.close()
     if bar is not None:
         bar.update(most_passes - num_passes)
     if fallback:
@@ -146,15 +146,5 @@ def denoise(
             "The circuit and the backbone share no completion of a window (`log_partition` is "
             "-inf), so the rows concerned are decoded factorized."
         )
-    finished = (
-        canvas.close() if call.early_stop else torch.zeros_like(canvas.start, dtype=torch.bool)
-    )
-    return DecodingOutput(*canvas.result(), num_passes, finished, passes_per_row)
-
-
-def _empty_record(canvas: Canvas) -> dict[str, torch.Tensor]:
-    return {
-        "transfer_index": torch.zeros_like(canvas.generated),
-        "sampled_tokens": torch.full_like(canvas.tokens, canvas.mask_token_id),
-        "sampled_probs": torch.zeros(canvas.tokens.shape, device=canvas.tokens.device),
-    }
+    canvas.close()
+    return DecodingOutput(*canvas.result(), num_passes, passes_per_row)

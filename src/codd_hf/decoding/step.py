@@ -1,19 +1,118 @@
-"""One step of the denoising loop: from the backbone's states to tokens on the canvas."""
+"""One step of the denoising loop: the backbone reads the canvas, the scheduler commits tokens.
+
+| `cache` | computed in the first step of a block | in its other steps |
+| --- | --- | --- |
+| None | the whole canvas | the whole canvas |
+| `"prefix"` | the whole canvas | the block and what follows it |
+| `"dual"` | the whole canvas | the block |
+
+The rest is kept from the block's first step, when the block and what follows it were masked
+(Fast-dLLM, arXiv 2505.22618, which calls the second `DualCache`). With full attention that is an
+approximation: tokens committed in the block change the others' keys and values a little.
+"""
 
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 from ..backbones import BackboneStates
 from ..checks.arguments import numbered
 from ..circuits.factorized import without_tokens
 from ..circuits.random import Generators
 from ..coupling.windows import CoupledBackbone
-from ..schedulers import RowText
-from ..schedulers.remasking import CanvasMemory
-from ..schedulers.strategies import ADAPTIVE, select
-from .canvas import Canvas
-from .placement import Stage, positions_of, rows_alike, windows_over
+from ..schedulers.drawing import RowText
+from ..schedulers.remasking import CommitMemory
+from ..schedulers.strategies import ADAPTIVE
+from .canvas import Canvas, Stage, rows_alike
+
+
+class CanvasReader:
+    """Runs the backbone for one call of the denoising loop.
+
+    Row numbers are those of the call's batch. Nothing read for a row depends on the others.
+
+    With a guidance scale `s`, a second pass sees mask tokens in place of the prompt, and logits
+    become `without_prompt + (s + 1) * (with_prompt - without_prompt)`, as in LLaDA
+    ([arXiv 2502.09992](https://arxiv.org/abs/2502.09992), appendix A.2). Both are run as one batch.
+    Hidden states are those of the pass with the prompt.
+
+    Raises:
+        ValueError: the backbone cannot be read in parts.
+    """
+
+    def __init__(self, model: CoupledBackbone, canvas: Canvas) -> None:
+        self.canvas, self.family, self.backbone = canvas, model.family, model.backbone
+        self.prompt = canvas.attention_mask.bool() & ~canvas.generated
+        self.attention_mask, self.scale, self.cache = canvas.attention_mask, None, None
+        if any(canvas.call.guidance_scale):
+            scales = canvas.call.guidance_scale
+            self.scale = torch.tensor(scales, device=canvas.tokens.device)
+            self.attention_mask = canvas.attention_mask.repeat(2, 1)
+        if canvas.call.cache is not None:
+            self.cache = self.family.make_cache(self.backbone, len(self.attention_mask))
+
+    def open_block(self, block: torch.Tensor) -> None:
+        """Says where the next steps commit tokens, `[batch, length]` bool; the first reads all."""
+        self.end = None
+        if getattr(self.backbone.config, "block_length", None) is not None:
+            # A block-causal backbone sees nothing beyond: columns behind need not be computed.
+            last = int(self.canvas.windows_over(block).any(0).nonzero().max())
+            self.end = last + self.canvas.call.head.window_length
+        if self.cache is None:
+            return
+        self.cache.reset()
+        again = block
+        if self.canvas.call.cache == "prefix":
+            again = (block.long().cumsum(1) > 0) & self.canvas.attention_mask.bool()
+        if getattr(self.backbone.config, "logit_shift", False):
+            again = again | F.pad(again[:, 1:], (0, 1))  # where the first of them is predicted
+        # A row with fewer columns than others computes its last one more than once.
+        count = again.sum(-1, keepdim=True)
+        order = again.logical_not().long().argsort(dim=1, stable=True)
+        nth = torch.arange(int(count.max()), device=again.device)
+        columns = order.gather(1, torch.minimum(nth, (count - 1).clamp(min=0)))
+        copies = 1 if self.scale is None else 2
+        self.read_again, self.columns = again.repeat(copies, 1), columns.repeat(copies, 1)
+
+    def read(self, rows: torch.Tensor) -> BackboneStates:
+        """Predicts the tokens of some rows, by their numbers `[n]`.
+
+        Returns:
+            States over the canvas (up to where it is needed), valid until the next call.
+        """
+        tokens = self.canvas.tokens[rows]
+        if self.scale is None:
+            return self._read(rows, tokens)
+        without = tokens.masked_fill(self.prompt[rows], self.canvas.call.mask_token_id)
+        both = torch.cat((rows, rows + len(self.prompt))), torch.cat((tokens, without))
+        states, scale, number = self._read(*both), self.scale[rows], len(rows)
+
+        def read_logits(index: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
+            if index is None:
+                every = torch.arange(states.last_hidden_state.shape[1], device=rows.device)
+                index = torch.arange(number, device=rows.device)[:, None], every
+            with_prompt = states.logits(index)
+            difference = with_prompt - states.logits((index[0] + number, index[1]))
+            # The same as in the formula, but exact where the scale is 0.
+            return with_prompt + scale[index[0]][..., None].to(with_prompt.dtype) * difference
+
+        return BackboneStates(states.last_hidden_state[:number], read_logits)
+
+    def _read(self, rows: torch.Tensor, tokens: torch.Tensor) -> BackboneStates:
+        mask = self.attention_mask[rows]
+        if self.cache is None:
+            return self.family.states(self.backbone, tokens[:, : self.end], mask[:, : self.end])
+        # Rows come here in a later step of a block, and tokens outside it change, only by the hand
+        # of a caller who edits the canvas.
+        old = self.cache.outdated(rows, tokens, self.read_again[rows])
+        if bool(old.any()):
+            self.cache.whole(rows[old], tokens[old])
+            states = self.family.states(self.backbone, tokens[old], mask[old], cache=self.cache)
+            if bool(old.all()):
+                return states
+        self.cache.part(rows, self.columns[rows])
+        return self.family.states(self.backbone, tokens, mask, cache=self.cache)
 
 
 def take_step(
@@ -23,7 +122,7 @@ def take_step(
     states: BackboneStates,
     stage: Stage,
     number: int,
-    memory: CanvasMemory | None,
+    memory: CommitMemory | None,
     record: dict[str, torch.Tensor],
 ) -> bool:
     """Commits tokens of a stage to the canvas, in all rows of a pass, those that are alike at once.
@@ -43,24 +142,24 @@ def take_step(
         Whether a window was decoded factorized, since circuit and backbone exclude each other.
     """
     call, fallback, part = canvas.call, False, canvas.rows(rows)
-    length = call.head.window_length
-    states = _without_early_ends(states, part)
-    num_steps, open_ = stage.num_steps[rows], part.open(call.early_stop) & stage.within[rows]
-    over, eligible, at_least = stage.within[rows], open_, None
+    scheduler, length = call.scheduler, call.head.window_length
+    states, num_steps = _without_early_ends(states, part), stage.num_steps[rows]
+    over, at_least = stage.within[rows], None
+    eligible = open_ = part.open() & over
     if call.block_length is None:
         over = eligible = _chosen(model, part, rows, states, num_steps, number, open_)
         at_least = eligible.sum(-1)
-    starts = windows_over(part, over)
-    if call.block_length is None and call.settings.strategy in ADAPTIVE:
+    starts = part.windows_over(over)
+    if call.block_length is None and scheduler.settings.strategy in ADAPTIVE:
         # In these windows the coupled distribution decides, at least at an even pace.
-        eligible = open_ & positions_of(starts, length)
+        eligible = open_ & part.positions_of(starts)
         at_least = -(-open_.sum(-1) // (num_steps - number))
-    for index, steps, window_start in rows_alike(starts, num_steps):
+    for index in rows_alike(starts.sum(-1), num_steps):
         # 1. The distribution over the windows.
         group, group_rows = part.rows(index), rows[index]
-        begin = window_start.repeat_interleave(length, dim=1)
-        within = torch.arange(length, device=rows.device).repeat(window_start.shape[1])
-        position = begin + within
+        window_start = starts[index].nonzero()[:, 1].view(len(index), -1)
+        within = torch.arange(length, device=rows.device)
+        position = (window_start[..., None] + within).flatten(1)
         with numbered(rows):
             distribution = model.window_distribution(
                 states,
@@ -68,30 +167,27 @@ def take_step(
                 window_start.flatten(),
                 part.attention_mask,
                 rows=index.repeat_interleave(window_start.shape[1]),
-                temperature=call.settings.evidence_temperature,
+                temperature=scheduler.settings.evidence_temperature,
                 head=call.head,
             )
 
         # 2. Some of the masked tokens are committed.
         column = position.clamp(max=canvas.tokens.shape[1] - 1)
-        remembered = None if memory is None else memory.read(group_rows, position, begin)
-        known = group.attention_mask.bool() & (group.tokens != canvas.mask_token_id)
+        known = group.attention_mask.bool() & (group.tokens != call.mask_token_id)
+        scheduler.set_timesteps(int(num_steps[index[0]]))
         with numbered(group_rows):
-            output = call.scheduler.commit(
+            output = scheduler.step(
                 distribution,
+                scheduler.timesteps[number],
                 group.tokens.gather(1, column),
-                call.settings,
-                steps - number,
                 generator=_of_rows(call.generator, group_rows),
                 eligible=eligible[index].gather(1, column),
                 at_least=None if at_least is None else at_least[index],
-                mask_token_id=canvas.mask_token_id,
                 logits_processor=call.logits_processor,
-                text=RowText(group.tokens, known, position),
-                memory=remembered,
+                text=RowText(group.tokens, known, position, group_rows),
+                memory=memory,
+                output_logits=False,
             )
-        if memory is not None:
-            memory.write(group_rows, position, begin, remembered, canvas.tokens)
         fallback = fallback or bool(output.fallback.any())
 
         # 3. They go onto the canvas.
@@ -108,7 +204,7 @@ def _without_early_ends(states: BackboneStates, part: Canvas) -> BackboneStates:
     if not len(part.end_ids) or not bool((part.no_end_before > part.start).any()):
         return states
 
-    def read_logits(index: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def read_logits(index: tuple[torch.Tensor, ...]) -> torch.Tensor:
         logits = states.logits(index)
         too_early = (index[1] < part.no_end_before[index[0]])[:, None]
         ends = logits[:, part.end_ids].masked_fill(too_early, -torch.inf)
@@ -128,20 +224,20 @@ def _chosen(
 ) -> torch.Tensor:
     """`[n, T]` bool: the open positions that the backbone's prediction would commit in a step."""
     call, chosen = part.call, torch.zeros_like(open_)
-    last = part.generated.shape[1] - part.generated.flip(1).long().argmax(-1)
-    alike = torch.stack((num_steps, last - part.start), dim=-1)
-    never = model.config.forbidden_token_ids or []
-    never = model.mask_token_id, [*never, *(call.settings.forbidden_token_ids or [])]
-    for steps, span in alike.unique(dim=0).tolist():
-        index = (alike == alike.new_tensor((steps, span))).all(-1).nonzero()[:, 0]
-        column = part.start[index, None] + torch.arange(span, device=rows.device)
+    spans = part.generated.shape[1] - part.generated.flip(1).long().argmax(-1) - part.start
+    for index in rows_alike(num_steps, spans):
+        column = part.start[index, None] + torch.arange(int(spans[index[0]]), device=rows.device)
         eligible = open_[index].gather(1, column)
         at = eligible.nonzero(as_tuple=True)
-        logits = without_tokens(states.logits((index[at[0]], column[at])), *never)
+        logits = states.logits((index[at[0]], column[at]))
+        logits = without_tokens(logits, call.mask_token_id, model.config.forbidden_token_ids)
         logits = logits.new_zeros(*column.shape, logits.shape[-1]).index_put_(at, logits)
-        log_probs, generator = logits.float().log_softmax(-1), _of_rows(call.generator, rows[index])
-        chosen[index[:, None], column] = select(
-            call.settings, log_probs, eligible, steps - number, generator
+        call.scheduler.set_timesteps(int(num_steps[index[0]]))
+        chosen[index[:, None], column] = call.scheduler.select_positions(
+            logits,
+            call.scheduler.timesteps[number],
+            eligible,
+            generator=_of_rows(call.generator, rows[index]),
         )
     return chosen
 

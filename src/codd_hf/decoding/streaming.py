@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from ..checks.arguments import shown
 from .call import DecodingCall
-
-OnStep = Callable[[int, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor | None]
+from .loop import OnStep
 
 
 class BlockStream:
@@ -19,13 +17,12 @@ class BlockStream:
     being filled, the mask token where nothing is committed yet, and `put(block)` once nothing in
     the block or before it changes any more, which the first step of the next block shows. All are
     token ids `[batch, n]` on the CPU. The blocks put, one after the other, are the beginning of
-    what `generate` returns after the prompts, and blocks that were not decoded because all texts
-    had ended are left out. A streamer without `put_draft` (`TextStreamer`) hears of blocks only.
+    what `generate` returns after the prompts. A streamer without `put_draft` (`TextStreamer`) hears
+    of blocks only.
 
     Args:
         streamer: the receiver.
         prompts: `[batch, prompt_length]`.
-        mask_token_id: the token of a position before one is committed.
         call: gives the length of blocks and the padding behind rows that are shorter than others.
         on_step: is called before the streamer hears of a step.
     """
@@ -34,13 +31,17 @@ class BlockStream:
         self,
         streamer: BaseStreamer,
         prompts: torch.Tensor,
-        mask_token_id: int,
         call: DecodingCall,
         on_step: OnStep | None = None,
     ) -> None:
-        self.streamer, self.on_step = streamer, on_step
-        self.mask_token_id, self.behind = mask_token_id, call.behind
-        self.block_length = call.block_length
+        if call.infill:
+            raise ValueError(
+                "`streamer` is told what follows a prompt, which `infill` has not: leave it out."
+            )
+        if not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise TypeError(f"`streamer` must have `put` and `end`, got {shown(streamer)}.")
+        self.streamer, self.call, self.on_step = streamer, call, on_step
+        self.block_length = call.block_length or max(call.gen_length)
         self._complete = self._begun = 0
         streamer.put(prompts.cpu())
 
@@ -55,13 +56,13 @@ class BlockStream:
         number = torch.arange(int(size.max()), device=generated.device)
         place = generated.long().argmax(-1, keepdim=True) + number
         place = place.clamp(max=generated.shape[1] - 1)
-        tokens = torch.where(number < size, canvas.gather(1, place), self.behind)
+        tokens = torch.where(number < size, canvas.gather(1, place), self.call.behind)
         changed = state["transfer_index"].gather(1, place) & (number < size)
-        in_work = ((tokens == self.mask_token_id) | changed).any(0).nonzero()[:, 0].tolist()
-        block_length = self.block_length or tokens.shape[1]
-        start = in_work[0] // block_length * block_length
+        in_work = (tokens == self.call.mask_token_id) | changed
+        first = int(in_work.any(0).nonzero()[0])
+        start = first // self.block_length * self.block_length
         self._put_until(start, tokens)
-        self._begun = start + block_length
+        self._begun = start + self.block_length
         if hasattr(self.streamer, "put_draft"):
             self.streamer.put_draft(tokens[:, start : self._begun].cpu())
         return returned
@@ -73,6 +74,6 @@ class BlockStream:
 
     def _put_until(self, end: int, tokens: torch.Tensor) -> None:
         while self._complete < min(end, tokens.shape[1]):
-            following = self._complete + (self.block_length or tokens.shape[1])
+            following = self._complete + self.block_length
             self.streamer.put(tokens[:, self._complete : following].cpu())
             self._complete = following

@@ -116,7 +116,7 @@ class AnswerSet:
         """
         scheduler = self.pipeline.scheduler
         draw = {**setting.draw, "sampling": setting.sampling, "strategy": setting.strategy}
-        made_by = [*self._made_by, asdict(scheduler.draw_settings(**draw)), setting.passes]
+        made_by = [*self._made_by, asdict(scheduler.settings.updated(**draw)), setting.passes]
         key = json_fingerprint(made_by)
         kept = read_results(self.journal).get(key) if self.journal else None
         if kept is not None:

@@ -19,10 +19,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..checks.arguments import choice
+from ..checks.settings import settings_of
 from ..data.sources import Example, load_examples
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.report import Report
-from ..schedulers.strategies import ADAPTIVE, STRATEGIES
+from ..schedulers.settings import DrawSettings
+from ..schedulers.strategies import ADAPTIVE
 from .answers import Answers, AnswerSet, Setting
 from .judge import Judge, load_judge
 from .settings import FACTORIZED, QualitySettings
@@ -93,7 +95,9 @@ def measure_quality(
     """
     strategies = settings.strategies or [test.pipeline.scheduler.config.strategy]
     for strategy in strategies:
-        choice("strategies", strategy, STRATEGIES)  # before hours have been spent on good ones
+        choice(
+            "strategies", strategy, settings_of(DrawSettings)["strategy"].choices
+        )  # before hours have been spent on good ones
     length, modes = test.block_length, [FACTORIZED, *settings.samplings]
     if max(settings.passes) > length:
         raise ValueError(f"`passes` must be at most the window's {length}, got {settings.passes}.")

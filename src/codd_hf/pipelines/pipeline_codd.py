@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,20 +15,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ..checks.arguments import check_callable, check_known, choice, flag, several, shown
 from ..circuits.random import Generators
 from ..coupling.adapters import unwrapped
-from ..coupling.heads import HeadName
-from ..decoding.call import DecodingCall, PerRow
-from ..decoding.generation_settings import (
-    SETTINGS,
-    SPECIAL_TOKENS,
-    task_of,
-    with_defaults,
-    with_settings_of,
-)
+from ..decoding.call import CHOICES, DecodingCall, PerRow
+from ..decoding.choices import SETTINGS, SPECIAL_TOKENS, task_of, with_settings_of
 from ..decoding.loop import denoise
 from ..hub.publishing import CARD, Publishing, forget_paths
-from ..hub.repositories import Repository, checked_name, explain_load_errors
+from ..hub.repositories import checked_name
 from ..modeling_codd import CoDDModel
-from ..schedulers import CoDDScheduler
+from ..schedulers.scheduling_codd import CoDDScheduler
 from .loading import load_components
 from .pipeline_output import CoDDPipelineOutput
 from .prompts import Conversation, encode_prompts
@@ -41,13 +33,7 @@ PROMPTS = (
     "input_ids",
     "attention_mask",
     "use_chat_template",
-    "add_generation_prompt",
     "chat_template_kwargs",
-)
-CHOICES = tuple(
-    name
-    for name, parameter in inspect.signature(DecodingCall.of).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY
 )
 
 
@@ -59,9 +45,6 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
             decodes factorized).
         scheduler ([`CoDDScheduler`]): Decides which tokens each step commits.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Needed for text.
-
-    Raises:
-        ValueError: model and tokenizer have different mask tokens.
 
     Examples:
         ```python
@@ -93,12 +76,10 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
     ) -> None:
         super().__init__()
         model = unwrapped(model)
-        if tokenizer is not None and tokenizer.mask_token_id not in (
-            None,
-            model.config.mask_token_id,
-        ):
+        mask_token_id = None if tokenizer is None else tokenizer.mask_token_id
+        if mask_token_id not in (None, model.config.mask_token_id):
             raise ValueError(
-                f"`tokenizer` has the mask token {tokenizer.mask_token_id}, but the model's is "
+                f"`tokenizer` has the mask token {mask_token_id}, but the model's is "
                 f"{model.config.mask_token_id}: give the tokenizer that the model was trained with."
             )
         self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
@@ -119,23 +100,15 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path (`str`): A folder or an id on the Hub.
-            **kwargs: As for [`~diffusers.DiffusionPipeline.from_pretrained`] or, for the last
-                three, [`~transformers.PreTrainedModel.from_pretrained`]; `model`, `scheduler` and
-                `tokenizer` replace a component.
+            **kwargs: As for [`CoDDModel.from_pretrained`]; `model`, `scheduler` and `tokenizer`
+                replace a component.
 
         Raises:
             OSError: there is no such folder or repository, or it holds none of these.
             TypeError: the name is neither a path nor an id.
         """
         name = checked_name(pretrained_model_name_or_path, "pretrained_model_name_or_path")
-        folder, arguments = load_components(name, kwargs)
-        if folder is None:
-            return cls(**arguments)
-        repository = Repository(str(folder))
-        with explain_load_errors(repository):
-            for component in ("scheduler", "tokenizer"):
-                repository.inside(component).check()
-            pipeline = super().from_pretrained(str(folder), **arguments)
+        pipeline = cls(**load_components(name, kwargs))
         if kwargs.get("model") is None:
             pipeline.model.generation_config = pipeline.generation_config
         return pipeline
@@ -173,15 +146,14 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
         return self._num_timesteps
 
     def task(self, **call: Any) -> dict[str, Any]:
-        """What a call decodes, by the names in `generation_settings.TASK`."""
+        """What a call decodes, by the names in `decoding.choices.TASK`."""
         return task_of(self.model, call, tokenizer=self.tokenizer)
 
     def prepare(self, **call: Any) -> tuple[torch.Tensor, torch.Tensor, DecodingCall]:
         """Checks and encodes the prompts and choices of a call, and decodes nothing.
 
         Args:
-            **call: the arguments of `__call__` that concern prompts and decoding; None for the
-                default.
+            **call: the arguments of `__call__` that concern prompts and decoding.
 
         Returns:
             `input_ids` and `attention_mask`, both `[batch, length]`, and the choices.
@@ -194,32 +166,7 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
         ids, mask = encode_prompts(
             self.model, self.tokenizer, infill=infill, end_ids=task["eos_token_id"], **prompts
         )
-        choices = call | with_defaults(task, self.model, ids.shape[1])
-        return ids, mask, DecodingCall.of(self.model, self.scheduler, len(ids), **choices)
-
-    def check_inputs(
-        self,
-        output_type: str,
-        callback_on_step_end: Callback | None,
-        callback_on_step_end_tensor_inputs: list[str],
-    ) -> None:
-        """Raises for arguments of the output and the callback that cannot be used.
-
-        Raises:
-            ValueError: one sentence on the argument, its value, and what to give.
-        """
-        choice("output_type", output_type, ("text", "seq"))
-        if output_type == "text" and self.tokenizer is None:
-            raise ValueError("`output_type='text'` needs a tokenizer: use `output_type='seq'`.")
-        check_callable("callback_on_step_end", callback_on_step_end, "callable")
-        names = several(callback_on_step_end_tensor_inputs)
-        if names is None:
-            raise TypeError(
-                "`callback_on_step_end_tensor_inputs` must be a list, got "
-                f"{shown(callback_on_step_end_tensor_inputs)}."
-            )
-        for name in names:
-            choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
+        return ids, mask, DecodingCall.of(self.model, self.scheduler, len(ids), **(call | task))
 
     @torch.no_grad()
     def __call__(
@@ -229,13 +176,9 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
         input_ids: torch.Tensor | list[int] | list[list[int]] | None = None,
         attention_mask: torch.Tensor | None = None,
         use_chat_template: bool = True,
-        add_generation_prompt: bool = True,
         chat_template_kwargs: dict[str, Any] | None = None,
         gen_length: PerRow | None = None,
         num_inference_steps: PerRow | None = None,
-        block_length: int | None = None,
-        infill: bool | None = None,
-        head: HeadName = None,
         generator: Generators = None,
         output_type: str = "text",
         return_dict: bool = True,
@@ -254,23 +197,15 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
             attention_mask (`torch.Tensor`, *optional*): With a tensor of `input_ids`, of the same
                 shape: 0 at padding, which may be on either side.
             use_chat_template (`bool`, defaults to `True`):
-                Whether a `prompt` becomes a user's message where the tokenizer has a chat template.
-            add_generation_prompt (`bool`, defaults to `True`): As in `apply_chat_template`.
+                Whether a `prompt` becomes a user's message where the tokenizer has a chat template;
+                with `infill` it never does.
             chat_template_kwargs (`dict`, *optional*): Passed to `apply_chat_template`.
             gen_length (`int` or `list[int]`, *optional*): Number of tokens to generate, for all
                 prompts or for each; by default that of the model's generation configuration
-                (`max_new_tokens`) or 128. With `infill` the mask tokens say it.
+                (`max_new_tokens`) or 128.
             num_inference_steps (`int` or `list[int]`, *optional*):
                 The most backbone passes for the whole generation, for all prompts or for each, at
-                least one per block; by default one for four tokens. The strategies `threshold` and
-                `joint` need fewer where they are sure.
-            block_length (`int`, *optional*): Tokens that are decoded together; by default 32, or
-                the blocks of a block-causal backbone.
-            infill (`bool`, *optional*): Whether each prompt holds mask tokens, which are
-                filled in given the text on both sides; nothing is generated after it, and there is
-                no chat template but for `messages`. `sequences` and `texts` are the whole texts.
-            head (`str` or `False`, *optional*): The name of the head that couples this call, or
-                `False` for none; by default the model's default one.
+                least one per block; by default one for four tokens.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One generator, or one per prompt: a prompt then gets the same text in any batch.
             output_type (`str`, defaults to `"text"`): `"text"`, or `"seq"` for token ids alone.
@@ -279,15 +214,12 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
                 Called as `callback(pipe, step, timestep, callback_kwargs)` after each step; returns
                 a dict, whose `canvas` (if it has one) replaces the canvas.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*):
-                What `callback_kwargs` holds, by default `["canvas"]`. All are `(batch_size,
-                length)`, over the whole canvas `[prompt][generated][padding]` of each row:
-                `canvas` (tokens), `generated` (which are not prompt or padding), `transfer_index`
-                (committed in this step), `sampled_tokens` and `sampled_probs` (candidates).
+                What `callback_kwargs` holds, by default `["canvas"]`: the tensors that
+                [`~codd_hf.decoding.loop.denoise`] gives `on_step`.
             **settings: The draw settings ([`~codd_hf.schedulers.settings.DrawSettings`]:
-                `sampling`, `strategy`, `temperature`, ...), by default the scheduler's, and further
-                choices of [`~codd_hf.decoding.call.DecodingCall.of`] (`paradigm`, `eos_token_id`,
-                `early_stop`, `min_new_tokens`, `forced_tokens`, `logits_processor`, `cache`,
-                `guidance_scale`).
+                `sampling`, `strategy`, `temperature`, ...), by default the scheduler's, and the
+                other arguments of [`~codd_hf.decoding.call.DecodingCall.of`] (`block_length`,
+                `infill`, `head`, `paradigm`, ...).
 
         Returns:
             [`CoDDPipelineOutput`], or without `return_dict` the tuple `(sequences, texts)`, in
@@ -298,52 +230,38 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
             TypeError: an argument is unknown or of another kind.
         """
         # 1. Check inputs and encode the prompts.
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if callback_on_step_end_tensor_inputs is None:
-            callback_on_step_end_tensor_inputs = ["canvas"]
-        self.check_inputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        choice("output_type", output_type, ("text", "seq"))
+        if output_type == "text" and self.tokenizer is None:
+            raise ValueError("`output_type='text'` needs a tokenizer: use `output_type='seq'`.")
         return_dict = flag("return_dict", return_dict)
+        on_step = self._on_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
         ids, mask, call = self.prepare(
             prompt=prompt,
             messages=messages,
             input_ids=input_ids,
             attention_mask=attention_mask,
             use_chat_template=use_chat_template,
-            add_generation_prompt=add_generation_prompt,
             chat_template_kwargs=chat_template_kwargs,
             gen_length=gen_length,
             num_inference_steps=num_inference_steps,
-            block_length=block_length,
-            infill=infill,
-            head=head,
             generator=generator,
             **settings,
         )
 
         # 2. Denoise, one block after the other.
-        def on_step(step, timestep, state):
-            kwargs = {key: state[key] for key in callback_on_step_end_tensor_inputs}
-            outputs = callback_on_step_end(self, step, timestep, kwargs)
-            if not isinstance(outputs, dict):
-                raise ValueError(
-                    "`callback_on_step_end` must return a dict (it may be empty), got "
-                    f"{type(outputs).__name__}."
-                )
-            return outputs.get("canvas")
-
         with ExitStack() as bars:
 
-            def progress(total):
+            def progress(total: int) -> Any:
                 self._num_timesteps = total
                 return bars.enter_context(self.progress_bar(total=total))
 
+            device = self._execution_device
             output = denoise(
                 self.model,
                 call,
-                ids.to(self._execution_device),
-                mask.to(self._execution_device),
-                on_step=None if callback_on_step_end is None else on_step,
+                ids.to(device),
+                mask.to(device),
+                on_step=on_step,
                 progress=progress,
             )
 
@@ -359,3 +277,25 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
         if not return_dict:
             return output.sequences, texts
         return CoDDPipelineOutput(output.sequences, texts, output.num_passes, output.passes_per_row)
+
+    def _on_step(self, callback: Any, names: Any) -> Callable | None:
+        """A callback of diffusers as the denoising loop calls it."""
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            names = callback.tensor_inputs
+        names = ["canvas"] if names is None else several(names)
+        check_callable("callback_on_step_end", callback, "callable")
+        if names is None:
+            raise TypeError("`callback_on_step_end_tensor_inputs` must be a list of names.")
+        for name in names:
+            choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
+
+        def on_step(step: int, timestep: torch.Tensor, state: dict[str, torch.Tensor]) -> Any:
+            outputs = callback(self, step, timestep, {name: state[name] for name in names})
+            if not isinstance(outputs, dict):
+                raise ValueError(
+                    "`callback_on_step_end` must return a dict (it may be empty), got "
+                    f"{shown(outputs)}."
+                )
+            return outputs.get("canvas")
+
+        return None if callback is None else on_step

@@ -14,15 +14,14 @@ class CoDDPipelineOutput(BaseOutput):
 
     Args:
         sequences (`torch.LongTensor` of shape `(batch_size, longest)`):
-            The generated tokens, without the prompt; filled up with the end-of-text token. With
-            `infill`, the whole texts.
+            The generated tokens, without the prompt, with padding behind their end. With `infill`,
+            the whole texts.
         texts (`list[str]`, *optional*):
             The generated texts up to their end; None with `output_type="seq"`.
-        num_passes (`int`, *optional*):
-            How often the backbone was run: `num_inference_steps`, or fewer when texts ended early
-            or the strategy was sure of many tokens at once.
-        passes_per_row (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-            The passes that each prompt took part in.
+        num_passes (`int`): How often the backbone was run: `num_inference_steps`, or fewer when
+            texts ended early or the strategy was sure of many tokens at once.
+        passes_per_row (`torch.LongTensor` of shape `(batch_size,)`): Those that each prompt took
+            part in.
     """
 
     sequences: torch.Tensor

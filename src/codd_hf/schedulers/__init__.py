@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
+from typing import Any
 
-_EXPORTS = {
-    "CoDDScheduler": ".scheduling_codd",
-    "CoDDSchedulerOutput": ".scheduler_output",
-    "CommitMemory": ".remasking",
-    "RowText": ".row_text",
-}
-
-__all__ = list(_EXPORTS)
+__all__ = ["CoDDScheduler", "CoDDSchedulerOutput", "CommitMemory", "RowText"]
 
 
-def __getattr__(name: str):
-    if name not in _EXPORTS:
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_EXPORTS[name], __name__), name)
+    from . import scheduling_codd  # imports torch, for which the settings do not wait
+
+    return getattr(scheduling_codd, name)

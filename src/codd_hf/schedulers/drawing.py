@@ -1,24 +1,84 @@
-"""What a step draws from: the coupled distribution under the settings of a call."""
+r"""The draw of a step: tokens from the coupled distribution, independently or one by one.
+
+In any order a token is drawn from `p(x_i | everything known or drawn before)`, by the chain rule a
+sample of the joint (CoDD, arXiv 2603.00045, section 5.1). The next position is the one that the
+strategy ranks first given the tokens known by then. No ranking looks at a candidate, so at
+temperature 1 the tokens of a step have exactly the joint's distribution, whatever the order (not so
+with `joint`, which stops at a candidate).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from diffusers.utils import BaseOutput
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..checks.arguments import RowError, as_tensor
 from ..circuits import CoupledCategorical
-from ..circuits.factorized import without_circuit, without_tokens
+from ..circuits.distribution.incremental import IncrementalPosterior
 from ..circuits.numerics import one_hot_log_probs
 from ..circuits.random import Generators, draw_categorical, uniform
-from .row_text import RowText
-from .scheduler_output import CoDDSchedulerOutput
 from .settings import DrawSettings
+from .strategies import ADAPTIVE, IN_ORDER, best_scored, choose, leftmost_first, rank
 
 
-class Drawing:
-    """The draw of one step, over rows of windows in succession.
+@dataclass
+class CoDDSchedulerOutput(BaseOutput):
+    """Output of a denoising step.
+
+    Args:
+        prev_sample (`torch.LongTensor` of shape `(batch_size, length)`):
+            The sample with the step's tokens committed, and masked again where tokens went back.
+        transfer_index (`torch.BoolTensor` of shape `(batch_size, length)`):
+            Where tokens were committed and stayed.
+        sampled_tokens (`torch.LongTensor` of shape `(batch_size, length)`):
+            The candidate of every position; where nothing is masked, its token. With `any_order`
+            sampling only what is committed is drawn, and the others keep their mask.
+        sampled_probs (`torch.Tensor` of shape `(batch_size, length)`):
+            The candidate's probability at evidence temperature 1, which `low_confidence` ranks by;
+            with `any_order`, given the tokens drawn before it, and 0 where nothing was drawn.
+        pred_logits (`torch.Tensor` of shape `(batch_size, length, vocab_size)`, *optional*):
+            Normalised log-probabilities that the candidates were really drawn from, after
+            processors, temperature, top-k and top-p.
+        fallback (`torch.BoolTensor` of shape `(batch_size,)`):
+            Rows with a window in which circuit and backbone share no completion, so that it was
+            drawn factorized.
+        remasked (`torch.BoolTensor` of shape `(batch_size, length)`):
+            Tokens committed in an earlier step that went back to being masked.
+    """
+
+    prev_sample: torch.Tensor
+    transfer_index: torch.Tensor
+    sampled_tokens: torch.Tensor
+    sampled_probs: torch.Tensor
+    pred_logits: torch.Tensor | None
+    fallback: torch.Tensor
+    remasked: torch.Tensor
+
+
+@dataclass
+class RowText:
+    """The rows that a step's sample is a part of.
+
+    Attributes:
+        tokens: `[n, T]`.
+        known: `[n, T]` bool, prompt and committed tokens; not masks, not padding.
+        position: `[n, length]`, where on its row a position of the sample lies; in the last window
+            it may be past the end.
+        rows: `[n]`, the numbers of the rows in their batch.
+    """
+
+    tokens: torch.Tensor
+    known: torch.Tensor
+    position: torch.Tensor
+    rows: torch.Tensor
+
+
+class StepDraw:
+    """What one step draws, over rows of windows in succession.
 
     The circuit is applied where the settings activate it and where it shares a completion with
     the backbone. Confidence is read at evidence temperature 1, since a sharpened distribution
@@ -32,14 +92,6 @@ class Drawing:
         processors: change the scores that candidates are drawn from, before temperature.
         text: the rows before the step; default `sample`.
         output_logits: whether to return the scores that candidates were drawn from.
-
-    Attributes:
-        sharpened: the distribution that tokens are drawn from.
-        plain: the distribution that confidence is read from.
-        is_coupled: whether the circuit is applied anywhere.
-        fallback: `[batch]` bool, rows with a window in which circuit and backbone exclude each
-            other.
-        masked: `[batch, length]` bool.
     """
 
     def __init__(
@@ -47,17 +99,19 @@ class Drawing:
         distribution: CoupledCategorical,
         sample: torch.Tensor,
         settings: DrawSettings,
-        generator: Generators,
-        processors: Sequence[LogitsProcessor | LogitsProcessorList],
-        text: RowText | None,
-        output_logits: bool,
+        generator: Generators = None,
+        processors: Sequence[LogitsProcessor | LogitsProcessorList] = (),
+        text: RowText | None = None,
+        output_logits: bool = False,
     ) -> None:
-        (number,), (window_length,) = distribution.batch_shape, distribution.event_shape
-        if number * window_length != sample.numel() or sample.shape[1] % window_length:
+        (number,), (length,) = distribution.batch_shape, distribution.event_shape
+        if number * length != sample.numel() or sample.shape[1] % length:
             raise ValueError(
-                f"`sample` must hold the tokens of {number} windows of {window_length}, the "
-                f"windows of a row in succession, got shape {tuple(sample.shape)}."
+                f"`sample` must hold the tokens of {number} windows of {length}, the windows of a "
+                f"row in succession, got shape {tuple(sample.shape)}."
             )
+        self.sample, self.settings, self.generator = sample, settings, generator
+        self.processors, self.output_logits = processors, output_logits
         if settings.forbidden_token_ids:
             ids = torch.tensor(settings.forbidden_token_ids, device=sample.device)
             distribution = distribution.without(ids)
@@ -68,25 +122,25 @@ class Drawing:
             active, temperature = torch.zeros_like(active), settings.evidence_temperature or 1.0
         if not torch.equal(active, distribution.active):
             distribution = distribution.with_active(active)
-        plain = distribution.with_temperature(1.0)
-        sharpened = distribution.with_temperature(temperature)
+        self.plain = distribution.with_temperature(1.0)
+        self.sharpened = distribution.with_temperature(temperature)
         fallback = torch.zeros_like(active)
         if bool(active.any()):
-            if plain is not sharpened:
-                plain.latents.filter_with(sharpened.latents)
-            impossible = sharpened.log_partition.isneginf() | plain.log_partition.isneginf()
-            fallback, active = active & impossible, active & ~impossible
+            if self.plain is not self.sharpened:
+                self.plain.latents.filter_with(self.sharpened.latents)
+            both = self.plain.log_partition, self.sharpened.log_partition
+            fallback = active & (torch.minimum(*both) == -torch.inf)
+            active = active & ~fallback
             if bool(fallback.any()):
-                plain, sharpened = plain.with_active(active), sharpened.with_active(active)
-        self.sample, self.settings, self.generator = sample, settings, generator
-        self.plain, self.sharpened = plain, sharpened
+                self.plain = self.plain.with_active(active)
+                self.sharpened = self.sharpened.with_active(active)
         self.is_coupled, self.fallback = bool(active.any()), fallback.view(len(sample), -1).any(-1)
-        self.masked = plain.masked.view(sample.shape)
-        self.processors, self.output_logits = processors, output_logits
+        self.masked = self.plain.masked.view(sample.shape)
+        rows = torch.arange(len(sample), device=sample.device)
         if text is None:
             every = torch.arange(sample.shape[1], device=sample.device).expand_as(sample)
-            text = RowText(sample, ~self.masked, every)
-        self.text = text
+            text = RowText(sample, ~self.masked, every, rows)
+        self.text, self.rows = text, rows[:, None].expand_as(sample)
 
     def split(self, of_rows: torch.Tensor) -> torch.Tensor:
         """`[*S, batch * W, L]` of `[*S, batch, length]`."""
@@ -96,108 +150,189 @@ class Drawing:
         """`[batch, length, ...]` of `[batch * W, L, ...]`."""
         return of_windows.reshape(*self.sample.shape, *of_windows.shape[2:])
 
-    def probs(self) -> torch.Tensor:
+    def independently(
+        self, committable: torch.Tensor, at_least: torch.Tensor
+    ) -> CoDDSchedulerOutput:
+        """Draws a candidate for every masked position; the strategy chooses among them.
+
+        Args:
+            committable: `[batch, length]` bool, where a token may be committed.
+            at_least: `[batch]`, the fewest tokens to commit, if there are so many.
+        """
+        scores = self._candidate_scores()
+        if self.processors:
+            at = self.masked.nonzero(as_tuple=True)
+            scores = scores.index_put(at, self._processed(scores[at], at[0]))
+        tokens, logits = self._draw(scores, self._uniforms(), self.rows, committable)
+        tokens = torch.where(self.masked, tokens, self.sample)
+        if self.is_coupled:
+            probs = self.join(self.plain.marginal_probs_of(self.split(tokens)))
+        else:
+            probs = self._factorized(tokens).exp()
+        where = choose(
+            self.settings,
+            probs,
+            self._all_probs,
+            committable,
+            at_least,
+            self.generator,
+            lambda sets: self._log_prob(tokens, sets),
+        )
+        kept = torch.where(where, tokens, self.sample)
+        return CoDDSchedulerOutput(
+            kept, where, tokens, probs, logits, self.fallback, torch.zeros_like(where)
+        )
+
+    def in_any_order(
+        self, committable: torch.Tensor, at_least: torch.Tensor
+    ) -> CoDDSchedulerOutput:
+        """Draws what the strategy commits and no more, one token after the other.
+
+        The arguments are those of `independently`.
+        """
+        settings, uniforms, (length,) = self.settings, self._uniforms(), self.plain.event_shape
+        tokens, where = self.sample.clone(), torch.zeros_like(self.masked)
+        probs, logits = (~self.masked).to(self.plain.latents.dtype), None
+        if self.output_logits:
+            shape = (*tokens.shape, self.plain.potentials.vocab_size)
+            logits = probs.new_full(shape, -torch.inf).scatter(-1, tokens[..., None], 0.0)
+        if self.processors:  # they see the tokens drawn before
+            copied = {"tokens": self.text.tokens.clone(), "known": self.text.known.clone()}
+            self.text = replace(self.text, **copied)
+        confidence, scores = torch.zeros_like(probs), torch.zeros_like(probs)
+        in_order, adaptive = settings.strategy in IN_ORDER, settings.strategy in ADAPTIVE
+        if in_order:
+            order = rank(settings, probs, self._all_probs, self.generator)
+            committable = best_scored(order, committable, at_least)
+            scores = leftmost_first(probs)
+        laws = list(dict.fromkeys((self.plain, self.sharpened)))
+        known = IncrementalPosterior(laws, self.split(committable))
+
+        def place(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            flat = rows * tokens.shape[1] + columns
+            return flat // length, flat % length
+
+        left = renewed = committable
+        log_joint = probs.new_zeros(len(tokens))
+        going, chosen = torch.ones_like(at_least, dtype=torch.bool), torch.zeros_like(at_least)
+        for drawn in range(tokens.shape[1] + 1):
+            due = at_least > drawn
+            going = going & left.any(-1) & (due | adaptive)
+            rows = going.nonzero()[:, 0]
+            if drawn and len(rows):  # only here: a step's last token says nothing that is asked
+                windows, columns = place(rows, chosen[rows])
+                known.reveal((windows, columns), tokens[rows, chosen[rows]])
+                renewed = torch.zeros_like(known.wanted).index_fill(0, windows, True).view_as(left)
+            at = (renewed & left & going[:, None]).nonzero(as_tuple=True)
+            if len(at[0]) and not in_order:
+                law = known.token_probs(0, place(*at))
+                confidence[at] = law.amax(-1)
+                scores[at] = rank(settings, confidence[at], lambda law=law: law)
+            chosen = scores.masked_fill(~left, -torch.inf).argmax(-1)  # [batch]
+            if settings.strategy == "threshold":
+                going = going & (due | (_of(confidence, chosen) >= settings.threshold))
+            rows = going.nonzero()[:, 0]
+            if not len(rows):
+                break
+            at = rows, chosen[rows]
+            candidates = known.token_probs(len(laws) - 1, place(*at)).log()
+            if self.processors:
+                candidates = self._processed(candidates, rows)
+            new, shaped = self._draw(candidates, None if uniforms is None else uniforms[at], rows)
+            new_probs = known.prob_of(new, 0, place(*at))
+            if settings.strategy == "joint":
+                log_joint[rows] += new_probs.log()
+                stays = due[rows] | (log_joint[rows].exp() >= settings.threshold)
+                going[rows[~stays]] = False
+                at, new, new_probs = (rows[stays], at[1][stays]), new[stays], new_probs[stays]
+                shaped = None if shaped is None else shaped[stays]
+            tokens[at], probs[at], where[at] = new, new_probs, True
+            if logits is not None and shaped is not None:
+                logits[at] = shaped
+            if self.processors:
+                on_row = at[0], self.text.position[at]
+                self.text.tokens[on_row], self.text.known[on_row] = new, True
+            left = left & ~where
+        return CoDDSchedulerOutput(
+            tokens, where, tokens, probs, logits, self.fallback, torch.zeros_like(where)
+        )
+
+    def _all_probs(self) -> torch.Tensor:
         """Confidence in every token, `[batch, length, vocab]`."""
-        if not self.is_coupled:
-            return self.join(self.plain.factorized_logits).exp()
-        return self.join(self.plain.marginals)
+        if self.is_coupled:
+            return self.join(self.plain.marginals)
+        return self.join(self.plain.factorized_logits).exp()
 
-    def probs_of(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Confidence in tokens `[batch, length]`."""
-        if not self.is_coupled:
-            return self._factorized(tokens).exp()
-        return self.join(self.plain.marginal_probs_of(self.split(tokens)))
+    def _factorized(self, tokens: torch.Tensor) -> torch.Tensor:
+        return _of(self.join(self.plain.factorized_logits), tokens)
 
-    def log_prob(self, tokens: torch.Tensor, sets: torch.Tensor) -> torch.Tensor:
+    def _log_prob(self, tokens: torch.Tensor, sets: torch.Tensor) -> torch.Tensor:
         """`[n, batch]`: of the tokens at each set of positions `[n, batch, length]` together."""
         if not self.is_coupled:
             return torch.where(sets, self._factorized(tokens), 0).sum(-1)
         log_prob = self.plain.partial_log_prob(self.split(tokens), self.split(sets))
         return log_prob.unflatten(-1, (len(tokens), -1)).sum(-1)
 
-    def _factorized(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.join(self.plain.factorized_logits).gather(-1, tokens[..., None])[..., 0]
-
-    def output(self, tokens, where, candidates, probs, logits) -> CoDDSchedulerOutput:
-        """What the step gives as long as nothing is remasked."""
-        remasked = torch.zeros_like(where)
-        return CoDDSchedulerOutput(
-            tokens, where, candidates, probs, logits, self.fallback, remasked
-        )
-
-    def uniforms(self) -> torch.Tensor | None:
+    def _uniforms(self) -> torch.Tensor | None:
         """A number in [0, 1) for each position; None where nothing is random."""
-        if self.settings.is_greedy or self.settings.sampling == "viterbi":
+        if self.settings.temperature == 0 or self.settings.sampling == "viterbi":
             return None
         return uniform(self.sample.shape, self.generator, self.sample.device)
 
-    def candidate_scores(self) -> torch.Tensor:
+    def _candidate_scores(self) -> torch.Tensor:
         """`[batch, length, vocab]` log-probabilities of which candidates are drawn separately."""
-        distribution, sampling, generator = self.sharpened, self.settings.sampling, self.generator
-        number, length = distribution.masked.shape
+        law, sampling, generator = self.sharpened, self.settings.sampling, self.generator
+        number, length = law.masked.shape
         if isinstance(generator, list | tuple):  # a row's for each of its windows
             generator = [g for g in generator for _ in range(number // len(self.sample))]
-        draws_latents = sampling == "latent" and not self.settings.is_greedy
+        draws_latents = sampling == "latent" and self.settings.temperature > 0
         if not self.is_coupled:
-            if draws_latents and distribution.potentials.num_latents > 1:
+            if draws_latents and law.potentials.num_latents > 1:
                 # A row uses up the same numbers whether or not others of its batch are coupled.
                 uniform((number, 1, length), generator, self.sample.device)
-            return self.join(distribution.factorized_logits)
+            return self.join(law.factorized_logits)
         if sampling == "marginal":
-            return self.join(distribution.marginals.log())
+            return self.join(law.marginals.log())
         if draws_latents:
-            latents = distribution.sample_latents(generator)
-        elif sampling == "latent":
-            latents = distribution.best_latents()
+            latents = law.sample_latents(generator)
         else:
-            latents = distribution.viterbi().latents
-        return self.join(distribution.logits_given(latents))
+            latents = law.best_latents() if sampling == "latent" else law.viterbi().latents
+        return self.join(law.logits_given(latents))
 
-    def controlled(self, scores: torch.Tensor, rows: torch.Tensor, text: RowText) -> torch.Tensor:
-        """Scores `[n, vocab]` of rows `[n]` of a text, after the processors.
+    def _processed(self, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Scores `[n, vocab]` of rows `[n]` after the processors.
 
         One is called for each row, with the row's known tokens in order as `input_ids`, the same
         in every line, and a line of scores for each position.
-
-        Raises:
-            TypeError: a processor returns no scores.
-            ValueError: it returns scores of another shape.
         """
         for row in rows.unique().tolist():
             lines = rows == row
-            processed = scores[lines]
-            ids = text.tokens[row, text.known[row]].expand(len(processed), -1)
+            changed = scores[lines]
+            ids = self.text.tokens[row, self.text.known[row]].expand(len(changed), -1)
             for processor in self.processors:
-                returned = processor(ids, processed)
-                processed = as_tensor(
-                    "scores` of `logits_processor", returned, float, processed.shape
-                ).to(processed)
-            scores = scores.masked_scatter(lines[:, None], processed)
+                returned = processor(ids, changed)
+                name = "scores` of `logits_processor"
+                changed = as_tensor(name, returned, float, changed.shape).to(changed)
+            scores = scores.masked_scatter(lines[:, None], changed)
         return scores
 
-    def draw(
-        self, scores: torch.Tensor, uniforms: torch.Tensor | None, rows: torch.Tensor, wanted=True
+    def _draw(
+        self,
+        scores: torch.Tensor,
+        uniforms: torch.Tensor | None,
+        rows: torch.Tensor,
+        wanted: torch.Tensor | bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Draws tokens, as the settings shape their probabilities.
+        """Tokens `[*batch]` by scores `[*batch, vocab]`, and the log-probabilities drawn from.
 
-        Args:
-            scores: `[*batch, vocab]` log-probabilities; -inf where a token is impossible.
-            uniforms: `[*batch]` numbers in [0, 1); None for the most probable tokens.
-            rows: `[*batch]`, the row of each, for errors.
-            wanted: `[*batch]` bool, where a token must be possible.
-
-        Returns:
-            Tokens `[*batch]`, and the log-probabilities `[*batch, vocab]` they were drawn from if
-            these are asked for.
-
-        Raises:
-            RowError: no token is possible where one is wanted, or a score is NaN or infinite.
+        The most probable ones without `uniforms` `[*batch]`. One must be possible where `wanted`.
         """
-        settings = self.settings
+        shaped, settings = None, self.settings
         if uniforms is None:
             best, tokens = scores.max(-1)
             undefined = ~best.isfinite()
-            shaped = one_hot_log_probs(tokens, scores) if self.output_logits else None
+            if self.output_logits:
+                shaped = one_hot_log_probs(tokens, scores)
         else:
             shaped = shape_logits(scores, settings.temperature, settings.top_k, settings.top_p)
             undefined = shaped[..., 0].isnan()
@@ -212,43 +347,20 @@ class Drawing:
         return tokens, shaped
 
 
-def of_logits(
-    logits: torch.Tensor, sample: torch.Tensor, mask_token_id: int | None
-) -> CoupledCategorical:
-    """Plain logits `[batch, length, vocab]` as windows without a circuit, one a row.
-
-    Raises:
-        ValueError: the shapes do not fit, or the mask token is None.
-    """
-    if logits.ndim != 3 or logits.shape[:2] != sample.shape:
-        raise ValueError(
-            f"`model_output` must be a CoupledCategorical or logits [batch, length, vocab] for a "
-            f"`sample` of shape {tuple(sample.shape)}, got shape {tuple(logits.shape)}."
-        )
-    if mask_token_id is None:
-        raise ValueError(
-            "`mask_token_id` must be given here or in the scheduler's config to step with logits."
-        )
-    logits = without_tokens(logits.float(), mask_token_id, None)
-    return without_circuit(logits, sample, sample != mask_token_id)
-
-
 def shape_logits(
     logits: torch.Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
 ) -> torch.Tensor:
-    """Log-probabilities after temperature, then top-k, then top-p.
+    """Log-probabilities `[..., vocab]` after temperature, then top-k, then top-p.
 
     Args:
         logits: `[..., vocab]`; -inf where a token is impossible.
         temperature: divides the logits; above 0.
         top_k: how many tokens stay; 0 or None: all.
         top_p: the fewest tokens whose probabilities reach it stay; 1 or None: all.
-
-    Returns:
-        `[..., vocab]`, normalised; -inf where a token cannot be drawn.
     """
     logits = (logits / temperature).log_softmax(-1)
-    limited, nucleus = 0 < (top_k or 0) < logits.shape[-1], (top_p or 1) < 1
+    top_k, top_p = top_k or 0, top_p or 1
+    limited, nucleus = 0 < top_k < logits.shape[-1], top_p < 1
     if not (limited or nucleus):
         return logits
     ordered, index = logits.sort(dim=-1, descending=True, stable=True)
@@ -260,3 +372,7 @@ def shape_logits(
         reached_before[..., 0] = False
         ordered = ordered.masked_fill(reached_before, -torch.inf)
     return torch.empty_like(logits).scatter(-1, index, ordered).log_softmax(-1)
+
+
+def _of(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return values.gather(-1, index[..., None])[..., 0]

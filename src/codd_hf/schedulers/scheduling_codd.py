@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
@@ -10,53 +11,40 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from ..checks.arguments import (
     LARGEST_INTEGER,
     as_tensor,
-    check_callable,
     generators,
     integer,
     number,
-    shown,
     token_id,
     token_ids,
     without_left_fields,
 )
 from ..circuits import CoupledCategorical
-from ..circuits.factorized import without_tokens
+from ..circuits.factorized import without_circuit, without_tokens
 from ..circuits.random import Generators
-from .committing import commit
-from .drawing import of_logits
+from .drawing import CoDDSchedulerOutput, RowText, StepDraw
 from .noise import span_uniforms
-from .remasking import CommitMemory
-from .row_text import RowText
-from .scheduler_output import CoDDSchedulerOutput
+from .remasking import CommitMemory, take_back
 from .settings import LEFT, DrawSettings
-from .strategies import select
+from .strategies import choose, even_pace
 
-PROCESSOR = "transformers' processors, or a function of ids and scores"
 MOST_STEPS = 1 << 20
 """More would only hold memory: a step commits a token at least."""
 
 
 def _with_draw_settings(init: Callable) -> Callable:
     """Gives an `__init__` with `**settings` the parameters of [`DrawSettings`], to be saved."""
-    own = list(inspect.signature(init).parameters.values())[:-1]
-    settings = (
-        inspect.Parameter(
-            setting.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=setting.default,
-            annotation=setting.type,
-        )
+    parameters = list(inspect.signature(init).parameters.values())[:-1]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters += [
+        inspect.Parameter(setting.name, kind, default=setting.default, annotation=setting.type)
         for setting in fields(DrawSettings)
-    )
-    vars(init)["__signature__"] = inspect.Signature([*own, *settings])
+    ]
+    vars(init)["__signature__"] = inspect.Signature(parameters)
     return register_to_config(init)
 
 
@@ -64,14 +52,13 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
     r"""Commits masked tokens step by step, drawn from a coupled distribution.
 
     With `k` steps left and `m` masked positions, a step draws a candidate for each position and
-    commits the `ceil(m / k)` that the strategy ranks highest, so that the remainder falls on the
-    first steps and the last one commits everything. Ties go to the leftmost position.
+    commits the `ceil(m / k)` that the strategy ranks highest, so that the last step commits
+    everything. Ties go to the leftmost position.
 
     The strategies `threshold` and `joint` commit more where they are sure: `threshold` every
     candidate whose confidence reaches the threshold, `joint` the longest run of candidates, in
-    order of confidence, whose exact joint probability under the coupled distribution stays at or
-    above it. Steps that a block does not need are not run, so that the number of steps is a
-    ceiling.
+    order of confidence, whose exact joint probability stays at or above it. The number of steps is
+    then a ceiling.
 
     | `sampling` | a token is drawn from | exact sample of the joint |
     | --- | --- | --- |
@@ -82,15 +69,8 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
     | `viterbi` | the best path of latents and tokens together; no randomness | no |
 
     The paper's are `latent` and `any_order` ([CoDD](https://arxiv.org/abs/2603.00045), section
-    5.1). `any_order` draws only the tokens that it commits: the next position is the one that the
-    strategy ranks first given all tokens revealed so far. At temperature 0 `latent` takes the most
-    probable path of latents and the most probable token given it.
-
-    Confidence is read at evidence temperature 1, since a sharpened distribution saturates and
-    cannot rank.
-
-    `step` checks its arguments and calls `commit`, which the denoising loop calls itself: override
-    `commit` in a subclass.
+    5.1). At temperature 0 `latent` takes the most probable path of latents and the most probable
+    token given it.
 
     Args:
         mask_token_id (`int`, *optional*): The mask token; needed to step with plain logits, to
@@ -104,10 +84,13 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
     def __init__(self, mask_token_id: int | None = None, **settings: Any) -> None:
         if mask_token_id is not None:
             mask_token_id = integer("mask_token_id", mask_token_id, least=0)
-        # As plain numbers, which can be saved.
-        self.register_to_config(mask_token_id=mask_token_id, **vars(self.draw_settings()))
+        self._configure(DrawSettings(**settings), mask_token_id)
         self.num_inference_steps: int | None = None
         self.timesteps: torch.Tensor | None = None
+
+    def _configure(self, settings: DrawSettings, mask_token_id: int | None) -> None:
+        self.settings = settings
+        self.register_to_config(mask_token_id=mask_token_id, **vars(settings))
 
     @classmethod
     def from_config(
@@ -116,19 +99,14 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         return_unused_kwargs: bool = False,
         **kwargs: Any,
     ) -> CoDDScheduler:
-        """A scheduler of a stored configuration; `from_pretrained` makes one by this.
-
-        Args:
-            config: the fields; diffusers' own begin with `_`.
-            return_unused_kwargs: as in diffusers.
-            **kwargs: as in diffusers.
+        """A scheduler of a stored configuration; the arguments are those of diffusers.
 
         Raises:
             ValueError: a field is unknown, of the wrong type or out of range.
         """
-        known = inspect.signature(cls.__init__).parameters
         if isinstance(config, Mapping):
             config = without_left_fields(config, LEFT, f"a configuration of {cls.__name__}")
+            known = inspect.signature(cls.__init__).parameters
             for name, value in config.items():
                 if name not in known and not name.startswith("_"):
                     raise ValueError(
@@ -140,17 +118,19 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         except TypeError as error:  # of a file, the value is wrong, whatever its type
             raise ValueError(str(error)) from error
 
-    def draw_settings(self, **overrides: Any) -> DrawSettings:
-        """The checked settings of a call that overrides some of the configured ones.
+    def for_call(self, mask_token_id: int, **overrides: Any) -> CoDDScheduler:
+        """A copy with the mask token and the settings of a call, so that threads share `self`.
 
         Args:
-            **overrides: settings by name; None means the configured value.
+            mask_token_id: the mask token.
+            **overrides: settings of the call; None means the configured value.
 
         Raises:
-            ValueError: a value is out of range.
-            TypeError: a name is not a setting, or a value is not a number.
+            TypeError, ValueError: a setting is not known or out of range.
         """
-        return DrawSettings.resolve(self.config, overrides)
+        scheduler = copy.copy(self)
+        scheduler._configure(self.settings.updated(**overrides), mask_token_id)
+        return scheduler
 
     def set_timesteps(
         self, num_inference_steps: int, device: str | torch.device | None = None
@@ -160,10 +140,6 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         Args:
             num_inference_steps (`int`): The number `n` of steps in which everything is committed.
             device (`str` or `torch.device`, *optional*): Where `timesteps` shall live.
-
-        Raises:
-            ValueError: fewer than one step, or more than `MOST_STEPS`.
-            TypeError: the number is no integer.
         """
         num_inference_steps = integer("num_inference_steps", num_inference_steps, 1, MOST_STEPS)
         steps_left = torch.arange(num_inference_steps, 0, -1, device=device, dtype=torch.float32)
@@ -202,74 +178,74 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             eligible (`torch.BoolTensor` of shape `(batch_size, length)`, *optional*):
                 Where tokens may be committed in this step; by default, everywhere.
             at_least (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                The fewest tokens that each row commits, if so many are eligible; by default, those
+                The fewest tokens that each row commits, if so many are eligible; by default those
                 of an even pace, `ceil(m / k)`.
-            mask_token_id (`int`, *optional*):
-                The mask token; used with plain logits and to remask.
+            mask_token_id (`int`, *optional*): By default the configured one.
             logits_processor (`LogitsProcessorList`, *optional*):
                 transformers' processors of the scores that candidates are drawn from, before
                 temperature. Called for each row with the row's known tokens in order as
                 `input_ids`, masks and padding left out, the same in every line, and with a line of
                 log-probabilities for each masked position.
             text (`RowText`, *optional*):
-                The whole rows, for the repetition penalty and processors; by default `sample` is
-                all they see.
+                The whole rows, for the repetition penalty, processors and `memory`; by default
+                `sample` is all there is.
             memory (`CommitMemory`, *optional*):
                 What earlier steps of the block committed, for remasking; it is brought up to date.
                 Without it only the step's own tokens are judged.
-            output_logits (`bool`, defaults to `True`): Whether `pred_logits` is wanted; it may be
-                None where it is not.
+            output_logits (`bool`, defaults to `True`): Whether `pred_logits` is wanted.
             return_dict (`bool`, defaults to `True`): Whether to return an output or a tuple.
             **overrides: Settings of this call in place of the configured ones.
 
         Raises:
-            ValueError: a setting or shape is wrong, `timestep` is not one of `timesteps`, or plain
-                logits were given and the mask token is not known.
+            ValueError: a setting or shape is wrong, `timestep` is not one of `timesteps`, or the
+                mask token is needed and not known.
         """
-        settings = self.draw_settings(**overrides)
+        # 1. Check the arguments.
+        settings = self.settings.updated(**overrides) if overrides else self.settings
         steps_left = self._steps_left(timestep)
-        if mask_token_id is None:
-            mask_token_id = self.config.mask_token_id
+        needs_mask = settings.remask_threshold or not isinstance(model_output, CoupledCategorical)
+        if needs_mask:
+            mask_token_id = self._mask_token_id(mask_token_id)
         if isinstance(model_output, CoupledCategorical):
             vocab_size, device = model_output.potentials.vocab_size, model_output.present.device
         else:
             model_output = as_tensor("model_output", model_output, float)
             vocab_size, device = (1, *model_output.shape)[-1], model_output.device
-        settings.check_vocabulary(vocab_size)
-        if mask_token_id is not None:
-            mask_token_id = token_id("mask_token_id", mask_token_id, vocab_size)
         sample = token_ids("sample", sample, vocab_size, device)
         generators("generator", generator, len(sample))
         if eligible is not None:
-            eligible = as_tensor("eligible", eligible, bool, sample.shape, sample.device)
+            eligible = as_tensor("eligible", eligible, bool, sample.shape, device)
         if at_least is not None:
-            at_least = as_tensor("at_least", at_least, int, sample.shape[:1], sample.device)
-        for name, value, kind in (("text", text, RowText), ("memory", memory, CommitMemory)):
-            if not isinstance(value, kind | None):
-                raise TypeError(f"`{name}` must be a {kind.__name__}, got {shown(value)}.")
-        check_callable("logits_processor", logits_processor, PROCESSOR)
+            at_least = as_tensor("at_least", at_least, int, sample.shape[:1], device)
 
+        # 2. The distribution, and where a token may be committed.
         if isinstance(model_output, torch.Tensor):
-            model_output = of_logits(model_output, sample, mask_token_id)
+            settings.check_vocabulary(vocab_size)
+            model_output = _of_logits(model_output, sample, mask_token_id)
             if settings.sampling == "any_order":  # of independent tokens, no order matters
                 settings = replace(settings, sampling="marginal")
-        output = self.commit(
-            model_output,
-            sample,
-            settings,
-            steps_left,
-            generator=generator,
-            eligible=eligible,
-            at_least=at_least,
-            mask_token_id=mask_token_id,
-            logits_processor=logits_processor,
-            text=text,
-            memory=memory,
-            output_logits=output_logits,
-        )
-        return output if return_dict else output.to_tuple()
+        processors = [logits_processor] if logits_processor else []
+        if settings.repetition_penalty != 1:
+            penalty = RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty))
+            processors.insert(0, penalty)
+        draw = StepDraw(model_output, sample, settings, generator, processors, text, output_logits)
+        committable = draw.masked if eligible is None else draw.masked & eligible
+        if at_least is None:
+            at_least = even_pace(committable, steps_left)
 
-    commit = staticmethod(commit)
+        # 3. Candidates are drawn, and some of them committed.
+        any_order = settings.sampling == "any_order"
+        output = (draw.in_any_order if any_order else draw.independently)(committable, at_least)
+
+        # 4. Tokens that the others make improbable go back.
+        if settings.remask_threshold and steps_left > 1:
+            if memory is None:
+                memory = CommitMemory(*sample.shape, device)
+            back = take_back(draw, output, memory)
+            output.prev_sample = output.prev_sample.masked_fill(back, mask_token_id)
+            output.remasked = back & ~output.transfer_index
+            output.transfer_index = output.transfer_index & ~back
+        return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
     def select_positions(
@@ -283,9 +259,9 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
     ) -> torch.Tensor:
         """Chooses what a step of the full paradigm commits, by the backbone's prediction alone.
 
-        With `k` steps left and `m` eligible positions these are the `ceil(m / k)` that the strategy
-        ranks highest by their best tokens; the strategies `threshold` and `joint` add all others
-        whose best token reaches the threshold. The windows of the circuit are laid over them.
+        Of `m` eligible positions these are the `ceil(m / k)` that the strategy ranks highest by
+        their best tokens; the strategies `threshold` and `joint` add all others whose best token
+        reaches the threshold. The windows of the circuit are laid over them.
 
         Args:
             logits (`torch.Tensor` of shape `(batch_size, length, vocab_size)`):
@@ -298,7 +274,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             `torch.BoolTensor` of shape `(batch_size, length)`.
         """
-        settings = self.draw_settings(**overrides)
+        settings = self.settings.updated(**overrides) if overrides else self.settings
         logits = as_tensor("logits", logits, float)
         if logits.ndim != 3:
             raise ValueError(
@@ -307,9 +283,10 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         settings.check_vocabulary(logits.shape[-1])
         eligible = as_tensor("eligible", eligible, bool, logits.shape[:2], logits.device)
         generators("generator", generator, len(logits))
-        logits = without_tokens(logits, None, settings.forbidden_token_ids)
-        log_probs = logits.float().log_softmax(-1)
-        return select(settings, log_probs, eligible, self._steps_left(timestep), generator)
+        logits = without_tokens(logits.float(), None, settings.forbidden_token_ids)
+        probs = logits.log_softmax(-1).exp()
+        pace = even_pace(eligible, self._steps_left(timestep))
+        return choose(settings, probs.amax(-1), lambda: probs, eligible, pace, generator)
 
     def add_noise(
         self,
@@ -317,13 +294,12 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         timesteps: float | torch.Tensor,
         generator: Generators = None,
         mask_token_id: int | None = None,
-        maskable: torch.Tensor | None = None,
         mean_span_length: float = 1.0,
     ) -> torch.Tensor:
         """The forward process: replaces each token by the mask token with probability `t`.
 
-        Independently of each other, or in spans: then a row is cut into spans of geometric length
-        and each is masked as a whole or not at all (`noise.py`, the law that training draws from).
+        Independently of each other, or in spans of geometric length, each masked as a whole or not
+        at all (`noise.py`, the law that training draws from).
 
         Args:
             original_samples (`torch.LongTensor` of shape `(batch_size, length)`): Clean tokens.
@@ -332,8 +308,6 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Source of the
                 randomness.
             mask_token_id (`int`, *optional*): The mask token; by default the configured one.
-            maskable (`torch.BoolTensor` of shape `(batch_size, length)`, *optional*): Where tokens
-                may be masked; by default, everywhere.
             mean_span_length (`float`, defaults to 1.0): Mean length of the spans of tokens that
                 are masked together; 1 masks each token on its own.
 
@@ -341,10 +315,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             ValueError: a timestep is outside [0, 1], `mean_span_length` is below 1, or the mask
                 token is not known.
         """
-        mask_token_id = self.config.mask_token_id if mask_token_id is None else mask_token_id
-        if mask_token_id is None:
-            raise ValueError("`mask_token_id` must be given here or in the scheduler's config.")
-        mask_token_id = integer("mask_token_id", mask_token_id, least=0)
+        mask_token_id = self._mask_token_id(mask_token_id)
         original_samples = token_ids("original_samples", original_samples, LARGEST_INTEGER)
         shape, device = original_samples.shape, original_samples.device
         levels = as_tensor("timesteps", timesteps).to(device, torch.float32)
@@ -352,10 +323,13 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         if not bool(((levels >= 0) & (levels <= 1)).all()):
             raise ValueError(f"`timesteps` must be in [0, 1], got {levels.tolist()}.")
         uniforms = span_uniforms(shape, mean_span_length, generator, device)
-        masked = uniforms < levels.reshape(-1, 1)
-        if maskable is not None:
-            masked = masked & as_tensor("maskable", maskable, bool, shape, device)
-        return original_samples.masked_fill(masked, mask_token_id)
+        return original_samples.masked_fill(uniforms < levels.reshape(-1, 1), mask_token_id)
+
+    def _mask_token_id(self, given: int | None) -> int:
+        mask_token_id = self.config.mask_token_id if given is None else given
+        if mask_token_id is None:
+            raise ValueError("`mask_token_id` must be given here or in the scheduler's config.")
+        return token_id("mask_token_id", mask_token_id, LARGEST_INTEGER)
 
     def _steps_left(self, timestep: float | torch.Tensor) -> int:
         """How many steps remain at `timestep`, itself included."""
@@ -371,3 +345,17 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
                 f"{self.num_inference_steps} inference steps."
             )
         return round(steps)
+
+
+def _of_logits(
+    logits: torch.Tensor, sample: torch.Tensor, mask_token_id: int
+) -> CoupledCategorical:
+    """Plain logits `[batch, length, vocab]` as windows without a circuit, one a row."""
+    if logits.ndim != 3 or logits.shape[:2] != sample.shape:
+        raise ValueError(
+            f"`model_output` must be a CoupledCategorical or logits [batch, length, vocab] for a "
+            f"`sample` of shape {tuple(sample.shape)}, got shape {tuple(logits.shape)}."
+        )
+    token_id("mask_token_id", mask_token_id, logits.shape[-1])
+    logits = without_tokens(logits.float(), mask_token_id, None)
+    return without_circuit(logits, sample, sample != mask_token_id)

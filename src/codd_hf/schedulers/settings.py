@@ -1,11 +1,8 @@
 """Everything that shapes what a denoising step draws, defined in one place."""
 
-# Nothing here imports torch at once: the help of the command line shows these settings.
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 from ..checks.arguments import LARGEST_INTEGER, check_known, list_of_ids
@@ -23,8 +20,8 @@ class DrawSettings(Settings):
     """The settings of a draw.
 
     The fields are [`CoDDScheduler`]'s configuration, entries of a generation configuration,
-    keyword arguments of the pipeline and of `generate`, and flags of the command line. The call
-    counts first, then the generation configuration or the scheduler.
+    arguments of the pipeline and of `generate`, and flags of the command line. The call counts
+    first, then the generation configuration or the scheduler.
 
     Raises:
         ValueError: a value is out of its range, or two of them do not go together.
@@ -76,34 +73,21 @@ class DrawSettings(Settings):
                 "leaves out: use another `sampling`, or 0."
             )
 
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the most probable is taken, and no generator read."""
-        return self.temperature == 0
-
-    @property
-    def log_threshold(self) -> float:
-        """The logarithm of the threshold, -inf at 0."""
-        return math.log(self.threshold) if self.threshold else -math.inf
-
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises a ValueError if a forbidden token is not in a vocabulary of this size."""
         list_of_ids("forbidden_token_ids", self.forbidden_token_ids, vocab_size)
 
-    @classmethod
-    def resolve(cls, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> DrawSettings:
-        """The settings of one call; one that asks for factorized sampling alone remasks nothing.
+    def updated(self, **overrides: Any) -> DrawSettings:
+        """The settings of a call; one that asks for factorized sampling alone remasks nothing.
 
         Args:
-            config: a scheduler's configuration.
-            overrides: the settings of the call; None means the configured value.
+            **overrides: settings of the call; None means the value here.
 
         Raises:
             TypeError: a name is not a setting.
         """
-        names = [field.name for field in fields(cls)]
-        check_known(overrides, names, "a setting of the scheduler")
-        call = {name: value for name, value in overrides.items() if value is not None}
-        if isinstance(call.get("sampling"), str) and call["sampling"] == "factorized":
-            call.setdefault("remask_threshold", 0.0)
-        return cls(**{name: call.get(name, config[name]) for name in names})
+        check_known(overrides, [field.name for field in fields(self)], "a setting of the scheduler")
+        changes = {name: value for name, value in overrides.items() if value is not None}
+        if isinstance(changes.get("sampling"), str) and changes["sampling"] == "factorized":
+            changes.setdefault("remask_threshold", 0.0)
+        return replace(self, **changes)

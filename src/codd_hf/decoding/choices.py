@@ -1,0 +1,122 @@
+"""Which of several sources settles a choice of a call: one rule for all doors.
+
+The call counts first, then a generation configuration that it is given, then the model's own, then
+the defaults of `DecodingCall`; for the draws, the scheduler in place of the model's configuration.
+The folder of a model carries the settings of its pipeline's scheduler in `generation_config.json`,
+so that `CoDDModel.generate`, transformers' pipelines, `CoDDPipeline` and the command line decode
+alike.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ..checks.arguments import flag, list_of_ids, token_id, without_left_fields
+from ..coupling.windows import CoupledBackbone
+from ..schedulers.scheduling_codd import CoDDScheduler
+from ..schedulers.settings import LEFT, DrawSettings
+from .call import DEFAULT_LENGTH
+
+SPECIAL_TOKENS = ("eos_token_id", "pad_token_id")
+TASK = (
+    "gen_length",
+    "block_length",
+    "num_inference_steps",
+    "paradigm",
+    "infill",
+    "min_new_tokens",
+    *SPECIAL_TOKENS,
+)
+"""Choices of what is decoded that a generation configuration may hold, beside `SETTINGS`."""
+SETTINGS = tuple(field.name for field in fields(DrawSettings))
+LEFT_ENTRIES = LEFT | {"windowing": "aligned", "free_length": False}
+"""Entries of version 0.1, each with the value that is the only one now."""
+
+Source = Mapping[str, Any]
+
+
+def entries(generation_config: GenerationConfig) -> dict[str, Any]:
+    """The entries of a generation configuration; options of an earlier version are refused."""
+    stored = generation_config.to_diff_dict()
+    return without_left_fields(stored, LEFT_ENTRIES, "the generation configuration")
+
+
+def merged(*sources: Source) -> dict[str, Any]:
+    """The choices of some sources, of which the last counts most; None says nothing.
+
+    As in transformers, `max_new_tokens` is the length, `do_sample=False` is temperature 0, and
+    `do_sample=True` one above 0, by default 1.
+    """
+    result: dict[str, Any] = {}
+    for source in sources:
+        choices = {name: value for name, value in source.items() if value is not None}
+        length = choices.pop("max_new_tokens", None)
+        if length is not None:
+            choices.setdefault("gen_length", length)
+        do_sample = choices.pop("do_sample", None)
+        if do_sample is not None and not flag("do_sample", do_sample):
+            choices["temperature"] = 0.0
+        elif do_sample is not None and not result.get("temperature"):
+            choices.setdefault("temperature", 1.0)
+        result |= choices
+    return result
+
+
+def task_of(
+    model: CoupledBackbone, *sources: Source, tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[str, Any]:
+    """The choices in `TASK`, those that a source has; `eos_token_id` always, as a list.
+
+    Args:
+        model: gives its generation configuration and, before that, its special tokens.
+        *sources: count after it, the last most.
+        tokenizer: gives special tokens that the model does not know.
+
+    Raises:
+        TypeError, ValueError: a special token is none of the vocabulary.
+    """
+    parts = [part for part in (tokenizer, model.config) if part is not None]
+    files = [{name: getattr(part, name) for name in SPECIAL_TOKENS} for part in parts]
+    files.append(entries(model.generation_config))
+    for file in files:
+        # A file that names the mask token as the end of texts knows no end.
+        if file.get("eos_token_id") in (model.config.mask_token_id, [model.config.mask_token_id]):
+            file["eos_token_id"] = None
+    choices, vocab_size = merged(*files, *sources), model.config.vocab_size
+    task = {name: choices[name] for name in TASK if name in choices}
+    task["eos_token_id"] = list_of_ids("eos_token_id", task.get("eos_token_id"), vocab_size)
+    if "pad_token_id" in task:
+        task["pad_token_id"] = token_id("pad_token_id", task["pad_token_id"], vocab_size)
+    return task
+
+
+def settings_of(*sources: Source) -> dict[str, Any]:
+    """The draw settings that some sources have, of which the last counts most."""
+    return {name: value for name, value in merged(*sources).items() if name in SETTINGS}
+
+
+def scheduler_of(generation_config: GenerationConfig) -> CoDDScheduler:
+    """A scheduler with the settings that a generation configuration has."""
+    return CoDDScheduler(**settings_of(entries(generation_config)))
+
+
+def with_settings_of(
+    generation_config: GenerationConfig, scheduler: CoDDScheduler
+) -> GenerationConfig:
+    """A generation configuration by which a model decodes as a pipeline with a scheduler does."""
+    config, settings = copy.deepcopy(generation_config), dict(vars(scheduler.settings))
+    for name in LEFT_ENTRIES:
+        vars(config).pop(name, None)
+    # transformers stores the limits of a draw only beside `do_sample=True`.
+    draws = settings["temperature"] > 0 or bool(settings["top_k"] or settings["top_p"])
+    if not draws:
+        settings |= dict.fromkeys(("temperature", "top_k", "top_p"))
+    vars(config).update(settings, do_sample=draws, _from_model_config=False)
+    if getattr(config, "gen_length", None) is None and config.max_new_tokens is None:
+        config.max_new_tokens = DEFAULT_LENGTH  # transformers' pipelines have a default of theirs
+    return config
