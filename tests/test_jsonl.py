@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from codd_hf import CoDDPipeline
+from codd_hf.checks.settings import settings_of
 from codd_hf.cli import jsonl, main
+from codd_hf.cli.generate import GenerateSettings
 from codd_hf.cli.jsonl import RunFiles
 from codd_hf.data.rows import RowReport, read_rows
 from codd_hf.runtime.journal import append_results
@@ -74,10 +76,15 @@ def process(index: int, count: int) -> SimpleNamespace:
     )
 
 
-def answer_jsonl(pipe, source, output, report=None, **options) -> int:
-    return jsonl.answer_jsonl(
-        pipe, source, output, report=report or RowReport(repr(str(source))), **options
-    )
+def answered(pipe, source, output, state=None, **options) -> tuple[int, RowReport]:
+    names = settings_of(GenerateSettings).keys() & options.keys() - {"infill"}
+    settings = {name: options.pop(name) for name in names}
+    files = GenerateSettings(input=str(source), output=str(output), **settings)
+    return jsonl.answer_jsonl(pipe, files, options, state or process(0, 1))
+
+
+def answer_jsonl(*args, **options) -> int:
+    return answered(*args, **options)[0]
 
 
 class Killed(Exception):
@@ -316,11 +323,10 @@ def test_run_is_not_continued_with_other_settings_or_another_input(pipe, source,
         (b'{"question": "a"}\n\n["b"]\n', {}, "Row 3 of .* is not a JSON object"),
         (b'{"question": "Zo\xeb?"}\n', {}, "Row 1 .* is not JSON"),
         (b'{"question": "a", "n": %s}\n' % (b"9" * 5000), {}, "Row 1 .* is not JSON .Exceeds"),
-        (b'{"question": ""}\n', {}, "Row 1 .* text in column 'question', got ''"),
-        (b'{"question": "a"}\n{"prompt": "b"}\n', {}, "Row 2 .* column 'question', got None"),
-        (b'{"text": "a"}\n', {}, "`prompt_column` must be given"),
-        (b"\n", {}, "`prompt_column` must be given"),
-        (b'{"q": 3}\n', {"prompt_column": "q"}, "text in column 'q', got 3"),
+        (b'{"question": ""}\n', {}, "Row 1 .* text in `prompt_column` 'question', got ''"),
+        (b'{"question": "a"}\n{"prompt": "b"}\n', {}, "Row 2 .* 'question', got None"),
+        (b'{"text": "a"}\n', {}, "Row 1 .* has no text in `prompt_column` 'question', got None"),
+        (b'{"q": 3}\n', {"prompt_column": "q"}, "'q', got 3"),
         (b'{"question": "a", "generated_text": ""}\n', {}, "has a column 'generated_text' already"),
         (b'{"question": "a"}\n{"question": "b \\ud83d c"}\n', {}, "Row 2 .* half of a surrogate"),
         (b'{"question": "%s"}\n' % (b"egg " * 200), {}, "Row 1 .* exceed the 128 positions"),
@@ -384,11 +390,9 @@ def test_processes_skip_their_own_bad_rows_and_a_killed_run_goes_on(pipe, with_b
     alone, output = tmp_path / "alone.jsonl", tmp_path / "answers.jsonl"
 
     def answer(pipe, output, *share) -> tuple[int, list[int]]:
-        report = RowReport("rows", skip_bad_rows=True)
-        options = {"state": process(*share), "batch_size": 1, "report": report, **LENGTHS}
-        return answer_jsonl(pipe, with_bad_rows, output, **options), sorted(
-            chain(*report.left_out.values())
-        )
+        options = {"state": process(*share), "batch_size": 1, "skip_bad_rows": True, **LENGTHS}
+        number, report = answered(pipe, with_bad_rows, output, **options)
+        return number, sorted(chain(*report.left_out.values()))
 
     assert answer(pipe, alone, 0, 1) == (7, [2, 3, 5, 6, 8])
     with pytest.raises(Killed):

@@ -1,4 +1,4 @@
-"""A head step: against a plain reading of the paper, a backbone's forward pass, and its limits."""
+"""A head step, against a plain reading of the paper and a backbone's forward pass; its memory."""
 
 from __future__ import annotations
 
@@ -22,13 +22,10 @@ from ..configuration_codd import CoDDHeadConfig
 from ..modeling_head import DEFAULT_EVIDENCE_SIZE, CoDDHead
 from ..runtime.precision import computes_bf16
 from . import Options, Report
-from .timing import LINE, Rates, median_seconds, seconds_and_rates
+from .timing import Side, median_seconds
 
 SPREAD, SHARED = 5.0, 0.68
 """Standard deviation of logits, and the share of their variance that predictions have in common."""
-
-NEW = 32 << 20
-"""Bytes above which a result takes new memory; less is kept for the next use, as by glibc."""
 
 EVIDENCE = {"exact": 0, "listed": DEFAULT_EVIDENCE_SIZE, "short list": 16}
 """Tokens of a prediction that a step reads; 0 for all."""
@@ -95,13 +92,9 @@ class HeadCase:
 
     @torch.no_grad()
     def step(self, evidence: str) -> torch.Tensor:
-        """What a head adds to a denoising step: evidence, filter, latents, coupled log-probs.
+        """What a head adds to a denoising step: evidence, filter, latents, `[B, L, V]` log-probs.
 
-        Args:
-            evidence: one of `EVIDENCE`; decoding takes `listed` for a large vocabulary.
-
-        Returns:
-            `[B, L, V]` log-probabilities given the sampled latents.
+        Decoding takes the `listed` evidence for a large vocabulary.
         """
         size = min(EVIDENCE[evidence], self.shape.vocabulary)
         inputs = {"tokens": self.tokens, "observed": self.observed, "top_k": size}
@@ -117,52 +110,27 @@ class HeadCase:
         k = min(EVIDENCE[evidence] or self.shape.vocabulary, self.shape.vocabulary)
         return len(self.logits.topk(k, -1, sorted=False).indices.unique())
 
-    def limit(self, rates: Rates, evidence: str) -> float:
-        """Least seconds of a step on this machine: the sum of four parts that wait for each other.
-
-        The logits are read. The evidence takes a product with all emissions or, with lists, a cache
-        line for every number that it gathers (or all of them, if that is faster) and a product with
-        the means of the groups. The chain multiplies with the transitions, read from memory once
-        and from a cache then. The emissions of its latents are read, and the coupled
-        log-probabilities written.
-        """
-        shape, limit, emissions = self.shape, rates.limit, self.shape.emission_bytes
-        positions, square = shape.batch * shape.window, shape.states**2
-        result = 4 * positions * shape.vocabulary
-        reading = limit(positions * emissions / 2, copy=emissions)
-        if evidence != "exact":
-            gathered = limit(scattered=LINE * self.num_listed(evidence) * shape.states)
-            reading = min(gathered, limit(copy=emissions))
-            reading += limit(2 * positions * square, copy=4 * square + 8 * shape.vocabulary)
-        again = 4 * max(shape.window - 2, 0) * square
-        chain = limit(2 * positions * square, copy=4 * square, cached=again)
-        new = result if result > NEW else 0
-        return limit(copy=result) + reading + chain + limit(copy=2 * result - new, new=new)
-
 
 def steps(shapes: Iterable[Shape], options: Options) -> Report:
-    """A step of each shape and form of evidence, beside the plain one and the physical limit."""
-    rows, facts = [], {"dtype": "float32", "repeats": options.repeats}
+    """A step of each shape and form of evidence, beside the plain one."""
+    rows: list[dict[str, Any]] = []
     for shape in shapes:
         case = HeadCase(shape, options)
-        sides = {mode: partial(case.step, mode) for mode in EVIDENCE} | {"plain": case.plain_step}
-        seconds, rates = seconds_and_rates(sides, options)
-        for mode in EVIDENCE:
-            least = case.limit(rates, mode)
-            rows.append(
-                {
-                    **asdict(shape),
-                    "evidence": mode,
-                    "tokens read": case.num_listed(mode),
-                    "plain paper, ms": 1e3 * seconds["plain"],
-                    "head step, ms": 1e3 * seconds[mode],
-                    "times faster": seconds["plain"] / seconds[mode],
-                    "limit, ms": 1e3 * least,
-                    "times the limit": seconds[mode] / least,
-                }
-            )
-        facts |= rates.as_dict()
-    return Report(facts, {"rows": rows})
+        sides: dict[str, Side] = {mode: partial(case.step, mode) for mode in EVIDENCE}
+        sides["plain"] = case.plain_step
+        seconds = median_seconds(sides, options.repeats, options.device)
+        rows += [
+            {
+                **asdict(shape),
+                "evidence": mode,
+                "tokens read": case.num_listed(mode),
+                "plain paper, ms": 1e3 * seconds["plain"],
+                "head step, ms": 1e3 * seconds[mode],
+                "times faster": seconds["plain"] / seconds[mode],
+            }
+            for mode in EVIDENCE
+        ]
+    return Report({"dtype": "float32", "repeats": options.repeats}, {"rows": rows})
 
 
 def head_step(options: Options) -> Report:

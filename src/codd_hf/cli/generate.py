@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ..checks.errors import printable, reading
@@ -103,30 +103,16 @@ def _run_on_file(settings: GenerateSettings, call: dict[str, Any]) -> None:
     import torch
     from accelerate import PartialState
 
-    from ..data.rows import RowReport
     from .jsonl import answer_jsonl
 
     # Without a GPU accelerate counts the processes of a launcher only if it is told to use the CPU.
     state = PartialState(cpu=not torch.cuda.is_available())
     pipeline = load_pipeline(settings.model, device=state.device)
     pipeline.set_progress_bar_config(disable=True)
-    report = RowReport(repr(settings.input), settings.skip_bad_rows)
-    number = answer_jsonl(
-        pipeline,
-        Path(settings.input),
-        Path(settings.output),
-        prompt_column=settings.prompt_column,
-        output_column=settings.output_column,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        state=state,
-        report=report,
-        **call,
-    )
-    if state.num_processes > 1:
-        state.destroy_process_group()
+    number, report = answer_jsonl(pipeline, settings, call, state)
     if report.left_out:
         print(printable(str(report)), file=sys.stderr)
     who = f"process {state.process_index}: " if state.num_processes > 1 else ""
-    what = "is complete" if Path(settings.output).exists() else "waits for other processes"
+    what = "is complete" if os.path.exists(str(settings.output)) else "waits for other processes"
     print(f"{who}{number} rows answered now; {settings.output} {what}.")
+    state.destroy_process_group()

@@ -35,6 +35,7 @@ from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.files import atomic_write, make_durable
 from ..runtime.journal import append_results, read_results
 from ..runtime.locks import locked
+from .generate import GenerateSettings
 
 USUAL_PROMPTS = ("question", "prompt")
 OWN = ("gen_length", "num_inference_steps")
@@ -43,128 +44,96 @@ LARGEST_SEED = 2**63 - 1
 
 
 def answer_jsonl(
-    pipeline: CoDDPipeline,
-    source: Path,
-    output: Path,
-    *,
-    prompt_column: str | None = None,
-    output_column: str = "generated_text",
-    batch_size: int = 8,
-    seed: int = 0,
-    report: RowReport,
-    state: PartialState | None = None,
-    **call: Any,
-) -> int:
+    pipeline: CoDDPipeline, settings: GenerateSettings, call: dict[str, Any], state: PartialState
+) -> tuple[int, RowReport]:
     """Answers every row of a JSONL file; the same call continues a killed run.
-
-    The columns `gen_length`, `num_inference_steps` and `seed`, where a row has them, stand for the
-    arguments in its row.
 
     Args:
         pipeline: on this process's device, with a tokenizer.
-        source: a JSONL file, an object a line.
-        output: the file to write: the rows of `source`, each with one more column.
-        prompt_column: the column of the prompts; default `question` or else `prompt`.
-        output_column: the new column.
-        batch_size: rows decoded together; it changes the speed, not the answers.
-        seed: row `i`, from 0, is drawn with seed `seed + i`; a row's own seed is taken as it is.
-        report: takes the bad rows of this process, which are left out of `output`, or raises.
-        state: accelerate's, when there are several processes; they need one file system.
-        **call: arguments of the pipeline's call (`gen_length`, `infill`, `sampling`, ...).
+        settings: the files, and what concerns them.
+        call: arguments of the pipeline's call (`gen_length`, `infill`, `sampling`, ...).
+        state: accelerate's; several processes need one file system.
 
     Returns:
-        The number of rows that this process answered now.
+        The number of rows that this process answered now, and its report on bad ones.
 
     Raises:
-        ValueError: a row or an argument is bad, or `output` was begun by a run of another input,
+        ValueError: a row or an argument is bad, or the output was begun by a run of another input,
             model or setting.
         OSError: a file cannot be read or written, or another run is writing it.
     """
+    source, output = str(settings.input), Path(str(settings.output))
     draws = {name: call[name] for name in SETTINGS if name in call}
     pipeline.scheduler.settings.updated(**draws).check_vocabulary(pipeline.model.config.vocab_size)
-    rows = read_rows(str(source))
-    good = [row for _, row in rows if isinstance(row, dict)]
-    usual = (column for row in good for column in USUAL_PROMPTS if column in row)
-    column = prompt_column or next(usual, None)
-    if column is None and (good or not rows):
-        raise ValueError(f"`prompt_column` must be given: {source} has no question or prompt.")
-    task = pipeline.task(**call)
-    own = {name: call.pop(name, None) for name in OWN}
-    files = RunFiles(
-        output,
-        {
-            "input": json_fingerprint([str(row) for _, row in rows]),
-            "prompt_column": column,
-            "output_column": output_column,
-            "seed": seed,
-            "model": _digest(pipeline),
-            **call,
-            **task,
-        },
-    )
-
-    def values(i: int) -> dict[str, Any]:
-        return {"seed": seed + i, **own, **rows[i][1]}
-
-    index, count = (0, 1) if state is None else (state.process_index, state.num_processes)
-    mine, bad = range(index, len(rows), count), set()
+    rows = read_rows(source)
+    columns = [name for _, row in rows if isinstance(row, dict) for name in row]
+    usual = [name for name in columns if name in USUAL_PROMPTS]
+    column = settings.prompt_column or [*usual, USUAL_PROMPTS[0]][0]
+    report = RowReport(repr(source), settings.skip_bad_rows)
+    mine, good = range(state.process_index, len(rows), state.num_processes), {}
     for i in mine:
         number, row = rows[i]
         try:
             if isinstance(row, BadRowError):
                 raise row
-            if not isinstance(row.get(column), str) or not row[column]:
-                raise ValueError(f"has no text in column {column!r}, got {shown(row.get(column))}")
-            if output_column in row:
-                raise ValueError(f"has a column {output_column!r} already: name another")
-            integer("seed", values(i)["seed"], most=LARGEST_SEED)
-            lengths = {name: values(i)[name] for name in OWN}
-            ids, mask, decoding = pipeline.prepare(prompt=[row[column]], **lengths, **call)
-            lay_out(pipeline.model, decoding, ids, mask)
+            good[i] = {"seed": settings.seed + i, **{n: call.get(n) for n in OWN}, **row}
+            _check(pipeline, good[i], column, settings.output_column, call)
         except (TypeError, ValueError) as error:
             report.refuse(number, str(error).rstrip("."))
-            bad.add(i)
-
-    def wait() -> None:
-        if state is not None:
-            state.wait_for_everyone()
-
-    wait()  # nothing is begun, and no process may be done already, before all have looked
+            good.pop(i, None)
+    run = {name: getattr(settings, name) for name in ("seed", "output_column")}
+    run |= {"input": json_fingerprint([str(row) for _, row in rows]), "prompt_column": column}
+    files = RunFiles(output, run | {"model": _digest(pipeline)} | call | pipeline.task(**call))
+    state.wait_for_everyone()  # nothing is begun before all have looked
     with locked(files.lock, f"`output` {str(output)!r}", state):
-        complete = files.is_complete()
-        wait()
-        if complete:
-            return 0
-        if index == 0:
+        if files.is_complete():
+            return 0, report
+        state.wait_for_everyone()
+        if state.is_main_process:
             files.begin()
-        wait()
-        done, part = files.answers(), files.folder / f"part-{index:05d}.jsonl"
-        append_results(part, [(i, None) for i in sorted(bad.difference(done))])
-        left = [i for i in mine if i not in done and i not in bad]
-        with tqdm(total=len(left), unit="row", disable=True if index else None) as bar:
-            for start in range(0, len(left), batch_size):
-                batch = left[start : start + batch_size]
-                columns = [values(i) for i in batch]
+        state.wait_for_everyone()
+        done, part = files.answers(), files.folder / f"part-{state.process_index:05d}.jsonl"
+        append_results(part, [(i, None) for i in mine if i not in good and i not in done])
+        left = [i for i in good if i not in done]
+        shared = {name: value for name, value in call.items() if name not in OWN}
+        hidden = None if state.is_main_process else True
+        with tqdm(total=len(left), unit="row", disable=hidden) as bar:
+            for start in range(0, len(left), settings.batch_size):
+                batch = left[start : start + settings.batch_size]
                 texts = pipeline(
-                    [row[column] for row in columns],
-                    generator=[torch.Generator().manual_seed(row["seed"]) for row in columns],
-                    **{name: [row[name] for row in columns] for name in OWN},
-                    **call,
+                    [good[i][column] for i in batch],
+                    generator=[torch.Generator().manual_seed(good[i]["seed"]) for i in batch],
+                    **{name: [good[i][name] for i in batch] for name in OWN},
+                    **shared,
                 ).texts
                 append_results(part, zip(batch, texts, strict=True))
                 bar.update(len(batch))
-        files.finish(rows, output_column)
-    return len(left)
+        files.finish(rows, settings.output_column)
+    return len(left), report
+
+
+def _check(
+    pipeline: CoDDPipeline, row: dict[str, Any], column: str, new: str, call: dict[str, Any]
+) -> None:
+    """Raises for a row that cannot be decoded, before hours have been spent on others."""
+    prompt = row.get(column)
+    if not isinstance(prompt, str) or not prompt:
+        raise ValueError(f"has no text in `prompt_column` {column!r}, got {shown(prompt)}")
+    if new in row:
+        raise ValueError(f"has a column {new!r} already: name another")
+    integer("seed", row["seed"], most=LARGEST_SEED)
+    own = {name: row[name] for name in OWN}
+    ids, mask, decoding = pipeline.prepare(prompt=[prompt], **call | own)
+    lay_out(pipeline.model, decoding, ids, mask)
 
 
 def _digest(pipeline: CoDDPipeline) -> str:
     """Of all in a pipeline on which its texts depend."""
     model, tokenizer = pipeline.model, pipeline.tokenizer
     scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
-    vocabulary = tokenizer_fingerprint(tokenizer)
     spelling = [tokenizer.special_tokens_map, tokenizer.chat_template]
     parts = [weights_fingerprint(model), settings_fingerprint(model.config)]
-    return json_fingerprint([*parts, scheduler, vocabulary, *spelling])
+    return json_fingerprint([*parts, scheduler, tokenizer_fingerprint(tokenizer), *spelling])
 
 
 class RunFiles:

@@ -95,9 +95,8 @@ def measure_quality(
     """
     strategies = settings.strategies or [test.pipeline.scheduler.config.strategy]
     for strategy in strategies:
-        choice(
-            "strategies", strategy, settings_of(DrawSettings)["strategy"].choices
-        )  # before hours have been spent on good ones
+        # Before hours have been spent on good ones.
+        choice("strategies", strategy, settings_of(DrawSettings)["strategy"].choices)
     length, modes = test.block_length, [FACTORIZED, *settings.samplings]
     if max(settings.passes) > length:
         raise ValueError(f"`passes` must be at most the window's {length}, got {settings.passes}.")
