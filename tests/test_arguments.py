@@ -369,7 +369,7 @@ def test_what_a_tokenizer_gives_goes_into_the_model_as_it_is(bert_tokenizer):
     encoded = bert_tokenizer(["tom has", "one"], return_tensors="pt", padding=True)
     alone = model.generate(encoded.input_ids, attention_mask=encoded.attention_mask, **SHORT)
     assert torch.equal(model.generate(**encoded, **SHORT), alone)
-    with pytest.raises(ValueError, match="`token_type_ids` must be 0 everywhere"):
+    with pytest.raises(TypeError, match="`token_type_ids` cannot be used here"):
         model(**bert_tokenizer("tom", "has [MASK]", return_tensors="pt"))
 
 

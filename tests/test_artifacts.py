@@ -117,7 +117,7 @@ def test_settings_of_the_model_can_be_given_on_loading(artifact, folders):
 
 
 def test_argument_that_is_of_no_use_with_a_head_is_an_error_that_names_it(folders):
-    with pytest.raises(TypeError, match="`key_mapping` cannot be given with a head's folder"):
+    with pytest.raises(TypeError, match="`key_mapping` cannot be given with a head"):
         CoDDModel.from_pretrained(folders / "head", key_mapping={})
 
 
@@ -162,7 +162,7 @@ def downloaded(folders, tmp_path, monkeypatch):
 def test_downloaded_head_may_not_name_a_local_path(trust, folders, downloaded, tmp_path):
     cache = downloaded(str(folders / "backbone"))
     for entry in (CoDDModel.from_pretrained, CoDDPipeline.from_pretrained):
-        with pytest.raises(ValueError, match=r"names the local path .*with `CoDDModel.from_back"):
+        with pytest.raises(ValueError, match=r"names the local path .*use `CoDDModel.from_back"):
             entry(HUB_ID, **cache, **trust)
 
 

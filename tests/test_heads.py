@@ -77,7 +77,7 @@ def test_bare_backbone_gets_a_default_head(tmp_path):
     random_head().save_pretrained(tmp_path)
     bare = CoDDModel.from_backbone(tiny_backbone())
     assert [*bare.heads] == []
-    with pytest.raises(ValueError, match="no head to save"):
+    with pytest.raises(ValueError, match="no head 'default'"):
         bare.save_head(tmp_path)
     bare.load_head(tmp_path)
     assert ([*bare.heads], bare.config.mask_token_id) == (["default"], MASK)
@@ -115,10 +115,10 @@ def test_names_of_heads_are_checked(model):
             ValueError, match=r"no head 'maths': the model's heads are 'default', '"
         ):
             call("maths")
-    with pytest.raises(ValueError, match=r"'tied' is taken: choose another.*delete_head\('tied'\)"):
+    with pytest.raises(ValueError, match="not the name of a head, got 'tied'"):
         model.load_head(random_head(), "tied")
     for name in (3, "", None):
-        with pytest.raises(TypeError, match="`name` must be a text that is not empty"):
+        with pytest.raises(ValueError, match="`name` must be a text"):
             model.load_head(random_head(), name)
 
 
@@ -153,7 +153,7 @@ def test_head_of_another_vocabulary_than_a_resized_backbone_is_an_error(model):
     assert torch.allclose(model(IDS).logits[..., :12], before, atol=1e-6)
     for call in (
         lambda: model(IDS, coupling="marginal"),
-        lambda: model(IDS, labels=IDS),
+        lambda: model(IDS, labels=torch.where(IDS == MASK, 5, -100)),
         lambda: model.score([[5]], [[6, 7]]),
     ):
         with pytest.raises(ValueError, match=r"of 12 tokens, .* now of 16: .*`head=False`"):

@@ -10,7 +10,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from codd_hf import CoDDModel, CoDDPipeline
-from codd_hf.coupling.adapters import enable_adapters
 from tiny import random_head, tiny_backbone
 
 MASK = 2
@@ -128,7 +127,7 @@ def test_model_with_an_adapter_is_saved_as_plain_backbone_and_adapter(backbone_f
     assert all(torch.equal(stored[name], value) for name, value in plain.state_dict().items())
     loaded = CoDDModel.from_pretrained(tmp_path / "model")
     assert torch.equal(coupled(loaded), coupled(model))
-    enable_adapters(loaded.backbone, False)
+    loaded.disable_adapters()
     assert torch.equal(coupled(loaded), coupled(plain))
     plain.save_pretrained(tmp_path / "model")
     assert torch.equal(coupled(CoDDModel.from_pretrained(tmp_path / "model")), coupled(plain))

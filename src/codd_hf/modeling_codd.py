@@ -30,9 +30,10 @@ from .circuits import CoupledCategorical
 from .circuits.random import Generators
 from .configuration_codd import COUPLINGS, CoDDConfig, CoDDHeadConfig
 from .coupling.adapter_files import load_adapter, save_adapter
-from .coupling.adapters import AdaptersMixin, unwrapped, without_adapters
-from .coupling.heads import DEFAULT_NAME, HeadName, Heads, load_head, named_backbone
+from .coupling.adapters import AdaptersMixin, active_adapter, unwrapped, without_adapters
+from .coupling.heads import DEFAULT_NAME, HeadName, Heads
 from .coupling.inputs import checked_inputs, refuse_requests
+from .coupling.loading import adapter_beside, load_head, named_backbone
 from .coupling.windows import CoupledBackbone
 from .hub.publishing import Publishing, forget_paths
 from .hub.repositories import (
@@ -158,8 +159,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
                 f"{type(backbone).__name__}."
             )
         family_of(backbone.config).make_bidirectional(backbone.config)
-        if adapter is None and isinstance(head, str | Path):
-            adapter = Repository(checked_name(head, "head"), shared).adapter()
+        adapter = adapter or adapter_beside(head, shared)
         if head is not None:
             head = load_head(head, backbone, mask_token_id, **shared)
             head.to(execution_device(backbone))
@@ -258,7 +258,8 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
             base = self.backbone.name_or_path
             base = None if not base or is_local(base) else base  # the weights are here
             with self.heads.lock:
-                save_adapter(self, Path(save_directory, ADAPTER_FOLDER), base)
+                folder = Path(save_directory, ADAPTER_FOLDER)
+                save_adapter(self.backbone, active_adapter(self), folder, base)
         kwargs["state_dict"] = without_adapters(self, kwargs.get("state_dict"))
         sizes = {"max_shard_size": max_shard_size, "variant": variant}
         super().save_pretrained(save_directory, is_main_process, **sizes, **kwargs)
@@ -294,10 +295,6 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
     def can_generate(cls) -> bool:
         """True."""
         return True
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The backbone's."""
-        return self.backbone.get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replaces the backbone's."""
@@ -355,7 +352,6 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
         return_distribution = flag("return_distribution", return_distribution)
         refuse_requests(kwargs)
         given = input_ids, attention_mask, position_ids, labels, window_start
-        given = *given, kwargs.get("token_type_ids")
         ids, mask, positions, labels, start = checked_inputs(self, *given)
         generators("generator", generator, len(ids))
         head = self.heads.of_call(head)

@@ -1,4 +1,4 @@
-"""Several heads on one backbone, by name; and from a name, a folder or an id to a head.
+"""Several heads on one backbone, by name.
 
 The head that couples a call is settled once, when the call begins, and travels with it, so that
 threads can share a model.
@@ -15,51 +15,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from accelerate.utils import align_module_device
 
-from ..backbones import layout_of, needs_remote_code
 from ..checks.arguments import shown
 from ..configuration_codd import CoDDHeadConfig
-from ..conversion import convert_jpc, holds_circuit
 from ..hub.cards import Artifact
 from ..hub.publishing import ACCESS, FACTS, UPLOAD, push
-from ..hub.repositories import (
-    ADAPTER_FOLDER,
-    CACHE_ARGUMENTS,
-    HUB_ARGUMENTS,
-    Repository,
-    checked_name,
-    is_local,
-    locate,
-)
+from ..hub.repositories import ADAPTER_FOLDER
 from ..modeling_head import CoDDHead
-from .adapter_files import load_adapter, save_adapter, write_adapter
+from .adapter_files import load_adapter, save_adapter
 from .adapters import (
+    active_adapter,
     active_state,
     adapter_configs,
     adapter_in_use,
     delete_adapter,
-    refuse_changes,
-    restore,
-    starts_of,
+    refuse_pissa,
+    switch,
 )
+from .loading import adapter_beside, load_head
 
 if TYPE_CHECKING:
     from ..modeling_head import FrozenHead
     from .windows import CoupledBackbone
 
 DEFAULT_NAME = "default"
-OWN_ARGUMENTS = ("coupling", "mask_token_id", "forbidden_token_ids")
-BACKBONE_ARGUMENTS = (
-    *CACHE_ARGUMENTS,
-    "dtype",
-    "torch_dtype",
-    "device_map",
-    "max_memory",
-    "offload_folder",
-    "attn_implementation",
-    "quantization_config",
-)
 
 HeadName = str | bool | None
 """Of a call: the name of a head; None, the default one; False, none."""
@@ -94,31 +74,35 @@ class Heads:
 
     of: weakref.ref[CoupledBackbone]  # no cycle: a model that is let go frees its memory at once
     others: dict[str, CoDDHead] = field(default_factory=dict)
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    lock: Any = field(default_factory=threading.RLock)
 
     @property
     def model(self) -> CoupledBackbone:
         """The model that has the heads."""
-        return self.of()
+        model = self.of()
+        assert model is not None
+        return model
 
     def __getstate__(self) -> tuple[CoupledBackbone, dict[str, CoDDHead]]:
         return self.model, self.others
 
     def __setstate__(self, state: tuple[CoupledBackbone, dict[str, CoDDHead]]) -> None:
-        self.__init__(weakref.ref(state[0]), state[1])  # with a lock of its own
+        self.of, self.others, self.lock = weakref.ref(state[0]), state[1], threading.RLock()
 
     def __iter__(self) -> Iterator[str]:
         default = () if self.model.coupling_head is None else (DEFAULT_NAME,)
         return iter((*default, *self.others))
 
     def __len__(self) -> int:
-        return (self.model.coupling_head is not None) + len(self.others)
+        return sum(1 for _ in self)
 
     def __getitem__(self, name: str) -> CoDDHead:
-        if name not in self:
+        default = self.model.coupling_head
+        head = default if name == DEFAULT_NAME else self.others.get(name)
+        if head is None:
             there = ", ".join(map(repr, self)) or "none"
             raise ValueError(f"`head`: there is no head {name!r}: the model's heads are {there}.")
-        return self.model.coupling_head if name == DEFAULT_NAME else self.others[name]
+        return head
 
     def of_call(self, head: HeadName = None) -> CallHead:
         """The head of a call that begins now; with False, window and adapter are the default's."""
@@ -128,26 +112,18 @@ class Heads:
                 f"got {shown(head)}."
             )
         name = head if isinstance(head, str) else DEFAULT_NAME
-        module = self[name] if isinstance(head, str) else self.model.coupling_head
-        length = self.model.window_length if module is None else module.config.window_length
-        if module is None or head is False:
-            return CallHead(name, None, length)
+        if head is False or (head is None and self.model.coupling_head is None):
+            return CallHead(name, None, self.model.window_length)
+        module = self[name]
         self.bind(module)
-        return CallHead(name, module, length)
+        return CallHead(name, module, module.config.window_length)
 
     def bind(self, head: CoDDHead) -> None:
-        """Gives tied emissions the output embedding; where that is offloaded, a copy, once."""
-        if head.config.emission != "tied":
-            return
-        embedding = self.model.get_output_embeddings()
-        if not embedding.weight.is_meta:
-            head.bind(embedding.weight)
-        elif not head._bound:
-            embedding._hf_hook.pre_forward(embedding)  # accelerate's, which fetches the weight
-            try:
+        """Gives tied emissions the output embedding."""
+        if head.config.emission == "tied":
+            embedding = self.model.get_output_embeddings()
+            with align_module_device(embedding):  # it may be offloaded
                 head.bind(embedding.weight)
-            finally:
-                embedding._hf_hook.post_forward(embedding, None)
 
     @contextmanager
     def adapter_of_call(self, head: CallHead) -> Iterator[None]:
@@ -194,23 +170,21 @@ class Heads:
             ValueError: the name is taken, or head or adapter do not fit the backbone.
         """
         model = self.model
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"`name` must be a text that is not empty, got {name!r}.")
-        if name in self:
+        if not isinstance(name, str) or not name or name in self:
             raise ValueError(
-                f"`name` {name!r} is taken: choose another one, or `delete_head({name!r})` first."
+                f"`name` must be a text that is not the name of a head, got {name!r}: "
+                f"`delete_head` makes room among {[*self]}."
             )
         if len(self):
-            refuse_changes(starts_of(model.backbone))
+            refuse_pissa(*adapter_configs(model.backbone).values())
         loaded = load_head(head, model.backbone, model.config.mask_token_id, **hub)
-        if adapter is None and isinstance(head, str | Path):
-            adapter = Repository(checked_name(head, "head"), hub).adapter()
+        adapter = adapter or adapter_beside(head, hub)
         with self.lock:
             if adapter is not None:
                 before = active_state(model.backbone)
                 load_adapter(model.backbone, adapter, name, shared=len(self) > 0, **hub)
                 if name != DEFAULT_NAME:
-                    restore(model.backbone, before)
+                    switch(model.backbone, *before)
             if model.config.mask_token_id is None:
                 model.config.mask_token_id = loaded.config.mask_token_id
             if name == DEFAULT_NAME:
@@ -239,121 +213,23 @@ class Heads:
             name: of the head.
             **kwargs: for the head's `save_pretrained`, `push_to_hub` among them.
         """
-        if not len(self):
-            raise ValueError("The model has no head to save: add one with `load_head`.")
-        model, head, base = self.model, self[name], self.model.backbone.name_or_path or None
+        model, head = self.model, self[name]
+        base = model.backbone.name_or_path or None
         if head.config.base_model_name_or_path is None:
             head.config.base_model_name_or_path = base
         to_hub = kwargs.pop("push_to_hub", False)
         repo_id = kwargs.pop("repo_id", Path(save_directory).resolve().name)
-        access = {key: kwargs.pop(key) for key in ACCESS if key in kwargs}
-        upload = {key: kwargs.pop(key) for key in UPLOAD if key in kwargs}
 
         def save(folder: str | Path) -> None:
-            adapter = Path(folder, ADAPTER_FOLDER)
             with self.lock:
+                adapter: str | None = name if name in adapter_configs(model.backbone) else None
                 if name == DEFAULT_NAME:
-                    save_adapter(model, adapter, base)
-                elif name in adapter_configs(model.backbone):
-                    write_adapter(model.backbone, name, adapter, base)
+                    adapter = active_adapter(model)
+                save_adapter(model.backbone, adapter, Path(folder, ADAPTER_FOLDER), base)
             head.save_pretrained(folder, **kwargs)
 
         save(save_directory)
         if to_hub:
-            facts = {key: kwargs[key] for key in FACTS if key in kwargs}
-            push(Artifact("head", head), save, repo_id, upload=upload, **access, **facts)
-
-
-def load_head(
-    head: CoDDHead | CoDDHeadConfig | str | Path,
-    backbone: PreTrainedModel,
-    mask_token_id: int | None = None,
-    **hub: Any,
-) -> CoDDHead:
-    """A head for a backbone; `head` and `hub` are as for [`CoDDModel.from_backbone`].
-
-    Args:
-        head: a head, its configuration, or its folder or id.
-        backbone: the model that it is for.
-        mask_token_id: the mask token, for a head that does not know it; default the backbone's.
-        **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
-
-    Raises:
-        TypeError: it is no head.
-        ValueError: it does not fit the backbone.
-    """
-    config = backbone.config
-    if mask_token_id is None:
-        mask_token_id = getattr(config, "mask_token_id", None)
-    if isinstance(head, CoDDHeadConfig):
-        head = CoDDHead(head)
-    elif isinstance(head, str | Path):
-        name = checked_name(head, "head")
-        if holds_circuit(name, **hub):
-            base = backbone.name_or_path or None
-            hub |= {"mask_token_id": mask_token_id, "base_model_name_or_path": base}
-            head = convert_jpc(name, **hub)
-        else:
-            head = CoDDHead.from_pretrained(name, **hub)
-    if getattr(getattr(head, "config", None), "model_type", None) != CoDDHeadConfig.model_type:
-        raise TypeError(
-            "`head` must be a CoDD head, its configuration, or the folder or id of one, got "
-            f"{type(head).__name__}."
-        )
-    for what, found, wanted in (
-        ("a vocabulary of {} tokens", head.config.vocab_size, config.vocab_size),
-        ("hidden states of size {}", head.config.context_size, config.hidden_size),
-    ):
-        if found not in (None, wanted):
-            raise ValueError(
-                f"`head` was made for {what.format(found)}, but the backbone has {wanted}: use a "
-                "head that was fitted to this backbone."
-            )
-    if head.config.mask_token_id is None:
-        head.config.mask_token_id = mask_token_id
-    return head
-
-
-def named_backbone(
-    name: str, head: CoDDHeadConfig, kwargs: dict[str, Any]
-) -> tuple[str, dict[str, Any]]:
-    """The backbone that a head's configuration names, and the arguments to load it with.
-
-    Of the user's arguments `kwargs` for the head in `name`, it gets those that say how to load and
-    where to cache, none that grant anything.
-
-    Raises:
-        ValueError: the head names no backbone, or one that the user has to name: a local path (in a
-            downloaded head), or a repository whose code would have to run.
-        TypeError: an argument is of no use.
-    """
-    base, advice = head.base_model_name_or_path, "`CoDDModel.from_backbone(backbone, head)`"
-    if base is None:
-        raise ValueError(
-            f"The head {name!r} names no backbone (`base_model_name_or_path`): join them with "
-            f"{advice}."
-        )
-    if not Path(name).exists() and is_local(base):
-        raise ValueError(
-            f"The downloaded head {name!r} names the local path {base!r} as its backbone: give "
-            f"the backbone yourself, with {advice}."
-        )
-    passed_on = {*OWN_ARGUMENTS, *BACKBONE_ARGUMENTS}
-    known = {*HUB_ARGUMENTS, *passed_on, "trust_remote_code"}
-    if unknown := [k for k in kwargs if k not in known and not k.startswith("_")]:
-        raise TypeError(
-            f"`{unknown[0]}` cannot be given with a head's folder or id: load the backbone with it "
-            f"and use {advice}."
-        )
-    own = {key: value for key, value in kwargs.items() if key in passed_on}
-    if head.base_model_revision is not None:
-        own["revision"] = head.base_model_revision
-    base = checked_name(base, "base_model_name_or_path")
-    found = locate(base, own).config
-    if layout_of(found) is None and needs_remote_code(found):
-        raise ValueError(
-            f"The head {name!r} names the backbone {base!r}, which brings its own code: if you "
-            f"trust that code, use `CoDDModel.from_backbone({base!r}, {name!r}, "
-            "trust_remote_code=True)`."
-        )
-    return base, own
+            upload = {key: kwargs[key] for key in UPLOAD if key in kwargs}
+            given = {key: kwargs[key] for key in (*ACCESS, *FACTS) if key in kwargs}
+            push(Artifact("head", head), save, repo_id, upload=upload, **given)

@@ -7,28 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checks.arguments import (
-    as_tensor,
-    check_token_types,
-    check_tokens,
-    padding_mask,
-    plain,
-    token_ids,
-)
+from ..checks.arguments import as_tensor, check_tokens, padding_mask, token_ids
 
 if TYPE_CHECKING:
     from .windows import CoupledBackbone
 
 
 def checked_inputs(
-    model: CoupledBackbone,
-    ids: Any,
-    mask: Any,
-    positions: Any,
-    labels: Any,
-    start: Any,
-    token_types: Any = None,
-) -> tuple[torch.Tensor, ...]:
+    model: CoupledBackbone, ids: Any, mask: Any, positions: Any, labels: Any, start: Any
+) -> tuple[torch.Tensor, Any, Any, Any, Any]:
     """The tensors of `CoDDModel.forward`, from `input_ids` to `window_start`, on its device.
 
     Raises:
@@ -39,17 +26,14 @@ def checked_inputs(
     ids = token_ids("input_ids", ids, vocab_size, device)
     if ids.shape[1] == 0:
         raise ValueError("`input_ids` must hold at least one token in a row, got none.")
-    check_token_types(token_types)
-    if mask is None:
-        real = model.real_tokens(ids)
-        if real is not None and not bool(real[:, [0, -1]].all()):
-            warnings.warn(
-                "`input_ids` begin or end with the padding token, which is read as text without an "
-                "`attention_mask`: give one.",
-                stacklevel=3,
-            )
-    else:
+    if mask is not None:
         mask = padding_mask("attention_mask", mask, ids.shape, device)
+    elif (real := model.real_tokens(ids)) is not None and not bool(real[:, [0, -1]].all()):
+        warnings.warn(
+            "`input_ids` begin or end with the padding token, which is read as text without an "
+            "`attention_mask`: give one.",
+            stacklevel=3,
+        )
     if positions is not None:
         positions = as_tensor("position_ids", positions, int, device=device)
         batch = 1 if positions.shape[:1] == (1,) else len(ids)
@@ -66,9 +50,11 @@ def checked_inputs(
 
 def refuse_requests(asked: dict[str, Any]) -> None:
     """Raises a TypeError for arguments of transformers' models that ask for anything."""
-    for name in asked.keys() - {"token_type_ids", "use_cache", "cache_position"}:
-        value = plain(asked[name])
-        if value is not None and not (isinstance(value, (bool, int)) and value == 0):
+    for name in asked.keys() - {"use_cache", "cache_position"}:
+        value = asked[name]
+        if isinstance(value, torch.Tensor):  # of a tokenizer, `token_type_ids`
+            value = bool(value.any())
+        if value is not None and not (isinstance(value, int) and value == 0):
             raise TypeError(
                 f"`{name}` cannot be used here: leave it out, or give it to `model.backbone`."
             )

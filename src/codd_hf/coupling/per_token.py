@@ -17,15 +17,15 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class PerTokenOutput(ModelOutput):
-    """What trl reads of a pass.
+    """The fields that trl reads, `[batch, length]` but for the loss; zero without a label.
 
     Attributes:
         loss: scalar, as of [`CoDDModel`].
-        log_probs: `[batch, length]`, minus the loss at every token with a label, else 0. The law is
-            of whole windows; of the tokens only their mean has a meaning.
-        entropy: `[batch, length]`, of the factorized predictions, for trl's log.
-        is_top1: `[batch, length]`, whether these are right, likewise.
-        label_mask: `[batch, length]` bool, the tokens with a label.
+        log_probs: minus the loss at every token with a label: its distribution is of whole windows,
+            so that only the mean of the tokens' has a meaning.
+        entropy: of the factorized predictions.
+        is_top1: whether these are right.
+        label_mask: bool, the tokens with a label.
     """
 
     loss: torch.Tensor | None = None
@@ -35,42 +35,20 @@ class PerTokenOutput(ModelOutput):
     label_mask: torch.Tensor | None = None
 
 
-def per_token_output(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    labels: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> PerTokenOutput:
-    """One pass with labels.
-
-    Args:
-        model: the model.
-        input_ids: `[batch, length]`.
-        attention_mask: `[batch, length]`, 0 at padding.
-        labels: `[batch, length]`, -100 where not supervised.
-        **kwargs: further arguments of the model's `forward`.
+def per_token_output(model: PreTrainedModel, *args: Any, **kwargs: Any) -> PerTokenOutput:
+    """One pass with labels; the arguments are those of the model's `forward`.
 
     Raises:
         ValueError: there are no labels.
     """
+    labels = kwargs.get("labels")
     if labels is None:
         raise ValueError("`labels` must be given with `fused_lm_head=True`, got None.")
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        labels=labels,
-        **(kwargs | {"coupling": "none", "return_dict": True}),
-    )
+    output = model(*args, **(kwargs | {"coupling": "none", "return_dict": True}))
     mask = labels != -100
     with torch.no_grad():
         log_probs = output.logits.float().log_softmax(-1)
         entropy = -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1)
-        is_top1 = log_probs.argmax(-1) == labels
-    return PerTokenOutput(
-        loss=output.loss,
-        log_probs=torch.where(mask, -output.loss, 0.0),
-        entropy=entropy * mask,
-        is_top1=(is_top1 & mask).to(entropy.dtype),
-        label_mask=mask,
-    )
+        is_top1 = (log_probs.argmax(-1) == labels) & mask
+    log_prob = torch.where(mask, -output.loss, 0.0)
+    return PerTokenOutput(output.loss, log_prob, entropy * mask, is_top1.to(entropy.dtype), mask)

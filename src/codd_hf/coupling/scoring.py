@@ -80,32 +80,26 @@ def score(
     mask_token_id = token_id("mask_token_id", model.mask_token_id, model.config.vocab_size)
     batch_size = integer("batch_size", batch_size, least=1)
     check_callable("tokenizer", tokenizer, "a tokenizer")
-    prompts = _tokens(model, "prompts", prompts, tokenizer)
-    answers = _tokens(model, "answers", answers, tokenizer)
-    if len(prompts) != len(answers) or not prompts:
+    given = _tokens(model, "prompts", prompts, tokenizer)
+    wanted = _tokens(model, "answers", answers, tokenizer)
+    if len(given) != len(wanted) or not given:
         raise ValueError(
-            f"`prompts` and `answers` must be of the same, positive length, got {len(prompts)} and "
-            f"{len(answers)}."
+            f"`prompts` and `answers` must be of the same, positive length, got {len(given)} and "
+            f"{len(wanted)}."
         )
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+    call = model.heads.of_call(head).frozen()
+    device, length = model.device, call.window_length
+    windows = []
+    for row, (prompt, answer) in enumerate(zip(given, wanted, strict=True)):
         if not len(answer):
-            raise ValueError(
-                f"`answers` must hold at least one token each, got none in row {row}: leave empty "
-                "ones out."
-            )
+            raise ValueError(f"`answers` must hold at least one token each, got none in row {row}.")
         what = f"In row {row} of `prompts` and `answers`, {len(prompt)} and {len(answer)} tokens"
         check_size(model.max_positions, len(prompt) + len(answer), what)
-    head, device = model.heads.of_call(head).frozen(), model.device
-    length = head.window_length
-    windows = [
-        (row, len(prompt) + start)
-        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-        for start in range(0, len(answer), length)
-    ]
-    totals = torch.zeros(2, len(prompts), dtype=torch.float64)
+        windows += [(row, len(prompt) + start) for start in range(0, len(answer), length)]
+    totals = torch.zeros(2, len(given), dtype=torch.float64)
     for first in range(0, len(windows), batch_size):
         rows, starts = torch.tensor(windows[first : first + batch_size]).unbind(1)
-        texts = [torch.cat((prompts[row], answers[row])) for row in rows]
+        texts = [torch.cat((given[row], wanted[row])) for row in rows]
         truth = pad_sequence(texts, batch_first=True).to(device)
         attention_mask = pad_sequence([torch.ones_like(t) for t in texts], True).to(device)
         starts, column = starts.to(device), torch.arange(truth.shape[1], device=device)
@@ -113,17 +107,17 @@ def score(
         ids = truth.masked_fill(hidden, mask_token_id)
         columns = starts[:, None] + torch.arange(length, device=device)
         targets = truth.gather(1, columns.clamp(max=truth.shape[1] - 1))
-        with model.heads.adapter_of_call(head):
+        with model.heads.adapter_of_call(call):
             window = model.backbone_states(ids, attention_mask), ids, starts, attention_mask
             for total, temperature, coupled_by in (
-                (totals[0], 1.0, head._replace(module=None)),
-                (totals[1], evidence_temperature, head),
+                (totals[0], 1.0, call._replace(module=None)),
+                (totals[1], evidence_temperature, call),
             ):
                 distribution = model.window_distribution(
                     *window, temperature=temperature, head=coupled_by
                 )
                 total.index_add_(0, rows, distribution.log_prob(targets).double().cpu())
-    num_tokens = torch.tensor([len(answer) for answer in answers])
+    num_tokens = torch.tensor([len(answer) for answer in wanted])
     return ScoreOutput(factorized=totals[0], coupled=totals[1], num_tokens=num_tokens)
 
 
@@ -134,12 +128,10 @@ def _tokens(
     rows = several(texts)
     if rows is None:
         raise TypeError(f"`{name}` must be a list of texts or of token ids, got {shown(texts)}.")
-    if any(isinstance(row, str) for row in rows):
+    if rows and all(isinstance(row, str) for row in rows):
         if tokenizer is None:
             raise ValueError(f"`{name}` are texts: give a `tokenizer`, or token ids.")
-        texts = [row if isinstance(row, str) else "" for row in rows]
-        encoded = encode_as_written(name, texts, tokenizer, add_special_tokens=False)
-        rows = [e if isinstance(r, str) else r for e, r in zip(encoded, rows, strict=True)]
+        rows = encode_as_written(name, rows, tokenizer, add_special_tokens=False)
     ids = model.unpadded(rows_of_ids(name, rows, model.config.vocab_size))
     check_unmasked(name, ids, model.config.mask_token_id)
     return [row.cpu() for row in ids]

@@ -63,6 +63,10 @@ class CoupledBackbone:
             raise ValueError("`mask_token_id` is not known: give it to `from_backbone`.")
         return self.config.mask_token_id
 
+    def get_output_embeddings(self) -> Any:
+        """The backbone's."""
+        return self.backbone.get_output_embeddings()
+
     def real_tokens(
         self,
         input_ids: torch.Tensor,
@@ -86,8 +90,10 @@ class CoupledBackbone:
         pad = next((token for token in pads if token is not None), None)
         if end_ids is None:
             end_ids = several(self.config.eos_token_id) or [self.config.eos_token_id]
+        if pad is None or pad in end_ids:
+            return None
         real = input_ids != pad
-        return None if pad is None or pad in end_ids or bool(real.all()) else real.long()
+        return None if bool(real.all()) else real.long()
 
     def unpadded(self, rows: Sequence[torch.Tensor], **tokens: Any) -> list[torch.Tensor]:
         """Rows of token ids `[length]` without their padding, as `real_tokens` finds it."""
@@ -142,48 +148,47 @@ class CoupledBackbone:
             attention_mask: `[batch, length]`; padding is absent.
             rows: `[N]`, the row each window lies on; default, one window per row.
             temperature: the evidence temperature; default, the head's.
-            head: as [`Heads.of_call`] takes it, or what it returned.
+            head: as [`Heads.of_call`] takes it, or its result.
         """
         call = head if isinstance(head, CallHead) else self.heads.of_call(head)
-        head, length = call.module, call.window_length
-        config, mask_token_id = self.config, self.mask_token_id
-        rows = torch.arange(len(input_ids), device=input_ids.device) if rows is None else rows
-        index, present = _span(input_ids, rows, window_start, 0, length, attention_mask)
+        circuit, mask_token_id = call.module, self.mask_token_id
+        where = input_ids, window_start, attention_mask, rows
+        index, present = _span(*where, 0, call.window_length)
         tokens = input_ids[index]
         observed = tokens != mask_token_id
         at = (present & ~observed).nonzero(as_tuple=True)
-        predicted = states.logits((rows[at[0]], index[1][at]))
+        row, column = index[0].expand_as(index[1])[at], index[1][at]
+        predicted = states.logits((row, column))
         defined = predicted.detach().amax(-1).isfinite()
         if not bool(defined.all()):
             raise RowError(
                 "The backbone's logits are NaN or infinite in row {row}: look for the cause in its "
                 "weights and its dtype.",
-                int(rows[at[0]][~defined][0]),
+                int(row[~defined][0]),
             )
-        if head is None:
-            predicted = without_tokens(predicted, mask_token_id, config.forbidden_token_ids)
+        if circuit is None:
+            predicted = without_tokens(predicted, mask_token_id, self.config.forbidden_token_ids)
         logits = predicted.new_zeros(*tokens.shape, predicted.shape[-1]).index_put_(at, predicted)
-        if head is None:
+        if circuit is None:
             return without_circuit(logits, tokens, observed, present, temperature or 1.0)
-        if head.config.vocab_size != logits.shape[-1]:
+        if circuit.config.vocab_size != logits.shape[-1]:
             raise ValueError(
-                f"The head has a vocabulary of {head.config.vocab_size} tokens, but the "
+                f"The head has a vocabulary of {circuit.config.vocab_size} tokens, but the "
                 f"backbone's is now of {logits.shape[-1]}: a head cannot be resized, so use one "
                 "that was fitted to this vocabulary, or `head=False`."
             )
-        preceding = None
-        if "copy" in head.config.conditioning:
-            where = input_ids, window_start, attention_mask, rows, head
-            preceding = self.preceding(states, *where).packed()
-        return head(
+        own, preceding = circuit.config.evidence_temperature, None
+        if "copy" in circuit.config.conditioning:
+            preceding = self.preceding(states, *where, head=circuit).packed()
+        return circuit(
             logits,
             tokens=tokens,
             observed=observed,
             last_hidden_state=states.last_hidden_state[index],
             present=None if bool(present.all()) else present,
-            temperature=head.config.evidence_temperature if temperature is None else temperature,
+            temperature=own if temperature is None else temperature,
             preceding=preceding,
-            top_k=head.evidence_size,
+            top_k=circuit.evidence_size,
         )
 
     def preceding(
@@ -193,15 +198,15 @@ class CoupledBackbone:
         window_start: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         rows: torch.Tensor | None = None,
-        head: CoDDHead | None = None,
+        head: Any = None,
     ) -> Preceding:
         """The last `copy_length` tokens before each window; masked ones do not count as present.
 
         The arguments are those of `window_distribution`.
         """
-        length = (self.coupling_head if head is None else head).config.copy_length
-        rows = torch.arange(len(input_ids), device=input_ids.device) if rows is None else rows
-        index, present = _span(input_ids, rows, window_start, -length, 0, attention_mask)
+        head = self.coupling_head if head is None else head
+        length = head.config.copy_length
+        index, present = _span(input_ids, window_start, attention_mask, rows, -length, 0)
         tokens = input_ids[index]
         present = present & (tokens != self.config.mask_token_id)
         return Preceding(tokens, present, states.last_hidden_state[index])
@@ -222,15 +227,24 @@ class CoupledBackbone:
         supervised = is_label & (input_ids == mask_token_id)
         if attention_mask is not None:
             supervised &= attention_mask.bool()
-        rows, columns = supervised.nonzero(as_tuple=True)
-        if len(rows) == 0 and bool(is_label.any()):
-            raise ValueError(
-                f"`labels` supervise tokens, but `input_ids` hold the mask token ({mask_token_id}) "
-                "at none of them but padding: mask some, as `DataCollatorForMaskedDiffusion` does, "
-                "or give -100 as all `labels`."
-            )
-        if len(rows) == 0:
+        if not bool(supervised.any()):
+            if bool(is_label.any()):
+                raise ValueError(
+                    f"`labels` supervise tokens, but `input_ids` hold the mask token "
+                    f"({mask_token_id}) at none of them but padding: mask some, as "
+                    "`DataCollatorForMaskedDiffusion` does, or give -100 as all `labels`."
+                )
             return 0.0 * states.last_hidden_state.sum()
+        config = self.config if head.module is None else head.module.config
+        never = torch.tensor([mask_token_id, *(config.forbidden_token_ids or [])])
+        wrong = (supervised & torch.isin(labels, never.to(labels.device))).nonzero()
+        if len(wrong):
+            row, column = wrong[0].tolist()
+            raise ValueError(
+                "`labels` must be -100 or tokens that the model may generate, got "
+                f"{int(labels[row, column])} in row {row}."
+            )
+        rows, columns = supervised.nonzero(as_tuple=True)
         first = is_label.long().argmax(1)
         number = (columns - first[rows]).div(length, rounding_mode="floor")
         on, number = torch.stack((rows, number)).unique(dim=1)
@@ -238,33 +252,27 @@ class CoupledBackbone:
         distribution = self.window_distribution(
             states, input_ids, starts, attention_mask, rows=on, head=head
         )
-        never = (self if head.module is None else head.module).config.forbidden_token_ids or []
-        never = torch.tensor([mask_token_id, *never], device=labels.device)
-        for row, column in (supervised & torch.isin(labels, never)).nonzero().tolist():
-            raise ValueError(
-                "`labels` must be -100 or tokens that the model may generate, got "
-                f"{int(labels[row, column])} in row {row}."
-            )
         padded = F.pad(labels, (0, length), value=-100)
-        index, _ = _span(padded, on, starts, 0, length, None)
+        index, _ = _span(padded, starts, None, on, 0, length)
         counted = (padded[index] != -100) & distribution.masked
         log_prob = distribution.partial_log_prob(padded[index].clamp(min=0), counted)
         return -log_prob.sum() / counted.sum().clamp(min=1)
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs) -> dict:
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict:
         """The arguments of `forward`, as they are; PEFT asks every language model for this."""
         return {"input_ids": input_ids, **kwargs}
 
 
 def _span(
     input_ids: torch.Tensor,
-    rows: torch.Tensor,
     start: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    rows: torch.Tensor | None,
     first: int,
     end: int,
-    attention_mask: torch.Tensor | None,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The places `[N, end - first]` from `start + first` on, and which of them hold tokens."""
+    rows = torch.arange(len(input_ids), device=input_ids.device) if rows is None else rows
     positions = start[:, None] + torch.arange(first, end, device=start.device)
     index = rows[:, None], positions.clamp(0, input_ids.shape[1] - 1)
     present = (positions >= 0) & (positions < input_ids.shape[1])

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..backbones import load_backbone, load_tokenizer
-from ..coupling.heads import OWN_ARGUMENTS
+from ..coupling.loading import OWN_ARGUMENTS
 from ..decoding.choices import scheduler_of
 from ..hub.repositories import Repository, explain_load_errors, shared_arguments
 from ..modeling_codd import CoDDModel

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...coupling.adapters import active_adapter, set_adapter
+from ...coupling.adapters import active_adapter
 from ...coupling.heads import DEFAULT_NAME
 from ...data.canvases import TokenizedExample
 from ...modeling_codd import CoDDModel
@@ -121,7 +121,7 @@ def _trained_backbone(model: CoDDModel, config: JointConfig) -> list[torch.nn.Pa
         found = active_adapter(model)
         if found is None:
             add_lora(model.backbone, config.lora_config(), DEFAULT_NAME, config.seed)
-        set_adapter(model.backbone, found or DEFAULT_NAME)
+        model.set_adapter(found or DEFAULT_NAME)
     if config.backbone == "full":
         model.backbone.requires_grad_(True)
     return trained_in_float32(model.backbone)

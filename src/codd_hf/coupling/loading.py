@@ -1,0 +1,130 @@
+"""From a folder or an id to a head for a backbone, and from a head to the backbone it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..backbones import needs_remote_code
+from ..configuration_codd import CoDDHeadConfig
+from ..conversion import convert_jpc, holds_circuit
+from ..hub.repositories import (
+    CACHE_ARGUMENTS,
+    HUB_ARGUMENTS,
+    Repository,
+    checked_name,
+    is_local,
+    locate,
+)
+from ..modeling_head import CoDDHead
+
+OWN_ARGUMENTS = ("coupling", "mask_token_id", "forbidden_token_ids")
+BACKBONE_ARGUMENTS = (
+    *CACHE_ARGUMENTS,
+    "dtype",
+    "torch_dtype",
+    "device_map",
+    "max_memory",
+    "offload_folder",
+    "attn_implementation",
+    "quantization_config",
+)
+
+
+def adapter_beside(head: Any, hub: dict[str, Any]) -> str | None:
+    """The folder of the adapter beside a head, given by its folder or id; None if there is none."""
+    if not isinstance(head, str | Path):
+        return None
+    return Repository(checked_name(head, "head"), hub).adapter()
+
+
+def load_head(
+    head: CoDDHead | CoDDHeadConfig | str | Path,
+    backbone: PreTrainedModel,
+    mask_token_id: int | None = None,
+    **hub: Any,
+) -> CoDDHead:
+    """A head for a backbone.
+
+    Args:
+        head: a head, its configuration, or its folder or id.
+        backbone: the model that it is for.
+        mask_token_id: the mask token, for a head that does not know it; default the backbone's.
+        **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        TypeError: it is no head.
+        ValueError: it does not fit the backbone.
+    """
+    config = backbone.config
+    if mask_token_id is None:
+        mask_token_id = getattr(config, "mask_token_id", None)
+    if isinstance(head, CoDDHeadConfig):
+        head = CoDDHead(head)
+    elif isinstance(head, str | Path):
+        name = checked_name(head, "head")
+        if holds_circuit(name, **hub):
+            base = backbone.name_or_path or None
+            head = convert_jpc(
+                name, **hub, mask_token_id=mask_token_id, base_model_name_or_path=base
+            )
+        else:
+            head = CoDDHead.from_pretrained(name, **hub)
+    if not isinstance(getattr(head, "config", None), CoDDHeadConfig):  # PEFT may wrap a head
+        raise TypeError(
+            "`head` must be a CoDD head, its configuration, or the folder or id of one, got "
+            f"{type(head).__name__}."
+        )
+    for what, found, wanted in (
+        ("a vocabulary of {} tokens", head.config.vocab_size, config.vocab_size),
+        ("hidden states of size {}", head.config.context_size, config.hidden_size),
+    ):
+        if found not in (None, wanted):
+            raise ValueError(
+                f"`head` was made for {what.format(found)}, but the backbone has {wanted}: use a "
+                "head that was fitted to this backbone."
+            )
+    if head.config.mask_token_id is None:
+        head.config.mask_token_id = mask_token_id
+    return head
+
+
+def named_backbone(
+    name: str, head: CoDDHeadConfig, kwargs: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """The backbone that a head's configuration names, and the arguments to load it with.
+
+    Of the user's arguments `kwargs` for the head in `name`, it gets those that say how to load and
+    where to cache, none that grant anything.
+
+    Raises:
+        ValueError: the head names no backbone, or one that the user has to name: a local path (in a
+            downloaded head), or a repository whose code would have to run.
+        TypeError: an argument is of no use.
+    """
+    base = head.base_model_name_or_path
+    own = {k: v for k, v in kwargs.items() if k in (*OWN_ARGUMENTS, *BACKBONE_ARGUMENTS)}
+    of_head = {*HUB_ARGUMENTS, "trust_remote_code"}
+    advice = f"use `CoDDModel.from_backbone({base or 'backbone'!r}, {name!r})`."
+    for argument in kwargs.keys() - own.keys() - of_head:
+        if not argument.startswith("_"):
+            raise TypeError(f"`{argument}` cannot be given with a head: {advice}")
+    if base is None:
+        raise ValueError(
+            f"The head {name!r} names no backbone (`base_model_name_or_path`): {advice}"
+        )
+    if not Path(name).exists() and is_local(base):
+        raise ValueError(
+            f"The downloaded head {name!r} names the local path {base!r} as its backbone: {advice}"
+        )
+    if head.base_model_revision is not None:
+        own["revision"] = head.base_model_revision
+    base = checked_name(base, "base_model_name_or_path")
+    if needs_remote_code(locate(base, own).config):
+        raise ValueError(
+            f"The head {name!r} names the backbone {base!r}, which brings its own code: if you "
+            f"trust it, {advice[:-2]}, trust_remote_code=True)`."
+        )
+    return base, own
