@@ -72,7 +72,10 @@ def sides_of(
         return partial(sequences, LLaDA2Pipeline(model, BlockRefinementScheduler()), **stock_call)
 
     bare = bare_pipeline(pipeline.model)
-    sides = {STOCK: stock(pipeline.model.backbone), FACTORIZED: partial(sequences, bare, **call)}
+    sides: dict[str, Side] = {
+        STOCK: stock(pipeline.model.backbone),
+        FACTORIZED: partial(sequences, bare, **call),
+    }
     sides["CoDDPipeline, with the head"] = partial(sequences, pipeline, **call)
     if block < length:
         sides |= {name: partial(sequences, bare, cache=c, **call) for c, name in CACHES.items()}
@@ -128,7 +131,7 @@ def end_to_end(options: Options) -> Report:
         prompts = text[: 2 * batch * BLOCK].view(batch, -1).to(options.device)
         for block in (length, BLOCK):
             sides = sides_of(pipeline, prompts, length, steps, block)
-            found = {name: run() for name, run in sides.items()}
+            found: dict[str, Any] = {name: run() for name, run in sides.items()}
             seconds = median_seconds(sides, options.repeats, options.device, warmups=0)
             for name, tokens in found.items():
                 stock = STOCK + BLOCK_CAUSAL * name.endswith(BLOCK_CAUSAL)

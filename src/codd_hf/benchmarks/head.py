@@ -74,7 +74,8 @@ class HeadCase:
             window_length=shape.window,
             mask_token_id=vocab - 1,
         )
-        self.head = CoDDHead(config).to(device).eval().requires_grad_(False)
+        with torch.device(device):
+            self.head = CoDDHead(config).eval().requires_grad_(False)
         generator = torch.Generator(device).manual_seed(options.seed)
         self.circuit = (self.head.initial, self.head.transition, self.head.emission)
         for parameter in self.circuit:
@@ -163,8 +164,8 @@ def overhead(options: Options) -> Report:
         hidden_size=hidden,
         num_attention_heads=heads,
         intermediate_size=feed_forward,
-        attn_implementation="sdpa",
     )
+    config._attn_implementation = "sdpa"
     with torch.device(device):
         layer = LlamaDecoderLayer(config, 0).to(dtype).eval().requires_grad_(False)
         layer.self_attn.is_causal = False

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
             ],
         )
         seconds = time.perf_counter() - started
-        texts[name] = [printable(text) for text in output.texts]
+        texts[name] = [printable(text) for text in output.texts or ()]
         report.append(f"{name} {output.num_passes} passes, {seconds:.1f} s")
     width = max(min(shutil.get_terminal_size((100, 20)).columns, 120), 60)
     for i, question in enumerate(questions):

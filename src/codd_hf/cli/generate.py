@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         for prompt, generator in zip(prompts, generators, strict=True):
             write_answer(pipeline, prompt=prompt, generator=generator, **call)
         return
-    for text in pipeline(prompts, generator=generators, **call).texts:
+    for text in pipeline(prompts, generator=generators, **call).texts or ():
         print(printable(text))
 
 

@@ -95,7 +95,6 @@ def answer_jsonl(
         done, part = files.answers(), files.folder / f"part-{state.process_index:05d}.jsonl"
         append_results(part, [(i, None) for i in mine if i not in good and i not in done])
         left = [i for i in good if i not in done]
-        shared = {name: value for name, value in call.items() if name not in OWN}
         hidden = None if state.is_main_process else True
         with tqdm(total=len(left), unit="row", disable=hidden) as bar:
             for start in range(0, len(left), settings.batch_size):
@@ -103,10 +102,9 @@ def answer_jsonl(
                 texts = pipeline(
                     [good[i][column] for i in batch],
                     generator=[torch.Generator().manual_seed(good[i]["seed"]) for i in batch],
-                    **{name: [good[i][name] for i in batch] for name in OWN},
-                    **shared,
+                    **call | {name: [good[i][name] for i in batch] for name in OWN},
                 ).texts
-                append_results(part, zip(batch, texts, strict=True))
+                append_results(part, zip(batch, texts or (), strict=True))
                 bar.update(len(batch))
         files.finish(rows, settings.output_column)
     return len(left), report
@@ -189,7 +187,7 @@ class RunFiles:
                 return
             with merged.open("wb") as file:
                 for i, (_, row) in enumerate(rows):
-                    if answers[i] is not None:
+                    if answers[i] is not None and isinstance(row, dict):
                         line = json.dumps({**row, output_column: answers[i]}, ensure_ascii=False)
                         # Half of a surrogate pair becomes JSON's escape of it.
                         file.write(f"{line}\n".encode(errors="backslashreplace"))

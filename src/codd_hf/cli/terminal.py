@@ -31,7 +31,7 @@ def write_answer(pipeline: CoDDPipeline, **call: Any) -> str:
         The text as the model gave it, control characters and all.
     """
     if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
-        text = pipeline(**call).texts[0]
+        text = "".join(pipeline(**call).texts or ())
         print(printable(text), flush=True)
         return text
     tokenizer, mask = pipeline.tokenizer, pipeline.model.mask_token_id
@@ -56,5 +56,6 @@ def write_answer(pipeline: CoDDPipeline, **call: Any) -> str:
         )
     finally:
         write(FIRST_SCREEN)
-    write(printable(output.texts[0]) + "\n")
-    return output.texts[0]
+    text = "".join(output.texts or ())
+    write(printable(text) + "\n")
+    return text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -59,7 +59,9 @@ class Judging(Protocol):
     """Gives a verdict on each answer, a value that JSON has; `digest` tells it from others."""
 
     digest: str
-    __call__: Callable[[Sequence[str]], Sequence[Any]]
+
+    def __call__(self, answers: Sequence[str]) -> Sequence[Any]:
+        """The verdicts, in the order of the answers."""
 
 
 class AnswerSet:
@@ -144,6 +146,8 @@ class AnswerSet:
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 **draw,
             )
+            assert output.texts is not None
+            assert output.passes_per_row is not None
             texts += output.texts
             for row in output.sequences.tolist():
                 tokens.append(list(takewhile(lambda token: token not in ends, row)))

@@ -110,7 +110,7 @@ def measure_gap(
     examples = [example for example in examples if len(example.answer_ids) > length]
     if not examples:
         raise ValueError(f"`examples` have no answer of at least {length} tokens (a full window).")
-    bare = CallHead(None, None, length)
+    bare = CallHead("", None, length)
     alone = {FACTORIZED: (bare, 1.0)}
     methods = dict(alone)
     for name, head in heads.items():
@@ -118,7 +118,7 @@ def measure_gap(
         temperature = settings.evidence_temperature or head.config.evidence_temperature
         if temperature != 1:
             methods[TEMPERED] = (bare, temperature)
-        methods[name] = (CallHead(None, head, length).frozen(), temperature)
+        methods[name] = (CallHead("", head, length).frozen(), temperature)
     batches, rows = list(_windows(model, examples, tokenizer, settings)), []
     for ratio in tqdm(settings.ratios, "measuring the gap", unit="ratio", disable=None):
         count = max(round(ratio * length), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -90,11 +91,11 @@ def load_judge(
     with explain_load_errors(repository):
         repository.refuse_adapter()
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
-        load = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
+        load: Any = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
         if gguf_file is None:
             stored = StoredWeights.find(repository, {})
             stored.check_layers(repository.config)
-            model, _ = stored.load(load, None, None)
+            model: Any = stored.load(load, None, None)[0]
         else:
             model = load(name, gguf_file=gguf_file)
     return model.to(device), tokenizer

@@ -116,7 +116,7 @@ def measure_quality(
     ways = [(s, n) for s in strategies for n in ([length] if s in ADAPTIVE else settings.passes)]
     for mode, (strategy, passes) in tqdm([*product(modes, ways)], "measuring", disable=None):
         wanted = 1 if strategy in ADAPTIVE else passes
-        nearest = min(CHOSEN_AT, key=lambda at, n=wanted: abs(math.log(at / n)))
+        nearest = CHOSEN_AT[wanted**2 > CHOSEN_AT[0] * CHOSEN_AT[1]]
         setting = Setting(mode, strategy, passes, chosen.get((mode, nearest), {}))
         rows.append(figures(setting, test.answers(setting)))
     real = figures(None, test.real())

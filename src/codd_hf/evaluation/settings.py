@@ -55,8 +55,9 @@ class GapSettings(MeasureSettings):
         super().__post_init__()
         if bad := [ratio for ratio in self.ratios if not 0 < ratio <= 1]:
             raise ValueError(f"`ratios` must lie in (0, 1], got {bad}.")
-        if bad := [entry for entry in self.head if not all(entry.partition("=")[::2])]:
-            raise ValueError(f"`head` must look like NAME=PATH, got {bad[0]!r}.")
+        for entry in self.head:
+            if not all(entry.partition("=")[::2]):
+                raise ValueError(f"`head` must look like NAME=PATH, got {entry!r}.")
 
 
 @dataclass(kw_only=True)

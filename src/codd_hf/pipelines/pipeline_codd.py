@@ -185,7 +185,7 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
         callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         **settings: Any,
-    ) -> CoDDPipelineOutput | tuple:
+    ) -> CoDDPipelineOutput | Any:
         """Generates text after each prompt, or in the gaps of each.
 
         Args:
