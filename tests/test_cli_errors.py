@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from codd_hf.checks.arguments import choice
 from codd_hf.checks.errors import is_of_a_library, printable, reading
 from codd_hf.cli import convert, main
-from codd_hf.cli.messages import is_refusal, one_line
+from codd_hf.cli.messages import is_refusal
 from tiny_pipeline import save_tiny_pipeline, tiny_pipeline
 
 HOSTILE = "a\x1b[31mb\x1b]0;title\x07\x9b2J\r\x08\x7f\u202ec\u2066d\u200fe\nf"
@@ -109,11 +109,10 @@ def is_harmless(text: str) -> bool:
     return not controls and not set("\x7f\x9b\u202e\u2066\u200f") & set(text)
 
 
-def test_no_warning_log_or_usage_error_controls_the_terminal(monkeypatch, capsys):
+def test_no_warning_or_log_controls_the_terminal(monkeypatch, capsys):
     def run(args):
         warnings.warn(HOSTILE, stacklevel=1)
         logging.getLogger("codd_hf_test").warning("%s", HOSTILE)
-        args.usage_error(HOSTILE)
 
     monkeypatch.setattr(convert, "run", run)
     handler = logging.StreamHandler(sys.stderr)
@@ -123,21 +122,15 @@ def test_no_warning_log_or_usage_error_controls_the_terminal(monkeypatch, capsys
         monkeypatch.setattr(
             warnings, "showwarning", lambda *a, **k: print(warnings.formatwarning(*a[:4]))
         )
-        with pytest.raises(SystemExit) as leaving:
-            main(["convert", "a", "b"])
+        assert main(["convert", "a", "b"]) == 0
     logging.getLogger("codd_hf_test").removeHandler(handler)
-    assert leaving.value.code == 2
     captured = capsys.readouterr()
     for shown in (captured.out, captured.err):
         assert "b]0;title" in shown
         assert is_harmless(shown)
 
 
-def test_printed_text_is_harmless_whole_and_not_too_long():
-    line = one_line(f"`prompt` must be short, got {'x' * 10**6}: shorten it.")
-    assert len(line) < 1300
-    assert line.startswith("`prompt` must be short")
-    assert line.endswith("shorten it.")
+def test_printed_text_is_harmless_and_whole():
     assert is_harmless(printable("red \x1b[31mtext\x1b]0;title\x07 \x9b2J back\x08 \r over\x7f"))
     text = "Zoë:\t3 €\n7 🥚 \u200d 👩\u200d🚀 שלום"
     assert printable(text) == text
@@ -224,7 +217,6 @@ def test_number_that_cannot_be_is_bad_usage(option, value, command, capsys):
     assert leaving.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert option in last or f"`{option[2:].replace('-', '_')}`" in last
-    assert len(last) < 1400
 
 
 def refusal(capsys, *argv: str) -> str:

@@ -8,35 +8,21 @@ import ctypes
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from . import bench, chat, convert, demo, evaluate, generate, train
-from .messages import one_line, printing_safely, report
+from .messages import printing_safely, report
 
 COMMANDS = {
-    "demo": demo,
-    "generate": generate,
-    "chat": chat,
-    "train": train,
-    "evaluate": evaluate,
-    "convert": convert,
-    "bench": bench,
+    module.__name__.rpartition(".")[2]: module
+    for module in (demo, generate, chat, train, evaluate, convert, bench)
 }
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 INTERRUPTED = 128 + 2  # what shells say of a program that SIGINT ended
 
 
-class Parser(argparse.ArgumentParser):
-    """One line for bad usage, whatever text is in it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Leaves with code 2."""
-        super().error(one_line(message))
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `codd-hf`."""
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         prog="codd-hf",
         description="Coupled Discrete Diffusion: coherent text in a few parallel steps.",
     )

@@ -22,12 +22,9 @@ EXAMPLE = """example:
       --input questions.jsonl --output answers.jsonl
   codd-hf generate --infill "Tom has 3<|mask|><|mask|><|mask|> and eats 2."
 
-prompts on standard input, one per line, when none is given. With `--input`, row i (from 0) is drawn
-with seed SEED + i, so that its answer depends neither on `--batch-size` nor on the number of
-processes; a run that was killed is continued by the same command. A line may have columns
-gen_length, num_inference_steps and seed of its own. `--multi_gpu` starts several processes without
-a GPU as well. With `--infill` a prompt is a text with mask tokens (here of the embedded model),
-printed with the gaps filled."""
+Without prompts, they are the lines of standard input. Row i (from 0) of `--input` is drawn with
+seed SEED + i, unless it has columns gen_length, num_inference_steps or seed of its own; a run that
+was killed is continued by the same command. `--multi_gpu` needs no GPU."""
 
 
 @dataclass

@@ -18,24 +18,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..checks.errors import innermost, printable, reason
+from ..checks.errors import innermost, printable
 
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
-LONGEST_LINE = 1200
 RAISE = dis.opmap["RAISE_VARARGS"]
 REFUSALS = (ValueError, TypeError, FloatingPointError, ImportError)
 
 
 def one_line(text: str) -> str:
-    """A message in one line, without its middle where it is very long."""
-    text = printable(" ".join(text.split()))
-    half = LONGEST_LINE // 2
-    return text if len(text) <= LONGEST_LINE else f"{text[:half]} ... {text[-half:]}"
+    """A message in one line, of characters that cannot control the terminal."""
+    return printable(" ".join(text.split()))
 
 
 def is_refusal(error: BaseException) -> bool:
     """Whether an exception is about a user's value, a file or the machine; else it is a bug."""
-    if isinstance(error, OSError) or _lacks_memory(error):
+    if isinstance(error, (OSError, MemoryError)) or _lacks_memory(error):
         return True
     last = innermost(error)
     on_purpose = last is None or last.tb_frame.f_code.co_code[last.tb_lasti] == RAISE
@@ -51,18 +48,13 @@ def report(error: BaseException, command: str, debug: bool = False) -> None:
     line = f"error: {one_line(str(error)) or type(error).__name__}"
     if not refusal:
         line = "this is a bug in codd-hf: please report it to the project, with the lines above."
-    elif _lacks_memory(error):
-        line = (
-            "error: there is not enough memory: take fewer rows at once, shorter texts, or a "
-            f"smaller model ({one_line(reason(error))})."
-        )
     print(f"codd-hf {command}: {line}", file=sys.stderr)
 
 
 def _lacks_memory(error: BaseException) -> bool:
-    # torch has no type of its own for memory that a processor lacks; accelerate knows the texts.
     if not isinstance(error, RuntimeError):
-        return isinstance(error, MemoryError)
+        return False
+    # torch has no type of its own for memory that a processor lacks; accelerate knows the texts.
     from accelerate.utils.memory import should_reduce_batch_size
 
     return should_reduce_batch_size(error)
