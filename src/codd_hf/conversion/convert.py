@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..checks.arguments import number
-from ..circuits import Potentials, occupancy
+from ..circuits import occupancy
 from ..configuration_codd import CoDDHeadConfig
 from ..hub.repositories import Repository, checked_name
 from ..modeling_head import CoDDHead

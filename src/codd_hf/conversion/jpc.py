@@ -15,6 +15,7 @@ where tile `k` lies. A tied node has none of its own and follows `source_node`.
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 from dataclasses import dataclass
@@ -128,6 +129,8 @@ class HiddenMarkovModel:
         if type(nodes) is not list or not nodes:
             raise ValueError("it does not hold a list of nodes")
         self._nodes = [_Node(index, fields) for index, fields in enumerate(nodes)]
+        # A small file can name one array in many places: it is read once.
+        self._edges = functools.cache(lambda array: array.payload.read())
         sums, products, inputs = self._walk()
         root, *others = reversed(self._nodes)
         if root.num_states != 1:
@@ -202,7 +205,7 @@ class HiddenMarkovModel:
         edges = node.array("edge_ids", "<i8")
         if len(edges.shape) != 2 or edges.shape[0] != 2:
             node.refuse(f"has `edge_ids` of shape {edges.shape}")
-        return _Matrix(self._source(node), edges.payload.read(), node.blocks, product.blocks)
+        return _Matrix(self._source(node), self._edges(edges), node.blocks, product.blocks)
 
     def _source(self, node: _Node) -> _Node:
         """The node that has the parameters of a node."""

@@ -32,8 +32,10 @@ VALUES: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 VALUES |= {"EMPTY_TUPLE": (), "EMPTY_LIST": [], "EMPTY_DICT": {}}
 PLAIN = ("BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE")
 BYTES = ("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8")
-GATHER = ("TUPLE", "APPENDS", "SETITEMS")
-"""Take all that stands above a mark."""
+ABOVE_MARK = ("TUPLE", "APPENDS", "SETITEMS")
+"""Take all values above a mark."""
+TAKEN = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2}
+"""Take so many values."""
 
 
 @dataclass(frozen=True)
@@ -104,23 +106,22 @@ def _run(file: BinaryIO, steps: Iterator[int]) -> Any:
         if next(steps) >= MAX_STEPS:
             raise ValueError(f"it takes more than {MAX_STEPS:,} steps to read")
         name, items = opcode.name, []
-        if name in GATHER:
+        if name in ABOVE_MARK:
             items, stack = stack, below.pop()
+        elif name in TAKEN:
+            items = stack[-TAKEN[name] :]
+            del stack[-TAKEN[name] :]
         match name:
             case "PROTO" | "FRAME" | "STOP":
                 pass
             case "MARK":
                 below.append(stack)
                 stack = []
-            case "TUPLE":
+            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(tuple(items))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                number = int(name[-1])
-                stack[-number:] = [tuple(stack[-number:])]
             case "APPEND" | "APPENDS":
-                list.extend(stack[-1], items or [stack.pop()])
+                list.extend(stack[-1], items)
             case "SETITEM" | "SETITEMS":
-                items = items or [stack.pop(), stack.pop()][::-1]
                 keys = map(sys.intern, items[::2])  # takes nothing but texts
                 dict.update(stack[-1], zip(keys, items[1::2], strict=True))
             case "MEMOIZE":
@@ -129,8 +130,9 @@ def _run(file: BinaryIO, steps: Iterator[int]) -> Any:
                 stack.append(memo[argument])
             case "STACK_GLOBAL":
                 last, module = stack.pop(), stack.pop()
-                if NAMES.fullmatch(f"{module}.{last}") is None:
-                    raise ValueError(f"it asks for '{module}.{last:.99}', which no circuit needs")
+                asked = f"{module}.{last}"
+                if NAMES.fullmatch(asked) is None:
+                    raise ValueError(f"it asks for {asked[:100]!r}, which no circuit needs")
                 stack.append(Name(last))
             case "REDUCE" | "NEWOBJ":
                 arguments, function = stack.pop(), stack.pop()

@@ -158,8 +158,9 @@ def make_card(
         library_name="codd-hf",
         pipeline_tag="text-generation",
         tags=[*TAGS, *(tags or [])],
-        **{"base_model_relation": "adapter"} if artifact.kind == "head" and base else {},
     )
+    if artifact.kind == "head" and base is not None:
+        data["base_model_relation"] = "adapter"
     config = None if artifact.head is None else artifact.head.config
     parts: list[tuple[str, Any]] = []
     if artifact.backbone is not None:
@@ -209,9 +210,8 @@ def complete_card(card: ModelCard, new: ModelCard) -> ModelCard:
     for name in ("library_name", "pipeline_tag", "base_model"):
         if getattr(card.data, name) is None:
             setattr(card.data, name, getattr(new.data, name))
-    for name in ("tags",):
-        both = [*(getattr(card.data, name) or []), *getattr(new.data, name)]
-        setattr(card.data, name, list(dict.fromkeys(both)))
+    tags = [*(card.data.get("tags") or []), *new.data["tags"]]
+    card.data["tags"] = list(dict.fromkeys(tags))
     return card
 
 

@@ -73,7 +73,8 @@ class Repository:
         kwargs = kwargs or {}
         self.hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         self.subfolder: str = self.hub.get("subfolder") or ""
-        self.folder = Path(name, self.subfolder) if Path(name).is_dir() else None
+        self.is_local = Path(name).exists()
+        self.folder = Path(name, self.subfolder) if self.is_local else None
         self.contents: dict[Path, Any] = {}
 
     @cached_property
@@ -83,7 +84,7 @@ class Repository:
         Raises:
             OSError: there is no such repository, or it may not be read.
         """
-        if Path(self.name).is_dir() or self.hub.get("local_files_only"):
+        if self.is_local or self.hub.get("local_files_only"):
             return None
         try:
             api = HfApi(token=self.hub.get("token"), library_name="codd-hf")
@@ -108,7 +109,7 @@ class Repository:
 
     def find(self, filename: str) -> str | None:
         """Path of a file, downloaded if need be; None if there is none."""
-        if Path(self.name).is_dir():
+        if self.is_local:
             path = Path(self.name, self.subfolder, filename)
             return str(path) if path.is_file() else None
         place = Path(self.subfolder, filename).as_posix()
@@ -127,7 +128,7 @@ class Repository:
         path = self.find("config.json")
         if path is not None:
             return self.read(Path(path))
-        cached = self.on_hub is None and not Path(self.name).is_dir()
+        cached = self.on_hub is None and not self.is_local
         where = " in the cache: check the connection, or leave out `local_files_only`"
         raise OSError(
             f"{self.name!r} holds no CoDD head, model or pipeline, nor a backbone: its "
