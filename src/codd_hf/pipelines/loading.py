@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..backbones import load_backbone, load_tokenizer
@@ -35,6 +36,11 @@ def load_components(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     with explain_load_errors(repository):
         is_pipeline = repository.find("model_index.json") is not None
         model_type = "codd" if is_pipeline else repository.config.get("model_type")
+    if is_pipeline and trusted and not repository.is_local:
+        # transformers looks for code at the root of a repository alone.
+        hub = {key: value for key, value in repository.hub.items() if key != "subfolder"}
+        name = snapshot_download(name, **hub)
+        repository = Repository(name, kwargs)
     if is_pipeline:
         given = _beside_model(repository, trusted) | given
     has_tokenizer = "tokenizer" in given
