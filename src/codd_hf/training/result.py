@@ -119,7 +119,9 @@ def _row(example: Example, chat: bool) -> dict[str, Any]:
     return {"messages": [*example.messages, answer]}
 
 
-def write_card(run: Run, folder: Path, repo_id: str | None, gap: list[dict[str, Any]] | None) -> None:
+def write_card(
+    run: Run, folder: Path, repo_id: str | None, gap: list[dict[str, Any]] | None
+) -> None:
     """Writes `README.md` and `training/` (settings, histories, gap) into a pipeline folder.
 
     A card that somebody wrote, which lacks the mark of `hub.cards.REWRITTEN`, stays as it is.
