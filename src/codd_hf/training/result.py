@@ -12,7 +12,6 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
-from ..coupling.adapters import without_adapters
 from ..data.canvases import Example
 from ..evaluation.gap import measure_gap
 from ..evaluation.settings import GapSettings
@@ -84,14 +83,12 @@ def write_pipeline(run: Run, folder: Path, repo_id: str | None) -> None:
     CoDDPipeline(model, CoDDScheduler(), tokenizer).save_pretrained(folder)
     circuit = CoDDHead.from_pretrained(GENERATIVE.result(config))
     dtype = getattr(torch, config.dtype)
-    for part, weights, name in (
-        (model, without_adapters(model), "model"),
-        (circuit, circuit.state_dict(), "stage1"),
-    ):
+    for part, name in ((model, "model"), (circuit, "stage1")):
         # One copy of a tensor with several names, so that tied weights are stored once.
+        weights = part.state_dict()
         held = {tensor.data_ptr(): tensor for tensor in weights.values()}
         copies = {k: t.to(dtype) if t.is_floating_point() else t for k, t in held.items()}
-        stored = {name: copies[tensor.data_ptr()] for name, tensor in weights.items()}
+        stored = {key: copies[tensor.data_ptr()] for key, tensor in weights.items()}
         part.save_pretrained(folder / name, state_dict=stored)
         (folder / name / "README.md").unlink()  # a pipeline has one card
     save_held_out(folder, run.examples)
