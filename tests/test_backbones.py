@@ -85,7 +85,7 @@ def test_positions_that_a_backbone_does_not_take_are_an_error_that_says_so():
     config = RoFormerConfig(vocab_size=12, intermediate_size=16, **sizes)
     model = CoDDModel.from_backbone(RoFormerForMaskedLM(config).eval())
     assert model(IDS).logits.shape == (2, 7, 12)
-    with pytest.raises(ValueError, match="`position_ids` cannot be given to RoFormerForMaskedLM"):
+    with pytest.raises(ValueError, match="RoFormerForMaskedLM takes no `position_ids`"):
         model(IDS, position_ids=torch.arange(7).expand(2, -1))
 
 

@@ -234,10 +234,10 @@ def test_saved_pipeline_with_code_loads_from_its_own_folder(repository, tmp_path
 
 
 def test_page_on_adding_a_family_works(tmp_path, monkeypatch):
-    for name, entries in (("FAMILIES", backbones.FAMILIES), ("LAYOUTS", backbones.LAYOUTS)):
-        monkeypatch.setattr(backbones, name, [*entries])
-    monkeypatch.setattr("codd_hf.backbones.family.FAMILIES", backbones.FAMILIES)
-    monkeypatch.setattr("codd_hf.backbones.registry.LAYOUTS", backbones.LAYOUTS)
+    for name in ("FAMILIES", "LAYOUTS"):
+        entries = [*getattr(backbones, name)]
+        for module in (backbones, backbones.family):
+            monkeypatch.setattr(module, name, entries)
     indented = re.findall(r"(?:^    .*\n|^\n)+", backbones.__doc__, flags=re.MULTILINE)
     for block in indented:
         exec(re.sub(r"^    ", "", block, flags=re.MULTILINE), {"__name__": "page"})
@@ -265,8 +265,9 @@ def test_page_on_adding_a_family_works(tmp_path, monkeypatch):
             name = name.replace(prefix, other) if name.startswith(prefix) else name
         weights[re.sub(r"^model\.layers\.(\d+)\.", r"layer\1.", name)] = tensor
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    config = {"model_type": "acme-diffusion", "vocab_size": 12, "width": 16, "depth": 2, "heads": 2}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"mask": 2}))
+    del sizes["num_hidden_layers"]
+    config = {"model_type": "acme-diffusion", "intermediate_size": 64, "depth": 2, "mask": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config | sizes))
     found = CoDDModel.from_backbone(tmp_path)
     assert found.config.mask_token_id == 2
     assert torch.equal(found(IDS).logits, CoDDModel.from_backbone(native)(IDS).logits)

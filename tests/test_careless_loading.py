@@ -41,7 +41,7 @@ def test_head_that_is_none_is_an_error():
 
 def test_backbone_and_head_in_the_wrong_order_are_an_error(folders):
     for backbone in (random_head(), folders / "head"):
-        with pytest.raises(ValueError, match="is a CoDD head: give the backbone first"):
+        with pytest.raises(ValueError, match="must be a backbone, got a CoDD model or head"):
             CoDDModel.from_backbone(backbone, tiny_backbone())
     with pytest.raises(ValueError, match="holds a model of type 'llama' without a CoDD head"):
         CoDDModel.from_backbone(tiny_backbone(), folders / "backbone")
@@ -49,7 +49,7 @@ def test_backbone_and_head_in_the_wrong_order_are_an_error(folders):
 
 def test_model_as_a_backbone_is_an_error(folders):
     for backbone in (CoDDModel.from_pretrained(folders / "model"), folders / "model"):
-        with pytest.raises(ValueError, match="is a CoDD model already"):
+        with pytest.raises(ValueError, match="must be a backbone, got a CoDD model or head"):
             CoDDModel.from_backbone(backbone, random_head())
     with pytest.raises(OSError, match=r"pipeline' holds no .*`config.json`"):
         CoDDModel.from_backbone(folders / "pipeline", random_head())

@@ -24,6 +24,7 @@ from .backbones import (
     load_backbone,
     needs_remote_code,
     nested_custom_config,
+    save_code,
 )
 from .checks.arguments import choice, flag, generators
 from .circuits import CoupledCategorical
@@ -254,7 +255,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
         The arguments are those of transformers and of `push_to_hub`.
         """
         if is_main_process:
-            self.family.save_code(self.backbone, save_directory)
+            save_code(self.backbone, save_directory)
             base = self.backbone.name_or_path
             base = None if not base or is_local(base) else base  # the weights are here
             with self.heads.lock:

@@ -22,16 +22,16 @@ Padding, block-causal attention (`config.block_length`) and logits that are of t
 (`config.logit_shift`) are common to all families, and need nothing.
 
 **Adding a checkpoint layout.** Recognise its `config.json`, give the fields of the native
-configuration (by `fields`, where names are equal, or by `other_fields`), and map the names of
-weights. Use patterns with at most one group, anchored at the start:
+configuration that have another name, and map the names of weights. Use patterns with at most one
+group, anchored at the start:
 
     from transformers import LlamaConfig
     from codd_hf.backbones import LAYOUTS, CheckpointLayout
 
 
     class AcmeLayout(CheckpointLayout):
+        model_type = "acme-diffusion"
         config_class = LlamaConfig
-        fields = ("vocab_size", "rms_norm_eps")
         key_mapping = {
             r"^embed\\.": "model.embed_tokens.",
             r"^head\\.": "lm_head.",
@@ -39,17 +39,8 @@ weights. Use patterns with at most one group, anchored at the start:
             r"^layer(\\d+)\\.": r"model.layers.\\1.",
         }
 
-        def reads(self, config):
-            return config.get("model_type") == "acme-diffusion"
-
         def other_fields(self, config):
-            return {
-                "hidden_size": config["width"],
-                "intermediate_size": 4 * config["width"],
-                "num_hidden_layers": config["depth"],
-                "num_attention_heads": config["heads"],
-                "mask_token_id": config["mask"],
-            }
+            return {"num_hidden_layers": config["depth"], "mask_token_id": config["mask"]}
 
 
     LAYOUTS.append(AcmeLayout())
@@ -62,22 +53,26 @@ do, and check that a causal control differs.
 """
 
 from .canvas_cache import CanvasCache
-from .custom_code import CustomCodeFamily, nested_custom_config
+from .custom_code import CustomCodeFamily, nested_custom_config, save_code
 from .decoder import DecoderFamily
 from .dream import DreamLayout
 from .family import (
     FAMILIES,
+    LAYOUTS,
     BackboneFamily,
     BackboneStates,
     execution_device,
     family_of,
+    layout_of,
     needs_remote_code,
 )
 from .layout import CheckpointLayout
 from .llada import LLaDALayout
 from .loading import load_backbone, load_tokenizer
 from .masked_lm import MaskedLMFamily
-from .registry import LAYOUTS, layout_of
+
+FAMILIES += [CustomCodeFamily(), DecoderFamily(), MaskedLMFamily()]
+LAYOUTS += [LLaDALayout(), DreamLayout()]
 
 __all__ = [
     "FAMILIES",
@@ -98,4 +93,5 @@ __all__ = [
     "load_tokenizer",
     "needs_remote_code",
     "nested_custom_config",
+    "save_code",
 ]

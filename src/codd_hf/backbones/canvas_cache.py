@@ -27,7 +27,7 @@ class CanvasLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, cache: CanvasCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keeps the results of a pass; returns its rows' keys and values over the whole canvas."""
+        """As in transformers: keeps a pass's results; returns its rows' over the whole canvas."""
         self.keys, keys = cache.write(self.keys, key_states, dim=2)
         self.values, values = cache.write(self.values, value_states, dim=2)
         self.is_initialized = True
@@ -68,10 +68,10 @@ class CanvasCache(Cache):
 
         `tokens` and `read_again` (the columns that every pass computes) are `[batch, length]`.
         """
-        if self.tokens is None:
-            return ~self.known[rows]
-        changed = (self.tokens[rows] != tokens) & ~read_again
-        return ~self.known[rows] | changed.any(-1)
+        outdated = ~self.known[rows]
+        if self.tokens is not None:
+            outdated |= ((self.tokens[rows] != tokens) & ~read_again).any(-1)
+        return outdated
 
     def whole(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
         """Announces a pass over whole rows, of `tokens` `[batch, length]`."""
@@ -90,24 +90,17 @@ class CanvasCache(Cache):
         return super().update(key_states, value_states, layer_idx, self)
 
     def keep(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Keeps a pass's last hidden states; returns its rows' over the whole canvas.
-
-        The result is valid until the next pass, which writes to the same memory.
-        """
+        """Keeps a pass's last hidden states; returns its rows', valid until the next pass."""
         self.hidden, hidden = self.write(self.hidden, hidden, dim=1)
         return hidden
 
     def write(
         self, stored: torch.Tensor | None, new: torch.Tensor, dim: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Puts `new` of the announced pass into `stored`, whose dimension `dim` is the canvas.
-
-        Returns:
-            `stored`, and of it the pass's rows over the whole canvas.
-        """
+        """`stored` with a pass's `new` on the canvas (dimension `dim`), and the pass's rows."""
         rows = self.rows.to(new.device)
         everything = len(rows) == len(self.known)  # while no row has left, nothing is copied
-        if self.positions is not None:
+        if stored is not None and self.positions is not None:
             places = rows[:, None], self.positions.to(new.device)
             stored.transpose(1, dim)[places] = new.transpose(1, dim)
             return stored, stored if everything else stored[rows]

@@ -39,11 +39,13 @@ class CustomCodeFamily(BackboneFamily):
             )
 
     def from_config(self, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        """A randomly initialised backbone, of a class that is registered."""
         return _auto_class(config).from_config(config, trust_remote_code=False, **kwargs)
 
     def from_pretrained(
         self, name_or_path: str, config: PretrainedConfig, **kwargs: Any
     ) -> PreTrainedModel:
+        """A pretrained backbone, whose class is registered."""
         self.make_bidirectional(config)
         hub = {name: kwargs[name] for name in CODE_ARGUMENTS if name in kwargs}
         # Not through the Auto class: a repository that also holds an adapter's configuration would
@@ -51,11 +53,13 @@ class CustomCodeFamily(BackboneFamily):
         model_class = _registered_class(name_or_path, config, **hub)
         return model_class.from_pretrained(name_or_path, config=config, **kwargs)
 
-    def save_code(self, model: PreTrainedModel, folder: str | Path) -> None:
-        if model.is_remote_code():
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            custom_object_save(model, folder, config=model.config)
-            custom_object_save(model.config, folder, config=model.config)
+
+def save_code(model: Any, folder: str | Path) -> None:
+    """Copies into `folder` the code, if it is the model's own, that loads it from there."""
+    if model.is_remote_code():
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        custom_object_save(model, folder, config=model.config)
+        custom_object_save(model.config, folder, config=model.config)
 
 
 def check_trust(name: str, config: dict[str, Any], trust_remote_code: bool | None) -> None:
@@ -95,7 +99,7 @@ def nested_custom_config(
     return nested
 
 
-def _registered_class(name: str, config: PretrainedConfig, **hub: Any) -> type[PreTrainedModel]:
+def _registered_class(name: str, config: PretrainedConfig, **hub: Any) -> Any:
     """The model class that a repository, which the user trusts, has for its configuration."""
     auto_class = _auto_class(config)
     reference = config.auto_map[auto_class.__name__]

@@ -19,16 +19,13 @@ class DecoderFamily(BackboneFamily):
     bidirectional = {"is_causal": False}  # noqa: RUF012
 
     def make_cache(self, model: PreTrainedModel, num_rows: int) -> CanvasCache:
+        """Needs attention by a mask over the whole canvas."""
         implementation = model.config._attn_implementation or "eager"
-        if implementation not in ("sdpa", "eager"):
+        window = getattr(model.config, "sliding_window", None)
+        if implementation not in ("sdpa", "eager") or window is not None:
             raise ValueError(
-                "`cache` needs `attn_implementation` 'sdpa' or 'eager', got "
-                f"{implementation!r}: load the backbone with one of them, or leave `cache` out."
-            )
-        if getattr(model.config, "sliding_window", None) is not None:
-            raise ValueError(
-                "`cache` needs attention to the whole sequence, got a backbone with "
-                f"`sliding_window={model.config.sliding_window}`: leave `cache` out."
+                "`cache` needs `attn_implementation` 'sdpa' or 'eager' and no sliding window, got "
+                f"{implementation!r} with `sliding_window={window}`: leave `cache` out."
             )
         return CanvasCache(num_rows, execution_device(model))
 
@@ -40,8 +37,9 @@ class DecoderFamily(BackboneFamily):
         position_ids: torch.Tensor | None,
         cache: CanvasCache | None = None,
     ) -> BackboneStates:
+        """Runs the decoder, and projects where logits are read."""
         decoder, project = model.get_decoder(), model.get_output_embeddings()
-        cached: dict[str, Any] = {"use_cache": False}
+        cached: dict[str, Any] = {}
         if cache is not None:
             cached = {"use_cache": True, cache_argument(decoder): cache}
             position_ids = cache.positions

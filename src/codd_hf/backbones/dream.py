@@ -16,28 +16,12 @@ from .layout import CheckpointLayout
 class DreamLayout(CheckpointLayout):
     """Qwen2's names of weights; `logit_shift` says that the logits are the next token's."""
 
+    model_type = "Dream"
     config_class = Qwen2Config
     tokenizer_class = "Qwen2Tokenizer"
-    # Dream attends to everything, whatever its configuration says of sliding windows.
-    fields = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "hidden_act",
-        "max_position_embeddings",
-        "initializer_range",
-        "rms_norm_eps",
-        "rope_theta",
-        "rope_scaling",
-        "attention_dropout",
-        "tie_word_embeddings",
-    )
-
-    def reads(self, config: dict[str, Any]) -> bool:
-        return config.get("model_type") == "Dream"
+    # Dream attends to everything, whatever its configuration says.
+    left_out = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
     def other_fields(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The shift, which no field says."""
         return {"logit_shift": True}

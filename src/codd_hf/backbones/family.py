@@ -6,7 +6,7 @@ are made of. Families are stateless. Two fields of a configuration count for all
 
 - `block_length`: attention is block-causal, as SDAR's and LLaDA2's: token `i` belongs to block
   `i // block_length`, and a position sees its own block, both ways, and all earlier ones;
-- `logit_shift`: what the model computes at a position predicts the next one (Dream).
+- `logit_shift`: the logits at a position predict the next one (Dream).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from ..checks.arguments import integer
 from .canvas_cache import CanvasCache
+from .layout import CheckpointLayout
 
 Index = tuple[torch.Tensor, ...]
 
@@ -84,7 +84,7 @@ class BackboneFamily:
 
     def make_bidirectional(self, config: PretrainedConfig) -> None:
         """Changes a configuration, also that of a loaded model, to see the whole sequence."""
-        for name, value in self.bidirectional.items():
+        for name, value in {"use_cache": False, **self.bidirectional}.items():
             setattr(config, name, value)
 
     def from_config(self, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
@@ -110,12 +110,9 @@ class BackboneFamily:
             ValueError: the model cannot be read in parts.
         """
         raise ValueError(
-            f"`cache` needs a decoder that transformers runs (as llama and qwen2), got the model "
+            "`cache` needs a decoder that transformers runs (as llama and qwen2), got the model "
             f"type {model.config.model_type!r}: leave `cache` out."
         )
-
-    def save_code(self, model: PreTrainedModel, folder: str | Path) -> None:
-        """Copies into `folder` the code, if any, that loads `model` from there."""
 
     def run(
         self,
@@ -132,20 +129,15 @@ class BackboneFamily:
         Raises:
             ValueError: the model takes no `position_ids`.
         """
-        taken = inspect.signature(model.forward).parameters
-        kwargs: dict[str, Any] = {"use_cache": False} if "use_cache" in taken else {}
-        if position_ids is not None:
-            if "position_ids" not in taken:
-                raise ValueError(
-                    f"`position_ids` cannot be given to {type(model).__name__}: leave them out."
-                )
-            kwargs["position_ids"] = position_ids
+        positions = {} if position_ids is None else {"position_ids": position_ids}
+        if positions and "position_ids" not in inspect.signature(model.forward).parameters:
+            raise ValueError(f"{type(model).__name__} takes no `position_ids`: leave them out.")
         output = model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             output_hidden_states=True,
             return_dict=True,
-            **kwargs,
+            **positions,
         )
         logits = output.logits
         return BackboneStates(
@@ -178,8 +170,8 @@ class BackboneFamily:
             implementation = model.config._attn_implementation or "eager"
             if implementation.startswith(("flash", "flex", "paged")):
                 raise ValueError(
-                    f"`attn_implementation` must be 'sdpa' or 'eager' for block-causal attention "
-                    f"(`block_length={block_length}`), got {implementation!r}."
+                    "`attn_implementation` must be 'sdpa' or 'eager' for block-causal attention, "
+                    f"got {implementation!r}."
                 )
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             visible = block_causal_mask(real, block_length, model.dtype)
@@ -193,11 +185,12 @@ class BackboneFamily:
 
 
 FAMILIES: list[BackboneFamily] = []
-DOWNLOADED = "transformers_modules."
-OURS = {
-    "codd": "is a CoDD model already: use its `backbone`, or its `load_head`",
-    "codd-head": "is a CoDD head: give the backbone first, and the head as `head`",
-}
+LAYOUTS: list[CheckpointLayout] = []
+
+
+def layout_of(config: dict[str, Any]) -> CheckpointLayout | None:
+    """The foreign layout that the content of a `config.json` describes, if it is one."""
+    return next((layout for layout in LAYOUTS if layout.reads(config)), None)
 
 
 def family_of(config: PretrainedConfig) -> BackboneFamily:
@@ -207,29 +200,33 @@ def family_of(config: PretrainedConfig) -> BackboneFamily:
         ValueError: no family knows the model type.
     """
     kind = type(config)
-    if config.model_type in CONFIG_MAPPING and not kind.__module__.startswith(DOWNLOADED):
+    if config.model_type in CONFIG_MAPPING and not kind.__module__.startswith(
+        "transformers_modules."
+    ):
         kind = CONFIG_MAPPING[config.model_type]
     brings_code = not kind.__module__.startswith(("transformers.", "codd_hf."))
     for family in FAMILIES:
         types = family.model_types
         if types is None if brings_code else types is not None and config.model_type in types:
             return family
-    raise ValueError(unsupported(config.model_type))
+    raise unsupported(config.model_type)
 
 
 def needs_remote_code(config: dict[str, Any]) -> bool:
-    """Whether a `config.json` with this content needs code that transformers does not have."""
-    return "AutoConfig" in config.get("auto_map", {}) and (
-        config.get("model_type") not in CONFIG_MAPPING
-    )
+    """Whether a `config.json` with this content needs code that nothing here has."""
+    known = config.get("model_type") in CONFIG_MAPPING or layout_of(config) is not None
+    return "AutoConfig" in config.get("auto_map", {}) and not known
 
 
-def unsupported(model_type: str) -> str:
-    """The error message for a model type that no family knows."""
-    if model_type in OURS:
-        return f"`backbone` {OURS[model_type]}."
+def unsupported(model_type: str) -> ValueError:
+    """The error for a model type that no family knows."""
+    if model_type in ("codd", "codd-head"):
+        return ValueError(
+            f"`backbone` must be a backbone, got a CoDD model or head ({model_type!r}): load it by "
+            "`CoDDModel.from_pretrained`, or give a head as `head`."
+        )
     decoders = [n for f in FAMILIES if isinstance(f.model_types, tuple) for n in f.model_types]
-    return (
+    return ValueError(
         f"`text_config.model_type` is {model_type!r}, which no backbone family supports: "
         f"use a masked language model or one of {', '.join(decoders)}, a LLaDA or Dream "
         "checkpoint, or a model that brings its own code (`trust_remote_code=True`)."
@@ -243,11 +240,6 @@ def block_causal_mask(
 
     Blocks are counted from a row's first real token, as in the models' own code. Padding is seen by
     itself alone, so that no row of scores is empty.
-
-    Args:
-        attention_mask: `[batch, length]`, 0 at padding.
-        block_length: tokens in a block.
-        dtype: of the result; the model's.
     """
     integer("block_length", block_length, least=1)
     real = attention_mask.bool()

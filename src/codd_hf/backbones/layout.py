@@ -7,16 +7,19 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
+KNOWN_TO_ALL = ("rope_theta", "rope_scaling", "quantization_config")
 
 
 class CheckpointLayout:
     """Translates one layout of `config.json` and weights to a native configuration and names.
 
-    Nothing of the checkpoint's own code is run or kept. What is saved afterwards is native.
+    Fields of equal names are taken as they are. Nothing of the checkpoint's own code is run or
+    kept. What is saved afterwards is native.
 
     Attributes:
+        model_type: the checkpoint's.
         config_class: the native configuration.
-        fields: the native fields whose names, and meaning, are the checkpoint's.
+        left_out: fields of the native configuration that are not taken from the checkpoint's.
         only: values that options of the checkpoint must have, since the native model has no others.
         key_mapping: patterns of the checkpoint's names of weights to replacements, as for
             `from_pretrained`; None where the names are the native ones.
@@ -24,15 +27,16 @@ class CheckpointLayout:
             `AutoTokenizer` needs no help.
     """
 
+    model_type: ClassVar[str]
     config_class: ClassVar[type[PretrainedConfig]]
-    fields: ClassVar[tuple[str, ...]] = ()
+    left_out: ClassVar[tuple[str, ...]] = ()
     only: ClassVar[dict[str, Any]] = {}
     key_mapping: ClassVar[dict[str, str] | None] = None
     tokenizer_class: ClassVar[str | None] = None
 
     def reads(self, config: dict[str, Any]) -> bool:
         """Whether a `config.json` with this content describes a checkpoint of the layout."""
-        raise NotImplementedError
+        return config.get("model_type") == self.model_type
 
     def other_fields(self, config: dict[str, Any]) -> dict[str, Any]:
         """The native fields that are called or computed otherwise."""
@@ -50,7 +54,7 @@ class CheckpointLayout:
                     f"`{name}` is {config[name]!r} in the configuration of this "
                     f"{config.get('model_type')!r} checkpoint; only {value!r} can be loaded."
                 )
-        names = (*self.fields, "quantization_config")
+        names = {*self.config_class.__annotations__, *KNOWN_TO_ALL} - {*self.left_out}
         fields = {name: config[name] for name in names if config.get(name) is not None}
         fields |= {name: config.get(name) for name in SPECIAL_TOKENS}
         fields["dtype"] = config.get("dtype", config.get("torch_dtype"))

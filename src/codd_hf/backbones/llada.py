@@ -20,6 +20,7 @@ VOCAB_SIZE_8B, MASK_TOKEN_ID_8B = 126464, 126336
 class LLaDALayout(CheckpointLayout):
     """`model.transformer.{wte, blocks, ln_f, ff_out}` to Llama's names."""
 
+    model_type = "llada"
     config_class = LlamaConfig
     only: ClassVar = {
         "activation_type": "silu",
@@ -52,9 +53,11 @@ class LLaDALayout(CheckpointLayout):
     }
 
     def reads(self, config: dict[str, Any]) -> bool:
-        return config.get("model_type") == "llada" and "d_model" in config
+        """LLaDA-MoE has no `d_model`."""
+        return super().reads(config) and "d_model" in config
 
     def other_fields(self, config: dict[str, Any]) -> dict[str, Any]:
+        """OLMo's names, and the defaults of LLaDA's code."""
         heads, width = config["n_heads"], config["d_model"]
         mask = config.get("mask_token_id")
         if mask is None and config["vocab_size"] == VOCAB_SIZE_8B:
@@ -70,8 +73,6 @@ class LLaDALayout(CheckpointLayout):
             or (1 if config.get("multi_query_attention") else heads),
             "max_position_embeddings": config["max_sequence_length"],
             "rms_norm_eps": config.get("rms_norm_eps", 1e-5),
-            "rope_theta": config.get("rope_theta", 10000.0),
-            "attention_dropout": config.get("attention_dropout", 0.0),
             "initializer_range": config.get("init_std", 0.02),
             "tie_word_embeddings": config.get("weight_tying", True),
             "mask_token_id": mask,

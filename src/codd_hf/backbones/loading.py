@@ -19,8 +19,7 @@ from ..configuration_codd import one_sentence_for
 from ..hub.repositories import Repository, explain_load_errors
 from ..hub.stored_weights import StoredWeights
 from .custom_code import CustomCodeFamily, check_trust
-from .family import family_of, needs_remote_code, unsupported
-from .registry import layout_of
+from .family import family_of, layout_of, needs_remote_code, unsupported
 
 
 def load_backbone(
@@ -52,11 +51,6 @@ def load_backbone(
     repository = Repository(name_or_path, kwargs)
     with explain_load_errors(repository):
         found, hub = repository.config, repository.hub
-        if found.get("model_type") == "codd":
-            raise ValueError(
-                f"`backbone` {name_or_path!r} is a CoDD model already: use "
-                "`CoDDModel.from_pretrained`."
-            )
         repository.refuse_adapter(kwargs.get("adapter_kwargs"))
         stored = StoredWeights.find(repository, kwargs)
         stored.check_layers(found)
@@ -81,9 +75,9 @@ def load_backbone(
         family = family_of(config)
         # The class of a model that brings its code is known only as it is loaded.
         build = None if isinstance(family, CustomCodeFamily) else family.from_config
-        load = partial(family.from_pretrained, config=config)
+        load: Any = partial(family.from_pretrained, config=config)
         model, _ = stored.load(load, config, build, unused=family.unused_weights, **kwargs)
-    if layout is not None and layout.key_mapping is not None:
+    if layout is not None:
         # transformers remembers the mapping to write the old names back, which no native
         # configuration could read.
         model.__dict__.pop("_weight_conversions", None)
@@ -98,7 +92,7 @@ def _native_config(
     if runs_code:
         check_trust(name, found, trust_remote_code)
     elif model_type is not None and model_type not in CONFIG_MAPPING:
-        raise ValueError(unsupported(model_type))
+        raise unsupported(model_type)
     return AutoConfig.from_pretrained(name, trust_remote_code=runs_code, **hub)
 
 
@@ -107,10 +101,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a backbone; that of a known layout without the code it brings.
 
-    Args:
-        name_or_path: a folder or an id on the Hub.
-        trust_remote_code: as for `load_backbone`.
-        **hub: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`.
+    The arguments are as for `load_backbone`.
 
     Raises:
         ValueError: the tokenizer brings code that the user did not allow.
@@ -119,6 +110,5 @@ def load_tokenizer(
     layout = layout_of(PretrainedConfig.get_config_dict(name_or_path, **hub)[0])
     if layout is not None and layout.tokenizer_class is not None:
         return getattr(transformers, layout.tokenizer_class).from_pretrained(name_or_path, **hub)
-    return AutoTokenizer.from_pretrained(
-        name_or_path, trust_remote_code=bool(trust_remote_code), **hub
-    )
+    trusted = bool(trust_remote_code)
+    return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trusted, **hub)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -13,7 +16,7 @@ class MaskedLMFamily(BackboneFamily):
 
     auto_class = AutoModelForMaskedLM
     model_types = MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    # What pretraining added for pairs of sentences.
+    # Pretraining added them for pairs of sentences.
     unused_weights = r"(^|\.)(pooler|pooler_transform|seq_relationship|sop_classifier|nsp_cls)\."
 
     def max_positions(self, model: PreTrainedModel) -> int | None:
@@ -25,13 +28,12 @@ class MaskedLMFamily(BackboneFamily):
         limits = [super().max_positions(model)]
         for module in model.modules():
             table = getattr(getattr(module, "position_embeddings", None), "weight", None)
-            if table is None:
-                continue
-            first = getattr(module, "padding_idx", -1)
-            if first is None:
+            first: Any = getattr(module, "padding_idx", -1)
+            if isinstance(table, torch.Tensor) and first is None:
                 raise ValueError(
                     "`pad_token_id` must be set in the configuration of a backbone of type "
                     f"{model.config.model_type!r}, whose positions are counted from it."
                 )
-            limits.append(len(table) - first - 1)
+            if isinstance(table, torch.Tensor):
+                limits.append(len(table) - first - 1)
         return min((limit for limit in limits if limit is not None), default=None)

@@ -1,0 +1,1 @@
+"""What a backbone says of noised windows, in memory and on disk."""

@@ -1,0 +1,1 @@
+"""Several processes: how they begin, and what they share."""
