@@ -235,13 +235,6 @@ def test_a_tied_head_that_is_not_bound_says_how_to_bind_it():
         head.set_potentials(normalised_circuit())
 
 
-@pytest.mark.parametrize("shape", [(VOCAB + 1, SIZE), (VOCAB, SIZE + 1), (SIZE, VOCAB)])
-def test_binding_to_an_embedding_of_another_shape_is_an_error_with_both_shapes(shape):
-    head = CoDDHead(config_of(emission="tied"))
-    with pytest.raises(ValueError, match=r"must have shape \(7, 5\) .* got \(\d, \d\)"):
-        head.bind(torch.zeros(shape))
-
-
 def test_a_head_for_another_hidden_size_is_refused_by_the_backbone():
     with pytest.raises(ValueError, match="hidden states of size 8, but the backbone has 16"):
         tied_model(context_size=8)
@@ -305,10 +298,10 @@ def test_autocast_does_not_reach_the_head(grad):
 def test_a_conditioned_head_without_fitting_hidden_states_is_an_error(hidden):
     head = fresh_head(conditioning=["latent"])
     given = window() | {"last_hidden_state": hidden}
-    with pytest.raises(ValueError, match="`last_hidden_state` must"):
+    with pytest.raises(ValueError, match=r"`last_hidden_state`.* must"):
         head(**given)
     listed = ListedEvidence.from_logits(given["logits"], 3, forbidden=head.forbidden)
-    with pytest.raises(ValueError, match="`last_hidden_state` must"):
+    with pytest.raises(ValueError, match=r"`last_hidden_state`.* must"):
         head(**(given | {"logits": listed}))
 
 
@@ -317,9 +310,9 @@ def test_a_conditioned_head_reads_lists_as_tensors_and_names_what_is_neither():
     given = window() | {"present": torch.tensor([[True, True, False]] * 2)}
     lists = {name: given[name].tolist() for name in ("tokens", "observed", "present")}
     assert torch.equal(head(**(given | lists)).log_partition, head(**given).log_partition)
-    for name in ("logits", "observed", "present", "preceding"):
+    for name in ("logits", "observed", "present"):
         with pytest.raises(TypeError, match=f"`{name}` must be"):
-            head(**(given | {name: 3 if name in ("logits", "preceding") else IDS[:, :3]}))
+            head(**(given | {name: 3 if name == "logits" else IDS[:, :3]}))
 
 
 def test_a_head_that_copies_without_the_preceding_tokens_is_an_error():

@@ -1,6 +1,6 @@
 """Configurations of a CoDD head and of a backbone with a head."""
 
-# Annotations are not postponed here: they are what `strict` checks values against.
+# Annotations are not postponed here: they are what values are checked against.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,24 +8,19 @@ from dataclasses import fields
 from typing import Any, get_type_hints
 
 import torch
-from huggingface_hub.dataclasses import strict, type_validator
-from huggingface_hub.errors import (
-    StrictDataclassClassValidationError,
-    StrictDataclassFieldValidationError,
-)
+from huggingface_hub.dataclasses import type_validator
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
 from .checks.arguments import choice, factor, integer, number, plain, without_left_fields
 from .checks.errors import is_of_a_library, reason
 
 COUPLINGS = ("none", "marginal", "latent")
-EMISSIONS = ("dense", "tied")
 CONDITIONINGS = ("latent", "copy")
 FORMAT_VERSION = 2
 LEFT = {"structure": "dense", "evidence_dtype": None}
 """Fields of `format_version` 1, each with the value that is the only one now."""
-GONE = ("evidence_top_k", "evidence_groups", "num_gate_groups", "transition_rank")
-"""Fields of `format_version` 1 that ask for nothing by themselves, or have another name."""
+GONE = ("evidence_groups", "num_gate_groups", "transition_rank")
+"""Fields of `format_version` 1 that ask for nothing by themselves."""
 MAX_WINDOW_LENGTH = 1 << 16
 """No weights need be stored for positions: only this bounds those of a window, or those before it
 that are copied from."""
@@ -55,63 +50,6 @@ OF_TRANSFORMERS = {
 """Fields of any configuration. Not `transformers_weights`: no file says where weights are."""
 
 
-def strict_configuration(cls: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """Makes a configuration strict: each refusal is a ValueError of one sentence.
-
-    Types are checked whenever a field is set, `validate_*` run when the configuration is made or
-    saved, and unknown fields are refused when it is made, after `upgrade`. What a caller says in
-    place of a file's fields is checked as those are.
-    """
-    cls = strict(cls)
-    types = {field.name: field.type for field in fields(cls)}
-    init, assign, validate = cls.__init__, cls.__setattr__, cls.validate
-    from_dict = cls.from_dict.__func__
-
-    def __init__(self, **given: Any) -> None:
-        given = cls.upgrade(given) if hasattr(cls, "upgrade") else given
-        for name, value in given.items():
-            if name not in types and name not in OF_TRANSFORMERS:
-                raise ValueError(
-                    f"`{name}` is no field of the configuration {cls.__name__}, got "
-                    f"{value!r:.100}: remove it or correct its name."
-                )
-            if name in INHERITED:
-                try:
-                    type_validator(name, value, INHERITED[name])
-                except TypeError as error:
-                    raise _wrong_type(name, INHERITED[name], value) from error
-        check_counts({name: value for name, value in given.items() if name not in types})
-        inherited = [f"`{name}`" for name in given if name in OF_TRANSFORMERS]
-        with one_sentence_for(f"{', '.join(inherited)} in the configuration {cls.__name__}"):
-            init(self, **given)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        try:
-            assign(self, name, plain(value) if name in types else value)
-        except StrictDataclassFieldValidationError as error:
-            raise _wrong_type(name, types[name], value) from error
-
-    def validated(self) -> None:
-        try:
-            validate(self)
-        except StrictDataclassClassValidationError as error:
-            raise error.__cause__ from None
-
-    def read(cls: type[PreTrainedConfig], config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        own = [name for name in kwargs if name in types and name not in OF_TRANSFORMERS]
-        said = {name: kwargs.pop(name) for name in own}
-        return from_dict(cls, {**config_dict, **said}, **kwargs)
-
-    cls.__init__, cls.__setattr__, cls.validate = __init__, __setattr__, validated
-    cls.from_dict = classmethod(read)
-    return cls
-
-
-def _wrong_type(name: str, wanted: Any, value: Any) -> ValueError:
-    wanted = wanted.__name__ if isinstance(wanted, type) else wanted
-    return ValueError(f"`{name}` must be of type {wanted}, got {value!r:.100}.")
-
-
 @contextmanager
 def one_sentence_for(what: str) -> Iterator[None]:
     """Turns whatever values of a configuration make transformers raise into a ValueError."""
@@ -128,12 +66,9 @@ def one_sentence_for(what: str) -> Iterator[None]:
 def check_counts(
     fields: dict[str, Any], most: int = MOST_LAYERS, where: str = "in a configuration"
 ) -> None:
-    """Raises a ValueError for more layers, or other parts that are listed one by one, than `most`.
+    """Raises for more than `most` layers, or other parts of a `config.json` listed one by one.
 
-    Args:
-        fields: the content of a `config.json`; a head's part is left out.
-        most: the most.
-        where: ends the sentence.
+    A head's part is left out; `where` ends the sentence.
     """
     for name, value in fields.items():
         if isinstance(value, dict) and name != "head_config":
@@ -142,8 +77,57 @@ def check_counts(
             raise ValueError(f"`{name}` must be at most {most:,} {where}, got {value}.")
 
 
-@strict_configuration
-class CoDDHeadConfig(PreTrainedConfig):
+class _Configuration(PreTrainedConfig):
+    """A configuration whose every refusal is a ValueError of one sentence.
+
+    Types are checked whenever a field is set, values when the configuration is made or saved, and
+    unknown fields are refused.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = type(self).__annotations__
+        value = plain(value) if name in own else value
+        _check_type(name, value, own | INHERITED)
+        super().__setattr__(name, value)
+
+    def __post_init__(self, **others: Any) -> None:
+        for name, value in others.items():
+            if name not in OF_TRANSFORMERS:
+                raise ValueError(
+                    f"`{name}` is no field of the configuration {type(self).__name__}, got "
+                    f"{value!r:.100}: remove it or correct its name."
+                )
+            _check_type(name, value, INHERITED)
+        check_counts(others)
+        names = ", ".join(f"`{name}`" for name in others)
+        with one_sentence_for(f"{names} in the configuration {type(self).__name__}"):
+            super().__post_init__(**others)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        # What a caller says in place of a file's fields is checked as those are.
+        said = {name: kwargs.pop(name) for name in [*kwargs] if name in cls.__annotations__}
+        return super().from_dict({**config_dict, **said}, **kwargs)
+
+    def _check_tokens(self, vocab_size: int | None) -> None:
+        ids = [self.mask_token_id or 0, *(self.forbidden_token_ids or [])]
+        if beyond := [i for i in ids if i < 0 or (vocab_size is not None and i >= vocab_size)]:
+            raise ValueError(
+                f"`mask_token_id` and `forbidden_token_ids` must lie in [0, {vocab_size}), got "
+                f"{beyond}."
+            )
+
+
+def _check_type(name: str, value: Any, types: dict[str, Any]) -> None:
+    wanted = types.get(name, Any)
+    try:
+        type_validator(name, value, wanted)
+    except TypeError as error:
+        wanted = wanted.__name__ if isinstance(wanted, type) else wanted
+        raise ValueError(f"`{name}` must be of type {wanted}, got {value!r:.100}.") from error
+
+
+class CoDDHeadConfig(_Configuration):
     """Configuration of a [`CoDDHead`]: a circuit over a window of tokens.
 
     Args:
@@ -210,36 +194,24 @@ class CoDDHeadConfig(PreTrainedConfig):
     converted_from: str | None = None
     format_version: int = FORMAT_VERSION
 
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
+    def __post_init__(self, **others: Any) -> None:
+        if self.format_version == 1:
+            renamed = others.pop("evidence_top_k", None)
+            self.evidence_size = self.evidence_size if renamed is None else renamed
+            others = without_left_fields(others, LEFT, "a head's configuration")
+            others = {name: value for name, value in others.items() if name not in GONE}
+            self.format_version = FORMAT_VERSION
+        super().__post_init__(**others)
         self.conditioning = list(self.conditioning or [])
+        self.validate()
 
-    @staticmethod
-    def upgrade(fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a configuration of `format_version` 1 as those of this version.
-
-        Raises:
-            ValueError: it asks for something that a head no longer has, or is a later version's.
-        """
-        version = fields.get("format_version", FORMAT_VERSION)
-        if version not in (1, FORMAT_VERSION):
+    def validate(self) -> None:
+        """Checks the values, and that they go together."""
+        if self.format_version != FORMAT_VERSION:
             raise ValueError(
-                f"`format_version` is {version!r:.100}; this version of codd-hf reads up to "
-                f"{FORMAT_VERSION}: upgrade codd-hf."
+                f"`format_version` is {self.format_version!r:.100}; this version of codd-hf reads "
+                f"up to {FORMAT_VERSION}: upgrade codd-hf."
             )
-        if version == FORMAT_VERSION:
-            return fields
-        what = "a head's configuration"
-        for kind in ("gate", "low_rank"):
-            if kind in str(fields.get("conditioning")):
-                without_left_fields({"conditioning": kind}, {"conditioning": None}, what)
-        renamed = {"evidence_size": fields.get("evidence_top_k")}
-        fields = renamed | without_left_fields(fields, LEFT, what)
-        fields = {name: value for name, value in fields.items() if name not in GONE}
-        return fields | {"format_version": FORMAT_VERSION}
-
-    def validate_numbers(self) -> None:
-        """Checks every number by itself."""
         if self.vocab_size is None:
             raise ValueError("`vocab_size` is missing from the head's configuration.")
         for name in ("vocab_size", "num_latents", "emission_rank", "copy_size"):
@@ -251,23 +223,20 @@ class CoDDHeadConfig(PreTrainedConfig):
                 integer(name, getattr(self, name), least)
         factor("evidence_temperature", self.evidence_temperature)
         number("alpha", self.alpha, least=0)
-        _check_tokens(self, self.vocab_size)
-
-    def validate_parts(self) -> None:
-        """Checks which parts there are, and that they go together."""
-        choice("emission", self.emission, EMISSIONS)
-        unknown = [c for c in self.conditioning if c not in CONDITIONINGS]
-        if unknown or len(set(self.conditioning)) < len(self.conditioning):
+        self._check_tokens(self.vocab_size)
+        choice("emission", self.emission, ("dense", "tied"))
+        kinds = self.conditioning or []
+        if len(set(kinds) & set(CONDITIONINGS)) < len(kinds):
             raise ValueError(
                 f"`conditioning` must list some of {', '.join(CONDITIONINGS)}, each once, got "
-                f"{self.conditioning}."
+                f"{kinds}."
             )
-        if self.noise_conditioning and not self.conditioning:
+        if self.noise_conditioning and not kinds:
             raise ValueError(
                 "`noise_conditioning` is an input of the conditioning: name at least one kind in "
                 "`conditioning`."
             )
-        if self.context_size is None and (self.conditioning or self.emission == "tied"):
+        if self.context_size is None and (kinds or self.emission == "tied"):
             raise ValueError(
                 "`context_size` (the backbone's hidden size) is needed with `conditioning` or tied "
                 "emissions."
@@ -278,8 +247,7 @@ class CoDDHeadConfig(PreTrainedConfig):
             )
 
 
-@strict_configuration
-class CoDDConfig(PreTrainedConfig):
+class CoDDConfig(_Configuration):
     """Configuration of a [`CoDDModel`]: a backbone and a head.
 
     Args:
@@ -308,88 +276,88 @@ class CoDDConfig(PreTrainedConfig):
     forbidden_token_ids: list[int] | tuple[int, ...] | None = None
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "CoDDConfig":
+        """As in transformers."""
         for name in ("text_config", "head_config"):
             if name not in config_dict:
                 raise ValueError(f"`{name}` is missing from the configuration of the CoDD model.")
         return super().from_dict(config_dict, **kwargs)
 
-    def __post_init__(self, **kwargs):
-        self.text_config = _nested_config("text_config", self.text_config)
-        if not isinstance(self.head_config, dict | PreTrainedConfig | None):
-            raise ValueError(
-                f"`head_config` must be a configuration or a dict, got {self.head_config!r}."
-            )
-        if isinstance(self.head_config, dict):
-            found = self.head_config.get("model_type", CoDDHeadConfig.model_type)
-            if found != CoDDHeadConfig.model_type:
-                raise ValueError(
-                    f"`head_config.model_type` must be {CoDDHeadConfig.model_type!r}, got "
-                    f"{found!r}: give a CoDD head's configuration."
-                )
-            self.head_config = CoDDHeadConfig.from_dict(dict(self.head_config))
+    def __post_init__(self, **others: Any) -> None:
+        self.text_config = _backbone_config(self.text_config)
+        self.head_config = head = _head_config(self.head_config)
         # Unset, it would unset that of a backbone which is already built.
-        kwargs.setdefault("attn_implementation", self.text_config._attn_implementation)
-        super().__post_init__(**kwargs)
-        if self.mask_token_id is None and self.head_config is not None:
-            self.mask_token_id = self.head_config.mask_token_id
+        others.setdefault("attn_implementation", self.text_config._attn_implementation)
+        super().__post_init__(**others)
+        for name in ("mask_token_id", "forbidden_token_ids"):
+            if getattr(self, name) is None and head is not None:
+                setattr(self, name, getattr(head, name))
         if self.mask_token_id is None:
             self.mask_token_id = getattr(self.text_config, "mask_token_id", None)
-        if self.forbidden_token_ids is None and self.head_config is not None:
-            self.forbidden_token_ids = self.head_config.forbidden_token_ids
         self.tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
+        self.validate()
 
-    def validate_fields(self) -> None:
+    def validate(self) -> None:
         """Checks that the coupling is a known one, and the tokens are the vocabulary's."""
         choice("coupling", self.coupling, COUPLINGS)
-        _check_tokens(self, getattr(self.text_config, "vocab_size", None))
+        self._check_tokens(getattr(self.text_config, "vocab_size", None))
 
-    def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
+    def get_text_config(self, decoder: Any = None, encoder: Any = None) -> PreTrainedConfig:
+        """The backbone's."""
         return self.text_config
 
     @property
     def vocab_size(self) -> int:
+        """The backbone's."""
         return self.text_config.vocab_size
 
     @property
     def hidden_size(self) -> int:
+        """The backbone's."""
         return self.text_config.hidden_size
 
     @property
     def eos_token_id(self) -> int | list[int] | None:
+        """The backbone's."""
         return getattr(self.text_config, "eos_token_id", None)
 
     @property
     def pad_token_id(self) -> int | None:
+        """The backbone's."""
         return getattr(self.text_config, "pad_token_id", None)
 
 
-def _nested_config(name: str, config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+def _backbone_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
     if config is None:
-        raise ValueError(f"`{name}` is missing: give the backbone's configuration.")
+        raise ValueError("`text_config` is missing: give the backbone's configuration.")
     if isinstance(config, PreTrainedConfig):
         return config
     if not isinstance(config, dict):
-        raise ValueError(f"`{name}` must be a configuration or a dict, got {config!r}.")
+        raise ValueError(f"`text_config` must be a configuration or a dict, got {config!r}.")
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"`{name}.model_type` must be one that transformers knows, got {model_type!r}; "
+            f"`text_config.model_type` must be one that transformers knows, got {model_type!r}; "
             "with a backbone that brings its own code, load the whole by "
             "`CoDDModel.from_pretrained(..., trust_remote_code=True)`."
         )
     check_counts(config)
-    with one_sentence_for(f"`{name}`"):
+    with one_sentence_for("`text_config`"):
         return CONFIG_MAPPING[model_type].from_dict(dict(config))
 
 
-def _check_tokens(config: PreTrainedConfig, vocab_size: int | None) -> None:
-    ids = [config.mask_token_id or 0, *(config.forbidden_token_ids or [])]
-    if beyond := [i for i in ids if i < 0 or (vocab_size is not None and i >= vocab_size)]:
+def _head_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig | None:
+    if not isinstance(config, dict):
+        if not isinstance(config, PreTrainedConfig | None):
+            raise ValueError(f"`head_config` must be a configuration or a dict, got {config!r}.")
+        return config
+    found = config.get("model_type", CoDDHeadConfig.model_type)
+    if found != CoDDHeadConfig.model_type:
         raise ValueError(
-            f"`mask_token_id` and `forbidden_token_ids` must lie in [0, {vocab_size}), got "
-            f"{beyond}."
+            f"`head_config.model_type` must be {CoDDHeadConfig.model_type!r}, got {found!r}: give "
+            "a CoDD head's configuration."
         )
+    return CoDDHeadConfig.from_dict(dict(config))
 
 
 for _config in (CoDDConfig, CoDDHeadConfig):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 
-from .checks.arguments import as_tensor, shown
+from .checks.arguments import as_tensor
 from .circuits import (
     Context,
     ContextMaps,
@@ -22,11 +23,13 @@ from .circuits import (
     ListedEvidence,
     Potentials,
     Preceding,
+    StepTransitions,
     TiedEmission,
+    fit_tied,
+    token_marginal,
 )
 from .circuits.factorized import forbidden_tokens
-from .circuits.fitted_circuit import FittedCircuit
-from .circuits.potentials.tables import ONE_PRODUCT
+from .circuits.potentials.emissions import ONE_PRODUCT, Emission
 from .configuration_codd import CoDDHeadConfig
 from .hub.publishing import Publishing
 from .hub.repositories import Repository, checked_name, explain_load_errors, locate
@@ -58,20 +61,15 @@ class FrozenHead:
         return getattr(self.head, name)
 
 
-class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
+class CoDDHead(Publishing, PreTrainedModel):  # type: ignore[misc]
     """A circuit over a window of tokens: the small artifact that people train and share.
 
     Parameters are log-potentials in float32, whatever the backbone's dtype: `initial [H]`,
-    `transition [H, H]` (or `[L-1, H, H]`), `emission [H, V]` (or `[L, H, V]`). The buffer
-    `token_marginal [V]` (or `[L, V]`) is the unigram distribution that `config.alpha` refers to.
-
-    With `config.emission = "tied"` the emissions are `emission_latents [H, r]`,
-    `emission_projection [r, d]` and `emission_bias [V]`, and the head works only when it is bound
-    to the backbone's output embedding (`bind`; a [`CoDDModel`] does it). `context_maps` holds what
-    `config.conditioning` asks for.
-
-    A new head changes nothing: its potentials are constant, so the coupled distribution is the
-    factorized one.
+    `transition [H, H]` (or `[L-1, H, H]`), `emission [H, V]` (or `[L, H, V]`); tied emissions are
+    `emission_latents [H, r]`, `emission_projection [r, d]` and `emission_bias [V]`, and the head
+    works only when it is bound to the backbone's output embedding (a [`CoDDModel`] does it). The
+    buffer `token_marginal [V]` (or `[L, V]`) is the unigram distribution that `config.alpha` refers
+    to. A new head changes nothing: its potentials are constant.
     """
 
     config_class = CoDDHeadConfig
@@ -91,40 +89,47 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
         "context_maps",
     ]
 
-    def __init__(self, config: CoDDHeadConfig):
+    config: CoDDHeadConfig
+    token_marginal: torch.Tensor
+    context_maps: ContextMaps | None
+
+    def __init__(self, config: CoDDHeadConfig) -> None:
         super().__init__(config)
-        latents, vocab, length = config.num_latents, config.vocab_size, config.window_length
+        latents, length = config.num_latents, config.window_length
+        vocab, context_size = config.vocab_size or 0, config.context_size or 0
         steps = () if config.tie_transitions else (max(length - 1, 1),)
+        positions = () if config.tie_emissions else (length,)
         self.initial = nn.Parameter(torch.empty(latents))
         self.transition = nn.Parameter(torch.empty(*steps, latents, latents))
-        if config.emission == "tied":
+        self.is_tied = config.emission == "tied"
+        if self.is_tied:
             self.emission_latents = nn.Parameter(torch.empty(latents, config.emission_rank))
-            shape = (config.emission_rank, config.context_size)
-            self.emission_projection = nn.Parameter(torch.empty(shape))
+            self.emission_projection = nn.Parameter(torch.empty(config.emission_rank, context_size))
             self.emission_bias = nn.Parameter(torch.empty(vocab))
         else:
-            positions = () if config.tie_emissions else (length,)
             self.emission = nn.Parameter(torch.empty(*positions, latents, vocab))
-        tied = config.emission == "tied" or (config.tie_transitions and config.tie_emissions)
-        self.register_buffer("token_marginal", torch.empty(*(() if tied else (length,)), vocab))
+        is_one = self.is_tied or (config.tie_transitions and config.tie_emissions)
+        self.register_buffer("token_marginal", torch.empty(*(() if is_one else (length,)), vocab))
         self.context_maps = None
         if config.conditioning:
-            sizes = config.context_size, latents, vocab, config.copy_size
-            self.context_maps = ContextMaps(config.conditioning, config.noise_conditioning, *sizes)
+            kinds, sizes = list(config.conditioning), (context_size, latents, vocab)
+            maps = ContextMaps(kinds, config.noise_conditioning, *sizes, config.copy_size)
+            self.context_maps = maps
         # A default dtype of 16 bits (`_from_config(dtype=...)` sets one) is about the backbone too.
-        self.to(torch.promote_types(torch.get_default_dtype(), torch.float32))
+        nn.Module.to(self, torch.promote_types(torch.get_default_dtype(), torch.float32))
         self._bound: list[torch.Tensor] = []  # a list, so that the backbone's weight is not ours
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> CoDDHead:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *model_args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """Loads a head, from its own folder or Hub id or out of a CoDD model's or pipeline's.
 
-        Of a model, the head's tensors alone are read.
-
-        Args:
-            pretrained_model_name_or_path: a folder or Hub id.
-            **kwargs: as in transformers.
+        Of a model, the head's tensors alone are read. The arguments are those of transformers.
 
         Raises:
             ValueError: there is no head, or its weights are not those that it describes.
@@ -141,25 +146,23 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
                 kwargs |= in_model
             # Parts that the user adds to a stored head are new.
             may_lack = any(field in kwargs for field in CoDDHeadConfig.__annotations__)
+            load: Callable = super().from_pretrained
             stored = StoredWeights.find(repository, kwargs)
-            load = super().from_pretrained
             head, report = stored.load(load, config, cls, may_lack=may_lack, **kwargs)
-        head._check_suggested(name)
+        cls._check_suggested(head, name)
         return (head, report) if with_report else head
 
     def _check_suggested(self, name: str) -> None:
         """Raises for states that the circuit has not, which would be read beyond its memory."""
-        suggested = getattr(self.context_maps, "suggested", None)
-        if suggested is None or suggested.device.type == "meta":
-            return
-        low, high = suggested.min().item(), suggested.max().item()
-        if low < 0 or high >= self.config.num_latents:
+        suggested = getattr(self.context_maps, "suggested", torch.zeros(0))
+        outside = (suggested < 0) | (suggested >= self.config.num_latents)
+        if not suggested.is_meta and bool(outside.any()):
             raise ValueError(
                 f"The weights of the head in {name!r} are damaged: `context_maps.suggested` must "
-                f"hold states from 0 to {self.config.num_latents - 1}, got {low} to {high}."
+                f"hold states from 0 to {self.config.num_latents - 1}."
             )
 
-    def _apply(self, fn, recurse: bool = True) -> CoDDHead:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # `model.to(torch.bfloat16)` is about the backbone: the circuit needs its float32.
         def keeping_precision(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
@@ -181,58 +184,18 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
             return
         init.constant_(self.initial, -math.log(self.config.num_latents))
         init.constant_(self.transition, -math.log(self.config.num_latents))
-        if self.config.emission == "tied":
+        if self.is_tied:
             init.zeros_(self.emission_latents)  # the projection alone keeps gradients alive
-            init.normal_(self.emission_projection, std=self.config.context_size**-0.5)
+            std = self.emission_projection.shape[1] ** -0.5
+            init.normal_(self.emission_projection, std=std)
             init.zeros_(self.emission_bias)
         else:
             init.zeros_(self.emission)
-        init.constant_(self.token_marginal, 1 / self.config.vocab_size)
+        init.constant_(self.token_marginal, 1 / self.token_marginal.shape[-1])
 
     def bind(self, output_embedding: torch.Tensor) -> None:
-        """Tells tied emissions the backbone's output embedding, `[V, d]`; it is not stored.
-
-        Raises:
-            ValueError: its shape does not fit the head's configuration.
-        """
-        expected = (self.config.vocab_size, self.config.context_size)
-        if tuple(output_embedding.shape) != expected:
-            raise ValueError(
-                f"`output_embedding` must have shape {expected} (`vocab_size`, `context_size` of "
-                f"the head), got {tuple(output_embedding.shape)}."
-            )
+        """Tells tied emissions the backbone's output embedding, `[V, d]`; it is not stored."""
         self._bound = [output_embedding]
-
-    @property
-    def potentials(self) -> Potentials:
-        """The circuit, made anew; gradients flow to the parameters.
-
-        Raises:
-            ValueError: the emissions are tied and the head is not bound to a backbone.
-        """
-        config = self.config
-        transition = self.transition[None] if config.tie_transitions else self.transition
-        if config.emission == "tied":
-            projection = self.emission_projection
-            with torch.autocast(projection.device.type, enabled=False):
-                embedding = self.output_embedding.to(projection.dtype) @ projection.T
-            emission = TiedEmission(self.emission_latents, embedding, self.emission_bias)
-        else:
-            emission = DenseEmission(self.emission[None] if config.tie_emissions else self.emission)
-        return Potentials(self.initial, transition, emission, self.log_spread)
-
-    @torch.no_grad()
-    def frozen(self) -> FrozenHead:
-        """The head as it is now, for many calls: what inference derives is derived once.
-
-        A loop over steps asks once, before the first, and calls the result in place of the head.
-        It has no gradients, and another one is to be made when the weights have changed.
-
-        Raises:
-            ValueError: the emissions are tied and the head is not bound to a backbone.
-        """
-        with align_module_device(self):  # its weights may be offloaded
-            return FrozenHead(self, self.potentials, self.forbidden)
 
     @property
     def output_embedding(self) -> torch.Tensor:
@@ -245,32 +208,110 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
         return self._bound[0]
 
     @property
+    def potentials(self) -> Potentials:
+        """The circuit, made anew; gradients flow to the parameters."""
+        emission: Emission
+        if self.is_tied:
+            projection = self.emission_projection
+            with torch.autocast(projection.device.type, enabled=False):
+                embedding = self.output_embedding.to(projection.dtype) @ projection.T
+            emission = TiedEmission(self.emission_latents, embedding, self.emission_bias)
+        else:
+            emission = DenseEmission(_by_position(self.emission))
+        steps = StepTransitions(_by_position(self.transition))
+        return Potentials(self.initial, steps, emission, self.log_spread)
+
+    @torch.no_grad()
+    def frozen(self) -> FrozenHead:
+        """The head as it is now, without gradients: what inference derives is derived once.
+
+        A loop over steps asks once, before the first, and calls the result in place of the head.
+        """
+        with align_module_device(self):  # its weights may be offloaded
+            return FrozenHead(self, self.potentials, self.forbidden)
+
+    @torch.no_grad()
+    def set_potentials(
+        self, potentials: Potentials, marginal: torch.Tensor | None = None, alpha: float = 1.0
+    ) -> None:
+        """Takes over a fitted circuit; tied emissions its least-squares fit in the logarithms.
+
+        Args:
+            potentials: a normalised circuit, before any correction.
+            marginal: its token marginal `u`, `[V]` or `[L, V]`; computed from it if not given.
+            alpha: the emissions are divided by `u ** alpha`.
+        """
+        embedding = self.output_embedding if self.is_tied else None
+        if marginal is None:
+            marginal = token_marginal(potentials, self.config.window_length)
+        if marginal.ndim > self.token_marginal.ndim:
+            marginal = marginal.mean(0)
+        corrected = potentials.scaled_by_marginal(marginal.log(), -alpha)
+        self.token_marginal.copy_(marginal)
+        self.config.alpha = alpha
+        self.initial.copy_(corrected.initial)
+        _by_position(self.transition).copy_(corrected.transition.log_potential)
+        if embedding is None:
+            _by_position(self.emission).copy_(corrected.emission.dense())
+            return
+        dense, rank = corrected.emission.dense()[0], self.config.emission_rank
+        latents, projection, bias = fit_tied(dense, embedding, marginal, rank)
+        self.emission_latents.copy_(latents)
+        self.emission_projection.copy_(projection)
+        self.emission_bias.copy_(bias)
+
+    @torch.no_grad()
+    def set_alpha(self, alpha: float) -> None:
+        """Changes the power of the marginal correction (0 gives the raw product back)."""
+        shift = (self.config.alpha - alpha) * self.token_marginal.log()
+        shift = shift.reshape(-1, 1, shift.shape[-1])
+        if self.is_tied:
+            self.emission_bias.add_(shift[0, 0])
+        else:
+            emission = _by_position(self.emission)
+            emission.add_(shift[: len(emission)])
+        self.config.alpha = alpha
+
+    @torch.no_grad()
+    def temper(self, emission_power: float, transition_power: float) -> None:
+        """Flattens the circuit: its emissions and its transitions to a power below 1.
+
+        The backbone has already seen the observed tokens, whose dependencies a static circuit
+        counts again; flattening gives some of that back at low mask ratios. Transitions and the
+        initial law are normalised again, emissions are not (they are ratios).
+        """
+        tied = (self.emission_latents, self.emission_bias) if self.is_tied else (self.emission,)
+        for parameter in tied:
+            parameter.mul_(emission_power)
+        for parameter in (self.initial, self.transition):
+            parameter.copy_((parameter * transition_power).log_softmax(-1))
+
+    @property
     def forbidden(self) -> torch.Tensor | None:
         """`[V]` bool, the tokens that are never generated; None if there are none."""
-        config = self.config
-        ids = config.mask_token_id, config.forbidden_token_ids
-        return forbidden_tokens(config.vocab_size, *ids, self.token_marginal.device)
+        ids = self.config.mask_token_id, self.config.forbidden_token_ids
+        marginal = self.token_marginal
+        return forbidden_tokens(marginal.shape[-1], *ids, marginal.device)
 
     @property
     def evidence_size(self) -> int:
         """How many of a prediction's likeliest tokens a model's decoding keeps; 0: all, exactly.
 
-        `config.evidence_size`, or, if that is not set, all where one product of the vocabulary
-        with the states is cheap and `DEFAULT_EVIDENCE_SIZE` otherwise.
+        By default all, where one product of the vocabulary with the states is cheap.
         """
-        config = self.config
-        if config.evidence_size is not None:
-            return min(config.evidence_size, config.vocab_size)
-        return 0 if config.num_latents * config.vocab_size <= ONE_PRODUCT else DEFAULT_EVIDENCE_SIZE
+        size, vocab = self.config.evidence_size, self.token_marginal.shape[-1]
+        if size is not None:
+            return min(size, vocab)
+        return 0 if self.config.num_latents * vocab <= ONE_PRODUCT else DEFAULT_EVIDENCE_SIZE
 
     @property
     def log_spread(self) -> torch.Tensor:
-        """`[1 or L, V]`, log of the distribution of the mass of tokens that are not listed.
+        """`[V]`, log of the distribution of the mass of tokens that are not listed.
 
-        It is the token marginal without the forbidden tokens.
+        It is the token marginal, the mean of those of positions, without the forbidden tokens.
         """
-        log_marginal = self.token_marginal.log().reshape(-1, self.config.vocab_size)
-        return DenseEvidence.from_logits(log_marginal, forbidden=self.forbidden).log_probs
+        marginal = self.token_marginal.reshape(-1, self.token_marginal.shape[-1]).mean(0)
+        return DenseEvidence.from_logits(marginal.log(), forbidden=self.forbidden).log_probs
 
     def forward(
         self,
@@ -285,68 +326,55 @@ class CoDDHead(Publishing, FittedCircuit, PreTrainedModel):
         top_k: int = 0,
         frozen: FrozenHead | None = None,
     ) -> CoupledCategorical:
-        """The coupled distribution over a window.
+        """The [`CoupledCategorical`] over a window, whose arguments these are but for three.
 
-        Args:
-            logits: `[batch, L, vocab]`, the backbone's, used at masked positions; or
-                [`ListedEvidence`] made of them (at `temperature`).
-            tokens: `[batch, L]`, used where `observed`.
-            observed: `[batch, L]` bool, True where the position is given by `tokens`.
-            last_hidden_state: `[batch, L, hidden]`, the states that predict the window's tokens;
-                needed by a head with conditioning, unused by others.
-            present: `[batch, L]` bool, False where there is no such position.
-            temperature: the evidence temperature; default, that of the evidence or the head's.
-            active: `[batch]` bool, False for rows that are to stay factorized.
-            preceding: the tokens before the window, needed by `"copy"` conditioning.
-            top_k: read `logits` by so many of their likeliest tokens; 0 reads all, exactly.
-            frozen: of this head, used in place of what would be derived from its weights.
-
-        Raises:
-            ValueError: shapes do not fit, an observed token is outside the vocabulary, or hidden
-                states are missing.
+        A head with conditioning needs `last_hidden_state` `[batch, L, hidden]`, the states that
+        predict the window's tokens, and with `"copy"` the tokens `preceding` it. `frozen` is of
+        this head, used in place of what would be derived from its weights. The default
+        `temperature` is that of the evidence, or the head's.
         """
-        context = None
-        if self.context_maps is not None:
-            context = self._context(logits, observed, last_hidden_state, present, preceding)
-        circuit, own = self if frozen is None else frozen, self.config.evidence_temperature
-        return CoupledCategorical(
+        if temperature is None:
+            temperature = getattr(logits, "temperature", self.config.evidence_temperature)
+        circuit = self if frozen is None else frozen
+        distribution = CoupledCategorical(
             logits,
             circuit.potentials,
             tokens=tokens,
             observed=observed,
             present=present,
-            context=context,
             active=active,
-            temperature=getattr(logits, "temperature", own) if temperature is None else temperature,
+            temperature=temperature,
             forbidden=circuit.forbidden,
             top_k=top_k,
         )
+        if self.context_maps is not None:
+            distribution.context = self._context(distribution, last_hidden_state, preceding)
+        return distribution
 
-    def _context(self, logits, observed, last_hidden_state, present, preceding) -> Context:
-        if not isinstance(logits, torch.Tensor | DenseEvidence | ListedEvidence):
-            raise TypeError(f"`logits` must be a tensor or evidence, got {shown(logits)}.")
-        if not isinstance(preceding, Preceding | None):
-            raise TypeError(f"`preceding` must be a Preceding, got {shown(preceding)}.")
-        leading = logits.shape[:2] if isinstance(logits, torch.Tensor) else logits.batch_shape
-        shape, device = (*leading, self.config.context_size), logits.device
-        for name, value in (("last_hidden_state", last_hidden_state), ("preceding", preceding)):
-            if value is None and (name != "preceding" or self.context_maps.copies):
-                raise ValueError(
-                    f"`{name}` must be given to a head with conditioning "
-                    f"({', '.join(self.config.conditioning)})."
-                )
-        hidden = as_tensor("last_hidden_state", last_hidden_state, float, shape, device)
-        masked = torch.ones(shape[:2], dtype=torch.bool, device=device)
-        if observed is not None:
-            masked = ~as_tensor("observed", observed, bool, shape[:2], device)
-        if present is not None:
-            present = as_tensor("present", present, bool, shape[:2], device)
-            masked = masked & present
-        with torch.autocast(device.type, enabled=False):
-            log_marginal = self.token_marginal.log().reshape(-1, self.config.vocab_size)[0]
-            return self.context_maps(
-                hidden, masked, present, preceding, log_marginal, self.config.alpha
+    def _context(
+        self,
+        distribution: CoupledCategorical,
+        last_hidden_state: torch.Tensor | None,
+        preceding: Preceding | None,
+    ) -> Context:
+        assert self.context_maps is not None
+        if last_hidden_state is None or (preceding is None and self.context_maps.copies):
+            raise ValueError(
+                "`last_hidden_state` and, to copy, `preceding` must be given to a head with "
+                f"conditioning ({', '.join(self.config.conditioning or ())})."
             )
+        masked, present = distribution.masked, distribution.present
+        shape = (*present.shape, self.config.context_size)
+        hidden = as_tensor("last_hidden_state", last_hidden_state, float, shape, present.device)
+        with torch.autocast(present.device.type, enabled=False):
+            log_marginal = self.token_marginal.log().reshape(-1, self.token_marginal.shape[-1])[0]
+            parts = (masked, present, preceding, log_marginal, self.config.alpha)
+            return self.context_maps(hidden, *parts)
+
+
+def _by_position(parameter: torch.Tensor) -> torch.Tensor:
+    """`[1 or L, n, m]` of a parameter with or without an axis for positions."""
+    return parameter.view(-1, *parameter.shape[-2:])
 
 
 def _stored_config(repository: Repository) -> tuple[CoDDHeadConfig, dict[str, Any]]:

@@ -62,7 +62,7 @@ class Case:
         copy_weight: `[B, J]`, `log e_j`.
         copy_limits: of `CopyStates`.
         top_k: how many tokens the evidence lists; None for logits.
-        log_marginal: `[1 or L, V]`, by which the rest of the mass is spread, up to a constant;
+        log_marginal: `[V]`, by which the rest of the mass is spread, up to a constant;
             -inf for forbidden tokens.
         grouped: whether the rest is spread group by group.
     """
@@ -189,10 +189,10 @@ class Case:
         if self.top_k is None or self.top_k == log_phi.shape[-1]:
             return log_phi
         laws = []
-        for i, law in enumerate(log_phi):
+        for law in log_phi:
             listed = torch.zeros_like(law, dtype=torch.bool)
             listed[law.topk(self.top_k).indices] = True
-            marginal = self.log_marginal[i if len(self.log_marginal) > 1 else 0].double()
+            marginal = self.log_marginal.double()
             best = self.circuit().emission.dense()[0].argmax(0)
             for group in best.unique() if self.grouped else [None]:
                 others = ~listed if group is None else ~listed & (best == group)

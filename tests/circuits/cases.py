@@ -28,7 +28,6 @@ def random_case(
     tied_to_embedding: bool = False,
     copies: float = 0.0,
     top_k: int | None = None,
-    untied_marginal: bool = False,
     grouped: bool = False,
     **options,
 ) -> Case:
@@ -85,7 +84,7 @@ def random_case(
         case.emitted, case.out = (-copies * normal(batch, 3, states).abs() for _ in range(2))
         case.copy_weight = copies * normal(batch, 3)
     if top_k is not None:
-        case.log_marginal = normal(length if untied_marginal else 1, vocab)
+        case.log_marginal = normal(vocab)
         if "forbidden" in options:
             case.log_marginal.masked_fill_(options["forbidden"], -torch.inf)
     return case
@@ -218,10 +217,7 @@ EVERYTHING = {
 
 TOP_K = {
     "top 1": random_case(300, top_k=1),
-    "top 2, untied": random_case(
-        301, top_k=2, tied_transition=False, tied_emission=False, untied_marginal=True
-    ),
-    "top 2, marginal by position": random_case(302, top_k=2, untied_marginal=True),
+    "top 2, untied": random_case(301, top_k=2, tied_transition=False, tied_emission=False),
     "top 2, forbidden token": random_case(303, top_k=2, forbidden=FORBIDDEN, temperature=0.7),
     "top 2, one-hot by temperature": random_case(304, top_k=2, temperature=0.01),
     "top 2, absent anywhere": random_case(305, batch=6, top_k=2, present="scattered"),

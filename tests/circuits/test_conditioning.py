@@ -11,8 +11,7 @@ from brute_force import Case, Enumeration
 from cases import ALL, CASES, FORBIDDEN, enumerations, every_completion, random_case
 
 from codd_hf.circuits import CoupledCategorical
-from codd_hf.circuits.distribution.conditionals import draw_left_to_right, leave_one_out
-from codd_hf.circuits.distribution.incremental import IncrementalPosterior
+from codd_hf.circuits.distribution.latents import IncrementalPosterior
 from codd_hf.circuits.random import draw_categorical
 
 DENSE = [name for name in ALL if ALL[name].top_k is None]
@@ -128,40 +127,21 @@ def test_tokens_taken_out_have_no_probability():
         CASES["top 1"].distribution().without(torch.tensor([0]))
 
 
+@torch.no_grad()
 def draw_half(case: Case, seed: int):
-    """Draws about half of the masked positions one by one and keeps what they came from."""
-    ours = case.distribution()
-    g = torch.Generator().manual_seed(seed)
+    """Draws about half of the masked positions, all together."""
+    ours, g = case.distribution(), torch.Generator().manual_seed(seed)
     where = (torch.rand(ours.masked.shape, generator=g) < 0.6) & ours.masked
-    numbers, probs = torch.rand(ours.masked.shape, generator=g), {}
-
-    def draw(i, law, rows):
-        probs.update({(int(row), i): law[k] for k, row in enumerate(rows)})
-        return draw_categorical(law, numbers[rows, i])
-
-    return ours, where, draw_left_to_right(ours, where, draw), probs
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_each_token_is_drawn_from_its_conditional_given_those_before(name):
-    _, where, tokens, probs = draw_half(ALL[name], 0)
-    for row, exact in enumerate(enumerations(name)):
-        fixed = {}
-        for i in where[row].nonzero()[:, 0].tolist():
-            expected = conditional(exact, i, fixed)
-            if expected is None:
-                break  # impossible from the start, or drawn with a rounded-off probability
-            assert_probabilities_agree(probs[row, i], expected, max(1e-5, 4 * exact.rounding))
-            fixed[i] = int(tokens[row, i])
+    return ours, where, torch.where(where, ours.sample(generator=g), 0)
 
 
 @pytest.mark.parametrize("name", DENSE)
 def test_leave_one_out_is_the_conditional_given_all_other_known_tokens(name):
-    before, where, tokens, _ = draw_half(ALL[name], 3)
+    before, where, tokens = draw_half(ALL[name], 3)
     tokens = torch.where(before.observed, before.tokens, tokens)
     log_probs = before.prediction.log_prob_of(tokens)
     known = where | before.observed
-    ours = leave_one_out(before, tokens, known, before.latents.evidence, log_probs)
+    ours = before.latents.leave_one_out(tokens, known, before.latents.evidence, log_probs)
     for row, exact in enumerate(enumerations(name)):
         drawn = {i: int(tokens[row, i]) for i in where[row].nonzero()[:, 0].tolist()}
         for i, token in drawn.items():
@@ -183,7 +163,7 @@ def test_leave_one_out_takes_a_token_as_it_was_predicted_in_an_earlier_pass():
     evidence, log_probs = now.latents.evidence.clone(), torch.zeros(3, 4)
     evidence[:, 1] = past.latents.evidence[:, 1]
     log_probs[:, 1] = past.prediction.log_prob_of(tokens)[:, 1]
-    ours = leave_one_out(now, tokens, known, evidence, log_probs)
+    ours = now.latents.leave_one_out(tokens, known, evidence, log_probs)
     for row in range(3):
         expected = conditional(mixed.enumerate(row), 1, {0: 1, 3: 0})
         assert_probabilities_agree(ours[row, 1], expected[2])
@@ -206,7 +186,8 @@ def test_token_probs_are_the_conditionals_given_the_tokens_revealed_so_far(name)
     g = torch.Generator().manual_seed(0)
     order = torch.rand(first.masked.shape, generator=g)
     left, fixed = first.masked.clone(), [{} for _ in exact]
-    known, tokens = IncrementalPosterior(distributions, left), torch.zeros_like(first.tokens)
+    latents = [distribution.latents for distribution in distributions]
+    known, tokens = IncrementalPosterior(latents, left), torch.zeros_like(first.tokens)
     while bool(left.any()):
         at = left.nonzero(as_tuple=True)
         probs, others = known.token_probs(0, at), known.token_probs(len(distributions) - 1, at)
@@ -238,7 +219,7 @@ def test_only_positions_that_are_wanted_are_kept_up_to_date():
     ours = random_case(3, observed="none").distribution()
     wanted = torch.tensor([[False, True, True, False]] * 3)
     rows, tokens = torch.arange(3), torch.tensor([0, 1, 2])
-    known = IncrementalPosterior([ours], wanted)
+    known = IncrementalPosterior([ours.latents], wanted)
     known.reveal((rows, torch.full_like(rows, 2)), tokens)
     revealed = ours.condition(tokens[:, None].expand(-1, 4), wanted & (torch.arange(4) == 2))
     probs = known.token_probs(0, (rows, torch.ones_like(rows)))

@@ -5,9 +5,7 @@ import torch
 from agreement import assert_logs_agree
 
 from codd_hf.circuits import DenseEmission, DenseEvidence, TiedEmission
-from codd_hf.circuits.evidence.best import best_evidence
-from codd_hf.circuits.evidence.dense import emission_of_latents, hard_evidence, mix_tokens
-from codd_hf.circuits.potentials.tables import EmissionTables
+from codd_hf.circuits.evidence.dense import best_evidence, mix_tokens
 
 BATCH, LENGTH, LATENTS, VOCAB = 3, 4, 5, 11
 KINDS = ["dense", "dense, untied", "dense, by token", "tied"]
@@ -46,7 +44,7 @@ def flat(prediction):
 
 
 def soft(prediction, emission):
-    found = flat(prediction).soft_evidence(EmissionTables(emission), POSITIONS)
+    found = flat(prediction).soft_evidence(emission, POSITIONS)
     return found.view(BATCH, LENGTH, -1)
 
 
@@ -69,21 +67,21 @@ def test_exact_evidence_is_the_sum_over_the_vocabulary(kind, gradients):
 def test_in_chunks_evidence_and_its_gradients_are_the_same(kind, monkeypatch):
     def run():
         emission = emission_of(kind, dtype=torch.float64)
-        for leaf in vars(emission).values():
+        for leaf in emission.tensors():
             leaf.requires_grad_()
         logits = logits_of(dtype=torch.float64).requires_grad_()
-        prediction, tables = DenseEvidence.from_logits(logits), EmissionTables(emission)
+        prediction = DenseEvidence.from_logits(logits)
         found = soft(prediction, emission)
-        leaves = [logits, *vars(emission).values()]
+        leaves = [logits, *emission.tensors()]
         gradients = torch.autograd.grad(found.square().sum(), leaves)
         log_phi = flat(prediction).dense()
-        mixed = mix_tokens(log_phi, found.flatten(0, 1), POSITIONS, tables)
-        return found, *gradients, mixed, best_evidence(log_phi, POSITIONS, tables)
+        mixed = mix_tokens(log_phi, found.flatten(0, 1), POSITIONS, emission)
+        return found, *gradients, mixed, best_evidence(log_phi, POSITIONS, emission)
 
     whole = run()
-    for module in ("potentials.tables", "evidence.dense", "evidence.best"):
+    for module in ("potentials.emissions", "evidence.dense"):
         monkeypatch.setattr(f"codd_hf.circuits.{module}.ELEMENTS_AT_ONCE", 3 * LATENTS)
-    monkeypatch.setattr("codd_hf.circuits.potentials.tables.ONE_PRODUCT", 0)
+    monkeypatch.setattr("codd_hf.circuits.potentials.emissions.ONE_PRODUCT", 0)
     for one, other in zip(whole, run(), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -91,7 +89,7 @@ def test_in_chunks_evidence_and_its_gradients_are_the_same(kind, monkeypatch):
 @BY_KIND
 def test_evidence_is_float32_under_autocast_and_with_half_precision_weights(kind):
     emission = emission_of(kind, dtype=torch.bfloat16)
-    exact = type(emission)(*(tensor.double() for tensor in vars(emission).values()))
+    exact = type(emission)(*(tensor.double() for tensor in emission.tensors()))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = soft(DenseEvidence.from_logits(logits_of()), emission)
     assert found.dtype == torch.float32
@@ -106,8 +104,8 @@ def test_evidence_that_underflows_is_repaired(kind):
     matrix[:, 0, 0] = 200.0
     emission, logits = DenseEmission(matrix), logits_of()
     logits[..., 0] = -torch.inf
-    assert EmissionTables(emission).can_underflow
-    assert not EmissionTables(emission_of(kind)).can_underflow
+    assert emission.can_underflow
+    assert not emission_of(kind).can_underflow
     prediction = DenseEvidence.from_logits(logits)
     assert_logs_agree(soft(prediction, emission), plain(emission, prediction.log_probs))
 
@@ -115,7 +113,7 @@ def test_evidence_that_underflows_is_repaired(kind):
 @BY_KIND
 def test_gradients_are_those_of_finite_differences_and_finite_where_impossible(kind):
     emission = emission_of(kind, dtype=torch.float64)
-    leaves = [leaf.detach().requires_grad_() for leaf in vars(emission).values()]
+    leaves = [leaf.detach().requires_grad_() for leaf in emission.tensors()]
 
     def function(logits, *leaves):
         return soft(DenseEvidence.from_logits(logits, 0.9), type(emission)(*leaves))
@@ -123,7 +121,7 @@ def test_gradients_are_those_of_finite_differences_and_finite_where_impossible(k
     logits = logits_of(dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(function, (logits, *leaves))
     emission = emission_of(kind, impossible=True)
-    leaves = [leaf.detach().requires_grad_() for leaf in vars(emission).values()]
+    leaves = [leaf.detach().requires_grad_() for leaf in emission.tensors()]
     logits = logits_of()
     logits[1] = -torch.inf
     found = function(logits.requires_grad_(), *leaves)
@@ -133,14 +131,13 @@ def test_gradients_are_those_of_finite_differences_and_finite_where_impossible(k
 
 
 @BY_KIND
-def test_hard_evidence_and_emission_of_latents_are_columns_and_rows(kind):
-    emission = emission_of(kind)
+def test_columns_are_of_tokens_and_rows_of_latents(kind):
+    emission, positions = emission_of(kind), torch.arange(LENGTH)
     matrix = emission.dense().expand(LENGTH, -1, -1)
     tokens = torch.randint(VOCAB, (BATCH, LENGTH))
     latents = torch.randint(LATENTS, (BATCH, LENGTH))
-    positions = torch.arange(LENGTH)
     expected = matrix[positions, :, tokens], matrix[positions, latents]
-    found = hard_evidence(emission, tokens), emission_of_latents(emission, latents)
+    found = emission.columns(tokens, positions), emission.rows(latents, positions)
     torch.testing.assert_close(found, expected)
 
 
@@ -148,7 +145,7 @@ def test_hard_evidence_and_emission_of_latents_are_columns_and_rows(kind):
 @pytest.mark.parametrize("lost", [False, True])
 @pytest.mark.parametrize("first", [1, 2, VOCAB])
 def test_mixed_and_best_tokens_are_those_of_the_definition(kind, lost, first, monkeypatch):
-    monkeypatch.setattr("codd_hf.circuits.evidence.best.FIRST_LIST", first)
+    monkeypatch.setattr("codd_hf.circuits.evidence.dense.FIRST_LIST", first)
     emission, logits = emission_of(kind), logits_of()
     if lost:  # what the backbone allows is emitted by no state that carries weight in float32
         matrix = emission.dense().clone()
@@ -162,8 +159,7 @@ def test_mixed_and_best_tokens_are_those_of_the_definition(kind, lost, first, mo
     probs = probs / probs.sum(-1, keepdim=True)
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients):
-            tables = EmissionTables(emission)
-            found = mix_tokens(log_phi, weights, POSITIONS, tables).double()
+            found = mix_tokens(log_phi, weights, POSITIONS, emission).double()
             torch.testing.assert_close(found, probs, rtol=1e-4, atol=0)
     best = (scores + log_phi[:, None]).amax(-1)
-    torch.testing.assert_close(best_evidence(log_phi, POSITIONS, tables).double(), best)
+    torch.testing.assert_close(best_evidence(log_phi, POSITIONS, emission).double(), best)

@@ -42,9 +42,9 @@ def make(**changes):
         ),
         (
             {"potentials": circuit(steps=3)},
-            r"5 positions, but .* untied transition has 3",
+            r"5 positions, but the untied transition only 3",
         ),
-        ({"potentials": circuit(1, 4)}, r"5 positions, but the circuit's untied emission has 4"),
+        ({"potentials": circuit(1, 4)}, r"5 positions, but the untied emission only 4"),
     ],
 )
 def test_a_wrong_argument_is_named(changes, message):
@@ -67,7 +67,7 @@ def test_temperature_that_is_no_number_is_refused_at_every_door(value):
             call(value)
 
 
-@pytest.mark.parametrize("shape", [(4,), (1, 3), (0, 4), (4, 4)])
+@pytest.mark.parametrize("shape", [(3,), (1, 4), (0, 4)])
 def test_law_of_unlisted_tokens_has_a_shape(shape):
     with pytest.raises(ValueError, match="log_marginal"):
         make(potentials=replace(circuit(), log_marginal=torch.zeros(shape)))

@@ -1,7 +1,7 @@
-"""The chain's fast path, taken where transitions are close together, against enumeration.
+"""Probabilities in float32, in float64 and logarithms, each where it is safe, against enumeration.
 
-Without a second look at what float32 rounds to zero, adversarial evidence must not matter as long
-as no transition is more than `SAFE_RANGE` nats below the largest.
+Without a second look at what is rounded to zero, adversarial evidence must not matter as long as no
+transition is further below the largest than the precision's range.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from codd_hf.circuits.recursions import chain as chains
 
 ROWS, LENGTH, STATES = 6, 6, 4
 STRUCTURE = pytest.mark.parametrize("structure", ["dense", "dense, untied", "copies"])
-LIMIT = chains.SAFE_RANGE - 0.01
+SINGLE, DOUBLE = chains.SINGLE_RANGE - 0.01, chains.DOUBLE_RANGE - 0.01
 
 
-def extreme_case(seed: int, structure: str, spread: float = LIMIT) -> Case:
-    """Transitions at both ends of what is allowed; evidence at the edge of what float32 holds."""
+def extreme_case(seed: int, structure: str, spread: float = SINGLE) -> Case:
+    """Transitions at both ends of what is allowed; evidence at the edge of what floats hold."""
     g = torch.Generator().manual_seed(seed)
     copies = structure == "copies"
     length = 4 if copies else LENGTH  # that has twice as many states
@@ -31,6 +31,7 @@ def extreme_case(seed: int, structure: str, spread: float = LIMIT) -> Case:
         return numbers
 
     levels = torch.tensor([0.0, -3.0, -50.0, -80.0, -86.0, -88.0, -95.0, -101.0, -104.0, -120.0])
+    levels = levels * (1.0 if spread < 40 else 7.0)
     context = levels[torch.randint(len(levels), (ROWS, length, STATES), generator=g)]
     steps = length - 1 if "untied" in structure else 1
     transition = either(steps, STATES, STATES, width=spread - 12.0 * copies)
@@ -55,49 +56,50 @@ def extreme_case(seed: int, structure: str, spread: float = LIMIT) -> Case:
     return case
 
 
-def assert_exact(case: Case, fast: bool) -> None:
-    ours = case.distribution()
-    assert ours.latents.chain(ours.latents.evidence).cannot_underflow == fast
-    exact = [case.enumerate(row) for row in range(len(case))]
+def worked_on(case: Case) -> torch.dtype | None:
+    """The dtype of probabilities; None of logarithms."""
+    algebra = case.distribution().latents.own_chain.algebra
+    return algebra.weights[0].dtype if algebra.times is torch.mul else None
+
+
+@STRUCTURE
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("spread", "dtype"),
+    [(SINGLE, torch.float32), (80.0, torch.float64), (DOUBLE, torch.float64), (400.0, None)],
+)
+def test_every_precision_is_exact_up_to_its_limit(structure, seed, spread, dtype):
+    case = extreme_case(seed, structure, spread)
+    ours, exact = case.distribution(), [case.enumerate(row) for row in range(len(case))]
+    assert worked_on(case) == dtype
     assert_logs_agree(ours.log_partition, torch.stack([row.log_partition for row in exact]))
     posterior = torch.stack([row.latent_posterior for row in exact])
     error = (ours.latent_posterior.double() - posterior).abs()
     assert (error <= 1e-4 * posterior + 1e-8).all()
 
 
-@STRUCTURE
-@pytest.mark.parametrize("seed", range(4))
-def test_just_below_the_limit_the_fast_path_is_exact(structure, seed):
-    assert_exact(extreme_case(seed, structure), fast=True)
-
-
-@STRUCTURE
-def test_above_the_limit_the_careful_path_is_exact(structure):
-    assert_exact(extreme_case(10, structure, spread=80.0), fast=False)
-
-
-def test_an_impossible_step_is_never_on_the_fast_path():
+def test_an_impossible_step_is_worked_on_in_logarithms():
     case = extreme_case(40, "dense")
     case.transition[0, 1, 2] = -torch.inf
-    assert_exact(case, fast=False)
+    assert worked_on(case) is None
 
 
 @STRUCTURE
-def test_below_the_limit_both_paths_give_the_same_sums_samples_and_gradients(
-    structure, monkeypatch
-):
+@pytest.mark.parametrize("limits", [(-1.0, 400.0), (-1.0, -1.0)])
+def test_all_precisions_give_the_same_sums_samples_and_gradients(structure, limits, monkeypatch):
     def results():
         case = extreme_case(20, structure)
         leaves = {k: leaf.clone().requires_grad_() for k, leaf in case.leaves().items()}
         ours = case.with_leaves(leaves).distribution()
         drawn = ours.sample_latents([torch.Generator().manual_seed(row) for row in range(ROWS)])
         gradients = torch.autograd.grad(ours.log_partition.sum(), list(leaves.values()))
-        return ours.latents.chain(ours.latents.evidence).cannot_underflow, drawn, gradients
+        return worked_on(case), drawn, gradients
 
-    fast, drawn, gradients = results()
-    monkeypatch.setattr(chains, "SAFE_RANGE", -1.0)
-    careful, again, exact = results()
-    assert (fast, careful) == (True, False)
+    single, drawn, gradients = results()
+    monkeypatch.setattr(chains, "SINGLE_RANGE", limits[0])
+    monkeypatch.setattr(chains, "DOUBLE_RANGE", limits[1])
+    other, again, exact = results()
+    assert (single, other) == (torch.float32, torch.float64 if limits[1] > 0 else None)
     assert torch.equal(drawn, again)
     for mine, theirs in zip(gradients, exact, strict=True):
         assert mine.isfinite().all()

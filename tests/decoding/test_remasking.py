@@ -8,7 +8,6 @@ from windows import HEAD, LENGTH, LOGITS, MASK, VOCAB, law, one_step
 
 from codd_hf import CoDDModel, CoDDPipeline
 from codd_hf.circuits import CoupledCategorical, Potentials
-from codd_hf.circuits.distribution.conditionals import leave_one_out
 from codd_hf.schedulers import CoDDScheduler, CommitMemory
 from tiny import random_head, tiny_backbone
 
@@ -181,9 +180,8 @@ def test_repeated_tokens_that_the_circuit_excludes_go_back():
     ours = CoupledCategorical(logits, Potentials(torch.zeros(states), transition, emission))
     tokens = torch.tensor([[0, 0, 1, 0]])
     known = torch.ones(1, 4, dtype=torch.bool)
-    probs = leave_one_out(
-        ours, tokens, known, ours.latents.evidence, ours.prediction.log_prob_of(tokens)
-    )[0]
+    log_probs = ours.prediction.log_prob_of(tokens)
+    probs = ours.latents.leave_one_out(tokens, known, ours.latents.evidence, log_probs)[0]
     assert probs[0] < 0.1
     assert probs[1] < 0.1
     assert probs[3] > 0.5

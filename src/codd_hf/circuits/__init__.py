@@ -5,15 +5,13 @@
 `distribution` puts them behind the interface of `torch.distributions`; `em` fits a circuit.
 """
 
-from .context.copies import CopyStates
-from .context.maps import Context, ContextMaps, Preceding
-from .distribution import CoupledCategorical, ViterbiPath
+from .context.maps import Context, ContextMaps, CopyStates, Preceding
+from .distribution.coupled import CoupledCategorical, ViterbiPath
 from .evidence.dense import DenseEvidence
 from .evidence.lists import ListedEvidence
-from .potentials import Potentials, occupancy, token_marginal
+from .potentials.circuit import Potentials, StepTransitions, occupancy, token_marginal
 from .potentials.emissions import DenseEmission, TiedEmission, fit_tied
-from .potentials.tables import TokenGroups
-from .potentials.transitions import StepTransitions
+from .potentials.groups import TokenGroups
 
 __all__ = [
     "Context",

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .evidence.dense import hard_evidence
-from .potentials import Potentials
-from .recursions.chain import Chain, forward_filter
+from .potentials.circuit import Potentials
+from .recursions.chain import Chain
 
 
 @dataclass
@@ -34,9 +33,10 @@ class Counts:
 
 def log_likelihood(potentials: Potentials, tokens: torch.Tensor) -> torch.Tensor:
     """`log p_w(x)`, `[B]`, of tokens `[B, L]`."""
-    evidence = hard_evidence(potentials.emission, tokens)
-    chain = Chain.start(potentials.initial, potentials.transition, evidence)
-    return forward_filter(chain).log_partition
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    evidence = potentials.emission.columns(tokens, positions)
+    chain = Chain(potentials.transition, evidence).started(potentials.initial)
+    return chain.filter().log_partition
 
 
 def expected_counts(potentials: Potentials, tokens: torch.Tensor) -> tuple[Counts, torch.Tensor]:

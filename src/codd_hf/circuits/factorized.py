@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .distribution import CoupledCategorical
-from .potentials import Potentials
+from .distribution.coupled import CoupledCategorical
+from .potentials.circuit import Potentials, StepTransitions
+from .potentials.emissions import DenseEmission
 
 
 def forbidden_tokens(
@@ -20,8 +21,8 @@ def forbidden_tokens(
     ids = [i for i in (mask_token_id, *(forbidden_token_ids or ())) if i is not None]
     if not ids:
         return None
-    ids = torch.tensor(ids, device=device)
-    return torch.zeros(vocab_size, dtype=torch.bool, device=device).index_fill(0, ids, True)
+    forbidden = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+    return forbidden.index_fill(0, torch.tensor(ids, device=device), True)
 
 
 def without_tokens(
@@ -42,10 +43,10 @@ def without_circuit(
 ) -> CoupledCategorical:
     """The factorized distribution over windows; the arguments are `CoupledCategorical`'s."""
     zero = torch.zeros(1, device=logits.device)
-    emission = zero[None, None].expand(1, 1, logits.shape[-1])
+    emission = DenseEmission(zero[None, None].expand(1, 1, logits.shape[-1]))
     return CoupledCategorical(
         logits,
-        Potentials(zero, zero[None, None], emission),  # one state, which changes nothing
+        Potentials(zero, StepTransitions(zero[None, None]), emission),  # one state: no change
         tokens=tokens,
         observed=observed,
         present=present,

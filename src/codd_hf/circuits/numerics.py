@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ def full_precision(function: Callable) -> Callable:
     """
 
     @functools.wraps(function)
-    def wrapper(first, *args, **kwargs):
+    def wrapper(first: Any, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(first.device.type, enabled=False):
             return function(first, *args, **kwargs)
 
@@ -57,40 +58,12 @@ def normalised_exp(log_weights: torch.Tensor) -> torch.Tensor:
     return weights / total.masked_fill(total <= 0, 1)
 
 
-def pin_tokens(
-    where: torch.Tensor, tokens: torch.Tensor, log_probs: torch.Tensor, in_place: bool
-) -> torch.Tensor:
-    """Log-probabilities `[..., V]` that are sure of `tokens` `[...]` where `where` `[...]` says so.
-
-    They are changed in place only where that is allowed and they have no gradient.
-    """
-    if torch.is_grad_enabled() and log_probs.requires_grad:
-        return torch.where(where[..., None], one_hot_log_probs(tokens, log_probs), log_probs)
-    at = where.nonzero(as_tuple=True)
-    if not len(at[0]):
-        return log_probs
-    result = log_probs if in_place else log_probs.clone()
-    result[at] = -torch.inf
-    result[(*at, tokens[at])] = 0.0
-    return result
-
-
-def one_hot_log_probs(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities `[..., V]`, as `like`, of nothing but the tokens `[...]`."""
-    return torch.full_like(like, -torch.inf).scatter_(-1, tokens[..., None], 0.0)
-
-
 def log_softmax(x: torch.Tensor) -> torch.Tensor:
     """`log_softmax` over the last axis; a row that is -inf throughout stays so, not NaN."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        total = logsumexp(x, -1).unsqueeze(-1)
-        return x - total.masked_fill(total == -torch.inf, 0)
-    result = x.log_softmax(-1)  # one fused pass
-    undefined = result[..., :1].isnan()
-    if bool(undefined.any()):
-        impossible = undefined & (x == -torch.inf).all(-1, keepdim=True)
-        result = result.masked_fill(impossible, -torch.inf)
-    return result
+    impossible = x.detach().amax(-1, keepdim=True) == -torch.inf
+    if not bool(impossible.any()):
+        return x.log_softmax(-1)
+    return x.masked_fill(impossible, 0).log_softmax(-1).masked_fill(impossible, -torch.inf)
 
 
 def logsumexp(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -99,3 +72,21 @@ def logsumexp(x: torch.Tensor, dim: int) -> torch.Tensor:
         return x.logsumexp(dim)  # one fused pass
     weights, shift = shifted_exp(x, dim)
     return safe_log(weights.sum(dim)) + shift.squeeze(dim)
+
+
+def one_hot_log_probs(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities `[..., V]`, as `like`, of nothing but the tokens `[...]`."""
+    return torch.full_like(like, -torch.inf).scatter_(-1, tokens[..., None], 0.0)
+
+
+def pin_tokens(where: torch.Tensor, tokens: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities `[..., V]` that are sure of `tokens` `[...]` where `where` `[...]` says so.
+
+    They are changed in place unless they have a gradient.
+    """
+    if torch.is_grad_enabled() and log_probs.requires_grad:
+        return torch.where(where[..., None], one_hot_log_probs(tokens, log_probs), log_probs)
+    at = where.nonzero(as_tuple=True)
+    log_probs[at] = -torch.inf
+    log_probs[(*at, tokens[at])] = 0.0
+    return log_probs

@@ -18,7 +18,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..checks.arguments import RowError, as_tensor
 from ..circuits import CoupledCategorical
-from ..circuits.distribution.incremental import IncrementalPosterior
+from ..circuits.distribution.latents import IncrementalPosterior
 from ..circuits.numerics import one_hot_log_probs
 from ..circuits.random import Generators, draw_categorical, uniform
 from .settings import DrawSettings
@@ -206,7 +206,7 @@ class StepDraw:
             committable = best_scored(order, committable, at_least)
             scores = leftmost_first(probs)
         laws = list(dict.fromkeys((self.plain, self.sharpened)))
-        known = IncrementalPosterior(laws, self.split(committable))
+        known = IncrementalPosterior([law.latents for law in laws], self.split(committable))
 
         def place(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             flat = rows * tokens.shape[1] + columns

@@ -18,7 +18,6 @@ import torch
 from torch.nn import functional as F
 
 from ..circuits import CoupledCategorical
-from ..circuits.distribution.conditionals import leave_one_out
 from .drawing import CoDDSchedulerOutput, StepDraw
 
 
@@ -74,7 +73,7 @@ def take_back(draw: StepDraw, output: CoDDSchedulerOutput, memory: CommitMemory)
     known, back = plain.observed | committed, torch.zeros_like(held)
     judged, threshold = held & ~returned & active, draw.settings.remask_threshold
     while bool(judged.any()):
-        probs = leave_one_out(plain, tokens, known, evidence, log_probs)
+        probs = plain.latents.leave_one_out(tokens, known, evidence, log_probs)
         least, place = probs.masked_fill(~judged, torch.inf).min(-1)
         goes = F.one_hot(place, held.shape[1]).bool() & (least < threshold)[:, None]
         back, known, judged = back | goes, known & ~goes, judged & ~goes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property
 from inspect import signature
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.distributions import Distribution
@@ -14,10 +14,9 @@ from ...checks.arguments import as_tensor, check_tokens, factor, integer, severa
 from ..context.maps import Context
 from ..evidence.dense import DenseEvidence
 from ..evidence.lists import ListedEvidence
-from ..potentials import Potentials
-from ..potentials.tables import TokenGroups
+from ..potentials.circuit import Potentials
+from ..potentials.groups import TokenGroups
 from ..random import Generators, draw_categorical, uniform
-from ..recursions.chain import best_path
 from .latents import Latents
 
 
@@ -76,12 +75,28 @@ class CoupledCategorical(Distribution):
         temperature: float = 1.0,
         forbidden: torch.Tensor | None = None,
         top_k: int = 0,
-    ):
+    ) -> None:
         self.logits, self.potentials = logits, potentials
         self.temperature = factor("temperature", temperature)
         self.top_k = integer("top_k", top_k, least=0)
         shape, device = self._checked_shape(), logits.device
         super().__init__(shape[:1], shape[1:], validate_args=False)
+
+        def mask(name: str, value: torch.Tensor | None, default: bool, axes: int = 2):
+            value = torch.full(shape[:axes], default, device=device) if value is None else value
+            return as_tensor(name, value, bool, shape[:axes], device)
+
+        self.present = mask("present", present, True)
+        self.active = mask("active", active, True, axes=1)
+        self.observed = mask("observed", observed, False) & self.present
+        self.masked = self.present & ~self.observed
+        if tokens is None:
+            if bool(self.observed.any()):
+                raise ValueError("`tokens` must be given where `observed` is True.")
+            tokens = torch.zeros(shape, dtype=torch.long, device=device)
+        tokens = as_tensor("tokens", tokens, int, shape, device)
+        self.tokens = torch.where(self.observed, tokens, 0)
+        check_tokens("tokens", self.tokens, potentials.vocab_size)
         self.context = context if isinstance(context, Context) else Context(context)
         if (latent := self.context.latent) is not None:
             size = (*shape, potentials.num_latents)
@@ -92,74 +107,55 @@ class CoupledCategorical(Distribution):
             forbidden = as_tensor("forbidden", forbidden, bool, size, device)
         self.forbidden = forbidden
 
-        def where(name: str, value: torch.Tensor | None, default: bool, axes: int = 2):
-            value = torch.full(shape[:axes], default, device=device) if value is None else value
-            return as_tensor(name, value, bool, shape[:axes], device)
-
-        self.present = where("present", present, True)
-        self.active = where("active", active, True, axes=1)
-        self.observed = where("observed", observed, False) & self.present
-        self.masked = self.present & ~self.observed
-        if tokens is None:
-            if bool(self.observed.any()):
-                raise ValueError("`tokens` must be given where `observed` is True.")
-            tokens = torch.zeros(shape, dtype=torch.long, device=device)
-        tokens = as_tensor("tokens", tokens, int, shape, device)
-        self.tokens = torch.where(self.observed, tokens, 0)
-        check_tokens("tokens", self.tokens, potentials.vocab_size)
-
     def _checked_shape(self) -> tuple[int, int]:
         """`[B, L]`, once logits and potentials fit together."""
         logits, potentials = self.logits, self.potentials
         if not isinstance(potentials, Potentials):
             raise TypeError(f"`potentials` must be Potentials, got {shown(potentials)}.")
-        values = logits.log_probs if isinstance(logits, DenseEvidence) else logits
-        listed, vocab_size = isinstance(values, ListedEvidence), potentials.vocab_size
-        if not (listed or isinstance(values, torch.Tensor)):
-            raise TypeError(f"`logits` must be a tensor or evidence, got {shown(logits)}.")
-        shape = (*values.batch_shape, vocab_size) if listed else tuple(values.shape)
-        if len(shape) != 3 or shape[-1] != vocab_size:
-            raise ValueError(
-                f"`logits` must have shape [batch, length, {vocab_size}], got {shape}."
-            )
-        if not listed:
-            as_tensor("logits", values, float)
+        size, unspread = potentials.vocab_size, bool(self.top_k)
+        if isinstance(logits, ListedEvidence):
+            shape, unspread = (*logits.batch_shape, size), logits.groups is None
+        else:
+            values = logits.log_probs if isinstance(logits, DenseEvidence) else logits
+            if not isinstance(values, torch.Tensor):
+                raise TypeError(f"`logits` must be a tensor or evidence, got {shown(logits)}.")
+            shape = tuple(as_tensor("logits", values, float).shape)
+        if len(shape) != 3 or shape[-1] != size:
+            raise ValueError(f"`logits` must have shape [batch, length, {size}], got {shape}.")
         if getattr(logits, "temperature", self.temperature) != self.temperature:
             raise ValueError(
                 f"`logits` is evidence computed at temperature {logits.temperature}, so that "
                 f"`temperature` cannot be {self.temperature}: compute the evidence again."
             )
-        if (logits.groups is None if listed else self.top_k) and potentials.log_marginal is None:
+        if unspread and potentials.log_marginal is None:
             raise ValueError(
                 "There is no distribution by which the mass of tokens that are not listed is "
                 "spread: give the potentials a `log_marginal`."
             )
-        marginal = potentials.log_marginal
+        length = shape[1]
         for name, held, needed in (
-            ("log_marginal", 1 if marginal is None else len(marginal), shape[1]),
-            ("transition", potentials.transition.num_steps, shape[1] - 1),
-            ("emission", potentials.emission.num_positions, shape[1]),
+            ("transition", potentials.transition.num_steps, length - 1),
+            ("emission", potentials.emission.num_positions, length),
         ):
             if held != 1 and held < needed:
                 raise ValueError(
-                    f"`logits` cover {shape[1]} positions, but the circuit's untied {name} has "
-                    f"{held}."
+                    f"`logits` cover {length} positions, but the untied {name} only {held}."
                 )
-        return shape[:2]
+        return shape[0], length
 
     @cached_property
     def prediction(self) -> DenseEvidence | ListedEvidence:
         """The backbone's prediction without the circuit."""
         prediction, potentials = self.logits, self.potentials
         if isinstance(prediction, torch.Tensor):
+            how = self.temperature, self.forbidden
             logits = prediction.to(torch.promote_types(potentials.emission.dtype, torch.float32))
             if not self.top_k:
-                return DenseEvidence.from_logits(logits, self.temperature, self.forbidden)
-            how = self.top_k, self.temperature, self.forbidden
-            return ListedEvidence.from_logits(logits, *how, potentials.groups_without(how[-1]))
+                return DenseEvidence.from_logits(logits, *how)
+            return ListedEvidence.from_logits(logits, self.top_k, *how, potentials.groups)
         if isinstance(prediction, ListedEvidence) and prediction.groups is None:
-            marginal = potentials.log_marginal_without(self.forbidden)
-            return prediction.spread(TokenGroups(marginal, None, potentials.tables))
+            groups = TokenGroups(potentials.log_marginal, emission=potentials.emission)
+            return prediction.spread(groups, self.forbidden)
         return prediction
 
     @cached_property
@@ -180,17 +176,6 @@ class CoupledCategorical(Distribution):
         """`[B]` log Z; -inf where the circuit and the backbone share no completion."""
         return self.latents.filter.log_partition
 
-    @cached_property
-    def log_partition_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lower and upper `log Z`, `[B]` each, whatever top-k evidence left out.
-
-        The log-probability of listed tokens is off by no more than `log_partition` is.
-        """
-        if not isinstance(self.prediction, ListedEvidence):
-            return self.log_partition, self.log_partition
-        lower, upper = self.latents.filters(*map(self.latents.evidence_by, (0, 1)))
-        return lower.log_partition, upper.log_partition
-
     @property
     def latent_posterior(self) -> torch.Tensor:
         """`[B, L, H + J]`: the distribution of each latent, copy states last; zeros if absent."""
@@ -199,8 +184,13 @@ class CoupledCategorical(Distribution):
     @cached_property
     def factorized_logits(self) -> torch.Tensor:
         """`[B, L, V]` log-probabilities without the circuit; one-hot at observed positions."""
-        ours = not isinstance(self.logits, DenseEvidence)  # then they may be changed in place
-        return self.latents.pinned(self.prediction.dense(), in_place=ours)
+        log_probs = self.prediction.dense()
+        return self.latents.pinned(log_probs.clone() if log_probs is self._given else log_probs)
+
+    @property
+    def _given(self) -> torch.Tensor | None:
+        """The log-probabilities of the caller's own evidence, which are not to be changed."""
+        return self.logits.log_probs if isinstance(self.logits, DenseEvidence) else None
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         """Log-probability `[*S, B]` of tokens `[*S, B, L]`; -inf where it is zero.
@@ -284,7 +274,7 @@ class CoupledCategorical(Distribution):
     @torch.no_grad()
     def best_latents(self) -> torch.Tensor:
         """The most probable latent path `[B, L]`, whatever the tokens (`viterbi` chooses both)."""
-        return best_path(self.latents.chain(self.latents.evidence))[0]
+        return self.latents.own_chain.best_path()[0]
 
     def logits_given(self, latents: torch.Tensor) -> torch.Tensor:
         """Log-probabilities `[*S, B, L, V]` of each token given the latents `[*S, B, L]`.
@@ -325,7 +315,7 @@ class CoupledCategorical(Distribution):
         """
         self._check_tokens_left()
         best = self.latents.evidence_of_best_tokens()
-        latents, log_weight = best_path(self.latents.chain(best))
+        latents, log_weight = self.latents.chain(best).best_path()
         tokens = self.latents.log_probs_given(latents).argmax(-1)
         possible = self.log_partition > -torch.inf
         log_prob = torch.where(possible, log_weight - self.log_partition, -torch.inf)
@@ -347,11 +337,12 @@ class CoupledCategorical(Distribution):
     def without(self, token_ids: torch.Tensor) -> CoupledCategorical:
         """The same distribution with no potential for the tokens `token_ids` `[n]`."""
         self._check_logits("no token can be taken out, give `forbidden` when the evidence is made")
-        token_ids = as_tensor("token_ids", token_ids, int, device=self.tokens.device)
-        if token_ids.ndim != 1:
-            raise ValueError(f"`token_ids` must have one dimension, got {shown(token_ids)}.")
-        check_tokens("token_ids", token_ids, self.potentials.vocab_size)
-        return self._replace(logits=self.logits.index_fill(-1, token_ids, -torch.inf))
+        size, device = self.potentials.vocab_size, self.tokens.device
+        token_ids = as_tensor("token_ids", token_ids, int, device=device)
+        check_tokens("token_ids", token_ids, size)
+        never = torch.zeros(size, dtype=torch.bool, device=device)
+        never[token_ids] = True
+        return self._replace(forbidden=never if self.forbidden is None else never | self.forbidden)
 
     def with_temperature(self, temperature: float) -> CoupledCategorical:
         """The same distribution at another evidence temperature."""
@@ -365,11 +356,17 @@ class CoupledCategorical(Distribution):
         """The same distribution with the circuit applied in the rows `active` `[B]` only."""
         return self._replace(active=active)
 
-    def _replace(self, **changes) -> CoupledCategorical:
+    def _replace(self, **changes: Any) -> CoupledCategorical:
         names = signature(CoupledCategorical).parameters
         return CoupledCategorical(**{name: getattr(self, name) for name in names} | changes)
 
-    def _checked(self, value: torch.Tensor, name="value", size=None, what="ids of the vocabulary"):
+    def _checked(
+        self,
+        value: torch.Tensor,
+        name: str = "value",
+        size: int | None = None,
+        what: str = "ids of the vocabulary",
+    ) -> torch.Tensor:
         """`[*S, B, L]`, 0 where absent: tokens, or numbers below a size."""
         value = as_tensor(name, value, int, device=self.tokens.device)
         as_tensor(name, value, shape=(*value.shape[:-2], *self.tokens.shape))

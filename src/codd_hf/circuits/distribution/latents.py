@@ -1,26 +1,23 @@
-"""The latents of coupled windows: the evidence of them, and the tokens that they emit."""
+"""The latents of coupled windows, and the exact conditionals of single tokens."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 
 import torch
 from torch.nn import functional as F
 
-from ..context.copies import CopyStates, CopySteps
-from ..context.maps import Context
-from ..evidence.best import best_evidence
-from ..evidence.dense import DenseEvidence, emission_of_latents, mix_tokens
+from ..context.maps import Context, CopySteps
+from ..evidence.dense import DenseEvidence, best_evidence, log_probs_given, mix_tokens
 from ..evidence.lists import ListedEvidence
 from ..numerics import full_precision, logsumexp, pin_tokens, safe_log
-from ..potentials import Potentials
-from ..potentials.transitions import StepTransitions
+from ..potentials.circuit import Potentials, StepTransitions
 from ..random import Generators
-from ..recursions.chain import Chain, Filter, forward_filter, posterior, sample_paths
+from ..recursions.chain import Chain, Filter
 
-At = tuple[torch.Tensor, torch.Tensor]
+At = tuple[torch.Tensor, ...]
 """Rows `[N]` of a batch and their positions `[N]`."""
 
 
@@ -46,26 +43,12 @@ class Latents:
     active: torch.Tensor
     context: Context
 
-    @property
-    def device(self) -> torch.device:
-        """Where the windows are."""
-        return self.tokens.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of evidence and messages: float32, or float64 if the emissions are."""
-        return torch.promote_types(self.potentials.emission.dtype, torch.float32)
-
-    @cached_property
-    def copies(self) -> CopyStates | None:
-        """The copy states."""
-        copies = self.context.copies
-        return None if copies is None else copies.to(self.dtype)
-
-    @property
-    def num_copies(self) -> int:
-        """`J`."""
-        return 0 if self.copies is None else self.copies.tokens.shape[1]
+    def __post_init__(self) -> None:
+        self.device, self.copies = self.tokens.device, self.context.copies
+        self.emission, self.num_latents = self.potentials.emission, self.potentials.num_latents
+        self.num_copies = 0 if self.copies is None else self.copies.tokens.shape[1]
+        # Of evidence and messages: float32, or float64 if the emissions are.
+        self.dtype = torch.promote_types(self.emission.dtype, torch.float32)
 
     @cached_property
     def steps(self) -> StepTransitions | CopySteps:
@@ -83,7 +66,7 @@ class Latents:
         if latent is not None:
             latent = latent.to(self.dtype).masked_fill(~self.active[:, None, None], 0)
             prior = prior + F.pad(latent, (0, self.num_copies))
-        return Chain.start(initial, self.steps, prior, self.present).evidence
+        return Chain(self.steps, prior, self.present).started(initial).evidence
 
     def chain(self, evidence: torch.Tensor) -> Chain:
         """The chain with log-evidence `[S * B, L, H + J]`, of one or more copies of the batch."""
@@ -94,31 +77,19 @@ class Latents:
     @cached_property
     def evidence(self) -> torch.Tensor:
         """`[B, L, H + J]`: the log-evidence of predictions where masked, of tokens elsewhere."""
-        return self.evidence_by(None)
-
-    def evidence_by(self, bound: int | None) -> torch.Tensor:
-        """`evidence`, or a lower (0) or upper (1) bound, whatever a list of tokens left out."""
         at = (self.masked & self.active[:, None]).nonzero(as_tuple=True)
-        prediction, given = self.prediction, (self.potentials.tables, at[1])
-        if bound is None:
-            soft = prediction[at].soft_evidence(*given)
-        else:
-            soft = prediction[at].soft_evidence_bounds(*given)[bound]
+        soft = self.prediction[at].soft_evidence(self.emission, at[1])
         if self.copies is not None:
-            copied = self.copies.soft_evidence(
-                prediction.log_prob_of
-                if bound is None
-                else lambda tokens: prediction.log_prob_bounds_of(tokens)[bound]
-            )
+            copied = self.copies.soft_evidence(self.prediction.log_prob_of)
             soft = torch.cat((soft, copied[at]), -1)
         return self.hard_evidence(self.tokens).index_put(at, soft.to(self.dtype))
 
     def evidence_of_best_tokens(self) -> torch.Tensor:
         """`evidence` with a maximum over tokens in place of the sum."""
-        at, tables = self.masked.nonzero(as_tuple=True), self.potentials.tables
+        at = self.masked.nonzero(as_tuple=True)
         log_phi = self.prediction[at].dense()
-        best = best_evidence(log_phi, at[1], tables).to(self.dtype)
-        best = torch.cat((best, self.evidence[at][:, self.potentials.num_latents :]), -1)
+        best = best_evidence(log_phi, at[1], self.emission).to(self.dtype)
+        best = torch.cat((best, self.evidence[at][:, self.num_latents :]), -1)
         best = torch.where(self.active[at[0], None], best, log_phi.amax(-1, keepdim=True))
         return self.evidence.index_put(at, best)
 
@@ -128,7 +99,7 @@ class Latents:
         if at is None:
             rows, positions = (torch.arange(n, device=self.device) for n in tokens.shape[-2:])
             at = rows[:, None], positions
-        evidence = self.potentials.emission.columns(tokens, at[1]).to(self.dtype)
+        evidence = self.emission.columns(tokens, at[1]).to(self.dtype)
         if self.copies is not None:
             emits = self.copies.tokens[at[0]] == tokens[..., None]
             copied = torch.where(emits, self.copies.weight[at[0]], -torch.inf)
@@ -136,27 +107,36 @@ class Latents:
         return torch.where(self.active[at[0], None], evidence, 0)
 
     @cached_property
-    def filter(self) -> Filter:
-        """The forward pass over `evidence`."""
-        return self.filters(self.evidence)[0]
+    def own_chain(self) -> Chain:
+        """The chain with the latents' own evidence."""
+        return self.chain(self.evidence)
 
-    def filters(self, *evidence: torch.Tensor) -> list[Filter]:
-        """Forward passes over log-evidence `[S * B, L, H + J]`, all at once."""
-        stacked = forward_filter(self.chain(torch.cat(evidence)))
-        undefined = stacked.log_partition.isnan().nonzero()
+    @cached_property
+    def filter(self) -> Filter:
+        """The forward pass over it."""
+        return self._checked(self.own_chain.filter())
+
+    def _checked(self, filtered: Filter) -> Filter:
+        undefined = filtered.log_partition.isnan().nonzero()
         if len(undefined):
             raise ValueError(
                 "`logits`, `context` or the potentials hold NaN or infinity in row "
                 f"{int(undefined[0]) % len(self.tokens)}: check what made them."
             )
-        sizes = [len(part) for part in evidence]
-        ends = accumulate(sizes)
-        return [stacked.part(slice(end - n, end)) for n, end in zip(sizes, ends, strict=True)]
+        return filtered
+
+    def _filter_with(self, evidence: torch.Tensor) -> Filter:
+        """`filter`, and the forward pass over other evidence `[S * B, L, H + J]`, at once."""
+        both = self.chain(torch.cat((self.evidence, evidence))).filter()
+        sizes = len(self.evidence), len(evidence)
+        parts = [tensor.split(sizes) for tensor in self._checked(both)]
+        self.filter, other = (Filter(*part) for part in zip(*parts, strict=True))
+        return other
 
     def filter_with(self, other: Latents) -> None:
         """Runs both forward passes at once; all but the predictions must be the same."""
-        other.copies, other.steps, other.prior = self.copies, self.steps, self.prior
-        self.filter, other.filter = self.filters(self.evidence, other.evidence)
+        other.steps, other.prior = self.steps, self.prior
+        other.filter = self._filter_with(other.evidence)
 
     def log_weight(self, evidence: torch.Tensor) -> torch.Tensor:
         """`[*S, B]`: log of the sum over paths with other log-evidence `[*S, B, L, H + J]`.
@@ -164,35 +144,31 @@ class Latents:
         The forward pass over the chain's own runs along, if it has not been asked for yet.
         """
         stacked = evidence.flatten(0, -3)
-        if "filter" not in self.__dict__:
-            self.filter, filtered = self.filters(self.evidence, stacked)
+        if "filter" in self.__dict__:
+            filtered = self._checked(self.chain(stacked).filter())
         else:
-            (filtered,) = self.filters(stacked)
+            filtered = self._filter_with(stacked)
         return filtered.log_partition.view(evidence.shape[:-2])
 
     @cached_property
     def posterior(self) -> torch.Tensor:
         """`[B, L, H + J]`: the distribution of each latent; zeros at absent positions."""
-        return posterior(self.chain(self.evidence), self.filter)
+        return self.own_chain.posterior(self.filter.messages)
 
     def sample(self, sample_shape: tuple[int, ...], generator: Generators) -> torch.Tensor:
         """Joint samples `[*sample_shape, B, L]` of the latent path."""
-        return sample_paths(self.chain(self.evidence), self.filter, sample_shape, generator)
+        return self.own_chain.sample(self.filter.messages, sample_shape, generator)
 
     def token_probs(self, at: At, posterior: torch.Tensor) -> torch.Tensor:
         """`[N, V]`: distributions of the tokens at masked positions, given those of the latents.
 
-        They are the backbone's own in rows that are not active, and where nothing is possible.
-
-        Args:
-            at: the positions.
-            posterior: `[N, H + J]`; zeros where nothing is possible.
+        They are the backbone's own in inactive rows and where the `posterior` `[N, H + J]` is zero.
         """
         log_phi = self.prediction[at].dense()
         weights, copied = self._emitted(at, posterior)
-        mixed = mix_tokens(log_phi, weights, at[1], self.potentials.tables)
+        mixed = mix_tokens(log_phi, weights, at[1], self.emission)
         if self.copies is not None:
-            own = posterior[:, : self.potentials.num_latents].sum(-1, keepdim=True)
+            own = posterior[:, : self.num_latents].sum(-1, keepdim=True)
             tokens, copied = self.copies.tokens[at[0]], copied.to(mixed.dtype)
             mixed = (own * mixed).scatter_add(1, tokens, copied)
         coupled = self._coupled(at, posterior)
@@ -202,7 +178,7 @@ class Latents:
         """`[N]`: what `token_probs` give to tokens `[N]`, at no cost in the vocabulary."""
         log_phi = self.prediction[at].log_prob_of(tokens)
         weights, copied = self._emitted(at, posterior)
-        columns = self.potentials.emission.columns(tokens, at[1]).to(self.dtype)
+        columns = self.emission.columns(tokens, at[1]).to(self.dtype)
         mixed = (log_phi + logsumexp(weights + columns, -1)).exp()
         if self.copies is not None:
             emits = self.copies.tokens[at[0]] == tokens[:, None]
@@ -211,8 +187,8 @@ class Latents:
 
     def _emitted(self, at: At, posterior: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`log posterior(z) / s(z)`, `[N, H]`: weights of emissions; and the copies' posterior."""
-        states, copied = posterior.split((self.potentials.num_latents, self.num_copies), -1)
-        weights, evidence = safe_log(states), self.evidence[at][:, : states.shape[-1]]
+        states, copied = posterior.split((self.num_latents, self.num_copies), -1)
+        weights, evidence = safe_log(states), self.evidence[at][:, : self.num_latents]
         return weights - torch.where(weights == -torch.inf, 0, evidence), copied
 
     def _coupled(self, at: At, posterior: torch.Tensor) -> torch.Tensor:
@@ -220,31 +196,122 @@ class Latents:
 
     def log_probs_given(self, latents: torch.Tensor) -> torch.Tensor:
         """`[*S, B, L, V]`: log-probabilities of the tokens given latents `[*S, B, L]`."""
-        emission, number = self.potentials.emission, self.potentials.num_latents
-        states = latents.clamp(max=number - 1)
         # The sum over the vocabulary is the evidence of the latent, which is known already.
         total = self.evidence.expand(*latents.shape, -1).gather(-1, latents[..., None])[..., 0]
         coupled = self.masked & self.active[:, None] & (total > -torch.inf)
-        total = total.masked_fill(~coupled, 0)
-        if torch.is_grad_enabled():
-            log_phi, rows = self.prediction.dense(), emission_of_latents(emission, states)
-            scores = log_phi + rows.to(self.dtype) - total[..., None]
-            scores = torch.where(coupled[..., None], scores, log_phi)
-        else:
-            scores = self.prediction.given_latents(emission, states, total)
-            at = (~coupled & ~self._observed).nonzero(as_tuple=True)
-            scores[at] = self.prediction[at[-2:]].dense().to(scores.dtype)
+        total, states = total.masked_fill(~coupled, 0), latents.clamp(max=self.num_latents - 1)
+        scores = log_probs_given(self.prediction, self.emission, states, total)
+        at = (~coupled & ~self._observed).nonzero(as_tuple=True)
+        scores[at] = self.prediction[at[-2:]].dense().to(scores.dtype)
         if self.copies is not None:
-            copied, place = (latents >= number) & coupled, (latents - number).clamp(min=0)
-            tokens = self.copies.tokens.expand(*latents.shape[:-1], -1).gather(-1, place)
-            scores = pin_tokens(copied, tokens, scores, in_place=True)
-        return self.pinned(scores, in_place=True)
+            place = latents - self.num_latents
+            tokens = self.copies.tokens.expand(*latents.shape[:-1], -1)
+            tokens = tokens.gather(-1, place.clamp(min=0))
+            scores = pin_tokens((place >= 0) & coupled, tokens, scores)
+        return self.pinned(scores)
 
     @property
     def _observed(self) -> torch.Tensor:
         return ~self.masked if self.present is None else ~self.masked & self.present
 
-    def pinned(self, log_probs: torch.Tensor, in_place: bool) -> torch.Tensor:
-        """Log-probabilities `[*S, B, L, V]` that are sure of the observed tokens."""
+    def pinned(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities `[*S, B, L, V]` that are sure of the observed tokens.
+
+        They are changed in place unless they have a gradient.
+        """
         where, tokens = (t.expand(log_probs.shape[:-1]) for t in (self._observed, self.tokens))
-        return pin_tokens(where, tokens, log_probs, in_place)
+        return pin_tokens(where, tokens, log_probs)
+
+    @torch.no_grad()
+    def leave_one_out(
+        self,
+        tokens: torch.Tensor,
+        known: torch.Tensor,
+        soft_evidence: torch.Tensor,
+        log_probs: torch.Tensor,
+    ) -> torch.Tensor:
+        r"""Probability `[B, L]` of each known token given all other known ones, in one pass.
+
+            p(x_i | x_{known \ i})
+                = phi_i(x_i) \sum_z around_i(z) E(z, x_i) / \sum_z around_i(z) s_i(z)
+
+        Here `around_i(z)` is what the rest of the chain gives to the latent: the product of the
+        messages from both sides. The sum over the vocabulary is the soft evidence `s_i`.
+
+        A backbone predicts what is masked. For tokens that were masked in an earlier pass,
+        `soft_evidence` and `log_probs` may be those of that pass.
+
+        Args:
+            tokens: `[B, L]`; used where `known`.
+            known: `[B, L]` bool.
+            soft_evidence: `[B, L, H + J]`, log of `s_i`: `evidence` of this or an earlier pass.
+            log_probs: `[B, L]`, `log phi_i(x_i)` of the known tokens.
+        """
+        hard = self.hard_evidence(torch.where(known, tokens, 0))
+        chain = self.chain(torch.where(known[..., None], hard, soft_evidence))
+        # No state gives a token more than it gives to all; copy states may have changed since.
+        of_token = torch.minimum(log_probs[..., None] + hard, soft_evidence)
+        around = chain.around() + self.prior
+        of_one, of_all = (logsumexp(around + e, -1) for e in (of_token, soft_evidence))
+        return torch.where(of_all == -torch.inf, 0, (of_one - of_all).exp())
+
+
+class IncrementalPosterior:
+    """Posteriors of tokens over the same `B` windows, while others become known one by one.
+
+    A token changes the evidence of one position. It renews the messages from the left behind that
+    position and those from the right before it: one pass over the chain in place of two, over the
+    windows that got a token, as far as there are masks. All distributions go through it together.
+
+    Args:
+        latents: alike in all but the evidence temperature.
+        wanted: `[B, L]` bool, the masked positions that are asked for until they are revealed.
+    """
+
+    def __init__(self, latents: Sequence[Latents], wanted: torch.Tensor) -> None:
+        self.latents, self.wanted, self.device = latents, wanted.clone(), wanted.device
+        self._chain = latents[0].chain(torch.cat([each.evidence for each in latents]))
+        messages = torch.cat([each.filter.messages for each in latents])
+        self._past = messages.transpose(0, 1).contiguous()  # [L, S * B, H + J]
+        self._future = self._chain.one.expand_as(self._past).clone()
+        # Where the windows of a distribution stand in the stacked chains.
+        self._rows = torch.arange(len(messages), device=self.device).view(len(latents), -1)
+        self._renew(self._rows[0], wanted.shape[1], wanted.shape[1] - 1)
+
+    def token_probs(self, index: int, at: At) -> torch.Tensor:
+        """`[N, V]`: of the tokens at wanted positions, given what is known, by a distribution."""
+        return self.latents[index].token_probs(at, self._posterior(index, at))
+
+    def prob_of(self, tokens: torch.Tensor, index: int, at: At) -> torch.Tensor:
+        """`[N]`: what `token_probs` give to tokens `[N]`, at no cost in the vocabulary."""
+        return self.latents[index].prob_of(tokens, at, self._posterior(index, at))
+
+    def reveal(self, at: At, tokens: torch.Tensor) -> None:
+        """Makes the tokens `[n]` at wanted positions known, one of a window, windows in order."""
+        windows, positions = at
+        evidence = self.latents[0].hard_evidence(tokens, at) + self.latents[0].prior[at]
+        self._chain.evidence[self._rows[:, windows], positions] = evidence
+        self.wanted[at] = False
+        self._renew(windows, int(positions.min()), int(positions.max()))
+
+    @torch.no_grad()
+    @full_precision
+    def _renew(self, windows: torch.Tensor, first: int, last: int) -> None:
+        """Messages of windows whose evidence has changed at positions `first` to `last`."""
+        columns = self.wanted[windows].any(0).nonzero()[:, 0]
+        if len(columns) == 0:
+            return
+        rows = self._rows[:, windows].flatten()
+        every = len(windows) == len(self.wanted)
+        chain = replace(self._chain) if every else self._chain.select(rows)
+        before = None if first == 0 else self._past[first - 1, rows]
+        for i, (message, _) in enumerate(chain.forward(first, int(columns[-1]), before), first):
+            self._past[i, rows] = message
+        futures = chain.backward(int(columns[0]), last, self._future[last, rows])
+        for i, future in zip(range(last, -1, -1), futures, strict=False):
+            self._future[i, rows] = future
+
+    def _posterior(self, index: int, at: At) -> torch.Tensor:
+        """`[N, H + J]`: distributions of the latents; zeros where nothing is possible."""
+        place = at[1], self._rows[index, at[0]]
+        return self._chain.law(self._past[place], self._future[place])

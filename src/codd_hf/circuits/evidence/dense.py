@@ -8,15 +8,20 @@ keeps a short list of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..numerics import LOST_MASS, full_precision, log_softmax, logsumexp, normalised_exp
-from ..potentials.emissions import Emission
-from ..potentials.tables import ELEMENTS_AT_ONCE, UNDERFLOW, EmissionTables
+from ..potentials.emissions import ELEMENTS_AT_ONCE, UNDERFLOW, Emission
 from .listing import slice_size
+
+if TYPE_CHECKING:
+    from .lists import ListedEvidence
+
+FIRST_LIST = 64
+"""How many of a prediction's likeliest tokens are tried first where the best one is looked for."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +54,15 @@ class DenseEvidence:
 
     @property
     def batch_shape(self) -> torch.Size:
+        """The shape of the batch of predictions."""
         return self.log_probs.shape[:-1]
 
     @property
     def device(self) -> torch.device:
+        """Where they are."""
         return self.log_probs.device
 
-    def __getitem__(self, index) -> DenseEvidence:
+    def __getitem__(self, index: Any) -> DenseEvidence:
         """The predictions at some places of the batch, such as `prediction[rows, positions]`."""
         return replace(self, log_probs=self.log_probs[index])
 
@@ -70,45 +77,25 @@ class DenseEvidence:
         """`[*batch, V]` log-probabilities."""
         return self.log_probs
 
-    @full_precision
-    def given_latents(
-        self, emission: Emission, latents: torch.Tensor, log_total: torch.Tensor
-    ) -> torch.Tensor:
-        """`dense() + emission_of_latents(emission, latents) - log_total`; not differentiable.
-
-        Args:
-            emission: the emission.
-            latents: `[*S, *batch]`.
-            log_total: `[*S, *batch]`, whose dtype the result has.
-        """
-        scores = log_total.new_empty(*latents.shape, emission.vocab_size)
-        log_probs = self.log_probs.reshape(-1, scores.shape[-1])
-        log_total = log_total.reshape(-1, 1)
-        copies = torch.arange(len(log_total), device=self.device) % max(len(log_probs), 1)
-        once = len(log_total) == len(log_probs)
-        for part, rows in rows_of_latents(emission, latents, scores):
-            rows.add_(log_probs[part if once else copies[part]]).sub_(log_total[part])
-        return scores
+    def add(self, scores: torch.Tensor, at: torch.Tensor | slice, out: torch.Tensor) -> None:
+        """Writes scores `[n, V]` plus the log-probabilities at places of the flat batch."""
+        torch.add(scores, self.log_probs.reshape(-1, out.shape[-1])[at], out=out)
 
     @full_precision
-    def soft_evidence(self, tables: EmissionTables, positions: torch.Tensor) -> torch.Tensor:
-        """Exact `log s(z)`, `[N, H]`, of a batch of `N` predictions; differentiable.
+    def soft_evidence(self, emission: Emission, positions: torch.Tensor) -> torch.Tensor:
+        """Exact `log s(z)`, `[N, H]`, of a batch of `N` predictions at positions `[N]`.
 
-        Sums that underflow are repeated in log space.
-
-        Args:
-            tables: of the emission.
-            positions: `[N]`, where in the window each prediction stands.
+        Differentiable. Sums that underflow are repeated in log space.
         """
-        log_phi = self.log_probs.to(torch.promote_types(tables.log_max.dtype, self.log_probs.dtype))
-        sums = tables.sums(log_phi.exp(), positions)
-        lost = sums < UNDERFLOW if tables.can_underflow else sums <= 0
-        log_evidence = sums.masked_fill(lost, 1).log() + tables.log_scale(positions).to(sums.dtype)
+        dtype = torch.promote_types(emission.log_max.dtype, self.log_probs.dtype)
+        log_phi = self.log_probs.to(dtype)
+        sums = emission.sums(log_phi.exp(), positions)
+        lost = sums < UNDERFLOW if emission.can_underflow else sums <= 0
+        log_evidence = sums.masked_fill(lost, 1).log() + emission.log_scale(positions).to(dtype)
         log_evidence = log_evidence.masked_fill(lost, -torch.inf)
-        rows, states = lost.nonzero(as_tuple=True) if tables.can_underflow else ((), ())
-        if not len(rows):
+        if not (emission.can_underflow and bool(lost.any())):
             return log_evidence
-        emission = tables.emission
+        rows, states = lost.nonzero(as_tuple=True)
         count = max(ELEMENTS_AT_ONCE // emission.vocab_size, 1)
         exact = [
             logsumexp(log_phi[r] + emission.rows(z, positions[r]), -1)
@@ -118,41 +105,34 @@ class DenseEvidence:
 
 
 @full_precision
-def hard_evidence(emission: Emission, tokens: torch.Tensor) -> torch.Tensor:
-    """`log E_i(z, x_i)`, `[..., L, H]`, of tokens `[..., L]`."""
-    return emission.columns(tokens, torch.arange(tokens.shape[-1], device=tokens.device))
-
-
-@full_precision
-def emission_of_latents(emission: Emission, latents: torch.Tensor) -> torch.Tensor:
-    """`log E_i(z_i, v)`, `[..., L, V]`, of latents `[..., L]`."""
-    return emission.rows(latents, torch.arange(latents.shape[-1], device=latents.device))
-
-
-def rows_of_latents(
-    emission: Emission, latents: torch.Tensor, scores: torch.Tensor
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Fills `scores [*S, *batch, V]` with `emission_of_latents`, few rows at a time.
-
-    Yields which of the rows, and the rows `[n, V]` themselves, to be worked on while they are in
-    the processor's cache.
-    """
-    length = latents.shape[-1]
-    positions = torch.arange(length, device=latents.device).expand_as(latents).reshape(-1)
-    latents, scores = latents.reshape(-1), scores.view(-1, scores.shape[-1])
-    number = max(slice_size(scores.device) // scores.shape[-1], 1)
-    for first in range(0, len(scores), number):
-        part = slice(first, first + number)
-        emission.rows_into(scores[part], latents[part], positions[part])
-        yield part, scores[part]
+def log_probs_given(
+    prediction: DenseEvidence | ListedEvidence,
+    emission: Emission,
+    latents: torch.Tensor,
+    log_total: torch.Tensor,
+) -> torch.Tensor:
+    """`log phi(v) + log E_i(z_i, v) - log_total`, `[*S, *batch, V]`, of latents `[*S, *batch]`."""
+    positions = torch.arange(latents.shape[-1], device=latents.device)
+    if torch.is_grad_enabled():
+        scores = prediction.dense() + emission.rows(latents, positions).to(log_total.dtype)
+        return scores - log_total[..., None]
+    scores = log_total.new_empty(*latents.shape, emission.vocab_size)
+    flat, total = scores.view(-1, emission.vocab_size), log_total.reshape(-1, 1)
+    states, positions = latents.reshape(-1), positions.expand_as(latents).reshape(-1)
+    number = prediction.batch_shape.numel()
+    copies = torch.arange(len(flat), device=latents.device) % max(number, 1)
+    rows = max(slice_size(scores.device) // emission.vocab_size, 1)  # those stay in the cache
+    for first in range(0, len(flat), rows):
+        part = slice(first, first + rows)
+        at = part if len(flat) == number else copies[part]
+        prediction.add(emission.rows(states[part], positions[part]), at, out=flat[part])
+        flat[part].sub_(total[part])
+    return scores
 
 
 @full_precision
 def mix_tokens(
-    log_phi: torch.Tensor,
-    weights: torch.Tensor,
-    positions: torch.Tensor,
-    tables: EmissionTables,
+    log_phi: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, emission: Emission
 ) -> torch.Tensor:
     """Token probabilities `[N, V]` proportional to `phi(v) sum_z exp(weights(z)) E(z, v)`.
 
@@ -160,27 +140,49 @@ def mix_tokens(
         log_phi: `[N, V]`.
         weights: `[N, H]` log-weights of the states.
         positions: `[N]`.
-        tables: of the emission.
+        emission: of the circuit.
     """
-    emission = tables.emission
-    dtype = torch.promote_types(tables.log_max.dtype, log_phi.dtype)
+    dtype = torch.promote_types(emission.log_max.dtype, log_phi.dtype)
     log_phi, weights = log_phi.to(dtype), weights.to(dtype)
-
-    def at(position: int, rows: torch.Tensor | slice) -> torch.Tensor:
-        mixture = normalised_exp(weights[rows] + tables.log_scale(position).to(dtype))
-        return torch.cat([mixture @ make() for _, make in tables.factors(position, dtype)], -1)
-
-    probs = tables.by_position(positions, at) * log_phi.exp()
+    mixture = normalised_exp(weights + emission.log_scale(positions).to(dtype))
+    probs = emission.mixtures(mixture, positions) * log_phi.exp()
     total = probs.sum(-1, keepdim=True)
     lost = total <= LOST_MASS
     probs = probs / total.masked_fill(lost, 1)
-    rows = lost[:, 0].nonzero()[:, 0]
-    exact = []
+    exact, rows = [], lost[:, 0].nonzero()[:, 0]
     for row in rows.tolist():
-        chunks = emission.chunks(max(ELEMENTS_AT_ONCE // emission.num_latents, 1), positions[row])
-        mixed = [logsumexp(weights[row][:, None] + matrix, 0) for _, matrix in chunks]
+        size = max(ELEMENTS_AT_ONCE // emission.num_latents, 1)
+        chunks = emission.chunks(size, int(positions[row]))
+        mixed = [logsumexp(weights[row][:, None] + chunk, 0) for chunk in chunks]
         exact.append(normalised_exp(log_phi[row] + torch.cat(mixed)))
     return probs.index_put((rows,), torch.stack(exact)) if exact else probs
+
+
+@full_precision
+def best_evidence(
+    log_phi: torch.Tensor, positions: torch.Tensor, emission: Emission
+) -> torch.Tensor:
+    """`max_v log phi(v) + log E(z, v)`, `[N, H]`, of `log_phi [N, V]` at positions `[N]`; exact.
+
+    A maximum is no matrix product, and would go through all `N H V` pairs. But a token that is not
+    among the `k` likeliest adds at most the probability of the last of them and the state's largest
+    emission. Predictions for which that does not rule out all others are looked at again with a
+    longer list.
+    """
+    best = log_phi.new_empty(len(log_phi), emission.num_latents)
+    largest = emission.log_max[positions % len(emission.log_max)]
+    rows, size = torch.arange(len(log_phi), device=log_phi.device), FIRST_LIST
+    while len(rows):
+        size = min(size, emission.vocab_size)
+        settled = []
+        for part in rows.split(max(ELEMENTS_AT_ONCE // (size * emission.num_latents), 1)):
+            values, tokens = log_phi[part].topk(size, -1)
+            columns = emission.columns(tokens, positions[part, None])
+            best[part] = (columns + values[..., None]).amax(1).to(best.dtype)
+            settled.append((best[part] >= values[:, -1:] + largest[part]).all(1))
+        rows = rows[~torch.cat(settled)] if size < emission.vocab_size else rows[:0]
+        size *= 4
+    return best
 
 
 def scaled_logits(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from ..numerics import exp_of_difference
+from ..potentials.groups import TokenGroups
 
 SLICE_IN_CACHE = 1 << 21
 """Numbers that are worked on at once on a CPU."""
@@ -54,8 +55,7 @@ def list_likeliest(
     k: int,
     temperature: float,
     forbidden: torch.Tensor | None,
-    groups: torch.Tensor | None,
-    num_groups: int,
+    groups: TokenGroups | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Splits logits over the temperature into the `k` largest and the rest; not differentiable.
 
@@ -66,49 +66,39 @@ def list_likeliest(
         k: from 1 to `V`.
         temperature: positive.
         forbidden: `[V]` bool, tokens that have no mass.
-        groups: `[V]`, to which group each token belongs; None, all to one.
-        num_groups: how many there are.
+        groups: of tokens; None, all are one.
 
     Returns:
         The `k` largest, `[N, k]` in float32 or float64; their tokens, `[N, k]`; and the
-        `logsumexp` of all others, group by group, `[N, num_groups]`.
+        `logsumexp` of all others, group by group, `[N, C]`.
     """
     size, at_once = logits.shape[-1], slice_size(logits.device)
     never = torch.zeros(0, dtype=torch.long, device=logits.device)
     if forbidden is not None:
         never = forbidden.nonzero()[:, 0]
-    found, dtype = [], torch.promote_types(logits.dtype, torch.float32)
+    listed, tokens, others = [], [], []
     # More rows than are summed together: the search goes through maxima, which are few.
     for part in logits.split(max(2 * at_once // size, 1)):
         # Tokens that must not be listed are few and unlikely: out of a longer list, if at all.
         values, indices = likeliest(part, min(k + 1 + len(never), size))
-        values, out = values.to(dtype), torch.isin(indices, never)
+        values = values.to(torch.promote_types(logits.dtype, torch.float32))
+        out = torch.isin(indices, never)
         if bool(out.any()):
             values, order = values.masked_fill(out, -torch.inf).sort(-1, descending=True)
             indices = indices.gather(1, order)
         values, indices = values[:, : k + 1] / temperature, indices[:, :k]
-        rest = values.new_full((len(part), num_groups), -torch.inf)
-        if values.shape[1] > k:
-            largest = values[:, k:].masked_fill(values[:, k:] == -torch.inf, 0)
-            rows, sums = max(at_once // 2 // size, 1), []
-            weights = torch.empty_like(part[:rows], dtype=dtype)
-            for scores, listed, shift in zip(
-                *(tensor.split(rows) for tensor in (part, indices, largest)), strict=True
-            ):
-                weights = weights[: len(scores)]
-                exp_of_difference(scores, shift, out=weights, factor=1 / temperature)
-                weights.scatter_(-1, listed, 0.0).index_fill_(-1, never, 0.0)
-                sums.append(sum_by_group(weights, groups, num_groups))
-            rest = torch.cat(sums).log() + largest
-        found.append((values[:, :k], indices, rest))
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+        listed.append(values[:, :k])
+        tokens.append(indices)
+        largest = values[:, -1:].masked_fill(values[:, -1:] == -torch.inf, 0)
+        weights = torch.empty_like(part[: max(at_once // 2 // size, 1)], dtype=values.dtype)
+        pieces = (tensor.split(max(len(weights), 1)) for tensor in (part, indices, largest))
+        for scores, own, shift in zip(*pieces, strict=True):
+            rest = exp_of_difference(scores, shift, weights[: len(scores)], 1 / temperature)
+            rest.scatter_(-1, own, 0.0).index_fill_(-1, never, 0.0)
+            others.append(sum_by_group(rest, groups).log() + shift)
+    return torch.cat(listed), torch.cat(tokens), torch.cat(others)
 
 
-def sum_by_group(
-    weights: torch.Tensor, groups: torch.Tensor | None, num_groups: int
-) -> torch.Tensor:
-    """`[..., num_groups]`: sums of weights `[..., V]` by `groups` `[V]`; None: all are one."""
-    if groups is None:
-        return weights.sum(-1, keepdim=True)
-    sums = weights.new_zeros(*weights.shape[:-1], num_groups)
-    return sums.scatter_add(-1, groups.expand_as(weights), weights)
+def sum_by_group(weights: torch.Tensor, groups: TokenGroups | None) -> torch.Tensor:
+    """`[..., C]`: sums of weights `[..., V]` of the tokens; None: all are one group."""
+    return weights.sum(-1, keepdim=True) if groups is None else groups.sums(weights)

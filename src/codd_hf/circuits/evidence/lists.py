@@ -11,7 +11,7 @@ groups' means `U_c(z) = \sum_{v in c} u(v) E(z, v)`, which are made once:
 
     s(z) = \sum_{v in T} (phi(v) - w_c(v) u(v)) E(z, v) + \sum_c w_c U_c(z),  w_c = r_c / u(c \ T)
 
-It is exact when `k = V`, and otherwise within `soft_evidence_bounds`.
+It is exact when `k = V`.
 
 Where nearly all of a group's marginal is listed, what is left of it is mostly rounding error. A
 group takes mass for at least `SMALLEST_PART` of its marginal's, and what is then left over, with a
@@ -25,14 +25,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from ..numerics import exp_of_difference, full_precision, logsumexp, safe_log, shifted_exp
-from ..potentials.emissions import Emission, stored_by_latent
-from ..potentials.tables import EmissionTables, TokenGroups
-from .dense import DenseEvidence, rows_of_latents, scaled_logits
+from ..potentials.emissions import DenseEmission, Emission
+from ..potentials.groups import TokenGroups
+from .dense import DenseEvidence, scaled_logits
 from .listing import list_likeliest, slice_size, sum_by_group
 
 SMALLEST_PART = 1e-3
@@ -52,8 +53,8 @@ class ListedEvidence:
         log_rest: `[*batch, C]`, log of the mass of each group's other tokens; -inf when `k = V`.
         temperature: the evidence temperature it was computed at.
         groups: by which that mass is spread (`spread`).
-        rows: `[*batch]` long, which row of the groups' marginal each prediction uses.
-        log_weights: `[*batch, C]`, what to add to it for the log-probability of a group's tokens.
+        log_weights: `[*batch, C]`, what to add to the marginal for the log-probability of a group's
+            tokens.
     """
 
     indices: torch.Tensor
@@ -61,7 +62,6 @@ class ListedEvidence:
     log_rest: torch.Tensor
     temperature: float = 1.0
     groups: TokenGroups | None = None
-    rows: torch.Tensor | None = None
     log_weights: torch.Tensor | None = None
 
     @classmethod
@@ -79,7 +79,7 @@ class ListedEvidence:
             logits: `[*batch, V]`, of any floating dtype; a row that is -inf throughout stays so.
             k: from 1 to `V`.
             temperature: positive.
-            forbidden: `[V]` bool, tokens that get no mass, nor have any in the groups' marginal.
+            forbidden: `[V]` bool, tokens that get no mass.
             groups: of tokens; None is one group, still without a distribution.
 
         Raises:
@@ -87,39 +87,37 @@ class ListedEvidence:
         """
         if not 1 <= k <= logits.shape[-1]:
             raise ValueError(f"`k` must be in [1, {logits.shape[-1]}], got {k}.")
-        index, number = (None, 1) if groups is None else (groups.index, groups.number)
         if torch.is_grad_enabled() and logits.requires_grad:
             logits = scaled_logits(logits, temperature, forbidden)
             listed, indices = logits.topk(k, -1)
             others, shift = shifted_exp(logits.scatter(-1, indices, -torch.inf), -1)
-            rest = safe_log(sum_by_group(others, index, number)) + shift
+            rest = safe_log(sum_by_group(others, groups)) + shift
         else:
             flat = logits.reshape(-1, logits.shape[-1])
-            found = list_likeliest(flat, k, temperature, forbidden, index, number)
+            found = list_likeliest(flat, k, temperature, forbidden, groups)
             shape = logits.shape[:-1]
             listed, indices, rest = (part.view(*shape, part.shape[-1]) for part in found)
         total = logsumexp(torch.cat((listed, rest), -1), -1)[..., None]
         total = total.masked_fill(total == -torch.inf, 0)
         evidence = cls(indices, listed - total, rest - total, temperature)
-        return evidence if groups is None else evidence.spread(groups)
+        return evidence if groups is None else evidence.spread(groups, forbidden)
 
-    def spread(self, groups: TokenGroups) -> ListedEvidence:
+    def spread(self, groups: TokenGroups, forbidden: torch.Tensor | None = None) -> ListedEvidence:
         """The same with the distribution by which the groups' mass is spread.
 
-        With one row a position, row `i` is for position `i` of the batch's last axis.
+        Forbidden tokens `[V]` that it gives mass to are listed, with none.
         """
-        rows = torch.zeros_like(self.indices[..., 0])
-        if len(groups.log_marginal) > 1:
-            rows = rows + torch.arange(rows.shape[-1], device=rows.device)
-        spread = replace(self, groups=groups, rows=rows)
-        listed = spread._log_marginal_of(self.indices).to(self.log_rest.dtype).exp()
+        indices, log_probs = self.indices, self.log_probs
+        if forbidden is not None:
+            never = (forbidden & (groups.log_marginal > -torch.inf)).nonzero()[:, 0]
+            indices = torch.cat((indices, never.expand(*self.batch_shape, -1)), -1)
+            log_probs = F.pad(log_probs, (0, len(never)), value=-torch.inf)
+        listed = groups.log_marginal[indices].to(self.log_rest.dtype).exp()
         outside = 1 - listed.sum(-1)
         nothing = outside <= 16 * torch.finfo(outside.dtype).eps
         log_outside = outside.masked_fill(nothing, torch.inf).log()
         mass = groups.mass.to(listed.dtype)
-        index = torch.zeros_like(self.indices)
-        if groups.index is not None:
-            index = groups.index[self.indices]
+        index = torch.zeros_like(indices) if groups.index is None else groups.index[indices]
         left = mass.expand_as(self.log_rest).scatter_add(-1, index, -listed)
         left = torch.where(mass > 0, left.clamp(min=0), 0)
         counted = torch.maximum(left, SMALLEST_PART * mass)
@@ -129,158 +127,104 @@ class ListedEvidence:
         least = logsumexp(self.log_rest, -1) + math.log(torch.finfo(listed.dtype).eps)
         over = logsumexp(torch.stack((over, least)), 0) - log_outside
         weights = logsumexp(torch.stack((within, over[..., None].expand_as(within))), 0)
-        return replace(spread, log_weights=weights)
+        parts = {"indices": indices, "log_probs": log_probs, "log_weights": weights}
+        return replace(self, groups=groups, **parts)
 
     @property
     def batch_shape(self) -> torch.Size:
+        """The shape of the batch of predictions."""
         return self.indices.shape[:-1]
 
     @property
     def device(self) -> torch.device:
+        """Where they are."""
         return self.indices.device
 
-    def __getitem__(self, index) -> ListedEvidence:
+    def __getitem__(self, index: Any) -> ListedEvidence:
         """The predictions at some places of the batch, such as `prediction[rows, positions]`."""
-        names = ("indices", "log_probs", "log_rest", "rows", "log_weights")
-        parts = {name: getattr(self, name) for name in names}
-        return replace(self, **{n: t if t is None else t[index] for n, t in parts.items()})
+        parts = (self.indices[index], self.log_probs[index], self.log_rest[index])
+        weights = None if self.log_weights is None else self.log_weights[index]
+        return ListedEvidence(*parts, self.temperature, self.groups, weights)
 
-    @property
-    def _log_marginal(self) -> torch.Tensor:
-        if self.groups is None:
+    def _spread(self) -> tuple[TokenGroups, torch.Tensor]:
+        if self.groups is None or self.log_weights is None:
             raise ValueError("the mass of other tokens has no distribution yet: call `spread`.")
-        return self.groups.log_marginal
+        return self.groups, self.log_weights
 
-    def _log_marginal_of(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`log u(v)` of tokens `[*S, *batch, n]`."""
-        marginal = self._log_marginal
-        if len(marginal) == 1:
-            return marginal[0].take(tokens)
-        return marginal[self.rows[..., None], tokens]
-
-    def _by_token(
-        self, weights: torch.Tensor, tokens: torch.Tensor | slice = slice(None)
+    def _rest(
+        self, tokens: torch.Tensor | slice, weights: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Weights `[..., C]` of the groups of tokens `[..., n]`, or of all (or one for all)."""
-        if self.groups.index is None:
-            return weights
-        index = self.groups.index[tokens]
-        return weights.gather(-1, index.expand(*weights.shape[:-1], -1))
+        """`[..., n]`: log-probabilities of tokens `[..., n]`, or all, as if they were not listed.
+
+        `weights` stand in place of `log_weights`.
+        """
+        groups, own = self._spread()
+        weights = own if weights is None else weights
+        if groups.index is not None:
+            index = groups.index[tokens]
+            weights = weights.gather(-1, index.expand(*weights.shape[:-1], -1))
+        return weights + groups.log_marginal[tokens]
 
     def log_prob_of(self, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probabilities `[*S, *batch]` of tokens `[*S, *batch]`."""
         match = self.indices == tokens[..., None]
         listed = torch.where(match, self.log_probs, 0).sum(-1)
-        token = tokens[..., None]
-        weights = self.log_weights.expand(*tokens.shape, -1)
-        other = self._by_token(weights, token) + self._log_marginal_of(token)
-        return torch.where(match.any(-1), listed, other[..., 0])
-
-    def log_prob_bounds_of(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lower and upper `log_prob_of`, however the mass of the others is really spread."""
-        match = self.indices == tokens[..., None]
-        listed, known = torch.where(match, self.log_probs, 0).sum(-1), match.any(-1)
-        rest = logsumexp(self.log_rest, -1).expand_as(listed)
-        return listed.masked_fill(~known, -torch.inf), torch.where(known, listed, rest)
+        weights = self._spread()[1].expand(*tokens.shape, -1)
+        return torch.where(match.any(-1), listed, self._rest(tokens[..., None], weights)[..., 0])
 
     def dense(self) -> torch.Tensor:
         """`[*batch, V]` log-probabilities."""
-        marginal = self._log_marginal
-        rest = self._by_token(self.log_weights)
-        rest = rest + (marginal[0] if len(marginal) == 1 else marginal[self.rows])
+        rest = self._rest(slice(None))
         return rest.scatter(-1, self.indices, self.log_probs.to(rest.dtype))
 
-    @full_precision
-    def given_latents(
-        self, emission: Emission, latents: torch.Tensor, log_total: torch.Tensor
-    ) -> torch.Tensor:
-        """As `DenseEvidence.given_latents`."""
-        scores, marginal = (
-            log_total.new_empty(*latents.shape, emission.vocab_size),
-            self._log_marginal,
+    def add(self, scores: torch.Tensor, at: torch.Tensor | slice, out: torch.Tensor) -> None:
+        """As `DenseEvidence.add`."""
+        weights, indices, log_probs = (
+            tensor.reshape(-1, tensor.shape[-1])[at]
+            for tensor in (self._spread()[1], self.indices, self.log_probs)
         )
-
-        def flat(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.expand(*latents.shape, -1).reshape(-1, tensor.shape[-1])
-
-        indices, rows_of = flat(self.indices), flat(self.rows[..., None])[:, 0]
-        listed = flat(self.log_probs - log_total[..., None])
-        others = flat(self.log_weights - log_total[..., None])
-        for part, rows in rows_of_latents(emission, latents, scores):
-            values = rows.gather(1, indices[part]).add_(listed[part])
-            rows.add_(self._by_token(others[part]))
-            rows.add_(marginal if len(marginal) == 1 else marginal[rows_of[part]])
-            rows.scatter_(1, indices[part], values)
-        return scores
+        listed = scores.gather(1, indices) + log_probs
+        torch.add(scores, self._rest(slice(None), weights), out=out)
+        out.scatter_(1, indices, listed.to(out.dtype))
 
     @full_precision
-    def soft_evidence(self, tables: EmissionTables, positions: torch.Tensor) -> torch.Tensor:
-        """`log s(z)`, `[N, H]`, of a batch of `N` predictions; differentiable.
+    def soft_evidence(self, emission: Emission, positions: torch.Tensor) -> torch.Tensor:
+        """`log s(z)`, `[N, H]`, of a batch of `N` predictions at positions `[N]`.
 
-        Args:
-            tables: of the emission.
-            positions: `[N]`, where in the window each prediction stands.
+        Differentiable. Where sums can underflow, or positions differ, all tokens are laid out.
 
         Raises:
             ValueError: no `spread` has said where the mass of the others goes.
         """
-        if tables.can_underflow:
-            return DenseEvidence(self.dense()).soft_evidence(tables, positions)
-        dtype = torch.promote_types(tables.log_max.dtype, self.log_probs.dtype)
-        spread = self._by_token(self.log_weights, self.indices)
-        weights = torch.stack((self.log_probs, spread + self._log_marginal_of(self.indices)), 1)
-        listed, part = self._sums(tables, positions, weights.to(dtype).exp()).unbind(1)
-        rest, means = self.log_weights.to(dtype).exp(), self.groups.means().to(dtype)
-        if self.groups.index is None:
-            rest = rest * (means if len(means) == 1 else means[positions])
-        else:
-            rest = rest @ means
+        if emission.can_underflow or emission.num_positions > 1:
+            return DenseEvidence(self.dense()).soft_evidence(emission, positions)
+        groups, log_weights = self._spread()
+        dtype = torch.promote_types(emission.log_max.dtype, self.log_probs.dtype)
+        weights = torch.stack((self.log_probs, self._rest(self.indices)), 1)
+        listed, part = self._sums(emission, weights.to(dtype).exp()).unbind(1)
+        rest = log_weights.to(dtype).exp() @ groups.means().to(dtype)
         evidence = listed + (rest - part).clamp(min=0)
         nothing = evidence <= 0  # NaN is not
-        evidence = evidence.masked_fill(nothing, 1).log() + tables.log_scale(positions).to(dtype)
+        evidence = evidence.masked_fill(nothing, 1).log() + emission.log_scale().to(dtype)
         return evidence.masked_fill(nothing, -torch.inf)
 
-    def _sums(
-        self, tables: EmissionTables, positions: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def _sums(self, emission: Emission, weights: torch.Tensor) -> torch.Tensor:
         """`[N, n, H]`: sums of the listed tokens' factors by weights `[N, n, k]`."""
-        emission = tables.emission
-        scale = tables.log_scale(positions).to(weights.dtype)
-        if not stored_by_latent(emission):
-            columns = emission.columns(self.indices, positions[:, None]).to(weights.dtype)
-            return weights @ exp_of_difference(columns, scale[:, None])
+        scale = emission.log_scale().to(weights.dtype)
+        if not (isinstance(emission, DenseEmission) and emission.stored_by_latent):
+            columns = emission.columns(self.indices, torch.zeros_like(self.indices))
+            return weights @ exp_of_difference(columns.to(weights.dtype), scale[:, None])
         # Predictions share many of their tokens: these are read once, and in the order in which
         # they lie in memory.
         tokens, places = self.indices.unique(return_inverse=True)
         # A prediction's sums one after the other: all but the first from the processor's cache.
         places = places.repeat_interleave(weights.shape[1], 0)
         number = min(max(slice_size(self.device) // max(len(tokens), 1), 1), STATES_AT_ONCE)
+        parts = zip(emission.log_potential[0].split(number), scale[0].split(number), strict=True)
         sums = []
-        for matrix, shift in zip(
-            emission.log_potential[0].split(number), scale[0].split(number), strict=True
-        ):
+        for matrix, shift in parts:
             factors = matrix.T.index_select(0, tokens).to(shift.dtype)
             out = None if torch.is_grad_enabled() else factors
             factors, by_token = exp_of_difference(factors, shift, out), weights.flatten(0, 1)
             sums.append(F.embedding_bag(places, factors, mode="sum", per_sample_weights=by_token))
         return torch.cat(sums, -1).unflatten(0, weights.shape[:2])
-
-    @full_precision
-    def soft_evidence_bounds(
-        self, tables: EmissionTables, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lower and upper `log s(z)`, `[N, H]` each, however the others' mass is really spread.
-
-        All of it is put on the token that the state emits least, or most. Sums over latent paths
-        grow with every piece of evidence, so these give a lower and an upper `log Z` too.
-        """
-        shape = *self.batch_shape, tables.emission.vocab_size
-        listed = self.log_probs.new_full(shape, -torch.inf)
-        listed = DenseEvidence(listed.scatter(-1, self.indices, self.log_probs))
-        listed = listed.soft_evidence(tables, positions)
-        rest, rows = logsumexp(self.log_rest, -1)[:, None], positions % len(tables.log_max)
-        lower, upper = (
-            logsumexp(torch.stack((listed, rest + extreme[rows])), 0)
-            for extreme in (tables.log_min, tables.log_max)
-        )
-        return lower, upper
