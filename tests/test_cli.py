@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import subprocess
 import sys
 
@@ -28,19 +27,6 @@ def helped(capsys, *argv: str) -> str:
         main([*argv, "--help"])
     assert leaving.value.code == 0
     return capsys.readouterr().out
-
-
-def failure(capsys, *argv: str) -> str:
-    """The one line that a failing command prints."""
-    capsys.readouterr()
-    assert main(argv) == 1
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.startswith("codd-hf")]
-    assert len(lines) == 1
-    assert captured.err.rstrip().endswith(lines[0])
-    assert "Traceback" not in captured.err
-    assert captured.out == ""
-    return lines[0]
 
 
 def test_help_lists_the_commands_and_each_shows_an_example_and_debug(capsys):
@@ -136,50 +122,6 @@ def test_train_writes_a_model_that_generate_takes(trained_pipeline, cities_jsonl
     folder = str(tmp_path / "pipeline")
     assert f"codd-hf generate --model {folder}" in capsys.readouterr().out
     assert main(["generate", "Where to?", "--model", folder, *SHORT]) == 0
-
-
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [(None, "data.jsonl"), ('{"answer": "x"\n{{{\n', "data.jsonl"), ('{"answer": 3}\n', "answer")],
-)
-def test_data_that_cannot_be_read_is_one_line(capsys, tmp_path, trained_pipeline, content, named):
-    if content is not None:
-        (tmp_path / "data.jsonl").write_text(content)
-    data = ["--dataset", str(tmp_path / "data.jsonl")]
-    assert named in failure(capsys, "train", *data, "--output", str(tmp_path))
-    model = ["--model", str(trained_pipeline)]
-    assert named in failure(capsys, "evaluate", "gap", *model, *data)
-
-
-def test_model_that_cannot_be_had_is_one_line_that_names_it(capsys, tmp_path, trained_pipeline):
-    line = failure(capsys, "generate", "hello", "--model", "./not/there")
-    assert line.startswith("codd-hf generate: error: ")
-    assert "not/there" in line
-    assert "demo.jsonl" in failure(capsys, "demo", "--model", str(tmp_path))
-    shutil.copytree(trained_pipeline, tmp_path / "copy")
-    weights = tmp_path / "copy" / "model" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    line = failure(capsys, "generate", "hello", "--model", str(tmp_path / "copy"), *SHORT)
-    assert "copy/model/model.safetensors' is damaged" in line
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("--num-inference-steps", "0"),
-        ("--num-inference-steps", "1"),
-        ("--strategy", "luck"),
-        ("--gen-length", "0"),
-    ],
-)
-def test_setting_that_cannot_be_is_one_line_that_names_it(capsys, trained_pipeline, option, value):
-    argv = ["generate", "Where to?", "--model", str(trained_pipeline), *SHORT, option, value]
-    assert f"`{option[2:].replace('-', '_')}`" in failure(capsys, *argv)
-
-
-def test_empty_prompt_is_one_line(capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
-    assert "`prompt` is empty" in failure(capsys, "generate")
 
 
 def test_importing_the_package_is_cheap_and_every_public_name_is_there():

@@ -19,48 +19,36 @@ from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
 from codd_hf.checks.arguments import choice
-from codd_hf.checks.errors import is_of_a_library, printable, reading
+from codd_hf.checks.errors import printable, reading
 from codd_hf.cli import convert, main
-from codd_hf.cli.messages import is_refusal
 from tiny_pipeline import save_tiny_pipeline, tiny_pipeline
 
 HOSTILE = "a\x1b[31mb\x1b]0;title\x07\x9b2J\r\x08\x7f\u202ec\u2066d\u200fe\nf"
 
 
-def raised(act) -> BaseException:
-    with pytest.raises(BaseException) as caught:  # noqa: PT011
-        act()
-    return caught.value
-
-
-def check(error: BaseException):
-    def refuse():
+def raising(error: BaseException):
+    def act():
         raise error
 
-    return refuse
+    return act
 
 
 REFUSED = {
-    "a check of a value": check(ValueError("`x` must be 1, got 2.")),
-    "a check of a type": check(TypeError("`x` must be an int, got a str.")),
-    "a missing library, said": check(ImportError("`judge_file` needs gguf.")),
-    "a loss that is no number": check(FloatingPointError("The loss is nan.")),
-    "a file that is not there": lambda: open("/no/such/file"),  # noqa: SIM115
-    "a full disk": check(OSError(errno.ENOSPC, "No space left on device")),
-    "memory": check(MemoryError()),
-    "memory of a GPU": check(torch.OutOfMemoryError("CUDA out of memory. Tried ...")),
+    "a check of a value": raising(ValueError("`x` must be 1, got 2.")),
+    "a check of a type": raising(TypeError("`x` must be an int, got a str.")),
+    "a missing library, said": raising(ImportError("`judge_file` needs gguf.")),
+    "a loss that is no number": raising(FloatingPointError("The loss is nan.")),
+    "a full disk": raising(OSError(errno.ENOSPC, "No space left on device")),
+    "memory": raising(MemoryError("there is none left")),
+    "memory of a GPU": raising(torch.OutOfMemoryError("CUDA out of memory. Tried ...")),
     "memory of torch": lambda: torch.empty(10**15),
 }
 BUGS = {
     "an argument of a wrong type": lambda: None + 1,
-    "a call with too few arguments": lambda: (lambda x: x)(),
     "a value that does not convert": lambda: int("x"),
-    "a list of another length": lambda: dict(zip([1], [], strict=True)),
     "a key": lambda: {}["x"],
-    "an index": lambda: [][0],
     "an attribute": lambda: None.x,
-    "a division": lambda: 1 / 0,
-    "an assertion": check(AssertionError("x")),
+    "an assertion": raising(AssertionError("x")),
     "torch's shapes": lambda: torch.ones(2) + torch.ones(3),
     "a module that is not there": lambda: __import__("no_such_module"),
 }
@@ -75,7 +63,6 @@ def convert_fails(act, monkeypatch, capsys, *options: str) -> str:
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refusal_is_one_line_and_code_1(kind, monkeypatch, capsys):
-    assert is_refusal(raised(REFUSED[kind]))
     error = convert_fails(REFUSED[kind], monkeypatch, capsys)
     assert error.startswith("codd-hf convert: error: ")
     assert error.count("\n") == 1
@@ -84,7 +71,6 @@ def test_refusal_is_one_line_and_code_1(kind, monkeypatch, capsys):
 
 @pytest.mark.parametrize("kind", BUGS)
 def test_bug_stays_a_traceback_with_a_line_that_asks_for_a_report(kind, monkeypatch, capsys):
-    assert not is_refusal(raised(BUGS[kind]))
     error = convert_fails(BUGS[kind], monkeypatch, capsys)
     assert "Traceback (most recent call last)" in error
     last = error.splitlines()[-1]
@@ -101,7 +87,7 @@ def test_debug_shows_the_traceback_of_a_refusal_before_its_line(capsys):
 @pytest.mark.parametrize("error", [ValueError(HOSTILE), KeyError(HOSTILE)])
 @pytest.mark.parametrize("debug", [[], ["--debug"]])
 def test_no_error_text_controls_the_terminal(error, debug, monkeypatch, capsys):
-    assert is_harmless(convert_fails(check(error), monkeypatch, capsys, *debug))
+    assert is_harmless(convert_fails(raising(error), monkeypatch, capsys, *debug))
 
 
 def is_harmless(text: str) -> bool:
@@ -137,7 +123,7 @@ def test_printed_text_is_harmless_and_whole():
 
 
 def test_interrupt_is_code_130_and_no_traceback(monkeypatch, capsys):
-    monkeypatch.setattr(convert, "run", lambda args: check(KeyboardInterrupt())())
+    monkeypatch.setattr(convert, "run", lambda args: raising(KeyboardInterrupt())())
     assert main(["convert", "a", "b"]) == 130
     assert capsys.readouterr().err == "codd-hf convert: stopped\n"
 
@@ -179,13 +165,14 @@ def test_text_that_the_terminal_cannot_encode_is_printed_as_an_escape():
 
 
 def test_door_makes_one_sentence_of_what_a_library_raises_and_of_nothing_else():
-    for act in (lambda: json.loads("{"), lambda: json.loads("[" * 10**6), check(SafetensorError())):
+    deep = lambda: json.loads("[" * 10**6)  # noqa: E731
+    for act in (lambda: json.loads("{"), deep, raising(SafetensorError())):
         with pytest.raises(OSError, match=r"^'x.json' cannot be read: .*\.$"), reading("'x.json'"):
             act()
     with pytest.raises(KeyboardInterrupt), reading("'x.json'"):
         raise KeyboardInterrupt
-    assert not is_of_a_library(raised(lambda: choice("coupling", "x", ())))
-    assert is_of_a_library(raised(lambda: json.loads("{")))
+    with pytest.raises(ValueError, match="`coupling` must be"), reading("'x.json'"):
+        choice("coupling", "x", ())
 
 
 @pytest.fixture(scope="module")
@@ -193,29 +180,26 @@ def folder(tmp_path_factory):
     return save_tiny_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
-BAD_USAGE = [
-    ("--seed", "1" * 30, ["generate", "x"]),
-    ("--seed", "-" + "1" * 30, ["demo"]),
-    ("--seed", "1" * 5000, ["chat"]),
-    ("--seed", "1" * 30, ["evaluate", "gap"]),
-    ("--seed", "1.5", ["bench", "all"]),
-    ("--num-questions", "0", ["demo"]),
-    ("--num-problems", "0", ["evaluate", "gap"]),
-    ("--batch-size", "-3", ["evaluate", "quality", "--judge", "x"]),
-    ("--batch-size", "0", ["generate"]),
-    ("--repeats", "0", ["bench", "head-step"]),
-    ("--threads", "0", ["bench", "head-step"]),
-    ("--device", "abacus", ["bench", "memory"]),
-    ("--evidence-size", "-1", ["evaluate", "gap"]),
-]
-
-
-@pytest.mark.parametrize(("option", "value", "command"), BAD_USAGE)
-def test_number_that_cannot_be_is_bad_usage(option, value, command, capsys):
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["generate", "x", "--seed", "1" * 30],
+        ["chat", "--seed", "-1"],
+        ["demo", "--num-questions", "0"],
+        ["evaluate", "gap", "--num-problems", "0"],
+        ["evaluate", "gap", "--evidence-size", "-1"],
+        ["evaluate", "quality", "--judge", "x", "--batch-size", "-3"],
+        ["generate", "--batch-size", "0"],
+        ["bench", "all", "--seed", "1.5"],
+        ["bench", "head-step", "--threads", "0"],
+        ["bench", "memory", "--device", "abacus"],
+    ],
+)
+def test_value_that_cannot_be_is_bad_usage_that_names_it(argv, capsys):
     with pytest.raises(SystemExit) as leaving:
-        main([*command, option, value])
+        main(argv)
     assert leaving.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
+    last, option = capsys.readouterr().err.splitlines()[-1], argv[-2]
     assert option in last or f"`{option[2:].replace('-', '_')}`" in last
 
 
@@ -234,10 +218,44 @@ def test_standard_input_that_is_no_text_is_one_line(command, folder, capsys, mon
     assert "Standard input cannot be read" in refusal(capsys, *command, "--model", str(folder))
 
 
-@pytest.mark.parametrize("content", [b"\xff\n", b'{"question": "a", "answer": "b"}\n{', b"[]\n"])
-def test_damaged_questions_of_the_demo_are_one_line(content, capsys, tmp_path):
-    (tmp_path / "demo.jsonl").write_bytes(content)
-    assert "demo.jsonl'" in refusal(capsys, "demo", "--model", str(tmp_path))
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [(None, "demo.jsonl"), (b'{"answer": "b"}\n{', "demo.jsonl"), (b'{"answer": 3}\n', "answer")],
+)
+def test_data_that_cannot_be_read_are_one_line(content, named, folder, capsys, tmp_path):
+    path = tmp_path / "demo.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    for command in (
+        ["demo", "--model", str(tmp_path)],
+        ["train", "--dataset", str(path), "--output", str(tmp_path / "run")],
+        ["evaluate", "gap", "--model", str(folder), "--dataset", str(path)],
+    ):
+        assert named in refusal(capsys, *command)
+
+
+def test_model_that_cannot_be_had_is_one_line_that_names_it(folder, capsys, tmp_path):
+    assert "not/there" in refusal(capsys, "generate", "hello", "--model", "./not/there")
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    weights = copy / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    line = refusal(capsys, "generate", "hello", "--model", str(copy))
+    assert "copy/model/model.safetensors' is damaged" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--num-inference-steps", "1"), ("--strategy", "luck"), ("--gen-length", "0")],
+)
+def test_choice_that_cannot_be_is_one_line_that_names_it(folder, capsys, option, value):
+    argv = ["generate", "Where to?", "--model", str(folder), "--gen-length", "64", option, value]
+    line = refusal(capsys, *argv)
+    assert f"`{option[2:].replace('-', '_')}`" in line
+
+
+def test_empty_prompt_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert "`prompt` is empty" in refusal(capsys, "generate")
 
 
 @pytest.mark.parametrize(
