@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .registration import register_when_needed
+from . import registration as registration
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .circuits import CoupledCategorical as CoupledCategorical
+    from .circuits import Potentials as Potentials
+    from .configuration_codd import CoDDConfig as CoDDConfig
+    from .configuration_codd import CoDDHeadConfig as CoDDHeadConfig
+    from .hub.defaults import default_model as default_model
+    from .modeling_codd import CoDDModel as CoDDModel
+    from .modeling_codd import CoDDOutput as CoDDOutput
+    from .modeling_head import CoDDHead as CoDDHead
+    from .pipelines.pipeline_codd import CoDDPipeline as CoDDPipeline
+    from .pipelines.pipeline_output import CoDDPipelineOutput as CoDDPipelineOutput
+    from .schedulers.scheduling_codd import CoDDScheduler as CoDDScheduler
+    from .schedulers.scheduling_codd import CoDDSchedulerOutput as CoDDSchedulerOutput
 
 _EXPORTS = {
     "CoDDConfig": "configuration_codd",
@@ -23,35 +37,10 @@ _EXPORTS = {
     "Potentials": "circuits",
     "default_model": "hub.defaults",
 }
-
-__all__ = [
-    "CoDDConfig",
-    "CoDDHead",
-    "CoDDHeadConfig",
-    "CoDDModel",
-    "CoDDOutput",
-    "CoDDPipeline",
-    "CoDDPipelineOutput",
-    "CoDDScheduler",
-    "CoDDSchedulerOutput",
-    "CoupledCategorical",
-    "Potentials",
-    "__version__",
-    "default_model",
-]
-
-if TYPE_CHECKING:
-    from .circuits import CoupledCategorical, Potentials
-    from .configuration_codd import CoDDConfig, CoDDHeadConfig
-    from .hub.defaults import default_model
-    from .modeling_codd import CoDDModel, CoDDOutput
-    from .modeling_head import CoDDHead
-    from .pipelines.pipeline_codd import CoDDPipeline
-    from .pipelines.pipeline_output import CoDDPipelineOutput
-    from .schedulers.scheduling_codd import CoDDScheduler, CoDDSchedulerOutput
+__all__ = ["__version__", *_EXPORTS]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
@@ -59,6 +48,3 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-register_when_needed()
