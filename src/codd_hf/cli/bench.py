@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..benchmarks import BENCHMARKS, Options, run_benchmark
-from ..runtime.environment import environment
-from ..runtime.report import listed
+from ..runtime.report import environment, listed
 from .common import add_flags, check_writable, quiet_loading, settings_from, write_result
 
 HELP = "Measure speed and memory on this machine."

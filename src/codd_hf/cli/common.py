@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..checks.settings import Setting, Settings, settings_of
-from ..runtime.environment import environment
-from ..runtime.report import as_json
+from ..runtime.report import as_json, environment
 from ..schedulers.settings import DrawSettings
 
 if TYPE_CHECKING:

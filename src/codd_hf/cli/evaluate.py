@@ -8,8 +8,7 @@ from inspect import getdoc
 from pathlib import Path
 
 from ..evaluation.settings import GapSettings, MeasureSettings, QualitySettings
-from ..runtime.environment import environment
-from ..runtime.report import listed
+from ..runtime.report import environment, listed
 from .common import add_flags, check_writable, load_pipeline, settings_from, write_result
 
 HELP = "Measure a coupled model on held-out text."

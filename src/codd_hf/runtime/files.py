@@ -10,11 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-NO_ROOM = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file would be larger than the limit on this machine",
-}
+NO_ROOM = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 
 
 @contextmanager
@@ -59,13 +55,10 @@ def explained_lack_of_room(path: Path) -> Iterator[None]:
     """Turns the many errors of a full disk into one OSError that says what to do."""
     try:
         yield
-    except Exception as error:
-        for number, reason in NO_ROOM.items():
-            # safetensors and Arrow wrap the system's error and keep its text.
-            if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
-                raise OSError(
-                    number,
-                    f"{path} could not be written: {reason}. Make room and start again: the run "
-                    "goes on from what is complete",
-                ) from error
-        raise
+    except Exception as error:  # safetensors and Arrow wrap the system's and keep its text
+        if not any(text in str(error) for text in NO_ROOM):
+            raise
+        raise OSError(
+            f"{path} could not be written: {error}. Make room and start again: the run goes on "
+            "from what is complete."
+        ) from error

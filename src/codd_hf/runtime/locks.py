@@ -21,18 +21,17 @@ def locked(path: Path, what: str, state: PartialState | None = None) -> Iterator
         state: accelerate's, when several processes are one run: all of them come here, the main one
             holds the lock, and a refusal is raised in all.
     """
-    lock = FileLock(path, timeout=0)
-    refusal: list[str | None] = [None]
-    if state is None or state.is_main_process:
-        try:
+    lock, refusal = FileLock(path, timeout=0), [""]
+    try:
+        if state is None or state.is_main_process:
             lock.acquire()
-        except Timeout:
-            refusal = [f"{what} is being written by another run: wait for its end, or stop it."]
-        except OSError as error:
-            refusal = [f"{what} cannot be written: {error}."]
+    except Timeout:
+        refusal = [f"{what} is being written by another run: wait for its end, or stop it."]
+    except OSError as error:
+        refusal = [f"{what} cannot be written: {error}."]
     if state is not None and state.num_processes > 1:
         broadcast_object_list(refusal)
-    if refusal[0] is not None:
+    if refusal[0]:
         raise OSError(refusal[0])
     try:
         yield

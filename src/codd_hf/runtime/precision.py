@@ -11,12 +11,10 @@ BF16_OF_PROCESSORS = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")
 def computes_bf16(device: torch.device | str) -> bool:
     """Whether a device has bf16 arithmetic, by its own account; False if it does not say."""
     kind = torch.device(device).type
-    if kind == "cpu":
-        known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-        return any(known.get(name, False) for name in BF16_OF_PROCESSORS) and onednn_has_bf16()
     if kind in ("cuda", "xpu"):
         return getattr(torch, kind).is_bf16_supported(including_emulation=False)
-    return False
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)() if kind == "cpu" else {}
+    return any(known.get(name, False) for name in BF16_OF_PROCESSORS) and onednn_has_bf16()
 
 
 def onednn_has_bf16() -> bool:

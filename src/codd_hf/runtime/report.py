@@ -1,10 +1,12 @@
-"""Figures as tables for people and as JSON for programs."""
+"""Figures as tables for people and as JSON for programs, and the machine that they are of."""
 
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 
@@ -60,3 +62,14 @@ def cell(value: Any) -> str:
 def listed(facts: Mapping[str, Any]) -> str:
     """Facts and their values in one line."""
     return ", ".join(f"{name} {cell(value)}" for name, value in facts.items())
+
+
+def environment() -> dict[str, Any]:
+    """The device, the threads, and the versions of what computes."""
+    import torch
+
+    packages = ("torch", "transformers", "diffusers", "codd-hf")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    facts = {"device": device, "threads": torch.get_num_threads()}
+    versions = {name: version(name) for name in packages}
+    return {**facts, "python": platform.python_version(), **versions}

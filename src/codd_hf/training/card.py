@@ -15,9 +15,8 @@ from ..hub.cards import REWRITTEN, Artifact, make_card
 from ..hub.publishing import CARD
 from ..hub.repositories import is_local, reaching_hub
 from ..modeling_codd import CoDDModel
-from ..runtime.environment import environment
 from ..runtime.files import read_json
-from ..runtime.report import as_json, table
+from ..runtime.report import as_json, environment, table
 from .loop.steps import History
 from .settings import STAGES, TrainConfig
 
