@@ -14,7 +14,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from codd_hf import CoDDPipeline, default_model
 from codd_hf.training import (
@@ -61,8 +60,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # 1. The backbone, without a head, and the text as it reads it. The last examples are held out.
     examples = load_examples(args.dataset)
-    run = Run(config, split_examples(examples, args.num_validation, 0), Accelerator())
-    run.load()
+    run = Run(config, split_examples(examples, args.num_validation, 0))
 
     # 2. A hidden Markov model of the text by EM, from clusters of the backbone's token embeddings;
     #    its unigram distribution, which the backbone knows already, is divided out.
@@ -70,7 +68,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # 3. The backbone runs over the data once, and the head is fitted to its predictions. A run that
     #    was stopped goes on from its checkpoint.
-    history = condition_head(run, Checkpoints(Path(args.output, "conditional")))
+    history, (head,) = condition_head(run, Checkpoints(Path(args.output, "conditional")))
 
     # 4. What it gained. A gain below zero would mean that factorized decoding is better there.
     gains = {name: value for name, value in history[-1].items() if name.startswith("gain")}
@@ -78,8 +76,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         print(f"{name:>15}: {history[0][name]:+.3f} before, {value:+.3f} nats per masked token")
 
     # 5. The head is a small repository of its own; `push_to_hub` shares it.
-    run.model.coupling_head.save_pretrained(Path(args.output, "head"))
-    parts = {"model": run.model.eval(), "tokenizer": run.tokenizer}
+    head.save_pretrained(Path(args.output, "head"))
+    parts = {"model": run.model.eval(), "tokenizer": run.start[1]}
     pipe = CoDDPipeline.from_pretrained(args.backbone, **parts)
     generator = torch.Generator().manual_seed(0)
     prompt = examples[-1].prompt or "Once upon a time"

@@ -23,8 +23,8 @@ from codd_hf import CoDDPipeline, default_model
 from codd_hf.data.canvases import tokenize_examples
 from codd_hf.evaluation.statistics import Estimate, ratio
 from codd_hf.training import Checkpoints, JointConfig, fit_joint, load_examples
-from codd_hf.training.evidence.live_windows import window_scores
 from codd_hf.training.inputs import split_examples
+from codd_hf.training.windows import window_scores
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -28,7 +28,7 @@ from codd_hf.training import (
     fit_generative,
 )
 from codd_hf.training.fits.generative import text_windows
-from codd_hf.training.fits.pretraining import small_backbone_config
+from codd_hf.training.inputs import small_backbone_config
 
 LENGTH = 16
 SPECIAL = ["<pad>", "<mask>", "<end>", "<text>"]

@@ -183,8 +183,8 @@ HIDDEN = torch.tensor([[5, 6, MASK]])
         (lambda m: m.generate(IDS, generation_config={}), "`generation_config` must be a Gen"),
         (lambda m: m.generate(IDS, token_type_ids=IDS), "`token_type_ids` must be 0 everywhere"),
         (lambda m: m.generate(IDS, prompt_lookup=3), "`prompt_lookup` is not an argument"),
-        (lambda m: m.generate(IDS, streamer=3), "`streamer` must have `put` and `end`, got 3"),
-        (lambda m: m.generate(IDS, on_step=3), "`on_step` must be a function of the step"),
+        (lambda m: m.generate(IDS, streamer=3, **SHORT), "`streamer` must have `put` and `end`"),
+        (lambda m: m.generate(IDS, on_step=3, **SHORT), "`on_step` must be a function of the step"),
         (lambda m: m.generate(IDS, logits_processor=3), "`logits_processor` must be transformers'"),
         (lambda m: m.generate(IDS, scheduler={}), "`scheduler` must be a CoDDScheduler, got {}"),
         (lambda m: m(HIDDEN[:, :0]), "`input_ids` must hold at least one token"),
@@ -227,7 +227,6 @@ def test_mask_token_that_is_no_token_is_refused_at_every_door(value):
         lambda: CoDDModel.from_backbone(tiny_backbone(), random_head(), mask_token_id=value),
         lambda: CoDDConfig(text_config=tiny_backbone().config, mask_token_id=value),
         lambda: head_config(mask_token_id=value),
-        lambda: ready().step(torch.zeros(1, 4, 12), 1.0, [[MASK] * 4], mask_token_id=value),
         lambda: CoDDScheduler(mask_token_id=value),
         lambda: CoDDScheduler().add_noise(IDS, 0.5, mask_token_id=value),
     ):

@@ -197,7 +197,7 @@ def test_what_was_given_for_the_head_does_not_reach_the_backbone(folders, downlo
     (refs / "main").rename(refs / "tuned")
     model = CoDDModel.from_pretrained(HUB_ID, revision="tuned", **cache)
     assert model.coupling_head is not None
-    with pytest.raises(OSError, match="`local_files_only` is set"):
+    with pytest.raises(OSError, match="leave out `local_files_only`"):
         CoDDModel.from_pretrained("somebody/backbone", revision="tuned", **cache)
 
 

@@ -183,7 +183,7 @@ def test_sampling_is_told_as_in_transformers(model):
         ({"forced_eos_token_id": 0}, ValueError, "`forced_eos_token_id=0` asks for something"),
         ({"diversity_penalty": 1.0}, ValueError, r"`diversity_penalty=1\.0` asks for something"),
         ({"assistant_model": torch.nn.Linear(2, 2)}, ValueError, r"^`assistant_model=Linear.*$"),
-        ({"temprature": 1.0}, TypeError, "`temprature` is not an argument of `generate`: use gen"),
+        ({"temprature": 1.0}, TypeError, "`temprature` is not an argument of `generate`"),
         ({"temperature": -1.0}, ValueError, "`temperature` must be"),
     ],
 )

@@ -129,8 +129,6 @@ def test_file_that_is_mended_is_read_again(copy):
 @pytest.mark.parametrize(
     ("name", "field", "value"),
     [
-        ("model/config.json", ("text_config", "_name_or_path"), 3),
-        ("model/config.json", ("text_config", "output_hidden_states"), "x"),
         ("model/config.json", ("text_config", "hidden_size"), "x"),
         ("model/config.json", ("head_config", "num_latents"), "x"),
         ("model/config.json", ("mask_token_id",), 1.5),

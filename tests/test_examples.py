@@ -106,7 +106,7 @@ def test_text_file_becomes_a_pipeline(datasets_cache, tmp_path):
     command = ["--output", str(tmp_path), "--pretraining-steps", "4", "--steps", "2"]
     texts = load_example("text_to_pipeline").main(command)
     assert len(texts) == 2
-    assert "packed" in (tmp_path / "pipeline" / "README.md").read_text()
+    assert "packing True" in (tmp_path / "pipeline" / "README.md").read_text()
 
 
 def test_listed_tokens_says_which_share_of_them_is_distinct(

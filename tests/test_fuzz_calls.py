@@ -228,7 +228,6 @@ def check_scheduler(data: st.DataObject) -> None:
     output = data.draw(st.sampled_from(["logits", "distribution"]))
     output = torch.randn(2, 4, VOCAB) if output == "logits" else a_distribution({})
     names = ("model_output", "timestep", "sample", "generator", "eligible", "at_least")
-    names += ("mask_token_id",)
     given = {"model_output": output, "timestep": 1.0, "sample": [[MASK] * 4] * 2}
     holds(lambda: scheduler.step(**given | data.draw(changes(*names, *DRAWS))))
     given = {"logits": torch.randn(2, 4, VOCAB), "timestep": 0.5, "eligible": torch.ones(2, 4) > 0}

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from codd_hf.cli import main
 from codd_hf.data.canvases import Example
-from codd_hf.evaluation.answers import AnswerSet, Setting
+from codd_hf.evaluation.answers import AnswerSet
 from codd_hf.evaluation.judge import Judge, load_judge
 from codd_hf.evaluation.quality import (
     CHOSEN_AT,
@@ -31,7 +31,7 @@ from tiny_pipeline import save_tiny_pipeline, tiny_pipeline
 
 TEST = [Example(f"{i} + {i}?", f"Tom has {2 * i} eggs.") for i in range(3)]
 VALIDATION = [Example(f"{i} - 1?", f"Ann eats {i} apples.") for i in range(3)]
-LATENT = Setting("latent", "low_confidence", 2, {"temperature": 1.0})
+LATENT = {"passes": 2, "sampling": "latent", "temperature": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_judge_loads_from_a_folder(judge, tmp_path):
 
 
 def test_figures_are_of_the_texts_that_the_pipeline_gives(pipe, judge, answer_set):
-    answers = answer_set().answers(LATENT)
+    answers = answer_set().answers(**LATENT)
     output = pipe(
         [example.prompt for example in TEST],
         gen_length=8,
@@ -143,23 +143,23 @@ def test_figures_are_of_the_texts_that_the_pipeline_gives(pipe, judge, answer_se
     assert answers.passes == [4, 4, 4]
     judged = Judge(*judge, [example.prompt for example in TEST])(output.texts)
     total = sum(nats for nats, _ in judged) / sum(count for _, count in judged)
-    row = figures(LATENT, answers)
+    row = figures(answers)
     assert row[NATS].value == pytest.approx(total)
     assert row["perplexity"] == pytest.approx(math.exp(total))
     assert row["passes used"].value == 4
 
 
 def test_answers_do_not_depend_on_the_batch_size_but_on_the_seed(answer_set):
-    texts = answer_set().answers(LATENT).texts
-    assert answer_set(batch_size=2).answers(LATENT).texts == texts
-    assert answer_set(seed=7).answers(LATENT).texts != texts
+    texts = answer_set().answers(**LATENT).texts
+    assert answer_set(batch_size=2).answers(**LATENT).texts == texts
+    assert answer_set(seed=7).answers(**LATENT).texts != texts
 
 
 def test_real_answers_are_cut_where_generated_ones_are_and_spell_no_special_tokens(answer_set):
     assert {len(tokens) for tokens in answer_set(gen_length=4).real().tokens} == {4}
     spelt = [Example(f"What is {i} <|mask|>?", "It is <|end|> and on.") for i in range(2)]
     answers = answer_set(spelt, gen_length=64)
-    assert answers.answers(LATENT).passes
+    assert answers.answers(**LATENT).passes
     assert len(answers.real().tokens[0]) > 8
 
 
@@ -167,12 +167,12 @@ def test_killed_run_takes_whole_lines_as_done_and_repeats_a_torn_one(
     answer_set, generated, tmp_path
 ):
     path = tmp_path / "samples.jsonl"
-    other = Setting("factorized", "low_confidence", 1)
-    first = [answer_set(journal=path).answers(s).texts for s in (LATENT, other)]
+    other = {"passes": 1, "sampling": "factorized"}
+    first = [answer_set(journal=path).answers(**s).texts for s in (LATENT, other)]
     path.write_bytes(path.read_bytes()[:-20])
     generated.clear()
     for _ in range(2):
-        assert [answer_set(journal=path).answers(s).texts for s in (LATENT, other)] == first
+        assert [answer_set(journal=path).answers(**s).texts for s in (LATENT, other)] == first
     assert [draw["sampling"] for _, _, draw in generated] == ["factorized"]
 
 
@@ -181,14 +181,14 @@ def test_kept_answers_of_other_weights_questions_or_seeds_are_not_taken(
 ):
     path = tmp_path / "samples.jsonl"
     for _ in range(2):
-        answer_set(journal=path).answers(LATENT)
+        answer_set(journal=path).answers(**LATENT)
     assert len(generated) == 1
-    answer_set(journal=path, seed=1).answers(LATENT)
-    answer_set(VALIDATION, journal=path).answers(LATENT)
+    answer_set(journal=path, seed=1).answers(**LATENT)
+    answer_set(VALIDATION, journal=path).answers(**LATENT)
     weight = pipe.model.coupling_head.initial
     with torch.no_grad():
         weight += 1
-        answer_set(journal=path).answers(LATENT)
+        answer_set(journal=path).answers(**LATENT)
         weight -= 1
     assert len(generated) == 4
 
@@ -204,7 +204,7 @@ def test_settings_are_chosen_by_validation_data_alone(answer_set, generated):
     draws = {TEST[0].prompt: [], VALIDATION[0].prompt: []}
     for prompt, passes, draw in generated:
         draws[prompt].append((passes, draw))
-    least = 0.9 * figures(None, validation.real())[ENTROPY].value
+    least = 0.9 * figures(validation.real())[ENTROPY].value
     assert len(FACTORIZED_GRID) == len(COUPLED_GRID) == 6
     assert len(result["choices"]) == len(draws[VALIDATION[0].prompt]) == 2 * 6 * len(CHOSEN_AT)
     for i, (mode, grid) in enumerate([("factorized", FACTORIZED_GRID), ("latent", COUPLED_GRID)]):

@@ -145,30 +145,6 @@ def test_factorized_sampling_ignores_the_circuit():
     torch.testing.assert_close(output.sampled_probs, chosen[..., 0])
 
 
-@pytest.mark.parametrize("sampling", ["factorized", "latent", "any_order", "marginal", "viterbi"])
-@pytest.mark.parametrize("settings", [{"temperature": 1.0}, {}, {"threshold": 0.5}])
-def test_a_step_that_need_not_say_what_it_drew_from_draws_the_same(sampling, settings):
-    if "threshold" in settings:
-        settings = {"strategy": "joint", "temperature": 1.0, **settings}
-    distribution, sample = make_distribution(2)
-    scheduler = make_scheduler(2, sampling=sampling, **settings)
-    outputs = [
-        scheduler.step(
-            distribution,
-            1.0,
-            sample,
-            generator=torch.Generator().manual_seed(3),
-            output_logits=wanted,
-        )
-        for wanted in (True, False)
-    ]
-    assert torch.equal(outputs[0].prev_sample, outputs[1].prev_sample)
-    assert torch.equal(outputs[0].sampled_probs, outputs[1].sampled_probs)
-    assert outputs[0].pred_logits is not None
-    if sampling == "any_order":
-        assert outputs[1].pred_logits is None
-
-
 @pytest.mark.parametrize("sampling", ["factorized", "marginal"])
 def test_tokens_are_drawn_from_pred_logits(sampling):
     """Chi-square at each position, over many rows that share one distribution."""
@@ -201,7 +177,6 @@ def test_temperature_zero_takes_the_most_probable_token_without_randomness():
     distribution, sample = make_distribution()
     output = make_scheduler(sampling="marginal").step(distribution, 1.0, sample)
     assert torch.equal(output.prev_sample, distribution.marginals.argmax(-1))
-    assert torch.equal(output.pred_logits.exp().sum(-1), torch.ones(1, LENGTH))
 
 
 def test_temperature_then_exactly_top_k_then_the_fewest_that_reach_top_p():
@@ -238,8 +213,8 @@ def test_window_without_any_possible_completion_is_drawn_factorized(sampling):
     observed[0, 3] = True
     distribution, sample = make_distribution(2, observed, potentials=potentials)
     scheduler = make_scheduler(sampling=sampling, temperature=1.0)
-    output = scheduler.step(distribution, 1.0, sample)
-    assert output.fallback.tolist() == [True, False]
+    with pytest.warns(UserWarning, match="share no completion of a window"):
+        output = scheduler.step(distribution, 1.0, sample)
     torch.testing.assert_close(output.pred_logits[0], distribution.factorized_logits[0])
     assert (output.pred_logits[1, :, 3] == -torch.inf).all()
     assert not output.sampled_probs.isnan().any()
@@ -321,7 +296,7 @@ def test_wrong_calls_get_one_clear_sentence():
         scheduler.step(distribution, 1.0, sample[:, :5])
     with pytest.raises(ValueError, match="`generator` must have one entry per row"):
         scheduler.step(distribution, 1.0, sample, generator=[torch.Generator()] * 2)
-    with pytest.raises(ValueError, match="`mask_token_id` must be given"):
+    with pytest.raises(ValueError, match="`mask_token_id` is not known"):
         scheduler.step(torch.zeros(1, LENGTH, VOCAB), 1.0, sample)
     with pytest.raises(ValueError, match="`timesteps` must be in"):
         scheduler.add_noise(sample, 1.5, mask_token_id=MASK)

@@ -90,23 +90,23 @@ def test_backbone_is_refused_that_lacks_weights_or_has_others(name, prefix, load
     if pickled:
         pickle_weights(folder)
     message = refusal(load, folder)
-    assert all(f"`{key}`" in message for key in lost)
+    assert all(key in message for key in lost)
     assert "missing" in message
     if pickled:
         return
     folder = copied(name)
     change_config(folder, num_hidden_layers=1)
     message = refusal(load, folder)
-    assert f"`{prefix}model.layers.1.input_layernorm.weight`" in message
+    assert f"{prefix}model.layers.1.input_layernorm.weight" in message
     assert "and 5 more in no place of the model" in message
     folder = copied(name)
     change_weights(folder, lambda weights: weights.update({f"{prefix}extra": torch.ones(2)}))
-    assert f"`{prefix}extra` in no place of the model" in refusal(load, folder)
+    assert f"{prefix}extra in no place of the model" in refusal(load, folder)
     for changes in ({"hidden_size": 32}, {"intermediate_size": 12}, {"vocab_size": 10}):
         folder = copied(name)
         change_config(folder, **changes)
-        assert f"`{prefix}" in (message := refusal(load, folder))
-        assert "and must be (" in message
+        message = refusal(load, folder)
+        assert "of another shape" in message or "but its files have" in message
 
 
 def test_backbone_in_shards_is_checked_as_one_in_a_file_is(folders, copied):
@@ -135,12 +135,12 @@ def test_head_is_refused_whose_weights_are_not_those_described(name, prefix, loa
     key = f"{prefix}emission"
     for kind in (torch.int64, torch.bool, torch.complex64):
         told = message(lambda weights, kind=kind: weights.update({key: weights[key].to(kind)}))
-        assert "emission` must be floating-point, but is" in told
-    assert "emission` missing" in message(lambda weights: weights.pop(key))
+        assert "emission of another kind of number" in told
+    assert "emission missing" in message(lambda weights: weights.pop(key))
     told = message(lambda weights: weights.update({key: weights[key][:2].clone()}))
-    assert "emission` is (2, 12) and must be (3, 12)" in told
+    assert "emission (2, 12), not (3, 12) of another shape" in told
     told = message(lambda weights: weights.update({f"{prefix}extra": torch.ones(2)}))
-    assert "extra` in no place of the model" in told
+    assert "extra in no place of the model" in told
     suggested = f"{prefix}context_maps.suggested"
     for state in (-1, 3):
         told = message(lambda weights, state=state: weights[suggested].fill_(state))
@@ -154,9 +154,9 @@ def test_pickle_loads_weights_and_runs_nothing(name, prefix, load, copied):
     load(folder)
     file = folder / "pytorch_model.bin"
     torch.save(weights | {f"{prefix}emission": torch.zeros(1).expand(1 << 40)}, file)
-    assert "are larger than their file" in refusal(load, folder, OSError)
+    assert "of another shape" in refusal(load, folder)
     file.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    assert "are damaged, or hold more than weights" in refusal(load, folder, OSError)
+    assert "is damaged" in refusal(load, folder, OSError)
 
 
 def test_masked_lm_may_hold_what_pretraining_added_for_pairs_of_sentences(tmp_path):

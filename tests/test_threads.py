@@ -16,7 +16,6 @@ from peft import LoraConfig, get_peft_model
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
 from codd_hf.text.encoding import encode_texts
-from codd_hf.training.fits.joint import gradient_checkpointing
 from tiny import SAMPLING, STRATEGIES, random_head, tiny_backbone
 
 MASK, NUM_THREADS = 2, 8
@@ -173,9 +172,10 @@ def test_adapter_is_put_back_when_a_call_fails(adapters):
     assert torch.equal(coupled(model, None), expected)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is:FutureWarning")
 def test_head_with_another_adapter_is_not_trained_where_passes_are_repeated(adapters):
     model = pipeline_with_heads(adapters=adapters).model
-    gradient_checkpointing(model.backbone, "enable")()
+    model.backbone.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="cannot be trained with gradient checkpointing"):
         model(IDS, coupling="marginal", head="longer")
     coupled(model, "longer")  # without gradients nothing is repeated

@@ -30,7 +30,6 @@ def train_arguments(data, folder) -> list[str]:
         "num_layers=1",
         "pretraining.max_steps=2",
         "joint.max_steps=2",
-        "joint.gradient_checkpointing=true",
     )
     stages = ["pretraining", "generative", "conditional", "joint"]
     argv = ["train", "--dataset", str(data), "--output", str(folder / "run"), "--stages", *stages]

@@ -66,7 +66,7 @@ def tiles_of(matrix: np.ndarray, blocks: tuple[int, int]) -> tuple[np.ndarray, n
     height, width = matrix.shape[0] // rows, matrix.shape[1] // columns
     places = [(i, j) for i in range(rows) for j in range(columns)]
     tiles = [matrix[i * height : (i + 1) * height, j * width : (j + 1) * width] for i, j in places]
-    return np.stack(tiles), np.array(places).T
+    return np.stack(tiles), np.array(places).T.copy()
 
 
 def hmm_nodes(

@@ -35,11 +35,11 @@ def test_the_command_writes_a_head(tmp_path, capsys):
 
 def test_a_folder_that_is_not_empty_is_left_alone_unless_it_may_be_overwritten(tmp_path, capsys):
     (tmp_path / "README.md").write_text("mine")
-    assert "is not empty: give a new folder, or pass" in failure(capsys, SOURCE, str(tmp_path))
+    assert "or not empty: give a new folder, or pass" in failure(capsys, SOURCE, str(tmp_path))
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
     assert main(["convert", SOURCE, str(tmp_path), "--overwrite"]) == 0
     assert "cat_hmm.jpc" in (tmp_path / "README.md").read_text()
-    assert "is a file: give a folder" in failure(capsys, SOURCE, str(tmp_path / "config.json"))
+    assert "is a file, or not empty" in failure(capsys, SOURCE, str(tmp_path / "config.json"))
 
 
 def test_a_push_asks_for_a_licence_before_anything_is_done(tmp_path, capsys):

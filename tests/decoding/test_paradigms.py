@@ -140,9 +140,9 @@ def test_block_causal_backbone_reads_no_further_than_the_windows(
 @pytest.mark.parametrize(
     ("kwargs", "said"),
     [
-        ({"paradigm": "full"}, "`paradigm` must be 'block' for a backbone with block-causal"),
-        ({"block_length": 3}, "`block_length` must divide the backbone's blocks of 4 tokens"),
-        ({"block_length": 8}, "beyond which it sees nothing, got 8: give 4."),
+        ({"paradigm": "full"}, "`paradigm` must be 'block' and"),
+        ({"block_length": 3}, "`block_length` must divide the 4 tokens"),
+        ({"block_length": 8}, "which sees nothing beyond, got 'block' and 8: give 4."),
     ],
 )
 def test_what_a_block_causal_backbone_cannot_do_is_an_error(kwargs, said):

@@ -105,7 +105,6 @@ def test_viterbi_takes_the_best_path_of_latents_and_tokens_without_randomness():
     for temperature in (0.0, 1.0):
         output = one_step(PARTLY, 3, sampling="viterbi", temperature=temperature)
         assert torch.equal(output.prev_sample, best.tokens.expand(3, -1))
-        assert (output.pred_logits.exp().sum(-1) == 1).all()
     state = torch.random.get_rng_state()
     one_step(PARTLY, sampling="viterbi", temperature=1.0)
     assert torch.equal(torch.random.get_rng_state(), state)

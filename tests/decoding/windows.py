@@ -45,8 +45,8 @@ def one_step(tokens: list[int], rows: int = 1, steps: int = 1, seed: int = 0, **
 def reader_of(model, tokens: torch.Tensor, mask: torch.Tensor, **call) -> CanvasReader:
     """Of rows `[batch, n]` in which every mask token is to be generated."""
     kwargs = {"gen_length": 1, "block_length": 4, "infill": True, **call}
-    call = DecodingCall.of(model, CoDDScheduler(), len(tokens), **kwargs)
-    return CanvasReader(model, Canvas.lay_out(model, call, tokens, mask))
+    call = DecodingCall(model, CoDDScheduler(), len(tokens), **kwargs)
+    return CanvasReader(model, Canvas(model, call, tokens, mask))
 
 
 def read(reader: CanvasReader, tokens: torch.Tensor, rows: range):

@@ -57,7 +57,7 @@ def run_script(
     folder = work / f"in-{script}"
     folder.mkdir()
     report = folder / "report.json"
-    tests = str(Path(__file__).parents[1])
+    tests = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     bare = {k: os.environ[k] for k in ("PATH", "HOME", "TMPDIR") if k in os.environ}
     subprocess.run(
         [sys.executable, *flags, str(_path_of(script)), str(work), str(report)],

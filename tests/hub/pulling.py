@@ -17,7 +17,7 @@ from pushing import PROMPT, decode, say
 from safetensors.torch import load_file
 from server import TOKEN
 
-from codd_hf import CoDDHead, CoDDModel, CoDDPipeline
+from codd_hf import CoDDHead, CoDDModel, CoDDPipeline, CoDDScheduler
 from tiny import random_head
 
 
@@ -77,7 +77,7 @@ def check_model_comes_back_out_of_the_pipeline(work):
 def check_pipeline_is_made_of_a_head_or_a_model_with_the_same_text(work):
     for name in ("tester/head", "tester/model"):
         pipe = CoDDPipeline.from_pretrained(name)
-        pipe.scheduler.register_to_config(temperature=0.7)
+        pipe.scheduler = CoDDScheduler(temperature=0.7)
         assert say(pipe) == (work / "expected.txt").read_text()
 
 
@@ -195,7 +195,7 @@ def check_without_network_what_is_cached_loads_and_what_is_not_says_so(work):
             for name in ("tester/model", "tester/head", "tester/pipeline"):
                 assert_same(CoDDModel.from_pretrained(name, **switches), work)
                 pipe = CoDDPipeline.from_pretrained(name, **switches)
-                pipe.scheduler.register_to_config(temperature=0.7)
+                pipe.scheduler = CoDDScheduler(temperature=0.7)
                 assert say(pipe) == (work / "expected.txt").read_text()
             assert_same(CoDDModel.from_backbone("tester/backbone", "tester/head", **switches), work)
     with mock.patch("time.sleep"):

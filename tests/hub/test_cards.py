@@ -37,13 +37,12 @@ def test_card_describes_the_circuit_as_it_is(tmp_path):
         parameter.numel() for parameter in CoDDHead.from_pretrained(tmp_path).parameters()
     )
     for line in (
-        "| latent states | 9 |",
-        "| window | 5 tokens |",
-        "| vocabulary | 12 tokens |",
-        "| transitions | the same at all positions |",
-        "| emissions | dense, one for each position |",
-        "| conditioning on the backbone | latent |",
-        "| marginal correction (`alpha`) | 0.25 |",
+        "| `num_latents` | 9 |",
+        "| `window_length` | 5 |",
+        "| `vocab_size` | 12 |",
+        "| `tie_emissions` | False |",
+        "| `conditioning` | ['latent'] |",
+        "| `alpha` | 0.25 |",
         f"| circuit's parameters | {parameters:,} |",
     ):
         assert line in text
@@ -135,7 +134,7 @@ def test_pipeline_has_one_card_with_a_line_that_works(tmp_path, tiny_tokenizer, 
 def test_line_in_the_card_of_a_model_works(with_head, tmp_path, monkeypatch):
     model = tiny_model() if with_head else CoDDModel.from_backbone(tiny_backbone(), mask_token_id=0)
     card = saved_card(model, tmp_path / "model")
-    assert ("latent states" in card.text) == with_head
+    assert ("`num_latents`" in card.text) == with_head
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1], names)

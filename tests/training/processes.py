@@ -29,9 +29,9 @@ from codd_hf.training import (
     fit_generative,
     train,
 )
-from codd_hf.training.evidence import cache as window_cache
-from codd_hf.training.evidence.cache import cache_windows
-from codd_hf.training.processes.sharding import shard_backbone
+from codd_hf.training import evidence as evidence_module
+from codd_hf.training.evidence import Evidence
+from codd_hf.training.processes import shard_backbone
 from tiny import SENTENCES, correlated_examples, random_head, tiny_backbone
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -199,13 +199,12 @@ def sharded_evidence(folder: Path, kind: str, sharded: bool) -> None:
     head.bind(model.get_output_embeddings().weight)
     if sharded:
         shard_backbone(model)
-    window_cache.SHARD_BYTES = 1024
+    evidence_module.SHARD_BATCHES = 1
     examples, config = correlated_examples(21), ConditionalConfig(tokens_per_batch=64)
-    cache = cache_windows(model, tokenizer, examples, config, folder / "evidence")
-    windows = cache.take(torch.arange(len(cache)))
-    gains = windows.distribution(model.coupling_head, 1.0).coupling_gain(windows.tokens.long())
+    evidence = Evidence(model, tokenizer, examples, config, folder / "evidence")
+    rows = torch.arange(len(evidence))
+    gains = evidence.scores(model.coupling_head, rows).gain
     kept = torch.tensor([part.numel() for part in backbone.parameters()]).sum()
     held = sum(getattr(p, "_local_tensor", p).numel() for p in backbone.parameters())
-    tensors = {k: v for k, v in vars(windows).items() if v is not None}
-    tensors |= {"gains": gains.detach(), "share_held": held / kept}
+    tensors = evidence.take(rows).columns | {"gains": gains.detach(), "share_held": held / kept}
     main_process_saves(tensors, folder / "evidence.safetensors")

@@ -44,16 +44,14 @@ def section(card: str, heading: str) -> str:
 def test_card_says_what_was_trained_on_what_and_how(trained_pipeline, trained_config):
     card = (trained_pipeline / "README.md").read_text()
     training = section(card, "## Training")
-    assert (
-        "`cities.jsonl`, split `train`; 88 for training, 16 for validation, 16 for test" in training
-    )
-    assert "Backbone: trained on the same data" in training
+    assert "Examples: training 88, validation 16, test 16" in training
+    assert "dataset cities.jsonl (local), " in training
     assert f"torch {torch.__version__}" in training
     for stage in ("pretraining", "generative", "conditional"):
         settings = vars(getattr(trained_config, stage))
         line = section(card, f"### Stage: {stage}")
         for name in ("max_steps", "num_epochs"):
-            assert name not in settings or f"`{name}` {settings[name]}" in line
+            assert name not in settings or f"{name} {settings[name]}" in line
     assert ModelCard(card).data.datasets is None
     assert "Training data: see below." in card
 
@@ -68,10 +66,8 @@ def test_card_has_the_curve_of_each_stage_as_its_history_is(trained_pipeline):
         rows = re.findall(r"^\| (\d+ .*) \|$", section(card, f"### Stage: {stage}"), re.MULTILINE)
         assert len(rows) == len(history)
         last = [cell.strip() for cell in rows[-1].split("|")]
-        names = [name for name in history[-1] if name not in ("seconds", "tokens")]
-        assert [float(cell) for cell in last] == pytest.approx(
-            [history[-1][name] for name in names], abs=6e-4
-        )
+        values = [value for name, value in history[-1].items() if name != "tokens"]
+        assert [float(cell) for cell in last] == pytest.approx(values, rel=6e-3, abs=1e-6)
 
 
 def test_gap_on_the_card_is_that_of_evaluate_gap_on_the_test_examples(trained_pipeline, tmp_path):
@@ -131,7 +127,7 @@ def test_backbone_of_a_codd_pipeline_or_model_gets_a_new_head(
     assert backbone
     assert all(torch.equal(ours[name], theirs[name]) for name in backbone)
     assert not torch.equal(ours["coupling_head.emission"], theirs["coupling_head.emission"])
-    assert "(a local model)" in (folder / "README.md").read_text()
+    assert f"backbone {source.name} (local), " in (folder / "README.md").read_text()
 
 
 def test_codd_model_without_a_tokenizer_is_an_error(trained_pipeline, short_config, tmp_path):
@@ -147,7 +143,7 @@ def test_packed_text_is_trained_on_without_false_ends(trained_pipeline, short_co
     config = replace(short_config, dataset=str(text), packing=True, sample_by="paragraph")
     assert {getattr(config, s).max_extra_windows for s in ("conditional", "joint")} == {0}
     folder = train(replace(config, max_length=12))
-    assert "at most 12 tokens each, packed" in (folder / "README.md").read_text()
+    assert "packing True" in (folder / "README.md").read_text()
     with pytest.raises(ValueError, match=r"`max_length` \(10\) must be a multiple"):
         replace(config, max_length=10)
 
@@ -158,6 +154,6 @@ def test_held_out_conversations_are_read_back_as_they_were(tmp_path):
         Example("", "Hello.", (("system", "Greet."),)),
     ]
     plain = [Example("2 + 2?", "4"), Example("", "a text")]
-    save_held_out(tmp_path, chats, plain)
+    save_held_out(tmp_path, ([], chats, plain))
     assert load_examples(str(tmp_path / "validation.jsonl")) == chats
     assert load_examples(str(tmp_path / "test.jsonl")) == plain

@@ -13,7 +13,6 @@ from codd_hf.circuits.em import expected_counts, log_likelihood, maximise
 from codd_hf.data.canvases import TokenizedExample
 from codd_hf.training import Checkpoints, GenerativeConfig, fit_generative
 from codd_hf.training.fits.generative import (
-    batch_counts,
     cluster_tokens,
     initial_potentials,
     text_windows,
@@ -54,17 +53,6 @@ def test_likelihood_never_decreases_under_full_batch_em_and_is_that_of_hmmlearn(
     assert ours[-1] > ours[0] + 50
 
 
-def test_counts_by_chunks_are_those_of_the_batch():
-    hmm = random_hmm(3, 8)
-    windows = sample_windows(hmm, 50, 5)
-    whole, scores = expected_counts(hmm, windows)
-    for size in (7, 64):
-        counts, total = batch_counts(hmm, windows, size)
-        assert total == pytest.approx(scores.sum().item(), rel=1e-6)
-        for ours, theirs in zip(counts.leaves, whole.leaves, strict=True):
-            assert torch.allclose(ours, theirs, rtol=1e-5)
-
-
 def test_fit_comes_close_to_the_circuit_that_made_the_text():
     truth = random_hmm(4, 8, sharpness=4.0, seed=7)
     train, validation = sample_windows(truth, 600, 6), sample_windows(truth, 300, 6, seed=1)
@@ -97,17 +85,17 @@ def test_run_that_stopped_within_an_epoch_ends_bit_equal_to_one_that_did_not(tmp
         resumed, resumed_history = fit(checkpoints)
         assert untimed(resumed_history) == untimed(history)
         assert all(map(torch.equal, whole.leaves(), resumed.leaves()))
-    with pytest.raises(ValueError, match="made with `seed` 0, not 1: continue with that"):
+    with pytest.raises(ValueError, match=r"another `seed` \(0, not 1\): continue with that"):
         fit(checkpoints, seed=1)
     windows = windows.roll(1, 0)
-    with pytest.raises(ValueError, match=r"made with other training data \(`data`\)"):
+    with pytest.raises(ValueError, match="made with another `data`"):
         fit(checkpoints)
 
 
 def test_start_is_a_normalised_circuit_whose_states_are_the_clusters():
     windows = torch.tensor([[0, 3, 1, 4], [2, 5, 0, 3]])
     clusters = torch.tensor([0, 0, 0, 1, 1, 1])
-    potentials = initial_potentials(windows, clusters, 2, GenerativeConfig())
+    potentials = initial_potentials(windows, clusters, 2)
     for leaf in potentials.leaves():
         total = leaf.exp().sum(-1)
         assert torch.allclose(total, torch.ones_like(total), atol=1e-5)

@@ -7,7 +7,7 @@ import torch
 
 from codd_hf.data.canvases import CanvasBatch, TokenizedExample, collate
 from codd_hf.data.noise import Noise, sample_noise
-from codd_hf.schedulers.noise import span_uniforms
+from codd_hf.schedulers.scheduling_codd import span_uniforms
 
 WINDOW = 4
 

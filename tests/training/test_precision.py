@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from codd_hf.runtime import precision
 from codd_hf.training import JointConfig, PretrainingConfig, fit_joint, train
-from codd_hf.training.fits.muon import FloatMuon
+from codd_hf.training.fits.pretraining import FloatMuon
 from tiny import correlated_examples, tiny_model
 
 CPU = torch.device("cpu")

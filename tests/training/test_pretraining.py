@@ -14,7 +14,8 @@ from codd_hf import CoDDModel
 from codd_hf.data.canvases import Example, collate, tokenize_examples
 from codd_hf.data.noise import Noise, sample_noise
 from codd_hf.training import Checkpoints, PretrainingConfig, fit_backbone
-from codd_hf.training.fits.pretraining import diffusion_loss, small_backbone_config
+from codd_hf.training.fits.pretraining import diffusion_loss
+from codd_hf.training.inputs import small_backbone_config
 from tiny import SENTENCES
 
 CONFIG = PretrainingConfig(
@@ -82,7 +83,7 @@ def test_run_that_stopped_ends_bit_equal_to_one_that_did_not(
     resumed, resumed_history = run(tiny_tokenizer, examples, folder, **options)
     assert untimed(resumed_history) == untimed(history)
     assert equal_states(whole, resumed)
-    with pytest.raises(ValueError, match=r"made with `mean_span_length` 2\.0, not 1\.0"):
+    with pytest.raises(ValueError, match=r"another `mean_span_length` \(2\.0, not 1\.0\)"):
         run(tiny_tokenizer, examples, folder, **(options | {"mean_span_length": 1.0}))
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from codd_hf.training import Checkpoints, TrainConfig
-from codd_hf.training.processes.launching import ONE_PROCESS, join_processes
+from codd_hf.training.processes import join_processes
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def short_config(trained_config) -> TrainConfig:
 
 
 def last_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
-    return Checkpoints(folder).load()[0]
+    return Checkpoints(folder).load({})[0]
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +86,11 @@ def test_evidence_of_a_sharded_backbone_is_that_of_a_whole_one(tmp_path, kind):
     whole, sharded = (load_file(folder / "evidence.safetensors") for folder in folders)
     assert whole.pop("share_held") == 1
     assert sharded.pop("share_held") < (0.75 if kind == "llama" else 0.55)
-    assert len(list((folders[1] / "evidence").glob("*.safetensors"))) > 2
+    assert len(list((folders[1] / "evidence").glob("*/*.safetensors"))) > 2
     for name, tensor in whole.items():
         assert torch.equal(sharded[name], tensor), name
-    prints = [json.loads((f / "evidence" / "fingerprint.json").read_text()) for f in folders]
-    assert prints[0] == prints[1]
+    names = [[path.name for path in (f / "evidence").iterdir()] for f in folders]
+    assert names[0] == names[1]
 
 
 @pytest.mark.parametrize("enough", [2, pytest.param(25, marks=pytest.mark.slow)])
@@ -137,16 +137,6 @@ def test_command_killed_at_random_moments_ends_bit_equal_to_an_undisturbed_one(
             )
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
-
-
-def test_launch_that_asked_for_more_processes_than_it_started_is_told_how(monkeypatch, capsys):
-    join_processes()
-    assert capsys.readouterr().out == ""
-    # What `accelerate launch --cpu --num_processes 2` gives its only process.
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    join_processes()
-    assert ONE_PROCESS in capsys.readouterr().out
 
 
 def test_processes_that_accelerate_cannot_join_are_an_error(monkeypatch):

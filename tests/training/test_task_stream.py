@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 from codd_hf.data.canvases import Example, load_examples
 from codd_hf.data.tasks import draw_tasks, sample_tasks
 from codd_hf.training import Checkpoints, PretrainingConfig, fit_backbone, train
-from codd_hf.training.fits.pretraining import small_backbone_config
-from codd_hf.training.task_stream import STRETCH, TaskStream
+from codd_hf.training.inputs import STRETCH, TaskStream, small_backbone_config
 
 
 @pytest.fixture

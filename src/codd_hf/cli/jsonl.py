@@ -30,7 +30,6 @@ from ..data.fingerprint import (
 )
 from ..data.rows import BadRowError, Row, RowReport, read_rows
 from ..decoding.choices import SETTINGS
-from ..decoding.loop import lay_out
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.files import atomic_write, make_durable
 from ..runtime.journal import append_results, read_results
@@ -121,8 +120,7 @@ def _check(
         raise ValueError(f"has a column {new!r} already: name another")
     integer("seed", row["seed"], most=LARGEST_SEED)
     own = {name: row[name] for name in OWN}
-    ids, mask, decoding = pipeline.prepare(prompt=[prompt], **call | own)
-    lay_out(pipeline.model, decoding, ids, mask)
+    pipeline.prepare(prompt=[prompt], **call | own)
 
 
 def _digest(pipeline: CoDDPipeline) -> str:

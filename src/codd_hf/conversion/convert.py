@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ..checks.arguments import number
-from ..circuits import Potentials, occupancy
+from ..circuits import occupancy
 from ..configuration_codd import CoDDHeadConfig
-from ..hub.repositories import HUB_ARGUMENTS, Repository, checked_name, explain_load_errors
+from ..hub.repositories import Repository, checked_name
 from ..modeling_head import CoDDHead
 from .jpc import HiddenMarkovModel
 
@@ -42,8 +40,7 @@ def convert_jpc(
 
     Nothing in the file is run: see `codd_hf.conversion.pickles`. The head holds the circuit's
     log-probabilities: `initial [H]`, `transition [H, H]` or `[L-1, H, H]`, `emission [H, V]` or
-    `[L, H, V]`, as the circuit ties them. The file's arrays are read straight into the head: memory
-    for the head and little more is enough.
+    `[L, H, V]`, as the circuit ties them. The file's arrays are read straight into the head.
 
     Args:
         source: a `.jpc` file, a folder with `model.jpc`, or the id of such a repository on the Hub.
@@ -66,7 +63,12 @@ def convert_jpc(
     """
     number("alpha", alpha, least=0)
     if output is not None:
-        _check_output(Path(output), overwrite)
+        there = Path(output).exists()
+        if there and (not Path(output).is_dir() or (any(Path(output).iterdir()) and not overwrite)):
+            raise FileExistsError(
+                f"`output` {str(output)!r} is a file, or not empty: give a new folder, or pass "
+                "`overwrite=True` (`--overwrite`)."
+            )
     path, name = _find(source, hub)
     with path.open("rb") as file:
         try:
@@ -84,14 +86,12 @@ def convert_jpc(
                     base_model_name_or_path=base_model_name_or_path,
                 )
             ).eval()
-            _fill(head, circuit)
+            _fill(head, circuit, alpha)
         except ValueError as error:
             reason = str(error).rstrip(".")
             raise ValueError(f"{name} cannot be converted: {reason}.") from error
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if alpha > 0:
-        _correct(head, alpha)
     head.config.converted_from = (
         f"{name} (PyJuice; SHA-256 `{digest}`; licence of the source: unknown)"
     )
@@ -105,87 +105,62 @@ def holds_circuit(source: str | Path, **hub: Any) -> bool:
     """Whether a file, folder or repository is a PyJuice circuit that has yet to be converted.
 
     A file is one if it is named `.jpc` or begins as a pickle does; a folder or repository, if it
-    has `model.jpc` and is not a CoDD head, model or pipeline as well. The circuit of a repository
-    on the Hub is downloaded (to the cache) to find out.
+    has `model.jpc` and is not a CoDD head, model or pipeline as well.
 
     Args:
         source: as for [`convert_jpc`].
-        **hub: `revision`, `token`, `subfolder`, `cache_dir` and the like, as for [`convert_jpc`].
+        **hub: as for [`convert_jpc`].
     """
-    path, name = Path(source), str(source)
+    path, repository = Path(source), Repository(str(source), hub)
     if path.is_file():
         with path.open("rb") as file:
             return path.suffix == ".jpc" or file.read(2) in PICKLES
-    repository = Repository(name, hub)
-    try:
-        repository.first("config.json", FILE_NAME)
-    except LocalEntryNotFoundError:
+    if repository.find(FILE_NAME) is None or repository.find("model_index.json") is not None:
         return False
     config = repository.find("config.json")
-    if config is not None and repository.read(Path(config)).get("model_type") in CODD:
-        return False
-    return repository.find(FILE_NAME) is not None and repository.find("model_index.json") is None
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"`output` {str(output)!r} is a file: give a folder.")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise FileExistsError(
-            f"`output` {str(output)!r} is not empty: give a new folder, or pass `overwrite=True` "
-            "(`--overwrite`)."
-        )
+    return config is None or repository.read(Path(config)).get("model_type") not in CODD
 
 
 def _find(source: str | Path, hub: dict[str, Any]) -> tuple[Path, str]:
     """A circuit's file, and its name for people (no path of this machine)."""
-    if unknown := sorted(hub.keys() - set(HUB_ARGUMENTS)):
+    repository = Repository(checked_name(source, "source"), hub)
+    if unknown := sorted(hub.keys() - repository.hub.keys()):
         raise TypeError(f"`{unknown[0]}` is not an argument of `convert_jpc`.")
-    given = checked_name(source, "source")
-    path, folder = Path(given), Path(given, hub.get("subfolder") or "")
+    path = Path(repository.name)
     if path.is_file():
         return path, f"`{path.name}`"
+    found = repository.find(FILE_NAME)
+    if found is None:
+        raise FileNotFoundError(f"{str(source)!r} has no `{FILE_NAME}`: give a circuit's path.")
+    where = f"`{Path(found).resolve().parent.name}`"
     if not path.is_dir():
-        with explain_load_errors(Repository(given, hub)):
-            path = Path(hf_hub_download(given, FILE_NAME, **hub))
-        return path, f"`{FILE_NAME}` of {source} at commit `{path.parent.name}`"
-    if not (folder / FILE_NAME).is_file():
-        raise FileNotFoundError(
-            f"The folder {str(source)!r} has no `{FILE_NAME}`: give the path of the circuit."
-        )
-    return folder / FILE_NAME, f"`{FILE_NAME}` of `{folder.resolve().name}`"
+        where = f"{source} at commit `{Path(found).parent.name}`"
+    return Path(found), f"`{FILE_NAME}` of {where}"
 
 
 @torch.no_grad()
-def _fill(head: CoDDHead, circuit: HiddenMarkovModel) -> None:
-    """Writes a circuit's log-probabilities and its token marginal into a head, in place."""
+def _fill(head: CoDDHead, circuit: HiddenMarkovModel, alpha: float) -> None:
+    """Writes a circuit's log-probabilities and its token marginal into a head, in place.
+
+    The marginal correction of a token that the circuit never emits has the ratio 1.
+    """
     config = head.config
     states, vocab = config.num_latents, config.vocab_size
-    parts = (
-        head.initial.detach(),
-        head.transition.detach().view(-1, states, states),
-        head.emission.detach().view(-1, states, vocab),
-    )
-    circuit.write(*parts)
-    initial, transition, emission = parts
-    initial.log_()
+    emission = head.emission.view(-1, states, vocab)
+    circuit.write(head.initial, head.transition.view(-1, states, states), emission)
+    head.initial.log_()
     if circuit.length > 1:
-        transition.log_()
-    occupied = occupancy(Potentials(initial, transition, emission), circuit.length)
+        head.transition.log_()
+    occupied = occupancy(head.potentials, circuit.length)
     if config.tie_emissions:
-        head.token_marginal.copy_(occupied.mean(0) @ emission[0])
-    else:
-        for marginal, state, matrix in zip(head.token_marginal, occupied, emission, strict=True):
-            torch.mv(matrix.T, state, out=marginal)
-    head.token_marginal.div_(head.token_marginal.sum(-1, keepdim=True)).clamp_(min=RAREST)
+        occupied = occupied.mean(0, keepdim=True)
+    marginals: torch.Tensor = head.token_marginal.view(-1, vocab)  # type: ignore[operator]
+    for marginal, state, matrix in zip(marginals, occupied, emission, strict=False):
+        torch.mv(matrix.T, state, out=marginal)
+    marginals.copy_(marginals[: len(occupied)].expand(len(marginals), vocab))
+    marginals.div_(marginals.sum(-1, keepdim=True)).clamp_(min=RAREST)
     emission.log_()
-
-
-@torch.no_grad()
-def _correct(head: CoDDHead, alpha: float) -> None:
-    """The marginal correction; a token that the circuit never emits gets the ratio 1."""
-    emission = head.emission.view(-1, *head.emission.shape[-2:])
-    marginals = head.token_marginal.view(-1, head.config.vocab_size)
-    for matrix, marginal in zip(emission, marginals, strict=False):
-        matrix[:, marginal <= RAREST] = math.log(RAREST)
-    head.set_alpha(alpha)
+    if alpha > 0:
+        for matrix, marginal in zip(emission, marginals, strict=False):
+            matrix[:, marginal <= RAREST] = math.log(RAREST)
+        head.set_alpha(alpha)

@@ -24,16 +24,16 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 import torch
 
-from .arrays import Array, read_array, read_num_tokens
-from .pickles import Payload, unpickle
+from .pickles import Array, Payload, read_array, read_num_tokens, unpickle
 
 KEYS = {"type", "num_node_blocks", "block_size", "chs", "edge_ids", "params", "zero_param_mask"}
 KEYS |= {"scope", "dist", "dist_shared_with", "source_node"}
-OLD_KEYS = {"num_node_groups": "num_node_blocks", "group_size": "block_size"}
 LARGEST_DISTRIBUTION = 1 << 12
 """Bytes of a pickled distribution; a real one has 200."""
 GROWTH, ALLOWANCE = 4, 1 << 24
 """A dense circuit may have `GROWTH` times the bytes of its file, and `ALLOWANCE` more."""
+COPIED = 1 << 18
+"""Emissions are read so many at once."""
 ROUNDING = 1e-3
 """PyJuice normalises a sum's rows when it loads them; rows that are closer to 1 are left alone."""
 
@@ -42,11 +42,10 @@ class _Node:
     """A checked dictionary of the list."""
 
     def __init__(self, index: int, fields: Any):
-        self.index = index
+        self.index, self.fields = index, fields
         if type(fields) is not dict:
             self.refuse("is not a dictionary")
-        self.fields = {OLD_KEYS.get(key, key): value for key, value in fields.items()}
-        if unknown := sorted(set(self.fields) - KEYS):
+        if unknown := sorted(fields.keys() - KEYS):
             self.refuse(f"has the unknown entry {unknown[0]!r}")
         self.kind: str = self.get("type", str)
         self.blocks: tuple[int, int] = self.get("num_node_blocks", int), self.get("block_size", int)
@@ -62,60 +61,49 @@ class _Node:
         raise ValueError(f"node {self.index} {reason}")
 
     def get(self, key: str, kind: type) -> Any:
-        """An entry of the type."""
         if type(self.fields.get(key)) is not kind:
             self.refuse(f"has no {key!r} of the right type")
         return self.fields[key]
 
-    def array(self, key: str, kinds: str) -> Array:
-        """An entry that is an array with elements of one of numpy's kinds."""
+    def array(self, key: str, dtype: str) -> Array:
         try:
-            return read_array(self.fields.get(key), kinds)
+            return read_array(self.fields.get(key), dtype)
         except ValueError as error:
             self.refuse(f"has {key!r} that {error}")
 
-    @property
-    def mask(self) -> Array | None:
-        """The places where parameters are zero."""
-        return self.array("zero_param_mask", "b") if "zero_param_mask" in self.fields else None
+    def check_values(self, values: np.ndarray) -> None:
+        if not (values.min(initial=0) >= 0 and values.max(initial=0) < np.inf):
+            self.refuse("has parameters that are no probabilities")
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A sum: the node that has its tiles, their places (int64), and the blocks of both sides."""
+    """A sum: the node that has its tiles, the places of these, and the blocks of both sides."""
 
     source: _Node
     edges: bytes
     rows: tuple[int, int]
     columns: tuple[int, int]
 
-    @property
-    def places(self) -> np.ndarray:
-        """`[2, n]`, the block row and the block column of each tile."""
-        return np.frombuffer(self.edges, np.int64).reshape(2, -1)
-
-    def check(self, node: _Node, tiles: tuple[int, ...]) -> None:
-        """Raises unless all tiles lie within the blocks, at different places."""
-        rows, columns = self.places
-        within = (rows >= 0) & (rows < self.rows[0]) & (columns >= 0) & (columns < self.columns[0])
-        different = len(np.unique(rows * self.columns[0] + columns))
-        if not within.all() or different < len(rows):
-            node.refuse("has `edge_ids` outside its blocks, or the same twice")
-        mask = self.source.mask
-        if mask is not None and mask.shape != tiles:
-            self.source.refuse(f"has a `zero_param_mask` of shape {mask.shape}, not {tiles}")
-
     def dense(self) -> torch.Tensor:
         """The matrix `[rows, columns]`, float32."""
-        tiles = self.source.array("params", "f").numpy().astype(np.float32)
-        _check_values(self.source, tiles)
-        if self.source.mask is not None:
-            tiles[self.source.mask.numpy()] = 0
-        (row_blocks, height), (column_blocks, width) = self.rows, self.columns
-        dense = np.zeros((row_blocks, height, column_blocks, width), np.float32)
-        rows, columns = self.places
-        dense[rows, :, columns] = tiles
-        dense = dense.reshape(row_blocks * height, -1)
+        source, (row_blocks, height), (column_blocks, width) = self.source, self.rows, self.columns
+        rows, columns = np.frombuffer(self.edges, np.int64).reshape(2, -1)
+        inside = (rows >= 0) & (rows < row_blocks) & (columns >= 0) & (columns < column_blocks)
+        tiles = source.array("params", "<f4").numpy().copy()
+        if tiles.shape != (len(rows), height, width):
+            source.refuse(f"has parameters of shape {tiles.shape}, which do not fit its blocks")
+        if not inside.all() or len(np.unique(rows * column_blocks + columns)) < len(rows):
+            source.refuse("has `edge_ids` outside its blocks, or the same twice")
+        source.check_values(tiles)
+        if "zero_param_mask" in source.fields:
+            mask = source.array("zero_param_mask", "|b1").numpy()
+            if mask.shape != tiles.shape:
+                source.refuse(f"has a `zero_param_mask` of shape {mask.shape}, not {tiles.shape}")
+            tiles[mask] = 0
+        placed = np.zeros((row_blocks, height, column_blocks, width), np.float32)
+        placed[rows, :, columns] = tiles
+        dense = placed.reshape(row_blocks * height, -1)
         total = dense.sum(-1, keepdims=True)
         np.divide(dense, total, out=dense, where=(abs(total - 1) > ROUNDING) & (total > 0))
         return torch.from_numpy(dense)
@@ -136,21 +124,13 @@ class HiddenMarkovModel:
     """
 
     def __init__(self, file: BinaryIO):
-        steps = itertools.count()
-        nodes = unpickle(file, steps)
+        self._steps = itertools.count()
+        nodes = unpickle(file, self._steps)
         if type(nodes) is not list or not nodes:
             raise ValueError("it does not hold a list of nodes")
         self._nodes = [_Node(index, fields) for index, fields in enumerate(nodes)]
-        # A small file can name the same array or node in many places: each is read once.
-        self._sources: dict[int, _Node] = {}
-        self._matrices: set[_Matrix] = set()
-        self._edges = functools.cache(lambda array: array.numpy().astype(np.int64).tobytes())
-        self._identity = functools.cache(
-            lambda number, width: np.arange(number).repeat(width).tobytes()
-        )
-        self._num_tokens = functools.cache(
-            lambda raw: read_num_tokens(unpickle(io.BytesIO(raw), steps))
-        )
+        # A small file can name one array in many places: it is read once.
+        self._edges = functools.cache(lambda array: array.payload.read())
         sums, products, inputs = self._walk()
         root, *others = reversed(self._nodes)
         if root.num_states != 1:
@@ -184,11 +164,11 @@ class HiddenMarkovModel:
         for matrix, out in zip(self._transitions, transition, strict=False):
             out.copy_(matrix.dense())
         for node, out in zip(self._emissions, emission, strict=False):
-            flat, start = out.view(-1).numpy(), 0
-            for values in node.array("params", "f").parts():
-                _check_values(node, values)
-                flat[start : start + len(values)] = values
-                start += len(values)
+            payload = node.array("params", "<f4").payload
+            payload.file.seek(payload.offset)
+            for part in np.split(out.view(-1).numpy(), range(COPIED, out.numel(), COPIED)):
+                payload.file.readinto(part)  # type: ignore[attr-defined]
+                node.check_values(part)
 
     def _walk(self) -> tuple[list[_Node], list[_Node], list[_Node]]:
         """The sums, the products and the inputs along the chain."""
@@ -199,10 +179,9 @@ class HiddenMarkovModel:
             if node.kind != "Sum" or len(node.children) != 1:
                 node.refuse("is not a sum over one product, as in a hidden Markov model")
             product = nodes[node.children[0]]
-            if product.kind != "Product":
-                product.refuse(f"is a {product.kind!r} where a hidden Markov model has a product")
             children = sorted((nodes[i] for i in product.children), key=lambda child: child.kind)
-            if [child.kind for child in children] not in (["Input"], ["Input", "Sum"]):
+            kinds = [product.kind, *(child.kind for child in children)]
+            if kinds not in (["Product", "Input"], ["Product", "Input", "Sum"]):
                 product.refuse(
                     "is not a product of one input and at most one sum, as in a hidden Markov model"
                 )
@@ -218,37 +197,24 @@ class HiddenMarkovModel:
 
     def _matrix(self, node: _Node, product: _Node) -> _Matrix:
         """A sum over a product, which joins equal states of its children."""
-        edges, width = product.array("edge_ids", "i"), len(product.children)
-        number = edges.shape[0] if edges.shape else 0
-        if edges.shape not in ((product.blocks[0], width), (product.num_states, width)) or (
-            self._edges(edges) != self._identity(number, width)
+        joined, width = product.array("edge_ids", "<i8"), len(product.children)
+        if joined.shape not in ((product.blocks[0], width), (product.num_states, width)) or (
+            (joined.numpy() != np.arange(joined.shape[0])[:, None]).any()
         ):
             product.refuse("does not join equal states of its children")
-        edges, source = node.array("edge_ids", "i"), self._source(node)
-        tiles = source.array("params", "f").shape
-        if tiles[1:] != (node.blocks[1], product.blocks[1]) or len(tiles) != 3 or not tiles[0]:
-            node.refuse(f"has parameters of shape {tiles}, which do not fit its blocks")
-        if edges.shape != (2, tiles[0]) or tiles[0] > node.blocks[0] * product.blocks[0]:
-            node.refuse(f"has {tiles[0]} tiles, but `edge_ids` of shape {edges.shape}")
-        matrix = _Matrix(source, self._edges(edges), node.blocks, product.blocks)
-        if matrix not in self._matrices:
-            matrix.check(node, tiles)
-            self._matrices.add(matrix)
-        return matrix
+        edges = node.array("edge_ids", "<i8")
+        if len(edges.shape) != 2 or edges.shape[0] != 2:
+            node.refuse(f"has `edge_ids` of shape {edges.shape}")
+        return _Matrix(self._source(node), self._edges(edges), node.blocks, product.blocks)
 
     def _source(self, node: _Node) -> _Node:
         """The node that has the parameters of a node."""
-        passed: set[int] = set()
-        while "source_node" in node.fields and node.index not in self._sources:
-            passed.add(node.index)
-            index = node.get("source_node", int)
-            if not 0 <= index < len(self._nodes) or index in passed:
-                node.refuse("has no source of its parameters")
-            if self._nodes[index].kind != node.kind:
-                node.refuse(f"takes its parameters from a node of type {self._nodes[index].kind!r}")
-            node = self._nodes[index]
-        source = self._sources.get(node.index, node)
-        self._sources |= dict.fromkeys(passed, source)
+        if "source_node" not in node.fields:
+            return node
+        index = node.get("source_node", int)
+        source = self._nodes[index] if 0 <= index < len(self._nodes) else node
+        if source.kind != node.kind or "source_node" in source.fields:
+            node.refuse("has no source of its parameters")
         return source
 
     def _vocab_size(self, node: _Node) -> int:
@@ -261,14 +227,14 @@ class HiddenMarkovModel:
             payload = node.get("dist", Payload)
             if payload.size > LARGEST_DISTRIBUTION:
                 raise ValueError(f"it has {payload.size:,} bytes")
-            return self._num_tokens(bytes(payload.read()))
+            return read_num_tokens(unpickle(io.BytesIO(payload.read()), self._steps))
         except ValueError as error:
             node.refuse(f"has a distribution that cannot be read: {error}")
 
     def _check_growth(self, size: int) -> None:
         states, vocab = self.num_latents, self.vocab_size
         for node in self._emissions:
-            found = node.array("params", "f").shape
+            found = node.array("params", "<f4").shape
             if found != (states * vocab,):
                 node.refuse(
                     f"has emissions of shape {found}, not the {states * vocab:,} numbers of "
@@ -282,8 +248,3 @@ class HiddenMarkovModel:
                 f"its potentials would take {dense:,} bytes, but the file has {size:,}: it is no "
                 "circuit that PyJuice has saved, or one with parameters tied in part"
             )
-
-
-def _check_values(node: _Node, values: np.ndarray) -> None:
-    if not (values.min() >= 0 and values.max() < np.inf):
-        node.refuse("has parameters that are no probabilities")

@@ -65,7 +65,7 @@ def load_adapter(
     if folder is None:
         raise OSError(f"`adapter` {source!r} holds no PEFT adapter: {ADAPTER_FILES} are needed.")
     settings, weights = (Path(folder, file) for file in ADAPTER_FILES)
-    if any(header.kind != "floating-point" for header in repository.read(weights).values()):
+    if not all(repository.read(weights).values()):
         raise ValueError(f"`adapter` {source!r} must hold floats alone.")
     state = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(weights).items()}
     used = _stored_settings(repository.read(settings), state)

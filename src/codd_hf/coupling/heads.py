@@ -20,7 +20,7 @@ from accelerate.utils import align_module_device
 from ..checks.arguments import shown
 from ..configuration_codd import CoDDHeadConfig
 from ..hub.cards import Artifact
-from ..hub.publishing import ACCESS, FACTS, UPLOAD, push
+from ..hub.publishing import PUSHED, push
 from ..hub.repositories import ADAPTER_FOLDER
 from ..modeling_head import CoDDHead
 from .adapter_files import load_adapter, save_adapter
@@ -230,6 +230,5 @@ class Heads:
 
         save(save_directory)
         if to_hub:
-            upload = {key: kwargs[key] for key in UPLOAD if key in kwargs}
-            given = {key: kwargs[key] for key in (*ACCESS, *FACTS) if key in kwargs}
-            push(Artifact("head", head), save, repo_id, upload=upload, **given)
+            given = {key: kwargs[key] for key in PUSHED if key in kwargs}
+            push(Artifact("head", head), save, repo_id, **given)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..schedulers.noise import span_uniforms
+from ..schedulers.scheduling_codd import span_uniforms
 from .canvases import CanvasBatch, TokenizedExample, collate, padding_token_id
 
 

@@ -9,13 +9,14 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
-from ..checks.arguments import check_token_types, padding_mask, plain, shown, token_ids
+from ..checks.arguments import check_known, check_token_types, padding_mask, plain, shown, token_ids
 from ..coupling.windows import CoupledBackbone
 from ..schedulers.scheduling_codd import CoDDScheduler
-from .call import CHOICES, DecodingCall, check_scheduler
+from ..schedulers.settings import DrawSettings
+from .call import CHOICES, DecodingCall
+from .canvas import Canvas
 from .choices import SETTINGS, TASK, entries, scheduler_of, settings_of, task_of
 from .loop import OnStep, denoise
-from .streaming import BlockStream
 
 CONFIGURABLE = (*TASK, "max_new_tokens", "do_sample", *SETTINGS)
 """Arguments of a call or a generation configuration."""
@@ -44,6 +45,68 @@ OFF_AT_ONE = (
     "typical_p",
 )
 """Arguments of transformers that decoding by diffusion has not, of which 1 asks for nothing."""
+
+
+class BlockStream:
+    """Passes the steps of one generation on to a streamer, by transformers' protocol.
+
+    The streamer gets `put(prompts)`, after every step `put_draft(block)` with the block that is
+    being filled, the mask token where nothing is committed yet, and `put(block)` once nothing in
+    the block or before it changes any more, which the first step of the next block shows. All are
+    token ids `[batch, n]` on the CPU. A streamer without `put_draft` (`TextStreamer`) hears of
+    blocks only.
+    """
+
+    def __init__(
+        self,
+        streamer: BaseStreamer,
+        prompts: torch.Tensor,
+        call: DecodingCall,
+        on_step: OnStep | None = None,
+    ) -> None:
+        if call.infill:
+            raise ValueError(
+                "`streamer` is told what follows a prompt, which `infill` has not: leave it out."
+            )
+        if not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise TypeError(f"`streamer` must have `put` and `end`, got {shown(streamer)}.")
+        self.streamer, self.call, self.on_step = streamer, call, on_step
+        self.block_length = call.block_length or max(call.gen_length)
+        self._complete = self._begun = 0
+        streamer.put(prompts.cpu())
+
+    def __call__(
+        self, step: int, timestep: torch.Tensor, state: dict[str, torch.Tensor]
+    ) -> torch.Tensor | None:
+        """A callback for `denoise`: calls `on_step` and shows the canvas that results."""
+        returned = None if self.on_step is None else self.on_step(step, timestep, state)
+        canvas = state["canvas"] if returned is None else returned
+        generated = state["generated"]
+        size = generated.sum(-1, keepdim=True)
+        number = torch.arange(int(size.max()), device=generated.device)
+        place = generated.long().argmax(-1, keepdim=True) + number
+        place = place.clamp(max=generated.shape[1] - 1)
+        tokens = torch.where(number < size, canvas.gather(1, place), self.call.behind)
+        changed = state["transfer_index"].gather(1, place) & (number < size)
+        in_work = (tokens == self.call.mask_token_id) | changed
+        first = int(in_work.any(0).nonzero()[0])
+        start = first // self.block_length * self.block_length
+        self._put_until(start, tokens)
+        self._begun = start + self.block_length
+        if hasattr(self.streamer, "put_draft"):
+            self.streamer.put_draft(tokens[:, start : self._begun].cpu())
+        return returned
+
+    def finish(self, sequences: torch.Tensor) -> None:
+        """Puts the blocks that are still open, from the result `[batch, n]`, and ends."""
+        self._put_until(self._begun, sequences)
+        self.streamer.end()
+
+    def _put_until(self, end: int, tokens: torch.Tensor) -> None:
+        while self._complete < min(end, tokens.shape[1]):
+            following = self._complete + self.block_length
+            self.streamer.put(tokens[:, self._complete : following].cpu())
+            self._complete = following
 
 
 def generate(
@@ -76,10 +139,10 @@ def generate(
         scheduler: default, one with the settings of `model.generation_config`.
         on_step: as for [`~codd_hf.decoding.loop.denoise`].
         streamer: hears the prompts, a draft after every step and the blocks as they are completed
-            (see `streaming.BlockStream`), for example `transformers.TextDiffusionStreamer`, which
+            (see `BlockStream`), for example `transformers.TextDiffusionStreamer`, which
             takes one row.
         **kwargs: `max_new_tokens` (or `gen_length`), `do_sample`, the arguments of
-            [`~codd_hf.decoding.call.DecodingCall.of`] and the scheduler's settings
+            [`~codd_hf.decoding.call.DecodingCall`] and the scheduler's settings
             ([`~codd_hf.schedulers.settings.DrawSettings`]). All may stand in a generation
             configuration but for `generator`, `forced_tokens`, `logits_processor`, `cache`,
             `guidance_scale` and `head`.
@@ -118,11 +181,12 @@ def generate(
     else:
         attention_mask = padding_mask("attention_mask", attention_mask, inputs.shape, inputs.device)
     scheduler = scheduler_of(model.generation_config) if scheduler is None else scheduler
-    check_scheduler(scheduler)
-    settings = settings_of({"temperature": scheduler.settings.temperature}, given, kwargs)
-    call = DecodingCall.of(model, scheduler, len(inputs), **task, **choices, **settings)
+    base = {"temperature": getattr(scheduler, "settings", DrawSettings()).temperature}
+    settings = settings_of(base, given, kwargs)
+    call = DecodingCall(model, scheduler, len(inputs), **task, **choices, **settings)
+    canvas = Canvas(model, call, inputs, attention_mask)
     stream = None if streamer is None else BlockStream(streamer, inputs, call, on_step)
-    output = denoise(model, call, inputs, attention_mask, on_step=stream or on_step)
+    output = denoise(model, canvas, on_step=stream or on_step)
     if stream is not None:
         stream.finish(output.sequences)
     if not call.infill:
@@ -135,28 +199,14 @@ def generate(
 
 def _check_names(call: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raises for unknown names of a call, and for what it or a configuration asks in vain."""
-    known_elsewhere = {
-        *vars(GenerationConfig()),
-        *inspect.signature(GenerationMixin.generate).parameters,
-    }
-    for name, value in asked.items():
-        if name in (*CONFIGURABLE, *WITHOUT_EFFECT) or name.startswith("_"):
-            continue
-        if name in known_elsewhere and not _is_off(name, value):
+    theirs = {*vars(GenerationConfig()), *inspect.signature(GenerationMixin.generate).parameters}
+    known = (*CONFIGURABLE, *WITHOUT_EFFECT)
+    check_known(call, dict.fromkeys((*known, *theirs)), "an argument of `generate`")
+    for name in asked.keys() & theirs - {*known}:
+        value, off = plain(asked[name]), (None, 0, 1) if name in OFF_AT_ONE else (None, 0)
+        off = (None,) if name.endswith("_token_id") else off
+        if not name.startswith("_") and value not in off:
             raise ValueError(
                 f"`{name}={shown(value)}` asks for something that decoding by diffusion has not: "
                 f"leave it out; what can be set is {', '.join(CONFIGURABLE)}."
             )
-        if name not in known_elsewhere and name in call:
-            raise TypeError(
-                f"`{name}` is not an argument of `generate`: use {', '.join(CONFIGURABLE)}."
-            )
-
-
-def _is_off(name: str, value: Any) -> bool:
-    """Whether a value asks for nothing, as `num_beams=1` or `length_penalty=0.0`."""
-    value = plain(value)
-    if value is None or value is False:
-        return True
-    off = () if name.endswith("_token_id") else (0, 1) if name in OFF_AT_ONE else (0,)
-    return type(value) in (int, float) and value in off

@@ -123,8 +123,7 @@ def take_step(
     stage: Stage,
     number: int,
     memory: CommitMemory | None,
-    record: dict[str, torch.Tensor],
-) -> bool:
+) -> None:
     """Commits tokens of a stage to the canvas, in all rows of a pass, those that are alike at once.
 
     Args:
@@ -135,13 +134,8 @@ def take_step(
         stage: the part of the canvas that is decoded.
         number: of the step in the stage, from 0.
         memory: of the stage's earlier steps, to remask.
-        record: tensors `[batch, T]` by their names in the scheduler's output; they take down the
-            step, in its windows.
-
-    Returns:
-        Whether a window was decoded factorized, since circuit and backbone exclude each other.
     """
-    call, fallback, part = canvas.call, False, canvas.rows(rows)
+    call, part = canvas.call, canvas.rows(rows)
     scheduler, length = call.scheduler, call.head.window_length
     states, num_steps = _without_early_ends(states, part), stage.num_steps[rows]
     over, at_least = stage.within[rows], None
@@ -186,29 +180,24 @@ def take_step(
                 logits_processor=call.logits_processor,
                 text=RowText(group.tokens, known, position, group_rows),
                 memory=memory,
-                output_logits=False,
             )
-        fallback = fallback or bool(output.fallback.any())
 
         # 3. They go onto the canvas.
-        row, at = (output.transfer_index | output.remasked).nonzero(as_tuple=True)
-        canvas.tokens[group_rows[row], position[row, at]] = output.prev_sample[row, at]
         row, at = distribution.present.view_as(position).nonzero(as_tuple=True)
-        for name, kept in record.items():
-            kept[group_rows[row], position[row, at]] = output[name][row, at].to(kept.dtype)
-    return fallback
+        canvas.tokens[group_rows[row], position[row, at]] = output.prev_sample[row, at]
 
 
 def _without_early_ends(states: BackboneStates, part: Canvas) -> BackboneStates:
     """The states of the rows in `part`, whose logits rule out end tokens that come too early."""
-    if not len(part.end_ids) or not bool((part.no_end_before > part.start).any()):
+    if not part.end_ids or not bool((part.no_end_before > part.start).any()):
         return states
+    end_ids = part.tokens.new_tensor(part.end_ids)
 
     def read_logits(index: tuple[torch.Tensor, ...]) -> torch.Tensor:
         logits = states.logits(index)
         too_early = (index[1] < part.no_end_before[index[0]])[:, None]
-        ends = logits[:, part.end_ids].masked_fill(too_early, -torch.inf)
-        return logits.index_copy(-1, part.end_ids, ends)
+        ends = logits[:, end_ids].masked_fill(too_early, -torch.inf)
+        return logits.index_copy(-1, end_ids, ends)
 
     return BackboneStates(states.last_hidden_state, read_logits)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,23 +17,6 @@ from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.journal import append_results, read_results
 from ..text.encoding import encode_texts
 from .settings import AnswerSettings
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way of decoding.
-
-    Attributes:
-        sampling: the scheduler's.
-        strategy: the scheduler's.
-        passes: backbone passes per block; for an adaptive strategy, the most of them.
-        draw: further settings of the scheduler (`temperature`, `top_p`, ...).
-    """
-
-    sampling: str
-    strategy: str
-    passes: int
-    draw: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,16 +51,13 @@ class AnswerSet:
     """Questions with real answers, a pipeline that answers them, and a judge.
 
     Args:
-        pipeline: with a tokenizer. Its scheduler's settings hold where a `Setting` has none.
+        pipeline: with a tokenizer. Its scheduler's settings hold where others are not given.
         judge: of the same questions.
         examples: questions and real answers.
         settings: `gen_length`, at which real answers are cut; `batch_size`, which changes the
             speed, not the answers; and `seed`, to which a question's place is added.
         journal: a file that keeps answers for a later run of the same pipeline, judge, questions
             and settings.
-
-    Raises:
-        ValueError: there are fewer than 2 examples, or one has no question.
     """
 
     def __init__(
@@ -88,10 +68,6 @@ class AnswerSet:
         settings: AnswerSettings,
         journal: Path | None = None,
     ) -> None:
-        if len(examples) < 2:
-            raise ValueError(f"`examples` must be at least 2, for errors, got {len(examples)}.")
-        if not all(example.prompt for example in examples):
-            raise ValueError("`examples` must each have a question: one has none.")
         self.pipeline, self.judge, self.examples = pipeline, judge, list(examples)
         self.settings, self.journal = settings, journal
         self.block_length = pipeline.model.window_length
@@ -110,20 +86,19 @@ class AnswerSet:
         texts = [tokenizer.decode(row) for row in tokens]
         return Answers(texts, tokens, [0] * len(texts), list(self.judge(texts)), 0.0)
 
-    def answers(self, setting: Setting) -> Answers:
+    def answers(self, passes: int, **draw: Any) -> Answers:
         """Those of an earlier run, or else made now and kept.
 
-        Raises:
-            ValueError: a setting is out of range.
+        Args:
+            passes: backbone passes per block; for an adaptive strategy, the most of them.
+            **draw: settings of the scheduler.
         """
-        scheduler = self.pipeline.scheduler
-        draw = {**setting.draw, "sampling": setting.sampling, "strategy": setting.strategy}
-        made_by = [*self._made_by, asdict(scheduler.settings.updated(**draw)), setting.passes]
-        key = json_fingerprint(made_by)
+        settings = asdict(self.pipeline.scheduler.settings.updated(**draw))
+        key = json_fingerprint([*self._made_by, settings, passes])
         kept = read_results(self.journal).get(key) if self.journal else None
         if kept is not None:
             return Answers(**kept)
-        answers = self._generate(setting.passes, draw)
+        answers = self._generate(passes, draw)
         if self.journal:
             append_results(self.journal, [(key, asdict(answers))])
         return answers

@@ -18,14 +18,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..checks.arguments import choice
-from ..checks.settings import settings_of
 from ..data.sources import Example, load_examples
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.report import Report
-from ..schedulers.settings import DrawSettings
 from ..schedulers.strategies import ADAPTIVE
-from .answers import Answers, AnswerSet, Setting
+from .answers import Answers, AnswerSet
 from .judge import Judge, load_judge
 from .settings import FACTORIZED, QualitySettings
 from .statistics import entropy, mean, ratio, repeated_ngrams
@@ -33,7 +30,6 @@ from .statistics import entropy, mean, ratio, repeated_ngrams
 Row = dict[str, Any]
 NATS, ENTROPY = "nats per token", "token entropy"
 
-# Factorized decoding has one temperature, whatever the scheduler's for the circuit is.
 FACTORIZED_GRID = [
     *({"evidence_temperature": 1.0, "temperature": t} for t in (0.0, 0.5, 0.7, 0.85, 1.0)),
     {"evidence_temperature": 1.0, "temperature": 1.0, "top_p": 0.9},
@@ -94,9 +90,6 @@ def measure_quality(
         ValueError: `validation` shares a question with `test`, or a setting is out of range.
     """
     strategies = settings.strategies or [test.pipeline.scheduler.config.strategy]
-    for strategy in strategies:
-        # Before hours have been spent on good ones.
-        choice("strategies", strategy, settings_of(DrawSettings)["strategy"].choices)
     length, modes = test.block_length, [FACTORIZED, *settings.samplings]
     if max(settings.passes) > length:
         raise ValueError(f"`passes` must be at most the window's {length}, got {settings.passes}.")
@@ -106,33 +99,41 @@ def measure_quality(
         shared = {e.prompt for e in validation.examples} & {e.prompt for e in test.examples}
         if shared:
             raise ValueError(f"`choose_on` and `dataset` share the question {min(shared)!r}.")
-        least = ENTROPY_KEPT * figures(None, validation.real())[ENTROPY].value
+        least = ENTROPY_KEPT * figures(validation.real())[ENTROPY].value
         for mode, at in tqdm([*product(modes, CHOSEN_AT)], "choosing settings", disable=None):
             grid = FACTORIZED_GRID if mode == FACTORIZED else COUPLED_GRID
-            group = [Setting(mode, strategies[0], min(at, length), draw) for draw in grid]
-            found = [figures(setting, validation.answers(setting)) for setting in group]
+            found = [
+                measured(validation, min(at, length), mode, strategies[0], draw) for draw in grid
+            ]
             chosen[mode, at] = grid[best(found, least)]
             choices += found
     ways = [(s, n) for s in strategies for n in ([length] if s in ADAPTIVE else settings.passes)]
     for mode, (strategy, passes) in tqdm([*product(modes, ways)], "measuring", disable=None):
         wanted = 1 if strategy in ADAPTIVE else passes
         nearest = CHOSEN_AT[wanted**2 > CHOSEN_AT[0] * CHOSEN_AT[1]]
-        setting = Setting(mode, strategy, passes, chosen.get((mode, nearest), {}))
-        rows.append(figures(setting, test.answers(setting)))
-    real = figures(None, test.real())
+        # Factorized decoding has one temperature, whatever the scheduler's for the circuit is.
+        own = {"evidence_temperature": 1.0} if mode == FACTORIZED else {}
+        draw = chosen.get((mode, nearest), own)
+        rows.append(measured(test, passes, mode, strategy, draw))
+    real = figures(test.real())
     least = ENTROPY_KEPT * real[ENTROPY].value
-    return {"choices": choices, "rows": [real, *rows], "matches": find_matches(rows, least)}
+    rows.insert(0, {"sampling": "real answers"} | real)
+    return {"choices": choices, "rows": rows, "matches": find_matches(rows[1:], least)}
 
 
-def figures(setting: Setting | None, answers: Answers) -> Row:
-    """Settings and figures of answers; no setting, of real ones."""
-    row: Row = {"sampling": "real answers", "strategy": None, "passes": None, "settings": None}
-    if setting is not None:
-        draw = ", ".join(f"{name} {value}" for name, value in setting.draw.items())
-        row |= vars(setting) | {"settings": draw}
-        del row["draw"]
+def measured(
+    answers: AnswerSet, passes: int, sampling: str, strategy: str, draw: dict[str, Any]
+) -> Row:
+    """Settings and the figures of the answers under them."""
+    row = {"sampling": sampling, "strategy": strategy, "passes": passes}
+    row["settings"] = ", ".join(f"{name} {value}" for name, value in draw.items())
+    return row | figures(answers.answers(passes, sampling=sampling, strategy=strategy, **draw))
+
+
+def figures(answers: Answers) -> Row:
+    """Nats per token of the judge, entropy of all tokens thrown together, and more."""
     nats = ratio(*zip(*answers.verdicts, strict=True))
-    return row | {
+    return {
         NATS: nats,
         "perplexity": math.exp(nats.value),
         ENTROPY: entropy(answers.tokens),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from ..checks.settings import Count, Natural, Positive, Range, Settings
+from ..checks.settings import Count, Natural, Positive, Range, Settings, settings_of
+from ..schedulers.settings import DrawSettings
 
 FACTORIZED = "factorized"
 
@@ -99,3 +100,8 @@ class QualitySettings(AnswerSettings):
     """Default: the scheduler's; threshold and joint take the passes that they need."""
     passes: list[Count] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
     """Backbone passes per window."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for strategy in self.strategies:
+            settings_of(DrawSettings)["strategy"].checked("strategies", strategy)

@@ -13,26 +13,76 @@ from .repositories import is_local
 
 TAGS = ("codd", "coupled-discrete-diffusion", "diffusion-language-model", "probabilistic-circuit")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-ARTIFACTS = {
-    "head": "A CoDD head: a small tractable circuit, for the diffusion language model that it was "
-    "fitted to.",
-    "model": "A diffusion language model with a small tractable circuit.",
-    "pipeline": "A text-generation pipeline: a diffusion language model with a small tractable "
-    "circuit, its scheduler and its tokenizer.",
-}
-COUPLED = (
-    "As in [Coupled Discrete Diffusion](https://arxiv.org/abs/2603.00045), the circuit multiplies "
-    "the predictions of the language model; the product is an exact joint distribution over a "
-    "window of tokens, so that tokens decoded in the same step agree with one another."
-)
-FACTORIZED = (
-    "A diffusion language model in the format of codd-hf, without a circuit: tokens that are "
-    "decoded in the same step are drawn independently."
-)
 REWRITTEN = (
     "<!-- `codd-hf train` wrote this card, and writes it anew when it has trained again: delete "
     "this line to keep your own text. -->"
 )
+TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ title }}
+
+{% if config is none -%}
+A diffusion language model in the format of codd-hf, without a circuit: tokens that are decoded in
+the same step are drawn independently.
+{%- else -%}
+{{ kind }}. As in [Coupled Discrete Diffusion](https://arxiv.org/abs/2603.00045), the circuit
+multiplies the predictions of the language model; the product is an exact joint distribution over a
+window of tokens, so that tokens decoded in the same step agree with one another.
+{%- endif %}
+
+## Use
+
+With the package codd-hf:
+
+```python
+{{ usage }}
+```
+
+## What it holds
+
+| | |
+| --- | --- |
+{%- for name, value in parts %}
+| {{ name }} | {{ value }} |
+{%- endfor %}
+
+## Where it comes from
+
+- Backbone: {{ origin or unknown }}.
+{%- if config is not none and config.converted_from %}
+- The circuit was converted from {{ config.converted_from }}.
+{%- endif %}
+- Training data: {{ data_sets | join(", ") or unknown }}.
+- Licence: {{ license or "not stated" }}.
+{%- if results %}
+
+## Results
+
+{{ results }}
+{%- endif %}
+{%- if training %}
+
+## Training
+
+{{ training }}
+
+{{ rewritten }}
+{%- endif %}
+"""
+FIELDS = (
+    "num_latents",
+    "window_length",
+    "vocab_size",
+    "tie_transitions",
+    "tie_emissions",
+    "emission",
+    "conditioning",
+    "alpha",
+)
+"""Of a head's configuration, in the card."""
 
 
 @dataclass
@@ -98,10 +148,10 @@ def make_card(
         tags: further tags.
         training: a text on the training, in Markdown; the next training may replace the card.
     """
-    title = repo_id.split("/")[-1]
+    title, base = repo_id.split("/")[-1], artifact.base_model
     data = ModelCardData(
         license=license,
-        base_model=artifact.base_model,
+        base_model=base,
         datasets=datasets,
         eval_results=eval_results,
         model_name=title if eval_results else None,
@@ -109,25 +159,41 @@ def make_card(
         pipeline_tag="text-generation",
         tags=[*TAGS, *(tags or [])],
     )
-    if artifact.kind == "head" and artifact.base_model is not None:
-        data.base_model_relation = "adapter"
-    about = FACTORIZED if artifact.head is None else f"{ARTIFACTS[artifact.kind]} {COUPLED}"
-    unknown = "not recorded" if training is None else "see below"
-    parts = [
-        f"# {title}\n\n{about}",
-        f"## Use\n\nWith the package codd-hf:\n\n```python\n{_usage(artifact, repo_id)}```",
-        f"## What it holds\n\n{_table(artifact)}",
-        f"## Where it comes from\n\n{_origin(artifact, license, datasets, unknown)}",
-    ]
-    if eval_results:
-        lines = (
+    if artifact.kind == "head" and base is not None:
+        data["base_model_relation"] = "adapter"
+    config = None if artifact.head is None else artifact.head.config
+    parts: list[tuple[str, Any]] = []
+    if artifact.backbone is not None:
+        parts.append(("backbone", f"`{artifact.backbone.config.model_type}`"))
+        parts.append(("backbone's parameters", f"{artifact.backbone.num_parameters():,}"))
+    if artifact.head is not None:
+        parts.append(("circuit", "hidden Markov model"))
+        parts.append(("circuit's parameters", f"{artifact.head.num_parameters():,}"))
+        parts += [(f"`{name}`", getattr(config, name)) for name in FIELDS]
+    kind = "A diffusion language model with a small tractable circuit"
+    if artifact.kind == "head":
+        kind = "A small tractable circuit, for the diffusion language model that it was fitted to"
+    origin = None if base is None else f"[{base}](https://huggingface.co/{base})"
+    if origin is not None and config is not None and config.base_model_revision:
+        origin += f", revision `{config.base_model_revision}`"
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        title=title,
+        kind=kind,
+        usage=_usage(artifact, repo_id),
+        parts=parts,
+        config=config,
+        origin=origin,
+        data_sets=[datasets] if isinstance(datasets, str) else datasets or [],
+        results="\n".join(
             f"- {r.dataset_name}: {r.metric_name or r.metric_type} {r.metric_value}"
-            for r in eval_results
-        )
-        parts.append("## Results\n\n" + "\n".join(lines))
-    if training is not None:
-        parts.append(f"## Training\n\n{training}\n\n{REWRITTEN}")
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+            for r in eval_results or ()
+        ),
+        training=training,
+        unknown="not recorded" if training is None else "see below",
+        rewritten=REWRITTEN,
+    )
 
 
 def complete_card(card: ModelCard, new: ModelCard) -> ModelCard:
@@ -144,7 +210,8 @@ def complete_card(card: ModelCard, new: ModelCard) -> ModelCard:
     for name in ("library_name", "pipeline_tag", "base_model"):
         if getattr(card.data, name) is None:
             setattr(card.data, name, getattr(new.data, name))
-    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *new.data.tags]))
+    tags = [*(card.data.get("tags") or []), *new.data["tags"]]
+    card.data["tags"] = list(dict.fromkeys(tags))
     return card
 
 
@@ -156,67 +223,24 @@ def _is_placeholder(card: ModelCard) -> bool:
 
 
 def _usage(artifact: Artifact, repo_id: str) -> str:
+    """Lines of code that load the artifact and run it."""
     if artifact.kind == "pipeline" and artifact.tokenizer is not None:
         return (
             "from codd_hf import CoDDPipeline\n\n"
             f'pipe = CoDDPipeline.from_pretrained("{repo_id}")\n'
             'output = pipe("Once upon a time", gen_length=32, num_inference_steps=8)\n'
-            "print(output.texts[0])\n"
+            "print(output.texts[0])"
         )
-    name, load = "CoDDModel", f'model = CoDDModel.from_pretrained("{repo_id}")'
-    if artifact.kind == "pipeline":
-        name, load = "CoDDPipeline", f'model = CoDDPipeline.from_pretrained("{repo_id}").model'
-    elif artifact.kind == "head" and artifact.base_model is None:
-        load = f'model = CoDDModel.from_backbone("id/of-the-backbone", head="{repo_id}")'
-    config = artifact.config or artifact.head.config
+    load = f'CoDDModel.from_pretrained("{repo_id}")'
+    if artifact.kind == "head" and artifact.base_model is None:
+        load = f'CoDDModel.from_backbone("id/of-the-backbone", head="{repo_id}")'
+    config: Any = artifact.config
+    if artifact.config is None and artifact.head is not None:
+        config = artifact.head.config
     hidden = [config.mask_token_id, *(config.forbidden_token_ids or [])]
     prompt = [token for token in range(config.vocab_size) if token not in hidden][:3]
     return (
-        f"import torch\nfrom codd_hf import {name}\n\n{load}\n"
+        f"import torch\nfrom codd_hf import CoDDModel\n\nmodel = {load}\n"
         f"prompt = torch.tensor([{prompt}])  # token ids, [batch, length]\n"
-        "tokens = model.generate(prompt, gen_length=32, num_inference_steps=8)\n"
+        "tokens = model.generate(prompt, gen_length=32, num_inference_steps=8)"
     )
-
-
-def _table(artifact: Artifact) -> str:
-    rows = []
-    if artifact.backbone is not None:
-        rows.append(("backbone", f"`{artifact.backbone.config.model_type}`"))
-        rows.append(("backbone's parameters", f"{_parameters(artifact.backbone):,}"))
-    if artifact.head is not None:
-        config = artifact.head.config
-        shared = {True: "the same at all positions", False: "one for each position"}
-        emissions = "dense" if config.emission == "dense" else f"tied, rank {config.emission_rank}"
-        rows += [
-            ("circuit", "hidden Markov model"),
-            ("latent states", f"{config.num_latents:,}"),
-            ("window", f"{config.window_length} tokens"),
-            ("vocabulary", f"{config.vocab_size:,} tokens"),
-            ("transitions", shared[config.tie_transitions]),
-            ("emissions", f"{emissions}, {shared[config.tie_emissions]}"),
-            ("conditioning on the backbone", ", ".join(config.conditioning) or "none"),
-            ("marginal correction (`alpha`)", f"{config.alpha:g}"),
-            ("circuit's parameters", f"{_parameters(artifact.head):,}"),
-        ]
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
-
-
-def _parameters(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _origin(
-    artifact: Artifact, license: str | None, datasets: str | list[str] | None, unknown: str
-) -> str:
-    backbone = unknown
-    if artifact.base_model is not None:
-        backbone = f"[{artifact.base_model}](https://huggingface.co/{artifact.base_model})"
-        if artifact.head is not None and artifact.head.config.base_model_revision:
-            backbone += f", revision `{artifact.head.config.base_model_revision}`"
-    lines = [f"- Backbone: {backbone}."]
-    if artifact.source is not None:
-        lines.append(f"- The circuit was converted from {artifact.source}.")
-    named = [datasets] if isinstance(datasets, str) else datasets
-    lines.append(f"- Training data: {', '.join(named) if named else unknown}.")
-    lines.append(f"- Licence: {license or 'not stated'}.")
-    return "\n".join(lines)

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard
+from huggingface_hub import CommitInfo, HfApi, ModelCard
 from huggingface_hub.errors import (
     EntryNotFoundError,
     RepositoryNotFoundError,
@@ -24,8 +24,15 @@ from .repositories import is_local, reaching_hub
 
 CARD = "README.md"
 FACTS = ("license", "datasets", "eval_results", "tags")
-ACCESS = ("private", "token")
-UPLOAD = ("revision", "create_pr", "commit_message", "commit_description")
+PUSHED = (
+    *FACTS,
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "commit_message",
+    "commit_description",
+)
 PATHS = ("_name_or_path", "base_model_name_or_path")
 
 
@@ -45,28 +52,17 @@ class Publishing:
         """
         folder = Path(save_directory)
         repo_id = kwargs.pop("repo_id", folder.resolve().name)
-        facts = {key: kwargs.pop(key) for key in FACTS if key in kwargs}
-        upload = {key: kwargs.pop(key) for key in (*ACCESS, *UPLOAD) if key in kwargs}
-        super().save_pretrained(save_directory, *args, **kwargs)
+        given = {key: kwargs.pop(key) for key in PUSHED if key in kwargs}
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if not kwargs.get("is_main_process", args[0] if args else True):
             return
         if not (folder / CARD).exists():
+            facts = {key: given[key] for key in FACTS if key in given}
             make_card(Artifact.of(self), repo_id, **facts).save(folder / CARD)
         if push_to_hub:
-            self.push_to_hub(repo_id, **facts, **upload, **kwargs)
+            self.push_to_hub(repo_id, **given, **kwargs)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        license: str | None = None,
-        datasets: str | list[str] | None = None,
-        eval_results: list[EvalResult] | None = None,
-        tags: list[str] | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        **kwargs: Any,
-    ) -> CommitInfo:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
         """Uploads to a repository, which is created if there is none, with a model card.
 
         A card that is there already keeps its text, and its metadata are completed. Paths of this
@@ -74,14 +70,11 @@ class Publishing:
 
         Args:
             repo_id: the repository; without a namespace, one of the user's.
-            license: an identifier of the Hub (https://hf.co/docs/hub/repositories-licenses).
-            datasets: ids of the data sets that it was trained on, for the card.
-            eval_results: measured results, for the card.
-            tags: further tags for the card.
-            private: whether a new repository is private.
-            token: of the user; by default the one that `hf auth login` stored.
-            **kwargs: `revision` (a branch, created if there is none), `create_pr`,
-                `commit_message` and `commit_description`; and the arguments of `save_pretrained`.
+            **kwargs: for the card `license` (an identifier of the Hub), `datasets` (ids of those
+                that it was trained on), `eval_results` (of huggingface_hub) and `tags`; `private`
+                for a new repository, and `token`; `revision` (a branch, created if there is none),
+                `create_pr`, `commit_message` and `commit_description`; and the arguments of
+                `save_pretrained`.
 
         Returns:
             The commit (its `pr_url` with `create_pr`).
@@ -91,33 +84,22 @@ class Publishing:
                 without a licence.
             OSError: the Hub cannot be reached.
         """
-        upload = {"commit_message": f"Upload {type(self).__name__}"}
-        upload |= {key: kwargs.pop(key) for key in UPLOAD if key in kwargs}
-        facts = {"license": license, "datasets": datasets, "eval_results": eval_results}
-        return push(
-            Artifact.of(self),
-            lambda folder: self.save_pretrained(folder, **kwargs),
-            repo_id,
-            private=private,
-            token=token,
-            upload=upload,
-            tags=tags,
-            **facts,
-        )
+        given = {key: kwargs.pop(key) for key in PUSHED if key in kwargs}
+        given.setdefault("commit_message", f"Upload {type(self).__name__}")
+
+        def save(folder: Path) -> None:
+            self.save_pretrained(folder, **kwargs)
+
+        return push(Artifact.of(self), save, repo_id, **given)
 
 
 @reaching_hub()
 def push(
-    artifact: Artifact,
-    save: Callable[[Path], None],
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    upload: dict[str, Any] | None = None,
-    **facts: Any,
+    artifact: Artifact, save: Callable[[Path], None], repo_id: str, **given: Any
 ) -> CommitInfo:
-    """Uploads what `save` writes into a folder, with a model card; see `push_to_hub`."""
+    """Uploads what `save` writes into a folder; `given` are arguments of `push_to_hub`."""
+    facts = {key: given.pop(key) for key in FACTS if key in given}
+    private, token = given.get("private"), given.get("token")
     api = HfApi(token=token, library_name="codd-hf")
     if "/" not in repo_id:
         repo_id = f"{api.whoami()['name']}/{repo_id}"
@@ -132,7 +114,7 @@ def push(
         make_card(artifact, repo_id, **facts).save(Path(folder) / CARD)
         save(Path(folder))
         forget_paths(Path(folder))
-        return push_folder(Path(folder), repo_id, private=private, token=token, **(upload or {}))
+        return push_folder(Path(folder), repo_id, **given)
 
 
 @reaching_hub()
@@ -146,9 +128,7 @@ def push_folder(
     ignore_patterns: Sequence[str] = (),
     **upload: Any,
 ) -> CommitInfo:
-    """Uploads a folder, with the model card in it.
-
-    A card that somebody wrote in the repository keeps its text, and replaces the folder's.
+    """Uploads a folder, with the model card in it; a card that somebody wrote keeps its text.
 
     Args:
         folder: holds what `save_pretrained` has written.
@@ -185,12 +165,13 @@ def push_folder(
 
 def forget_paths(folder: Path) -> None:
     """Takes out of saved configurations where on this machine parts were loaded from."""
-    names = ("config", "model_index", "model/config", "adapter/adapter_config")
-    for path in (folder / f"{name}.json" for name in names):
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        parts = [content, *(part for part in content.values() if isinstance(part, dict))]
-        found = [(part, key) for part in parts for key in PATHS if part.get(key)]
-        if local := [(part, key) for part, key in found if is_local(part[key])]:
-            for part, key in local:
-                del part[key]
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for name in ("config", "model_index", "model/config", "adapter/adapter_config"):
+        path = folder / f"{name}.json"
+        if not path.exists():
+            continue
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for part in (content, *content.values()):
+            for key in PATHS:
+                if isinstance(part, dict) and part.get(key) and is_local(part[key]):
+                    del part[key]
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

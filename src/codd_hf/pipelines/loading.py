@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..backbones import load_backbone, load_tokenizer
@@ -33,8 +34,13 @@ def load_components(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     kwargs["dtype"] = dtype.get("model", dtype.get("default")) if isinstance(dtype, dict) else dtype
     repository, trusted = Repository(name, kwargs), kwargs.get("trust_remote_code")
     with explain_load_errors(repository):
-        is_pipeline = repository.first("model_index.json", "config.json") == "model_index.json"
+        is_pipeline = repository.find("model_index.json") is not None
         model_type = "codd" if is_pipeline else repository.config.get("model_type")
+    if is_pipeline and trusted and not repository.is_local:
+        # transformers looks for code at the root of a repository alone.
+        hub = {key: value for key, value in repository.hub.items() if key != "subfolder"}
+        name = snapshot_download(name, **hub)
+        repository = Repository(name, kwargs)
     if is_pipeline:
         given = _beside_model(repository, trusted) | given
     has_tokenizer = "tokenizer" in given
@@ -87,14 +93,10 @@ def _tokenizer_beside(
     repository: Repository, trust_remote_code: bool | None
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the weights, or None where there is none."""
-    name, hub, filename = repository.name, repository.hub, "tokenizer_config.json"
-    if Path(name).is_dir():
-        if repository.find(filename) is None:
-            return None
-    elif repository.has_now(filename) is None:
-        hub = {**hub, "local_files_only": True}  # else transformers tries for minutes
     try:
-        tokenizer = load_tokenizer(name, trust_remote_code, **hub)
+        if repository.find("tokenizer_config.json") is None:
+            return None
+        tokenizer = load_tokenizer(repository.name, trust_remote_code, **repository.hub)
     except (OSError, ValueError):
         return None
     # Without files that it understands, transformers makes one of special tokens alone.

@@ -16,6 +16,7 @@ from ..checks.arguments import check_callable, check_known, choice, flag, severa
 from ..circuits.random import Generators
 from ..coupling.adapters import unwrapped
 from ..decoding.call import CHOICES, DecodingCall, PerRow
+from ..decoding.canvas import Canvas
 from ..decoding.choices import SETTINGS, SPECIAL_TOKENS, task_of, with_settings_of
 from ..decoding.loop import denoise
 from ..hub.publishing import CARD, Publishing, forget_paths
@@ -58,13 +59,7 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
         ```
     """
 
-    _callback_tensor_inputs = [  # noqa: RUF012
-        "canvas",
-        "generated",
-        "transfer_index",
-        "sampled_tokens",
-        "sampled_probs",
-    ]
+    _callback_tensor_inputs = ["canvas", "generated", "transfer_index"]  # noqa: RUF012
     _optional_components = ["tokenizer"]  # noqa: RUF012
     model_cpu_offload_seq = "model"
 
@@ -149,14 +144,11 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
         """What a call decodes, by the names in `decoding.choices.TASK`."""
         return task_of(self.model, call, tokenizer=self.tokenizer)
 
-    def prepare(self, **call: Any) -> tuple[torch.Tensor, torch.Tensor, DecodingCall]:
+    def prepare(self, **call: Any) -> Canvas:
         """Checks and encodes the prompts and choices of a call, and decodes nothing.
 
         Args:
             **call: the arguments of `__call__` that concern prompts and decoding.
-
-        Returns:
-            `input_ids` and `attention_mask`, both `[batch, length]`, and the choices.
         """
         call = {name: value for name, value in call.items() if value is not None}
         prompts = {name: call.pop(name) for name in PROMPTS if name in call}
@@ -166,7 +158,9 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
         ids, mask = encode_prompts(
             self.model, self.tokenizer, infill=infill, end_ids=task["eos_token_id"], **prompts
         )
-        return ids, mask, DecodingCall.of(self.model, self.scheduler, len(ids), **(call | task))
+        choices = DecodingCall(self.model, self.scheduler, len(ids), **(call | task))
+        device = self._execution_device
+        return Canvas(self.model, choices, ids.to(device), mask.to(device))
 
     @torch.no_grad()
     def __call__(
@@ -218,7 +212,7 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
                 [`~codd_hf.decoding.loop.denoise`] gives `on_step`.
             **settings: The draw settings ([`~codd_hf.schedulers.settings.DrawSettings`]:
                 `sampling`, `strategy`, `temperature`, ...), by default the scheduler's, and the
-                other arguments of [`~codd_hf.decoding.call.DecodingCall.of`] (`block_length`,
+                other arguments of [`~codd_hf.decoding.call.DecodingCall`] (`block_length`,
                 `infill`, `head`, `paradigm`, ...).
 
         Returns:
@@ -235,7 +229,7 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
             raise ValueError("`output_type='text'` needs a tokenizer: use `output_type='seq'`.")
         return_dict = flag("return_dict", return_dict)
         on_step = self._on_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        ids, mask, call = self.prepare(
+        canvas = self.prepare(
             prompt=prompt,
             messages=messages,
             input_ids=input_ids,
@@ -255,15 +249,7 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
                 self._num_timesteps = total
                 return bars.enter_context(self.progress_bar(total=total))
 
-            device = self._execution_device
-            output = denoise(
-                self.model,
-                call,
-                ids.to(device),
-                mask.to(device),
-                on_step=on_step,
-                progress=progress,
-            )
+            output = denoise(self.model, canvas, on_step=on_step, progress=progress)
 
         # 3. Decode the text.
         texts = None

@@ -9,6 +9,7 @@ with `joint`, which stops at a candidate).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,6 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from ..checks.arguments import RowError, as_tensor
 from ..circuits import CoupledCategorical
 from ..circuits.distribution.latents import IncrementalPosterior
-from ..circuits.numerics import one_hot_log_probs
 from ..circuits.random import Generators, draw_categorical, uniform
 from .settings import DrawSettings
 from .strategies import ADAPTIVE, IN_ORDER, best_scored, choose, leftmost_first, rank
@@ -41,22 +41,15 @@ class CoDDSchedulerOutput(BaseOutput):
             The candidate's probability at evidence temperature 1, which `low_confidence` ranks by;
             with `any_order`, given the tokens drawn before it, and 0 where nothing was drawn.
         pred_logits (`torch.Tensor` of shape `(batch_size, length, vocab_size)`, *optional*):
-            Normalised log-probabilities that the candidates were really drawn from, after
-            processors, temperature, top-k and top-p.
-        fallback (`torch.BoolTensor` of shape `(batch_size,)`):
-            Rows with a window in which circuit and backbone share no completion, so that it was
-            drawn factorized.
-        remasked (`torch.BoolTensor` of shape `(batch_size, length)`):
-            Tokens committed in an earlier step that went back to being masked.
+            Log-probabilities that the candidates were drawn from, after processors, temperature,
+            top-k and top-p; None with `any_order`.
     """
 
     prev_sample: torch.Tensor
     transfer_index: torch.Tensor
     sampled_tokens: torch.Tensor
     sampled_probs: torch.Tensor
-    pred_logits: torch.Tensor | None
-    fallback: torch.Tensor
-    remasked: torch.Tensor
+    pred_logits: torch.Tensor | None = None
 
 
 @dataclass
@@ -81,8 +74,8 @@ class StepDraw:
     """What one step draws, over rows of windows in succession.
 
     The circuit is applied where the settings activate it and where it shares a completion with
-    the backbone. Confidence is read at evidence temperature 1, since a sharpened distribution
-    saturates and cannot rank.
+    the backbone. Confidence is read at evidence temperature 1: a sharpened distribution saturates
+    and cannot rank.
 
     Args:
         distribution: over `batch * W` windows of `L` positions.
@@ -91,7 +84,6 @@ class StepDraw:
         generator: one for all, or one per row.
         processors: change the scores that candidates are drawn from, before temperature.
         text: the rows before the step; default `sample`.
-        output_logits: whether to return the scores that candidates were drawn from.
     """
 
     def __init__(
@@ -99,19 +91,23 @@ class StepDraw:
         distribution: CoupledCategorical,
         sample: torch.Tensor,
         settings: DrawSettings,
-        generator: Generators = None,
-        processors: Sequence[LogitsProcessor | LogitsProcessorList] = (),
-        text: RowText | None = None,
-        output_logits: bool = False,
+        generator: Generators,
+        processors: Sequence[LogitsProcessor | LogitsProcessorList],
+        text: RowText | None,
     ) -> None:
-        (number,), (length,) = distribution.batch_shape, distribution.event_shape
-        if number * length != sample.numel() or sample.shape[1] % length:
+        number, self.length = distribution.masked.shape
+        if number * self.length != sample.numel() or sample.shape[1] % self.length:
             raise ValueError(
-                f"`sample` must hold the tokens of {number} windows of {length}, the windows of a "
-                f"row in succession, got shape {tuple(sample.shape)}."
+                f"`sample` must hold the tokens of {number} windows of {self.length}, the windows "
+                f"of a row in succession, got shape {tuple(sample.shape)}."
             )
         self.sample, self.settings, self.generator = sample, settings, generator
-        self.processors, self.output_logits = processors, output_logits
+        self.processors, self.masked = processors, distribution.masked.view(sample.shape)
+        self.rows = torch.arange(len(sample), device=sample.device)[:, None].expand_as(sample)
+        if text is None:
+            every = torch.arange(sample.shape[1], device=sample.device).expand_as(sample)
+            text = RowText(sample, ~self.masked, every, self.rows[:, 0])
+        self.text = text
         if settings.forbidden_token_ids:
             ids = torch.tensor(settings.forbidden_token_ids, device=sample.device)
             distribution = distribution.without(ids)
@@ -120,31 +116,28 @@ class StepDraw:
         temperature = settings.evidence_temperature or distribution.temperature
         if settings.sampling == "factorized":  # the head's temperature goes with the head
             active, temperature = torch.zeros_like(active), settings.evidence_temperature or 1.0
-        if not torch.equal(active, distribution.active):
-            distribution = distribution.with_active(active)
+        distribution = distribution.with_active(active)
         self.plain = distribution.with_temperature(1.0)
         self.sharpened = distribution.with_temperature(temperature)
-        fallback = torch.zeros_like(active)
         if bool(active.any()):
             if self.plain is not self.sharpened:
                 self.plain.latents.filter_with(self.sharpened.latents)
             both = self.plain.log_partition, self.sharpened.log_partition
-            fallback = active & (torch.minimum(*both) == -torch.inf)
-            active = active & ~fallback
-            if bool(fallback.any()):
+            possible = torch.minimum(*both) > -torch.inf
+            if not bool(possible[active].all()):
+                warnings.warn(
+                    "The circuit and the backbone share no completion of a window (`log_partition` "
+                    "is -inf), so it is decoded factorized.",
+                    stacklevel=2,
+                )
+                active = active & possible
                 self.plain = self.plain.with_active(active)
                 self.sharpened = self.sharpened.with_active(active)
-        self.is_coupled, self.fallback = bool(active.any()), fallback.view(len(sample), -1).any(-1)
-        self.masked = self.plain.masked.view(sample.shape)
-        rows = torch.arange(len(sample), device=sample.device)
-        if text is None:
-            every = torch.arange(sample.shape[1], device=sample.device).expand_as(sample)
-            text = RowText(sample, ~self.masked, every, rows)
-        self.text, self.rows = text, rows[:, None].expand_as(sample)
+        self.is_coupled = bool(active.any())
 
     def split(self, of_rows: torch.Tensor) -> torch.Tensor:
         """`[*S, batch * W, L]` of `[*S, batch, length]`."""
-        return of_rows.reshape(*of_rows.shape[:-2], *self.plain.masked.shape)
+        return of_rows.reshape(*of_rows.shape[:-2], -1, self.length)
 
     def join(self, of_windows: torch.Tensor) -> torch.Tensor:
         """`[batch, length, ...]` of `[batch * W, L, ...]`."""
@@ -163,25 +156,24 @@ class StepDraw:
         if self.processors:
             at = self.masked.nonzero(as_tuple=True)
             scores = scores.index_put(at, self._processed(scores[at], at[0]))
-        tokens, logits = self._draw(scores, self._uniforms(), self.rows, committable)
+        tokens, scores = self._draw(scores, self._uniforms(), self.rows, committable)
         tokens = torch.where(self.masked, tokens, self.sample)
         if self.is_coupled:
             probs = self.join(self.plain.marginal_probs_of(self.split(tokens)))
         else:
             probs = self._factorized(tokens).exp()
-        where = choose(
-            self.settings,
-            probs,
-            self._all_probs,
-            committable,
-            at_least,
-            self.generator,
-            lambda sets: self._log_prob(tokens, sets),
-        )
+
+        def log_prob(sets: torch.Tensor) -> torch.Tensor:
+            """`[n, batch]`: of the tokens at each set of positions `[n, batch, length]`."""
+            if not self.is_coupled:
+                return torch.where(sets, self._factorized(tokens), 0).sum(-1)
+            of_windows = self.plain.partial_log_prob(self.split(tokens), self.split(sets))
+            return of_windows.unflatten(-1, (len(tokens), -1)).sum(-1)
+
+        how = self._all_probs, committable, at_least, self.generator, log_prob
+        where = choose(self.settings, probs, *how)
         kept = torch.where(where, tokens, self.sample)
-        return CoDDSchedulerOutput(
-            kept, where, tokens, probs, logits, self.fallback, torch.zeros_like(where)
-        )
+        return CoDDSchedulerOutput(kept, where, tokens, probs, scores)
 
     def in_any_order(
         self, committable: torch.Tensor, at_least: torch.Tensor
@@ -190,27 +182,22 @@ class StepDraw:
 
         The arguments are those of `independently`.
         """
-        settings, uniforms, (length,) = self.settings, self._uniforms(), self.plain.event_shape
-        tokens, where = self.sample.clone(), torch.zeros_like(self.masked)
-        probs, logits = (~self.masked).to(self.plain.latents.dtype), None
-        if self.output_logits:
-            shape = (*tokens.shape, self.plain.potentials.vocab_size)
-            logits = probs.new_full(shape, -torch.inf).scatter(-1, tokens[..., None], 0.0)
+        settings, uniforms, tokens = self.settings, self._uniforms(), self.sample.clone()
+        probs, where = (~self.masked).to(self.plain.latents.dtype), torch.zeros_like(self.masked)
         if self.processors:  # they see the tokens drawn before
-            copied = {"tokens": self.text.tokens.clone(), "known": self.text.known.clone()}
-            self.text = replace(self.text, **copied)
+            seen = {"tokens": self.text.tokens.clone(), "known": self.text.known.clone()}
+            self.text = replace(self.text, **seen)
         confidence, scores = torch.zeros_like(probs), torch.zeros_like(probs)
         in_order, adaptive = settings.strategy in IN_ORDER, settings.strategy in ADAPTIVE
         if in_order:
             order = rank(settings, probs, self._all_probs, self.generator)
-            committable = best_scored(order, committable, at_least)
-            scores = leftmost_first(probs)
+            committable, scores = best_scored(order, committable, at_least), leftmost_first(probs)
         laws = list(dict.fromkeys((self.plain, self.sharpened)))
         known = IncrementalPosterior([law.latents for law in laws], self.split(committable))
 
         def place(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             flat = rows * tokens.shape[1] + columns
-            return flat // length, flat % length
+            return flat // self.length, flat % self.length
 
         left = renewed = committable
         log_joint = probs.new_zeros(len(tokens))
@@ -238,24 +225,19 @@ class StepDraw:
             candidates = known.token_probs(len(laws) - 1, place(*at)).log()
             if self.processors:
                 candidates = self._processed(candidates, rows)
-            new, shaped = self._draw(candidates, None if uniforms is None else uniforms[at], rows)
+            new, _ = self._draw(candidates, None if uniforms is None else uniforms[at], rows)
             new_probs = known.prob_of(new, 0, place(*at))
             if settings.strategy == "joint":
                 log_joint[rows] += new_probs.log()
                 stays = due[rows] | (log_joint[rows].exp() >= settings.threshold)
                 going[rows[~stays]] = False
                 at, new, new_probs = (rows[stays], at[1][stays]), new[stays], new_probs[stays]
-                shaped = None if shaped is None else shaped[stays]
             tokens[at], probs[at], where[at] = new, new_probs, True
-            if logits is not None and shaped is not None:
-                logits[at] = shaped
             if self.processors:
                 on_row = at[0], self.text.position[at]
                 self.text.tokens[on_row], self.text.known[on_row] = new, True
             left = left & ~where
-        return CoDDSchedulerOutput(
-            tokens, where, tokens, probs, logits, self.fallback, torch.zeros_like(where)
-        )
+        return CoDDSchedulerOutput(tokens, where, tokens, probs)
 
     def _all_probs(self) -> torch.Tensor:
         """Confidence in every token, `[batch, length, vocab]`."""
@@ -266,13 +248,6 @@ class StepDraw:
     def _factorized(self, tokens: torch.Tensor) -> torch.Tensor:
         return _of(self.join(self.plain.factorized_logits), tokens)
 
-    def _log_prob(self, tokens: torch.Tensor, sets: torch.Tensor) -> torch.Tensor:
-        """`[n, batch]`: of the tokens at each set of positions `[n, batch, length]` together."""
-        if not self.is_coupled:
-            return torch.where(sets, self._factorized(tokens), 0).sum(-1)
-        log_prob = self.plain.partial_log_prob(self.split(tokens), self.split(sets))
-        return log_prob.unflatten(-1, (len(tokens), -1)).sum(-1)
-
     def _uniforms(self) -> torch.Tensor | None:
         """A number in [0, 1) for each position; None where nothing is random."""
         if self.settings.temperature == 0 or self.settings.sampling == "viterbi":
@@ -282,14 +257,14 @@ class StepDraw:
     def _candidate_scores(self) -> torch.Tensor:
         """`[batch, length, vocab]` log-probabilities of which candidates are drawn separately."""
         law, sampling, generator = self.sharpened, self.settings.sampling, self.generator
-        number, length = law.masked.shape
+        number = len(law.masked)
         if isinstance(generator, list | tuple):  # a row's for each of its windows
             generator = [g for g in generator for _ in range(number // len(self.sample))]
         draws_latents = sampling == "latent" and self.settings.temperature > 0
         if not self.is_coupled:
             if draws_latents and law.potentials.num_latents > 1:
                 # A row uses up the same numbers whether or not others of its batch are coupled.
-                uniform((number, 1, length), generator, self.sample.device)
+                uniform((number, 1, self.length), generator, self.sample.device)
             return self.join(law.factorized_logits)
         if sampling == "marginal":
             return self.join(law.marginals.log())
@@ -300,11 +275,7 @@ class StepDraw:
         return self.join(law.logits_given(latents))
 
     def _processed(self, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Scores `[n, vocab]` of rows `[n]` after the processors.
-
-        One is called for each row, with the row's known tokens in order as `input_ids`, the same
-        in every line, and a line of scores for each position.
-        """
+        """Scores `[n, vocab]` of rows `[n]` after the processors, which are called row by row."""
         for row in rows.unique().tolist():
             lines = rows == row
             changed = scores[lines]
@@ -322,21 +293,19 @@ class StepDraw:
         uniforms: torch.Tensor | None,
         rows: torch.Tensor,
         wanted: torch.Tensor | bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Tokens `[*batch]` by scores `[*batch, vocab]`, and the log-probabilities drawn from.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens `[*batch]`, and the log-probabilities `[*batch, vocab]` they were drawn from.
 
-        The most probable ones without `uniforms` `[*batch]`. One must be possible where `wanted`.
+        Without `uniforms` `[*batch]` they have the best scores. One must be possible where wanted.
         """
-        shaped, settings = None, self.settings
+        settings = self.settings
         if uniforms is None:
             best, tokens = scores.max(-1)
             undefined = ~best.isfinite()
-            if self.output_logits:
-                shaped = one_hot_log_probs(tokens, scores)
         else:
-            shaped = shape_logits(scores, settings.temperature, settings.top_k, settings.top_p)
-            undefined = shaped[..., 0].isnan()
-            tokens = draw_categorical(shaped.exp(), uniforms)
+            scores = shape_logits(scores, settings.temperature, settings.top_k, settings.top_p)
+            undefined = scores[..., 0].isnan()
+            tokens = draw_categorical(scores.exp(), uniforms)
         undefined = undefined & wanted
         if bool(undefined.any()):
             raise RowError(
@@ -344,33 +313,23 @@ class StepDraw:
                 "what the model never generates leave none, or a logit is NaN or infinite.",
                 int(rows[undefined][0]),
             )
-        return tokens, shaped
+        return tokens, scores
 
 
 def shape_logits(
     logits: torch.Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
 ) -> torch.Tensor:
-    """Log-probabilities `[..., vocab]` after temperature, then top-k, then top-p.
-
-    Args:
-        logits: `[..., vocab]`; -inf where a token is impossible.
-        temperature: divides the logits; above 0.
-        top_k: how many tokens stay; 0 or None: all.
-        top_p: the fewest tokens whose probabilities reach it stay; 1 or None: all.
-    """
+    """Log-probabilities `[..., vocab]` after temperature (above 0), then top-k, then top-p."""
     logits = (logits / temperature).log_softmax(-1)
-    top_k, top_p = top_k or 0, top_p or 1
-    limited, nucleus = 0 < top_k < logits.shape[-1], top_p < 1
-    if not (limited or nucleus):
+    top_k, top_p = top_k or logits.shape[-1], top_p or 1
+    if top_k >= logits.shape[-1] and top_p == 1:
         return logits
     ordered, index = logits.sort(dim=-1, descending=True, stable=True)
-    if limited:
-        ordered[..., top_k:] = -torch.inf
-    if nucleus:
-        probs = ordered.softmax(-1)
-        reached_before = probs.cumsum(-1) - probs >= top_p
-        reached_before[..., 0] = False
-        ordered = ordered.masked_fill(reached_before, -torch.inf)
+    ordered[..., top_k:] = -torch.inf
+    probs = ordered.softmax(-1)
+    reached_before = probs.cumsum(-1) - probs >= top_p
+    reached_before[..., 0] = False
+    ordered = ordered.masked_fill(reached_before & (top_p < 1), -torch.inf)
     return torch.empty_like(logits).scatter(-1, index, ordered).log_softmax(-1)
 
 

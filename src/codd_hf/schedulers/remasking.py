@@ -24,13 +24,9 @@ from .drawing import CoDDSchedulerOutput, StepDraw
 class CommitMemory:
     """What is remembered of the tokens that were committed in a block; a fresh one for each block.
 
-    Args:
-        batch_size: rows of the canvas.
-        length: its positions; the last window may go past the end of the text.
-        device: where they are.
-
     Attributes:
-        tokens: `[batch_size, length]`, committed while the circuit was applied; -1 for others.
+        tokens: `[batch_size, length]`, committed while the circuit was applied; -1 for others. The
+            last window may go past the end of the text.
         returned: bool, positions that went back once.
         log_probs: of the token by the backbone, in the pass that committed it.
         evidence: `[batch_size, length, H + J]`, what that pass's prediction gave to the latents.

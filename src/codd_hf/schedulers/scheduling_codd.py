@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenalty
 from ..checks.arguments import (
     LARGEST_INTEGER,
     as_tensor,
+    check_known,
     generators,
     integer,
     number,
@@ -25,9 +26,8 @@ from ..checks.arguments import (
 )
 from ..circuits import CoupledCategorical
 from ..circuits.factorized import without_circuit, without_tokens
-from ..circuits.random import Generators
+from ..circuits.random import Generators, uniform
 from .drawing import CoDDSchedulerOutput, RowText, StepDraw
-from .noise import span_uniforms
 from .remasking import CommitMemory, take_back
 from .settings import LEFT, DrawSettings
 from .strategies import choose, even_pace
@@ -49,7 +49,7 @@ def _with_draw_settings(init: Callable) -> Callable:
 
 
 class CoDDScheduler(SchedulerMixin, ConfigMixin):
-    r"""Commits masked tokens step by step, drawn from a coupled distribution.
+    """Commits masked tokens step by step, drawn from a coupled distribution.
 
     With `k` steps left and `m` masked positions, a step draws a candidate for each position and
     commits the `ceil(m / k)` that the strategy ranks highest, so that the last step commits
@@ -60,21 +60,13 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
     order of confidence, whose exact joint probability stays at or above it. The number of steps is
     then a ceiling.
 
-    | `sampling` | a token is drawn from | exact sample of the joint |
-    | --- | --- | --- |
-    | `factorized` | `phi_i`, the backbone's prediction | no |
-    | `latent` | `p(x_i \| z_i)`, `z` from its posterior | at temperature 1, if all is committed |
-    | `any_order` | its exact conditional, one by one | at temperature 1, but for `joint` |
-    | `marginal` | its exact coupled marginal | no |
-    | `viterbi` | the best path of latents and tokens together; no randomness | no |
-
-    The paper's are `latent` and `any_order` ([CoDD](https://arxiv.org/abs/2603.00045), section
-    5.1). At temperature 0 `latent` takes the most probable path of latents and the most probable
-    token given it.
+    `latent` and `any_order` are the sampling modes of the paper
+    ([CoDD](https://arxiv.org/abs/2603.00045), section 5.1). At temperature 1 `any_order` samples
+    the joint exactly (but for `joint`), and `latent` does if all is committed at once.
 
     Args:
         mask_token_id (`int`, *optional*): The mask token; needed to step with plain logits, to
-            remask and to add noise, unless given there.
+            remask and to add noise.
         **settings: Those of [`DrawSettings`]. A call of [`~CoDDScheduler.step`] may override them.
     """
 
@@ -104,16 +96,12 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: a field is unknown, of the wrong type or out of range.
         """
-        if isinstance(config, Mapping):
-            config = without_left_fields(config, LEFT, f"a configuration of {cls.__name__}")
-            known = inspect.signature(cls.__init__).parameters
-            for name, value in config.items():
-                if name not in known and not name.startswith("_"):
-                    raise ValueError(
-                        f"`{name}` is no setting of {cls.__name__}, got {value!r:.100}: remove it "
-                        "or correct its name."
-                    )
         try:
+            if isinstance(config, Mapping):
+                config = without_left_fields(config, LEFT, f"a configuration of {cls.__name__}")
+                names = (name for name in config if not name.startswith("_"))
+                known = inspect.signature(cls.__init__).parameters
+                check_known(names, known, f"a setting of {cls.__name__}")
             return super().from_config(config, return_unused_kwargs, **kwargs)
         except TypeError as error:  # of a file, the value is wrong, whatever its type
             raise ValueError(str(error)) from error
@@ -156,11 +144,9 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         generator: Generators = None,
         eligible: torch.Tensor | None = None,
         at_least: torch.Tensor | None = None,
-        mask_token_id: int | None = None,
         logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
         text: RowText | None = None,
         memory: CommitMemory | None = None,
-        output_logits: bool = True,
         return_dict: bool = True,
         **overrides: Any,
     ) -> CoDDSchedulerOutput | tuple:
@@ -180,7 +166,6 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             at_least (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 The fewest tokens that each row commits, if so many are eligible; by default those
                 of an even pace, `ceil(m / k)`.
-            mask_token_id (`int`, *optional*): By default the configured one.
             logits_processor (`LogitsProcessorList`, *optional*):
                 transformers' processors of the scores that candidates are drawn from, before
                 temperature. Called for each row with the row's known tokens in order as
@@ -192,7 +177,6 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             memory (`CommitMemory`, *optional*):
                 What earlier steps of the block committed, for remasking; it is brought up to date.
                 Without it only the step's own tokens are judged.
-            output_logits (`bool`, defaults to `True`): Whether `pred_logits` is wanted.
             return_dict (`bool`, defaults to `True`): Whether to return an output or a tuple.
             **overrides: Settings of this call in place of the configured ones.
 
@@ -203,9 +187,6 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         # 1. Check the arguments.
         settings = self.settings.updated(**overrides) if overrides else self.settings
         steps_left = self._steps_left(timestep)
-        needs_mask = settings.remask_threshold or not isinstance(model_output, CoupledCategorical)
-        if needs_mask:
-            mask_token_id = self._mask_token_id(mask_token_id)
         if isinstance(model_output, CoupledCategorical):
             vocab_size, device = model_output.potentials.vocab_size, model_output.present.device
         else:
@@ -221,14 +202,17 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         # 2. The distribution, and where a token may be committed.
         if isinstance(model_output, torch.Tensor):
             settings.check_vocabulary(vocab_size)
-            model_output = _of_logits(model_output, sample, mask_token_id)
+            as_tensor("model_output", model_output, shape=(*sample.shape, vocab_size))
+            mask_token_id = self._mask_token_id(vocab_size=vocab_size)
+            logits = without_tokens(model_output.float(), mask_token_id, None)
+            model_output = without_circuit(logits, sample, sample != mask_token_id)
             if settings.sampling == "any_order":  # of independent tokens, no order matters
                 settings = replace(settings, sampling="marginal")
         processors = [logits_processor] if logits_processor else []
         if settings.repetition_penalty != 1:
             penalty = RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty))
             processors.insert(0, penalty)
-        draw = StepDraw(model_output, sample, settings, generator, processors, text, output_logits)
+        draw = StepDraw(model_output, sample, settings, generator, processors, text)
         committable = draw.masked if eligible is None else draw.masked & eligible
         if at_least is None:
             at_least = even_pace(committable, steps_left)
@@ -239,11 +223,9 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
 
         # 4. Tokens that the others make improbable go back.
         if settings.remask_threshold and steps_left > 1:
-            if memory is None:
-                memory = CommitMemory(*sample.shape, device)
+            memory = CommitMemory(*sample.shape, device) if memory is None else memory
             back = take_back(draw, output, memory)
-            output.prev_sample = output.prev_sample.masked_fill(back, mask_token_id)
-            output.remasked = back & ~output.transfer_index
+            output.prev_sample = output.prev_sample.masked_fill(back, self._mask_token_id())
             output.transfer_index = output.transfer_index & ~back
         return output if return_dict else output.to_tuple()
 
@@ -266,10 +248,10 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         Args:
             logits (`torch.Tensor` of shape `(batch_size, length, vocab_size)`):
                 Of the backbone, -inf for tokens that must not be drawn.
-            timestep (`float` or `torch.Tensor`): One of `timesteps`.
+            timestep (`float` or `torch.Tensor`): As in `step`.
             eligible (`torch.BoolTensor` of shape `(batch_size, length)`): Masked positions.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): As in `step`.
-            **overrides: Settings of this call in place of the configured ones.
+            **overrides: As in `step`.
 
         Returns:
             `torch.BoolTensor` of shape `(batch_size, length)`.
@@ -298,9 +280,6 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
     ) -> torch.Tensor:
         """The forward process: replaces each token by the mask token with probability `t`.
 
-        Independently of each other, or in spans of geometric length, each masked as a whole or not
-        at all (`noise.py`, the law that training draws from).
-
         Args:
             original_samples (`torch.LongTensor` of shape `(batch_size, length)`): Clean tokens.
             timesteps (`float` or `torch.Tensor` of shape `(batch_size,)`): `t` of each row, in
@@ -309,11 +288,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
                 randomness.
             mask_token_id (`int`, *optional*): The mask token; by default the configured one.
             mean_span_length (`float`, defaults to 1.0): Mean length of the spans of tokens that
-                are masked together; 1 masks each token on its own.
-
-        Raises:
-            ValueError: a timestep is outside [0, 1], `mean_span_length` is below 1, or the mask
-                token is not known.
+                are masked together (`span_uniforms`); 1 masks each token on its own.
         """
         mask_token_id = self._mask_token_id(mask_token_id)
         original_samples = token_ids("original_samples", original_samples, LARGEST_INTEGER)
@@ -325,11 +300,11 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         uniforms = span_uniforms(shape, mean_span_length, generator, device)
         return original_samples.masked_fill(uniforms < levels.reshape(-1, 1), mask_token_id)
 
-    def _mask_token_id(self, given: int | None) -> int:
+    def _mask_token_id(self, given: int | None = None, vocab_size: int = LARGEST_INTEGER) -> int:
         mask_token_id = self.config.mask_token_id if given is None else given
         if mask_token_id is None:
-            raise ValueError("`mask_token_id` must be given here or in the scheduler's config.")
-        return token_id("mask_token_id", mask_token_id, LARGEST_INTEGER)
+            raise ValueError("`mask_token_id` is not known: give it to the scheduler.")
+        return token_id("mask_token_id", mask_token_id, vocab_size)
 
     def _steps_left(self, timestep: float | torch.Tensor) -> int:
         """How many steps remain at `timestep`, itself included."""
@@ -347,15 +322,24 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         return round(steps)
 
 
-def _of_logits(
-    logits: torch.Tensor, sample: torch.Tensor, mask_token_id: int
-) -> CoupledCategorical:
-    """Plain logits `[batch, length, vocab]` as windows without a circuit, one a row."""
-    if logits.ndim != 3 or logits.shape[:2] != sample.shape:
-        raise ValueError(
-            f"`model_output` must be a CoupledCategorical or logits [batch, length, vocab] for a "
-            f"`sample` of shape {tuple(sample.shape)}, got shape {tuple(logits.shape)}."
-        )
-    token_id("mask_token_id", mask_token_id, logits.shape[-1])
-    logits = without_tokens(logits.float(), mask_token_id, None)
-    return without_circuit(logits, sample, sample != mask_token_id)
+def span_uniforms(
+    shape: Sequence[int],
+    mean_span_length: float = 1.0,
+    generator: Generators = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Numbers `[batch, length]` in [0, 1), each uniform, that the positions of a span share.
+
+    Parallel decoding leaves holes, which are runs of masked tokens; independent masks show a model
+    few long runs at low noise levels. Here a row is cut into spans of geometric length; a mean of 1
+    gives every position a number of its own. Tokens with a number below `t` are masked: each with
+    probability exactly `t`.
+    """
+    number("mean_span_length", mean_span_length, least=1)
+    numbers = uniform(shape, generator, device)
+    if mean_span_length == 1:
+        return numbers
+    begins = uniform(shape, generator, device) < 1 / mean_span_length
+    position = torch.arange(shape[1], device=numbers.device)
+    first = torch.where(begins, position, 0).cummax(1).values
+    return numbers.gather(1, first)

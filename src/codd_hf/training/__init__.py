@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 _EXPORTS = {
-    "ConditionalConfig": ".stage_settings",
+    "Checkpoints": ".checkpoints",
+    "ConditionalConfig": ".settings",
     "DataCollatorForMaskedDiffusion": "..data.collator",
-    "GenerativeConfig": ".stage_settings",
-    "JointConfig": ".stage_settings",
-    "PretrainingConfig": ".stage_settings",
+    "GenerativeConfig": ".settings",
+    "JointConfig": ".settings",
+    "PretrainingConfig": ".settings",
     "TrainConfig": ".settings",
-    "add_lora": ".fits.lora",
-    "Checkpoints": ".loop.checkpoints",
+    "add_lora": ".fits.joint",
     "fit_backbone": ".fits.pretraining",
     "fit_conditional": ".fits.conditional",
     "fit_generative": ".fits.generative",
-    "fit_joint": ".fits.joint",
     "fit_head": ".fits.conditional",
+    "fit_joint": ".fits.joint",
     "load_examples": "..data.sources",
     "train": ".run",
     "train_tokenizer": "..data.tokenizers",
@@ -26,7 +27,7 @@ _EXPORTS = {
 __all__ = list(_EXPORTS)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_EXPORTS[name], __name__), name)

@@ -1,26 +1,23 @@
-"""What a run begins with: examples, and a backbone with its tokenizer."""
+"""What a run begins with: examples, tasks without end, and a backbone with its tokenizer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from random import Random
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
 
 from ..coupling.adapters import active_adapter
 from ..data.canvases import Example, TokenizedExample, load_examples, tokenize_examples
 from ..data.rows import RowReport
-from ..data.tasks import TASKS
+from ..data.tasks import TASKS, draw_tasks, kind_names
 from ..data.tokenizers import train_tokenizer
-from ..hub.repositories import locate
 from ..modeling_codd import CoDDModel
 from ..pipelines.pipeline_codd import CoDDPipeline
-from .fits.pretraining import small_backbone_config
 from .settings import TrainConfig
 
 OF_THE_DATA = (
@@ -33,6 +30,12 @@ OF_THE_DATA = (
 )
 Parts = tuple[Sequence[Example], Sequence[Example], Sequence[Example]]
 """Training, validation and test examples."""
+STRETCH = 16
+"""Batches of tasks that are drawn together, so that tasks of like length share one."""
+DRAWN = 256
+"""Tasks that are tokenized at once."""
+Start = tuple[CoDDModel, PreTrainedTokenizerBase]
+"""A backbone without a head, which knows its mask token, and its tokenizer."""
 
 
 def load_parts(config: TrainConfig) -> Parts:
@@ -43,17 +46,17 @@ def load_parts(config: TrainConfig) -> Parts:
         ValueError: it cannot be used.
     """
     options = {name: getattr(config, name) for name in OF_THE_DATA}
-    if config.dataset == TASKS and not config.split.startswith("train"):
-        raise ValueError(f"`split` of {TASKS!r} must be a part of 'train', got {config.split!r}.")
-    examples = load_examples(config.dataset, split=config.split, **options)
     if config.dataset != TASKS:
+        examples = load_examples(config.dataset, split=config.split, **options)
         return split_examples(examples, config.num_validation, config.num_test)
-    sizes = {"validation": config.num_validation, "test": config.num_test}
-    held_out = [
-        load_examples(TASKS, split=f"{name}[:{size}]", **options) if size else []
-        for name, size in sizes.items()
-    ]
-    return examples, *held_out
+    if not config.split.startswith("train"):
+        raise ValueError(f"`split` of {TASKS!r} must be a part of 'train', got {config.split!r}.")
+
+    def sample(split: str, size: int) -> list[Example]:
+        return load_examples(TASKS, split=f"{split}[:{size}]", **options) if size else []
+
+    validation, test = sample("validation", config.num_validation), sample("test", config.num_test)
+    return load_examples(TASKS, split=config.split, **options), validation, test
 
 
 def split_examples(examples: Sequence[Example], num_validation: int, num_test: int) -> Parts:
@@ -71,35 +74,97 @@ def split_examples(examples: Sequence[Example], num_validation: int, num_test: i
     return examples[:first], examples[first:last], examples[last:]
 
 
-def load_start(name: str) -> tuple[CoDDModel, PreTrainedTokenizerBase]:
-    """A backbone without a head, in float32, and its tokenizer.
+@dataclass(frozen=True)
+class TaskStream:
+    """Training tasks without end.
+
+    A batch is a pure function of the arguments and its number, so that a run that goes on reads
+    what it would have read.
+
+    Args:
+        tokenizer: of the tasks.
+        kinds: names of kinds with commas between; default, all.
+        max_length: tokens of an example; longer ones are passed over.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    kinds: str | None = None
+    max_length: int = sys.maxsize
+
+    def beginning(self) -> list[TokenizedExample]:
+        """A few of the tasks, which tell this stream from another one."""
+        return list(islice(self._drawn("beginning"), DRAWN))
+
+    def batches(
+        self, tokens_per_batch: int, window_length: int, seed: int, first_batch: int = 0
+    ) -> Iterator[list[TokenizedExample]]:
+        """Batches of about `tokens_per_batch` tokens, answers counted in whole windows.
+
+        No batch is empty, and the first ones are skipped at no cost.
+        """
+        stretch, skipped = divmod(first_batch, STRETCH)
+        while True:
+            yield from self._stretch(tokens_per_batch, window_length, f"{seed} {stretch}")[skipped:]
+            stretch, skipped = stretch + 1, 0
+
+    def _stretch(self, size: int, window_length: int, seed: str) -> list[list[TokenizedExample]]:
+        """`STRETCH` batches of equally many tokens, in random order."""
+        examples: list[TokenizedExample] = []
+        total, longest = 0, 1
+        for example in self._drawn(seed):
+            examples.append(example)
+            length = example.length(window_length)
+            total, longest = total + length, max(longest, length)
+            if total >= STRETCH * max(size, longest):  # so that no batch is empty
+                break
+        batches: list[list[TokenizedExample]] = [[] for _ in range(STRETCH)]
+        before = 0
+        for example in sorted(examples, key=lambda e: e.length(window_length)):
+            batches[before * STRETCH // total].append(example)
+            before += example.length(window_length)
+        Random(f"{seed} order").shuffle(batches)
+        return batches
+
+    def _drawn(self, seed: str) -> Iterator[TokenizedExample]:
+        tasks = draw_tasks("train", f"stream {seed}", kind_names(self.kinds))
+        while True:
+            some = [Example(t.question, t.answer) for t in islice(tasks, DRAWN)]
+            tokenized = tokenize_examples(some, self.tokenizer, None)
+            yield from (e for e in tokenized if e.length() <= self.max_length)
+
+
+def load_start(name: str, mask_token_id: int | None = None) -> Start:
+    """Loads a backbone, in float32, and its tokenizer.
 
     Args:
         name: a folder or Hub id of a backbone, or of a CoDD model, pipeline or head, of which the
             backbone is taken.
+        mask_token_id: default, the model's or the tokenizer's.
 
     Raises:
         OSError: nothing is found.
-        ValueError: the backbone carries a LoRA, or there is no tokenizer.
+        ValueError: the backbone carries a LoRA, or there is no tokenizer or no mask token.
     """
-    if locate(name).config.get("model_type") not in ("codd", "codd-head"):
-        model = CoDDModel.from_backbone(name, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(name)
     pipe = CoDDPipeline.from_pretrained(name, dtype=torch.float32)
-    if active_adapter(pipe.model) is not None:
+    model, tokenizer = pipe.model, pipe.tokenizer
+    if active_adapter(model) is not None:
         raise ValueError(
             f"`backbone` {name!r} carries a LoRA: merge it (`model.backbone.merge_adapter`) and "
             "save the backbone, or name the backbone that it was made for."
         )
-    if pipe.tokenizer is None:
+    if tokenizer is None:
         raise ValueError(f"`backbone` {name!r} has no tokenizer: save one beside the model.")
-    mask_token_id = pipe.model.config.mask_token_id
-    return CoDDModel.from_backbone(pipe.model.backbone, mask_token_id=mask_token_id), pipe.tokenizer
+    named = (mask_token_id, model.config.mask_token_id, tokenizer.mask_token_id)
+    mask = next((token for token in named if token is not None), None)
+    if mask is None or mask >= model.config.vocab_size:
+        raise ValueError(
+            f"`mask_token_id` must be one of the backbone's {model.config.vocab_size} tokens, got "
+            f"{mask} (which is that of its tokenizer, if it is not given)."
+        )
+    return CoDDModel.from_backbone(model.backbone, mask_token_id=mask), tokenizer
 
 
-def new_backbone(
-    config: TrainConfig, examples: Sequence[Example]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def new_backbone(config: TrainConfig, examples: Sequence[Example]) -> Start:
     """A small backbone with random weights, and a tokenizer of the examples."""
     texts = [message["content"] for e in examples for message in e.messages]
     tokenizer = train_tokenizer(texts + [e.answer for e in examples], config.vocab_size)
@@ -107,25 +172,41 @@ def new_backbone(
     torch.manual_seed(config.pretraining.seed)
     # The eager path's backward pass is the faster one in bf16 on CPUs.
     attention = "eager" if not torch.cuda.is_available() else None
-    return AutoModelForCausalLM.from_config(shape, attn_implementation=attention), tokenizer
+    backbone = AutoModelForCausalLM.from_config(shape, attn_implementation=attention)
+    return CoDDModel.from_backbone(backbone, mask_token_id=tokenizer.mask_token_id), tokenizer
 
 
-def mask_token_of(config: TrainConfig, model: CoDDModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The mask token: the settings', the model's or the tokenizer's.
+def small_backbone_config(
+    tokenizer: PreTrainedTokenizerBase,
+    hidden_size: int = 256,
+    num_layers: int = 4,
+    max_position_embeddings: int = 2048,
+) -> LlamaConfig:
+    """A bidirectional Llama of a few million parameters (the embedded default's shape).
 
     Raises:
-        ValueError: none of them names one.
+        ValueError: a head of attention would not have an even number of features.
     """
-    named = (config.mask_token_id, model.config.mask_token_id, tokenizer.mask_token_id)
-    found = next((token for token in named if token is not None), None)
-    if found is None:
-        raise ValueError("`mask_token_id` must be given: the tokenizer has no mask token.")
-    if found >= model.config.vocab_size:
+    num_heads = max(hidden_size // 64, 1)
+    if hidden_size % (2 * num_heads):
         raise ValueError(
-            f"`mask_token_id` must be one of the backbone's {model.config.vocab_size} tokens, got "
-            f"{found}."
+            f"`hidden_size` must give each of {num_heads} attention heads an even number of "
+            f"features, got {hidden_size}: take a multiple of 64."
         )
-    return found
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 11 // 4,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        architectures=["LlamaForCausalLM"],
+        is_causal=False,
+    )
 
 
 def never_generated(tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> set[int]:
@@ -134,10 +215,12 @@ def never_generated(tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> s
     return never - {tokenizer.eos_token_id, None}
 
 
-def tokenize_parts(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, mask_token_id: int, parts: Parts
-) -> list[list[TokenizedExample]]:
-    """Each part of the examples, tokenized as the run's settings say."""
+def tokenize_parts(config: TrainConfig, start: Start, parts: Parts) -> list[list[TokenizedExample]]:
+    """Each part of the examples, tokenized as the run's settings say.
+
+    Test data too: a bad row is to be found before hours have been spent on the others.
+    """
+    tokenizer, mask_token_id = start[1], start[0].config.mask_token_id
     return [
         tokenize_examples(
             part,

@@ -1,25 +1,105 @@
-"""The pipeline folder that a run ends with."""
+"""The pipeline folder that a run ends with, its model card, and its place on the Hub."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from accelerate import PartialState
+from huggingface_hub import HfApi
+from tqdm.auto import tqdm
 
-from ..coupling.adapters import without_adapters
 from ..data.canvases import Example
-from ..modeling_codd import CoDDModel
+from ..evaluation.gap import measure_gap
+from ..evaluation.settings import GapSettings
+from ..hub.cards import REWRITTEN, Artifact, make_card
+from ..hub.publishing import CARD, push_folder
+from ..hub.repositories import is_local, reaching_hub
 from ..modeling_head import CoDDHead
 from ..pipelines.pipeline_codd import CoDDPipeline
+from ..runtime.files import read_json
+from ..runtime.report import as_json, environment, listed, table
 from ..schedulers.scheduling_codd import CoDDScheduler
+from .inputs import Parts
+from .settings import STAGES, TrainConfig
+from .stages import GENERATIVE, Run
+
+GAP_RATIOS = (0.25, 0.5, 0.75, 1.0)
+NOT_PUSHED = ("*.jsonl",)
+"""The held-out examples are somebody's data, and stay on this machine."""
 
 
-def save_held_out(folder: Path, validation: Sequence[Example], test: Sequence[Example]) -> None:
+HISTORY = "history.json"
+"""The history of a stage, in its folder."""
+OF_THIS_RUN = ("output_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_private")
+CURVE_ROWS = 12
+TRAINED = (
+    "Trained with `codd-hf train`; all settings, histories and figures are in `training/`. A gain "
+    "is of coupled over factorized prediction, in nats per masked token of the validation "
+    "examples, which choices were made on; `gain_0.25-0.50` is of windows that were masked at a "
+    "probability in that range."
+)
+
+
+@reaching_hub()
+def open_repository(config: TrainConfig) -> str | None:
+    """Creates the repository that a run will be pushed to: a refusal comes before the training.
+
+    Returns:
+        Its id; None if nothing is to be pushed.
+
+    Raises:
+        OSError: the Hub refuses, or cannot be reached.
+        ValueError: the repository should be private, and is public.
+    """
+    if not config.push_to_hub:
+        return None
+    api = HfApi(library_name="codd-hf")
+    name = config.hub_model_id or Path(config.output_dir).resolve().name
+    repo_id = api.create_repo(name, private=config.hub_private or None, exist_ok=True).repo_id
+    if config.hub_private and not api.model_info(repo_id).private:
+        raise ValueError(
+            f"`hub_private` is set, but the repository {repo_id!r} is public: make it private, or "
+            "choose another `hub_model_id`."
+        )
+    return repo_id
+
+
+def write_pipeline(run: Run, folder: Path, repo_id: str | None) -> None:
+    """Writes the pipeline, measures its gap for the card, and pushes it if it has a repository."""
+    config, model, tokenizer = run.config, run.model, run.start[1]
+    held_out = run.parts[2] or run.parts[1]
+    problems = [e for e in held_out if len(e.answer_ids) > model.window_length]
+    problems = [] if run.sharded else problems[: config.num_gap_problems]
+    gap = None
+    if problems:
+        heads, settings = {"coupled": model.coupling_head}, GapSettings(ratios=[*GAP_RATIOS])
+        gap = measure_gap(model, heads, tokenizer, problems, settings)
+    write_card(run, folder, repo_id, gap)
+    CoDDPipeline(model, CoDDScheduler(), tokenizer).save_pretrained(folder)
+    circuit = CoDDHead.from_pretrained(GENERATIVE.result(config))
+    dtype = getattr(torch, config.dtype)
+    for part, name in ((model, "model"), (circuit, "stage1")):
+        # One copy of a tensor with several names, so that tied weights are stored once.
+        weights = part.state_dict()
+        held = {tensor.data_ptr(): tensor for tensor in weights.values()}
+        copies = {k: t.to(dtype) if t.is_floating_point() else t for k, t in held.items()}
+        stored = {key: copies[tensor.data_ptr()] for key, tensor in weights.items()}
+        part.save_pretrained(folder / name, state_dict=stored)
+        (folder / name / "README.md").unlink()  # a pipeline has one card
+    save_held_out(folder, run.examples)
+    if repo_id is not None:
+        options = {"ignore_patterns": NOT_PUSHED, "commit_message": "Trained with codd-hf"}
+        pushed = push_folder(folder, repo_id, private=config.hub_private, **options)
+        tqdm.write(f"The pipeline is on the Hub: {pushed.repo_url}")
+
+
+def save_held_out(folder: Path, examples: Parts) -> None:
     """Writes `validation.jsonl`, `test.jsonl` and, with ten rows of the latter, `demo.jsonl`."""
+    _, validation, test = examples
     demo = (test or validation)[:10]
     for name, part in (("validation", validation), ("test", test), ("demo", demo)):
         chat = name != "demo" and any(example.history for example in part)
@@ -35,26 +115,52 @@ def _row(example: Example, chat: bool) -> dict[str, Any]:
     return {"messages": [*example.messages, answer]}
 
 
-def save_pipeline(
-    folder: Path,
-    model: CoDDModel,
-    circuit: CoDDHead,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
+def write_card(
+    run: Run, folder: Path, repo_id: str | None, gap: list[dict[str, Any]] | None
 ) -> None:
-    """Writes a pipeline folder with weights stored in `dtype` (computation stays in float32)."""
-    CoDDPipeline(model, CoDDScheduler(), tokenizer).save_pretrained(folder)
-    for part, weights, target in (
-        (model, without_adapters(model), folder / "model"),
-        (circuit, circuit.state_dict(), folder / "stage1"),
-    ):
-        # One copy of a tensor with several names, so that tied weights are stored once.
-        copies: dict[int, torch.Tensor] = {}
-        stored = {
-            name: copies.setdefault(
-                tensor.data_ptr(), tensor.to(dtype) if tensor.is_floating_point() else tensor
-            )
-            for name, tensor in weights.items()
-        }
-        part.save_pretrained(target, state_dict=stored)
-        (target / "README.md").unlink()  # a pipeline has one card
+    """Writes `README.md` and `training/` (settings, histories, gap) into a pipeline folder.
+
+    A card that somebody wrote, which lacks the mark of `hub.cards.REWRITTEN`, stays as it is.
+    """
+    config, model = run.config, run.model
+    settings = {k: v for k, v in asdict(config).items() if k not in OF_THIS_RUN}
+    for name in ("dataset", "backbone"):
+        if settings[name] is not None and is_local(settings[name]):
+            settings[name] = f"{Path(settings[name]).name} (local)"
+    sizes = dict(zip(("training", "validation", "test"), map(len, run.examples), strict=True))
+    machine = environment() | {"processes": PartialState().num_processes}
+    facts = {"environment": machine, "examples": sizes, "settings": settings, "gap": gap}
+    paths = {stage: Path(config.output_dir, stage, HISTORY) for stage in STAGES}
+    histories = {name: read_json(path, list) for name, path in paths.items() if path.exists()}
+    (folder / "training").mkdir(parents=True, exist_ok=True)
+    files = {f"{name}_history": history for name, history in histories.items()}
+    for name, content in (files | {"run": facts}).items():
+        (folder / "training" / f"{name}.json").write_text(as_json(content))
+    path = folder / CARD
+    if path.exists() and REWRITTEN not in path.read_text(encoding="utf-8"):
+        return
+    general = {k: v for k, v in settings.items() if k not in STAGES}
+    parts = [TRAINED, f"- Examples: {listed(sizes)}.\n- Settings: {listed(general)}."]
+    parts[-1] += f"\n- Machine and versions: {listed(machine)}."
+    for stage, history in histories.items():
+        line = "Run earlier, with settings that are not recorded here."
+        if stage in config.chosen_stages:
+            line = f"Settings: {listed(settings[stage])}."
+        last, number = len(history) - 1, min(len(history), CURVE_ROWS)
+        rows = [history[round(i * last / max(number - 1, 1))] for i in range(number)]
+        curve = table([{k: v for k, v in row.items() if k != "tokens"} for row in rows])
+        parts += [f"### Stage: {stage}\n\n{line}", curve]
+    if gap is not None:
+        caution = "test" if sizes["test"] else "validation (which choices were made on)"
+        parts.append(
+            f"### Measured gap\n\nOne full window in each of at most {config.num_gap_problems} "
+            f"{caution} examples, as `codd-hf evaluate gap` measures it: nats per masked token ± "
+            "standard error in one parallel step, and of the backbone that reveals one token at a "
+            f"time (sequential).\n\n{table(gap)}"
+        )
+    make_card(
+        Artifact("pipeline", model.coupling_head, model.backbone, run.start[1], model.config),
+        repo_id or folder.resolve().name,
+        datasets=None if is_local(config.dataset) else config.dataset,
+        training="\n\n".join(parts),
+    ).save(path)

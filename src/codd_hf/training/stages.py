@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
+from accelerate.utils import DistributedType
 
 from ..circuits import Potentials, occupancy, token_marginal
 from ..configuration_codd import CoDDHeadConfig
@@ -17,64 +18,68 @@ from ..data.canvases import TokenizedExample
 from ..data.tasks import TASKS
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
+from .checkpoints import Checkpoints
 from .fits.conditional import fit_conditional
 from .fits.generative import fit_generative, text_windows
 from .fits.joint import fit_joint
 from .fits.pretraining import fit_backbone
-from .inputs import Parts, load_start, mask_token_of, never_generated, new_backbone, tokenize_parts
-from .loop.checkpoints import Checkpoints
-from .loop.steps import History
-from .loop.trackers import Log
-from .processes.sharding import shard_backbone, wants_shards
+from .inputs import (
+    Parts,
+    Start,
+    TaskStream,
+    load_start,
+    never_generated,
+    new_backbone,
+    tokenize_parts,
+)
+from .loop import History, Log
+from .processes import shard_backbone
 from .settings import TrainConfig
-from .task_stream import TaskStream
 
 OF_THE_HEAD = ("emission", "emission_rank", "conditioning", "noise_conditioning", "evidence_size")
+Result = tuple[History, Sequence[Any]]
+"""The history of a fit, and what is to be saved in the folder of its result."""
 
 
 @dataclass
 class Run:
-    """What the stages of a run share.
+    """What the stages of a run share; the backbone and the tokens are read when they are needed.
 
     Attributes:
         config: the settings.
         examples: the data.
-        accelerator: knows the processes.
-        model: the backbone, and a head once there is one.
-        tokenizer: the backbone's.
-        parts: the examples, tokenized.
     """
 
     config: TrainConfig
     examples: Parts
-    accelerator: Accelerator
-    model: CoDDModel | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
-    parts: list[list[TokenizedExample]] | None = None
+
+    @cached_property
+    def start(self) -> Start:
+        """The backbone, trained or given, and its tokenizer."""
+        if not self.config.trains_backbone and self.config.backbone is not None:
+            return load_start(self.config.backbone, self.config.mask_token_id)
+        return load_start(str(PRETRAINING.result(self.config)), self.config.mask_token_id)
+
+    @cached_property
+    def model(self) -> CoDDModel:
+        """The backbone, and a head once there is one."""
+        return self.start[0]
+
+    @cached_property
+    def parts(self) -> list[list[TokenizedExample]]:
+        """The examples, tokenized."""
+        return tokenize_parts(self.config, self.start, self.examples)
 
     @property
     def sharded(self) -> bool:
         """Whether the processes share the frozen backbone."""
-        return self.config.shard_backbone or wants_shards(self.accelerator)
+        fsdp = Accelerator().distributed_type == DistributedType.FSDP
+        return self.config.shard_backbone or fsdp
 
-    def load_backbone(self) -> None:
-        """Reads the backbone, trained or given, and its tokenizer."""
-        trained = self.config.trains_backbone
-        source = str(PRETRAINING.result(self.config)) if trained else self.config.backbone
-        self.model, self.tokenizer = load_start(source)
-        mask = mask_token_of(self.config, self.model, self.tokenizer)
-        self.model.config.mask_token_id = mask
-
-    def load(self) -> None:
-        """Reads the backbone, and the examples as it reads them."""
-        self.load_backbone()
-        # Test data too: a bad row is to be found before hours have been spent on the others.
-        mask = self.model.config.mask_token_id
-        self.parts = tokenize_parts(self.config, self.tokenizer, mask, self.examples)
-
-    def take(self, head: CoDDHead) -> None:
-        """Couples the backbone with a head."""
+    def couple(self, head: CoDDHead) -> CoDDHead:
+        """Joins the backbone and a head."""
         self.model = CoDDModel.from_backbone(self.model.backbone, head)
+        return head
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Stage:
 
     Attributes:
         name: also of its settings in `TrainConfig`, and of the folder of its checkpoints.
-        needs: the stage whose result it begins with.
+        needs: the stage whose head it begins with.
         leaves: its result, in the output folder; None for the last, which is in the pipeline.
         fit: runs it, and leaves the model in the run.
     """
@@ -91,7 +96,7 @@ class Stage:
     name: str
     needs: Stage | None
     leaves: str | None
-    fit: Callable[[Run, Checkpoints, Log | None], History]
+    fit: Callable[[Run, Checkpoints, Log | None], Result]
 
     def result(self, config: TrainConfig) -> Path:
         """The folder of its finished result.
@@ -99,7 +104,7 @@ class Stage:
         Raises:
             ValueError: it is not there.
         """
-        folder = Path(config.output_dir, self.leaves)
+        folder = Path(config.output_dir, self.leaves or "")
         if not (folder / "config.json").exists():
             raise ValueError(
                 f"{str(folder)!r} holds no finished result of the stage {self.name!r}: add "
@@ -108,39 +113,43 @@ class Stage:
         return folder
 
 
-def pretrain(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> History:
+def pretrain(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> Result:
     """Trains a small backbone, or the given one further."""
     config, settings = run.config, run.config.pretraining
     if config.backbone is None:
-        model, tokenizer = new_backbone(config, run.examples[0])
-        settings, mask = settings.completed("new"), tokenizer.mask_token_id
+        start, settings = new_backbone(config, run.examples[0]), settings.completed("new")
     else:
-        start, tokenizer = load_start(config.backbone)
-        model, mask = start.backbone, mask_token_of(config, start, tokenizer)
-    train, validation, _ = tokenize_parts(config, tokenizer, mask, run.examples)
-    if config.dataset == TASKS:
-        train = TaskStream(tokenizer, config.dataset_config, config.max_length)
-    parts = (tokenizer, train, validation, settings, checkpoints, log)
-    history = fit_backbone(model, *parts, window_length=config.window_length, mask_token_id=mask)
-    run.model, run.tokenizer = CoDDModel.from_backbone(model, mask_token_id=mask), tokenizer
-    return history
-
-
-def fit_circuit(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> History:
-    """Fits a circuit to the answers' windows, and makes a head of it, marginally corrected."""
-    config, model, length = run.config, run.model, run.config.window_length
-    embeddings = model.get_output_embeddings().weight.detach().float()
-    windows = [text_windows(part, length, run.tokenizer.eos_token_id) for part in run.parts[:2]]
-    potentials, history = fit_generative(
-        *windows, embeddings, config.num_latents, config.generative, checkpoints, log
+        start = load_start(config.backbone, config.mask_token_id)
+    model, tokenizer = start
+    train, validation, _ = tokenize_parts(config, start, run.examples)
+    stream = TaskStream(tokenizer, config.dataset_config, config.max_length)
+    history = fit_backbone(
+        model.backbone,
+        tokenizer,
+        stream if config.dataset == TASKS else train,
+        validation,
+        settings,
+        checkpoints,
+        log,
+        window_length=config.window_length,
+        mask_token_id=model.config.mask_token_id,
     )
+    return history, [model.backbone, tokenizer]
+
+
+def fit_circuit(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> Result:
+    """Fits a circuit to the answers' windows, and makes a head of it, marginally corrected."""
+    config, length, (model, tokenizer) = run.config, run.config.window_length, run.start
+    embeddings = model.get_output_embeddings().weight.detach().float()
+    train, validation = (text_windows(p, length, tokenizer.eos_token_id) for p in run.parts[:2])
+    data = (train, validation, embeddings, config.num_latents)
+    potentials, history = fit_generative(*data, config.generative, checkpoints, log)
     marginal = token_marginal(potentials, length)
     # A token that the circuit has never seen gets the ratio 1: it says nothing about it.
-    unseen = windows[0].flatten().bincount(minlength=len(embeddings)) == 0
+    unseen = train.flatten().bincount(minlength=len(embeddings)) == 0
     emission = torch.where(unseen, marginal.log(), potentials.emission.dense())
     mask = model.config.mask_token_id
-    never = never_generated(run.tokenizer, mask)
-    never |= {*range(len(run.tokenizer), model.config.vocab_size)}
+    never = never_generated(tokenizer, mask) | {*range(len(tokenizer), model.config.vocab_size)}
     head = CoDDHead(
         CoDDHeadConfig(
             vocab_size=model.config.vocab_size,
@@ -153,8 +162,7 @@ def fit_circuit(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> H
     )
     fitted = Potentials(potentials.initial, potentials.transition, emission)
     head.set_potentials(fitted, marginal, alpha=config.generative.alpha)
-    run.take(head)
-    return history
+    return history, [run.couple(head)]
 
 
 def head_config(config: TrainConfig, circuit: dict[str, Any], context_size: int) -> CoDDHeadConfig:
@@ -187,28 +195,27 @@ def conditioned(config: TrainConfig, model: CoDDModel, circuit: CoDDHead) -> CoD
     return head
 
 
-def condition_head(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> History:
+def condition_head(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> Result:
     """Fits the head to the frozen backbone."""
-    head = conditioned(run.config, run.model, run.model.coupling_head)
-    run.take(head)
+    head = run.couple(conditioned(run.config, run.model, run.model.coupling_head))
     if run.sharded:
         shard_backbone(run.model)
-    parts = (run.tokenizer, *run.parts[:2], run.config.conditional)
-    history = fit_conditional(run.model, *parts, checkpoints, log)
-    if run.sharded:
-        run.load_backbone()
-        run.take(head.cpu())
-    return history
+    data = (run.start[1], *run.parts[:2], run.config.conditional)
+    history = fit_conditional(run.model, *data, checkpoints, log)
+    if run.sharded:  # a whole backbone serves the other stages
+        del run.start, run.model
+        run.couple(head.cpu())
+    return history, [head]
 
 
-def train_jointly(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> History:
+def train_jointly(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> Result:
     """Fits backbone and head together."""
-    parts = (run.tokenizer, *run.parts[:2], run.config.joint)
-    return fit_joint(run.model, *parts, checkpoints, log)
+    data = (run.start[1], *run.parts[:2], run.config.joint)
+    return fit_joint(run.model, *data, checkpoints, log), []
 
 
 PRETRAINING = Stage("pretraining", None, "backbone", pretrain)
-GENERATIVE = Stage("generative", PRETRAINING, "generative/head", fit_circuit)
+GENERATIVE = Stage("generative", None, "generative/head", fit_circuit)
 CONDITIONAL = Stage("conditional", GENERATIVE, "conditional/head", condition_head)
 JOINT = Stage("joint", CONDITIONAL, None, train_jointly)
 STAGES = (PRETRAINING, GENERATIVE, CONDITIONAL, JOINT)

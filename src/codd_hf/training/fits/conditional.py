@@ -1,59 +1,40 @@
 """The fit of a head to the predictions of a frozen backbone.
 
-The backbone runs over the data first, and its predictions are kept (`evidence.cache`). After that
-it is not needed. Only `log p_w(x) - log Z` depends on the circuit; its gradient is counts under the
-data minus counts under the coupled model.
+The backbone runs over the data first, and its predictions are kept (`evidence`). After that it is
+not needed. Only `log p_w(x) - log Z` depends on the circuit; its gradient is counts under the data
+minus counts under the coupled model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import cache
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from ...data.canvases import TokenizedExample
+from ...data.fingerprint import weights_fingerprint
 from ...modeling_codd import CoDDModel
 from ...modeling_head import CoDDHead
-from ...runtime.precision import chosen_precision
-from ..evidence.cache import WindowCache, cache_windows
-from ..evidence.scores import score_all
-from ..identity import backbone_identity, data_identity
-from ..loop.checkpoints import Checkpoints, read_checkpoint
-from ..loop.gradients import GradientFit
-from ..loop.steps import Figures, History, run_steps
-from ..loop.trackers import Log
-from ..stage_settings import ConditionalConfig
-from .coupled import CoupledSteps, head_optimizer, rows_of_step
+from ..checkpoints import Checkpoints, backbone_identity
+from ..evidence import Evidence
+from ..loop import Figures, History, Log, run_steps, told_precision
+from ..settings import ConditionalConfig
+from ..windows import WindowScores
+from .coupled import CoupledFit, head_optimizer, rows_of_step, trainable_head
 
 OF_THE_HEAD = (
     "num_latents",
-    "window_length",
     "emission",
     "emission_rank",
     "conditioning",
     "noise_conditioning",
-    "copy_length",
     "alpha",
 )
 """Settings of the head to fit, which a run is continued with."""
-
-EVALUATION_CHUNK = 64
 VALIDATION_SEED = 1234
-
-
-def evaluate_head(head: CoDDHead, windows: WindowCache) -> dict[str, float]:
-    """Mean gain in nats per masked token over factorized, all and by mask ratio.
-
-    Several processes share the windows, and all get the result.
-    """
-    chunks = torch.arange(len(windows)).split(EVALUATION_CHUNK)
-    return score_all(chunks, lambda _, rows: windows.scores(head, rows), head.device).gains()
 
 
 def fit_conditional(
@@ -67,122 +48,100 @@ def fit_conditional(
 ) -> History:
     """Trains `model.coupling_head` in place; the backbone is frozen (and stays so).
 
-    The backbone runs over the data first; its evidence is kept in `config.evidence_dir`, by default
-    in `evidence` beside the folder of the checkpoints, and in memory if there is neither. Where all
-    steps were made already, it does not run, and the evidence may be gone. The evidence temperature
-    becomes the head's. The head is best that of the generative fit.
+    The backbone runs over the data first; its evidence is kept in `evidence` beside the folder of
+    the checkpoints, and in memory if there is none. Where all steps were made already, it does not
+    run, and the evidence may be gone. The evidence temperature becomes the head's. The head is best
+    that of the generative fit.
 
     Returns:
         The history, with the `gain`: nats per masked token over factorized prediction, all and by
         mask ratio.
 
     Raises:
-        ValueError: the model has no head, or there is evidence that something else made.
+        ValueError: the model has no head.
     """
-    head = model.coupling_head
-    if head is None:
-        raise ValueError("`model` has no head to fit: give `from_backbone` a head configuration.")
-    device = Accelerator().device
-    config = (config or ConditionalConfig()).at_temperature_of(head)
-    config = replace(config, mixed_precision=chosen_precision(config.mixed_precision, device))
-    model.to(device).eval().requires_grad_(False)
-    folder = config.evidence_dir
-    if folder is None and checkpoints is not None:
-        folder = checkpoints.folder.parent / "evidence"
-    anew = checkpoints is not None and checkpoints.resume == "none"
+    config = config or ConditionalConfig()
+    config = replace(config, mixed_precision=told_precision(config))
+    head = trainable_head(model.eval(), config)
     made_by = backbone_identity(model.backbone, tokenizer, model.config.mask_token_id)
-    identity = data_identity(train, validation) | made_by
+    folder = None if checkpoints is None else checkpoints.folder.parent / "evidence"
 
-    def evidence() -> list[WindowCache]:
-        return [
-            cache_windows(
-                model,
-                tokenizer,
-                examples,
-                config,
-                None if folder is None else Path(folder, name),
-                num_draws=draws,
-                seed=seed,
-                made_by=made_by,
-                renew=anew and config.evidence_dir is None,
-            )
-            for name, examples, draws, seed in (
-                ("train", train, config.num_draws, config.seed),
-                ("validation", validation, config.num_validation_draws, VALIDATION_SEED),
-            )
-        ]
+    def evidence(part: Sequence[TokenizedExample], draws: int, seed: int) -> Evidence:
+        return Evidence(model, tokenizer, part, config, folder, draws, seed, made_by)
 
-    number = config.num_draws * len(train)
-    return _fit(head, evidence, number, config, identity, checkpoints, log)
+    of_train = evidence(train, config.num_draws, config.seed)
+    of_validation = evidence(validation, config.num_validation_draws, VALIDATION_SEED)
+    return fit_head(head, of_train, of_validation, config, checkpoints, log)
 
 
 def fit_head(
     head: CoDDHead,
-    train: WindowCache,
-    validation: WindowCache,
+    train: Evidence,
+    validation: Evidence,
     config: ConditionalConfig | None = None,
     checkpoints: Checkpoints | None = None,
     log: Log | None = None,
 ) -> History:
-    """`fit_conditional` on evidence alone, whose temperature becomes the head's.
-
-    No backbone is there; a head with tied emissions is bound to its output embedding.
-    """
-    config = replace(config or ConditionalConfig(), evidence_temperature=train.temperature)
-    identity = {"evidence": [train.identity(), validation.identity()]}
-    caches = [train, validation]
-    return _fit(head, lambda: caches, len(train), config, identity, checkpoints, log)
-
-
-def _best(history: History) -> Figures:
-    """The entry with the largest validation gain, the first of equals."""
-    return max(history, key=lambda entry: entry["gain"])
-
-
-def _fit(
-    head: CoDDHead,
-    evidence: Callable[[], list[WindowCache]],
-    num_windows: int,
-    config: ConditionalConfig,
-    identity: dict[str, Any],
-    checkpoints: Checkpoints | None,
-    log: Log | None,
-) -> History:
-    """Fits a head on evidence that is made when it is known to be needed."""
-    if config.keep == "best" and checkpoints is None:
-        raise ValueError("`keep='best'` needs `checkpoints`, where the best head is kept.")
-    config, evidence = config.with_steps(num_windows), cache(evidence)
-    temperature = head.config.evidence_temperature = config.evidence_temperature
-    head.to(Accelerator().device).requires_grad_(True)
-    identity = {name: getattr(head.config, name) for name in OF_THE_HEAD} | identity
-    trained = {f"head.{name}": parameter for name, parameter in head.named_parameters()}
-
-    def chunks(step: int) -> list[torch.Tensor]:
-        rows = rows_of_step(num_windows, config.windows_per_batch, step, config.seed)
-        return [chunk.sort().values for chunk in rows.split(config.windows_per_chunk)]
-
-    steps = CoupledSteps(
-        config,
-        list(trained.values()),
-        head.config.window_length,
-        chunks,
-        lambda rows, _: evidence()[0].take(rows),
-        lambda windows: windows.scores(head, temperature),
-    )
-    fit = GradientFit(
-        "conditional fit",
-        config,
-        identity,
-        trained,
-        [head_optimizer(head, config)],
-        steps.backward,
-        lambda: evaluate_head(head, evidence()[1]),
-        steps.blame,
-        kept=lambda history: [_best(history)["step"]] if config.keep == "best" else [],
-    )
+    """`fit_conditional` on evidence that is there already, whose temperature becomes the head's."""
+    config = (config or ConditionalConfig()).with_steps(train.num_windows)
+    head.config.evidence_temperature = train.temperature
+    fit = HeadFit(head.to(Accelerator().device).requires_grad_(True), train, validation, config)
     history = run_steps(fit, checkpoints, log)
     if config.keep == "best":
-        steps_kept = checkpoints.steps()
-        step = _best([entry for entry in history if entry["step"] in steps_kept])["step"]
-        fit.restore(read_checkpoint(checkpoints.path(step))[0])
+        fit.take_best()
     return history
+
+
+@dataclass
+class HeadFit(CoupledFit):
+    """Steps of a head on evidence. With `keep="best"` its state holds the best head so far."""
+
+    head: CoDDHead
+    train: Evidence
+    validation: Evidence
+    config: ConditionalConfig
+    name = "conditional fit"
+
+    def __post_init__(self) -> None:
+        head, self.window_length = self.head, self.head.config.window_length
+        self.best: dict[str, torch.Tensor] = {}
+        identity = {name: getattr(head.config, name) for name in OF_THE_HEAD} | self.train.identity
+        identity["validation_data"] = self.validation.identity["data"]
+        identity["start"] = weights_fingerprint(head)
+        trained = {f"head.{name}": p for name, p in head.named_parameters()}
+        self.set_up(identity, trained, [head_optimizer(head, self.config)])
+
+    def chunks(self, number: int) -> Sequence[torch.Tensor]:
+        """Rows of the evidence, in order within a chunk."""
+        config = self.config
+        rows = rows_of_step(len(self.train), config.windows_per_batch, number, config.seed)
+        return [chunk.sort().values for chunk in rows.split(config.windows_per_chunk)]
+
+    def scores(self, rows: torch.Tensor, seed: int) -> WindowScores:
+        """The gains of the head."""
+        return self.train.scores(self.head, rows)
+
+    def measure(self) -> Figures:
+        """The gains on the validation's evidence."""
+        gains = self.validation.evaluate(self.head)
+        if self.config.keep == "best" and gains["gain"] > self.best.get("gain", -torch.inf):
+            gain = torch.tensor(gains["gain"], dtype=torch.float64)
+            self.best = {name: p.detach().clone() for name, p in self.trained.items()}
+            self.best["gain"] = gain
+        return gains
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """As of any fit by gradients, and the best head."""
+        return super().state() | {f"best.{name}": value for name, value in self.best.items()}
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Sets it."""
+        super().restore(tensors)
+        best = {k: v for k, v in tensors.items() if k.startswith("best.")}
+        self.best = {k.removeprefix("best."): v for k, v in best.items()}
+
+    @torch.no_grad()
+    def take_best(self) -> None:
+        """Gives the head the weights of the validation with the largest gain."""
+        for name, parameter in self.trained.items():
+            parameter.copy_(self.best[name])

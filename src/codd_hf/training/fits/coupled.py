@@ -1,4 +1,4 @@
-"""Gradients of the coupled likelihood of noised windows (CoDD, arXiv 2603.00045, Eq. 7).
+"""Steps on the coupled likelihood of noised windows (CoDD, arXiv 2603.00045, Eq. 7).
 
 The processes share the chunks of a step's windows; gradients of chunks are summed in float64, so
 that a step does not depend on who computed what. (Plain averaging would: AdamW's step has no regard
@@ -7,90 +7,72 @@ for the size of a gradient, and makes as much of a rounding error where there is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
+from ...modeling_codd import CoDDModel
 from ...modeling_head import CoDDHead
-from ..evidence.live_windows import LiveWindows
-from ..evidence.noised_windows import NoisedWindows
-from ..evidence.scores import WindowScores
-from ..loop.steps import Figures
-from ..processes.summing import summed
-from ..stage_settings import CoupledConfig
-
-Windows = NoisedWindows | LiveWindows
+from ..loop import Figures, GradientFit, seeded
+from ..processes import summed
+from ..settings import CoupledConfig
+from ..windows import WindowScores
 
 
-@dataclass
-class CoupledSteps:
-    """Steps on `-log p(x_M | x_O) / t` of windows that were noised at level `t`, over their length.
-
-    Attributes:
-        config: the settings.
-        parameters: what is trained.
-        window_length: tokens in a window.
-        chunks: gives the rows of the data in each chunk of a step.
-        windows: gives the noised windows of some rows, of a seed.
-        score: gives their likelihoods.
-    """
+class CoupledFit(GradientFit):
+    """Steps on `-log p(x_M | x_O) / t`, over their length, of windows noised at level `t`."""
 
     config: CoupledConfig
-    parameters: Sequence[torch.nn.Parameter]
     window_length: int
-    chunks: Callable[[int], Sequence[torch.Tensor]]
-    windows: Callable[[torch.Tensor, int], Windows]
-    score: Callable[[Windows], WindowScores]
 
-    def backward(self, step: int) -> tuple[Figures, int]:
+    @abstractmethod
+    def chunks(self, number: int) -> Sequence[torch.Tensor]:
+        """The rows of the data in each chunk of a step."""
+
+    @abstractmethod
+    def scores(self, rows: torch.Tensor, seed: int) -> WindowScores:
+        """The likelihoods of noised windows of some rows."""
+
+    def backward(self, number: int) -> tuple[Figures, int]:
         """Sets the gradients of the mean loss of a step's windows."""
-        device = self.parameters[0].device
-        chunks = self.chunks(step)
-        shapes = [*(p.shape for p in self.parameters), torch.Size([4])]
+        device, parameters = Accelerator().device, list(self.trained.values())
+        chunks = self.chunks(number)
 
-        def values(number: int, rows: torch.Tensor) -> list[torch.Tensor]:
-            seed = self.seed(step, number)
-            windows = self.windows(rows, seed)
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                torch.manual_seed(seed)  # of dropout
-                try:
-                    scores = self.score(windows)
-                except ValueError:  # all processes must learn of it, not this one alone
-                    return [torch.tensor(torch.nan)] * len(shapes)
+        def values(chunk: int, rows: torch.Tensor) -> list[torch.Tensor]:
+            seed = (self.config.seed * 1_000_003 + number) * 100_003 + chunk
+            with seeded(seed, device):
+                scores = self.scores(rows, seed)
                 loss = -(scores.log_prob / scores.level).sum()
-                gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+                gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
             sums = (scores.gain.sum(), scores.log_prob.sum(), scores.masked.sum(), loss)
             return [*gradients, torch.stack([value.detach().to(loss) for value in sums])]
 
-        *gradients, totals = summed(shapes, chunks, values, device)
+        shapes = [*(p.shape for p in parameters), torch.Size([4])]
+        *gradients, totals = summed(shapes, chunks, values)
         gain, log_prob, masked, loss = totals.tolist()
         tokens, masked = sum(map(len, chunks)) * self.window_length, max(masked, 1)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.div_(tokens).to(parameter.dtype)
         figures = {"loss": loss / tokens, "gain": gain / masked, "coupled_nats": -log_prob / masked}
         return figures, tokens
 
-    def seed(self, step: int, number: int) -> int:
-        """The seed of the noise and the dropout of a chunk."""
-        return (self.config.seed * 1_000_003 + step) * 100_003 + number
 
-    @torch.no_grad()
-    def blame(self, step: int) -> str:
-        """Which rows of a step have no finite likelihood."""
-        bad, reason = [], ""
-        for number, rows in enumerate(self.chunks(step)):
-            windows = self.windows(rows, self.seed(step, number))
-            for place, row in enumerate(rows.tolist()):
-                try:
-                    scores = self.score(windows.take(torch.tensor([place])))
-                    finite = bool(scores.log_prob.isfinite())
-                except ValueError as error:
-                    finite, reason = False, f" ({error})"
-                if not finite:
-                    bad.append(row)
-        return f", from the windows {bad[:8]} of the data{reason}"
+def trainable_head(model: CoDDModel, config: CoupledConfig) -> CoDDHead:
+    """The head, all that is trained of a model, at the evidence temperature of the settings.
+
+    Raises:
+        ValueError: there is none.
+    """
+    head = model.coupling_head
+    if head is None:
+        raise ValueError("`model` has no head to fit: give `from_backbone` a head configuration.")
+    if config.evidence_temperature is not None:
+        head.config.evidence_temperature = config.evidence_temperature
+    model.to(Accelerator().device).requires_grad_(False)
+    return head.requires_grad_(True)
 
 
 def rows_of_step(number: int, size: int, step: int, seed: int) -> torch.Tensor:
@@ -105,13 +87,14 @@ def head_optimizer(
     head: CoDDHead, config: CoupledConfig, *groups: dict[str, Any]
 ) -> torch.optim.AdamW:
     """AdamW without weight decay on the circuit, the conditioning, and other groups."""
-    of_context = {True: [], False: []}
-    for name, parameter in head.named_parameters():
-        of_context[name.startswith("context_maps.")].append(parameter)
-    peaks = {True: config.context_learning_rate, False: config.learning_rate}
+    named = list(head.named_parameters())
+    context = [p for name, p in named if name.startswith("context_maps.")]
+    circuit = [p for name, p in named if not name.startswith("context_maps.")]
     # Gradients of a term that is still a no-op are tiny: hence the tiny `eps`.
-    circuit, context = (
-        {"params": of_context[kind], "peak": peaks[kind], "eps": 1e-15} for kind in (False, True)
-    )
-    chosen = [group for group in (circuit, context, *groups) if group["params"]]
+    all_groups = [
+        {"params": circuit, "peak": config.learning_rate, "eps": 1e-15},
+        {"params": context, "peak": config.context_learning_rate, "eps": 1e-15},
+        *groups,
+    ]
+    chosen = [group for group in all_groups if group["params"]]
     return torch.optim.AdamW(chosen, betas=(0.9, 0.98), weight_decay=0.0)

@@ -8,6 +8,7 @@ batch has a share that falls from step to step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -17,13 +18,17 @@ from ...circuits import Potentials
 from ...circuits.em import Counts, expected_counts, log_likelihood, maximise
 from ...data.canvases import TokenizedExample
 from ...data.fingerprint import tensor_fingerprint
-from ..loop.checkpoints import Checkpoints
-from ..loop.steps import Figures, Fit, History, run_steps
-from ..loop.trackers import Log
-from ..processes.summing import summed
-from ..stage_settings import GenerativeConfig
+from ..checkpoints import Checkpoints
+from ..loop import Figures, Fit, History, Log, run_steps
+from ..processes import summed
+from ..settings import GenerativeConfig
 
 EVALUATION_CHUNK = 512
+STEP_DECAY = 0.6
+"""The share of a new batch in the counts is `(step + 2) ** -STEP_DECAY`."""
+CONCENTRATION, NOISE = 0.9, 0.1
+"""The share of a state's initial emissions that goes to its cluster, and the log-scale of the noise
+on the initial parameters."""
 
 
 def text_windows(
@@ -59,18 +64,17 @@ def cluster_tokens(
 
 
 def initial_potentials(
-    windows: torch.Tensor, clusters: torch.Tensor, num_latents: int, config: GenerativeConfig
+    windows: torch.Tensor, clusters: torch.Tensor, num_latents: int, seed: int = 0
 ) -> Potentials:
     """A circuit whose states are clusters of tokens and whose transitions are cluster bigrams."""
     vocab_size = len(clusters)
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(seed)
     smoothed = windows.flatten().bincount(minlength=vocab_size).float() + 0.1
 
     of_cluster = torch.zeros(num_latents, vocab_size)
     of_cluster[clusters, torch.arange(vocab_size)] = smoothed
     of_cluster = of_cluster / of_cluster.sum(-1, keepdim=True).clamp(min=1e-9)
-    shared = smoothed / smoothed.sum()
-    emission = config.concentration * of_cluster + (1 - config.concentration) * shared
+    emission = CONCENTRATION * of_cluster + (1 - CONCENTRATION) * (smoothed / smoothed.sum())
 
     states = clusters[windows]
     pairs = states[:, :-1] * num_latents + states[:, 1:]
@@ -80,124 +84,10 @@ def initial_potentials(
     transition = bigrams + occupancy / occupancy.sum()
 
     def noisy(weights: torch.Tensor) -> torch.Tensor:
-        noise = config.noise * torch.randn(weights.shape, generator=generator)
+        noise = NOISE * torch.randn(weights.shape, generator=generator)
         return (weights.log() + noise).log_softmax(-1)
 
     return Potentials(noisy(starts), noisy(transition)[None], noisy(emission)[None])
-
-
-class ExpectationMaximisation(Fit):
-    """Steps of EM; counts of chunks are summed in float64 over all processes."""
-
-    name = "generative fit"
-    config: GenerativeConfig
-    potentials: Potentials
-    counts: Counts | None = None
-
-    def __init__(
-        self,
-        windows: torch.Tensor,
-        validation: torch.Tensor,
-        embeddings: torch.Tensor,
-        num_latents: int,
-        config: GenerativeConfig,
-    ):
-        self.windows, self.validation, self.config = windows, validation, config
-        self.embeddings, self.num_latents = embeddings, num_latents
-        self.device = Accelerator().device
-        self.unigrams = windows.flatten().bincount(minlength=len(embeddings)).float()
-        smoothed = (self.unigrams + 0.1) / (self.unigrams + 0.1).sum()
-        pseudo = (
-            torch.ones(1),
-            torch.full((num_latents,), config.transition_prior / num_latents),
-            config.emission_prior * smoothed,
-        )
-        self.prior = Counts(tuple(counts.to(self.device) for counts in pseudo))
-        self.evaluation_steps = -(-len(windows) // config.windows_per_batch)
-        self.num_steps = config.num_epochs * self.evaluation_steps
-        self.identity = config.identity() | {
-            "num_latents": num_latents,
-            "data": tensor_fingerprint(windows),
-            "validation_data": tensor_fingerprint(validation),
-            "embeddings": tensor_fingerprint(embeddings),
-        }
-
-    def _start(self) -> None:
-        """Clusters the tokens, on the main process."""
-        clusters = torch.zeros(len(self.embeddings), dtype=torch.long)
-        if Accelerator().is_main_process:
-            weights = (self.embeddings, self.unigrams)
-            clusters = cluster_tokens(*weights, self.num_latents, self.config.seed)
-        # They are zero elsewhere, so the sum is the main process's.
-        clusters = Accelerator().reduce(clusters.to(self.device), "sum").cpu()
-        start = initial_potentials(self.windows, clusters, self.num_latents, self.config)
-        self.potentials = start.with_leaves([leaf.to(self.device) for leaf in start.leaves()])
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """The circuit and the running counts."""
-        counts = () if self.counts is None else self.counts.leaves
-        parts = {"potentials": self.potentials.leaves(), "counts": counts}
-        return {f"{name}.{i}": t for name, part in parts.items() for i, t in enumerate(part)}
-
-    def restore(self, tensors: dict[str, torch.Tensor] | None) -> None:
-        """Sets them; None begins."""
-        if tensors is None:
-            return self._start()
-        held = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        self.potentials = Potentials(*(held[f"potentials.{i}"] for i in range(3)))
-        self.counts = Counts(tuple(held[f"counts.{i}"] for i in range(3)))
-
-    def step(self, number: int) -> tuple[Figures, int]:
-        """The E-step of a batch, and the M-step with the running counts."""
-        epoch, batch = divmod(number, self.evaluation_steps)
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.windows), generator=generator)
-        windows = self.windows[order.split(self.config.windows_per_batch)[batch]]
-        share = (number + 2) ** -self.config.step_decay
-        new, score = batch_counts(self.potentials, windows, self.config.windows_per_chunk)
-        figures = {"loss": -score / windows.numel(), "step_size": share}
-        self.check_finite(figures, number)
-        new = new.scaled(len(self.windows) / len(windows))
-        self.counts = new if self.counts is None else self.counts.mixed_with(new, share)
-        self.potentials = maximise(self.potentials, self.counts, self.prior)
-        return figures, windows.numel()
-
-    @torch.no_grad()
-    def measure(self) -> Figures:
-        """Nats per token of the validation windows."""
-
-        def values(_: int, windows: torch.Tensor) -> list[torch.Tensor]:
-            scores = log_likelihood(self.potentials, windows.to(self.device))
-            return [scores.double().sum()]
-
-        chunks = self.validation.split(EVALUATION_CHUNK)
-        (total,) = summed([torch.Size()], chunks, values, self.device)
-        return {"nats": -total.item() / self.validation.numel()}
-
-    def remedy(self, step: int | None) -> str:
-        """What to raise."""
-        return ": raise `emission_prior` or `transition_prior`"
-
-
-def batch_counts(
-    potentials: Potentials, windows: torch.Tensor, chunk_size: int
-) -> tuple[Counts, float]:
-    """E-step over a batch `[B, L]` that all processes share in chunks.
-
-    Returns:
-        The expected counts, and the sum of the log-likelihoods in nats.
-    """
-    leaves = potentials.leaves()
-    device = leaves[0].device
-
-    def values(_: int, chunk: torch.Tensor) -> list[torch.Tensor]:
-        counts, scores = expected_counts(potentials, chunk.to(device))
-        return [*counts.leaves, scores.double().sum()]
-
-    shapes = [*(leaf.shape for leaf in leaves), torch.Size()]
-    *sums, total = summed(shapes, windows.split(chunk_size), values, device)
-    counts = tuple(s.to(leaf.dtype) for s, leaf in zip(sums, leaves, strict=True))
-    return Counts(counts), total.item()
 
 
 def fit_generative(
@@ -235,5 +125,92 @@ def fit_generative(
     config = config or GenerativeConfig()
     fit = ExpectationMaximisation(windows, validation, embeddings, num_latents, config)
     history = run_steps(fit, checkpoints, log)
-    fitted = fit.potentials
-    return fitted.with_leaves([leaf.cpu() for leaf in fitted.leaves()]), history
+    return fit.potentials.with_leaves([leaf.cpu() for leaf in fit.potentials.leaves()]), history
+
+
+@dataclass
+class ExpectationMaximisation(Fit):
+    """Steps of EM; counts of chunks are summed in float64 over all processes."""
+
+    windows: torch.Tensor
+    validation: torch.Tensor
+    embeddings: torch.Tensor
+    num_latents: int
+    config: GenerativeConfig
+    name = "generative fit"
+    remedy = "raise `emission_prior` or `transition_prior`"
+
+    def __post_init__(self) -> None:
+        config, self.device = self.config, Accelerator().device
+        self.unigrams = self.windows.flatten().bincount(minlength=len(self.embeddings)).float()
+        smoothed = (self.unigrams + 0.1) / (self.unigrams + 0.1).sum()
+        transitions = torch.full((self.num_latents,), config.transition_prior / self.num_latents)
+        pseudo = (torch.ones(1), transitions, config.emission_prior * smoothed)
+        self.prior = Counts(tuple(counts.to(self.device) for counts in pseudo))
+        self.counts: Counts | None = None
+        self.evaluation_steps = -(-len(self.windows) // config.windows_per_batch)
+        self.num_steps = config.num_epochs * self.evaluation_steps
+        self.identity = config.identity() | {
+            "num_latents": self.num_latents,
+            "data": tensor_fingerprint(self.windows),
+            "validation_data": tensor_fingerprint(self.validation),
+            "embeddings": tensor_fingerprint(self.embeddings),
+        }
+
+    def begin(self) -> None:
+        """Clusters the tokens, on the main process."""
+        clusters = torch.zeros(len(self.embeddings), dtype=torch.long)
+        if Accelerator().is_main_process:
+            weights = (self.embeddings, self.unigrams)
+            clusters = cluster_tokens(*weights, self.num_latents, self.config.seed)
+        # They are zero elsewhere, so the sum is the main process's.
+        clusters = Accelerator().reduce(clusters.to(self.device), "sum").cpu()
+        start = initial_potentials(self.windows, clusters, self.num_latents, self.config.seed)
+        self.potentials = start.with_leaves([leaf.to(self.device) for leaf in start.leaves()])
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The circuit and the running counts."""
+        counts = () if self.counts is None else self.counts.leaves
+        parts = {"potentials": self.potentials.leaves(), "counts": counts}
+        return {f"{name}.{i}": t for name, part in parts.items() for i, t in enumerate(part)}
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Sets them."""
+        held = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        self.potentials = Potentials(*(held[f"potentials.{i}"] for i in range(3)))
+        self.counts = Counts(tuple(held[f"counts.{i}"] for i in range(3)))
+
+    def step(self, number: int) -> tuple[Figures, int]:
+        """The E-step of a batch, and the M-step with the running counts."""
+        epoch, batch = divmod(number, self.evaluation_steps)
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.windows), generator=generator)
+        windows = self.windows[order.split(self.config.windows_per_batch)[batch]]
+
+        def values(_: int, chunk: torch.Tensor) -> list[torch.Tensor]:
+            counts, scores = expected_counts(self.potentials, chunk.to(self.device))
+            return [*counts.leaves, scores.double().sum()]
+
+        leaves = self.potentials.leaves()
+        shapes = [*(leaf.shape for leaf in leaves), torch.Size()]
+        chunks = windows.split(self.config.windows_per_chunk)
+        *sums, score = summed(shapes, chunks, values)
+        share = (number + 2) ** -STEP_DECAY
+        figures = {"loss": -score.item() / windows.numel(), "step_size": share}
+        self.check_finite(figures, f"step {number}")
+        counts = Counts(tuple(s.to(leaf.dtype) for s, leaf in zip(sums, leaves, strict=True)))
+        counts = counts.scaled(len(self.windows) / len(windows))
+        self.counts = counts if self.counts is None else self.counts.mixed_with(counts, share)
+        self.potentials = maximise(self.potentials, self.counts, self.prior)
+        return figures, windows.numel()
+
+    @torch.no_grad()
+    def measure(self) -> Figures:
+        """Nats per token of the validation windows."""
+
+        def values(_: int, windows: torch.Tensor) -> list[torch.Tensor]:
+            return [log_likelihood(self.potentials, windows.to(self.device)).double().sum()]
+
+        chunks = self.validation.split(EVALUATION_CHUNK)
+        (total,) = summed([torch.Size()], chunks, values)
+        return {"nats": -total.item() / self.validation.numel()}

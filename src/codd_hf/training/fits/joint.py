@@ -7,28 +7,24 @@ runs at every step, on windows and noise that are a function of the step alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
-from tqdm.auto import tqdm
+from peft import LoraConfig
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...coupling.adapters import active_adapter
+from ...coupling.adapters import active_adapter, add_adapter
 from ...coupling.heads import DEFAULT_NAME
 from ...data.canvases import TokenizedExample
+from ...data.fingerprint import weights_fingerprint
 from ...modeling_codd import CoDDModel
-from ...runtime.precision import chosen_precision, precision_note
-from ..evidence.live_windows import LiveWindows, window_scores
-from ..identity import backbone_identity, data_identity
-from ..loop.checkpoints import Checkpoints
-from ..loop.gradients import GradientFit
-from ..loop.steps import Figures, History, run_steps
-from ..loop.trackers import Log
-from ..stage_settings import JointConfig
-from .coupled import CoupledSteps, head_optimizer, rows_of_step
-from .lora import add_lora, trained_in_float32
+from ..checkpoints import Checkpoints, fit_identity
+from ..loop import Figures, History, Log, run_steps, seeded, told_precision, trained_in_float32
+from ..settings import JointConfig
+from ..windows import NoisedCanvases, WindowScores, window_scores
+from .coupled import CoupledFit, head_optimizer, rows_of_step, trainable_head
 
 
 def fit_joint(
@@ -54,74 +50,82 @@ def fit_joint(
     Raises:
         ValueError: the model has no head.
     """
-    head, length, device = model.coupling_head, model.window_length, Accelerator().device
-    if head is None:
-        raise ValueError("`model` has no head to fit: give `from_backbone` a head configuration.")
-    config = (config or JointConfig()).at_temperature_of(head)
-    head.config.evidence_temperature = config.evidence_temperature
-    model.to(device)
-    if config.mixed_precision != "no" and Accelerator().is_main_process:
-        tqdm.write(precision_note(chosen_precision(config.mixed_precision, device), device))
-    identity = data_identity(train, validation)
-    identity |= backbone_identity(model.backbone, tokenizer, model.config.mask_token_id)
-    backbone = _trained_backbone(model, config)
-    head.requires_grad_(True)
-    peak = config.backbone_learning_rate
-    optimizer = head_optimizer(head, config, {"params": backbone, "peak": peak, "eps": 1e-8})
-    trained = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
-    lengths = torch.tensor([example.length() for example in train])
-
-    def chunks(step: int) -> Sequence[torch.Tensor]:
-        model.backbone.train(config.backbone != "frozen")
-        rows = rows_of_step(len(train), config.windows_per_batch, step, config.seed)
-        return rows[lengths[rows].argsort(stable=True)].split(config.windows_per_chunk)
-
-    def windows(rows: torch.Tensor, seed: int) -> LiveWindows:
-        part = [train[row] for row in rows.tolist()]
-        return LiveWindows.drawn(part, tokenizer, length, config, seed)
-
-    def measure() -> Figures:
-        draws = config.num_validation_draws
-        return window_scores(model, tokenizer, validation, config, draws).summary()
-
-    parameters = list(trained.values())
-    steps = CoupledSteps(
-        config, parameters, length, chunks, windows, lambda part: part.scores(model, config)
-    )
-    fit = GradientFit(
-        "joint fit",
-        config,
-        identity,
-        trained,
-        [optimizer],
-        steps.backward,
-        measure,
-        steps.blame,
-        clipped=[list(head.parameters()), backbone],
-    )
-    if config.gradient_checkpointing:
-        gradient_checkpointing(model.backbone, "enable")({"use_reentrant": False})
+    config = config or JointConfig()
+    fit = JointFit(model, tokenizer, train, validation, config)
     history = run_steps(fit, checkpoints, log)
-    if config.gradient_checkpointing:
-        gradient_checkpointing(model.backbone, "disable")()
     model.eval()
     return history
 
 
-def gradient_checkpointing(backbone: PreTrainedModel, switch: str) -> Callable[..., Any]:
-    """transformers' method that switches it, which newer releases call `activation_...`."""
-    newer = getattr(backbone, f"activation_checkpointing_{switch}", None)
-    return newer or getattr(backbone, f"gradient_checkpointing_{switch}")
+@dataclass
+class JointFit(CoupledFit):
+    """Steps of a model on windows that its backbone reads anew."""
+
+    model: CoDDModel
+    tokenizer: PreTrainedTokenizerBase
+    train: Sequence[TokenizedExample]
+    validation: Sequence[TokenizedExample]
+    config: JointConfig
+    name = "joint fit"
+
+    def __post_init__(self) -> None:
+        model, config, self.window_length = self.model, self.config, self.model.window_length
+        self.lengths = torch.tensor([example.length() for example in self.train])
+        head = trainable_head(model, config)
+        told_precision(config)
+        read = (model.backbone, self.tokenizer, model.config.mask_token_id)
+        identity = fit_identity(self.train, self.validation, *read)
+        identity["start"] = weights_fingerprint(head)
+        backbone = _trained_backbone(model, config)
+        of_backbone = {"params": backbone, "peak": config.backbone_learning_rate, "eps": 1e-8}
+        optimizer = head_optimizer(head, config, of_backbone)
+        trained = {f"model.{n}": p for n, p in model.named_parameters() if p.requires_grad}
+        self.set_up(identity, trained, [optimizer], [list(head.parameters()), backbone])
+
+    def chunks(self, number: int) -> Sequence[torch.Tensor]:
+        """Rows of the text, of like length within a chunk."""
+        config = self.config
+        self.model.backbone.train(config.backbone != "frozen")
+        rows = rows_of_step(len(self.train), config.windows_per_batch, number, config.seed)
+        return rows[self.lengths[rows].argsort(stable=True)].split(config.windows_per_chunk)
+
+    def scores(self, rows: torch.Tensor, seed: int) -> WindowScores:
+        """The likelihoods under the model."""
+        part = [self.train[row] for row in rows.tolist()]
+        return NoisedCanvases(self.model, self.tokenizer, part, self.config, seed).scores()
+
+    def measure(self) -> Figures:
+        """Factorized and coupled likelihoods of the validation, and the gain."""
+        draws = self.config.num_validation_draws
+        place = (self.model, self.tokenizer, self.validation, self.config, draws)
+        return window_scores(*place).summary()
 
 
-def _trained_backbone(model: CoDDModel, config: JointConfig) -> list[torch.nn.Parameter]:
+def add_lora(backbone: PreTrainedModel, lora: LoraConfig, name: str, seed: int) -> None:
+    """Adds an adapter that changes nothing yet and is all of the backbone that is trained.
+
+    Its random half is drawn with `seed`; torch's generators are left as they were.
+
+    Raises:
+        ValueError: the backbone has no layer of the names that `lora` wants.
+    """
+    backbone.requires_grad_(False)
+    with seeded(seed, torch.device("cpu")):
+        add_adapter(backbone, lora, name)
+
+
+def _trained_backbone(model: CoDDModel, config: JointConfig) -> list[nn.Parameter]:
     """The parameters of the backbone that are trained."""
-    model.requires_grad_(False)
+    model.backbone.requires_grad_(config.backbone == "full")
     if config.backbone == "lora":
-        found = active_adapter(model)
+        found, modules = active_adapter(model), config.lora_target_modules
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules="all-linear" if modules == ["all-linear"] else modules,
+        )
         if found is None:
-            add_lora(model.backbone, config.lora_config(), DEFAULT_NAME, config.seed)
+            add_lora(model.backbone, lora, DEFAULT_NAME, config.seed)
         model.set_adapter(found or DEFAULT_NAME)
-    if config.backbone == "full":
-        model.backbone.requires_grad_(True)
-    return trained_in_float32(model.backbone)
+    return list(trained_in_float32(model.backbone).values())

@@ -6,64 +6,37 @@ number of tokens that could have been masked (LLaDA, arXiv 2502.09992, Eq. 3).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
-from tqdm.auto import tqdm
-from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...backbones import family_of
 from ...data.canvases import CanvasBatch, TokenizedExample, batch_indices
 from ...data.noise import Noise, draw_canvases
-from ...runtime import precision
-from ..identity import backbone_identity, data_identity
-from ..loop.checkpoints import Checkpoints
-from ..loop.gradients import GradientFit
-from ..loop.steps import Figures, History, run_steps
-from ..loop.trackers import Log
-from ..stage_settings import PretrainingConfig
-from ..task_stream import TaskStream
-from .lora import trained_in_float32
-from .muon import FloatMuon
+from ...runtime.precision import autocast, chosen_precision
+from ..checkpoints import Checkpoints, fit_identity
+from ..inputs import TaskStream
+from ..loop import (
+    Figures,
+    GradientFit,
+    History,
+    Log,
+    run_steps,
+    seeded,
+    told_precision,
+    trained_in_float32,
+)
+from ..settings import PretrainingConfig
 
 BETAS = (0.9, 0.98)
 EVALUATION_ROWS = 32
 VALIDATION_SEED = 1234
-
-
-def small_backbone_config(
-    tokenizer: PreTrainedTokenizerBase,
-    hidden_size: int = 256,
-    num_layers: int = 4,
-    max_position_embeddings: int = 2048,
-) -> LlamaConfig:
-    """A bidirectional Llama of a few million parameters (the embedded default's shape).
-
-    Raises:
-        ValueError: a head of attention would not have an even number of features.
-    """
-    num_heads = max(hidden_size // 64, 1)
-    if hidden_size % (2 * num_heads):
-        raise ValueError(
-            f"`hidden_size` must give each of {num_heads} attention heads an even number of "
-            f"features, got {hidden_size}: take a multiple of 64."
-        )
-    return LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=hidden_size * 11 // 4,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        max_position_embeddings=max_position_embeddings,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        architectures=["LlamaForCausalLM"],
-        is_causal=False,
-    )
 
 
 def diffusion_loss(
@@ -107,108 +80,156 @@ def fit_backbone(
         ValueError: the mask token or the backbone's family is not known.
     """
     config = (config or PretrainingConfig()).completed("given")
-    family_of(backbone.config).make_bidirectional(backbone.config)
-    for found in (getattr(backbone.config, "mask_token_id", None), tokenizer.mask_token_id):
-        mask_token_id = found if mask_token_id is None else mask_token_id
-    if mask_token_id is None:
+    named = (
+        mask_token_id,
+        getattr(backbone.config, "mask_token_id", None),
+        tokenizer.mask_token_id,
+    )
+    mask = next((token for token in named if token is not None), None)
+    if mask is None:
         raise ValueError("`mask_token_id` must be given: neither backbone nor tokenizer has one.")
-    stream = isinstance(train, TaskStream)
-    identity = data_identity(train.beginning() if stream else train, validation)
-    identity |= backbone_identity(backbone, tokenizer, mask_token_id)
-    identity["window_length"] = window_length
-    device = Accelerator().device
-    chosen = precision.chosen_precision(config.mixed_precision, device)
-    tqdm.write(precision.precision_note(chosen, device))
-    backbone.to(device).train()
-    trained_in_float32(backbone)
-    trained = {f"model.{n}": p for n, p in backbone.named_parameters() if p.requires_grad}
-    validation = sorted(validation, key=lambda example: example.length())
-    position: list[Iterator[list[TokenizedExample]]] = []
+    family_of(backbone.config).make_bidirectional(backbone.config)
+    fit = BackboneFit(backbone, tokenizer, train, validation, config, window_length, mask)
+    history = run_steps(fit, checkpoints, log)
+    backbone.eval()
+    return history
 
-    def batches(first: int) -> Iterator[list[TokenizedExample]]:
-        if stream:
-            yield from train.batches(config.tokens_per_batch, window_length, config.seed, first)
-        lengths = [example.length(window_length) for example in train]
-        for indices in batch_indices(lengths, config.tokens_per_batch, config.seed, first):
-            yield [train[i] for i in indices]
 
-    def loss_of(
-        examples: Sequence[TokenizedExample], generator: torch.Generator, **noise: float
-    ) -> tuple[torch.Tensor, torch.Tensor, CanvasBatch, Noise]:
-        canvas, drawn = draw_canvases(
-            examples,
-            tokenizer,
-            window_length,
-            config.max_extra_windows,
-            generator,
-            mean_span_length=config.mean_span_length,
-            **noise,
-        )
-        # Not the accelerator's autocast, which is one for the process: a stage has its precision.
-        with precision.autocast(chosen, device):
-            losses = diffusion_loss(backbone, canvas.to(device), drawn, mask_token_id)
-        return *losses, canvas, drawn
+@dataclass
+class BackboneFit(GradientFit):
+    """Steps of a backbone on noised canvases; the rate warms up, stays, and falls as a line."""
 
-    def backward(step: int) -> tuple[Figures, int]:
-        if not position:
-            position.append(batches(step))
-        seed = config.seed * 1_000_003 + step
-        generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)  # of dropout
-            noise = {"window_probability": config.window_probability}
-            loss, losses, canvas, _ = loss_of(next(position[0]), generator, **noise)
+    backbone: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    train: Sequence[TokenizedExample] | TaskStream
+    validation: Sequence[TokenizedExample]
+    config: PretrainingConfig
+    window_length: int
+    mask_token_id: int
+    name = "pretraining"
+
+    def __post_init__(self) -> None:
+        config, backbone, train = self.config, self.backbone, self.train
+        examples = train.beginning() if isinstance(train, TaskStream) else train
+        read = (backbone, self.tokenizer, self.mask_token_id)
+        identity = fit_identity(examples, self.validation, *read)
+        identity["window_length"] = self.window_length
+        self.device, self.precision = Accelerator().device, told_precision(config)
+        backbone.to(self.device).train()
+        self.validation = sorted(self.validation, key=lambda example: example.length())
+        self.batches: Iterator[list[TokenizedExample]] | None = None
+        trained = {f"model.{n}": p for n, p in trained_in_float32(backbone).items()}
+        self.set_up(identity, trained, _optimizers(backbone, config, self.device))
+
+    def rate(self, number: int) -> float:
+        """The share of the peak rate."""
+        decay_steps = max(math.ceil(self.num_steps * self.config.decay_fraction), 1)
+        return min(self.warmed(number), (self.num_steps - number) / decay_steps, 1.0)
+
+    def backward(self, number: int) -> tuple[Figures, int]:
+        """Sets the gradients of the loss of a step's batch."""
+        if self.batches is None:
+            self.batches = self._batches_from(number)
+        seed = self.config.seed * 1_000_003 + number
+        generator, examples = torch.Generator().manual_seed(seed), next(self.batches)
+        noise = {"window_probability": self.config.window_probability}
+        with seeded(seed, self.device):
+            loss, losses, canvas, _ = self._loss(examples, generator, **noise)
         loss.backward()
         figures = {"loss": loss.item(), "nats": losses.mean().item()}
         return figures, int(canvas.attention_mask.sum())
 
     @torch.no_grad()
-    def measure() -> Figures:
+    def measure(self) -> Figures:
         """ELBO per token of whole answers, and nats per masked token under window noise."""
-        backbone.eval()
-        parts = range(0, len(validation), EVALUATION_ROWS)
-        totals = {}
+        self.backbone.eval()
+        figures = {}
         for name, window_probability in (("elbo", 0.0), ("nats", 1.0)):
             noise = {"window_probability": window_probability, "prompt_probability": 0.0}
             generator, total, count = torch.Generator().manual_seed(VALIDATION_SEED), 0.0, 0
-            for first in parts:
-                part = validation[first : first + EVALUATION_ROWS]
-                loss, losses, _, drawn = loss_of(part, generator, **noise)
+            for first in range(0, len(self.validation), EVALUATION_ROWS):
+                part = self.validation[first : first + EVALUATION_ROWS]
+                loss, losses, _, drawn = self._loss(part, generator, **noise)
                 size = int(drawn.span.sum()) if name == "elbo" else len(losses)
                 total += (loss if name == "elbo" else losses.mean()).item() * size
                 count += size
-            totals[name] = total / count
-        backbone.train()
-        return totals
+            figures[name] = total / count
+        self.backbone.train()
+        return figures
 
-    optimizers = _optimizers(backbone, config, device)
-    fit = GradientFit("pretraining", config, identity, trained, optimizers, backward, measure)
-    history = run_steps(fit, checkpoints, log, alone=True)
-    backbone.eval()
-    return history
+    def _loss(
+        self, examples: Sequence[TokenizedExample], generator: torch.Generator, **noise: float
+    ) -> tuple[torch.Tensor, torch.Tensor, CanvasBatch, Noise]:
+        """As `diffusion_loss`, of canvases and noise that are drawn."""
+        config = self.config
+        drawing = (self.window_length, config.max_extra_windows, generator)
+        canvas, drawn = draw_canvases(
+            examples, self.tokenizer, *drawing, mean_span_length=config.mean_span_length, **noise
+        )
+        # Not the accelerator's autocast, which is one for the process: a stage has its precision.
+        with autocast(self.precision, self.device):
+            place = (canvas.to(self.device), drawn, self.mask_token_id)
+            return *diffusion_loss(self.backbone, *place), canvas, drawn
+
+    def _batches_from(self, first: int) -> Iterator[list[TokenizedExample]]:
+        size, seed, length = self.config.tokens_per_batch, self.config.seed, self.window_length
+        if isinstance(self.train, TaskStream):
+            yield from self.train.batches(size, length, seed, first)
+        else:
+            lengths = [example.length(length) for example in self.train]
+            for indices in batch_indices(lengths, size, seed, first):
+                yield [self.train[i] for i in indices]
 
 
 def _optimizers(
     model: PreTrainedModel, config: PretrainingConfig, device: torch.device
 ) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon of the hidden matrices if the settings say so."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     embeddings = {id(p) for layer in layers if layer is not None for p in layer.parameters()}
-    hidden, others, vectors = [], [], []
-    for parameter in (p for p in model.parameters() if p.requires_grad):
-        if parameter.ndim != 2:
-            vectors.append(parameter)
-        elif config.optimizer == "muon" and id(parameter) not in embeddings:
-            hidden.append(parameter)
-        else:
-            others.append(parameter)
-    common = {"peak": config.learning_rate}
-    groups = [
-        {"params": others, "weight_decay": config.weight_decay, **common},
-        {"params": vectors, "weight_decay": 0.0, **common},
-    ]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    vectors = [p for p in trained if p.ndim != 2]
+    matrices = [p for p in trained if p.ndim == 2]
+    muon = config.optimizer == "muon"
+    hidden = [p for p in matrices if muon and id(p) not in embeddings]
+    others = [p for p in matrices if not muon or id(p) in embeddings]
+
+    def group(parameters: list[torch.nn.Parameter], decay: float | None) -> dict[str, object]:
+        return {"params": parameters, "weight_decay": decay, "peak": config.learning_rate}
+
+    groups = [group(others, config.weight_decay), group(vectors, 0.0)]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=BETAS)]
     if hidden:
-        kind = torch.optim.Muon if precision.computes_bf16(device) else FloatMuon
-        group = {"params": hidden, "weight_decay": config.weight_decay, **common}
-        optimizers.append(kind([group], adjust_lr_fn="match_rms_adamw"))
+        kind = torch.optim.Muon if chosen_precision("auto", device) == "bf16" else FloatMuon
+        decayed = group(hidden, config.weight_decay)
+        optimizers.append(kind([decayed], adjust_lr_fn="match_rms_adamw"))
     return optimizers
+
+
+class FloatMuon(torch.optim.Muon):
+    """`torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` in float32, where bf16 is emulated."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no caller has one
+        """Makes one step."""
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                gradient, state = parameter.grad, self.state[parameter]
+                momentum = state.setdefault("momentum_buffer", torch.zeros_like(gradient))
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                update = _orthogonal(gradient.lerp(momentum, group["momentum"]).float(), group)
+                rate = 0.2 * math.sqrt(max(parameter.shape)) * group["lr"]
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.to(parameter.dtype), alpha=-rate)
+
+
+def _orthogonal(matrix: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+    """`U S' V^T` of `U S V^T`, with `S'` near the identity, by Newton and Schulz's iteration."""
+    a, b, c = group["ns_coefficients"]
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / x.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x

@@ -1,0 +1,126 @@
+"""Checkpoints: folders of safetensors and JSON, whole or not there, of one fit alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.canvases import TokenizedExample
+from ..data.fingerprint import (
+    data_fingerprint,
+    settings_fingerprint,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
+from ..runtime.files import atomic_write, make_durable, read_json
+
+FORMAT_VERSION = 2
+WEIGHTS, STATE = "state.safetensors", "state.json"
+
+
+@dataclass
+class Checkpoints:
+    """The numbered checkpoints of a fit: `folder/checkpoint-100`, `folder/checkpoint-200`, ...
+
+    Attributes:
+        folder: receives them.
+        resume_from: a checkpoint, here or elsewhere, to go on from; later ones here are deleted.
+            Default: the newest one, if there is one.
+        total_limit: how many are kept, the newest ones; all if None.
+    """
+
+    folder: Path
+    resume_from: Path | None = None
+    total_limit: int | None = None
+
+    def path(self, step: int) -> Path:
+        """The folder of the checkpoint after so many steps."""
+        return self.folder / f"checkpoint-{step}"
+
+    def steps(self) -> list[int]:
+        """The steps of which there are checkpoints, in order."""
+        found = self.folder.glob(f"checkpoint-*/{STATE}")
+        return sorted(int(path.parent.name.rpartition("-")[2]) for path in found)
+
+    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        """Writes a checkpoint, then deletes those that are too many.
+
+        A kill or a full disk leaves a folder without `state.json`, which is no checkpoint.
+        """
+        self._delete(step)
+        self.path(step).mkdir(parents=True)
+        make_durable(self.folder)
+        with atomic_write(self.path(step) / WEIGHTS) as new:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new)
+        with atomic_write(self.path(step) / STATE) as new:
+            facts = {"step": step, "format_version": FORMAT_VERSION}
+            new.write_text(json.dumps(state | facts, indent=2))
+        for old in [] if self.total_limit is None else self.steps()[: -self.total_limit]:
+            self._delete(old)
+
+    def load(
+        self, identity: dict[str, Any]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The tensors and the state that a fit goes on from; None where it begins.
+
+        Raises:
+            ValueError: the checkpoint is not there, damaged, or of a fit with another `identity`.
+        """
+        steps = self.steps()
+        if self.resume_from is None and not steps:
+            return None
+        path = self.resume_from or self.path(steps[-1])
+        try:
+            state = read_json(path / STATE)
+            tensors = load_file(path / WEIGHTS)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(
+                f"The checkpoint {str(path)!r} cannot be continued ({error}): give "
+                f"`resume_from_checkpoint` another one, of the steps {steps}, or 'none'."
+            ) from error
+        theirs = state["identity"] | {"format_version": state.pop("format_version", 1)}
+        for name, value in (identity | {"format_version": FORMAT_VERSION}).items():
+            if theirs.get(name) != value:
+                raise ValueError(
+                    f"The checkpoint {str(path)!r} was made with another `{name}` "
+                    f"({theirs.get(name)!r}, not {value!r}): continue with that, or begin this "
+                    "stage anew with `--resume-from-checkpoint none`."
+                )
+        if PartialState().is_main_process and self.resume_from is not None:
+            for later in (step for step in steps if step > state["step"]):
+                self._delete(later)
+        return tensors, state
+
+    def _delete(self, step: int) -> None:
+        (self.path(step) / STATE).unlink(missing_ok=True)
+        shutil.rmtree(self.path(step), ignore_errors=True)
+
+
+def fit_identity(
+    train: Sequence[TokenizedExample], validation: Sequence[TokenizedExample], *backbone: Any
+) -> dict[str, Any]:
+    """Of a fit, beside its settings: its examples, and what `backbone_identity` takes."""
+    data = {"data": data_fingerprint(train), "validation_data": data_fingerprint(validation)}
+    return data | backbone_identity(*backbone)
+
+
+def backbone_identity(
+    backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mask_token_id: int
+) -> dict[str, Any]:
+    """Of a backbone, all of whose weights are read; of a sharded one all processes call it."""
+    return {
+        "model_settings": settings_fingerprint(backbone.config),
+        "model_weights": weights_fingerprint(backbone),
+        "mask_token_id": mask_token_id,
+        **tokenizer_fingerprint(tokenizer),
+    }

@@ -1,0 +1,185 @@
+"""The predictions of a frozen backbone about noised windows: computed once, read at every step.
+
+The backbone is by far the dearest part of a step and does not change, so it runs over the data a
+few times, each with other noise. A batch's windows and noise are a function of its number and the
+settings alone, so evidence is the same whoever writes it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..data.canvases import TokenizedExample, epoch_batches
+from ..data.fingerprint import data_fingerprint, json_fingerprint
+from ..modeling_codd import CoDDModel
+from ..modeling_head import CoDDHead
+from ..runtime.files import atomic_write
+from .checkpoints import backbone_identity
+from .processes import is_sharded
+from .settings import ConditionalConfig
+from .windows import NoisedCanvases, NoisedWindows, WindowScores, score_all
+
+SHARD_BATCHES = 32
+SCORED_AT_ONCE = 64
+SEEDS = 1_000_003
+"""More than there are batches: the noise of two seeds has nothing in common."""
+OF_EVIDENCE = ("max_extra_windows", "mean_span_length", "tokens_per_batch", "mixed_precision")
+"""The settings that evidence depends on as they are."""
+
+
+Batch = tuple[int, list[int]]
+"""The seed of a batch's noise, and the rows of its examples."""
+
+
+@dataclass
+class Evidence:
+    """A backbone's predictions about noised windows of examples, made when they are first read.
+
+    With a folder they are safetensors in a subfolder of it, one for each set of data, weights and
+    settings, written by all processes (which must share the disk) and read by memory mapping; what
+    is there is not written again. Otherwise each process holds all of them in memory. The backbone
+    may be sharded over the processes: the evidence is the same.
+
+    Attributes:
+        model: the backbone; hidden states are kept if its head is conditioned. Evidence has the
+            head's temperature.
+        tokenizer: its tokenizer.
+        examples: the text.
+        config: the noise, and the size of what is kept.
+        folder: where it is kept; in memory if None.
+        num_draws: how often each example is drawn, each time with another window and other noise.
+        seed: of windows and noise.
+        made_by: the backbone's identity, if it was read already.
+    """
+
+    model: CoDDModel
+    tokenizer: PreTrainedTokenizerBase
+    examples: Sequence[TokenizedExample]
+    config: ConditionalConfig
+    folder: Path | None = None
+    num_draws: int = 1
+    seed: int = 0
+    made_by: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        model, head = self.model, self.model.coupling_head
+        maps = None if head is None else head.context_maps
+        self.temperature = 1.0 if head is None else head.config.evidence_temperature
+        read = (model.backbone, self.tokenizer, model.config.mask_token_id)
+        self.identity = (self.made_by or backbone_identity(*read)) | {
+            "forbidden_token_ids": sorted(model.config.forbidden_token_ids or []),
+            "data": data_fingerprint(self.examples),
+            "window_length": model.window_length,
+            "hidden_states": maps is not None,
+            "copy_length": head.config.copy_length if head and maps and maps.copies else 0,
+            "evidence_temperature": self.temperature,
+            "cache_size": min(self.config.cache_size, model.config.vocab_size),
+            **{name: getattr(self.config, name) for name in OF_EVIDENCE},
+            "num_draws": self.num_draws,
+            "seed": self.seed,
+        }
+
+    @property
+    def num_windows(self) -> int:
+        """How many windows there are, which is known before they are read."""
+        return self.num_draws * len(self.examples)
+
+    @cached_property
+    def parts(self) -> list[NoisedWindows]:
+        """The windows; all processes ask for them together.
+
+        Raises:
+            OSError: the disk has no room.
+            ValueError: what is on disk is damaged.
+        """
+        lengths = [example.length(self.model.window_length) for example in self.examples]
+        size, seeds = self.config.tokens_per_batch, range(self.seed, self.seed + self.num_draws)
+        rows = [part for seed in seeds for part in epoch_batches(lengths, size, seed)]
+        batches = list(enumerate(rows, self.seed * SEEDS))
+        if self.folder is None:
+            return [self._read(batches, "evidence")]
+        folder = self.folder / json_fingerprint(self.identity)
+        folder.mkdir(parents=True, exist_ok=True)
+        shards = {
+            folder / f"windows-{first:06d}.safetensors": batches[first : first + SHARD_BATCHES]
+            for first in range(0, len(batches), SHARD_BATCHES)
+        }
+        missing = {path: part for path, part in shards.items() if not path.exists()}
+        PartialState().wait_for_everyone()  # all have looked before the first one writes
+        if missing:
+            self._write(missing)
+        try:
+            return [NoisedWindows(**load_file(path)) for path in shards]
+        except (SafetensorError, TypeError) as error:
+            raise ValueError(
+                f"The evidence in {str(folder)!r} is damaged ({error}): delete the folder, and it "
+                "is written anew."
+            ) from error
+
+    def __len__(self) -> int:
+        return sum(len(part.tokens) for part in self.parts)
+
+    def take(self, rows: torch.Tensor) -> NoisedWindows:
+        """Some windows, `rows [B]`, in that order."""
+        sizes = (len(part.tokens) for part in self.parts)
+        begins = torch.tensor([0, *itertools.accumulate(sizes)])
+        owner = torch.searchsorted(begins, rows, right=True) - 1
+        found = [self.parts[i].take(rows[owner == i] - begins[i]) for i in owner.unique().tolist()]
+        return NoisedWindows.joined(found).take(owner.argsort(stable=True).argsort())
+
+    def scores(self, head: CoDDHead, rows: torch.Tensor) -> WindowScores:
+        """The gains of a head on some windows `rows [B]`."""
+        return self.take(rows).scores(head, self.temperature)
+
+    def evaluate(self, head: CoDDHead) -> dict[str, float]:
+        """Mean gain in nats per masked token over factorized, all and by mask ratio.
+
+        Several processes share the windows, and all get the result.
+        """
+        chunks = torch.arange(len(self)).split(SCORED_AT_ONCE)
+        return score_all(chunks, lambda _, rows: self.scores(head, rows)).gains()
+
+    def _read(self, batches: Sequence[Batch], name: str) -> NoisedWindows:
+        """The predictions about some batches."""
+        size, shown = self.identity["cache_size"], PartialState().is_local_main_process
+        parts = []
+        for seed, rows in tqdm(batches, name, unit="batch", leave=False, disable=not shown):
+            part = [self.examples[row] for row in rows]
+            canvases = NoisedCanvases(self.model, self.tokenizer, part, self.config, seed)
+            parts.append(canvases.predictions(size, self.temperature))
+        return NoisedWindows.joined(parts)
+
+    def _write(self, shards: dict[Path, list[Batch]]) -> None:
+        """Writes some files, each by one process."""
+        state, batches = PartialState(), list(itertools.chain(*shards.values()))
+        first, length = self._read(batches[:1], "first"), self.model.window_length
+        each = sum(t.nbytes for t in first.columns.values()) / len(first.tokens)
+        left = sum(len(rows) for _, rows in batches)
+        if state.is_local_main_process:
+            tqdm.write(
+                f"Evidence about {left:,} of {self.num_windows:,} windows of {length} tokens: "
+                f"about {left * each / 1e9:.2f} GB ({each / length / 1e3:.2f} GB per million "
+                f"tokens) in {self.folder}."
+            )
+        work = [[*shards][i :: state.num_processes] for i in range(state.num_processes)]
+        for path in work[state.process_index]:
+            windows = self._read(shards[path], path.stem)
+            with atomic_write(path) as new:
+                save_file(windows.columns, new)
+        if is_sharded(self.model):  # each process has a part in every pass of the others
+            passes = [sum(len(shards[path]) for path in part) for part in work]
+            for _ in range(max(passes) - passes[state.process_index]):
+                self._read(batches[:1], "beside")
+        state.wait_for_everyone()

@@ -1,1 +1,0 @@
-"""What a backbone says of noised windows, in memory and on disk."""

@@ -1,1 +1,0 @@
-"""The steps of a fit, their checkpoints and trackers."""

@@ -1,1 +1,0 @@
-"""Several processes: how they begin, and what they share."""
