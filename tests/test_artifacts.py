@@ -116,11 +116,6 @@ def test_settings_of_the_model_can_be_given_on_loading(artifact, folders):
     assert execution_device(model.backbone) == model.device
 
 
-def test_argument_that_is_of_no_use_with_a_head_is_an_error_that_names_it(folders):
-    with pytest.raises(TypeError, match="`key_mapping` cannot be given with a head"):
-        CoDDModel.from_pretrained(folders / "head", key_mapping={})
-
-
 def test_backbone_holds_no_head(folders):
     with pytest.raises(ValueError, match="holds a model of type 'llama' without a CoDD head"):
         CoDDHead.from_pretrained(folders / "backbone")

@@ -22,9 +22,9 @@ from .adapters import (
     adapter_layers,
     adapter_state_dict,
     add_adapter,
+    delete_adapter,
     lora_layers,
     refuse_pissa,
-    remove_adapter,
     switch,
     taken_settings,
 )
@@ -84,7 +84,7 @@ def load_adapter(
             raise ValueError(f"weights that are missing, or that no layer has: {wrong[:3]}")
     except Exception as error:
         if name in adapter_configs(backbone).keys() - others:
-            remove_adapter(backbone, backbone, name)
+            delete_adapter(backbone, name)
         switch(backbone, *before)
         raise ValueError(
             f"`adapter` {source!r} was not trained on a backbone like this one: {reason(error)}. "

@@ -40,16 +40,7 @@ TAKEN = {
     "rank_pattern",
     "alpha_pattern",
 }
-WITHOUT_EFFECT = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "eva_config",
-    "inference_mode",
-    "peft_type",
-    "peft_version",
-    "revision",
-    "task_type",
-}
+WITHOUT_EFFECT = {*peft.PeftConfig().to_dict(), "eva_config"}
 DEFAULTS = peft.LoraConfig().to_dict()
 
 
@@ -127,30 +118,17 @@ def set_adapter(backbone: PreTrainedModel, name: str, inference_mode: bool = Fal
     functional.set_adapter(backbone, name, inference_mode)
 
 
-def remove_adapter(module: nn.Module, backbone: PreTrainedModel, name: str) -> None:
-    """Takes an adapter off a module; the others are off then, and without any it is as before."""
-    configs = backbone.peft_config
-    del configs[name]
-    if configs:
-        if name in active_state(backbone)[0]:  # else PEFT would choose another one, and warn
-            switch(backbone, [next(iter(configs))], on=False)
-        functional.delete_adapter(module, name, "lora_")
-        return
-    del backbone.peft_config
-    backbone._hf_peft_config_loaded = False
-    for parent in [*module.modules()]:
-        for child, layer in [*parent.named_children()]:
-            own: Any = layer
-            while hasattr(own, "adapter_layer_names"):
-                own = own.base_layer if "base_layer" in own._modules else own.original_module
-            setattr(parent, child, own)
-
-
 def delete_adapter(backbone: PreTrainedModel, name: str) -> None:
-    """Removes an adapter that has not changed the backbone's weights."""
+    """Removes an adapter that has not changed the backbone's weights; the others are off then."""
     _check_not_merged(backbone)
-    refuse_pissa(adapter_configs(backbone, name)[name])
-    remove_adapter(backbone, backbone, name)
+    configs = adapter_configs(backbone, name)
+    refuse_pissa(configs.pop(name))
+    if configs and name in active_state(backbone)[0]:  # else PEFT would choose one, and warn
+        switch(backbone, [next(iter(configs))], on=False)
+    functional.delete_adapter(backbone, name, "lora_")
+    if not configs:
+        del backbone.peft_config
+        backbone._hf_peft_config_loaded = False
 
 
 def refuse_pissa(*configs: peft.LoraConfig) -> None:
@@ -158,7 +136,7 @@ def refuse_pissa(*configs: peft.LoraConfig) -> None:
     if any(config.init_lora_weights == PISSA for config in configs):
         raise ValueError(
             f"An adapter with `init_lora_weights={PISSA!r}` changes the backbone's weights: it is "
-            "the only one, for the only head, and is not deleted: load the model again instead."
+            "the only one, for the only head, and is not deleted. Load the model again instead."
         )
 
 
@@ -214,6 +192,7 @@ def active_adapter(model: Any) -> str | None:
         ValueError: there are several, or one that could not be saved.
     """
     _check_not_merged(model.backbone)
+    _check_adapters(model)
     names, are_on = active_state(model.backbone)
     names = [name for name in names if are_on and name in adapter_configs(model.backbone)]
     if len(names) > 1:
@@ -221,7 +200,6 @@ def active_adapter(model: Any) -> str | None:
             f"The backbone has several active adapters ({', '.join(sorted(names))}): only one can "
             "be saved, so activate one or merge them."
         )
-    _check_adapters(model)
     return names[0] if names else None
 
 
@@ -239,8 +217,8 @@ def _check_adapters(model: Any) -> None:
     for name in adapter_layers(model):
         if not name.startswith("backbone.") and name != "coupling_head":
             raise ValueError(
-                f"The module {name!r} of a CoDD model cannot get an adapter: name layers of the "
-                "backbone as `target_modules`, and train the head in full with "
+                f"The module {name!r} of a CoDD model cannot get an adapter: load the model again, "
+                "name layers of the backbone as `target_modules`, and train the head in full with "
                 "`modules_to_save=['coupling_head']`."
             )
 
@@ -282,20 +260,12 @@ class AdaptersMixin:
 
     @peft_config.setter
     def peft_config(self, configs: dict[str, Any]) -> None:
-        """PEFT's last act in wrapping a model: an adapter that could not be saved is taken off."""
+        """PEFT's last act in wrapping a model: an adapter that could not be saved is refused."""
         self.backbone.peft_config = configs
         self.backbone._hf_peft_config_loaded = True
-        name, config = next(reversed(configs.items()))
-        try:
-            _check_adapters(self)
-            if len(self.heads) > 1:
-                refuse_pissa(*configs.values())
-        except ValueError:
-            if str(getattr(config, "init_lora_weights", True)).startswith(PISSA):
-                for layer in lora_layers(self.backbone, name).values():
-                    layer.get_base_layer().weight.data += layer.get_delta_weight(name)
-            remove_adapter(self, self.backbone, name)  # type: ignore[arg-type]
-            raise
+        _check_adapters(self)
+        if len(self.heads) > 1:
+            refuse_pissa(*configs.values())
 
     def add_adapter(self, adapter_config: peft.LoraConfig, adapter_name: str | None = None) -> None:
         """Adds a new LoRA to the backbone, for training; it is active and all else is frozen."""

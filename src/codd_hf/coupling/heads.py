@@ -159,12 +159,8 @@ class Heads:
     ) -> None:
         """Adds a head, for calls that name it by `head=name`; `"default"` is that of all others.
 
-        Args:
-            head: as for [`CoDDModel.from_backbone`]; its window and structure may differ from the
-                other heads'.
-            name: of the head.
-            adapter: as for `from_backbone`; it runs together with the head.
-            **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+        Head and adapter are as for [`CoDDModel.from_backbone`], and run together; window and
+        structure may differ from the other heads'.
 
         Raises:
             ValueError: the name is taken, or head or adapter do not fit the backbone.
@@ -206,12 +202,8 @@ class Heads:
         """Saves a head as a small repository of its own, with its LoRA, if any, in `adapter/`.
 
         `CoDDModel.from_pretrained(save_directory)` brings both back, over the backbone that the
-        head's configuration names: by default where this one was loaded from.
-
-        Args:
-            save_directory: a folder.
-            name: of the head.
-            **kwargs: for the head's `save_pretrained`, `push_to_hub` among them.
+        head's configuration names: by default where this one was loaded from. `kwargs` are those of
+        the head's `save_pretrained`, `push_to_hub` among them.
         """
         model, head = self.model, self[name]
         base = model.backbone.name_or_path or None

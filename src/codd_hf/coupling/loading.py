@@ -21,16 +21,7 @@ from ..hub.repositories import (
 from ..modeling_head import CoDDHead
 
 OWN_ARGUMENTS = ("coupling", "mask_token_id", "forbidden_token_ids")
-BACKBONE_ARGUMENTS = (
-    *CACHE_ARGUMENTS,
-    "dtype",
-    "torch_dtype",
-    "device_map",
-    "max_memory",
-    "offload_folder",
-    "attn_implementation",
-    "quantization_config",
-)
+OF_THE_HEAD = {*HUB_ARGUMENTS, "trust_remote_code", "adapter_kwargs"} - {*CACHE_ARGUMENTS}
 
 
 def adapter_beside(head: Any, hub: dict[str, Any]) -> str | None:
@@ -51,8 +42,8 @@ def load_head(
     Args:
         head: a head, its configuration, or its folder or id.
         backbone: the model that it is for.
-        mask_token_id: the mask token, for a head that does not know it; default the backbone's.
-        **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+        mask_token_id: for a head that does not know it; default the backbone's.
+        **hub: where to load from.
 
     Raises:
         TypeError: it is no head.
@@ -72,7 +63,7 @@ def load_head(
             )
         else:
             head = CoDDHead.from_pretrained(name, **hub)
-    if not isinstance(getattr(head, "config", None), CoDDHeadConfig):  # PEFT may wrap a head
+    if not isinstance(head, CoDDHead):
         raise TypeError(
             "`head` must be a CoDD head, its configuration, or the folder or id of one, got "
             f"{type(head).__name__}."
@@ -102,15 +93,10 @@ def named_backbone(
     Raises:
         ValueError: the head names no backbone, or one that the user has to name: a local path (in a
             downloaded head), or a repository whose code would have to run.
-        TypeError: an argument is of no use.
     """
     base = head.base_model_name_or_path
-    own = {k: v for k, v in kwargs.items() if k in (*OWN_ARGUMENTS, *BACKBONE_ARGUMENTS)}
-    of_head = {*HUB_ARGUMENTS, "trust_remote_code"}
+    own = {k: v for k, v in kwargs.items() if k not in OF_THE_HEAD and not k.startswith("_")}
     advice = f"use `CoDDModel.from_backbone({base or 'backbone'!r}, {name!r})`."
-    for argument in kwargs.keys() - own.keys() - of_head:
-        if not argument.startswith("_"):
-            raise TypeError(f"`{argument}` cannot be given with a head: {advice}")
     if base is None:
         raise ValueError(
             f"The head {name!r} names no backbone (`base_model_name_or_path`): {advice}"

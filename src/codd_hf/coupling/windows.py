@@ -54,11 +54,7 @@ class CoupledBackbone:
 
     @property
     def mask_token_id(self) -> int:
-        """The mask token.
-
-        Raises:
-            ValueError: it is not known.
-        """
+        """The mask token; raises a ValueError if it is not known."""
         if self.config.mask_token_id is None:
             raise ValueError("`mask_token_id` is not known: give it to `from_backbone`.")
         return self.config.mask_token_id
@@ -73,17 +69,10 @@ class CoupledBackbone:
         pad_token_id: int | None = None,
         end_ids: Sequence[int] | None = None,
     ) -> torch.Tensor | None:
-        """The attention mask of tokens that come without one, as transformers' `generate` finds it.
+        """The attention mask of tokens `[..., length]` that come without one; None without padding.
 
-        Padding tokens are padding, unless they end texts too and so may be part of one.
-
-        Args:
-            input_ids: `[..., length]`.
-            pad_token_id: the padding token; default, the backbone's.
-            end_ids: tokens that end a text; default, the backbone's.
-
-        Returns:
-            `[..., length]`, 0 at padding; None where there is none.
+        As in transformers' `generate`, padding tokens are padding, unless they end texts too and so
+        may be part of one. Tokens that are not given are the backbone's.
         """
         sources = (self.config, self.generation_config)
         pads = [pad_token_id, *(s.pad_token_id for s in sources if s is not None)]
@@ -178,7 +167,7 @@ class CoupledBackbone:
                 "that was fitted to this vocabulary, or `head=False`."
             )
         own, preceding = circuit.config.evidence_temperature, None
-        if "copy" in circuit.config.conditioning:
+        if "copy" in (circuit.config.conditioning or ()):
             preceding = self.preceding(states, *where, head=circuit).packed()
         return circuit(
             logits,
