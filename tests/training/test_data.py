@@ -58,15 +58,15 @@ def test_named_columns_are_used(tmp_path):
 
 
 def test_source_without_the_columns_or_a_text_is_an_error_that_names_them(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*missing\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"missing\.jsonl"):
         load_examples(str(tmp_path / "missing.jsonl"))
     source = write_jsonl(tmp_path / "a.jsonl", ROWS)
-    with pytest.raises(ValueError, match=r"`answer_column` is 'reply', but .*'question'"):
+    with pytest.raises(ValueError, match=r"`answer_column` must be .*'question'.*got 'reply'"):
         load_examples(source, answer_column="reply")
-    with pytest.raises(ValueError, match=r"`prompt_column` is 'query', but .*'question'"):
+    with pytest.raises(ValueError, match=r"`prompt_column` must be .*'question'.* got 'query'"):
         load_examples(source, prompt_column="query")
     source = write_jsonl(tmp_path / "a.jsonl", [{"body": "x"}])
-    with pytest.raises(ValueError, match=r"`answer_column` must be given.*\['body'\]"):
+    with pytest.raises(ValueError, match=r"`answer_column` must be .*\['body'\]"):
         load_examples(source)
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": "  "}])
     with pytest.raises(ValueError, match="has no text in column 'text'"):
@@ -110,7 +110,7 @@ def test_long_answers_are_cut_and_too_long_prompts_left_out_as_is_said(tiny_toke
     assert "and 1 with a prompt of that length are left out" in said
     (cut,) = tokenize_examples([short], tiny_tokenizer, max_length=length - 1)
     assert cut.answer_ids == whole.answer_ids[:-1]
-    with pytest.raises(ValueError, match=r"`max_length` \(3\) leaves nothing: the prompts of all"):
+    with pytest.raises(ValueError, match=r"2 of 2 prompts .*`max_length` \(3\)"):
         tokenize_examples([Example("Tom? " * 5, "3")] * 2, tiny_tokenizer, max_length=3)
 
 

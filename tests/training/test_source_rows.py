@@ -34,8 +34,8 @@ def test_byte_order_mark_and_breaks_of_windows_are_no_text(tmp_path):
     assert load_examples(tmp_path / "a.jsonl") == DATES
     assert load_examples(str(tmp_path / "a.jsonl"), split="train[20%:40%]") == DATES[1:2]
     (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8-sig")
-    (whole,) = load_examples(str(tmp_path / "a.txt"), sample_by="document")
-    assert whole.answer == "one\n\ntwo"
+    first, _ = load_examples(str(tmp_path / "a.txt"), sample_by="paragraph")
+    assert first.answer == "one"
 
 
 @pytest.mark.parametrize(
@@ -120,11 +120,11 @@ def test_bad_row_is_refused_by_its_number_or_left_out_and_listed(line, said, tmp
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.jsonl", b"", "has no rows"),
-        ("a.jsonl", b"[1]", "is not a JSON object"),
+        ("a.jsonl", b"", "must be a column of"),
+        ("a.jsonl", b"[1]", "must be a column of"),
         ("a.txt", b"a\n\xff\n", "is not text"),
         ("a.parquet", b"none", "cannot be read"),
-        ("a.json", b"[]", "must be a file that ends in"),
+        ("a.csv", b"", "cannot be read"),
     ],
 )
 def test_file_that_cannot_be_read_is_one_sentence(name, content, said, tmp_path):

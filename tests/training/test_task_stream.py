@@ -64,12 +64,6 @@ def test_examples_are_a_sample_of_a_split(tmp_path):
     assert load_examples("tasks", split="test[:30]", dataset_config="records,dates") == expected
 
 
-@pytest.mark.parametrize("name", ["prompt_column", "answer_column", "remove_pattern"])
-def test_columns_and_patterns_are_refused(name):
-    with pytest.raises(ValueError, match=f"`{name}` must not be given with 'tasks', got 'a'"):
-        load_examples("tasks", **{name: "a"})
-
-
 def pretrain(stream, folder, log=None):
     config = PretrainingConfig(
         max_steps=6,

@@ -105,11 +105,8 @@ def holds_circuit(source: str | Path, **hub: Any) -> bool:
     """Whether a file, folder or repository is a PyJuice circuit that has yet to be converted.
 
     A file is one if it is named `.jpc` or begins as a pickle does; a folder or repository, if it
-    has `model.jpc` and is not a CoDD head, model or pipeline as well.
-
-    Args:
-        source: as for [`convert_jpc`].
-        **hub: as for [`convert_jpc`].
+    has `model.jpc` and is not a CoDD head, model or pipeline as well. The arguments are those of
+    [`convert_jpc`].
     """
     path, repository = Path(source), Repository(str(source), hub)
     if path.is_file():

@@ -39,22 +39,23 @@ ROUNDING = 1e-3
 
 
 class _Node:
-    """A checked dictionary of the list."""
+    """A checked dictionary of the list; children precede their parents."""
 
     def __init__(self, index: int, fields: Any):
-        self.index, self.fields = index, fields
-        if type(fields) is not dict:
-            self.refuse("is not a dictionary")
-        if unknown := sorted(fields.keys() - KEYS):
-            self.refuse(f"has the unknown entry {unknown[0]!r}")
-        self.kind: str = self.get("type", str)
-        self.blocks: tuple[int, int] = self.get("num_node_blocks", int), self.get("block_size", int)
-        if min(self.blocks) < 1:
-            self.refuse(f"has {self.blocks[0]} blocks of {self.blocks[1]} states")
-        self.num_states = self.blocks[0] * self.blocks[1]
-        self.children: tuple[int, ...] = self.get("chs", tuple)
-        # Children precede their parents, hence there are no cycles.
-        if any(type(child) is not int or not 0 <= child < index for child in self.children):
+        self.index = index
+        match fields:
+            case {
+                "type": "Input" | "Product" | "Sum" as kind,
+                "num_node_blocks": int(blocks),
+                "block_size": int(size),
+                "chs": tuple(children),
+                **rest,
+            } if min(blocks, size) > 0 and rest.keys() <= KEYS:
+                self.kind, self.blocks, self.children = kind, (blocks, size), children
+                self.fields = rest
+            case _:
+                self.refuse("is none that PyJuice saves")
+        if any(type(child) is not int or not 0 <= child < index for child in children):
             self.refuse("has a child that does not precede it")
 
     def refuse(self, reason: str) -> NoReturn:
@@ -91,16 +92,15 @@ class _Matrix:
         rows, columns = np.frombuffer(self.edges, np.int64).reshape(2, -1)
         inside = (rows >= 0) & (rows < row_blocks) & (columns >= 0) & (columns < column_blocks)
         tiles = source.array("params", "<f4").numpy().copy()
-        if tiles.shape != (len(rows), height, width):
+        mask = np.zeros(tiles.shape, bool)
+        if "zero_param_mask" in source.fields:
+            mask = source.array("zero_param_mask", "|b1").numpy()
+        if not tiles.shape == mask.shape == (len(rows), height, width):
             source.refuse(f"has parameters of shape {tiles.shape}, which do not fit its blocks")
         if not inside.all() or len(np.unique(rows * column_blocks + columns)) < len(rows):
             source.refuse("has `edge_ids` outside its blocks, or the same twice")
         source.check_values(tiles)
-        if "zero_param_mask" in source.fields:
-            mask = source.array("zero_param_mask", "|b1").numpy()
-            if mask.shape != tiles.shape:
-                source.refuse(f"has a `zero_param_mask` of shape {mask.shape}, not {tiles.shape}")
-            tiles[mask] = 0
+        tiles[mask] = 0
         placed = np.zeros((row_blocks, height, column_blocks, width), np.float32)
         placed[rows, :, columns] = tiles
         dense = placed.reshape(row_blocks * height, -1)
@@ -131,21 +131,17 @@ class HiddenMarkovModel:
         self._nodes = [_Node(index, fields) for index, fields in enumerate(nodes)]
         # A small file can name one array in many places: it is read once.
         self._edges = functools.cache(lambda array: array.payload.read())
-        sums, products, inputs = self._walk()
-        root, *others = reversed(self._nodes)
-        if root.num_states != 1:
-            root.refuse(f"is the root, but has {root.num_states} states")
-        for node in others:
-            if node.blocks != inputs[0].blocks:
-                node.refuse(f"has another number or size of blocks than {inputs[0].blocks}")
-        self.length, self.num_latents = len(inputs), inputs[0].num_states
-        pairs = zip(sums, products, strict=True)
-        self._initial, *self._transitions = [self._matrix(*pair) for pair in pairs]
+        matrices, inputs = self._walk()
+        blocks, self.length = inputs[0].blocks, len(inputs)
+        for node in self._nodes:
+            if node.blocks != (blocks if node.index < len(nodes) - 1 else (1, 1)):
+                node.refuse(f"has another number or size of blocks than {blocks}, or (1, 1) atop")
+        self._initial, *self._transitions = matrices
         self._emissions = [self._source(node) for node in inputs]
         sizes = {self._vocab_size(node) for node in inputs}
         if len(sizes) > 1:
             raise ValueError(f"its positions have vocabularies of {sorted(sizes)[:2]} tokens")
-        self.vocab_size = sizes.pop()
+        self.num_latents, self.vocab_size = blocks[0] * blocks[1], sizes.pop()
         self.tie_transitions = len(set(self._transitions)) <= 1
         self.tie_emissions = len(set(self._emissions)) == 1
         self._check_growth(file.seek(0, io.SEEK_END))
@@ -170,9 +166,9 @@ class HiddenMarkovModel:
                 payload.file.readinto(part)  # type: ignore[attr-defined]
                 node.check_values(part)
 
-    def _walk(self) -> tuple[list[_Node], list[_Node], list[_Node]]:
-        """The sums, the products and the inputs along the chain."""
-        nodes, sums, products = self._nodes, [], []
+    def _walk(self) -> tuple[list[_Matrix], list[_Node]]:
+        """The sums and the inputs along the chain."""
+        nodes, matrices = self._nodes, []
         inputs: list[_Node] = []
         node: _Node | None = nodes[-1]
         while node is not None:
@@ -187,23 +183,22 @@ class HiddenMarkovModel:
                 )
             if children[0].get("scope", list) != [len(inputs)]:
                 children[0].refuse(f"is not about position {len(inputs)}: tokens are out of order")
-            sums.append(node)
-            products.append(product)
+            matrices.append(self._matrix(node, product))
             inputs.append(children[0])
             node = children[1] if len(children) == 2 else None
         if 3 * len(inputs) != len(nodes):
             raise ValueError("it has nodes beside the chain of a hidden Markov model")
-        return sums, products, inputs
+        return matrices, inputs
 
     def _matrix(self, node: _Node, product: _Node) -> _Matrix:
         """A sum over a product, which joins equal states of its children."""
-        joined, width = product.array("edge_ids", "<i8"), len(product.children)
-        if joined.shape not in ((product.blocks[0], width), (product.num_states, width)) or (
-            (joined.numpy() != np.arange(joined.shape[0])[:, None]).any()
-        ):
+        joined, edges = product.array("edge_ids", "<i8"), node.array("edge_ids", "<i8")
+        number, size = product.blocks
+        shapes = [(rows, len(product.children)) for rows in (number, number * size)]
+        equal = np.arange(joined.shape[0] if joined.shape else 0)[:, None]
+        if joined.shape not in shapes or (joined.numpy() != equal).any():
             product.refuse("does not join equal states of its children")
-        edges = node.array("edge_ids", "<i8")
-        if len(edges.shape) != 2 or edges.shape[0] != 2:
+        if edges.shape[:1] != (2,):
             node.refuse(f"has `edge_ids` of shape {edges.shape}")
         return _Matrix(self._source(node), self._edges(edges), node.blocks, product.blocks)
 
@@ -234,12 +229,8 @@ class HiddenMarkovModel:
     def _check_growth(self, size: int) -> None:
         states, vocab = self.num_latents, self.vocab_size
         for node in self._emissions:
-            found = node.array("params", "<f4").shape
-            if found != (states * vocab,):
-                node.refuse(
-                    f"has emissions of shape {found}, not the {states * vocab:,} numbers of "
-                    f"{states:,} states and {vocab:,} tokens"
-                )
+            if node.array("params", "<f4").shape != (states * vocab,):
+                node.refuse(f"has no emissions of {states:,} states and {vocab:,} tokens")
         transitions = states**2 * (1 if self.tie_transitions else self.length - 1)
         emissions = states * vocab * (1 if self.tie_emissions else self.length)
         dense = 4 * (transitions + emissions)

@@ -19,7 +19,6 @@ from accelerate.utils import align_module_device
 
 from ..checks.arguments import shown
 from ..configuration_codd import CoDDHeadConfig
-from ..hub.cards import Artifact
 from ..hub.publishing import PUSHED, push
 from ..hub.repositories import ADAPTER_FOLDER
 from ..modeling_head import CoDDHead
@@ -223,4 +222,4 @@ class Heads:
         save(save_directory)
         if to_hub:
             given = {key: kwargs[key] for key in PUSHED if key in kwargs}
-            push(Artifact("head", head), save, repo_id, **given)
+            push(head, save, repo_id, **given)

@@ -92,32 +92,29 @@ def tokenize_examples(
         ValueError: the tokenizer lacks what is needed, an example cannot be encoded (the message
             gives its row), nothing is left, or there is a prompt where texts are to be packed.
     """
-    eos = tokenizer.eos_token_id
+    eos, mask = tokenizer.eos_token_id, mask_token_id
     if eos is None:
         raise ValueError("`tokenizer` needs an `eos_token`, so that answers can end.")
     if packing and any(e.messages for e in examples):
         raise ValueError("`packing` is for plain text, but there are examples with a prompt.")
     report = report or RowReport("`examples`")
-    mask = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
+    mask = tokenizer.mask_token_id if mask is None else mask
     max_length = sys.maxsize if max_length is None else max_length
-    refused = {mask, *never} - {eos, None}
-    answers, bad_answers = encode_texts([e.answer for e in examples], tokenizer)
     prompts, bad_prompts = _encode_prompts(examples, tokenizer)
+    answers, bad_answers = encode_texts([e.answer for e in examples], tokenizer)
+    faults = {i: f"has an answer that {fault}" for i, fault in bad_answers.items()}
+    faults |= {i: f"has a prompt that {fault}" for i, fault in bad_prompts.items()}
+    refused = {mask, *never} - {eos, None}
     tokenized, cut, left_out = [], 0, 0
     for i, (example, prompt, answer) in enumerate(zip(examples, prompts, answers, strict=True)):
-        number, fault = example.row or i + 1, None
-        if i in bad_prompts:
-            fault = f"has a prompt that {bad_prompts[i]}"
-        elif mask in prompt:
-            fault = "has a prompt with the mask token in it"
-        elif i in bad_answers:
-            fault = f"has an answer that {bad_answers[i]}"
+        if mask in prompt:
+            faults[i] = "has a prompt with the mask token in it"
         elif outside := refused.intersection(answer):
             name = tokenizer.convert_ids_to_tokens(min(outside))
-            fault = f"has an answer with the token {name!r}, which is never generated"
-        room = sys.maxsize if packing else max_length - len(prompt)
-        if fault is not None:
-            report.refuse(number, fault)
+            faults[i] = f"has an answer with the token {name!r}, which is never generated"
+        number, room = example.row or i + 1, sys.maxsize if packing else max_length - len(prompt)
+        if i in faults:
+            report.refuse(number, faults[i])
         elif not answer:
             report.pass_over(number, "an answer without a token")
         elif room <= 0:
@@ -128,10 +125,8 @@ def tokenize_examples(
     tell(report)
     if examples and not tokenized:
         raise ValueError(
-            f"`max_length` ({max_length}) leaves nothing: the prompts of all {left_out} examples "
-            "are that long."
-            if left_out
-            else f"Nothing is left of {report.source}: all {len(examples)} rows are bad or empty."
+            f"Nothing is left of {report.source}: {left_out} of {len(examples)} prompts leave no "
+            f"room in `max_length` ({max_length}), the other rows are bad or empty."
         )
     if cut or left_out:
         tell(
@@ -161,9 +156,8 @@ def _encode_prompts(
     else:
         prompts = [examples[i].prompt for i in given]
         encoded, bad = encode_texts(prompts, tokenizer, add_special_tokens=True)
-    rows: list[list[int]] = [[] for _ in examples]
-    for i, row in zip(given, encoded, strict=True):
-        rows[i] = row
+    found = dict(zip(given, encoded, strict=True))
+    rows = [found.get(i, []) for i in range(len(examples))]
     return rows, {given[i]: fault for i, fault in bad.items()}
 
 
@@ -185,12 +179,10 @@ def collate(
         extra_windows: per row, how many windows of end-of-text follow (a model should not learn
             that the canvas's length gives the answer's length away).
     """
-    extra_windows = extra_windows or [0] * len(examples)
     starts = [len(e.prompt_ids) for e in examples]
-    spans = [
-        (-(-len(e.answer_ids) // window_length) + extra) * window_length
-        for e, extra in zip(examples, extra_windows, strict=True)
-    ]
+    spans = [e.length(window_length) - len(e.prompt_ids) for e in examples]
+    if extra_windows is not None:
+        spans = [n + m * window_length for n, m in zip(spans, extra_windows, strict=True)]
     length = max(s + n for s, n in zip(starts, spans, strict=True))
     input_ids = torch.full((len(examples), length), pad_token_id)
     attention_mask = torch.zeros(len(examples), length, dtype=torch.long)

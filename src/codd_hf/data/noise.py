@@ -115,13 +115,8 @@ def draw_windows(
     Returns:
         canvases, noise, and `[batch]` the start of each row's window.
     """
+    layout = examples, tokenizer, window_length, max_extra_windows, generator
     canvas, noise = draw_canvases(
-        examples,
-        tokenizer,
-        window_length,
-        max_extra_windows,
-        generator,
-        window_probability=1.0,
-        mean_span_length=mean_span_length,
+        *layout, window_probability=1.0, mean_span_length=mean_span_length
     )
     return canvas, noise, noise.span.long().argmax(1)

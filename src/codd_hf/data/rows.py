@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..checks.arguments import shown
 
-SAMPLE_BY = ("line", "paragraph", "document")
+SAMPLE_BY = ("line", "paragraph")
 LISTED = 20
 """So many reasons, and so many rows of each, are told."""
 
@@ -77,16 +77,14 @@ def read_rows(path: str, sample_by: str = "line") -> list[Row]:
     Args:
         path: a .txt file, of texts, or one of JSON objects, one a line; in UTF-8. Rows of a .txt
             file have one column, `text`. Blank lines are no rows.
-        sample_by: one text of a .txt file is a line, a paragraph (up to an empty line) or the whole
-            document.
+        sample_by: one text of a .txt file is a line or a paragraph (up to an empty line).
     """
     # Bytes that are no UTF-8 become halves of surrogate pairs, which only their rows are about.
     text = Path(path).read_text("utf-8-sig", "surrogateescape")
     of_texts = Path(path).suffix == ".txt"
-    if of_texts and sample_by != "line":
-        parts = re.split(r"\n\n+", text) if sample_by == "paragraph" else [text]
-        texts = (part.strip("\n") for part in parts if part.strip())
-        return list(enumerate(({"text": text} for text in texts), 1))
+    if of_texts and sample_by == "paragraph":
+        parts = [part.strip("\n") for part in re.split(r"\n\n+", text) if part.strip()]
+        return list(enumerate(({"text": part} for part in parts), 1))
     rows: list[Row] = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():

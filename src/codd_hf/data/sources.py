@@ -15,7 +15,6 @@ from ..text.encoding import is_text
 from .rows import SAMPLE_BY, BadRowError, Row, RowReport, read_rows, tell
 from .tasks import TASKS, sample_tasks
 
-FILES = (".jsonl", ".txt", ".parquet")
 CHAT_COLUMNS = ("messages", "conversations")
 ANSWER_COLUMNS = ("answer", "completion", *CHAT_COLUMNS, "text")
 PROMPT_COLUMNS = ("question", "prompt")
@@ -80,8 +79,7 @@ def load_examples(
         remove_pattern: a regular expression whose matches are deleted from all texts.
         dataset_config: the configuration of a Hub dataset, such as "main".
         split: the split, or a part of one, such as "train[:1000]".
-        sample_by: one text of a .txt file is a line, a paragraph (up to an empty line) or the whole
-            document.
+        sample_by: one text of a .txt file is a line or a paragraph (up to an empty line).
         skip_bad_rows: leave bad rows out, and list them; otherwise the first one is an error.
 
     Raises:
@@ -89,8 +87,6 @@ def load_examples(
         ValueError: a column is missing, a row is bad, or nothing is left.
     """
     if source == TASKS:
-        if prompt_column or answer_column or remove_pattern:
-            raise ValueError(f"{TASKS!r} has no columns and nothing to remove: name only `split`.")
         return [Example(t.question, t.answer) for t in sample_tasks(split, dataset_config)]
     source = str(source)
     choice("sample_by", sample_by, SAMPLE_BY)
@@ -123,23 +119,12 @@ def _read(
     import datasets
 
     suffix = Path(source).suffix
-    if suffix in FILES and not Path(source).is_file():
-        raise FileNotFoundError(f"`source`: there is no file {source!r}.")
-    if suffix not in FILES and Path(source).is_file():
-        raise ValueError(
-            f"`source` must be a file that ends in {', '.join(FILES)} or a dataset's id, "
-            f"got {source!r}."
-        )
     if suffix in (".jsonl", ".txt"):
         whole = read_rows(source, sample_by)  # all of which is `train`
         parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(whole)})
         rows = [row for part in parts for row in whole[part.from_ : part.to]]
-        columns = {name: None for _, row in rows if isinstance(row, dict) for name in row}
-        if not columns:
-            told = "".join(f" Row {i} {row}." for i, row in rows[:1])
-            raise ValueError(f"`source` {source!r} has no rows in {split!r}.{told}")
-        return rows, list(columns)
-    with reading(f"`source` {source!r}"):
+        return rows, [*{name: 0 for _, row in rows if isinstance(row, dict) for name in row}]
+    with reading(f"`source` {source!r} (.jsonl, .txt, .parquet, a folder or an id on the Hub)"):
         if suffix == ".parquet":
             table = datasets.load_dataset("parquet", data_files=source, split=split)
         else:
@@ -151,21 +136,16 @@ def _find_columns(
     columns: list[str], source: str, prompt_column: str | None, answer_column: str | None
 ) -> tuple[str, str | None]:
     """The columns of answers and prompts by their usual names, unless the user names them."""
-    if answer_column is None:
-        answer_column = next((c for c in ANSWER_COLUMNS if c in columns), None)
-        if answer_column is None:
-            raise ValueError(
-                f"`answer_column` must be given: none of {', '.join(ANSWER_COLUMNS)} is among the "
-                f"columns {columns} of {source!r}."
-            )
-        if prompt_column is None and answer_column in ("answer", "completion"):
-            prompt_column = next((c for c in PROMPT_COLUMNS if c in columns), None)
-    for name, column in (("prompt_column", prompt_column), ("answer_column", answer_column)):
+    usual = (column for column in ANSWER_COLUMNS if column in columns)
+    answer = answer_column or next(usual, ANSWER_COLUMNS[0])
+    if answer_column is None and answer in ("answer", "completion") and prompt_column is None:
+        prompt_column = next((c for c in PROMPT_COLUMNS if c in columns), None)
+    for name, column in (("prompt_column", prompt_column), ("answer_column", answer)):
         if column is not None and column not in columns:
             raise ValueError(
-                f"`{name}` is {column!r}, but the columns of {source!r} are {columns}."
+                f"`{name}` must be a column of {source!r}, one of {columns}, got {column!r}."
             )
-    return answer_column, prompt_column
+    return answer, prompt_column
 
 
 def _example(

@@ -1,11 +1,12 @@
 """`save_pretrained` with a model card, and `push_to_hub`, for heads, models and pipelines.
 
-The uploads are huggingface_hub's. The mixins of transformers and diffusers are not enough: both
-write a placeholder over the card, and that of diffusers does not know revisions.
+The mixins of transformers and diffusers write a placeholder over the card, and that of diffusers
+does not know revisions.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,20 +20,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .cards import Artifact, complete_card, make_card
+from .cards import complete_card, make_card, source_of
 from .repositories import is_local, reaching_hub
 
 CARD = "README.md"
 FACTS = ("license", "datasets", "eval_results", "tags")
-PUSHED = (
-    *FACTS,
-    "private",
-    "token",
-    "revision",
-    "create_pr",
-    "commit_message",
-    "commit_description",
-)
+ACCESS = ("private", "token", "revision", "create_pr")
+PUSHED = (*FACTS, *ACCESS, "commit_message", "commit_description")
 PATHS = ("_name_or_path", "base_model_name_or_path")
 
 
@@ -58,7 +52,7 @@ class Publishing:
             return
         if not (folder / CARD).exists():
             facts = {key: given[key] for key in FACTS if key in given}
-            make_card(Artifact.of(self), repo_id, **facts).save(folder / CARD)
+            make_card(self, repo_id, **facts).save(folder / CARD)
         if push_to_hub:
             self.push_to_hub(repo_id, **given, **kwargs)
 
@@ -90,14 +84,12 @@ class Publishing:
         def save(folder: Path) -> None:
             self.save_pretrained(folder, **kwargs)
 
-        return push(Artifact.of(self), save, repo_id, **given)
+        return push(self, save, repo_id, **given)
 
 
 @reaching_hub()
-def push(
-    artifact: Artifact, save: Callable[[Path], None], repo_id: str, **given: Any
-) -> CommitInfo:
-    """Uploads what `save` writes into a folder; `given` are arguments of `push_to_hub`."""
+def push(part: Any, save: Callable[[Path], None], repo_id: str, **given: Any) -> CommitInfo:
+    """Uploads what `save` writes of a part into a folder; `given` as for `push_to_hub`."""
     facts = {key: given.pop(key) for key in FACTS if key in given}
     private, token = given.get("private"), given.get("token")
     api = HfApi(token=token, library_name="codd-hf")
@@ -105,13 +97,13 @@ def push(
         repo_id = f"{api.whoami()['name']}/{repo_id}"
     # A repository that was there before may be public.
     public = not private or (api.repo_exists(repo_id) and not api.model_info(repo_id).private)
-    if public and artifact.source is not None and facts.get("license") is None:
+    if public and source_of(part) is not None and facts.get("license") is None:
         raise ValueError(
-            f"The circuit was converted from {artifact.source}: to make it public give its licence "
+            f"The circuit was converted from {source_of(part)}: to make it public give its licence "
             "(`license=...`), or push with `private=True` to a private repository."
         )
     with TemporaryDirectory() as folder:
-        make_card(artifact, repo_id, **facts).save(Path(folder) / CARD)
+        make_card(part, repo_id, **facts).save(Path(folder) / CARD)
         save(Path(folder))
         forget_paths(Path(folder))
         return push_folder(Path(folder), repo_id, **given)
@@ -132,26 +124,20 @@ def push_folder(
 
     Args:
         folder: holds what `save_pretrained` has written.
-        repo_id: the repository, with its namespace; created if there is none.
-        private: whether a new repository is private.
+        repo_id: the repository, with its namespace.
+        private: as for `push_to_hub`, and so `token` and `revision`.
         token: of the user.
-        revision: the branch, created if there is none.
+        revision: the branch.
         ignore_patterns: files that stay here.
         **upload: for huggingface_hub's `upload_folder`.
-
-    Raises:
-        ValueError: the Hub would refuse the card.
-        OSError: the Hub cannot be reached.
     """
     api = HfApi(token=token, library_name="codd-hf")
     card = ModelCard.load(folder / CARD)
-    for where in dict.fromkeys((revision, None)):  # a new branch starts with the main one's card
+    for where in (revision, None):  # a new branch starts with the main one's card
         try:
             present = ModelCard.load(api.hf_hub_download(repo_id, CARD, revision=where))
-        except RevisionNotFoundError:
+        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
             continue
-        except (EntryNotFoundError, RepositoryNotFoundError):
-            break
         card = complete_card(present, card)
         break
     card.validate()
@@ -170,8 +156,8 @@ def forget_paths(folder: Path) -> None:
         if not path.exists():
             continue
         content = json.loads(path.read_text(encoding="utf-8"))
-        for part in (content, *content.values()):
-            for key in PATHS:
-                if isinstance(part, dict) and part.get(key) and is_local(part[key]):
-                    del part[key]
+        parts = [part for part in (content, *content.values()) if isinstance(part, dict)]
+        for part, key in itertools.product(parts, PATHS):
+            if part.get(key) and is_local(part[key]):
+                del part[key]
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

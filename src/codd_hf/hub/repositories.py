@@ -128,11 +128,12 @@ class Repository:
         path = self.find("config.json")
         if path is not None:
             return self.read(Path(path))
-        cached = self.on_hub is None and not self.is_local
-        where = " in the cache: check the connection, or leave out `local_files_only`"
+        where = ""
+        if self.on_hub is None and not self.is_local:
+            where = " in the cache: check the connection, or leave out `local_files_only`"
         raise OSError(
             f"{self.name!r} holds no CoDD head, model or pipeline, nor a backbone: its "
-            f"configuration (`config.json`) is missing{where if cached else ''}."
+            f"configuration (`config.json`) is missing{where}."
         )
 
     def check(self) -> None:

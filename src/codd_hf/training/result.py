@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..data.canvases import Example
 from ..evaluation.gap import measure_gap
 from ..evaluation.settings import GapSettings
-from ..hub.cards import REWRITTEN, Artifact, make_card
+from ..hub.cards import REWRITTEN, make_card
 from ..hub.publishing import CARD, push_folder
 from ..hub.repositories import is_local, reaching_hub
 from ..modeling_head import CoDDHead
@@ -159,7 +159,7 @@ def write_card(
             f"time (sequential).\n\n{table(gap)}"
         )
     make_card(
-        Artifact("pipeline", model.coupling_head, model.backbone, run.start[1], model.config),
+        CoDDPipeline(model, CoDDScheduler(), run.start[1]),
         repo_id or folder.resolve().name,
         datasets=None if is_local(config.dataset) else config.dataset,
         training="\n\n".join(parts),

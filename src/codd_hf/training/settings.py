@@ -204,7 +204,7 @@ class TrainConfig(Settings):
     split: str = "train"
     """Split of the dataset, or a part of one, such as train[:1000]."""
     sample_by: str = "line"
-    """What is one text of a text file: line, paragraph or document."""
+    """What is one text of a text file: line or paragraph."""
     prompt_column: str | None = None
     """Column of the prompt; found by its usual name if not set."""
     answer_column: str | None = None
