@@ -49,9 +49,9 @@ def draw_tasks(
     Raises:
         ValueError: there is no such split or kind.
     """
-    choice("split", split, SPLITS)
+    choice("split", split, [*SPLITS])
     for kind in kinds:
-        choice("kinds", kind, KINDS)
+        choice("kinds", kind, [*KINDS])
     return _tasks(split, Random(f"{seed} {split}"), list(kinds or KINDS))
 
 
