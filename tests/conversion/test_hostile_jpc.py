@@ -127,7 +127,7 @@ BY_HAND = {
     "bytes beyond the end": (b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.", CUT),
     "text beyond the end": (b"\x80\x04X\xff\0\0\0.", CUT),
     "a class rewritten": (b"\x80\x04" + CAT + b"}b.", DAMAGED),
-    "a call of a value": (b"\x80\x04N)R.", DAMAGED),
+    "a call of a value": (b"\x80\x04N)R.", "does not hold a list"),
 }
 ARRAYS = {
     "a billion numbers": array(number(10**9) + b"\x85"),

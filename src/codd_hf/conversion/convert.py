@@ -19,8 +19,6 @@ from .jpc import HiddenMarkovModel
 FILE_NAME = "model.jpc"
 CODD = ("codd", "codd-head")
 """Model types of what is converted already."""
-PICKLES = (b"\x80\x04", b"\x80\x05")
-"""How a pickle of protocol 4 or 5 begins."""
 RAREST = torch.finfo(torch.float32).tiny
 """Marginal of a token that a circuit never emits: its logarithm is finite."""
 
@@ -102,16 +100,14 @@ def convert_jpc(
 
 
 def holds_circuit(source: str | Path, **hub: Any) -> bool:
-    """Whether a file, folder or repository is a PyJuice circuit that has yet to be converted.
+    """Whether a source is a circuit that has yet to be converted; arguments as in [`convert_jpc`].
 
-    A file is one if it is named `.jpc` or begins as a pickle does; a folder or repository, if it
-    has `model.jpc` and is not a CoDD head, model or pipeline as well. The arguments are those of
-    [`convert_jpc`].
+    Any file is taken for one; a folder or repository is one if it has `model.jpc` and is not a CoDD
+    head, model or pipeline as well.
     """
-    path, repository = Path(source), Repository(str(source), hub)
-    if path.is_file():
-        with path.open("rb") as file:
-            return path.suffix == ".jpc" or file.read(2) in PICKLES
+    repository = Repository(str(source), hub)
+    if Path(source).is_file():
+        return True
     if repository.find(FILE_NAME) is None or repository.find("model_index.json") is not None:
         return False
     config = repository.find("config.json")

@@ -1,9 +1,9 @@
 """Reads a pickled circuit without running it.
 
 A pickle is a program: Python's `Unpickler` calls the functions that the file names, with arguments
-of the file. Here a call is not made but described (`Call`), a name is a name, and an array's bytes
-stay in the file until somebody reads them (`Payload`). So reading imports nothing, calls nothing,
-and keeps no memory that the file has not paid for in bytes.
+of the file. Here a call is not made but described (`Call`), a function is its name, and bytes stay
+in the file until somebody reads them (`Payload`). So reading imports nothing, calls nothing, and
+keeps no memory that the file has not paid for in bytes.
 """
 
 from __future__ import annotations
@@ -38,18 +38,11 @@ TAKEN = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2}
 """Take so many values."""
 
 
-@dataclass(frozen=True)
-class Name:
-    """The last part of the name of a function or class."""
-
-    text: str
-
-
 @dataclass(eq=False)
 class Call:
     """A call that is not made, and the state that its result would be given."""
 
-    function: str
+    function: Any
     arguments: tuple
     state: Any = None
 
@@ -133,10 +126,10 @@ def _run(file: BinaryIO, steps: Iterator[int]) -> Any:
                 asked = f"{module}.{last}"
                 if NAMES.fullmatch(asked) is None:
                     raise ValueError(f"it asks for {asked[:100]!r}, which no circuit needs")
-                stack.append(Name(last))
+                stack.append(last)
             case "REDUCE" | "NEWOBJ":
                 arguments, function = stack.pop(), stack.pop()
-                stack.append(Call(function.text, tuple(arguments)))
+                stack.append(Call(function, tuple(arguments)))
             case "BUILD":
                 state = stack.pop()
                 stack[-1].state = state
@@ -160,11 +153,7 @@ def read_array(value: Any, dtype: str) -> Array:
         ValueError: it is none.
     """
     match value:
-        case Call(
-            "_reconstruct",
-            (Name("ndarray"), _, _),
-            (1, tuple(shape), kind, False, Payload() as data),
-        ):
+        case Call("_reconstruct", _, (1, tuple(shape), kind, False, Payload() as data)):
             pass
         case Call("_frombuffer", (Payload() as data, kind, tuple(shape), "C", *_), None):
             pass
