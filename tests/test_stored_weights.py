@@ -144,7 +144,7 @@ def test_head_is_refused_whose_weights_are_not_those_described(name, prefix, loa
     suggested = f"{prefix}context_maps.suggested"
     for state in (-1, 3):
         told = message(lambda weights, state=state: weights[suggested].fill_(state))
-        assert f"must hold states from 0 to 2, got {state} to {state}" in told
+        assert "must hold states from 0 to 2" in told
 
 
 @pytest.mark.parametrize(("name", "prefix", "load"), WITH_HEAD)
