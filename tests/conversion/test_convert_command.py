@@ -24,12 +24,12 @@ def failure(capsys, *argv: str) -> str:
 
 def test_the_command_writes_a_head(tmp_path, capsys):
     folder = tmp_path / "head"
-    arguments = ["--alpha", "1", "--mask-token-id", "19", "--forbidden-token-ids", "3", "4"]
+    arguments = ["--alpha", "1", "--mask-token-id", "19"]
     arguments += ["--base-model", "GSAI-ML/LLaDA-8B-Instruct"]
     assert main(["convert", SOURCE, str(folder), *arguments]) == 0
     assert "8 states, window 6, 20 tokens, alpha 1" in capsys.readouterr().out
     config = CoDDHead.from_pretrained(folder).config
-    assert (config.alpha, config.mask_token_id, config.forbidden_token_ids) == (1, 19, [3, 4])
+    assert (config.alpha, config.mask_token_id) == (1, 19)
     assert config.base_model_name_or_path == "GSAI-ML/LLaDA-8B-Instruct"
 
 

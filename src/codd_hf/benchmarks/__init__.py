@@ -16,7 +16,7 @@ from ..runtime.report import Report
 BENCHMARKS = {
     "overhead": "head step over a backbone's forward pass, at LLaDA-8B's shape",
     "head-step": "head step against a plain reading of the paper",
-    "fitting": "EM against hmmlearn; a conditional step against the backbone",
+    "fitting": "EM against hmmlearn",
     "end-to-end": "CoDDPipeline against diffusers' LLaDA2Pipeline on one backbone",
     "memory": "peak extra memory of a head step",
     "scaling": "head step against batch, window, states and vocabulary",

@@ -30,12 +30,8 @@ class ConvertSettings(Settings):
     """power of the token marginal that is divided out; 0: the circuit as it is"""
     mask_token_id: int | None = None
     """the backbone's mask token"""
-    forbidden_token_ids: list[int] | None = None
-    """tokens that are never generated"""
     base_model: str | None = None
     """id of the backbone that the circuit belongs to"""
-    revision: str | None = None
-    """branch, tag or commit of the source on the Hub"""
     overwrite: bool = False
     """write into the output though it is not empty"""
     push_to_hub: str | None = None
@@ -63,9 +59,7 @@ def run(args: argparse.Namespace) -> None:
         output=settings.output,
         alpha=settings.alpha,
         mask_token_id=settings.mask_token_id,
-        forbidden_token_ids=settings.forbidden_token_ids,
         base_model_name_or_path=settings.base_model,
-        revision=settings.revision,
         overwrite=settings.overwrite,
     )
     config = head.config

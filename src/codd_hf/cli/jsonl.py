@@ -22,14 +22,10 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..checks.arguments import integer, shown
-from ..data.fingerprint import (
-    json_fingerprint,
-    settings_fingerprint,
-    tokenizer_fingerprint,
-    weights_fingerprint,
-)
+from ..data.fingerprint import json_fingerprint
 from ..data.rows import BadRowError, Row, RowReport, read_rows
 from ..decoding.choices import SETTINGS
+from ..evaluation.answers import pipeline_fingerprint
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.files import atomic_write, make_durable
 from ..runtime.journal import append_results, read_results
@@ -82,7 +78,9 @@ def answer_jsonl(
             good.pop(i, None)
     run = {name: getattr(settings, name) for name in ("seed", "output_column")}
     run |= {"input": json_fingerprint([str(row) for _, row in rows]), "prompt_column": column}
-    files = RunFiles(output, run | {"model": _digest(pipeline)} | call | pipeline.task(**call))
+    files = RunFiles(
+        output, run | {"model": pipeline_fingerprint(pipeline)} | call | pipeline.task(**call)
+    )
     state.wait_for_everyone()  # nothing is begun before all have looked
     with locked(files.lock, f"`output` {str(output)!r}", state):
         if files.is_complete():
@@ -121,15 +119,6 @@ def _check(
     integer("seed", row["seed"], most=LARGEST_SEED)
     own = {name: row[name] for name in OWN}
     pipeline.prepare(prompt=[prompt], **call | own)
-
-
-def _digest(pipeline: CoDDPipeline) -> str:
-    """Of all in a pipeline on which its texts depend."""
-    model, tokenizer = pipeline.model, pipeline.tokenizer
-    scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
-    spelling = [tokenizer.special_tokens_map, tokenizer.chat_template]
-    parts = [weights_fingerprint(model), settings_fingerprint(model.config)]
-    return json_fingerprint([*parts, scheduler, tokenizer_fingerprint(tokenizer), *spelling])
 
 
 class RunFiles:

@@ -11,7 +11,12 @@ from typing import Any, Protocol
 
 import torch
 
-from ..data.fingerprint import json_fingerprint, weights_fingerprint
+from ..data.fingerprint import (
+    json_fingerprint,
+    settings_fingerprint,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
 from ..data.sources import Example
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.journal import append_results, read_results
@@ -47,6 +52,15 @@ class Judging(Protocol):
         """The verdicts, in the order of the answers."""
 
 
+def pipeline_fingerprint(pipeline: CoDDPipeline) -> str:
+    """A digest of all in a pipeline on which its texts depend."""
+    model, tokenizer = pipeline.model, pipeline.tokenizer
+    scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
+    spelling = [tokenizer.special_tokens_map, tokenizer.chat_template]
+    parts = [weights_fingerprint(model), settings_fingerprint(model.config)]
+    return json_fingerprint([*parts, scheduler, tokenizer_fingerprint(tokenizer), *spelling])
+
+
 class AnswerSet:
     """Questions with real answers, a pipeline that answers them, and a judge.
 
@@ -72,7 +86,7 @@ class AnswerSet:
         self.settings, self.journal = settings, journal
         self.block_length = pipeline.model.window_length
         self._made_by = [
-            weights_fingerprint(pipeline.model),
+            pipeline_fingerprint(pipeline),
             judge.digest,
             [[example.prompt, example.answer] for example in examples],
             [settings.gen_length, settings.seed],
