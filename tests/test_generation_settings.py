@@ -11,7 +11,7 @@ from transformers import GenerationConfig, pipeline
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler, default_model
 from codd_hf.cli import main
-from codd_hf.decoding.choices import scheduler_of, with_settings_of
+from codd_hf.decoding.choices import entries, settings_of, with_settings_of
 from tiny import random_head, tiny_backbone
 from tiny_pipeline import tiny_pipeline
 
@@ -168,7 +168,7 @@ def test_settings_survive_the_way_through_a_configuration(name, tmp_path):
     scheduler = CoDDScheduler(**SETTINGS[name])
     with_settings_of(GenerationConfig(), scheduler).save_pretrained(tmp_path)
     stored = GenerationConfig.from_pretrained(tmp_path)
-    assert scheduler_of(stored).settings == scheduler.settings
+    assert CoDDScheduler(**settings_of(entries(stored))).settings == scheduler.settings
 
 
 def test_setting_of_a_folder_that_is_none_is_refused_by_its_name(tmp_path):

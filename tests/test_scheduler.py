@@ -284,7 +284,7 @@ def test_setting_that_does_not_exist_is_refused_with_those_spelt_alike():
 
 def test_wrong_calls_get_one_clear_sentence():
     distribution, sample = make_distribution()
-    with pytest.raises(ValueError, match="call that first"):
+    with pytest.raises(ValueError, match="`set_timesteps` sets them"):
         CoDDScheduler().step(distribution, 1.0, sample)
     with pytest.raises(ValueError, match="`num_inference_steps` must be at least 1, got 0"):
         make_scheduler(0)

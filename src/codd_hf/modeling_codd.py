@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +35,8 @@ from .coupling.adapters import AdaptersMixin, active_adapter, unwrapped, without
 from .coupling.heads import DEFAULT_NAME, HeadName, Heads
 from .coupling.inputs import checked_inputs, refuse_requests
 from .coupling.loading import adapter_beside, load_head, named_backbone
+from .coupling.per_token import per_token_output
+from .coupling.scoring import ScoreOutput, Texts, score
 from .coupling.windows import CoupledBackbone
 from .hub.publishing import Publishing, forget_paths
 from .hub.repositories import (
@@ -48,9 +50,6 @@ from .hub.repositories import (
 )
 from .hub.stored_weights import StoredWeights
 from .modeling_head import CoDDHead
-
-if TYPE_CHECKING:
-    from .coupling.scoring import ScoreOutput
 
 
 @dataclass
@@ -73,7 +72,7 @@ class CoDDOutput(ModelOutput):
     distribution: CoupledCategorical | None = None
 
 
-class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
+class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  # type: ignore[misc]
     """A diffusion language model (`backbone`) with a circuit (`coupling_head`).
 
     `from_backbone` joins the two, `from_pretrained` loads a saved pair, `generate` decodes.
@@ -89,24 +88,23 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ["coupling_head"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["coupling_head"]  # type: ignore[assignment]  # noqa: RUF012
 
     def __init__(
         self,
         config: CoDDConfig,
         backbone: PreTrainedModel | None = None,
         coupling_head: CoDDHead | None = None,
-    ):
+    ) -> None:
         super().__init__(config)
         for part in (backbone, coupling_head):
             for module in () if part is None else part.modules():
-                module._is_hf_initialized = True  # its weights are not to be drawn anew
+                module._is_hf_initialized = True  # type: ignore[assignment]  # not drawn anew
         if backbone is None:
             backbone = family_of(config.text_config).from_config(config.text_config)
         if coupling_head is None and config.head_config is not None:
             coupling_head = CoDDHead(config.head_config)
-        self.backbone = backbone
-        self.coupling_head = coupling_head
+        self.backbone, self.coupling_head = backbone, coupling_head
         self.heads = Heads(weakref.ref(self))
         self.post_init()
         # transformers collects the names that the parts ignore; a head ignores the backbone's.
@@ -124,19 +122,18 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
         mask_token_id: int | None = None,
         forbidden_token_ids: list[int] | None = None,
         coupling: str = "none",
-        **kwargs,
+        **kwargs: Any,
     ) -> CoDDModel:
         """Joins a backbone, a head and a LoRA.
 
         Args:
-            backbone: a model (PEFT's wrapper around one, too), a local path or a Hub id. A decoder
-                is switched to full attention.
-            head: a head; a local path or Hub id of one, of a model that has one, or of a PyJuice
+            backbone: a model, or its folder or Hub id. A decoder is switched to full attention.
+            head: a head; the folder or Hub id of one, of a model that has one, or of a PyJuice
                 circuit (`model.jpc`), which is converted; a configuration makes a new head; None
                 leaves the predictions factorized.
-            adapter: local path or Hub id of a PEFT LoRA for the backbone; default, the one beside
-                the head (`adapter/`), if there is one.
-            mask_token_id: the mask token; defaults to the head's, then the backbone's.
+            adapter: folder or Hub id of a LoRA for the backbone; default, the one beside the head
+                (`adapter/`), if there is one.
+            mask_token_id: defaults to the head's, then the backbone's.
             forbidden_token_ids: tokens that are never generated; defaults to the head's.
             coupling: the `logits` of a forward pass, as in [`CoDDConfig`].
             **kwargs: for [`~codd_hf.backbones.load_backbone`]. `token` and where to cache hold for
@@ -147,41 +144,45 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
         """
         shared = shared_arguments(kwargs)
         if isinstance(backbone, str | Path):
-            backbone = load_backbone(checked_name(backbone, "backbone"), **kwargs)
-        elif refused := kwargs.keys() - shared.keys():
+            model = load_backbone(checked_name(backbone, "backbone"), **kwargs)
+        elif refused := sorted(kwargs.keys() - shared.keys()):
             raise ValueError(
-                f"{', '.join(f'`{k}`' for k in sorted(refused))} cannot be given with a loaded "
-                "backbone: it is for loading one by path or id."
+                f"`{'`, `'.join(refused)}` cannot be given with a loaded backbone: it is for "
+                "loading one by path or id."
             )
-        backbone = unwrapped(backbone)
-        if not isinstance(getattr(backbone, "config", None), PreTrainedConfig):
+        else:
+            model = unwrapped(backbone)
+        if not isinstance(getattr(model, "config", None), PreTrainedConfig):
             raise TypeError(
                 "`backbone` must be a transformers model, or the folder or id of one, got "
-                f"{type(backbone).__name__}."
+                f"{type(model).__name__}."
             )
-        family_of(backbone.config).make_bidirectional(backbone.config)
+        family_of(model.config).make_bidirectional(model.config)
         adapter = adapter or adapter_beside(head, shared)
+        circuit: Any = None
         if head is not None:
-            head = load_head(head, backbone, mask_token_id, **shared)
-            head.to(execution_device(backbone))
+            circuit = load_head(head, model, mask_token_id, **shared)
+            circuit.to(execution_device(model))
         if adapter is not None:
-            load_adapter(backbone, adapter, DEFAULT_NAME, **shared)
+            load_adapter(model, adapter, DEFAULT_NAME, **shared)
         config = CoDDConfig(
-            text_config=backbone.config,
-            head_config=None if head is None else head.config,
+            text_config=model.config,
+            head_config=None if circuit is None else circuit.config,
             mask_token_id=mask_token_id,
             forbidden_token_ids=forbidden_token_ids,
             coupling=coupling,
         )
-        model = cls(config, backbone=backbone, coupling_head=head)
-        of_backbone = getattr(backbone, "generation_config", None)
+        joined = cls(config, model, circuit)
         for name in ("eos_token_id", "pad_token_id"):  # the rest is about autoregressive decoding
-            if (token := getattr(of_backbone, name, None)) is not None:
-                setattr(model.generation_config, name, token)
-        return model.eval()
+            token = getattr(getattr(model, "generation_config", None), name, None)
+            if token is not None:
+                setattr(joined.generation_config, name, token)
+        return joined.eval()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> CoDDModel:
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> CoDDModel:
         """Loads a CoDD model, or a head together with the backbone that its configuration names.
 
         A LoRA beside either (`adapter/`) is loaded into the backbone.
@@ -203,7 +204,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
         repository = locate(name, kwargs) if given is None else Repository(name, kwargs)
         adapter = repository.adapter()
         if given is None and repository.config.get("model_type") == CoDDHeadConfig.model_type:
-            head = CoDDHead.from_pretrained(name, **repository.hub)
+            head: Any = CoDDHead.from_pretrained(name, **repository.hub)
             base, own = named_backbone(name, head.config, kwargs)
             return cls.from_backbone(base, head, adapter, **own)
         kwargs |= repository.hub
@@ -211,9 +212,18 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
         with explain_load_errors(repository):
             repository.refuse_adapter(kwargs.get("adapter_kwargs"))
             stored = StoredWeights.find(repository, kwargs)
-            config = cls._stored_config(repository, stored, kwargs)
+            fields = dict(repository.config) if given is None else given.to_dict()
+            stored.check_layers(fields)
+            text_config = fields.get("text_config")
+            if given is None and isinstance(text_config, dict) and needs_remote_code(text_config):
+                trusted = kwargs.get("trust_remote_code")
+                nested = nested_custom_config(name, text_config, trusted, **repository.hub)
+                given = kwargs["config"] = CoDDConfig.from_dict({**fields, "text_config": nested})
+            config = CoDDConfig.from_dict(fields) if given is None else given
             unused = family_of(config.text_config).unused_weights
-            model, report = stored.load(super().from_pretrained, config, cls, unused, **kwargs)
+            load: Any = super().from_pretrained
+            loaded, report = stored.load(load, config, cls, unused, **kwargs)
+            model: Any = loaded
             if generation_config is None and repository.find("generation_config.json") is not None:
                 generation_config = GenerationConfig.from_pretrained(name, **repository.hub)
         model.generation_config = generation_config or model.generation_config
@@ -221,39 +231,22 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
             model.coupling_head._check_suggested(name)
         if adapter is not None:
             load_adapter(model.backbone, adapter, DEFAULT_NAME, start_is_off=True)
-        return (model, report) if with_report else model
-
-    @classmethod
-    def _stored_config(
-        cls, repository: Repository, stored: StoredWeights, kwargs: dict[str, Any]
-    ) -> CoDDConfig:
-        """The configuration to load with; of a backbone that brings its code, added to `kwargs`."""
-        given = kwargs.get("config")
-        fields = repository.config if given is None else given.to_dict()
-        stored.check_layers(fields)
-        if given is not None:
-            return given
-        text_config = fields.get("text_config")
-        if not isinstance(text_config, dict) or not needs_remote_code(text_config):
-            return CoDDConfig.from_dict(dict(fields))
-        trusted = kwargs.get("trust_remote_code")
-        nested = nested_custom_config(repository.name, text_config, trusted, **repository.hub)
-        kwargs["config"] = CoDDConfig.from_dict({**fields, "text_config": nested})
-        return kwargs["config"]
+        result: Any = (model, report) if with_report else model
+        return result
 
     def save_pretrained(
         self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        *,
+        save_directory: Any,
+        *args: Any,
         max_shard_size: int | str = "50GB",  # diffusers looks for this name and the next
         variant: str | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """Saves the backbone and the default head, and the backbone's LoRA, if any, in `adapter/`.
 
         The arguments are those of transformers and of `push_to_hub`.
         """
+        is_main_process = args[0] if args else kwargs.get("is_main_process", True)
         if is_main_process:
             save_code(self.backbone, save_directory)
             base = self.backbone.name_or_path
@@ -261,33 +254,25 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
             with self.heads.lock:
                 folder = Path(save_directory, ADAPTER_FOLDER)
                 save_adapter(self.backbone, active_adapter(self), folder, base)
-        kwargs["state_dict"] = without_adapters(self, kwargs.get("state_dict"))
-        sizes = {"max_shard_size": max_shard_size, "variant": variant}
-        super().save_pretrained(save_directory, is_main_process, **sizes, **kwargs)
+        kwargs |= {"state_dict": without_adapters(self, kwargs.get("state_dict"))}
+        kwargs |= {"max_shard_size": max_shard_size, "variant": variant}
+        super().save_pretrained(save_directory, *args, **kwargs)
         if is_main_process:
             forget_paths(Path(save_directory))
 
-    def load_head(
-        self,
-        head: CoDDHead | CoDDHeadConfig | str | Path,
-        name: str = DEFAULT_NAME,
-        adapter: str | Path | None = None,
-        **hub: Any,
-    ) -> None:
-        """Adds a head; see [`~codd_hf.coupling.heads.Heads.load`]."""
-        self.heads.load(head, name, adapter, **hub)
+    def load_head(self, *args: Any, **kwargs: Any) -> None:
+        """Adds a head; the arguments are those of [`~codd_hf.coupling.heads.Heads.load`]."""
+        self.heads.load(*args, **kwargs)
 
     def delete_head(self, name: str) -> None:
         """Removes a head and its adapter; without the default one, predictions are factorized."""
         self.heads.delete(name)
 
-    def save_head(
-        self, save_directory: str | Path, name: str = DEFAULT_NAME, **kwargs: Any
-    ) -> None:
+    def save_head(self, *args: Any, **kwargs: Any) -> None:
         """Saves a head with its adapter; see [`~codd_hf.coupling.heads.Heads.save`]."""
-        self.heads.save(save_directory, name, **kwargs)
+        self.heads.save(*args, **kwargs)
 
-    def _apply(self, fn, recurse: bool = True) -> CoDDModel:
+    def _apply(self, fn: Any, recurse: bool = True) -> CoDDModel:
         for head in self.heads.others.values():  # which are no submodules
             head._apply(fn)
         return super()._apply(fn, recurse)
@@ -303,11 +288,9 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
 
     def __call__(self, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         """As `forward`; trl's trainers, which replace that, get what they ask for from here."""
-        if not fused_lm_head:
-            return super().__call__(*args, **kwargs)
-        from .coupling.per_token import per_token_output
-
-        return per_token_output(self, *args, **kwargs)
+        if fused_lm_head:
+            return per_token_output(self, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
     def forward(
         self,
@@ -341,8 +324,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
             generator: draws the latent path.
             head: the name of the head that couples this call; None, the default one; False, none.
             return_dict: False for a tuple.
-            **kwargs: further arguments of transformers' models: `use_cache` and `cache_position`
-                have no effect, others must ask for nothing (None, False, 0).
+            **kwargs: arguments of transformers' models that ask for nothing.
 
         Raises:
             ValueError: an argument is out of range, or `labels` supervise no masked token.
@@ -355,41 +337,39 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):
         given = input_ids, attention_mask, position_ids, labels, window_start
         ids, mask, positions, labels, start = checked_inputs(self, *given)
         generators("generator", generator, len(ids))
-        head = self.heads.of_call(head)
-        with self.heads.adapter_of_call(head):
+        call, distribution, loss = self.heads.of_call(head), None, None
+        with self.heads.adapter_of_call(call):
             states = self.backbone_states(ids, mask, positions)
-            logits, distribution, loss = states.logits(), None, None
+            logits = states.logits()
             if start is None:
                 real = torch.ones_like(ids) if mask is None else mask
-                start = ids.shape[1] - real.flip(1).argmax(1) - head.window_length
+                start = ids.shape[1] - real.flip(1).argmax(1) - call.window_length
             if return_distribution or coupling != "none":
-                distribution = self.window_distribution(states, ids, start, mask, head=head)
-            if coupling != "none":
+                distribution = self.window_distribution(states, ids, start, mask, head=call)
+            if distribution is not None and coupling != "none":
                 if coupling == "marginal":
                     coupled, where = distribution.marginals.log(), distribution.masked
                 else:
                     latents = distribution.sample_latents(generator)
                     coupled, where = distribution.logits_given(latents), distribution.present
-                rows, columns = where.nonzero(as_tuple=True)
-                at = rows, start[rows] + columns
-                logits = logits.index_put(at, coupled[rows, columns].to(logits.dtype))
+                row, column = where.nonzero(as_tuple=True)
+                new = coupled[row, column].to(logits.dtype)
+                logits = logits.index_put((row, start[row] + column), new)
             if labels is not None:
-                loss = self._loss(states, ids, mask, labels, head)
+                loss = self._loss(states, ids, mask, labels, call)
         output = CoDDOutput(loss, logits, states.last_hidden_state)
         if return_distribution:
             output.distribution = distribution
         return output.to_tuple() if return_dict is False else output
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         """Decodes by diffusion; see [`~codd_hf.decoding.generation.generate`] for the arguments."""
-        from .decoding.generation import generate
+        from .decoding.generation import generate  # diffusers takes seconds to import
 
         return generate(self, inputs, **kwargs)
 
-    def score(self, prompts, answers, **kwargs) -> ScoreOutput:
+    def score(self, prompts: Texts, answers: Texts, **kwargs: Any) -> ScoreOutput:
         """Log-likelihoods of answers; see [`~codd_hf.coupling.scoring.score`] for the arguments."""
-        from .coupling.scoring import score
-
         return score(self, prompts, answers, **kwargs)
 
 

@@ -110,8 +110,6 @@ class DecodingCall:
     ) -> None:
         config, vocab_size = model.config, model.config.vocab_size
         mask = self.mask_token_id = token_id("mask_token_id", model.mask_token_id, vocab_size)
-        if not isinstance(scheduler, CoDDScheduler):
-            raise TypeError(f"`scheduler` must be a CoDDScheduler, got {shown(scheduler)}.")
         processor = "transformers' processors, or a function of ids and scores"
         check_callable("logits_processor", logits_processor, processor)
         generators("generator", generator, batch)

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..checks.arguments import flag, list_of_ids, token_id, without_left_fields
+from ..checks.arguments import flag, list_of_ids, shown, token_id, without_left_fields
 from ..coupling.windows import CoupledBackbone
 from ..schedulers.scheduling_codd import CoDDScheduler
 from ..schedulers.settings import LEFT, DrawSettings
@@ -40,9 +40,13 @@ LEFT_ENTRIES = LEFT | {"windowing": "aligned", "free_length": False}
 Source = Mapping[str, Any]
 
 
-def entries(generation_config: GenerationConfig) -> dict[str, Any]:
+def entries(generation_config: GenerationConfig | None) -> dict[str, Any]:
     """The entries of a generation configuration; options of an earlier version are refused."""
-    stored = generation_config.to_diff_dict()
+    if not isinstance(generation_config, GenerationConfig | None):
+        raise TypeError(
+            f"`generation_config` must be a GenerationConfig, got {shown(generation_config)}."
+        )
+    stored = {} if generation_config is None else generation_config.to_diff_dict()
     return without_left_fields(stored, LEFT_ENTRIES, "the generation configuration")
 
 
@@ -72,23 +76,19 @@ def task_of(
 ) -> dict[str, Any]:
     """The choices in `TASK`, those that a source has; `eos_token_id` always, as a list.
 
-    Args:
-        model: gives its generation configuration and, before that, its special tokens.
-        *sources: count after it, the last most.
-        tokenizer: gives special tokens that the model does not know.
-
-    Raises:
-        TypeError, ValueError: a special token is none of the vocabulary.
+    The model's generation configuration counts less than the sources, of which the last counts
+    most; special tokens of the model's configuration and of the tokenizer count least.
     """
     parts = [part for part in (tokenizer, model.config) if part is not None]
     files = [{name: getattr(part, name) for name in SPECIAL_TOKENS} for part in parts]
-    files.append(entries(model.generation_config))
+    files, mask_token_id = [*files, entries(model.generation_config)], model.config.mask_token_id
     for file in files:
         # A file that names the mask token as the end of texts knows no end.
-        if file.get("eos_token_id") in (model.config.mask_token_id, [model.config.mask_token_id]):
+        if file.get("eos_token_id") in (mask_token_id, [mask_token_id]):
             file["eos_token_id"] = None
-    choices, vocab_size = merged(*files, *sources), model.config.vocab_size
+    choices = merged(*files, *sources)
     task = {name: choices[name] for name in TASK if name in choices}
+    vocab_size = model.config.vocab_size
     task["eos_token_id"] = list_of_ids("eos_token_id", task.get("eos_token_id"), vocab_size)
     if "pad_token_id" in task:
         task["pad_token_id"] = token_id("pad_token_id", task["pad_token_id"], vocab_size)
@@ -100,18 +100,12 @@ def settings_of(*sources: Source) -> dict[str, Any]:
     return {name: value for name, value in merged(*sources).items() if name in SETTINGS}
 
 
-def scheduler_of(generation_config: GenerationConfig) -> CoDDScheduler:
-    """A scheduler with the settings that a generation configuration has."""
-    return CoDDScheduler(**settings_of(entries(generation_config)))
-
-
 def with_settings_of(
-    generation_config: GenerationConfig, scheduler: CoDDScheduler
+    generation_config: GenerationConfig | None, scheduler: CoDDScheduler
 ) -> GenerationConfig:
     """A generation configuration by which a model decodes as a pipeline with a scheduler does."""
-    config, settings = copy.deepcopy(generation_config), dict(vars(scheduler.settings))
-    for name in LEFT_ENTRIES:
-        vars(config).pop(name, None)
+    config = copy.deepcopy(generation_config or GenerationConfig())
+    settings = dict(vars(scheduler.settings))
     # transformers stores the limits of a draw only beside `do_sample=True`.
     draws = settings["temperature"] > 0 or bool(settings["top_k"] or settings["top_p"])
     if not draws:

@@ -12,10 +12,9 @@ from transformers.generation.streamers import BaseStreamer
 from ..checks.arguments import check_known, check_token_types, padding_mask, plain, shown, token_ids
 from ..coupling.windows import CoupledBackbone
 from ..schedulers.scheduling_codd import CoDDScheduler
-from ..schedulers.settings import DrawSettings
 from .call import CHOICES, DecodingCall
 from .canvas import Canvas
-from .choices import SETTINGS, TASK, entries, scheduler_of, settings_of, task_of
+from .choices import SETTINGS, TASK, entries, settings_of, task_of
 from .loop import OnStep, denoise
 
 CONFIGURABLE = (*TASK, "max_new_tokens", "do_sample", *SETTINGS)
@@ -48,7 +47,7 @@ OFF_AT_ONE = (
 
 
 class BlockStream:
-    """Passes the steps of one generation on to a streamer, by transformers' protocol.
+    """Shows the canvas of one generation to a streamer, by transformers' protocol.
 
     The streamer gets `put(prompts)`, after every step `put_draft(block)` with the block that is
     being filled, the mask token where nothing is committed yet, and `put(block)` once nothing in
@@ -57,55 +56,37 @@ class BlockStream:
     blocks only.
     """
 
-    def __init__(
-        self,
-        streamer: BaseStreamer,
-        prompts: torch.Tensor,
-        call: DecodingCall,
-        on_step: OnStep | None = None,
-    ) -> None:
-        if call.infill:
+    def __init__(self, streamer: BaseStreamer, prompts: torch.Tensor, canvas: Canvas) -> None:
+        if canvas.call.infill:
             raise ValueError(
                 "`streamer` is told what follows a prompt, which `infill` has not: leave it out."
             )
         if not (hasattr(streamer, "put") and hasattr(streamer, "end")):
             raise TypeError(f"`streamer` must have `put` and `end`, got {shown(streamer)}.")
-        self.streamer, self.call, self.on_step = streamer, call, on_step
-        self.block_length = call.block_length or max(call.gen_length)
+        self.streamer, self.canvas, self.tokens = streamer, canvas, canvas.result()[0]
+        self.block_length = canvas.call.block_length or max(canvas.call.gen_length)
         self._complete = self._begun = 0
         streamer.put(prompts.cpu())
 
-    def __call__(
-        self, step: int, timestep: torch.Tensor, state: dict[str, torch.Tensor]
-    ) -> torch.Tensor | None:
-        """A callback for `denoise`: calls `on_step` and shows the canvas that results."""
-        returned = None if self.on_step is None else self.on_step(step, timestep, state)
-        canvas = state["canvas"] if returned is None else returned
-        generated = state["generated"]
-        size = generated.sum(-1, keepdim=True)
-        number = torch.arange(int(size.max()), device=generated.device)
-        place = generated.long().argmax(-1, keepdim=True) + number
-        place = place.clamp(max=generated.shape[1] - 1)
-        tokens = torch.where(number < size, canvas.gather(1, place), self.call.behind)
-        changed = state["transfer_index"].gather(1, place) & (number < size)
-        in_work = (tokens == self.call.mask_token_id) | changed
-        first = int(in_work.any(0).nonzero()[0])
-        start = first // self.block_length * self.block_length
-        self._put_until(start, tokens)
+    def __call__(self) -> None:
+        """Shows a step."""
+        before, (self.tokens, _) = self.tokens, self.canvas.result()
+        in_work = (self.tokens == self.canvas.call.mask_token_id) | (self.tokens != before)
+        start = int(in_work.any(0).nonzero()[0]) // self.block_length * self.block_length
+        self._put_until(start)
         self._begun = start + self.block_length
         if hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(tokens[:, start : self._begun].cpu())
-        return returned
+            self.streamer.put_draft(self.tokens[:, start : self._begun].cpu())
 
-    def finish(self, sequences: torch.Tensor) -> None:
-        """Puts the blocks that are still open, from the result `[batch, n]`, and ends."""
-        self._put_until(self._begun, sequences)
+    def finish(self) -> None:
+        """Puts the block that is still open, and ends."""
+        self._put_until(self._begun)
         self.streamer.end()
 
-    def _put_until(self, end: int, tokens: torch.Tensor) -> None:
-        while self._complete < min(end, tokens.shape[1]):
+    def _put_until(self, end: int) -> None:
+        while self._complete < min(end, self.tokens.shape[1]):
             following = self._complete + self.block_length
-            self.streamer.put(tokens[:, self._complete : following].cpu())
+            self.streamer.put(self.tokens[:, self._complete : following].cpu())
             self._complete = following
 
 
@@ -139,8 +120,7 @@ def generate(
         scheduler: default, one with the settings of `model.generation_config`.
         on_step: as for [`~codd_hf.decoding.loop.denoise`].
         streamer: hears the prompts, a draft after every step and the blocks as they are completed
-            (see `BlockStream`), for example `transformers.TextDiffusionStreamer`, which
-            takes one row.
+            (see `BlockStream`), for example `transformers.TextDiffusionStreamer`.
         **kwargs: `max_new_tokens` (or `gen_length`), `do_sample`, the arguments of
             [`~codd_hf.decoding.call.DecodingCall`] and the scheduler's settings
             ([`~codd_hf.schedulers.settings.DrawSettings`]). All may stand in a generation
@@ -149,9 +129,8 @@ def generate(
 
     Returns:
         `[batch, prompt_length + n]`: the prompts as they were given, and the `n` tokens of the
-        longest text after them; behind the end of a text is padding (`pad_token_id`), or the first
-        end-of-text token of a model that has none. With `infill`, `[batch, length]`: the templates
-        with their gaps filled.
+        longest text after them; behind the end of a text is padding. With `infill`, `[batch,
+        length]`: the templates with their gaps filled.
 
     Raises:
         ValueError: an argument is out of range, or it asks for something that decoding by diffusion
@@ -166,29 +145,26 @@ def generate(
         inputs = torch.empty(1, 0, dtype=torch.long, device=model.device)
     inputs = token_ids(name, inputs, model.config.vocab_size, model.device)
     check_token_types(kwargs.pop("token_type_ids", None))
-    if not isinstance(generation_config, GenerationConfig | None):
-        raise TypeError(
-            f"`generation_config` must be a GenerationConfig, got {shown(generation_config)}."
-        )
     if kwargs.get("do_sample") is True and plain(kwargs.get("temperature")) in (0,):
         raise ValueError("`do_sample=True` draws, and `temperature=0` does not: give one of them.")
     choices = {name: kwargs.pop(name) for name in OF_A_CALL if name in kwargs}
-    given = {} if generation_config is None else entries(generation_config)
-    _check_names(kwargs, {**entries(model.generation_config), **given, **kwargs})
+    own, given = entries(model.generation_config), entries(generation_config)
+    _check_names(kwargs, own | given | kwargs)
     task = task_of(model, given, kwargs)
     if attention_mask is None:
         attention_mask = model.real_tokens(inputs, task.get("pad_token_id"), task["eos_token_id"])
     else:
         attention_mask = padding_mask("attention_mask", attention_mask, inputs.shape, inputs.device)
-    scheduler = scheduler_of(model.generation_config) if scheduler is None else scheduler
-    base = {"temperature": getattr(scheduler, "settings", DrawSettings()).temperature}
-    settings = settings_of(base, given, kwargs)
+    scheduler = CoDDScheduler(**settings_of(own)) if scheduler is None else scheduler
+    if not isinstance(scheduler, CoDDScheduler):
+        raise TypeError(f"`scheduler` must be a CoDDScheduler, got {shown(scheduler)}.")
+    settings = settings_of({"temperature": scheduler.settings.temperature}, given, kwargs)
     call = DecodingCall(model, scheduler, len(inputs), **task, **choices, **settings)
     canvas = Canvas(model, call, inputs, attention_mask)
-    stream = None if streamer is None else BlockStream(streamer, inputs, call, on_step)
-    output = denoise(model, canvas, on_step=stream or on_step)
+    stream = None if streamer is None else BlockStream(streamer, inputs, canvas)
+    output = denoise(model, canvas, on_step=on_step, stream=stream)
     if stream is not None:
-        stream.finish(output.sequences)
+        stream.finish()
     if not call.infill:
         return torch.cat((inputs, output.sequences), dim=1)
     real = torch.ones_like(inputs) if attention_mask is None else attention_mask
@@ -203,10 +179,9 @@ def _check_names(call: dict[str, Any], asked: dict[str, Any]) -> None:
     known = (*CONFIGURABLE, *WITHOUT_EFFECT)
     check_known(call, dict.fromkeys((*known, *theirs)), "an argument of `generate`")
     for name in asked.keys() & theirs - {*known}:
-        value, off = plain(asked[name]), (None, 0, 1) if name in OFF_AT_ONE else (None, 0)
-        off = (None,) if name.endswith("_token_id") else off
-        if not name.startswith("_") and value not in off:
+        nothing = [None, *[0] * (not name.endswith("_token_id")), *[1] * (name in OFF_AT_ONE)]
+        if not name.startswith("_") and plain(asked[name]) not in nothing:
             raise ValueError(
-                f"`{name}={shown(value)}` asks for something that decoding by diffusion has not: "
-                f"leave it out; what can be set is {', '.join(CONFIGURABLE)}."
+                f"`{name}={shown(asked[name])}` asks for something that decoding by diffusion has "
+                f"not: leave it out; what can be set is {', '.join(CONFIGURABLE)}."
             )

@@ -38,8 +38,8 @@ class DecodingOutput:
             an end-of-text token, or a row that is shorter than others, is padding.
         is_text: `[batch, n]` bool, the tokens that are text: not an end-of-text token that was
             generated, nor anything behind it.
-        num_passes: passes of the backbone that were run, each over the rows that needed it. Rows
-            begin their blocks together, so that it may exceed the steps of each of them.
+        num_passes: passes of the backbone, each over the rows that needed it. Rows begin their
+            blocks together, so that it may exceed the steps of each of them.
         passes_per_row: `[batch]`, the passes that each row took part in.
     """
 
@@ -55,6 +55,7 @@ def denoise(
     canvas: Canvas,
     *,
     on_step: OnStep | None = None,
+    stream: Callable[[], None] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> DecodingOutput:
     """Generates the tokens of a canvas.
@@ -66,6 +67,7 @@ def denoise(
             steps), and a dict with `canvas` (`[batch, length]`, all the tokens of all the rows),
             `generated` (bool, the positions to generate) and `transfer_index` (bool, committed in
             this step), all of the same shape. A tensor that it returns becomes the canvas.
+        stream: called once the canvas is as the next step finds it.
         progress: called once with the most steps that there can be; gives a progress bar.
     """
     check_callable("on_step", on_step, "a function of the step, its timestep and its state")
@@ -90,6 +92,7 @@ def denoise(
             before = canvas.tokens.clone()
             with model.heads.adapter_of_call(call.head):
                 take_step(model, canvas, rows, reader.read(rows), stage, number, memory)
+            passes_per_row[rows] += 1
             if on_step is not None:
                 after = canvas.tokens.clone()
                 committed = (before == mask_token_id) & (after != mask_token_id)
@@ -99,11 +102,12 @@ def denoise(
                 if returned is not None:
                     canvas.tokens = as_tensor("canvas", returned, int, after.shape, device).clone()
                     check_tokens("canvas", canvas.tokens, model.config.vocab_size)
-            if bar is not None:
-                bar.update()
-            passes_per_row[rows] += 1
             num_passes += 1
             canvas.close()
+            if bar is not None:
+                bar.update()
+            if stream is not None:
+                stream()
     if bar is not None:
         bar.update(most_passes - num_passes)
     canvas.close()

@@ -13,6 +13,8 @@ approximation: tokens committed in the block change the others' keys and values 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
@@ -88,7 +90,7 @@ class CanvasReader:
         both = torch.cat((rows, rows + len(self.prompt))), torch.cat((tokens, without))
         states, scale, number = self._read(*both), self.scale[rows], len(rows)
 
-        def read_logits(index: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
+        def read_logits(index: Any) -> torch.Tensor:
             if index is None:
                 every = torch.arange(states.last_hidden_state.shape[1], device=rows.device)
                 index = torch.arange(number, device=rows.device)[:, None], every
@@ -193,7 +195,7 @@ def _without_early_ends(states: BackboneStates, part: Canvas) -> BackboneStates:
         return states
     end_ids = part.tokens.new_tensor(part.end_ids)
 
-    def read_logits(index: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def read_logits(index: Any) -> torch.Tensor:
         logits = states.logits(index)
         too_early = (index[1] < part.no_end_before[index[0]])[:, None]
         ends = logits[:, end_ids].masked_fill(too_early, -torch.inf)

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..backbones import load_backbone, load_tokenizer
 from ..coupling.loading import OWN_ARGUMENTS
-from ..decoding.choices import scheduler_of
+from ..decoding.choices import entries, settings_of
 from ..hub.repositories import Repository, explain_load_errors, shared_arguments
 from ..modeling_codd import CoDDModel
 from ..schedulers.scheduling_codd import CoDDScheduler
@@ -62,7 +62,10 @@ def load_components(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         of_base.pop("token", None)
         base = Repository(config["base_model_name_or_path"], of_base)
         given["tokenizer"] = _tokenizer_beside(base, False)
-    return {"scheduler": scheduler_of(given["model"].generation_config), **given}
+    if "scheduler" not in given:
+        own = entries(given["model"].generation_config)
+        given["scheduler"] = CoDDScheduler(**settings_of(own))
+    return given
 
 
 def _beside_model(repository: Repository, trust_remote_code: bool | None) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..checks.arguments import check_callable, check_known, choice, flag, several, shown
@@ -38,8 +38,8 @@ PROMPTS = (
 )
 
 
-class CoDDPipeline(Publishing, DiffusionPipeline):
-    r"""Text generation by denoising with coupled distributions over windows of tokens.
+class CoDDPipeline(Publishing, DiffusionPipeline):  # type: ignore[misc]
+    """Text generation by denoising with coupled distributions over windows of tokens.
 
     Args:
         model ([`CoDDModel`]): A diffusion language model, with a head or without one (then it
@@ -59,9 +59,12 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
         ```
     """
 
+    model: CoDDModel
+    scheduler: CoDDScheduler
+    tokenizer: Any
     _callback_tensor_inputs = ["canvas", "generated", "transfer_index"]  # noqa: RUF012
     _optional_components = ["tokenizer"]  # noqa: RUF012
-    model_cpu_offload_seq = "model"
+    model_cpu_offload_seq: Any = "model"
 
     def __init__(
         self,
@@ -85,7 +88,7 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
         super().__setattr__(name, unwrapped(value) if name == "model" else value)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> CoDDPipeline:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> CoDDPipeline:
         """Loads a pipeline from what a name or path holds.
 
         That is a pipeline repository (`model_index.json`), a CoDD model, a head (the backbone that
@@ -108,16 +111,14 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
             pipeline.model.generation_config = pipeline.generation_config
         return pipeline
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Saves all components, and a model card (`README.md`) if there is none.
 
-        Args:
-            save_directory: A folder, created if it does not exist.
-            **kwargs: As in diffusers, and the keyword arguments of `push_to_hub`.
+        The arguments are those of diffusers and of `push_to_hub`.
         """
         folder = Path(save_directory, "model")
         card_was_there = (folder / CARD).exists()
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
         self.generation_config.save_pretrained(folder)
         if not card_was_there:
             (folder / CARD).unlink(missing_ok=True)  # a pipeline has one card
@@ -188,18 +189,15 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
             input_ids (`torch.LongTensor`, `list[int]` or `list[list[int]]`, *optional*):
                 Prompts as token ids, `(length,)` or `(batch_size, length)`; lists may be of
                 different lengths.
-            attention_mask (`torch.Tensor`, *optional*): With a tensor of `input_ids`, of the same
-                shape: 0 at padding, which may be on either side.
+            attention_mask (`torch.Tensor`, *optional*): Of the shape of `input_ids`, 0 at padding.
             use_chat_template (`bool`, defaults to `True`):
                 Whether a `prompt` becomes a user's message where the tokenizer has a chat template;
                 with `infill` it never does.
             chat_template_kwargs (`dict`, *optional*): Passed to `apply_chat_template`.
-            gen_length (`int` or `list[int]`, *optional*): Number of tokens to generate, for all
-                prompts or for each; by default that of the model's generation configuration
-                (`max_new_tokens`) or 128.
-            num_inference_steps (`int` or `list[int]`, *optional*):
-                The most backbone passes for the whole generation, for all prompts or for each, at
-                least one per block; by default one for four tokens.
+            gen_length (`int` or `list[int]`, *optional*): Number of tokens to generate; by default
+                that of the model's generation configuration (`max_new_tokens`) or 128.
+            num_inference_steps (`int` or `list[int]`, *optional*): The most backbone passes for the
+                whole generation, at least one per block; by default one for four tokens.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One generator, or one per prompt: a prompt then gets the same text in any batch.
             output_type (`str`, defaults to `"text"`): `"text"`, or `"seq"` for token ids alone.
@@ -210,10 +208,9 @@ class CoDDPipeline(Publishing, DiffusionPipeline):
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*):
                 What `callback_kwargs` holds, by default `["canvas"]`: the tensors that
                 [`~codd_hf.decoding.loop.denoise`] gives `on_step`.
-            **settings: The draw settings ([`~codd_hf.schedulers.settings.DrawSettings`]:
-                `sampling`, `strategy`, `temperature`, ...), by default the scheduler's, and the
-                other arguments of [`~codd_hf.decoding.call.DecodingCall`] (`block_length`,
-                `infill`, `head`, `paradigm`, ...).
+            **settings: The draw settings ([`~codd_hf.schedulers.settings.DrawSettings`]), by
+                default the scheduler's, and the other arguments of
+                [`~codd_hf.decoding.call.DecodingCall`] (`block_length`, `infill`, `head`, ...).
 
         Returns:
             [`CoDDPipelineOutput`], or without `return_dict` the tuple `(sequences, texts)`, in

@@ -29,15 +29,12 @@ def encode_prompts(
     infill: bool = False,
     end_ids: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts as token ids; the arguments are those of the pipeline's call.
+    """Prompts as token ids and mask, `[batch, length]` each; the arguments are the pipeline's.
 
     In a chat template a user's text is text: what spells a special token there is none, but for the
     mask token with `infill`. A prompt without a template may write special tokens, since nothing
     else does. `input_ids` without a mask are padded where the padding token stands, unless it is
     one of `end_ids`, which end texts.
-
-    Returns:
-        `input_ids` and `attention_mask`, both `[batch, length]`, padded on the right.
 
     Raises:
         ValueError: not exactly one form is given, the tokenizer is missing, there is no row, or a
@@ -50,6 +47,7 @@ def encode_prompts(
         found = " and ".join(f"`{name}`" for name in forms) or "none"
         raise ValueError(f"Provide one of `prompt`, `messages` and `input_ids`, got {found}.")
     ((name, value),) = forms.items()
+    rows: Any
     if attention_mask is not None and name != "input_ids":
         raise ValueError(f"`attention_mask` goes with `input_ids` only, got `{name}`.")
     has_template = bool(getattr(tokenizer, "chat_template", None))
@@ -75,7 +73,7 @@ def encode_prompts(
             raise TypeError(
                 f"`chat_template_kwargs` must be a dict of arguments by name, got {shown(kwargs)}."
             )
-        may_spell = [model.config.mask_token_id] if infill else []
+        may_spell = [model.mask_token_id] if infill else []
         template = {"add_generation_prompt": True, **kwargs}
         rows, faults = encode_chats(chats, tokenizer, may_spell, **template)
         for index, fault in faults.items():

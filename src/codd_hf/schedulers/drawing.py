@@ -12,10 +12,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from diffusers.utils import BaseOutput
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..checks.arguments import RowError, as_tensor
 from ..circuits import CoupledCategorical
@@ -92,7 +93,7 @@ class StepDraw:
         sample: torch.Tensor,
         settings: DrawSettings,
         generator: Generators,
-        processors: Sequence[LogitsProcessor | LogitsProcessorList],
+        processors: Sequence[Any],
         text: RowText | None,
     ) -> None:
         number, self.length = distribution.masked.shape
@@ -214,7 +215,7 @@ class StepDraw:
             if len(at[0]) and not in_order:
                 law = known.token_probs(0, place(*at))
                 confidence[at] = law.amax(-1)
-                scores[at] = rank(settings, confidence[at], lambda law=law: law)
+                scores[at] = rank(settings, confidence[at], partial(torch.Tensor.detach, law))
             chosen = scores.masked_fill(~left, -torch.inf).argmax(-1)  # [batch]
             if settings.strategy == "threshold":
                 going = going & (due | (_of(confidence, chosen) >= settings.threshold))

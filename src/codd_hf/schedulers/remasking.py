@@ -44,13 +44,12 @@ class CommitMemory:
         self.windows = torch.zeros(shape, dtype=torch.long, device=device)
 
 
-def take_back(draw: StepDraw, output: CoDDSchedulerOutput, memory: CommitMemory) -> torch.Tensor:
+def take_back(
+    draw: StepDraw, output: CoDDSchedulerOutput, memory: CommitMemory, threshold: float
+) -> torch.Tensor:
     """`[batch, length]` bool: the tokens that go back, those of this step among them.
 
-    Args:
-        draw: of the step.
-        output: its tokens.
-        memory: of earlier steps; it is brought up to date.
+    `memory`, of earlier steps, is brought up to date with the `output` of the step.
     """
     plain, split, join = draw.plain, draw.split, draw.join
     at = draw.text.rows[:, None], draw.text.position
@@ -67,7 +66,7 @@ def take_back(draw: StepDraw, output: CoDDSchedulerOutput, memory: CommitMemory)
     log_probs = torch.where(held, split(memory.log_probs[at]).to(log_probs.dtype), log_probs)
     held = held | (committed & active)
     known, back = plain.observed | committed, torch.zeros_like(held)
-    judged, threshold = held & ~returned & active, draw.settings.remask_threshold
+    judged = held & ~returned & active
     while bool(judged.any()):
         probs = plain.latents.leave_one_out(tokens, known, evidence, log_probs)
         least, place = probs.masked_fill(~judged, torch.inf).min(-1)

@@ -20,6 +20,7 @@ from ..checks.arguments import (
     generators,
     integer,
     number,
+    shown,
     token_id,
     token_ids,
     without_left_fields,
@@ -53,12 +54,10 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
 
     With `k` steps left and `m` masked positions, a step draws a candidate for each position and
     commits the `ceil(m / k)` that the strategy ranks highest, so that the last step commits
-    everything. Ties go to the leftmost position.
-
-    The strategies `threshold` and `joint` commit more where they are sure: `threshold` every
-    candidate whose confidence reaches the threshold, `joint` the longest run of candidates, in
-    order of confidence, whose exact joint probability stays at or above it. The number of steps is
-    then a ceiling.
+    everything. Ties go to the leftmost position. The strategies `threshold` and `joint` commit more
+    where they are sure: `threshold` every candidate whose confidence reaches the threshold, `joint`
+    the longest run of candidates, in order of confidence, whose exact joint probability stays at or
+    above it.
 
     `latent` and `any_order` are the sampling modes of the paper
     ([CoDD](https://arxiv.org/abs/2603.00045), section 5.1). At temperature 1 `any_order` samples
@@ -71,26 +70,22 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
     """
 
     order = 1
+    config: Any
 
     @_with_draw_settings
     def __init__(self, mask_token_id: int | None = None, **settings: Any) -> None:
         if mask_token_id is not None:
             mask_token_id = integer("mask_token_id", mask_token_id, least=0)
         self._configure(DrawSettings(**settings), mask_token_id)
-        self.num_inference_steps: int | None = None
-        self.timesteps: torch.Tensor | None = None
+        self.num_inference_steps = 0
+        self.timesteps = torch.empty(0)
 
     def _configure(self, settings: DrawSettings, mask_token_id: int | None) -> None:
         self.settings = settings
         self.register_to_config(mask_token_id=mask_token_id, **vars(settings))
 
     @classmethod
-    def from_config(
-        cls,
-        config: Mapping[str, Any] | None = None,
-        return_unused_kwargs: bool = False,
-        **kwargs: Any,
-    ) -> CoDDScheduler:
+    def from_config(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """A scheduler of a stored configuration; the arguments are those of diffusers.
 
         Raises:
@@ -102,20 +97,12 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
                 names = (name for name in config if not name.startswith("_"))
                 known = inspect.signature(cls.__init__).parameters
                 check_known(names, known, f"a setting of {cls.__name__}")
-            return super().from_config(config, return_unused_kwargs, **kwargs)
+            return super().from_config(config, *args, **kwargs)
         except TypeError as error:  # of a file, the value is wrong, whatever its type
             raise ValueError(str(error)) from error
 
     def for_call(self, mask_token_id: int, **overrides: Any) -> CoDDScheduler:
-        """A copy with the mask token and the settings of a call, so that threads share `self`.
-
-        Args:
-            mask_token_id: the mask token.
-            **overrides: settings of the call; None means the configured value.
-
-        Raises:
-            TypeError, ValueError: a setting is not known or out of range.
-        """
+        """A copy with the mask token and the settings of a call, so that threads share `self`."""
         scheduler = copy.copy(self)
         scheduler._configure(self.settings.updated(**overrides), mask_token_id)
         return scheduler
@@ -129,10 +116,9 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps (`int`): The number `n` of steps in which everything is committed.
             device (`str` or `torch.device`, *optional*): Where `timesteps` shall live.
         """
-        num_inference_steps = integer("num_inference_steps", num_inference_steps, 1, MOST_STEPS)
-        steps_left = torch.arange(num_inference_steps, 0, -1, device=device, dtype=torch.float32)
-        self.num_inference_steps = num_inference_steps
-        self.timesteps = steps_left / num_inference_steps
+        steps = integer("num_inference_steps", num_inference_steps, 1, MOST_STEPS)
+        steps_left = torch.arange(steps, 0, -1, device=device, dtype=torch.float32)
+        self.num_inference_steps, self.timesteps = steps, steps_left / steps
 
     @torch.no_grad()
     def step(
@@ -149,7 +135,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         memory: CommitMemory | None = None,
         return_dict: bool = True,
         **overrides: Any,
-    ) -> CoDDSchedulerOutput | tuple:
+    ) -> CoDDSchedulerOutput | Any:
         """Draws candidates for the masked positions and commits the best of them.
 
         Args:
@@ -171,12 +157,10 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
                 temperature. Called for each row with the row's known tokens in order as
                 `input_ids`, masks and padding left out, the same in every line, and with a line of
                 log-probabilities for each masked position.
-            text (`RowText`, *optional*):
-                The whole rows, for the repetition penalty, processors and `memory`; by default
+            text (`RowText`, *optional*): The whole rows, for processors and `memory`; by default
                 `sample` is all there is.
             memory (`CommitMemory`, *optional*):
                 What earlier steps of the block committed, for remasking; it is brought up to date.
-                Without it only the step's own tokens are judged.
             return_dict (`bool`, defaults to `True`): Whether to return an output or a tuple.
             **overrides: Settings of this call in place of the configured ones.
 
@@ -188,34 +172,33 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         settings = self.settings.updated(**overrides) if overrides else self.settings
         steps_left = self._steps_left(timestep)
         if isinstance(model_output, CoupledCategorical):
-            vocab_size, device = model_output.potentials.vocab_size, model_output.present.device
+            distribution, device = model_output, model_output.present.device
+            sample = token_ids("sample", sample, distribution.potentials.vocab_size, device)
         else:
-            model_output = as_tensor("model_output", model_output, float)
-            vocab_size, device = (1, *model_output.shape)[-1], model_output.device
-        sample = token_ids("sample", sample, vocab_size, device)
-        generators("generator", generator, len(sample))
-        if eligible is not None:
-            eligible = as_tensor("eligible", eligible, bool, sample.shape, device)
-        if at_least is not None:
-            at_least = as_tensor("at_least", at_least, int, sample.shape[:1], device)
-
-        # 2. The distribution, and where a token may be committed.
-        if isinstance(model_output, torch.Tensor):
+            logits = as_tensor("model_output", model_output, float)
+            vocab_size, device = (1, *logits.shape)[-1], logits.device
+            sample = token_ids("sample", sample, vocab_size, device)
+            as_tensor("model_output", logits, shape=(*sample.shape, vocab_size))
             settings.check_vocabulary(vocab_size)
-            as_tensor("model_output", model_output, shape=(*sample.shape, vocab_size))
-            mask_token_id = self._mask_token_id(vocab_size=vocab_size)
-            logits = without_tokens(model_output.float(), mask_token_id, None)
-            model_output = without_circuit(logits, sample, sample != mask_token_id)
+            mask_token_id = self._mask_token_id(None, vocab_size)
+            logits = without_tokens(logits.float(), mask_token_id, None)
+            distribution = without_circuit(logits, sample, sample != mask_token_id)
             if settings.sampling == "any_order":  # of independent tokens, no order matters
                 settings = replace(settings, sampling="marginal")
-        processors = [logits_processor] if logits_processor else []
+        generators("generator", generator, len(sample))
+
+        # 2. Where a token may be committed, and how many are.
+        processors: list[Any] = [logits_processor] if logits_processor else []
         if settings.repetition_penalty != 1:
             penalty = RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty))
             processors.insert(0, penalty)
-        draw = StepDraw(model_output, sample, settings, generator, processors, text)
-        committable = draw.masked if eligible is None else draw.masked & eligible
+        draw = StepDraw(distribution, sample, settings, generator, processors, text)
+        committable = draw.masked
+        if eligible is not None:
+            committable = committable & as_tensor("eligible", eligible, bool, sample.shape, device)
         if at_least is None:
             at_least = even_pace(committable, steps_left)
+        at_least = as_tensor("at_least", at_least, int, sample.shape[:1], device)
 
         # 3. Candidates are drawn, and some of them committed.
         any_order = settings.sampling == "any_order"
@@ -223,8 +206,9 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
 
         # 4. Tokens that the others make improbable go back.
         if settings.remask_threshold and steps_left > 1:
-            memory = CommitMemory(*sample.shape, device) if memory is None else memory
-            back = take_back(draw, output, memory)
+            if memory is None:
+                memory = CommitMemory(len(sample), sample.shape[1], device)
+            back = take_back(draw, output, memory, settings.remask_threshold)
             output.prev_sample = output.prev_sample.masked_fill(back, self._mask_token_id())
             output.transfer_index = output.transfer_index & ~back
         return output if return_dict else output.to_tuple()
@@ -257,13 +241,10 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             `torch.BoolTensor` of shape `(batch_size, length)`.
         """
         settings = self.settings.updated(**overrides) if overrides else self.settings
-        logits = as_tensor("logits", logits, float)
-        if logits.ndim != 3:
-            raise ValueError(
-                f"`logits` must have shape [batch, length, vocab], got {tuple(logits.shape)}."
-            )
+        eligible = as_tensor("eligible", eligible, bool)
+        vocab_size = as_tensor("logits", logits, float).shape[-1:]
+        logits = as_tensor("logits", logits, float, (*eligible.shape, *vocab_size))
         settings.check_vocabulary(logits.shape[-1])
-        eligible = as_tensor("eligible", eligible, bool, logits.shape[:2], logits.device)
         generators("generator", generator, len(logits))
         logits = without_tokens(logits.float(), None, settings.forbidden_token_ids)
         probs = logits.log_softmax(-1).exp()
@@ -308,16 +289,13 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
 
     def _steps_left(self, timestep: float | torch.Tensor) -> int:
         """How many steps remain at `timestep`, itself included."""
-        if self.num_inference_steps is None:
-            raise ValueError("`step` was called before `set_timesteps`: call that first.")
-        timestep = number("timestep", timestep)
-        steps = timestep * self.num_inference_steps
+        steps = number("timestep", timestep) * self.num_inference_steps
         rounding = max(0.01, self.num_inference_steps * 2.0**-23)  # of timesteps in float32
         most = self.num_inference_steps + 0.5
         if not (0.5 < steps < most and abs(steps - round(steps)) < rounding):
             raise ValueError(
-                f"`timestep` must be one of `scheduler.timesteps`, got {timestep} with "
-                f"{self.num_inference_steps} inference steps."
+                f"`timestep` must be one of `scheduler.timesteps`, got {shown(timestep)} with "
+                f"{self.num_inference_steps} inference steps: `set_timesteps` sets them."
             )
         return round(steps)
 
