@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # 5. The head is a small repository of its own; `push_to_hub` shares it.
     head.save_pretrained(Path(args.output, "head"))
-    parts = {"model": run.model.eval(), "tokenizer": run.start[1]}
+    parts = {"model": run.model.eval(), "tokenizer": run.start.tokenizer}
     pipe = CoDDPipeline.from_pretrained(args.backbone, **parts)
     generator = torch.Generator().manual_seed(0)
     prompt = examples[-1].prompt or "Once upon a time"

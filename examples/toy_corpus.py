@@ -139,9 +139,9 @@ def train(grammar: Grammar, num_texts: int = 8192) -> CoDDPipeline:
     noise = {"max_extra_windows": 0, "mixed_precision": "no"}
 
     torch.manual_seed(0)
-    backbone = AutoModelForCausalLM.from_config(
-        small_backbone_config(tokenizer, hidden_size=64, num_layers=2)
-    )
+    shape = small_backbone_config(tokenizer, hidden_size=64, num_layers=2)
+    backbone = AutoModelForCausalLM.from_config(shape)
+    model = CoDDModel.from_backbone(backbone, mask_token_id=tokenizer.mask_token_id)
     pretraining = PretrainingConfig(
         max_steps=600,
         tokens_per_batch=128 * (LENGTH + 1),
@@ -150,7 +150,7 @@ def train(grammar: Grammar, num_texts: int = 8192) -> CoDDPipeline:
         warmup_steps=20,
         **noise,
     ).completed("new")
-    fit_backbone(backbone, tokenizer, learned, validation, pretraining, window_length=LENGTH)
+    fit_backbone(model, tokenizer, learned, validation, pretraining, window_length=LENGTH)
 
     num_latents = 40
     windows = [text_windows(part, LENGTH, tokenizer.eos_token_id) for part in (learned, validation)]

@@ -30,6 +30,7 @@ from codd_hf.training import (
     train,
 )
 from codd_hf.training import evidence as evidence_module
+from codd_hf.training.checkpoints import identity_of
 from codd_hf.training.evidence import Evidence
 from codd_hf.training.processes import shard_backbone
 from tiny import SENTENCES, correlated_examples, random_head, tiny_backbone
@@ -201,7 +202,8 @@ def sharded_evidence(folder: Path, kind: str, sharded: bool) -> None:
         shard_backbone(model)
     evidence_module.SHARD_BATCHES = 1
     examples, config = correlated_examples(21), ConditionalConfig(tokens_per_batch=64)
-    evidence = Evidence(model, tokenizer, examples, config, folder / "evidence")
+    backbone = identity_of(model, tokenizer)
+    evidence = Evidence(model, tokenizer, examples, config, backbone, folder / "evidence")
     rows = torch.arange(len(evidence))
     gains = evidence.scores(model.coupling_head, rows).gain
     kept = torch.tensor([part.numel() for part in backbone.parameters()]).sum()

@@ -101,7 +101,7 @@ def test_untrained_head_gains_nothing(tiny_tokenizer):
     backbone = new_model(tiny_tokenizer).backbone
     config = head_config(len(tiny_tokenizer), mask_token_id=1, num_latents=6)
     model = CoDDModel.from_backbone(backbone, config)
-    evidence = Evidence(model, tiny_tokenizer, VALIDATION, CONFIG, num_draws=2)
+    evidence = Evidence(model, tiny_tokenizer, VALIDATION, CONFIG, {}, num_draws=2)
     measured = evidence.evaluate(model.coupling_head)
     assert all(abs(value) < 1e-5 for value in measured.values())
     assert "gain_0.75-1.00" in measured
@@ -112,7 +112,7 @@ def test_measured_gain_is_the_likelihood_over_the_factorized_one(tiny_tokenizer,
     model = new_model(tiny_tokenizer)
     config = ConditionalConfig(cache_size=size)
     for seed, example in enumerate(VALIDATION[:6]):
-        cache = Evidence(model, tiny_tokenizer, [example], config, seed=seed)
+        cache = Evidence(model, tiny_tokenizer, [example], config, {}, seed=seed)
         scores = cache.scores(model.coupling_head, torch.tensor([0]))
         generator = torch.Generator().manual_seed(seed * 1_000_003)
         canvas, noise, starts = draw_windows([example], tiny_tokenizer, 4, 1, generator)
@@ -157,7 +157,7 @@ def test_text_that_the_circuit_rules_out_stops_the_run(tiny_tokenizer):
 
 def test_step_by_chunks_is_the_step_of_the_whole_batch(tiny_tokenizer, monkeypatch):
     head = new_model(tiny_tokenizer).coupling_head
-    cache = Evidence(new_model(tiny_tokenizer), tiny_tokenizer, TRAIN, CONFIG)
+    cache = Evidence(new_model(tiny_tokenizer), tiny_tokenizer, TRAIN, CONFIG, {})
     sizes = {"windows_per_batch": 40, "windows_per_chunk": 7}
     config = ConditionalConfig(max_steps=1, warmup_steps=1, **sizes)
     scores = cache.scores(head, torch.arange(40))

@@ -14,6 +14,7 @@ from codd_hf.data.canvases import TokenizedExample, batch_indices
 from codd_hf.data.noise import draw_windows
 from codd_hf.training import Checkpoints, ConditionalConfig, fit_conditional, fit_head
 from codd_hf.training import evidence as evidence_module
+from codd_hf.training.checkpoints import identity_of
 from codd_hf.training.evidence import Evidence
 from tiny import correlated_examples
 
@@ -22,7 +23,9 @@ CONFIG = ConditionalConfig(max_steps=3, tokens_per_batch=64, windows_per_batch=8
 
 
 def write(model, tokenizer, folder, config=CONFIG, examples=EXAMPLES, **options) -> Evidence:
-    return Evidence(model, tokenizer, examples, config, folder, **({"num_draws": 2} | options))
+    backbone = identity_of(model, tokenizer)
+    options = {"num_draws": 2} | options
+    return Evidence(model, tokenizer, examples, config, backbone, folder, **options)
 
 
 def equal(one: Evidence, other: Evidence) -> bool:
@@ -133,8 +136,9 @@ def test_fit_from_evidence_needs_no_backbone(tiny_tokenizer, tmp_path):
     fit_conditional(model, *data, CONFIG, checkpoints)
     other = new_model(tiny_tokenizer, CONTEXT)
     parts = ((EXAMPLES, CONFIG.num_draws, 0), (EXAMPLES[:4], CONFIG.num_validation_draws, 1234))
+    folder = tmp_path / "evidence"
     evidence = [
-        Evidence(other, tiny_tokenizer, part, CONFIG, tmp_path / "evidence", draws, seed)
+        write(other, tiny_tokenizer, folder, examples=part, num_draws=draws, seed=seed)
         for part, draws, seed in parts
     ]
     other.backbone.forward = None

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from codd_hf import CoDDModel
 from codd_hf.data.canvases import Example, load_examples
 from codd_hf.data.tasks import draw_tasks, sample_tasks
 from codd_hf.training import Checkpoints, PretrainingConfig, fit_backbone, train
@@ -74,7 +75,7 @@ def pretrain(stream, folder, log=None):
     )
     torch.manual_seed(0)
     backbone = small_backbone_config(stream.tokenizer, hidden_size=32, num_layers=1)
-    model = AutoModelForCausalLM.from_config(backbone)
+    model = CoDDModel.from_backbone(AutoModelForCausalLM.from_config(backbone), mask_token_id=1)
     held_out = stream.beginning()[:4]
     checkpoints = Checkpoints(folder)
     args = (stream.tokenizer, stream, held_out, config, checkpoints, log)

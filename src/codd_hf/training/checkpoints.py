@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..data.canvases import TokenizedExample
 from ..data.fingerprint import (
@@ -22,6 +22,7 @@ from ..data.fingerprint import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
+from ..modeling_codd import CoDDModel
 from ..runtime.files import atomic_write, make_durable, read_json
 
 FORMAT_VERSION = 2
@@ -49,8 +50,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of which there are checkpoints, in order."""
-        found = self.folder.glob(f"checkpoint-*/{STATE}")
-        return sorted(int(path.parent.name.rpartition("-")[2]) for path in found)
+        names = (path.parent.name for path in self.folder.glob(f"checkpoint-*/{STATE}"))
+        return sorted(int(name.removeprefix("checkpoint-")) for name in names)
 
     def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         """Writes a checkpoint, then deletes those that are too many.
@@ -106,21 +107,17 @@ class Checkpoints:
         shutil.rmtree(self.path(step), ignore_errors=True)
 
 
-def fit_identity(
-    train: Sequence[TokenizedExample], validation: Sequence[TokenizedExample], *backbone: Any
+def identity_of(
+    model: CoDDModel, tokenizer: PreTrainedTokenizerBase, **examples: Sequence[TokenizedExample]
 ) -> dict[str, Any]:
-    """Of a fit, beside its settings: its examples, and what `backbone_identity` takes."""
-    data = {"data": data_fingerprint(train), "validation_data": data_fingerprint(validation)}
-    return data | backbone_identity(*backbone)
+    """The identity of a backbone, all of whose weights are read, and of examples.
 
-
-def backbone_identity(
-    backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mask_token_id: int
-) -> dict[str, Any]:
-    """Of a backbone, all of whose weights are read; of a sharded one all processes call it."""
+    If the backbone is sharded, all processes call it.
+    """
     return {
-        "model_settings": settings_fingerprint(backbone.config),
-        "model_weights": weights_fingerprint(backbone),
-        "mask_token_id": mask_token_id,
+        **{name: data_fingerprint(part) for name, part in examples.items()},
+        "model_settings": settings_fingerprint(model.backbone.config),
+        "model_weights": weights_fingerprint(model.backbone),
+        "mask_token_id": model.mask_token_id,
         **tokenizer_fingerprint(tokenizer),
     }

@@ -69,9 +69,9 @@ def build_config(values: Mapping[str, Any]) -> TrainConfig:
     missing = [n for n, s in settings.items() if s.default is MISSING and top.get(n) is None]
     if missing:
         raise ValueError(f"`{'` and `'.join(missing)}` must be given.")
-    for stage, part in parts.items():
+    for stage, fields in parts.items():
         try:
-            top[stage] = settings[stage].kind(**part)
+            top[stage] = settings[stage].kind(**fields)
         except ValueError as error:
             raise ValueError(f"In `{stage}`: {error}") from error
     return TrainConfig(**top)

@@ -26,7 +26,6 @@ from ..data.fingerprint import data_fingerprint, json_fingerprint
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
 from ..runtime.files import atomic_write
-from .checkpoints import backbone_identity
 from .processes import is_sharded
 from .settings import ConditionalConfig
 from .windows import NoisedCanvases, NoisedWindows, WindowScores, score_all
@@ -47,10 +46,9 @@ Batch = tuple[int, list[int]]
 class Evidence:
     """A backbone's predictions about noised windows of examples, made when they are first read.
 
-    With a folder they are safetensors in a subfolder of it, one for each set of data, weights and
-    settings, written by all processes (which must share the disk) and read by memory mapping; what
-    is there is not written again. Otherwise each process holds all of them in memory. The backbone
-    may be sharded over the processes: the evidence is the same.
+    With a folder they are safetensors in a subfolder of it, one for each `identity`, written by all
+    processes (which must share the disk) and read by memory mapping; what is there is not written
+    again. Otherwise each process holds all of them in memory. The backbone may be sharded.
 
     Attributes:
         model: the backbone; hidden states are kept if its head is conditioned. Evidence has the
@@ -58,27 +56,26 @@ class Evidence:
         tokenizer: its tokenizer.
         examples: the text.
         config: the noise, and the size of what is kept.
+        backbone: its identity.
         folder: where it is kept; in memory if None.
         num_draws: how often each example is drawn, each time with another window and other noise.
         seed: of windows and noise.
-        made_by: the backbone's identity, if it was read already.
     """
 
     model: CoDDModel
     tokenizer: PreTrainedTokenizerBase
     examples: Sequence[TokenizedExample]
     config: ConditionalConfig
+    backbone: dict[str, Any]
     folder: Path | None = None
     num_draws: int = 1
     seed: int = 0
-    made_by: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         model, head = self.model, self.model.coupling_head
         maps = None if head is None else head.context_maps
         self.temperature = 1.0 if head is None else head.config.evidence_temperature
-        read = (model.backbone, self.tokenizer, model.config.mask_token_id)
-        self.identity = (self.made_by or backbone_identity(*read)) | {
+        self.identity = self.backbone | {
             "forbidden_token_ids": sorted(model.config.forbidden_token_ids or []),
             "data": data_fingerprint(self.examples),
             "window_length": model.window_length,
@@ -98,12 +95,7 @@ class Evidence:
 
     @cached_property
     def parts(self) -> list[NoisedWindows]:
-        """The windows; all processes ask for them together.
-
-        Raises:
-            OSError: the disk has no room.
-            ValueError: what is on disk is damaged.
-        """
+        """The windows; all processes ask for them together."""
         lengths = [example.length(self.model.window_length) for example in self.examples]
         size, seeds = self.config.tokens_per_batch, range(self.seed, self.seed + self.num_draws)
         rows = [part for seed in seeds for part in epoch_batches(lengths, size, seed)]
@@ -144,10 +136,7 @@ class Evidence:
         return self.take(rows).scores(head, self.temperature)
 
     def evaluate(self, head: CoDDHead) -> dict[str, float]:
-        """Mean gain in nats per masked token over factorized, all and by mask ratio.
-
-        Several processes share the windows, and all get the result.
-        """
+        """Mean gain in nats per masked token over factorized, all and by mask ratio."""
         chunks = torch.arange(len(self)).split(SCORED_AT_ONCE)
         return score_all(chunks, lambda _, rows: self.scores(head, rows)).gains()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
@@ -34,17 +35,17 @@ STRETCH = 16
 """Batches of tasks that are drawn together, so that tasks of like length share one."""
 DRAWN = 256
 """Tasks that are tokenized at once."""
-Start = tuple[CoDDModel, PreTrainedTokenizerBase]
-"""A backbone without a head, which knows its mask token, and its tokenizer."""
+
+
+class Start(NamedTuple):
+    """A backbone without a head, which knows its mask token, and its tokenizer."""
+
+    model: CoDDModel
+    tokenizer: PreTrainedTokenizerBase
 
 
 def load_parts(config: TrainConfig) -> Parts:
-    """The examples of a run.
-
-    Raises:
-        FileNotFoundError: the dataset is not there.
-        ValueError: it cannot be used.
-    """
+    """The examples of a run."""
     options = {name: getattr(config, name) for name in OF_THE_DATA}
     if config.dataset != TASKS:
         examples = load_examples(config.dataset, split=config.split, **options)
@@ -60,11 +61,7 @@ def load_parts(config: TrainConfig) -> Parts:
 
 
 def split_examples(examples: Sequence[Example], num_validation: int, num_test: int) -> Parts:
-    """Parts of examples; the last ones are held out.
-
-    Raises:
-        ValueError: nothing is left to train on, or nothing to validate on.
-    """
+    """Parts of examples; the last ones are held out."""
     first, last = len(examples) - num_validation - num_test, len(examples) - num_test
     if not 0 < first < last <= len(examples):
         raise ValueError(
@@ -76,10 +73,7 @@ def split_examples(examples: Sequence[Example], num_validation: int, num_test: i
 
 @dataclass(frozen=True)
 class TaskStream:
-    """Training tasks without end.
-
-    A batch is a pure function of the arguments and its number, so that a run that goes on reads
-    what it would have read.
+    """Training tasks without end; a batch is a pure function of the arguments and its number.
 
     Args:
         tokenizer: of the tasks.
@@ -98,10 +92,7 @@ class TaskStream:
     def batches(
         self, tokens_per_batch: int, window_length: int, seed: int, first_batch: int = 0
     ) -> Iterator[list[TokenizedExample]]:
-        """Batches of about `tokens_per_batch` tokens, answers counted in whole windows.
-
-        No batch is empty, and the first ones are skipped at no cost.
-        """
+        """Batches of about `tokens_per_batch` tokens, answers counted in whole windows."""
         stretch, skipped = divmod(first_batch, STRETCH)
         while True:
             yield from self._stretch(tokens_per_batch, window_length, f"{seed} {stretch}")[skipped:]
@@ -145,7 +136,7 @@ def load_start(name: str, mask_token_id: int | None = None) -> Start:
         OSError: nothing is found.
         ValueError: the backbone carries a LoRA, or there is no tokenizer or no mask token.
     """
-    pipe = CoDDPipeline.from_pretrained(name, dtype=torch.float32)
+    pipe: Any = CoDDPipeline.from_pretrained(name, dtype=torch.float32)
     model, tokenizer = pipe.model, pipe.tokenizer
     if active_adapter(model) is not None:
         raise ValueError(
@@ -161,10 +152,10 @@ def load_start(name: str, mask_token_id: int | None = None) -> Start:
             f"`mask_token_id` must be one of the backbone's {model.config.vocab_size} tokens, got "
             f"{mask} (which is that of its tokenizer, if it is not given)."
         )
-    return CoDDModel.from_backbone(model.backbone, mask_token_id=mask), tokenizer
+    return Start(CoDDModel.from_backbone(model.backbone, mask_token_id=mask), tokenizer)
 
 
-def new_backbone(config: TrainConfig, examples: Sequence[Example]) -> Start:
+def new_start(config: TrainConfig, examples: Sequence[Example]) -> Start:
     """A small backbone with random weights, and a tokenizer of the examples."""
     texts = [message["content"] for e in examples for message in e.messages]
     tokenizer = train_tokenizer(texts + [e.answer for e in examples], config.vocab_size)
@@ -173,20 +164,14 @@ def new_backbone(config: TrainConfig, examples: Sequence[Example]) -> Start:
     # The eager path's backward pass is the faster one in bf16 on CPUs.
     attention = "eager" if not torch.cuda.is_available() else None
     backbone = AutoModelForCausalLM.from_config(shape, attn_implementation=attention)
-    return CoDDModel.from_backbone(backbone, mask_token_id=tokenizer.mask_token_id), tokenizer
+    model = CoDDModel.from_backbone(backbone, mask_token_id=tokenizer.mask_token_id)
+    return Start(model, tokenizer)
 
 
 def small_backbone_config(
-    tokenizer: PreTrainedTokenizerBase,
-    hidden_size: int = 256,
-    num_layers: int = 4,
-    max_position_embeddings: int = 2048,
+    tokenizer: PreTrainedTokenizerBase, hidden_size: int = 256, num_layers: int = 4
 ) -> LlamaConfig:
-    """A bidirectional Llama of a few million parameters (the embedded default's shape).
-
-    Raises:
-        ValueError: a head of attention would not have an even number of features.
-    """
+    """A bidirectional Llama of a few million parameters (the embedded default's shape)."""
     num_heads = max(hidden_size // 64, 1)
     if hidden_size % (2 * num_heads):
         raise ValueError(
@@ -199,13 +184,13 @@ def small_backbone_config(
         intermediate_size=hidden_size * 11 // 4,
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
-        max_position_embeddings=max_position_embeddings,
+        max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         architectures=["LlamaForCausalLM"],
-        is_causal=False,
+        is_causal=False,  # type: ignore[call-arg]  # what decoders without a causal mask are told by
     )
 
 
@@ -220,7 +205,7 @@ def tokenize_parts(config: TrainConfig, start: Start, parts: Parts) -> list[list
 
     Test data too: a bad row is to be found before hours have been spent on the others.
     """
-    tokenizer, mask_token_id = start[1], start[0].config.mask_token_id
+    tokenizer, mask_token_id = start.tokenizer, start.model.mask_token_id
     return [
         tokenize_examples(
             part,

@@ -65,6 +65,64 @@ class Fit(ABC):
     def measure(self) -> Figures:
         """The figures of the validation."""
 
+    def run(self, checkpoints: Checkpoints | None, log: Log | None) -> History:
+        """Makes the steps that are left; the main process writes checkpoints.
+
+        Raises:
+            FloatingPointError: a figure is no longer finite.
+            OSError: the disk has no room for a checkpoint.
+            ValueError: the checkpoint is another fit's, or damaged.
+        """
+        accelerator = Accelerator()
+        main, device = accelerator.is_main_process, accelerator.device
+        state: dict[str, Any] = {"step": 0, "history": [], "loss": 0.0, "tokens": 0, "seconds": 0.0}
+        found = None if checkpoints is None else checkpoints.load(self.identity)
+        if found is None:
+            self.begin()
+        else:
+            tensors, state = found
+            self.restore(tensors)
+            left = f"goes on from step {state['step']} of {self.num_steps}"
+            if main:
+                tqdm.write(f"The {self.name} {left}.")
+        history, began = state["history"], time.monotonic() - state["seconds"]
+        bar = {"total": self.num_steps, "initial": state["step"], "desc": self.name, "unit": "step"}
+        with tqdm(**bar, disable=not accelerator.is_local_main_process) as progress:
+            if not history:
+                history.append({"step": 0, **self.measure_finite()})
+            for number in range(state["step"], self.num_steps):
+                step, last, step_began = number + 1, number + 1 == self.num_steps, time.monotonic()
+                figures, read = self.step(number)
+                state |= {"step": step, "tokens": state["tokens"] + read}
+                state["loss"] += figures["loss"] * read
+                progress.update()
+                progress.set_postfix(loss=f"{figures['loss']:.3f}")
+                figures["tokens_per_second"] = read / max(time.monotonic() - step_began, 1e-9)
+                resident = psutil.Process().memory_info().rss
+                peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident
+                figures["memory_gb"] = peak / 1e9
+                if last or step % self.evaluation_steps == 0:
+                    loss = state["loss"] / (state["tokens"] - history[-1].get("tokens", 0))
+                    measured, state["loss"] = self.measure_finite(), 0.0
+                    facts = {"tokens": state["tokens"], "seconds": time.monotonic() - began}
+                    history.append({"step": step, **measured, "loss": loss, **facts})
+                    figures |= {f"validation_{name}": value for name, value in measured.items()}
+                if log is not None:
+                    log(step, figures)
+                due = last or step % self.config.checkpointing_steps == 0
+                if checkpoints is not None and main and due:
+                    facts = {"seconds": time.monotonic() - began, "identity": self.identity}
+                    checkpoints.save(step, self.state(), state | facts)
+        return history
+
+    def measure_finite(self) -> Figures:
+        """`measure`, told and checked."""
+        figures = self.measure()
+        if Accelerator().is_main_process:
+            tqdm.write(f"The {self.name} measures {figures}.")
+        self.check_finite(figures, "the validation")
+        return figures
+
     def check_finite(self, figures: Figures, place: str) -> None:
         """Refuses to go on where a figure has come to nothing."""
         for name, value in figures.items():
@@ -72,77 +130,6 @@ class Fit(ABC):
                 raise FloatingPointError(
                     f"The {name} is {value} at {place} of the {self.name}: {self.remedy}."
                 )
-
-
-def run_steps(fit: Fit, checkpoints: Checkpoints | None = None, log: Log | None = None) -> History:
-    """Makes the steps that are left of a fit, and returns its history.
-
-    Args:
-        fit: the fit.
-        checkpoints: where the main process writes them, and where the fit goes on from; nowhere if
-            None.
-        log: told of every step.
-
-    Raises:
-        FloatingPointError: a figure is no longer finite.
-        OSError: the disk has no room for a checkpoint.
-        ValueError: the checkpoint is another fit's, or damaged.
-    """
-    accelerator = Accelerator()
-    show = tqdm.write if accelerator.is_main_process else lambda _: None
-    state: dict[str, Any] = {"step": 0, "history": [], "loss": 0.0, "tokens": 0, "seconds": 0.0}
-    found = None if checkpoints is None else checkpoints.load(fit.identity)
-    if found is None:
-        fit.begin()
-    else:
-        tensors, state = found
-        left = f"goes on from step {state['step']} of {fit.num_steps}"
-        show(f"The {fit.name} {left if state['step'] < fit.num_steps else 'is complete'}.")
-        fit.restore(tensors)
-    history, began = state["history"], time.monotonic() - state["seconds"]
-
-    def measure() -> Figures:
-        measured = fit.measure()
-        fit.check_finite(measured, "the validation")
-        entry = {"step": state["step"], **measured}
-        if history:
-            read = state["tokens"] - history[-1].get("tokens", 0)
-            entry |= {"loss": state["loss"] / read, "tokens": state["tokens"]}
-            entry["seconds"], state["loss"] = time.monotonic() - began, 0.0
-        history.append(entry)
-        show(str(entry))
-        return measured
-
-    if not history:
-        measure()
-    bar = {"total": fit.num_steps, "initial": state["step"], "desc": fit.name, "unit": "step"}
-    with tqdm(**bar, disable=not accelerator.is_local_main_process) as progress:
-        for number in range(state["step"], fit.num_steps):
-            step_began, step = time.monotonic(), number + 1
-            figures, read = fit.step(number)
-            state |= {"step": step, "tokens": state["tokens"] + read}
-            state["loss"] += figures["loss"] * read
-            progress.update()
-            progress.set_postfix(loss=f"{figures['loss']:.3f}")
-            figures["tokens_per_second"] = read / max(time.monotonic() - step_began, 1e-9)
-            figures["memory_gb"] = _memory(accelerator.device)
-            last = step == fit.num_steps
-            if last or step % fit.evaluation_steps == 0:
-                figures |= {f"validation_{name}": value for name, value in measure().items()}
-            if log is not None:
-                log(step, figures)
-            due = last or step % fit.config.checkpointing_steps == 0
-            if checkpoints is not None and accelerator.is_main_process and due:
-                facts = {"seconds": time.monotonic() - began, "identity": fit.identity}
-                checkpoints.save(step, fit.state(), state | facts)
-    return history
-
-
-def _memory(device: torch.device) -> float:
-    """GB that this process uses: the peak on a GPU, what is resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return psutil.Process().memory_info().rss / 1e9
 
 
 class GradientFit(Fit):
@@ -155,7 +142,7 @@ class GradientFit(Fit):
         identity: dict[str, Any],
         trained: dict[str, nn.Parameter],
         optimizers: Sequence[torch.optim.Optimizer],
-        clipped: Sequence[Sequence[nn.Parameter]] | None = None,
+        clipped: Sequence[Sequence[nn.Parameter]] = (),
     ) -> None:
         """Says what is trained, and how.
 
@@ -163,32 +150,28 @@ class GradientFit(Fit):
             identity: what the fit depends on beside its settings.
             trained: the parameters, under their names in checkpoints.
             optimizers: which train them; the schedule scales the `peak` of a group.
-            clipped: parts of what is trained whose gradients are clipped together; all if None.
+            clipped: parts of what is trained whose gradients are clipped together; default, all.
         """
         config = self.config
         assert config.max_steps is not None
-        self.trained, self.optimizers = trained, optimizers
+        assert config.learning_rate is not None
+        self.trained, self.optimizers, self.peak = trained, optimizers, config.learning_rate
         self.clipped = clipped or [[*trained.values()]]
         self.identity = config.identity() | identity
         self.num_steps, self.evaluation_steps = config.max_steps, config.evaluation_steps
-        self.remedy = f"lower `learning_rate` (now {config.learning_rate})"
+        self.remedy = f"lower `learning_rate` (now {self.peak})"
 
     @abstractmethod
     def backward(self, number: int) -> tuple[Figures, int]:
         """Sets the gradients of a step; returns its figures and its tokens."""
 
-    def rate(self, number: int) -> float:
-        """The share of the peak rate."""
-        cosine = 0.5 + 0.5 * math.cos(math.pi * number / self.num_steps)
-        return min(self.warmed(number), 1.0) * cosine
-
-    def warmed(self, number: int) -> float:
-        """The share of the warm-up that is done."""
-        return (number + 1) / max(self.config.warmup_steps or 0, 1)
+    def rate(self, number: int, warmed: float) -> float:
+        """The share of the peak rate, where a share of the warm-up is done."""
+        return min(warmed, 1.0) * (0.5 + 0.5 * math.cos(math.pi * number / self.num_steps))
 
     def step(self, number: int) -> tuple[Figures, int]:
         """Makes the step of a number."""
-        rate = self.rate(number)
+        rate = self.rate(number, (number + 1) / max(self.config.warmup_steps or 0, 1))
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak"] * rate
         figures, tokens = self.backward(number)
@@ -197,7 +180,7 @@ class GradientFit(Fit):
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return figures | {"learning_rate": (self.config.learning_rate or 0) * rate}, tokens
+        return figures | {"learning_rate": self.peak * rate}, tokens
 
     def state(self) -> dict[str, torch.Tensor]:
         """The parameters, and the optimisers' states, under flat names."""
@@ -241,7 +224,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 def trained_in_float32(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require gradients, made float32: finer steps are lost in bfloat16."""
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    trained = {f"model.{name}": p for name, p in module.named_parameters() if p.requires_grad}
     for parameter in trained.values():
         parameter.data = parameter.data.float()
     return trained

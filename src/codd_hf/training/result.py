@@ -12,7 +12,6 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
-from ..data.canvases import Example
 from ..evaluation.gap import measure_gap
 from ..evaluation.settings import GapSettings
 from ..hub.cards import REWRITTEN, make_card
@@ -46,15 +45,7 @@ TRAINED = (
 
 @reaching_hub()
 def open_repository(config: TrainConfig) -> str | None:
-    """Creates the repository that a run will be pushed to: a refusal comes before the training.
-
-    Returns:
-        Its id; None if nothing is to be pushed.
-
-    Raises:
-        OSError: the Hub refuses, or cannot be reached.
-        ValueError: the repository should be private, and is public.
-    """
+    """The repository that a run is pushed to, created before the training, which may be refused."""
     if not config.push_to_hub:
         return None
     api = HfApi(library_name="codd-hf")
@@ -70,12 +61,12 @@ def open_repository(config: TrainConfig) -> str | None:
 
 def write_pipeline(run: Run, folder: Path, repo_id: str | None) -> None:
     """Writes the pipeline, measures its gap for the card, and pushes it if it has a repository."""
-    config, model, tokenizer = run.config, run.model, run.start[1]
+    config, model, tokenizer = run.config, run.model, run.start.tokenizer
     held_out = run.parts[2] or run.parts[1]
     problems = [e for e in held_out if len(e.answer_ids) > model.window_length]
     problems = [] if run.sharded else problems[: config.num_gap_problems]
     gap = None
-    if problems:
+    if problems and model.coupling_head is not None:
         heads, settings = {"coupled": model.coupling_head}, GapSettings(ratios=[*GAP_RATIOS])
         gap = measure_gap(model, heads, tokenizer, problems, settings)
     write_card(run, folder, repo_id, gap)
@@ -83,17 +74,23 @@ def write_pipeline(run: Run, folder: Path, repo_id: str | None) -> None:
     circuit = CoDDHead.from_pretrained(GENERATIVE.result(config))
     dtype = getattr(torch, config.dtype)
     for part, name in ((model, "model"), (circuit, "stage1")):
-        # One copy of a tensor with several names, so that tied weights are stored once.
         weights = part.state_dict()
-        held = {tensor.data_ptr(): tensor for tensor in weights.values()}
-        copies = {k: t.to(dtype) if t.is_floating_point() else t for k, t in held.items()}
+        # The names of one tensor share its copy, so that tied weights are stored once.
+        copies = {
+            t.data_ptr(): t.to(dtype) if t.is_floating_point() else t for t in weights.values()
+        }
         stored = {key: copies[tensor.data_ptr()] for key, tensor in weights.items()}
         part.save_pretrained(folder / name, state_dict=stored)
         (folder / name / "README.md").unlink()  # a pipeline has one card
     save_held_out(folder, run.examples)
     if repo_id is not None:
-        options = {"ignore_patterns": NOT_PUSHED, "commit_message": "Trained with codd-hf"}
-        pushed = push_folder(folder, repo_id, private=config.hub_private, **options)
+        pushed = push_folder(
+            folder,
+            repo_id,
+            private=config.hub_private,
+            ignore_patterns=NOT_PUSHED,
+            commit_message="Trained with codd-hf",
+        )
         tqdm.write(f"The pipeline is on the Hub: {pushed.repo_url}")
 
 
@@ -103,16 +100,13 @@ def save_held_out(folder: Path, examples: Parts) -> None:
     demo = (test or validation)[:10]
     for name, part in (("validation", validation), ("test", test), ("demo", demo)):
         chat = name != "demo" and any(example.history for example in part)
-        rows = [f"{json.dumps(_row(example, chat))}\n" for example in part]
-        (folder / f"{name}.jsonl").write_text("".join(rows))
-
-
-def _row(example: Example, chat: bool) -> dict[str, Any]:
-    """An example as `load_examples` reads it."""
-    if not chat:
-        return {"question": example.prompt, "answer": example.answer}
-    answer = {"role": "assistant", "content": example.answer}
-    return {"messages": [*example.messages, answer]}
+        rows = [
+            {"messages": [*e.messages, {"role": "assistant", "content": e.answer}]}
+            if chat
+            else {"question": e.prompt, "answer": e.answer}
+            for e in part
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_card(
@@ -143,13 +137,12 @@ def write_card(
     parts = [TRAINED, f"- Examples: {listed(sizes)}.\n- Settings: {listed(general)}."]
     parts[-1] += f"\n- Machine and versions: {listed(machine)}."
     for stage, history in histories.items():
-        line = "Run earlier, with settings that are not recorded here."
-        if stage in config.chosen_stages:
-            line = f"Settings: {listed(settings[stage])}."
+        known = stage in config.chosen_stages
+        told = listed(settings[stage]) if known else "of an earlier run, and not recorded"
         last, number = len(history) - 1, min(len(history), CURVE_ROWS)
         rows = [history[round(i * last / max(number - 1, 1))] for i in range(number)]
         curve = table([{k: v for k, v in row.items() if k != "tokens"} for row in rows])
-        parts += [f"### Stage: {stage}\n\n{line}", curve]
+        parts += [f"### Stage: {stage}\n\nSettings: {told}.", curve]
     if gap is not None:
         caution = "test" if sizes["test"] else "validation (which choices were made on)"
         parts.append(
@@ -159,7 +152,7 @@ def write_card(
             f"time (sequential).\n\n{table(gap)}"
         )
     make_card(
-        CoDDPipeline(model, CoDDScheduler(), run.start[1]),
+        CoDDPipeline(model, CoDDScheduler(), run.start.tokenizer),
         repo_id or folder.resolve().name,
         datasets=None if is_local(config.dataset) else config.dataset,
         training="\n\n".join(parts),

@@ -42,12 +42,10 @@ def train(config: TrainConfig) -> Path:
         made. `output_dir/backbone` if pretraining alone was to run.
 
     Raises:
-        OSError: another run writes the output folder, or the Hub, which is asked before anything is
-            trained, refuses what is to be pushed.
-        FileNotFoundError: the dataset or the backbone is not there.
+        OSError: another run writes the output folder, the dataset or the backbone is not there, or
+            the Hub refuses what is to be pushed.
         ValueError: the data cannot be used, the settings are not those of the run in the output
-            folder, a stage lacks the result of an earlier one, a checkpoint is not there or
-            damaged, or a tracker is not installed.
+            folder, or a stage lacks the result of an earlier one.
     """
     accelerator, output = join_processes(), Path(config.output_dir)
     main = accelerator.is_main_process
@@ -56,7 +54,7 @@ def train(config: TrainConfig) -> Path:
             raise ValueError(
                 f"`report_to` is {name!r}, but that package is not installed: `pip install {name}`."
             )
-    shape = {name: getattr(config, name) for name in ("num_latents", "window_length")}
+    shape = {"num_latents": config.num_latents, "window_length": config.window_length}
     head_config(config, shape | {"vocab_size": config.num_latents}, 1)  # out of range: found here
     resume = resume_choices(config)
     with accelerator.main_process_first():  # the others find what it has converted
@@ -136,11 +134,7 @@ def tracking(config: TrainConfig, stage: str) -> Iterator[Log | None]:
 
 
 def resume_choices(config: TrainConfig) -> dict[str, str]:
-    """The meaning of `config.resume_from_checkpoint` for each stage to run.
-
-    Raises:
-        ValueError: it is the folder of no stage that is to run.
-    """
+    """The meaning of `config.resume_from_checkpoint` for each stage to run."""
     choice, chosen = config.resume_from_checkpoint, config.chosen_stages
     if choice in ("latest", "none"):
         return dict.fromkeys(chosen, choice)
@@ -151,6 +145,5 @@ def resume_choices(config: TrainConfig) -> dict[str, str]:
             f"to run, such as OUTPUT/conditional/checkpoint-200, got {choice!r} (to run: "
             f"{', '.join(chosen)})."
         )
-    place = chosen.index(stage)
-    before, after = chosen[:place], chosen[place + 1 :]
+    before, after = chosen[: chosen.index(stage)], chosen[chosen.index(stage) + 1 :]
     return dict.fromkeys(before, "latest") | {stage: choice} | dict.fromkeys(after, "none")

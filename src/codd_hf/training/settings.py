@@ -98,13 +98,14 @@ class PretrainingConfig(GradientConfig):
 
     def completed(self, backbone: Literal["new", "given"]) -> PretrainingConfig:
         """These settings with the defaults for a kind of backbone."""
-        names = ("optimizer", "max_steps", "learning_rate", "weight_decay", "warmup_steps")
-        defaults = {
-            "new": ("muon", 4600, 2e-3, 0.1, 100),
-            "given": ("adamw", 1000, 5e-5, 0.0, 50),
-        }[backbone]
-        pairs = zip(names, defaults, strict=True)
-        return replace(self, **{name: v for name, v in pairs if getattr(self, name) is None})
+        defaults: dict[str, Any] = {
+            "optimizer": "muon" if backbone == "new" else "adamw",
+            "max_steps": 4600 if backbone == "new" else 1000,
+            "learning_rate": 2e-3 if backbone == "new" else 5e-5,
+            "weight_decay": 0.1 if backbone == "new" else 0.0,
+            "warmup_steps": 100 if backbone == "new" else 50,
+        }
+        return replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
 
 
 @dataclass

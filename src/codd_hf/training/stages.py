@@ -19,36 +19,22 @@ from ..data.tasks import TASKS
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
 from .checkpoints import Checkpoints
-from .fits.conditional import fit_conditional
+from .fits.conditional import OF_THE_HEAD, fit_conditional
 from .fits.generative import fit_generative, text_windows
 from .fits.joint import fit_joint
 from .fits.pretraining import fit_backbone
-from .inputs import (
-    Parts,
-    Start,
-    TaskStream,
-    load_start,
-    never_generated,
-    new_backbone,
-    tokenize_parts,
-)
+from .inputs import Parts, Start, TaskStream, load_start, never_generated, new_start, tokenize_parts
 from .loop import History, Log
 from .processes import shard_backbone
 from .settings import TrainConfig
 
-OF_THE_HEAD = ("emission", "emission_rank", "conditioning", "noise_conditioning", "evidence_size")
 Result = tuple[History, Sequence[Any]]
 """The history of a fit, and what is to be saved in the folder of its result."""
 
 
 @dataclass
 class Run:
-    """What the stages of a run share; the backbone and the tokens are read when they are needed.
-
-    Attributes:
-        config: the settings.
-        examples: the data.
-    """
+    """What the stages of a run share; the backbone and the tokens are read when they are needed."""
 
     config: TrainConfig
     examples: Parts
@@ -56,14 +42,14 @@ class Run:
     @cached_property
     def start(self) -> Start:
         """The backbone, trained or given, and its tokenizer."""
-        if not self.config.trains_backbone and self.config.backbone is not None:
-            return load_start(self.config.backbone, self.config.mask_token_id)
-        return load_start(str(PRETRAINING.result(self.config)), self.config.mask_token_id)
+        given = None if self.config.trains_backbone else self.config.backbone
+        name = given or str(PRETRAINING.result(self.config))
+        return load_start(name, self.config.mask_token_id)
 
     @cached_property
     def model(self) -> CoDDModel:
         """The backbone, and a head once there is one."""
-        return self.start[0]
+        return self.start.model
 
     @cached_property
     def parts(self) -> list[list[TokenizedExample]]:
@@ -99,11 +85,7 @@ class Stage:
     fit: Callable[[Run, Checkpoints, Log | None], Result]
 
     def result(self, config: TrainConfig) -> Path:
-        """The folder of its finished result.
-
-        Raises:
-            ValueError: it is not there.
-        """
+        """The folder of its finished result."""
         folder = Path(config.output_dir, self.leaves or "")
         if not (folder / "config.json").exists():
             raise ValueError(
@@ -117,42 +99,33 @@ def pretrain(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> Resu
     """Trains a small backbone, or the given one further."""
     config, settings = run.config, run.config.pretraining
     if config.backbone is None:
-        start, settings = new_backbone(config, run.examples[0]), settings.completed("new")
+        start, settings = new_start(config, run.examples[0]), settings.completed("new")
     else:
         start = load_start(config.backbone, config.mask_token_id)
-    model, tokenizer = start
+    (model, tokenizer), length = start, config.window_length
     train, validation, _ = tokenize_parts(config, start, run.examples)
     stream = TaskStream(tokenizer, config.dataset_config, config.max_length)
-    history = fit_backbone(
-        model.backbone,
-        tokenizer,
-        stream if config.dataset == TASKS else train,
-        validation,
-        settings,
-        checkpoints,
-        log,
-        window_length=config.window_length,
-        mask_token_id=model.config.mask_token_id,
-    )
-    return history, [model.backbone, tokenizer]
+    data = stream if config.dataset == TASKS else train
+    args = (model, tokenizer, data, validation, settings, checkpoints, log)
+    return fit_backbone(*args, window_length=length), [model.backbone, tokenizer]
 
 
 def fit_circuit(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> Result:
     """Fits a circuit to the answers' windows, and makes a head of it, marginally corrected."""
-    config, length, (model, tokenizer) = run.config, run.config.window_length, run.start
+    config, (model, tokenizer) = run.config, run.start
+    length, size, mask = config.window_length, model.config.vocab_size, model.mask_token_id
     embeddings = model.get_output_embeddings().weight.detach().float()
     train, validation = (text_windows(p, length, tokenizer.eos_token_id) for p in run.parts[:2])
     data = (train, validation, embeddings, config.num_latents)
-    potentials, history = fit_generative(*data, config.generative, checkpoints, log)
-    marginal = token_marginal(potentials, length)
+    fitted, history = fit_generative(*data, config.generative, checkpoints, log)
+    marginal = token_marginal(fitted, length)
     # A token that the circuit has never seen gets the ratio 1: it says nothing about it.
-    unseen = train.flatten().bincount(minlength=len(embeddings)) == 0
-    emission = torch.where(unseen, marginal.log(), potentials.emission.dense())
-    mask = model.config.mask_token_id
-    never = never_generated(tokenizer, mask) | {*range(len(tokenizer), model.config.vocab_size)}
+    unseen = train.flatten().bincount(minlength=size) == 0
+    emission = torch.where(unseen, marginal.log(), fitted.tensors()[2])
+    never = never_generated(tokenizer, mask) | {*range(len(tokenizer), size)}
     head = CoDDHead(
         CoDDHeadConfig(
-            vocab_size=model.config.vocab_size,
+            vocab_size=size,
             num_latents=config.num_latents,
             window_length=length,
             mask_token_id=mask,
@@ -160,18 +133,14 @@ def fit_circuit(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> R
             base_model_name_or_path=None if config.trains_backbone else model.backbone.name_or_path,
         )
     )
-    fitted = Potentials(potentials.initial, potentials.transition, emission)
-    head.set_potentials(fitted, marginal, alpha=config.generative.alpha)
+    potentials = Potentials(fitted.initial, fitted.transition, emission)
+    head.set_potentials(potentials, marginal, alpha=config.generative.alpha)
     return history, [run.couple(head)]
 
 
 def head_config(config: TrainConfig, circuit: dict[str, Any], context_size: int) -> CoDDHeadConfig:
-    """The configuration of a conditioned head.
-
-    Raises:
-        ValueError: a setting is out of range.
-    """
-    chosen = {name: getattr(config, name) for name in OF_THE_HEAD}
+    """The configuration of a conditioned head; raises a ValueError for a setting out of range."""
+    chosen = {name: getattr(config, name) for name in (*OF_THE_HEAD, "evidence_size")}
     return CoDDHeadConfig.from_dict(circuit | chosen | {"context_size": context_size})
 
 
@@ -185,23 +154,25 @@ def conditioned(config: TrainConfig, model: CoDDModel, circuit: CoDDHead) -> CoD
     head = CoDDHead(head_config(config, circuit.config.to_dict(), model.config.hidden_size))
     if config.emission == "tied":
         head.bind(model.get_output_embeddings().weight)
-    alpha, marginal = circuit.config.alpha, circuit.token_marginal
+    alpha, marginal = circuit.config.alpha, circuit.get_buffer("token_marginal")
     fitted = circuit.potentials.scaled_by_marginal(marginal.log(), alpha)
     head.set_potentials(fitted, marginal, alpha=alpha)
     head.temper(config.conditional.emission_power, config.conditional.transition_power)
     if head.context_maps is not None:
-        unigrams = fitted.emission.dense().log_softmax(-1).mean(0)
+        unigrams = fitted.tensors()[2].log_softmax(-1).mean(0)
         head.context_maps.start(unigrams, occupancy(fitted, config.window_length).mean(0))
     return head
 
 
 def condition_head(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> Result:
     """Fits the head to the frozen backbone."""
-    head = run.couple(conditioned(run.config, run.model, run.model.coupling_head))
+    config, (train, validation, _) = run.config, run.parts
+    assert run.model.coupling_head is not None
+    head = run.couple(conditioned(config, run.model, run.model.coupling_head))
     if run.sharded:
         shard_backbone(run.model)
-    data = (run.start[1], *run.parts[:2], run.config.conditional)
-    history = fit_conditional(run.model, *data, checkpoints, log)
+    data = (run.model, run.start.tokenizer, train, validation)
+    history = fit_conditional(*data, config.conditional, checkpoints, log)
     if run.sharded:  # a whole backbone serves the other stages
         del run.start, run.model
         run.couple(head.cpu())
@@ -210,8 +181,8 @@ def condition_head(run: Run, checkpoints: Checkpoints, log: Log | None = None) -
 
 def train_jointly(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> Result:
     """Fits backbone and head together."""
-    data = (run.start[1], *run.parts[:2], run.config.joint)
-    return fit_joint(run.model, *data, checkpoints, log), []
+    data = (run.model, run.start.tokenizer, run.parts[0], run.parts[1])
+    return fit_joint(*data, run.config.joint, checkpoints, log), []
 
 
 PRETRAINING = Stage("pretraining", None, "backbone", pretrain)

@@ -133,14 +133,12 @@ class NoisedWindows:
 
         # Half precision costs a prediction its normalisation.
         kept = torch.cat((self.log_probs, self.log_rest[:, None]), -1).float().log_softmax(-1)
-        evidence: ListedEvidence | DenseEvidence = ListedEvidence(
-            laid_out(self.indices.long(), 0),
-            laid_out(kept[:, :-1], 0),
-            laid_out(kept[:, -1:], -torch.inf),
-            temperature,
-        )
+        log_probs, log_rest = laid_out(kept[:, :-1], 0), laid_out(kept[:, -1:], -torch.inf)
+        indices = laid_out(self.indices.long(), 0)
+        listed = ListedEvidence(indices, log_probs, log_rest, temperature)
+        evidence: ListedEvidence | DenseEvidence = listed
         if head.config.vocab_size <= DENSE_VOCABULARY:
-            dense = evidence.spread(TokenGroups(head.log_spread)).dense()
+            dense = listed.spread(TokenGroups(head.log_spread)).dense()
             evidence = DenseEvidence(dense, temperature)
         preceding = None
         if self.preceding_tokens is not None and self.preceding_hidden is not None:
@@ -188,7 +186,7 @@ class NoisedCanvases:
         self.columns = starts[:, None] + torch.arange(model.window_length)
         self.truth = canvas.input_ids.gather(1, self.columns)
         self.masked, self.level = noise.masked.gather(1, self.columns), noise.level
-        ids = canvas.input_ids.masked_fill(noise.masked, model.config.mask_token_id)
+        ids = canvas.input_ids.masked_fill(noise.masked, model.mask_token_id)
         self.ids, self.mask = ids.to(model.device), canvas.attention_mask.to(model.device)
         self.model, self.starts = model, starts.to(model.device)
         self.autocast = autocast(config.mixed_precision, model.device)
@@ -212,7 +210,7 @@ class NoisedCanvases:
         with self.autocast:
             states = model.backbone_states(self.ids, self.mask)
             logits = states.logits((window.to(device), self.columns[window, place].to(device)))
-        never = (config.vocab_size, config.mask_token_id, config.forbidden_token_ids, device)
+        never = (config.vocab_size, model.mask_token_id, config.forbidden_token_ids, device)
         kept = ListedEvidence.from_logits(logits, size, temperature, forbidden_tokens(*never))
         context = {}
         if maps is not None:

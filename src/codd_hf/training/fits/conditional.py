@@ -1,8 +1,7 @@
-"""The fit of a head to the predictions of a frozen backbone.
+"""The fit of a head to the predictions of a frozen backbone, which are kept (`evidence`).
 
-The backbone runs over the data first, and its predictions are kept (`evidence`). After that it is
-not needed. Only `log p_w(x) - log Z` depends on the circuit; its gradient is counts under the data
-minus counts under the coupled model.
+Only `log p_w(x) - log Z` depends on the circuit; its gradient is counts under the data minus counts
+under the coupled model.
 """
 
 from __future__ import annotations
@@ -18,21 +17,14 @@ from ...data.canvases import TokenizedExample
 from ...data.fingerprint import weights_fingerprint
 from ...modeling_codd import CoDDModel
 from ...modeling_head import CoDDHead
-from ..checkpoints import Checkpoints, backbone_identity
+from ..checkpoints import Checkpoints, identity_of
 from ..evidence import Evidence
-from ..loop import Figures, History, Log, run_steps, told_precision
+from ..loop import Figures, History, Log, told_precision
 from ..settings import ConditionalConfig
 from ..windows import WindowScores
 from .coupled import CoupledFit, head_optimizer, rows_of_step, trainable_head
 
-OF_THE_HEAD = (
-    "num_latents",
-    "emission",
-    "emission_rank",
-    "conditioning",
-    "noise_conditioning",
-    "alpha",
-)
+OF_THE_HEAD = ("num_latents", "emission", "emission_rank", "conditioning", "noise_conditioning")
 """Settings of the head to fit, which a run is continued with."""
 VALIDATION_SEED = 1234
 
@@ -46,12 +38,11 @@ def fit_conditional(
     checkpoints: Checkpoints | None = None,
     log: Log | None = None,
 ) -> History:
-    """Trains `model.coupling_head` in place; the backbone is frozen (and stays so).
+    """Trains `model.coupling_head`, best that of the generative fit, in place.
 
-    The backbone runs over the data first; its evidence is kept in `evidence` beside the folder of
-    the checkpoints, and in memory if there is none. Where all steps were made already, it does not
-    run, and the evidence may be gone. The evidence temperature becomes the head's. The head is best
-    that of the generative fit.
+    The frozen backbone runs over the data first; its evidence is kept in `evidence` beside the
+    folder of the checkpoints, and in memory if there is none. Where all steps were made already, it
+    does not run, and the evidence may be gone.
 
     Returns:
         The history, with the `gain`: nats per masked token over factorized prediction, all and by
@@ -61,13 +52,13 @@ def fit_conditional(
         ValueError: the model has no head.
     """
     config = config or ConditionalConfig()
-    config = replace(config, mixed_precision=told_precision(config))
+    config = replace(config, mixed_precision=told_precision(config))  # type: ignore[arg-type]
     head = trainable_head(model.eval(), config)
-    made_by = backbone_identity(model.backbone, tokenizer, model.config.mask_token_id)
+    backbone = identity_of(model, tokenizer)
     folder = None if checkpoints is None else checkpoints.folder.parent / "evidence"
 
     def evidence(part: Sequence[TokenizedExample], draws: int, seed: int) -> Evidence:
-        return Evidence(model, tokenizer, part, config, folder, draws, seed, made_by)
+        return Evidence(model, tokenizer, part, config, backbone, folder, draws, seed)
 
     of_train = evidence(train, config.num_draws, config.seed)
     of_validation = evidence(validation, config.num_validation_draws, VALIDATION_SEED)
@@ -78,15 +69,15 @@ def fit_head(
     head: CoDDHead,
     train: Evidence,
     validation: Evidence,
-    config: ConditionalConfig | None = None,
+    config: ConditionalConfig,
     checkpoints: Checkpoints | None = None,
     log: Log | None = None,
 ) -> History:
-    """`fit_conditional` on evidence that is there already, whose temperature becomes the head's."""
-    config = (config or ConditionalConfig()).with_steps(train.num_windows)
+    """`fit_conditional` on evidence, whose temperature becomes the head's."""
+    config = config.with_steps(train.num_windows)
     head.config.evidence_temperature = train.temperature
     fit = HeadFit(head.to(Accelerator().device).requires_grad_(True), train, validation, config)
-    history = run_steps(fit, checkpoints, log)
+    history = fit.run(checkpoints, log)
     if config.keep == "best":
         fit.take_best()
     return history
@@ -105,7 +96,8 @@ class HeadFit(CoupledFit):
     def __post_init__(self) -> None:
         head, self.window_length = self.head, self.head.config.window_length
         self.best: dict[str, torch.Tensor] = {}
-        identity = {name: getattr(head.config, name) for name in OF_THE_HEAD} | self.train.identity
+        chosen = (*OF_THE_HEAD, "alpha")
+        identity = {name: getattr(head.config, name) for name in chosen} | self.train.identity
         identity["validation_data"] = self.validation.identity["data"]
         identity["start"] = weights_fingerprint(head)
         trained = {f"head.{name}": p for name, p in head.named_parameters()}
@@ -125,9 +117,8 @@ class HeadFit(CoupledFit):
         """The gains on the validation's evidence."""
         gains = self.validation.evaluate(self.head)
         if self.config.keep == "best" and gains["gain"] > self.best.get("gain", -torch.inf):
-            gain = torch.tensor(gains["gain"], dtype=torch.float64)
             self.best = {name: p.detach().clone() for name, p in self.trained.items()}
-            self.best["gain"] = gain
+            self.best["gain"] = torch.tensor(gains["gain"], dtype=torch.float64)
         return gains
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -137,8 +128,7 @@ class HeadFit(CoupledFit):
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Sets it."""
         super().restore(tensors)
-        best = {k: v for k, v in tensors.items() if k.startswith("best.")}
-        self.best = {k.removeprefix("best."): v for k, v in best.items()}
+        self.best = {k[5:]: v for k, v in tensors.items() if k.startswith("best.")}
 
     @torch.no_grad()
     def take_best(self) -> None:

@@ -1,8 +1,8 @@
 """Steps on the coupled likelihood of noised windows (CoDD, arXiv 2603.00045, Eq. 7).
 
 The processes share the chunks of a step's windows; gradients of chunks are summed in float64, so
-that a step does not depend on who computed what. (Plain averaging would: AdamW's step has no regard
-for the size of a gradient, and makes as much of a rounding error where there is no other.)
+that a step does not depend on who computed what: AdamW makes as much of a rounding error as of any
+gradient.
 """
 
 from __future__ import annotations
@@ -61,11 +61,7 @@ class CoupledFit(GradientFit):
 
 
 def trainable_head(model: CoDDModel, config: CoupledConfig) -> CoDDHead:
-    """The head, all that is trained of a model, at the evidence temperature of the settings.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The head, all that is trained of a model, at the evidence temperature of the settings."""
     head = model.coupling_head
     if head is None:
         raise ValueError("`model` has no head to fit: give `from_backbone` a head configuration.")

@@ -7,6 +7,7 @@ batch has a share that falls from step to step.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from ...circuits.em import Counts, expected_counts, log_likelihood, maximise
 from ...data.canvases import TokenizedExample
 from ...data.fingerprint import tensor_fingerprint
 from ..checkpoints import Checkpoints
-from ..loop import Figures, Fit, History, Log, run_steps
+from ..loop import Figures, Fit, History, Log
 from ..processes import summed
 from ..settings import GenerativeConfig
 
@@ -35,20 +36,15 @@ def text_windows(
     examples: Sequence[TokenizedExample], window_length: int, eos_token_id: int
 ) -> torch.Tensor:
     """The windows `[N, L]` of all answers, cut as decoding cuts them, filled with end-of-text."""
-    windows: list[int] = []
-    for ids in (example.answer_ids for example in examples):
-        windows += [*ids, *[eos_token_id] * (-len(ids) % window_length)]
-    return torch.tensor(windows).view(-1, window_length)
+    answers = (example.answer_ids for example in examples)
+    filled = (ids + [eos_token_id] * (-len(ids) % window_length) for ids in answers)
+    return torch.tensor(list(itertools.chain(*filled))).view(-1, window_length)
 
 
 def cluster_tokens(
     embeddings: torch.Tensor, counts: torch.Tensor, num_clusters: int, seed: int = 0
 ) -> torch.Tensor:
-    """The cluster `[V]` of each token: k-means of embeddings `[V, d]`, weighted by counts `[V]`.
-
-    Raises:
-        ValueError: fewer different tokens occur.
-    """
+    """The cluster `[V]` of each token: k-means of embeddings `[V, d]`, weighted by counts `[V]`."""
     features = torch.nn.functional.normalize(embeddings.float(), dim=-1).cpu().numpy()
     weights = counts.float().cpu().numpy()
     seen = weights > 0
@@ -99,11 +95,11 @@ def fit_generative(
     checkpoints: Checkpoints | None = None,
     log: Log | None = None,
 ) -> tuple[Potentials, History]:
-    """Fits a circuit with shared transitions and emissions to windows of tokens.
+    """Fits a circuit to windows of tokens.
 
     Args:
-        windows: `[N, L]` tokens; several processes share each batch of them.
-        validation: `[M, L]` tokens.
+        windows: `[N, L]`; several processes share each batch of them.
+        validation: `[M, L]`.
         embeddings: `[V, d]` of the backbone's output, for the clustering.
         num_latents: number of states `H`.
         config: how to fit.
@@ -124,7 +120,7 @@ def fit_generative(
         )
     config = config or GenerativeConfig()
     fit = ExpectationMaximisation(windows, validation, embeddings, num_latents, config)
-    history = run_steps(fit, checkpoints, log)
+    history = fit.run(checkpoints, log)
     return fit.potentials.with_leaves([leaf.cpu() for leaf in fit.potentials.leaves()]), history
 
 
@@ -161,8 +157,8 @@ class ExpectationMaximisation(Fit):
         """Clusters the tokens, on the main process."""
         clusters = torch.zeros(len(self.embeddings), dtype=torch.long)
         if Accelerator().is_main_process:
-            weights = (self.embeddings, self.unigrams)
-            clusters = cluster_tokens(*weights, self.num_latents, self.config.seed)
+            features = (self.embeddings, self.unigrams)
+            clusters = cluster_tokens(*features, self.num_latents, self.config.seed)
         # They are zero elsewhere, so the sum is the main process's.
         clusters = Accelerator().reduce(clusters.to(self.device), "sum").cpu()
         start = initial_potentials(self.windows, clusters, self.num_latents, self.config.seed)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...coupling.adapters import active_adapter, add_adapter
@@ -20,8 +19,8 @@ from ...coupling.heads import DEFAULT_NAME
 from ...data.canvases import TokenizedExample
 from ...data.fingerprint import weights_fingerprint
 from ...modeling_codd import CoDDModel
-from ..checkpoints import Checkpoints, fit_identity
-from ..loop import Figures, History, Log, run_steps, seeded, told_precision, trained_in_float32
+from ..checkpoints import Checkpoints, identity_of
+from ..loop import Figures, History, Log, seeded, told_precision, trained_in_float32
 from ..settings import JointConfig
 from ..windows import NoisedCanvases, WindowScores, window_scores
 from .coupled import CoupledFit, head_optimizer, rows_of_step, trainable_head
@@ -36,12 +35,10 @@ def fit_joint(
     checkpoints: Checkpoints | None = None,
     log: Log | None = None,
 ) -> History:
-    """Trains a backbone, or a LoRA on it, and its head together, in place.
+    """Trains a backbone, or a LoRA on it, and its head, best a fitted one, in place.
 
-    The head should come from the conditional fit: a LoRA starts as a no-op and the rates warm up,
-    so that training goes on from what is there. What is trained is held in float32. A LoRA belongs
-    to the head: `model.save_pretrained` and `model.save_head` write it beside what they write. A
-    fit that goes on is given the model as it was at the start.
+    What is trained is held in float32. A fit that goes on is given the model as it was at the
+    start.
 
     Returns:
         The history: `factorized_nats` and `coupled_nats` (per masked token), and `gain`, their
@@ -50,9 +47,8 @@ def fit_joint(
     Raises:
         ValueError: the model has no head.
     """
-    config = config or JointConfig()
-    fit = JointFit(model, tokenizer, train, validation, config)
-    history = run_steps(fit, checkpoints, log)
+    fit = JointFit(model, tokenizer, train, validation, config or JointConfig())
+    history = fit.run(checkpoints, log)
     model.eval()
     return history
 
@@ -71,16 +67,17 @@ class JointFit(CoupledFit):
     def __post_init__(self) -> None:
         model, config, self.window_length = self.model, self.config, self.model.window_length
         self.lengths = torch.tensor([example.length() for example in self.train])
-        head = trainable_head(model, config)
+        head, data = trainable_head(model, config), {"data": self.train}
         told_precision(config)
-        read = (model.backbone, self.tokenizer, model.config.mask_token_id)
-        identity = fit_identity(self.train, self.validation, *read)
+        identity = identity_of(model, self.tokenizer, **data, validation_data=self.validation)
         identity["start"] = weights_fingerprint(head)
-        backbone = _trained_backbone(model, config)
+        _choose_trained(model, config)
+        trained = trained_in_float32(model)
+        backbone = [p for p in model.backbone.parameters() if p.requires_grad]
         of_backbone = {"params": backbone, "peak": config.backbone_learning_rate, "eps": 1e-8}
         optimizer = head_optimizer(head, config, of_backbone)
-        trained = {f"model.{n}": p for n, p in model.named_parameters() if p.requires_grad}
-        self.set_up(identity, trained, [optimizer], [list(head.parameters()), backbone])
+        clipped = [list(head.parameters()), backbone]
+        self.set_up(identity, trained, [optimizer], clipped)
 
     def chunks(self, number: int) -> Sequence[torch.Tensor]:
         """Rows of the text, of like length within a chunk."""
@@ -114,18 +111,17 @@ def add_lora(backbone: PreTrainedModel, lora: LoraConfig, name: str, seed: int) 
         add_adapter(backbone, lora, name)
 
 
-def _trained_backbone(model: CoDDModel, config: JointConfig) -> list[nn.Parameter]:
-    """The parameters of the backbone that are trained."""
+def _choose_trained(model: CoDDModel, config: JointConfig) -> None:
+    """Makes trainable what the settings say of the backbone."""
     model.backbone.requires_grad_(config.backbone == "full")
     if config.backbone == "lora":
         found, modules = active_adapter(model), config.lora_target_modules
         lora = LoraConfig(
             r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # it scales, and may be a share
             lora_dropout=config.lora_dropout,
             target_modules="all-linear" if modules == ["all-linear"] else modules,
         )
         if found is None:
             add_lora(model.backbone, lora, DEFAULT_NAME, config.seed)
         model.set_adapter(found or DEFAULT_NAME)
-    return list(trained_in_float32(model.backbone).values())

@@ -14,24 +14,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ...backbones import family_of
 from ...data.canvases import CanvasBatch, TokenizedExample, batch_indices
 from ...data.noise import Noise, draw_canvases
+from ...modeling_codd import CoDDModel
 from ...runtime.precision import autocast, chosen_precision
-from ..checkpoints import Checkpoints, fit_identity
+from ..checkpoints import Checkpoints, identity_of
 from ..inputs import TaskStream
-from ..loop import (
-    Figures,
-    GradientFit,
-    History,
-    Log,
-    run_steps,
-    seeded,
-    told_precision,
-    trained_in_float32,
-)
+from ..loop import Figures, GradientFit, History, Log, seeded, told_precision, trained_in_float32
 from ..settings import PretrainingConfig
 
 BETAS = (0.9, 0.98)
@@ -40,22 +31,21 @@ VALIDATION_SEED = 1234
 
 
 def diffusion_loss(
-    model: PreTrainedModel, canvas: CanvasBatch, noise: Noise, mask_token_id: int
+    model: CoDDModel, canvas: CanvasBatch, noise: Noise
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The ELBO-weighted loss of a batch (a scalar) and the unweighted loss of its targets `[n]`."""
     truth, device = canvas.input_ids, canvas.input_ids.device
-    input_ids = truth.masked_fill(noise.masked.to(device), mask_token_id)
-    states = family_of(model.config).states(model, input_ids, canvas.attention_mask)
+    ids = truth.masked_fill(noise.masked.to(device), model.mask_token_id)
+    states = model.family.states(model.backbone, ids, canvas.attention_mask)
     rows, columns = noise.target.to(device).nonzero(as_tuple=True)
-    losses = F.cross_entropy(
-        states.logits((rows, columns)).float(), truth[rows, columns], reduction="none"
-    )
+    logits = states.logits((rows, columns)).float()
+    losses = F.cross_entropy(logits, truth[rows, columns], reduction="none")
     weighted = losses / noise.level.to(device)[rows]
     return weighted.sum() / noise.span.sum().clamp(min=1), losses
 
 
 def fit_backbone(
-    backbone: PreTrainedModel,
+    model: CoDDModel,
     tokenizer: PreTrainedTokenizerBase,
     train: Sequence[TokenizedExample] | TaskStream,
     validation: Sequence[TokenizedExample],
@@ -64,34 +54,20 @@ def fit_backbone(
     log: Log | None = None,
     *,
     window_length: int = 32,
-    mask_token_id: int | None = None,
 ) -> History:
-    """Trains a backbone in place, by one process.
+    """Trains `model.backbone` in place, by one process.
 
-    An autoregressive decoder becomes a bidirectional one by it. A fit that goes on is given the
-    backbone as it was at the start. Settings that are None are completed for a given backbone. The
-    mask token is by default the backbone's or the tokenizer's.
+    A fit that goes on is given the backbone as it was at the start. Settings that are None are
+    completed for a given backbone.
 
     Returns:
         The history: `elbo` (nats per token, an upper bound) and `nats` (per masked token of window
         noise).
-
-    Raises:
-        ValueError: the mask token or the backbone's family is not known.
     """
     config = (config or PretrainingConfig()).completed("given")
-    named = (
-        mask_token_id,
-        getattr(backbone.config, "mask_token_id", None),
-        tokenizer.mask_token_id,
-    )
-    mask = next((token for token in named if token is not None), None)
-    if mask is None:
-        raise ValueError("`mask_token_id` must be given: neither backbone nor tokenizer has one.")
-    family_of(backbone.config).make_bidirectional(backbone.config)
-    fit = BackboneFit(backbone, tokenizer, train, validation, config, window_length, mask)
-    history = run_steps(fit, checkpoints, log)
-    backbone.eval()
+    fit = BackboneFit(model, tokenizer, train, validation, config, window_length)
+    history = fit.run(checkpoints, log)
+    model.eval()
     return history
 
 
@@ -99,42 +75,40 @@ def fit_backbone(
 class BackboneFit(GradientFit):
     """Steps of a backbone on noised canvases; the rate warms up, stays, and falls as a line."""
 
-    backbone: PreTrainedModel
+    model: CoDDModel
     tokenizer: PreTrainedTokenizerBase
     train: Sequence[TokenizedExample] | TaskStream
     validation: Sequence[TokenizedExample]
     config: PretrainingConfig
     window_length: int
-    mask_token_id: int
     name = "pretraining"
 
     def __post_init__(self) -> None:
-        config, backbone, train = self.config, self.backbone, self.train
-        examples = train.beginning() if isinstance(train, TaskStream) else train
-        read = (backbone, self.tokenizer, self.mask_token_id)
-        identity = fit_identity(examples, self.validation, *read)
-        identity["window_length"] = self.window_length
+        model, config, train = self.model, self.config, self.train
+        data = train.beginning() if isinstance(train, TaskStream) else train
+        validation = self.validation
+        identity = identity_of(model, self.tokenizer, data=data, validation_data=validation)
+        self.validation = sorted(validation, key=lambda example: example.length())
         self.device, self.precision = Accelerator().device, told_precision(config)
-        backbone.to(self.device).train()
-        self.validation = sorted(self.validation, key=lambda example: example.length())
+        backbone = model.to(self.device).backbone.train()
+        optimizers = _optimizers(model, config, self.device)
         self.batches: Iterator[list[TokenizedExample]] | None = None
-        trained = {f"model.{n}": p for n, p in trained_in_float32(backbone).items()}
-        self.set_up(identity, trained, _optimizers(backbone, config, self.device))
+        identity["window_length"] = self.window_length
+        self.set_up(identity, trained_in_float32(backbone), optimizers)
 
-    def rate(self, number: int) -> float:
+    def rate(self, number: int, warmed: float) -> float:
         """The share of the peak rate."""
         decay_steps = max(math.ceil(self.num_steps * self.config.decay_fraction), 1)
-        return min(self.warmed(number), (self.num_steps - number) / decay_steps, 1.0)
+        return min(warmed, (self.num_steps - number) / decay_steps, 1.0)
 
     def backward(self, number: int) -> tuple[Figures, int]:
         """Sets the gradients of the loss of a step's batch."""
         if self.batches is None:
             self.batches = self._batches_from(number)
-        seed = self.config.seed * 1_000_003 + number
-        generator, examples = torch.Generator().manual_seed(seed), next(self.batches)
-        noise = {"window_probability": self.config.window_probability}
+        seed, share = self.config.seed * 1_000_003 + number, self.config.window_probability
+        generator = torch.Generator().manual_seed(seed)
         with seeded(seed, self.device):
-            loss, losses, canvas, _ = self._loss(examples, generator, **noise)
+            loss, losses, canvas, _ = self._loss(next(self.batches), generator, share)
         loss.backward()
         figures = {"loss": loss.item(), "nats": losses.mean().item()}
         return figures, int(canvas.attention_mask.sum())
@@ -142,34 +116,41 @@ class BackboneFit(GradientFit):
     @torch.no_grad()
     def measure(self) -> Figures:
         """ELBO per token of whole answers, and nats per masked token under window noise."""
-        self.backbone.eval()
+        self.model.backbone.eval()
         figures = {}
-        for name, window_probability in (("elbo", 0.0), ("nats", 1.0)):
-            noise = {"window_probability": window_probability, "prompt_probability": 0.0}
+        for name, share in (("elbo", 0.0), ("nats", 1.0)):
             generator, total, count = torch.Generator().manual_seed(VALIDATION_SEED), 0.0, 0
             for first in range(0, len(self.validation), EVALUATION_ROWS):
                 part = self.validation[first : first + EVALUATION_ROWS]
-                loss, losses, _, drawn = self._loss(part, generator, **noise)
-                size = int(drawn.span.sum()) if name == "elbo" else len(losses)
+                loss, losses, _, noise = self._loss(part, generator, share, prompt_probability=0.0)
+                size = int(noise.span.sum()) if name == "elbo" else len(losses)
                 total += (loss if name == "elbo" else losses.mean()).item() * size
                 count += size
             figures[name] = total / count
-        self.backbone.train()
+        self.model.backbone.train()
         return figures
 
     def _loss(
-        self, examples: Sequence[TokenizedExample], generator: torch.Generator, **noise: float
+        self,
+        examples: Sequence[TokenizedExample],
+        generator: torch.Generator,
+        window_probability: float,
+        **noise: float,
     ) -> tuple[torch.Tensor, torch.Tensor, CanvasBatch, Noise]:
         """As `diffusion_loss`, of canvases and noise that are drawn."""
-        config = self.config
-        drawing = (self.window_length, config.max_extra_windows, generator)
         canvas, drawn = draw_canvases(
-            examples, self.tokenizer, *drawing, mean_span_length=config.mean_span_length, **noise
+            examples,
+            self.tokenizer,
+            self.window_length,
+            self.config.max_extra_windows,
+            generator,
+            mean_span_length=self.config.mean_span_length,
+            window_probability=window_probability,
+            **noise,
         )
         # Not the accelerator's autocast, which is one for the process: a stage has its precision.
         with autocast(self.precision, self.device):
-            place = (canvas.to(self.device), drawn, self.mask_token_id)
-            return *diffusion_loss(self.backbone, *place), canvas, drawn
+            return *diffusion_loss(self.model, canvas.to(self.device), drawn), canvas, drawn
 
     def _batches_from(self, first: int) -> Iterator[list[TokenizedExample]]:
         size, seed, length = self.config.tokens_per_batch, self.config.seed, self.window_length
@@ -182,27 +163,29 @@ class BackboneFit(GradientFit):
 
 
 def _optimizers(
-    model: PreTrainedModel, config: PretrainingConfig, device: torch.device
+    model: CoDDModel, config: PretrainingConfig, device: torch.device
 ) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon of the hidden matrices if the settings say so."""
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    layers = (model.backbone.get_input_embeddings(), model.backbone.get_output_embeddings())
     embeddings = {id(p) for layer in layers if layer is not None for p in layer.parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    vectors = [p for p in trained if p.ndim != 2]
-    matrices = [p for p in trained if p.ndim == 2]
-    muon = config.optimizer == "muon"
-    hidden = [p for p in matrices if muon and id(p) not in embeddings]
-    others = [p for p in matrices if not muon or id(p) in embeddings]
-
-    def group(parameters: list[torch.nn.Parameter], decay: float | None) -> dict[str, object]:
-        return {"params": parameters, "weight_decay": decay, "peak": config.learning_rate}
-
-    groups = [group(others, config.weight_decay), group(vectors, 0.0)]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=BETAS)]
-    if hidden:
-        kind = torch.optim.Muon if chosen_precision("auto", device) == "bf16" else FloatMuon
-        decayed = group(hidden, config.weight_decay)
-        optimizers.append(kind([decayed], adjust_lr_fn="match_rms_adamw"))
+    groups: dict[str, dict[str, Any]] = {
+        kind: {"params": [], "weight_decay": decay, "peak": config.learning_rate}
+        for kind, decay in (
+            ("matrices", config.weight_decay),
+            ("vectors", 0.0),
+            ("hidden", config.weight_decay),
+        )
+    }
+    for parameter in (p for p in model.backbone.parameters() if p.requires_grad):
+        hidden = config.optimizer == "muon" and id(parameter) not in embeddings
+        kind = "vectors" if parameter.ndim != 2 else "hidden" if hidden else "matrices"
+        groups[kind]["params"].append(parameter)
+    muon = groups.pop("hidden")
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups.values(), betas=BETAS)]
+    if muon["params"]:
+        has_bf16 = chosen_precision("auto", device) == "bf16"
+        make = torch.optim.Muon if has_bf16 else FloatMuon
+        optimizers.append(make([muon], adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
