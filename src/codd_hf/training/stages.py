@@ -121,7 +121,7 @@ def fit_circuit(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> R
     marginal = token_marginal(fitted, length)
     # A token that the circuit has never seen gets the ratio 1: it says nothing about it.
     unseen = train.flatten().bincount(minlength=size) == 0
-    emission = torch.where(unseen, marginal.log(), fitted.tensors()[2])
+    emission: Any = torch.where(unseen, marginal.log(), fitted.tensors()[2])
     never = never_generated(tokenizer, mask) | {*range(len(tokenizer), size)}
     head = CoDDHead(
         CoDDHeadConfig(

@@ -137,7 +137,7 @@ class NoisedWindows:
         indices = laid_out(self.indices.long(), 0)
         listed = ListedEvidence(indices, log_probs, log_rest, temperature)
         evidence: ListedEvidence | DenseEvidence = listed
-        if head.config.vocab_size <= DENSE_VOCABULARY:
+        if (head.config.vocab_size or 0) <= DENSE_VOCABULARY:
             dense = listed.spread(TokenGroups(head.log_spread)).dense()
             evidence = DenseEvidence(dense, temperature)
         preceding = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -79,7 +80,7 @@ def initial_potentials(
     occupancy = states.flatten().bincount(minlength=num_latents).float() + 0.1
     transition = bigrams + occupancy / occupancy.sum()
 
-    def noisy(weights: torch.Tensor) -> torch.Tensor:
+    def noisy(weights: torch.Tensor) -> Any:
         noise = NOISE * torch.randn(weights.shape, generator=generator)
         return (weights.log() + noise).log_softmax(-1)
 
@@ -173,7 +174,8 @@ class ExpectationMaximisation(Fit):
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Sets them."""
         held = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        self.potentials = Potentials(*(held[f"potentials.{i}"] for i in range(3)))
+        leaves: list[Any] = [held[f"potentials.{i}"] for i in range(3)]
+        self.potentials = Potentials(*leaves)
         self.counts = Counts(tuple(held[f"counts.{i}"] for i in range(3)))
 
     def step(self, number: int) -> tuple[Figures, int]:
