@@ -100,7 +100,7 @@ def test_complete_stages_are_not_run_again(copy, finished, capsys):
     assert {p: p.stat().st_mtime_ns for p in folder.glob("*/checkpoint-*/*")} == written
     assert not (folder / "evidence").exists()
     printed = capsys.readouterr().out
-    assert "The generative fit goes on from step 9 of 9." in printed
+    assert "The generative fit goes on from step 27 of 27." in printed
     assert "The conditional fit goes on from step 6 of 6." in printed
     assert same_head(copy, finished)
     CoDDPipeline.from_pretrained(folder / "pipeline")
