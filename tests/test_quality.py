@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from codd_hf.cli import main
 from codd_hf.data.canvases import Example
-from codd_hf.evaluation.answers import AnswerSet
+from codd_hf.evaluation.answer_sets import AnswerSet
 from codd_hf.evaluation.judge import Judge, load_judge
 from codd_hf.evaluation.quality import (
     CHOSEN_AT,

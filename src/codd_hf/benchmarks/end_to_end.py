@@ -102,7 +102,7 @@ def cache_rows(
             cache=cache,
         )
         plain = tokens if plain is None else plain
-        scored = bare.model.score(questions, tokens.tolist())
+        scored: Any = bare.model.score(questions, tokens.tolist())
         same = 100 * (tokens == plain).float().mean().item()
         nats = -float(scored.factorized.sum() / scored.num_tokens.sum())
         rows.append({"pipeline": name, "same tokens, %": same, "nats/token": nats})

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from .timing import Side, median_seconds
 LENGTH = 32
 
 
-def our_iteration(start: list[torch.Tensor], windows: torch.Tensor) -> None:
+def our_iteration(start: list[Any], windows: torch.Tensor) -> None:
     """`expected_counts` and `maximise`, from log-probabilities `[H]`, `[H, H]` and `[H, V]`."""
     circuit = Potentials(start[0], start[1][None], start[2][None])
     counts, _ = expected_counts(circuit, windows)

@@ -52,7 +52,8 @@ SEQUENTIAL = "sequential"
 
 def measure(pipeline: CoDDPipeline, examples: Sequence[Example], settings: GapSettings) -> Report:
     """`codd-hf evaluate gap`: the raw and the corrected circuit, other heads, and the model's."""
-    model, heads = pipeline.model, {}
+    model, fitted, heads = pipeline.model, pipeline.model.coupling_head, {}
+    assert fitted is not None
     circuit = Path(settings.model or default_model(), "stage1")
     for name, alpha in (("raw product", 0.0), ("corrected", 1.0)) if circuit.is_dir() else ():
         heads[name] = CoDDHead.from_pretrained(circuit)
@@ -60,7 +61,7 @@ def measure(pipeline: CoDDPipeline, examples: Sequence[Example], settings: GapSe
     for entry in settings.head:
         name, _, path = entry.partition("=")
         heads[name] = CoDDHead.from_pretrained(path)
-    heads["fitted"] = fitted = model.coupling_head
+    heads["fitted"] = fitted
     for head in heads.values():
         head.to(model.device)
         if settings.evidence_size is not None:

@@ -22,7 +22,7 @@ from ..data.sources import Example, load_examples
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.report import Report
 from ..schedulers.strategies import ADAPTIVE
-from .answers import Answers, AnswerSet
+from .answer_sets import Answers, AnswerSet
 from .judge import Judge, load_judge
 from .settings import FACTORIZED, QualitySettings
 from .statistics import entropy, mean, ratio, repeated_ngrams
