@@ -120,7 +120,11 @@ def end_to_end(options: Options) -> Report:
     caches = cache_rows(pipeline, asked, length // 2, steps // 2)
 
     # Whoever runs the backbone, these get no probability.
-    ends = [pipeline.tokenizer.eos_token_id, config.mask_token_id, *config.forbidden_token_ids]
+    ends = [
+        pipeline.tokenizer.eos_token_id,
+        config.mask_token_id,
+        *(config.forbidden_token_ids or ()),
+    ]
     never = torch.tensor(ends, device=model.device)
     model.get_output_embeddings().register_forward_hook(
         lambda module, args, logits: logits.index_fill(-1, never, -torch.inf)

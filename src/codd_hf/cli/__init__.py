@@ -30,8 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name, module in COMMANDS.items():
         subparser = subparsers.add_parser(
             name,
-            help=module.HELP,
-            description=module.HELP,
+            help=module.__doc__,
+            description=module.__doc__,
             epilog=module.EXAMPLE,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -1,4 +1,4 @@
-"""`codd-hf bench`: speed and memory on this machine."""
+"""Measure speed and memory on this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from ..benchmarks import BENCHMARKS, Options, run_benchmark
 from ..runtime.report import environment, listed
 from .common import add_flags, check_writable, quiet_loading, settings_from, write_result
 
-HELP = "Measure speed and memory on this machine."
 EXAMPLE = """example:
   codd-hf bench overhead
   codd-hf bench head-step --threads 2 --output head-step.json

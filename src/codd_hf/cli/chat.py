@@ -1,4 +1,4 @@
-"""`codd-hf chat`: a conversation in the terminal."""
+"""Talk with a model; its canvas is shown as it resolves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from ..checks.settings import Seed, Settings
 from .common import add_flags, decoding_arguments, load_pipeline, settings_from
 from .messages import one_line
 
-HELP = "Talk with a model; its canvas is shown as it resolves."
 EXAMPLE = """example:
   codd-hf chat --model me/my-coupled-model --num-inference-steps 16
 

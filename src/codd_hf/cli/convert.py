@@ -1,4 +1,4 @@
-"""`codd-hf convert`: from a PyJuice circuit to a head repository."""
+"""Turn a circuit that PyJuice saved (.jpc) into a head repository, without unpickling it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from functools import partial
 from ..checks.settings import Settings
 from .common import add_flags, quiet_loading, settings_from
 
-HELP = "Turn a circuit that PyJuice saved (.jpc) into a head repository, without unpickling it."
 EXAMPLE = """example:
   codd-hf convert il18/llada-math-pc heads/llada-math --mask-token-id 126336 \\
       --base-model GSAI-ML/LLaDA-8B-Instruct

@@ -1,4 +1,4 @@
-"""`codd-hf demo`: factorized and coupled text, side by side, from the embedded model."""
+"""Show factorized and coupled text side by side, at the same number of passes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from ..checks.errors import printable
 from ..checks.settings import Count, Seed, Settings
 from .common import add_flags, load_pipeline, settings_from
 
-HELP = "Show factorized and coupled text side by side, at the same number of passes."
 EXAMPLE = """example:
   codd-hf demo
   codd-hf demo --num-inference-steps 8 --seed 3"""

@@ -1,4 +1,4 @@
-"""`codd-hf evaluate`: measures on held-out text."""
+"""Measure a coupled model on held-out text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from ..evaluation.settings import GapSettings, MeasureSettings, QualitySettings
 from ..runtime.report import environment, listed
 from .common import add_flags, check_writable, load_pipeline, settings_from, write_result
 
-HELP = "Measure a coupled model on held-out text."
 EXAMPLE = """example:
   codd-hf evaluate gap
   codd-hf evaluate gap --model runs/mine/pipeline --num-problems 100 --output gap.json

@@ -1,4 +1,4 @@
-"""`codd-hf generate`: text after a prompt."""
+"""Generate text after prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from ..checks.errors import printable, reading
 from ..checks.settings import Count, Seed, Settings
 from .common import add_flags, decoding_arguments, load_pipeline, settings_from
 
-HELP = "Generate text after prompts."
 EXAMPLE = """example:
   codd-hf generate "Tom has 3 boxes of 12 eggs. He sells 10 eggs. How many eggs are left?" \\
       --num-inference-steps 16 --sampling latent --seed 1 --stream

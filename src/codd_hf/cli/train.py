@@ -1,4 +1,4 @@
-"""`codd-hf train`: fit a head to a backbone, or train both from a text."""
+"""Fit a head to a backbone's predictions (or train a small backbone and its head)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from ..training.config_files import (
 )
 from .common import add_flag, flag_of, quiet_loading
 
-HELP = "Fit a head to a backbone's predictions (or train a small backbone and its head)."
 EXAMPLE = """example:
   codd-hf train --dataset my.jsonl --output runs/mine
   codd-hf train --dataset my.jsonl --backbone path/to/backbone --output runs/mine
