@@ -8,7 +8,7 @@ at once: the help of the command line uses it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -125,15 +125,10 @@ def check_callable(name: str, value: Any, what: str) -> None:
 def without_left_fields(
     saved: Mapping[str, Any], left: Mapping[str, Any], what: str
 ) -> dict[str, Any]:
-    """Saved fields without those that an earlier version had, and whose value changes nothing.
-
-    Args:
-        saved: fields by name.
-        left: the fields that left, each with the value that changes nothing.
-        what: was saved, for the error.
+    """Fields that an earlier version saved, without those that left.
 
     Raises:
-        ValueError: one of them holds another value.
+        ValueError: one of these has another value than `left` gives, which changes nothing.
     """
     for name, default in left.items():
         if saved.get(name, default) != default:
@@ -157,16 +152,6 @@ def generators(name: str, value: Any, rows: int) -> None:
         )
     if len(value) != rows:
         raise ValueError(f"`{name}` must have one entry per row ({rows}), got {len(value)}.")
-
-
-def per_row(name: str, value: Any, rows: int, check: Callable[[str, Any], Any]) -> list:
-    """An entry for each row, checked: those of a list, or one value for all."""
-    values = several(value)
-    if values is None:
-        return [check(name, value)] * rows
-    if len(values) != rows:
-        raise ValueError(f"`{name}` must have one entry per prompt ({rows}), got {len(values)}.")
-    return [check(name, entry) for entry in values]
 
 
 def token_id(name: str, value: Any, vocab_size: int) -> int:
@@ -272,11 +257,3 @@ def padding_mask(
     if bool(((mask != 0) & (mask != 1)).any()):
         raise ValueError(f"`{name}` must be 1 at real tokens and 0 at padding, got other values.")
     return mask.long()
-
-
-def check_token_types(value: Any) -> None:
-    """Raises unless `token_type_ids` of a tokenizer, if there are any, are 0 everywhere."""
-    if value is not None and as_tensor("token_type_ids", value).any():
-        raise ValueError(
-            "`token_type_ids` must be 0 everywhere: a denoised text has one type of tokens."
-        )

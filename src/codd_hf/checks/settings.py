@@ -31,24 +31,14 @@ Share = Annotated[float, Range(0, 1)]
 
 @dataclass(frozen=True)
 class Setting:
-    """One field of a settings class.
-
-    Attributes:
-        kind: `int`, `float`, `bool`, `str`, `list`, or a settings class.
-        entry: of a list.
-        choices: the words that it may be; any if empty.
-        bounds: of a number.
-        optional: whether None is a value.
-        default: its value if it is not set; `MISSING` if it must be.
-        doc: what it means.
-    """
+    """One field of a settings class: a number, a flag, a text, a list or settings of their own."""
 
     kind: type
-    entry: Setting | None
-    choices: tuple[str, ...]
+    entry: Setting | None  # of a list
+    choices: tuple[str, ...]  # the words that it may be; any if empty
     bounds: Range
-    optional: bool
-    default: Any
+    optional: bool  # whether None is a value
+    default: Any  # MISSING if it must be set
     doc: str
 
     def checked(self, name: str, value: Any) -> Any:

@@ -7,8 +7,7 @@ holds the adapters' configurations (`backbone.peft_config`), also where PEFT wra
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import peft
@@ -172,17 +171,6 @@ def switch(backbone: nn.Module, names: list[str], on: bool = True) -> None:
     """Says which adapters are active; PEFT's own switches also say which are trained."""
     for layer in adapter_layers(backbone).values():
         layer._active_adapter, layer._disable_adapters = names, not on
-
-
-@contextmanager
-def adapter_in_use(backbone: nn.Module, name: str | None) -> Iterator[None]:
-    """Runs a backbone with one of its adapters (None: with none), and leaves all as it was."""
-    before = active_state(backbone)
-    switch(backbone, [] if name is None else [name], on=name is not None)
-    try:
-        yield
-    finally:
-        switch(backbone, *before)
 
 
 def active_adapter(model: Any) -> str | None:

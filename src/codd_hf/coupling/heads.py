@@ -27,7 +27,6 @@ from .adapters import (
     active_adapter,
     active_state,
     adapter_configs,
-    adapter_in_use,
     delete_adapter,
     refuse_pissa,
     switch,
@@ -140,14 +139,17 @@ class Heads:
                 yield
                 return
             repeated = any(getattr(m, "gradient_checkpointing", 0) for m in backbone.modules())
-            if repeated and torch.is_grad_enabled():
+            if repeated and torch.is_grad_enabled():  # with the adapter of another head
                 raise ValueError(
-                    f"`head` {head.name!r} has another adapter than the default head: it cannot be "
-                    "trained with gradient checkpointing, which repeats passes, but as the default "
-                    "head of a model."
+                    f"`head` {head.name!r} cannot be trained with gradient checkpointing: make it "
+                    "the default head of a model."
                 )
-            with adapter_in_use(backbone, head.name if head.name in adapters else None):
+            before, own = active_state(backbone), [head.name] if head.name in adapters else []
+            switch(backbone, own, on=bool(own))
+            try:
                 yield
+            finally:
+                switch(backbone, *before)
 
     def load(
         self,

@@ -67,14 +67,12 @@ def score(
         answers: as many, none of them empty.
         tokenizer: for texts, which are tokenised without special tokens of their own.
         batch_size: windows at once.
-        evidence_temperature: divides the backbone's logits before the circuit sees them; default,
-            the head's. The factorized likelihood is at temperature 1.
+        evidence_temperature: of the coupled likelihood; default, the head's. The factorized one is
+            at temperature 1.
         head: the name of the head; None, the model's default; False, none.
 
     Raises:
-        ValueError: prompts and answers do not pair up, an answer is empty, a row holds no token or
-            the mask token, or is longer than the backbone's positions, or texts are given without a
-            tokenizer.
+        ValueError: prompts and answers do not pair up, or a row of them cannot be scored.
         TypeError: an argument is of another kind.
     """
     mask_token_id = token_id("mask_token_id", model.mask_token_id, model.config.vocab_size)

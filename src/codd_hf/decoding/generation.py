@@ -9,7 +9,8 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
-from ..checks.arguments import check_known, check_token_types, padding_mask, plain, shown, token_ids
+from ..checks.arguments import check_known, padding_mask, plain, shown, token_ids
+from ..coupling.inputs import refuse_requests
 from ..coupling.windows import CoupledBackbone
 from ..schedulers.scheduling_codd import CoDDScheduler
 from .call import CHOICES, DecodingCall
@@ -144,7 +145,7 @@ def generate(
     if inputs is None:
         inputs = torch.empty(1, 0, dtype=torch.long, device=model.device)
     inputs = token_ids(name, inputs, model.config.vocab_size, model.device)
-    check_token_types(kwargs.pop("token_type_ids", None))
+    refuse_requests({"token_type_ids": kwargs.pop("token_type_ids", None)})
     if kwargs.get("do_sample") is True and plain(kwargs.get("temperature")) in (0,):
         raise ValueError("`do_sample=True` draws, and `temperature=0` does not: give one of them.")
     choices = {name: kwargs.pop(name) for name in OF_A_CALL if name in kwargs}

@@ -17,13 +17,17 @@ NO_ROOM = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.
 def atomic_write(path: Path) -> Iterator[Path]:
     """Gives a path to write to, which takes the place of `path` when the block ends well."""
     new = path.with_name(path.name + ".new")
-    with explained_lack_of_room(path):
-        try:
-            yield new
-            make_durable(new)
-        except BaseException:
-            new.unlink(missing_ok=True)  # what a full disk could not take is in the way
-            raise
+    try:
+        yield new
+        make_durable(new)
+    except BaseException as error:
+        new.unlink(missing_ok=True)  # what a full disk could not take is in the way
+        if any(text in str(error) for text in NO_ROOM):  # as safetensors and Arrow keep it
+            raise OSError(
+                f"{path} could not be written: {error}. Make room and start again: the run goes on "
+                "from what is complete."
+            ) from error
+        raise
     new.replace(path)
     make_durable(path.parent)
 
@@ -48,17 +52,3 @@ def make_durable(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextmanager
-def explained_lack_of_room(path: Path) -> Iterator[None]:
-    """Turns the many errors of a full disk into one OSError that says what to do."""
-    try:
-        yield
-    except Exception as error:  # safetensors and Arrow wrap the system's and keep its text
-        if not any(text in str(error) for text in NO_ROOM):
-            raise
-        raise OSError(
-            f"{path} could not be written: {error}. Make room and start again: the run goes on "
-            "from what is complete."
-        ) from error
