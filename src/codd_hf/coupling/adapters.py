@@ -121,7 +121,8 @@ def delete_adapter(backbone: PreTrainedModel, name: str) -> None:
     """Removes an adapter that has not changed the backbone's weights; the others are off then."""
     _check_not_merged(backbone)
     configs = adapter_configs(backbone, name)
-    refuse_pissa(configs.pop(name))
+    refuse_pissa(configs[name])
+    del configs[name]
     if configs and name in active_state(backbone)[0]:  # else PEFT would choose one, and warn
         switch(backbone, [next(iter(configs))], on=False)
     functional.delete_adapter(backbone, name, "lora_")
