@@ -34,10 +34,9 @@ class Stage(NamedTuple):
 class Canvas:
     """Rows of tokens, `[batch, T]`, some of which are still the mask token.
 
-    A row is `[prompt][masks][padding]` or, to infill, `[template][padding]`: real tokens come
-    first, so that a row meets the same positions however its prompt was padded. Windows begin where
-    a prompt ends. In a template, as many windows as the span from the first gap to the last needs
-    are centred over it, so that they cover text on both sides.
+    A row is `[prompt][masks][padding]` or, to infill, `[template][padding]`, however its prompt was
+    padded. Windows begin where a prompt ends. In a template, as many windows as the span from the
+    first gap to the last needs are centred over it, so that they cover text on both sides.
 
     Args:
         model: the backbone.
@@ -54,6 +53,7 @@ class Canvas:
         no_end_before: `[batch]`, positions before this one hold no end token.
         end_ids: the end tokens; in a gap of a template none of them is drawn.
         stages: those of the decoding, in order.
+        most_passes: of the backbone.
 
     Raises:
         ValueError: a prompt holds the mask token, a template has none, a row exceeds the positions
@@ -109,6 +109,8 @@ class Canvas:
             block = block + column - (0 if is_block_causal else self.start[:, None])
             block = block.div(call.block_length, rounding_mode="floor")
         self.stages = self._stages(block)
+        steps = (stage.num_steps for stage in self.stages)
+        self.most_passes = int(sum(steps, torch.zeros_like(self.start)).max())
 
     def _stages(self, block: torch.Tensor) -> list[Stage]:
         """Shares the steps of a row over those of its blocks `[batch, T]` in which masks are."""

@@ -106,9 +106,9 @@ def generate(
     """Decodes by diffusion.
 
     The call counts first, then `generation_config`, then `model.generation_config`; for the draws,
-    the scheduler's settings in place of the latter, if the call has one. Sampling is told as in
-    transformers: `do_sample=False` is temperature 0, at which nothing is drawn, and
-    `do_sample=True` without a temperature is temperature 1.
+    the scheduler's settings in place of the latter, if the call has one. As in transformers,
+    `do_sample=False` is temperature 0, at which nothing is drawn, and `do_sample=True` without a
+    temperature is temperature 1.
 
     Args:
         model: the backbone, with or without a head.
@@ -116,22 +116,20 @@ def generate(
             tokens where a token is to be found. Default, one prompt without a token.
         input_ids: another name of `inputs`.
         attention_mask: `[batch, prompt_length]`, 0 at padding; default, as in transformers, 0 at
-            `pad_token_id` (default the model's), unless that ends texts as well.
+            `pad_token_id`, unless that ends texts as well.
         generation_config: in place of further arguments.
         scheduler: default, one with the settings of `model.generation_config`.
         on_step: as for [`~codd_hf.decoding.loop.denoise`].
-        streamer: hears the prompts, a draft after every step and the blocks as they are completed
-            (see `BlockStream`), for example `transformers.TextDiffusionStreamer`.
+        streamer: as [`BlockStream`] serves it, for example `transformers.TextDiffusionStreamer`.
         **kwargs: `max_new_tokens` (or `gen_length`), `do_sample`, the arguments of
             [`~codd_hf.decoding.call.DecodingCall`] and the scheduler's settings
-            ([`~codd_hf.schedulers.settings.DrawSettings`]). All may stand in a generation
-            configuration but for `generator`, `forced_tokens`, `logits_processor`, `cache`,
-            `guidance_scale` and `head`.
+            ([`~codd_hf.schedulers.settings.DrawSettings`]). A generation configuration may hold
+            all but those of `OF_A_CALL`.
 
     Returns:
         `[batch, prompt_length + n]`: the prompts as they were given, and the `n` tokens of the
-        longest text after them; behind the end of a text is padding. With `infill`, `[batch,
-        length]`: the templates with their gaps filled.
+        longest text after them, then padding. With `infill`, `[batch, length]`: the templates with
+        their gaps filled.
 
     Raises:
         ValueError: an argument is out of range, or it asks for something that decoding by diffusion

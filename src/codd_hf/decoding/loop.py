@@ -64,11 +64,11 @@ def denoise(
         model: the backbone, with or without a head.
         canvas: of the call.
         on_step: called after each step with its number, its timestep (of the row with the most
-            steps), and a dict with `canvas` (`[batch, length]`, all the tokens of all the rows),
-            `generated` (bool, the positions to generate) and `transfer_index` (bool, committed in
-            this step), all of the same shape. A tensor that it returns becomes the canvas.
+            steps), and a dict with `canvas` (`[batch, length]`, all tokens), `generated` (bool, the
+            positions to generate) and `transfer_index` (bool, committed in this step). A tensor
+            that it returns becomes the canvas.
         stream: called once the canvas is as the next step finds it.
-        progress: called once with the most steps that there can be; gives a progress bar.
+        progress: called with numbers of passes, which add up to `canvas.most_passes`.
     """
     check_callable("on_step", on_step, "a function of the step, its timestep and its state")
     call = canvas.call
@@ -76,8 +76,6 @@ def denoise(
     reader, mask_token_id = CanvasReader(model, canvas), call.mask_token_id
     (batch, length), device = canvas.tokens.shape, canvas.tokens.device
     passes_per_row, num_passes = torch.zeros_like(canvas.start), 0
-    most_passes = int(sum((stage.num_steps for stage in canvas.stages), passes_per_row).max())
-    bar = None if progress is None else progress(most_passes)
     for stage in canvas.stages:
         memory = None
         if call.scheduler.settings.remask_threshold:
@@ -104,11 +102,11 @@ def denoise(
                     check_tokens("canvas", canvas.tokens, model.config.vocab_size)
             num_passes += 1
             canvas.close()
-            if bar is not None:
-                bar.update()
+            if progress is not None:
+                progress(1)
             if stream is not None:
                 stream()
-    if bar is not None:
-        bar.update(most_passes - num_passes)
+    if progress is not None:
+        progress(canvas.most_passes - num_passes)
     canvas.close()
     return DecodingOutput(*canvas.result(), num_passes, passes_per_row)

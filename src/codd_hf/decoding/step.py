@@ -30,74 +30,65 @@ from .canvas import Canvas, Stage, rows_alike
 
 
 class CanvasReader:
-    """Runs the backbone for one call of the denoising loop.
-
-    Row numbers are those of the call's batch. Nothing read for a row depends on the others.
+    """Runs the backbone for one call; nothing read for a row depends on the others.
 
     With a guidance scale `s`, a second pass sees mask tokens in place of the prompt, and logits
     become `without_prompt + (s + 1) * (with_prompt - without_prompt)`, as in LLaDA
     ([arXiv 2502.09992](https://arxiv.org/abs/2502.09992), appendix A.2). Both are run as one batch.
     Hidden states are those of the pass with the prompt.
-
-    Raises:
-        ValueError: the backbone cannot be read in parts.
     """
 
     def __init__(self, model: CoupledBackbone, canvas: Canvas) -> None:
         self.canvas, self.family, self.backbone = canvas, model.family, model.backbone
-        self.prompt = canvas.attention_mask.bool() & ~canvas.generated
-        self.attention_mask, self.scale, self.cache = canvas.attention_mask, None, None
+        self.prompt, scales = canvas.attention_mask.bool() & ~canvas.generated, None
         if any(canvas.call.guidance_scale):
-            scales = canvas.call.guidance_scale
-            self.scale = torch.tensor(scales, device=canvas.tokens.device)
-            self.attention_mask = canvas.attention_mask.repeat(2, 1)
+            scales = torch.tensor(canvas.call.guidance_scale, device=canvas.tokens.device)
+        self.scales, self.copies = scales, 1 if scales is None else 2
+        self.attention_mask, self.cache = canvas.attention_mask.repeat(self.copies, 1), None
         if canvas.call.cache is not None:
             self.cache = self.family.make_cache(self.backbone, len(self.attention_mask))
 
     def open_block(self, block: torch.Tensor) -> None:
         """Says where the next steps commit tokens, `[batch, length]` bool; the first reads all."""
-        self.end = None
+        self.end, call = None, self.canvas.call
         if getattr(self.backbone.config, "block_length", None) is not None:
             # A block-causal backbone sees nothing beyond: columns behind need not be computed.
             last = int(self.canvas.windows_over(block).any(0).nonzero().max())
-            self.end = last + self.canvas.call.head.window_length
+            self.end = last + call.head.window_length
         if self.cache is None:
             return
         self.cache.reset()
-        again = block
-        if self.canvas.call.cache == "prefix":
-            again = (block.long().cumsum(1) > 0) & self.canvas.attention_mask.bool()
+        if call.cache == "prefix":
+            block = (block.long().cumsum(1) > 0) & self.canvas.attention_mask.bool()
         if getattr(self.backbone.config, "logit_shift", False):
-            again = again | F.pad(again[:, 1:], (0, 1))  # where the first of them is predicted
+            block = block | F.pad(block[:, 1:], (0, 1))  # where the first of them is predicted
         # A row with fewer columns than others computes its last one more than once.
-        count = again.sum(-1, keepdim=True)
-        order = again.logical_not().long().argsort(dim=1, stable=True)
-        nth = torch.arange(int(count.max()), device=again.device)
+        count = block.sum(-1, keepdim=True)
+        order = block.logical_not().long().argsort(dim=1, stable=True)
+        nth = torch.arange(int(count.max()), device=block.device)
         columns = order.gather(1, torch.minimum(nth, (count - 1).clamp(min=0)))
-        copies = 1 if self.scale is None else 2
-        self.read_again, self.columns = again.repeat(copies, 1), columns.repeat(copies, 1)
+        self.again, self.columns = block.repeat(self.copies, 1), columns.repeat(self.copies, 1)
 
     def read(self, rows: torch.Tensor) -> BackboneStates:
-        """Predicts the tokens of some rows, by their numbers `[n]`.
+        """Predicts the tokens of some rows `[n]`, up to where the block needs it.
 
-        Returns:
-            States over the canvas (up to where it is needed), valid until the next call.
+        The result is valid until the next call.
         """
-        tokens = self.canvas.tokens[rows]
-        if self.scale is None:
+        tokens, number, scales = self.canvas.tokens[rows], len(rows), self.scales
+        if scales is None:
             return self._read(rows, tokens)
         without = tokens.masked_fill(self.prompt[rows], self.canvas.call.mask_token_id)
         both = torch.cat((rows, rows + len(self.prompt))), torch.cat((tokens, without))
-        states, scale, number = self._read(*both), self.scale[rows], len(rows)
+        states = self._read(*both)
 
         def read_logits(index: Any) -> torch.Tensor:
             if index is None:
                 every = torch.arange(states.last_hidden_state.shape[1], device=rows.device)
                 index = torch.arange(number, device=rows.device)[:, None], every
-            with_prompt = states.logits(index)
+            with_prompt, scale = states.logits(index), scales[rows][index[0]][..., None]
             difference = with_prompt - states.logits((index[0] + number, index[1]))
             # The same as in the formula, but exact where the scale is 0.
-            return with_prompt + scale[index[0]][..., None].to(with_prompt.dtype) * difference
+            return with_prompt + scale.to(with_prompt.dtype) * difference
 
         return BackboneStates(states.last_hidden_state[:number], read_logits)
 
@@ -107,7 +98,7 @@ class CanvasReader:
             return self.family.states(self.backbone, tokens[:, : self.end], mask[:, : self.end])
         # Rows come here in a later step of a block, and tokens outside it change, only by the hand
         # of a caller who edits the canvas.
-        old = self.cache.outdated(rows, tokens, self.read_again[rows])
+        old = self.cache.outdated(rows, tokens, self.again[rows])
         if bool(old.any()):
             self.cache.whole(rows[old], tokens[old])
             states = self.family.states(self.backbone, tokens[old], mask[old], cache=self.cache)
@@ -128,28 +119,20 @@ def take_step(
 ) -> None:
     """Commits tokens of a stage to the canvas, in all rows of a pass, those that are alike at once.
 
-    Args:
-        model: the backbone, with or without a head.
-        canvas: all rows.
-        rows: `[n]`, those that take part.
-        states: the backbone's pass over them.
-        stage: the part of the canvas that is decoded.
-        number: of the step in the stage, from 0.
-        memory: of the stage's earlier steps, to remask.
+    `states` are of a pass over the `rows` `[n]`; `number` counts the steps of the stage from 0.
     """
     call, part = canvas.call, canvas.rows(rows)
     scheduler, length = call.scheduler, call.head.window_length
     states, num_steps = _without_early_ends(states, part), stage.num_steps[rows]
-    over, at_least = stage.within[rows], None
+    over = stage.within[rows]
     eligible = open_ = part.open() & over
     if call.block_length is None:
         over = eligible = _chosen(model, part, rows, states, num_steps, number, open_)
-        at_least = eligible.sum(-1)
     starts = part.windows_over(over)
     if call.block_length is None and scheduler.settings.strategy in ADAPTIVE:
-        # In these windows the coupled distribution decides, at least at an even pace.
+        # In these windows the coupled distribution decides.
         eligible = open_ & part.positions_of(starts)
-        at_least = -(-open_.sum(-1) // (num_steps - number))
+    at_least = -(-open_.sum(-1) // (num_steps - number))
     for index in rows_alike(starts.sum(-1), num_steps):
         # 1. The distribution over the windows.
         group, group_rows = part.rows(index), rows[index]
@@ -178,7 +161,7 @@ def take_step(
                 group.tokens.gather(1, column),
                 generator=_of_rows(call.generator, group_rows),
                 eligible=eligible[index].gather(1, column),
-                at_least=None if at_least is None else at_least[index],
+                at_least=at_least[index],
                 logits_processor=call.logits_processor,
                 text=RowText(group.tokens, known, position, group_rows),
                 memory=memory,

@@ -30,8 +30,6 @@ def load_components(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     kwargs = dict(kwargs)
     given = {part: kwargs.pop(part) for part in COMPONENTS if part in kwargs}
-    dtype = kwargs.pop("torch_dtype", None) or kwargs.get("dtype")
-    kwargs["dtype"] = dtype.get("model", dtype.get("default")) if isinstance(dtype, dict) else dtype
     repository, trusted = Repository(name, kwargs), kwargs.get("trust_remote_code")
     with explain_load_errors(repository):
         is_pipeline = repository.find("model_index.json") is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -202,19 +201,16 @@ class CoDDPipeline(Publishing, DiffusionPipeline):  # type: ignore[misc]
                 One generator, or one per prompt: a prompt then gets the same text in any batch.
             output_type (`str`, defaults to `"text"`): `"text"`, or `"seq"` for token ids alone.
             return_dict (`bool`, defaults to `True`): Whether to return an output or a tuple.
-            callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipe, step, timestep, callback_kwargs)` after each step; returns
-                a dict, whose `canvas` (if it has one) replaces the canvas.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*):
-                What `callback_kwargs` holds, by default `["canvas"]`: the tensors that
-                [`~codd_hf.decoding.loop.denoise`] gives `on_step`.
+            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep,
+                callback_kwargs)`; returns a dict, whose `canvas` (if any) replaces the canvas.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): The tensors that it gets,
+                by default `["canvas"]`, of those of [`~codd_hf.decoding.loop.denoise`].
             **settings: The draw settings ([`~codd_hf.schedulers.settings.DrawSettings`]), by
                 default the scheduler's, and the other arguments of
                 [`~codd_hf.decoding.call.DecodingCall`] (`block_length`, `infill`, `head`, ...).
 
         Returns:
-            [`CoDDPipelineOutput`], or without `return_dict` the tuple `(sequences, texts)`, in
-            which `texts` is None with `output_type="seq"`.
+            [`CoDDPipelineOutput`], or without `return_dict` the tuple `(sequences, texts)`.
 
         Raises:
             ValueError: an argument is out of range; the sentence says which and what to give.
@@ -240,13 +236,9 @@ class CoDDPipeline(Publishing, DiffusionPipeline):  # type: ignore[misc]
         )
 
         # 2. Denoise, one block after the other.
-        with ExitStack() as bars:
-
-            def progress(total: int) -> Any:
-                self._num_timesteps = total
-                return bars.enter_context(self.progress_bar(total=total))
-
-            output = denoise(self.model, canvas, on_step=on_step, progress=progress)
+        self._num_timesteps = canvas.most_passes
+        with self.progress_bar(total=canvas.most_passes) as bar:
+            output = denoise(self.model, canvas, on_step=on_step, progress=bar.update)
 
         # 3. Decode the text.
         texts = None

@@ -83,7 +83,7 @@ class StepDraw:
         sample: `[batch, length]` with `length = W * L`, the tokens before the step.
         settings: of the call.
         generator: one for all, or one per row.
-        processors: change the scores that candidates are drawn from, before temperature.
+        processors: as `CoDDScheduler.step` describes them.
         text: the rows before the step; default `sample`.
     """
 

@@ -149,18 +149,16 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
                 One generator, or one per row: a row's draws then depend on its own alone.
             eligible (`torch.BoolTensor` of shape `(batch_size, length)`, *optional*):
                 Where tokens may be committed in this step; by default, everywhere.
-            at_least (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                The fewest tokens that each row commits, if so many are eligible; by default those
-                of an even pace, `ceil(m / k)`.
+            at_least (`torch.LongTensor` of shape `(batch_size,)`, *optional*): The fewest tokens
+                that each row commits; by default those of an even pace, `ceil(m / k)`.
             logits_processor (`LogitsProcessorList`, *optional*):
                 transformers' processors of the scores that candidates are drawn from, before
-                temperature. Called for each row with the row's known tokens in order as
-                `input_ids`, masks and padding left out, the same in every line, and with a line of
+                temperature. Called for each row with its known tokens in order as `input_ids`,
+                masks and padding left out, the same in every line, and with a line of
                 log-probabilities for each masked position.
-            text (`RowText`, *optional*): The whole rows, for processors and `memory`; by default
-                `sample` is all there is.
-            memory (`CommitMemory`, *optional*):
-                What earlier steps of the block committed, for remasking; it is brought up to date.
+            text (`RowText`, *optional*): The whole rows; by default `sample` is all there is.
+            memory (`CommitMemory`, *optional*): Of earlier steps of the block, for remasking; it is
+                brought up to date.
             return_dict (`bool`, defaults to `True`): Whether to return an output or a tuple.
             **overrides: Settings of this call in place of the configured ones.
 
@@ -236,9 +234,6 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             eligible (`torch.BoolTensor` of shape `(batch_size, length)`): Masked positions.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): As in `step`.
             **overrides: As in `step`.
-
-        Returns:
-            `torch.BoolTensor` of shape `(batch_size, length)`.
         """
         settings = self.settings.updated(**overrides) if overrides else self.settings
         eligible = as_tensor("eligible", eligible, bool)
@@ -263,10 +258,8 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             original_samples (`torch.LongTensor` of shape `(batch_size, length)`): Clean tokens.
-            timesteps (`float` or `torch.Tensor` of shape `(batch_size,)`): `t` of each row, in
-                [0, 1].
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Source of the
-                randomness.
+            timesteps (`float` or `torch.Tensor` of shape `(batch_size,)`): `t`, in [0, 1].
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): As in `step`.
             mask_token_id (`int`, *optional*): The mask token; by default the configured one.
             mean_span_length (`float`, defaults to 1.0): Mean length of the spans of tokens that
                 are masked together (`span_uniforms`); 1 masks each token on its own.

@@ -36,7 +36,7 @@ def rank(
         settings: the strategy.
         confidence: `[..., n]`, the probability of each candidate.
         probs: gives the probabilities of all tokens, `[..., n, vocab]`.
-        generator: for a random order, which at temperature 0 is the same in every row and call.
+        generator: for a random order; at temperature 0 it is the same in every row and call.
     """
     match settings.strategy:
         case "margin":  # by how much the best token leads
