@@ -26,13 +26,10 @@ from .settings import AnswerSettings
 
 @dataclass(frozen=True)
 class Answers:
-    """One answer to each question.
+    """One answer to each question, without end-of-text, and the judge's verdicts.
 
     Attributes:
-        texts: without the end-of-text token.
-        tokens: the backbone's tokens of each, without end-of-text.
         passes: backbone passes that each took part in; 0 for texts that were not generated.
-        verdicts: the judge's, on each.
         seconds: that generation took.
     """
 
@@ -61,36 +58,28 @@ def pipeline_fingerprint(pipeline: CoDDPipeline) -> str:
     return json_fingerprint([*parts, scheduler, tokenizer_fingerprint(tokenizer), *spelling])
 
 
+@dataclass
 class AnswerSet:
-    """Questions with real answers, a pipeline that answers them, and a judge.
+    """Questions with real answers, a pipeline that answers them, and a judge of the same questions.
 
-    Args:
+    Attributes:
         pipeline: with a tokenizer. Its scheduler's settings hold where others are not given.
-        judge: of the same questions.
-        examples: questions and real answers.
         settings: `gen_length`, at which real answers are cut; `batch_size`, which changes the
             speed, not the answers; and `seed`, to which a question's place is added.
-        journal: a file that keeps answers for a later run of the same pipeline, judge, questions
-            and settings.
+        journal: keeps answers for a later run of the same pipeline, judge, questions and settings.
     """
 
-    def __init__(
-        self,
-        pipeline: CoDDPipeline,
-        judge: Judging,
-        examples: Sequence[Example],
-        settings: AnswerSettings,
-        journal: Path | None = None,
-    ) -> None:
-        self.pipeline, self.judge, self.examples = pipeline, judge, list(examples)
-        self.settings, self.journal = settings, journal
-        self.block_length = pipeline.model.window_length
-        self._made_by = [
-            pipeline_fingerprint(pipeline),
-            judge.digest,
-            [[example.prompt, example.answer] for example in examples],
-            [settings.gen_length, settings.seed],
-        ]
+    pipeline: CoDDPipeline
+    judge: Judging
+    examples: Sequence[Example]
+    settings: AnswerSettings
+    journal: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.block_length = self.pipeline.model.window_length
+        questions = [[example.prompt, example.answer] for example in self.examples]
+        kept = [questions, self.settings.gen_length, self.settings.seed, self.judge.digest]
+        self._made_by = [*kept, pipeline_fingerprint(self.pipeline)]
 
     def real(self) -> Answers:
         """The real answers, no longer than the pipeline may write them."""
@@ -101,11 +90,9 @@ class AnswerSet:
         return Answers(texts, tokens, [0] * len(texts), list(self.judge(texts)), 0.0)
 
     def answers(self, passes: int, **draw: Any) -> Answers:
-        """Those of an earlier run, or else made now and kept.
+        """Those under some draw settings: of an earlier run, or else made now and kept.
 
-        Args:
-            passes: backbone passes per block; for an adaptive strategy, the most of them.
-            **draw: settings of the scheduler.
+        Each has so many `passes` of the backbone per block, or fewer where a strategy is adaptive.
         """
         settings = asdict(self.pipeline.scheduler.settings.updated(**draw))
         key = json_fingerprint([*self._made_by, settings, passes])

@@ -93,12 +93,7 @@ def measure_gap(
 ) -> list[dict[str, Any]]:
     """Measures the gap on one random full window of each example that has one.
 
-    Args:
-        model: the backbone (its own head is not used).
-        heads: to couple it with, by name.
-        tokenizer: the backbone's.
-        examples: held-out text.
-        settings: those of which windows, ratios and evidence are measured.
+    The backbone is coupled with each of the heads in turn, not with its own.
 
     Returns:
         A row for each ratio: the nats of each method, each head's gain over `factorized` and, where

@@ -24,12 +24,8 @@ from ..text.encoding import encode_chats, encode_texts
 class Judge:
     """Judges answers to fixed questions: nats, and the judge's tokens that these are a sum over.
 
-    Args:
-        model: a causal language model.
-        tokenizer: its own. With a chat template, the question is a user's message and the answer
-            the assistant's; without one, a newline stands between them.
-        questions: the answers are to them.
-        batch_size: answers judged together.
+    With a chat template, the question is a user's message and the answer the assistant's; without
+    one, a newline stands between them.
 
     Raises:
         ValueError: a question cannot be encoded.
@@ -76,12 +72,9 @@ class Judge:
 def load_judge(
     name: str, gguf_file: str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in float32 and its tokenizer.
+    """A causal language model in float32, of a folder or the Hub, and its tokenizer.
 
-    Args:
-        name: a folder or an id on the Hub.
-        gguf_file: a GGUF file in it, whose weights are dequantized (needs the package `gguf`).
-        device: where the model goes.
+    A `gguf_file` in it needs the package `gguf`; its weights are dequantized.
 
     Raises:
         OSError: there is no such model.

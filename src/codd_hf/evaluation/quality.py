@@ -75,12 +75,7 @@ def measure(
 def measure_quality(
     settings: QualitySettings, test: AnswerSet, validation: AnswerSet | None
 ) -> dict[str, list[Row]]:
-    """Chooses settings on validation data and measures them on test data.
-
-    Args:
-        settings: what is measured.
-        test: for the figures that are reported.
-        validation: for the choice; without it the pipeline's own settings hold.
+    """Chooses settings on validation data, or takes the pipeline's own, and measures test data.
 
     Returns:
         `choices`, figures of validation data; `rows`, of test data, of the real answers first; and
@@ -153,11 +148,10 @@ def best(rows: Sequence[Row], least_entropy: float) -> int:
 
 
 def find_matches(rows: Sequence[Row], least_entropy: float) -> list[Row]:
-    """Compares each coupled row with the factorized ones of its strategy.
+    """Compares each coupled row, but of adaptive strategies, with the factorized ones.
 
-    Those of adaptive strategies, which have no number of passes, are passed over. A match has the
-    passes at which the quality is reached (None: at none that was measured, or the coupled answers
-    do not keep the entropy themselves) and the paired differences of nats.
+    A match has the passes at which the quality is reached (None: at none that was measured, or the
+    coupled answers do not keep the entropy themselves) and the paired differences of nats.
     """
     matches = []
     for ours in rows:
