@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
-from ..checks.settings import Count, Natural, Positive, Range, Settings, settings_of
+from ..checks.settings import Count, Natural, Positive, Seed, Settings, settings_of
 from ..schedulers.settings import DrawSettings
 
 FACTORIZED = "factorized"
@@ -27,7 +27,7 @@ class MeasureSettings(Settings):
     """JSON file; default: none is written."""
     batch_size: Count = 32
     """Examples at once."""
-    seed: Annotated[int, Range(-(2**40), 2**40)] = 0
+    seed: Seed = 0
     """Seed of all draws."""
 
 
