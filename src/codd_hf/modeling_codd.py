@@ -48,7 +48,7 @@ from .hub.repositories import (
     locate,
     shared_arguments,
 )
-from .hub.stored_weights import StoredWeights
+from .hub.stored_weights import load_stored
 from .modeling_head import CoDDHead
 
 
@@ -211,19 +211,18 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
         generation_config = kwargs.pop("generation_config", None)
         with explain_load_errors(repository):
             repository.refuse_adapter(kwargs.get("adapter_kwargs"))
-            stored = StoredWeights.find(repository, kwargs)
-            fields = dict(repository.config) if given is None else given.to_dict()
-            stored.check_layers(fields)
-            text_config = fields.get("text_config")
-            if given is None and isinstance(text_config, dict) and needs_remote_code(text_config):
-                trusted = kwargs.get("trust_remote_code")
-                nested = nested_custom_config(name, text_config, trusted, **repository.hub)
-                given = kwargs["config"] = CoDDConfig.from_dict({**fields, "text_config": nested})
-            config = CoDDConfig.from_dict(fields) if given is None else given
+            config = given
+            if config is None:
+                fields = dict(repository.config)
+                text_config = fields.get("text_config")
+                if isinstance(text_config, dict) and needs_remote_code(text_config):
+                    trusted = kwargs.get("trust_remote_code")
+                    nested = nested_custom_config(name, text_config, trusted, **repository.hub)
+                    kwargs["config"] = CoDDConfig.from_dict({**fields, "text_config": nested})
+                config = kwargs.get("config") or CoDDConfig.from_dict(fields)
             unused = family_of(config.text_config).unused_weights
             load: Any = super().from_pretrained
-            loaded, report = stored.load(load, config, cls, unused, **kwargs)
-            model: Any = loaded
+            model, report = load_stored(repository, load, config, cls, unused, **kwargs)
             if generation_config is None and repository.find("generation_config.json") is not None:
                 generation_config = GenerationConfig.from_pretrained(name, **repository.hub)
         model.generation_config = generation_config or model.generation_config

@@ -33,7 +33,7 @@ from .circuits.potentials.emissions import ONE_PRODUCT, Emission
 from .configuration_codd import CoDDHeadConfig
 from .hub.publishing import Publishing
 from .hub.repositories import Repository, checked_name, explain_load_errors, locate
-from .hub.stored_weights import StoredWeights
+from .hub.stored_weights import load_stored
 
 DEFAULT_EVIDENCE_SIZE = 64
 """Tokens kept of a prediction over a large vocabulary."""
@@ -147,8 +147,7 @@ class CoDDHead(Publishing, PreTrainedModel):  # type: ignore[misc]
             # Parts that the user adds to a stored head are new.
             may_lack = any(field in kwargs for field in CoDDHeadConfig.__annotations__)
             load: Callable = super().from_pretrained
-            stored = StoredWeights.find(repository, kwargs)
-            head, report = stored.load(load, config, cls, may_lack=may_lack, **kwargs)
+            head, report = load_stored(repository, load, config, cls, may_lack=may_lack, **kwargs)
         cls._check_suggested(head, name)
         return (head, report) if with_report else head
 

@@ -17,7 +17,7 @@ from transformers import (
 
 from ..configuration_codd import one_sentence_for
 from ..hub.repositories import Repository, explain_load_errors
-from ..hub.stored_weights import StoredWeights
+from ..hub.stored_weights import load_stored
 from .custom_code import CustomCodeFamily, check_trust
 from .family import family_of, layout_of, needs_remote_code, unsupported
 
@@ -52,8 +52,6 @@ def load_backbone(
     with explain_load_errors(repository):
         found, hub = repository.config, repository.hub
         repository.refuse_adapter(kwargs.get("adapter_kwargs"))
-        stored = StoredWeights.find(repository, kwargs)
-        stored.check_layers(found)
         if "transformers_weights" in found:
             raise ValueError(
                 f"`transformers_weights` in the configuration of {name_or_path!r} says where the "
@@ -76,7 +74,8 @@ def load_backbone(
         # The class of a model that brings its code is known only as it is loaded.
         build = None if isinstance(family, CustomCodeFamily) else family.from_config
         load: Any = partial(family.from_pretrained, config=config)
-        model, _ = stored.load(load, config, build, unused=family.unused_weights, **kwargs)
+        unused = family.unused_weights
+        model, _ = load_stored(repository, load, config, build, unused=unused, **kwargs)
     if layout is not None:
         # transformers remembers the mapping to write the old names back, which no native
         # configuration could read.

@@ -65,9 +65,10 @@ def load_adapter(
     if folder is None:
         raise OSError(f"`adapter` {source!r} holds no PEFT adapter: {ADAPTER_FILES} are needed.")
     settings, weights = (Path(folder, file) for file in ADAPTER_FILES)
-    if not all(repository.read(weights).values()):
-        raise ValueError(f"`adapter` {source!r} must hold floats alone.")
+    repository.read(weights)
     state = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(weights).items()}
+    if not all(tensor.is_floating_point() for tensor in state.values()):
+        raise ValueError(f"`adapter` {source!r} must hold floats alone.")
     used = _stored_settings(repository.read(settings), state)
     start = used.pop("init_lora_weights", True)
     before, others = active_state(backbone), [*adapter_configs(backbone)]

@@ -17,7 +17,7 @@ from transformers import (
 
 from ..data.fingerprint import weights_fingerprint
 from ..hub.repositories import Repository, explain_load_errors
-from ..hub.stored_weights import StoredWeights
+from ..hub.stored_weights import load_stored
 from ..text.encoding import encode_chats, encode_texts
 
 
@@ -86,9 +86,7 @@ def load_judge(
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
         load: Any = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
         if gguf_file is None:
-            stored = StoredWeights.find(repository, {})
-            stored.check_layers(repository.config)
-            model: Any = stored.load(load, None, None)[0]
+            model: Any = load_stored(repository, load, None, None)[0]
         else:
             model = load(name, gguf_file=gguf_file)
     return model.to(device), tokenizer

@@ -18,9 +18,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import safe_open
 
 from ..checks.errors import is_of_a_library, reason
-from .stored_weights import floating_weights
+from ..configuration_codd import check_counts
 
 CACHE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only")
 HUB_ARGUMENTS = (*CACHE_ARGUMENTS, "revision", "token", "subfolder")
@@ -137,14 +138,14 @@ class Repository:
         )
 
     def check(self) -> None:
-        """Reads the files on this machine that describe a model, and the names of its weights."""
+        """Opens the files on this machine that a model is loaded from."""
         there = self.folder.iterdir() if self.folder is not None and self.folder.is_dir() else ()
         for path in sorted(there):
             if path.name.endswith(CHECKED):
                 self.read(path)
 
     def read(self, path: Path) -> Any:
-        """The content of a file; of an index the files that it names, of weights their names.
+        """The content of a file; of an index the files that it names, of weights nothing.
 
         Raises:
             OSError: it is damaged.
@@ -238,14 +239,17 @@ def reaching_hub() -> Iterator[None]:
 
 
 def _content(path: Path) -> Any:
-    if path.suffix in (".safetensors", ".bin"):
-        return floating_weights(path)
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt"):
+            return None
     text = path.read_text("utf-8")
     if path.suffix == ".jinja":
         return text
     content = json.loads(text)
     if not isinstance(content, dict):
         raise ValueError(f"it must hold a JSON object, got {type(content).__name__}")
+    if path.name == "config.json":
+        check_counts(content)
     if ".index." not in path.name:
         return content
     files = sorted(set(content["weight_map"].values()))
