@@ -76,19 +76,8 @@ def test_head_of_a_later_format_is_an_error_that_says_to_upgrade():
 
 
 def test_missing_backbone_configuration_is_an_error_that_names_the_field():
-    with pytest.raises(ValueError, match="`text_config` is missing"):
+    with pytest.raises(ValueError, match=r"`text_config` must be .*, got None"):
         CoDDConfig()
-
-
-@pytest.mark.parametrize("field", ["text_config", "head_config"])
-def test_saved_configuration_without_a_nested_one_is_an_error_that_names_it(field, tmp_path):
-    CoDDConfig(text_config=text_config(), head_config=head_config()).save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    content = json.loads(path.read_text())
-    del content[field]
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"`{field}` is missing"):
-        CoDDConfig.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["text_config", "head_config"])
@@ -105,7 +94,7 @@ def test_unknown_backbone_type_is_an_error_that_names_the_field(nested):
 
 
 def test_head_configuration_of_another_model_is_an_error_that_names_the_field():
-    with pytest.raises(ValueError, match=r"`head_config.model_type` must be 'codd-head'"):
+    with pytest.raises(ValueError, match=r"`head_config.model_type` must be .*'bert'"):
         CoDDConfig(text_config=text_config(), head_config=BertConfig().to_dict())
 
 

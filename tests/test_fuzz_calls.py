@@ -240,7 +240,7 @@ def a_distribution(given: dict[str, Any]) -> CoupledCategorical:
     generator = torch.Generator().manual_seed(0)
     parts = (torch.randn(shape, generator=generator) for shape in ((3,), (1, 3, 3), (1, 3, VOCAB)))
     initial, transition, emission = parts
-    law = torch.randn(1, VOCAB, generator=generator).log_softmax(-1)
+    law = torch.randn(VOCAB, generator=generator).log_softmax(-1)
     potentials = Potentials(initial, transition, emission, law)
     logits = torch.randn(2, 4, VOCAB, generator=generator)
     return CoupledCategorical(**{"logits": logits, "potentials": potentials} | given)

@@ -2,7 +2,7 @@
 
 # Annotations are not postponed here: they are what values are checked against.
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, get_type_hints
@@ -78,11 +78,7 @@ def check_counts(
 
 
 class _Configuration(PreTrainedConfig):
-    """A configuration whose every refusal is a ValueError of one sentence.
-
-    Types are checked whenever a field is set, values when the configuration is made or saved, and
-    unknown fields are refused.
-    """
+    """Checks types whenever a field is set, values when made or saved; knows all its fields."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         own = type(self).__annotations__
@@ -148,25 +144,18 @@ class CoDDHeadConfig(_Configuration):
         context_size (`int`, *optional*): the backbone's hidden size; needed with conditioning or
             tied emissions.
         evidence_size (`int`, *optional*): how many of a prediction's likeliest tokens the circuit
-            reads in decoding; of the others it reads how much mass the tokens of each latent have,
-            which the token marginal spreads among these. 0 reads all exactly. By default all,
-            unless the vocabulary is large.
-        evidence_temperature (`float`, defaults to 1.0): the temperature that divided the backbone's
-            logits when the head was fitted or tuned, and divides them wherever none is named.
+            reads in decoding; of the others it reads how much mass the tokens of each latent have.
+            0 reads all exactly, the default unless the vocabulary is large.
+        evidence_temperature (`float`, defaults to 1.0): what divided the backbone's logits when the
+            head was fitted or tuned, and divides them wherever no other is named.
         alpha (`float`, defaults to 1.0): power of the token marginal by which the emissions are
-            divided. 1 removes the unigram distribution that the backbone already carries; 0 is the
-            raw product of the paper.
+            divided; 0 is the raw product of the paper.
         mask_token_id (`int`, *optional*): the backbone's mask token.
-        forbidden_token_ids (`list[int]`, *optional*): tokens that are never generated, beside the
-            mask token.
+        forbidden_token_ids (`list[int]`, *optional*): tokens that are never generated, beside it.
         base_model_name_or_path (`str`, *optional*): the backbone that the head was fitted to.
         base_model_revision (`str`, *optional*): its revision.
-        converted_from (`str`, *optional*): what a converted circuit was made of, for people to
-            read: its file, repository and commit, and the file's digest.
+        converted_from (`str`, *optional*): what a converted circuit was made of, for people.
         format_version (`int`, defaults to 2): version of the layout on disk.
-
-    Raises:
-        ValueError: a field is missing or out of range.
     """
 
     model_type = "codd-head"
@@ -251,17 +240,13 @@ class CoDDConfig(_Configuration):
     """Configuration of a [`CoDDModel`]: a backbone and a head.
 
     Args:
-        text_config (`PreTrainedConfig` or `dict`): the backbone's configuration. Required.
-        head_config (`CoDDHeadConfig` or `dict`, *optional*): the head's; None is a bare backbone,
-            whose predictions stay factorized.
+        text_config (`PreTrainedConfig` or `dict`): the backbone's configuration.
+        head_config (`CoDDHeadConfig` or `dict`, *optional*): the head's; None is a bare backbone.
         coupling (`str`, defaults to `"none"`): what `logits` of a forward pass are if the call does
             not say: `"none"`, `"marginal"` or `"latent"`.
         mask_token_id (`int`, *optional*): defaults to the head's, then the backbone's.
         forbidden_token_ids (`list[int]`, *optional*): tokens that are never generated; defaults to
             the head's.
-
-    Raises:
-        ValueError: a nested configuration is missing or of an unknown type.
     """
 
     model_type = "codd"
@@ -275,17 +260,13 @@ class CoDDConfig(_Configuration):
     mask_token_id: int | None = None
     forbidden_token_ids: list[int] | tuple[int, ...] | None = None
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "CoDDConfig":
-        """As in transformers."""
-        for name in ("text_config", "head_config"):
-            if name not in config_dict:
-                raise ValueError(f"`{name}` is missing from the configuration of the CoDD model.")
-        return super().from_dict(config_dict, **kwargs)
-
     def __post_init__(self, **others: Any) -> None:
-        self.text_config = _backbone_config(self.text_config)
-        self.head_config = head = _head_config(self.head_config)
+        self.text_config = _made("text_config", self.text_config, CONFIG_MAPPING)
+        if (head := self.head_config) is not None:
+            if isinstance(head, dict):
+                head = {"model_type": CoDDHeadConfig.model_type} | head
+            known = {CoDDHeadConfig.model_type: CoDDHeadConfig}
+            self.head_config = head = _made("head_config", head, known)
         # Unset, it would unset that of a backbone which is already built.
         others.setdefault("attn_implementation", self.text_config._attn_implementation)
         super().__post_init__(**others)
@@ -327,37 +308,21 @@ class CoDDConfig(_Configuration):
         return getattr(self.text_config, "pad_token_id", None)
 
 
-def _backbone_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
-    if config is None:
-        raise ValueError("`text_config` is missing: give the backbone's configuration.")
+def _made(name: str, config: Any, known: Mapping[str, type[PreTrainedConfig]]) -> PreTrainedConfig:
     if isinstance(config, PreTrainedConfig):
         return config
     if not isinstance(config, dict):
-        raise ValueError(f"`text_config` must be a configuration or a dict, got {config!r}.")
+        raise ValueError(f"`{name}` must be a configuration or a dict, got {config!r}.")
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in known:
         raise ValueError(
-            f"`text_config.model_type` must be one that transformers knows, got {model_type!r}; "
-            "with a backbone that brings its own code, load the whole by "
+            f"`{name}.model_type` must be one that is known here, got {model_type!r}; with a "
+            "backbone that brings its own code, load the whole by "
             "`CoDDModel.from_pretrained(..., trust_remote_code=True)`."
         )
     check_counts(config)
-    with one_sentence_for("`text_config`"):
-        return CONFIG_MAPPING[model_type].from_dict(dict(config))
-
-
-def _head_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig | None:
-    if not isinstance(config, dict):
-        if not isinstance(config, PreTrainedConfig | None):
-            raise ValueError(f"`head_config` must be a configuration or a dict, got {config!r}.")
-        return config
-    found = config.get("model_type", CoDDHeadConfig.model_type)
-    if found != CoDDHeadConfig.model_type:
-        raise ValueError(
-            f"`head_config.model_type` must be {CoDDHeadConfig.model_type!r}, got {found!r}: give "
-            "a CoDD head's configuration."
-        )
-    return CoDDHeadConfig.from_dict(dict(config))
+    with one_sentence_for(f"`{name}`"):
+        return known[model_type].from_dict(dict(config))
 
 
 for _config in (CoDDConfig, CoDDHeadConfig):

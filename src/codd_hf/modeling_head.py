@@ -29,7 +29,7 @@ from .circuits import (
     token_marginal,
 )
 from .circuits.factorized import forbidden_tokens
-from .circuits.potentials.emissions import ONE_PRODUCT, Emission
+from .circuits.potentials.circuit import ONE_PRODUCT, Emission
 from .configuration_codd import CoDDHeadConfig
 from .hub.publishing import Publishing
 from .hub.repositories import Repository, checked_name, explain_load_errors, locate
@@ -41,13 +41,7 @@ DEFAULT_EVIDENCE_SIZE = 64
 
 @dataclass(frozen=True)
 class FrozenHead:
-    """A [`CoDDHead`] as it was when it was frozen; it is called as the head is.
-
-    Attributes:
-        head: the head.
-        potentials: its circuit, which holds what is derived from it.
-        forbidden: `[V]` bool, the tokens that are never generated, if any.
-    """
+    """A [`CoDDHead`] as it was when it was frozen, called as that is, with its circuit kept."""
 
     head: CoDDHead
     potentials: Potentials
@@ -147,8 +141,9 @@ class CoDDHead(Publishing, PreTrainedModel):  # type: ignore[misc]
             # Parts that the user adds to a stored head are new.
             may_lack = any(field in kwargs for field in CoDDHeadConfig.__annotations__)
             load: Callable = super().from_pretrained
+            head: Any
             head, report = load_stored(repository, load, config, cls, may_lack=may_lack, **kwargs)
-        cls._check_suggested(head, name)
+        head._check_suggested(name)
         return (head, report) if with_report else head
 
     def _check_suggested(self, name: str) -> None:
@@ -273,11 +268,10 @@ class CoDDHead(Publishing, PreTrainedModel):  # type: ignore[misc]
 
     @torch.no_grad()
     def temper(self, emission_power: float, transition_power: float) -> None:
-        """Flattens the circuit: its emissions and its transitions to a power below 1.
+        """Flattens emissions and (normalised) transitions to powers below 1.
 
         The backbone has already seen the observed tokens, whose dependencies a static circuit
-        counts again; flattening gives some of that back at low mask ratios. Transitions and the
-        initial law are normalised again, emissions are not (they are ratios).
+        counts again; flattening gives some of that back at low mask ratios.
         """
         tied = (self.emission_latents, self.emission_bias) if self.is_tied else (self.emission,)
         for parameter in tied:

@@ -79,9 +79,9 @@ def test_in_chunks_evidence_and_its_gradients_are_the_same(kind, monkeypatch):
         return found, *gradients, mixed, best_evidence(log_phi, POSITIONS, emission)
 
     whole = run()
-    for module in ("potentials.emissions", "evidence.dense"):
+    for module in ("potentials.circuit", "evidence.dense"):
         monkeypatch.setattr(f"codd_hf.circuits.{module}.ELEMENTS_AT_ONCE", 3 * LATENTS)
-    monkeypatch.setattr("codd_hf.circuits.potentials.emissions.ONE_PRODUCT", 0)
+    monkeypatch.setattr("codd_hf.circuits.potentials.circuit.ONE_PRODUCT", 0)
     for one, other in zip(whole, run(), strict=True):
         torch.testing.assert_close(one, other)
 

@@ -179,7 +179,7 @@ def test_lists_are_made_of_any_shape_of_predictions(shape, vocab):
     listed = ListedEvidence.from_logits(logits, 3, groups=groups_of(emission))
     assert listed.indices.shape == (*shape, 3)
     assert listed.log_rest.shape == (*shape, 5)
-    assert listed.batch_shape == shape
+    assert listed.shape == (*shape, -1)
     assert listed.dense().shape == (*shape, vocab)
     torch.testing.assert_close(listed.log_probs.exp(), logits.softmax(-1).topk(3, -1).values)
     if shape == (0,):

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from ..circuits.reference import PlainStep, plain_step
+from ..circuits.reference import plain_step
 from ..configuration_codd import CoDDHeadConfig
 from ..modeling_head import DEFAULT_EVIDENCE_SIZE, CoDDHead
 from ..runtime.precision import computes_bf16
@@ -102,7 +102,7 @@ class HeadCase:
         distribution = self.frozen(self.logits, **inputs)
         return distribution.logits_given(distribution.sample_latents())
 
-    def plain_step(self) -> PlainStep:
+    def plain_step(self) -> tuple[torch.Tensor, ...]:
         """The same as the paper states it."""
         return plain_step(self.circuit, self.logits, self.tokens, self.observed)
 

@@ -7,10 +7,10 @@
 
 from .context.maps import Context, ContextMaps, CopyStates, Preceding
 from .distribution.coupled import CoupledCategorical, ViterbiPath
+from .em import fit_tied, occupancy, token_marginal
 from .evidence.dense import DenseEvidence
 from .evidence.lists import ListedEvidence
-from .potentials.circuit import Potentials, StepTransitions, occupancy, token_marginal
-from .potentials.emissions import DenseEmission, TiedEmission, fit_tied
+from .potentials.circuit import DenseEmission, Potentials, StepTransitions, TiedEmission
 from .potentials.groups import TokenGroups
 
 __all__ = [

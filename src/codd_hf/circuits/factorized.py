@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .distribution.coupled import CoupledCategorical
-from .potentials.circuit import Potentials, StepTransitions
-from .potentials.emissions import DenseEmission
+from .potentials.circuit import DenseEmission, Potentials, StepTransitions
 
 
 def forbidden_tokens(

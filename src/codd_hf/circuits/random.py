@@ -17,12 +17,9 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 def uniform(
     shape: Sequence[int], generator: Generators = None, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """Uniform float32 numbers in [0, 1) on a device; they are drawn where the generator lives.
+    """Uniform float32 numbers in [0, 1) on a device, drawn where the generator lives.
 
-    Args:
-        shape: the first entry counts rows.
-        generator: one generator for all, a list with one per row, or None for the global one.
-        device: of the result.
+    The shape's first entry counts rows: a list of generators has one for each.
     """
     generators("generator", generator, shape[0])
     if generator is None:
@@ -34,12 +31,9 @@ def uniform(
 
 
 def draw_categorical(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Draws indices `[...]` by inversion of cumulative sums.
+    """Draws indices `[...]` by `probabilities` `[..., K]`, up to a factor, and `uniforms` `[...]`.
 
-    Args:
-        probabilities: `[..., K]`, up to a factor. None that is zero is drawn, but for the last
-            one, which stands for rows whose sum is zero (or denormal).
-        uniforms: `[...]`, float32 in [0, 1).
+    None that is zero is drawn, but for the last one, which stands for rows whose sum is zero.
     """
     dtype = torch.promote_types(probabilities.dtype, torch.float32)
     cumulative = probabilities.cumsum(-1, dtype=dtype)

@@ -14,20 +14,10 @@ against `plain_step`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 Circuit = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Log-potentials `initial [H]`, `transition [H, H]` (row = previous state), `emission [H, V]`."""
-
-
-class PlainStep(NamedTuple):
-    """`log Z` `[B]`, latents `[B, L]`, and log-probabilities `[B, L, V]` of masked tokens."""
-
-    log_partition: torch.Tensor
-    latents: torch.Tensor
-    log_probs: torch.Tensor
 
 
 def evidence_of(circuit: Circuit, logits, tokens, observed, temperature=1.0) -> torch.Tensor:
@@ -44,7 +34,8 @@ def evidence_of(circuit: Circuit, logits, tokens, observed, temperature=1.0) -> 
 def forward(circuit: Circuit, evidence) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """`log Z`, and the distribution `[H]` of each latent given the evidence up to it."""
     initial, transition = circuit[0].exp(), circuit[1].exp()
-    log_partition, messages = evidence.new_zeros(()), []
+    log_partition: torch.Tensor = evidence.new_zeros(())
+    messages: list[torch.Tensor] = []
     for i in range(len(evidence)):
         predicted = initial if i == 0 else messages[-1] @ transition
         message = predicted * evidence[i]
@@ -91,25 +82,14 @@ def conditional(circuit: Circuit, logits, tokens, observed, i, temperature=1.0) 
     return (weights @ circuit[2].exp()) * (logits[i].double() / temperature).softmax(-1)
 
 
-def expected_counts(circuit: Circuit, tokens) -> tuple[torch.Tensor, Circuit]:
-    """`log p_w(x)` of a sequence `[L]`, and how often each of the potentials is used by it."""
-    transition, evidence = circuit[1].exp(), circuit[2].exp()[:, tokens].T
-    log_partition, messages = forward(circuit, evidence)
-    posterior = posterior_of(circuit, evidence)
-    steps, emissions = torch.zeros_like(transition), torch.zeros_like(circuit[2])
-    for i in range(len(tokens)):
-        emissions[:, tokens[i]] += posterior[i]
-        if i > 0:
-            past = messages[i - 1]
-            steps += past[:, None] * transition * (posterior[i] / (past @ transition))
-    return log_partition, (posterior[0], steps, emissions)
-
-
 @torch.no_grad()
 def plain_step(
     circuit: Circuit, logits, tokens, observed, temperature=1.0, generator=None
-) -> PlainStep:
-    """What the head adds to a denoising step of windows `[B, L]`, as the paper states it."""
+) -> tuple[torch.Tensor, ...]:
+    """What the head adds to a denoising step of windows `[B, L]`, as the paper states it.
+
+    That is `log Z` `[B]`, latents `[B, L]`, and log-probabilities `[B, L, V]` of masked tokens.
+    """
     rows = []
     for b in range(len(logits)):
         evidence = evidence_of(circuit, logits[b], tokens[b], observed[b], temperature)
@@ -117,4 +97,4 @@ def plain_step(
         latents = sample_latents(circuit, messages, generator)
         log_probs = log_probs_given(circuit, logits[b], latents, temperature)
         rows.append((log_partition, latents, log_probs.float()))
-    return PlainStep(*(torch.stack(values) for values in zip(*rows, strict=True)))
+    return tuple(torch.stack(values) for values in zip(*rows, strict=True))

@@ -23,30 +23,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..numerics import logsumexp, safe_log
 from ..potentials.circuit import StepTransitions
+from ..recursions.chain import logsumexp, safe_log
 
 COPY_FLOOR, COPY_LIMIT = -16.5, 4.0
 """Log-weights of beginning to copy: all but a no-op, and the largest, that of following too."""
 
-EMITTED_FLOOR = -10.0
-"""Smallest `log p(x_j | z)` with which a copy state of `x_j` is entered."""
+COPY_START = -3.0
+"""Log-weight of beginning to copy at which a fit begins (from a no-op it would take long)."""
+
+EMITTED_FLOOR, LARGEST_WEIGHT = -10.0, 12.0
+"""Smallest `log m_j(z)`, and largest `log e_j`."""
 
 SUGGESTED_STATES = 8
 """How many states a copied token suggests; their share of `p(z | x)` is nearly all of it."""
-
-LARGEST_WEIGHT = 12.0
-"""Largest log-potential with which a copy state emits its token."""
-
-COPY_START = -3.0
-"""Log-weight of beginning to copy at which a fit begins (from a no-op it would take long)."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,8 @@ class CopyStates:
         emitted: `[B, J, H]`, `log m_j(z)`, at most 0.
         left: `[B, J, H]`, `log l_j(z)`, at most 0.
         weight: `[B, J]`, `log e_j`.
-        limits: if known, a number that no `start + emitted` is below (where there is a token) and
-            one that neither it nor `follow` is above; they count if every `l_j` adds up to 1.
+        limits: if known, the least `start + emitted` (where there is a token) and the largest of it
+            and `follow`, where every `l_j` adds up to 1.
     """
 
     tokens: torch.Tensor
@@ -81,15 +79,9 @@ class CopyStates:
         return self._with(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
     def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> CopyStates:
-        return CopyStates(
-            change(self.tokens),
-            change(self.start),
-            change(self.follow),
-            change(self.emitted),
-            change(self.left),
-            change(self.weight),
-            self.limits,
-        )
+        held = vars(self).items()
+        parts: Any = {name: change(t) for name, t in held if isinstance(t, torch.Tensor)}
+        return replace(self, **parts)
 
     def initial(self, log_initial: torch.Tensor) -> torch.Tensor:
         """`[B, L, H + J]` log-potentials of a chain that starts at a position, from `[H]`."""
@@ -105,12 +97,7 @@ class CopyStates:
 
 
 class CopySteps:
-    """Transitions over `H + J` states; the interface is that of [`StepTransitions`].
-
-    Args:
-        inner: the transitions between the states of the circuit.
-        copies: the copy states.
-    """
+    """[`StepTransitions`] over `H + J` states, of those of the circuit and copy states."""
 
     def __init__(self, inner: StepTransitions, copies: CopyStates) -> None:
         self.inner, self.copies = inner, copies
@@ -137,15 +124,12 @@ class CopySteps:
 
     @cached_property
     def log_range(self) -> float:
-        """As that of `StepTransitions`, for the entries that every state has.
-
-        Following is of one state alone; the next one can be begun anew, which is not rarer.
-        """
+        """As that of `StepTransitions`, for the entries that every state has."""
         if self.copies.limits is None:
             return math.inf
+        # Following is of one state alone: the next one can be begun anew, which is not rarer.
         low, high = self.copies.limits
-        fewest, most = self.inner.row_sums
-        smallest, largest = self.inner.bounds
+        smallest, largest, fewest, most = self.inner.bounds
         log_range = max(largest, high + max(most, 0.0)) - min(smallest, low + fewest)
         return math.inf if math.isnan(log_range) else log_range
 
@@ -245,11 +229,7 @@ class Preceding:
     hidden: torch.Tensor
 
     def packed(self) -> Preceding:
-        """The same with most of what is not present left out, which would only be worked on.
-
-        One place stays behind each stretch of tokens: the last of them and the first of the next
-        stretch do not follow each other.
-        """
+        """The same without most of what is not present: a place behind each stretch stays."""
         kept = self.present | self.present.roll(1, 1)
         number = max(int(kept.sum(1).max()), 1)
         order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, :number]
@@ -263,7 +243,7 @@ class HeadLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Maps `[..., in_features]` to `[..., out_features]`."""
@@ -353,8 +333,7 @@ class ContextMaps(nn.Module):
     ) -> Context:
         """Context of windows, of hidden states `[B, L, d]` that predict their tokens.
 
-        Of the masked positions `[B, L]` only the share matters. For `"copy"`, `log_marginal [V]` is
-        that of the tokens, by whose power `alpha` the emissions were divided.
+        For `"copy"`, the emissions were divided by the token marginal to the power `alpha`.
         """
         inputs = _scaled(hidden, self.latent.weight if self.latent else self.copy_bias)
         if self.noise_conditioning:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch.distributions import Distribution
 
-from ...checks.arguments import as_tensor, check_tokens, factor, integer, several, shown
+from ...checks.arguments import as_tensor, check_tokens, factor, integer, shown
 from ..context.maps import Context
 from ..evidence.dense import DenseEvidence
 from ..evidence.lists import ListedEvidence
@@ -76,6 +76,8 @@ class CoupledCategorical(Distribution):
         forbidden: torch.Tensor | None = None,
         top_k: int = 0,
     ) -> None:
+        if not isinstance(logits, DenseEvidence | ListedEvidence):
+            logits = as_tensor("logits", logits, float)
         self.logits, self.potentials = logits, potentials
         self.temperature = factor("temperature", temperature)
         self.top_k = integer("top_k", top_k, least=0)
@@ -90,12 +92,10 @@ class CoupledCategorical(Distribution):
         self.active = mask("active", active, True, axes=1)
         self.observed = mask("observed", observed, False) & self.present
         self.masked = self.present & ~self.observed
-        if tokens is None:
-            if bool(self.observed.any()):
-                raise ValueError("`tokens` must be given where `observed` is True.")
-            tokens = torch.zeros(shape, dtype=torch.long, device=device)
-        tokens = as_tensor("tokens", tokens, int, shape, device)
-        self.tokens = torch.where(self.observed, tokens, 0)
+        if tokens is None and bool(self.observed.any()):
+            raise ValueError("`tokens` must be given where `observed` is True.")
+        tokens = torch.zeros(shape, dtype=torch.long, device=device) if tokens is None else tokens
+        self.tokens = torch.where(self.observed, as_tensor("tokens", tokens, int, shape, device), 0)
         check_tokens("tokens", self.tokens, potentials.vocab_size)
         self.context = context if isinstance(context, Context) else Context(context)
         if (latent := self.context.latent) is not None:
@@ -107,41 +107,36 @@ class CoupledCategorical(Distribution):
             forbidden = as_tensor("forbidden", forbidden, bool, size, device)
         self.forbidden = forbidden
 
-    def _checked_shape(self) -> tuple[int, int]:
+    def _checked_shape(self) -> torch.Size:
         """`[B, L]`, once logits and potentials fit together."""
         logits, potentials = self.logits, self.potentials
         if not isinstance(potentials, Potentials):
             raise TypeError(f"`potentials` must be Potentials, got {shown(potentials)}.")
-        size, unspread = potentials.vocab_size, bool(self.top_k)
+        vocab, shape, unspread = potentials.vocab_size, logits.shape, bool(self.top_k)
         if isinstance(logits, ListedEvidence):
-            shape, unspread = (*logits.batch_shape, size), logits.groups is None
-        else:
-            values = logits.log_probs if isinstance(logits, DenseEvidence) else logits
-            if not isinstance(values, torch.Tensor):
-                raise TypeError(f"`logits` must be a tensor or evidence, got {shown(logits)}.")
-            shape = tuple(as_tensor("logits", values, float).shape)
-        if len(shape) != 3 or shape[-1] != size:
-            raise ValueError(f"`logits` must have shape [batch, length, {size}], got {shape}.")
-        if getattr(logits, "temperature", self.temperature) != self.temperature:
+            unspread = logits.groups is None
+        if len(shape) != 3 or shape[-1] not in (vocab, -1):
             raise ValueError(
-                f"`logits` is evidence computed at temperature {logits.temperature}, so that "
-                f"`temperature` cannot be {self.temperature}: compute the evidence again."
+                f"`logits` must have shape [batch, length, {vocab}], got {tuple(shape)}."
+            )
+        made_at = getattr(logits, "temperature", self.temperature)
+        if made_at != self.temperature:
+            raise ValueError(
+                f"`logits` is evidence computed at temperature {made_at}, so that `temperature` "
+                f"cannot be {self.temperature}: compute the evidence again."
             )
         if unspread and potentials.log_marginal is None:
             raise ValueError(
                 "There is no distribution by which the mass of tokens that are not listed is "
                 "spread: give the potentials a `log_marginal`."
             )
-        length = shape[1]
-        for name, held, needed in (
-            ("transition", potentials.transition.num_steps, length - 1),
-            ("emission", potentials.emission.num_positions, length),
-        ):
-            if held != 1 and held < needed:
-                raise ValueError(
-                    f"`logits` cover {length} positions, but the untied {name} only {held}."
-                )
-        return shape[0], length
+        steps, positions = potentials.transition.num_steps, potentials.emission.num_positions
+        if 1 < steps < shape[1] - 1 or 1 < positions < shape[1]:
+            raise ValueError(
+                f"`logits` cover {shape[1]} positions, but the circuit has {steps} untied "
+                f"transitions and {positions} untied emissions."
+            )
+        return torch.Size(shape[:2])
 
     @cached_property
     def prediction(self) -> DenseEvidence | ListedEvidence:
@@ -153,10 +148,11 @@ class CoupledCategorical(Distribution):
             if not self.top_k:
                 return DenseEvidence.from_logits(logits, *how)
             return ListedEvidence.from_logits(logits, self.top_k, *how, potentials.groups)
-        if isinstance(prediction, ListedEvidence) and prediction.groups is None:
-            groups = TokenGroups(potentials.log_marginal, emission=potentials.emission)
-            return prediction.spread(groups, self.forbidden)
-        return prediction
+        if isinstance(prediction, DenseEvidence) or prediction.groups is not None:
+            return prediction
+        assert potentials.log_marginal is not None
+        groups = TokenGroups(potentials.log_marginal, emission=potentials.emission)
+        return prediction.spread(groups, self.forbidden)
 
     @cached_property
     def latents(self) -> Latents:
@@ -185,12 +181,9 @@ class CoupledCategorical(Distribution):
     def factorized_logits(self) -> torch.Tensor:
         """`[B, L, V]` log-probabilities without the circuit; one-hot at observed positions."""
         log_probs = self.prediction.dense()
-        return self.latents.pinned(log_probs.clone() if log_probs is self._given else log_probs)
-
-    @property
-    def _given(self) -> torch.Tensor | None:
-        """The log-probabilities of the caller's own evidence, which are not to be changed."""
-        return self.logits.log_probs if isinstance(self.logits, DenseEvidence) else None
+        # The caller's own evidence is not changed.
+        is_given = isinstance(self.logits, DenseEvidence)
+        return self.latents.pinned(log_probs.clone() if is_given else log_probs)
 
     def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         """Log-probability `[*S, B]` of tokens `[*S, B, L]`; -inf where it is zero.
@@ -214,13 +207,9 @@ class CoupledCategorical(Distribution):
         return torch.where(self.active, self._log_share(evidence), 0)
 
     def partial_log_prob(self, value: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities `[*S, B]` of the tokens at some masked positions, others summed out.
+        """Log-probabilities `[*S, B]` of tokens `[B, L]` at the masked positions that are `known`.
 
-        Several sets of positions cost one recursion over a larger batch.
-
-        Args:
-            value: `[B, L]` tokens; used where `known`.
-            known: `[*S, B, L]` bool, the positions that count; masked ones.
+        These are `[*S, B, L]` bool; all others are summed out, in one recursion for all sets.
         """
         shape, device = self.tokens.shape, self.tokens.device
         known = as_tensor("known", known, bool, device=device)
@@ -277,16 +266,15 @@ class CoupledCategorical(Distribution):
         return self.latents.own_chain.best_path()[0]
 
     def logits_given(self, latents: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities `[*S, B, L, V]` of each token given the latents `[*S, B, L]`.
+        """Log-probabilities `[*S, B, L, V]` of tokens, independent given the latents `[*S, B, L]`.
 
-        Given the latents the tokens are independent. One-hot at observed positions, the backbone's
-        own at absent ones and in inactive rows.
+        One-hot at observed positions, the backbone's own at absent ones and in inactive rows.
         """
         states = self.potentials.num_latents + self.latents.num_copies
         return self.latents.log_probs_given(self._checked(latents, "latents", states, "states"))
 
     @torch.no_grad()
-    def sample(
+    def sample(  # type: ignore[override]
         self, sample_shape: tuple[int, ...] = (), generator: Generators = None
     ) -> torch.Tensor:
         """Exact joint samples `[*sample_shape, B, L]`; observed tokens stay, absent ones are 0.
@@ -296,10 +284,7 @@ class CoupledCategorical(Distribution):
         Raises:
             ValueError: no token is possible at some position.
         """
-        sizes = several(sample_shape)
-        if sizes is None:
-            raise TypeError(f"`sample_shape` must be a tuple, got {shown(sample_shape)}.")
-        shape = torch.Size(integer("sample_shape", size, least=0) for size in sizes)
+        shape = torch.Size(integer("sample_shape", size, least=0) for size in sample_shape)
         self._check_tokens_left()
         log_probs = self.latents.log_probs_given(self.latents.sample(shape, generator))
         batch, length = self.tokens.shape
@@ -322,12 +307,7 @@ class CoupledCategorical(Distribution):
         return ViterbiPath(torch.where(self.masked, tokens, self.tokens), latents, log_prob)
 
     def condition(self, tokens: torch.Tensor, observed: torch.Tensor) -> CoupledCategorical:
-        """The distribution given further tokens.
-
-        Args:
-            tokens: `[B, L]`, used where `observed` and not observed before.
-            observed: `[B, L]` bool, the further positions.
-        """
+        """The distribution given further tokens `[B, L]` where `observed` `[B, L]`."""
         shape, device = self.tokens.shape, self.tokens.device
         tokens = as_tensor("tokens", tokens, int, shape, device)
         observed = as_tensor("observed", observed, bool, shape, device)

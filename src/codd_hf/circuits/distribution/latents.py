@@ -12,10 +12,9 @@ from torch.nn import functional as F
 from ..context.maps import Context, CopySteps
 from ..evidence.dense import DenseEvidence, best_evidence, log_probs_given, mix_tokens
 from ..evidence.lists import ListedEvidence
-from ..numerics import full_precision, logsumexp, pin_tokens, safe_log
 from ..potentials.circuit import Potentials, StepTransitions
 from ..random import Generators
-from ..recursions.chain import Chain, Filter
+from ..recursions.chain import Chain, Filter, full_precision, logsumexp, safe_log
 
 At = tuple[torch.Tensor, ...]
 """Rows `[N]` of a batch and their positions `[N]`."""
@@ -23,16 +22,10 @@ At = tuple[torch.Tensor, ...]
 
 @dataclass
 class Latents:
-    """The latent chain of a batch of windows, whose `H` states `J` copy states follow, if any.
+    """The latent chain of windows, whose `H` states `J` copy states follow, if any.
 
-    Attributes:
-        potentials: the circuit.
-        prediction: the backbone's, `[B, L]`.
-        tokens: `[B, L]`, 0 where masked or absent.
-        masked: `[B, L]` bool, where evidence is of the prediction, not of a token.
-        present: `[B, L]` bool; None where all positions are.
-        active: `[B]` bool; other rows have no evidence at all.
-        context: of the backbone.
+    The tokens `[B, L]` are 0 where masked or absent; evidence is of the prediction where `masked`
+    and of a token elsewhere, and there is none in rows that are not `active`.
     """
 
     potentials: Potentials
@@ -235,17 +228,9 @@ class Latents:
             p(x_i | x_{known \ i})
                 = phi_i(x_i) \sum_z around_i(z) E(z, x_i) / \sum_z around_i(z) s_i(z)
 
-        Here `around_i(z)` is what the rest of the chain gives to the latent: the product of the
-        messages from both sides. The sum over the vocabulary is the soft evidence `s_i`.
-
-        A backbone predicts what is masked. For tokens that were masked in an earlier pass,
-        `soft_evidence` and `log_probs` may be those of that pass.
-
-        Args:
-            tokens: `[B, L]`; used where `known`.
-            known: `[B, L]` bool.
-            soft_evidence: `[B, L, H + J]`, log of `s_i`: `evidence` of this or an earlier pass.
-            log_probs: `[B, L]`, `log phi_i(x_i)` of the known tokens.
+        Here `around_i(z)` is what the rest of the chain gives to the latent. A backbone predicts
+        what is masked: for tokens that were masked in an earlier pass, `soft_evidence`
+        `[B, L, H + J]` (`log s_i`) and `log_probs` `[B, L]` (`log phi_i(x_i)`) may be that pass's.
         """
         hard = self.hard_evidence(torch.where(known, tokens, 0))
         chain = self.chain(torch.where(known[..., None], hard, soft_evidence))
@@ -260,12 +245,9 @@ class IncrementalPosterior:
     """Posteriors of tokens over the same `B` windows, while others become known one by one.
 
     A token changes the evidence of one position. It renews the messages from the left behind that
-    position and those from the right before it: one pass over the chain in place of two, over the
-    windows that got a token, as far as there are masks. All distributions go through it together.
-
-    Args:
-        latents: alike in all but the evidence temperature.
-        wanted: `[B, L]` bool, the masked positions that are asked for until they are revealed.
+    position and those from the right before it, over the windows that got a token, as far as
+    positions are `wanted` `[B, L]`. All `latents`, alike but for the evidence temperature, go
+    through it together.
     """
 
     def __init__(self, latents: Sequence[Latents], wanted: torch.Tensor) -> None:
@@ -315,3 +297,21 @@ class IncrementalPosterior:
         """`[N, H + J]`: distributions of the latents; zeros where nothing is possible."""
         place = at[1], self._rows[index, at[0]]
         return self._chain.law(self._past[place], self._future[place])
+
+
+def one_hot_log_probs(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities `[..., V]`, as `like`, of nothing but the tokens `[...]`."""
+    return torch.full_like(like, -torch.inf).scatter_(-1, tokens[..., None], 0.0)
+
+
+def pin_tokens(where: torch.Tensor, tokens: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities `[..., V]` that are sure of `tokens` `[...]` where `where` `[...]` says so.
+
+    They are changed in place unless they have a gradient.
+    """
+    if torch.is_grad_enabled() and log_probs.requires_grad:
+        return torch.where(where[..., None], one_hot_log_probs(tokens, log_probs), log_probs)
+    at = where.nonzero(as_tuple=True)
+    log_probs[at] = -torch.inf
+    log_probs[(*at, tokens[at])] = 0.0
+    return log_probs

@@ -1,9 +1,8 @@
 r"""Token evidence: all that inference needs to know of the vocabulary.
 
 For a masked position the soft evidence of state `z` is `s(z) = \sum_v phi(v) E(z, v)`, where `phi`
-is the backbone's prediction; for an observed one the hard evidence is `E(z, x)`. These are the only
-products with the vocabulary. Here `phi` is known for every token; `lists.py` has the form that
-keeps a short list of them.
+is the backbone's prediction; for an observed one it is `E(z, x)`. Here `phi` is known for every
+token; `lists.py` has the form that keeps a short list of them.
 """
 
 from __future__ import annotations
@@ -13,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..numerics import LOST_MASS, full_precision, log_softmax, logsumexp, normalised_exp
-from ..potentials.emissions import ELEMENTS_AT_ONCE, UNDERFLOW, Emission
+from ..potentials.circuit import ELEMENTS_AT_ONCE, UNDERFLOW, Emission
+from ..recursions.chain import full_precision, logsumexp, normalised_exp
 from .listing import slice_size
 
 if TYPE_CHECKING:
     from .lists import ListedEvidence
+
+LOST_MASS = 1e-12
+"""A mixture of tokens with less mass than this is made again in log space."""
 
 FIRST_LIST = 64
 """How many of a prediction's likeliest tokens are tried first where the best one is looked for."""
@@ -38,24 +40,18 @@ class DenseEvidence:
 
     @classmethod
     def from_logits(
-        cls,
-        logits: torch.Tensor,
-        temperature: float = 1.0,
-        forbidden: torch.Tensor | None = None,
+        cls, logits: torch.Tensor, temperature: float = 1.0, forbidden: torch.Tensor | None = None
     ) -> DenseEvidence:
-        """`softmax(logits / temperature)` over the tokens that are not forbidden.
+        """`softmax(logits / temperature)` over the tokens that are not forbidden `[V]`.
 
-        Args:
-            logits: `[*batch, V]`, of any floating dtype; a row that is -inf throughout stays so.
-            temperature: positive.
-            forbidden: `[V]` bool, tokens that get no mass.
+        A row of the logits that is -inf throughout stays so.
         """
         return cls(log_softmax(scaled_logits(logits, temperature, forbidden)), temperature)
 
     @property
-    def batch_shape(self) -> torch.Size:
-        """The shape of the batch of predictions."""
-        return self.log_probs.shape[:-1]
+    def shape(self) -> torch.Size:
+        """`[*batch, V]`."""
+        return self.log_probs.shape
 
     @property
     def device(self) -> torch.device:
@@ -69,8 +65,8 @@ class DenseEvidence:
     def log_prob_of(self, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probabilities `[*S, *batch]` of tokens `[*S, *batch]`."""
         # Samples go last: a gather from an expanded tensor has a gradient as large as all of it.
-        number = tokens.numel() // max(self.batch_shape.numel(), 1)
-        samples = tokens.reshape(number, *self.batch_shape).movedim(0, -1)
+        batch = self.shape[:-1]
+        samples = tokens.reshape(tokens.numel() // max(batch.numel(), 1), *batch).movedim(0, -1)
         return self.log_probs.gather(-1, samples).movedim(-1, 0).reshape(tokens.shape)
 
     def dense(self) -> torch.Tensor:
@@ -119,7 +115,7 @@ def log_probs_given(
     scores = log_total.new_empty(*latents.shape, emission.vocab_size)
     flat, total = scores.view(-1, emission.vocab_size), log_total.reshape(-1, 1)
     states, positions = latents.reshape(-1), positions.expand_as(latents).reshape(-1)
-    number = prediction.batch_shape.numel()
+    number = prediction.shape[:-1].numel()
     copies = torch.arange(len(flat), device=latents.device) % max(number, 1)
     rows = max(slice_size(scores.device) // emission.vocab_size, 1)  # those stay in the cache
     for first in range(0, len(flat), rows):
@@ -134,14 +130,7 @@ def log_probs_given(
 def mix_tokens(
     log_phi: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, emission: Emission
 ) -> torch.Tensor:
-    """Token probabilities `[N, V]` proportional to `phi(v) sum_z exp(weights(z)) E(z, v)`.
-
-    Args:
-        log_phi: `[N, V]`.
-        weights: `[N, H]` log-weights of the states.
-        positions: `[N]`.
-        emission: of the circuit.
-    """
+    """Token probabilities `[N, V]` proportional to `phi(v) sum_z exp(weights(z)) E(z, v)`."""
     dtype = torch.promote_types(emission.log_max.dtype, log_phi.dtype)
     log_phi, weights = log_phi.to(dtype), weights.to(dtype)
     mixture = normalised_exp(weights + emission.log_scale(positions).to(dtype))
@@ -164,10 +153,9 @@ def best_evidence(
 ) -> torch.Tensor:
     """`max_v log phi(v) + log E(z, v)`, `[N, H]`, of `log_phi [N, V]` at positions `[N]`; exact.
 
-    A maximum is no matrix product, and would go through all `N H V` pairs. But a token that is not
-    among the `k` likeliest adds at most the probability of the last of them and the state's largest
-    emission. Predictions for which that does not rule out all others are looked at again with a
-    longer list.
+    A maximum is no matrix product. But a token that is not among the `k` likeliest adds at most the
+    probability of the last of them and the state's largest emission. Predictions for which that
+    does not rule out all others are looked at again with a longer list.
     """
     best = log_phi.new_empty(len(log_phi), emission.num_latents)
     largest = emission.log_max[positions % len(emission.log_max)]
@@ -193,3 +181,11 @@ def scaled_logits(
     if forbidden is not None:
         logits = logits.masked_fill(forbidden, -torch.inf)
     return logits if temperature == 1 else logits / temperature
+
+
+def log_softmax(x: torch.Tensor) -> torch.Tensor:
+    """`log_softmax` over the last axis; a row that is -inf throughout stays so, not NaN."""
+    impossible = x.detach().amax(-1, keepdim=True) == -torch.inf
+    if not bool(impossible.any()):
+        return x.log_softmax(-1)
+    return x.masked_fill(impossible, 0).log_softmax(-1).masked_fill(impossible, -torch.inf)

@@ -6,16 +6,14 @@ that fits the processor's cache at a time, and never copied whole.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from ..numerics import exp_of_difference
-from ..potentials.groups import TokenGroups
+from ..potentials.circuit import exp_of_difference
 
-SLICE_IN_CACHE = 1 << 21
-"""Numbers that are worked on at once on a CPU."""
-
-SLICE_ON_DEVICE = 1 << 26
-"""Likewise on an accelerator, where a few large kernels beat many small ones."""
+SLICE_IN_CACHE, SLICE_ON_DEVICE = 1 << 21, 1 << 26
+"""Numbers that are worked on at once on a CPU, and where few large kernels beat many small ones."""
 
 BLOCK = 64
 """Tokens whose maximum stands for them all when the likeliest are looked for."""
@@ -55,22 +53,16 @@ def list_likeliest(
     k: int,
     temperature: float,
     forbidden: torch.Tensor | None,
-    groups: TokenGroups | None,
+    sums: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Splits logits over the temperature into the `k` largest and the rest; not differentiable.
+    """Splits logits `[N, V]` over the temperature into the `k` largest and the rest.
 
-    The rest is summed itself: 1 minus the sum of the listed is rounding error when that is 1.
-
-    Args:
-        logits: `[N, V]`, of any floating dtype.
-        k: from 1 to `V`.
-        temperature: positive.
-        forbidden: `[V]` bool, tokens that have no mass.
-        groups: of tokens; None, all are one.
+    The rest is summed itself: 1 minus the sum of the listed is rounding error when that is 1. Not
+    differentiable.
 
     Returns:
         The `k` largest, `[N, k]` in float32 or float64; their tokens, `[N, k]`; and the
-        `logsumexp` of all others, group by group, `[N, C]`.
+        `logsumexp` of all others that are not forbidden, `[N, C]` by `sums` of groups.
     """
     size, at_once = logits.shape[-1], slice_size(logits.device)
     never = torch.zeros(0, dtype=torch.long, device=logits.device)
@@ -95,10 +87,5 @@ def list_likeliest(
         for scores, own, shift in zip(*pieces, strict=True):
             rest = exp_of_difference(scores, shift, weights[: len(scores)], 1 / temperature)
             rest.scatter_(-1, own, 0.0).index_fill_(-1, never, 0.0)
-            others.append(sum_by_group(rest, groups).log() + shift)
+            others.append(sums(rest).log() + shift)
     return torch.cat(listed), torch.cat(tokens), torch.cat(others)
-
-
-def sum_by_group(weights: torch.Tensor, groups: TokenGroups | None) -> torch.Tensor:
-    """`[..., C]`: sums of weights `[..., V]` of the tokens; None: all are one group."""
-    return weights.sum(-1, keepdim=True) if groups is None else groups.sums(weights)

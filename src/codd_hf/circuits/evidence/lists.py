@@ -1,8 +1,8 @@
 r"""Predictions that keep a short list of tokens and the mass of groups of others.
 
 A large vocabulary's prediction is mostly tail. Kept are the `k` likeliest tokens `T` and, for each
-group `c` of tokens that look alike to the circuit, the mass `r_c` of those that are not listed.
-Within a group it is taken to be spread in proportion to a token marginal `u`:
+group `c` of tokens that look alike to the circuit, the mass `r_c` of those that are not listed,
+which is taken to be spread in proportion to a token marginal `u`:
 
     phi(v) = r_c u(v) / u(c \ T)    for v outside T in group c
 
@@ -11,11 +11,9 @@ groups' means `U_c(z) = \sum_{v in c} u(v) E(z, v)`, which are made once:
 
     s(z) = \sum_{v in T} (phi(v) - w_c(v) u(v)) E(z, v) + \sum_c w_c U_c(z),  w_c = r_c / u(c \ T)
 
-It is exact when `k = V`.
-
-Where nearly all of a group's marginal is listed, what is left of it is mostly rounding error. A
-group takes mass for at least `SMALLEST_PART` of its marginal's, and what is then left over, with a
-rounding error's worth of all, is spread over all tokens by the marginal.
+It is exact when `k = V`. Where nearly all of a group's marginal is listed, what is left of it is
+mostly rounding error. A group takes mass for at least `SMALLEST_PART` of its marginal's, and what
+is then left over, with a rounding error's worth of all, is spread over all tokens by the marginal.
 
 On CUDA, sums by group are made in no fixed order: runs agree to rounding, and bit by bit only under
 `torch.use_deterministic_algorithms(True)`.
@@ -30,11 +28,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..numerics import exp_of_difference, full_precision, logsumexp, safe_log, shifted_exp
-from ..potentials.emissions import DenseEmission, Emission
+from ..potentials.circuit import DenseEmission, Emission, exp_of_difference
 from ..potentials.groups import TokenGroups
+from ..recursions.chain import full_precision, logsumexp, safe_log, shifted_exp
 from .dense import DenseEvidence, scaled_logits
-from .listing import list_likeliest, slice_size, sum_by_group
+from .listing import list_likeliest, slice_size
 
 SMALLEST_PART = 1e-3
 """Of a group's marginal: keeps the mass spread within it accurate to about a ten-thousandth."""
@@ -75,26 +73,19 @@ class ListedEvidence:
     ) -> ListedEvidence:
         """The `k` likeliest tokens of `softmax(logits / temperature)`, forbidden ones left out.
 
-        Args:
-            logits: `[*batch, V]`, of any floating dtype; a row that is -inf throughout stays so.
-            k: from 1 to `V`.
-            temperature: positive.
-            forbidden: `[V]` bool, tokens that get no mass.
-            groups: of tokens; None is one group, still without a distribution.
-
-        Raises:
-            ValueError: `k` is out of range.
+        A row `[V]` that is -inf throughout stays so. No `groups` are one, without a distribution.
         """
         if not 1 <= k <= logits.shape[-1]:
             raise ValueError(f"`k` must be in [1, {logits.shape[-1]}], got {k}.")
+        sums = (groups or TokenGroups(logits)).sums  # without groups, all tokens are one
         if torch.is_grad_enabled() and logits.requires_grad:
             logits = scaled_logits(logits, temperature, forbidden)
             listed, indices = logits.topk(k, -1)
             others, shift = shifted_exp(logits.scatter(-1, indices, -torch.inf), -1)
-            rest = safe_log(sum_by_group(others, groups)) + shift
+            rest = safe_log(sums(others)) + shift
         else:
             flat = logits.reshape(-1, logits.shape[-1])
-            found = list_likeliest(flat, k, temperature, forbidden, groups)
+            found = list_likeliest(flat, k, temperature, forbidden, sums)
             shape = logits.shape[:-1]
             listed, indices, rest = (part.view(*shape, part.shape[-1]) for part in found)
         total = logsumexp(torch.cat((listed, rest), -1), -1)[..., None]
@@ -103,14 +94,11 @@ class ListedEvidence:
         return evidence if groups is None else evidence.spread(groups, forbidden)
 
     def spread(self, groups: TokenGroups, forbidden: torch.Tensor | None = None) -> ListedEvidence:
-        """The same with the distribution by which the groups' mass is spread.
-
-        Forbidden tokens `[V]` that it gives mass to are listed, with none.
-        """
+        """The same with a distribution of the rest; forbidden tokens are listed, with no mass."""
         indices, log_probs = self.indices, self.log_probs
         if forbidden is not None:
             never = (forbidden & (groups.log_marginal > -torch.inf)).nonzero()[:, 0]
-            indices = torch.cat((indices, never.expand(*self.batch_shape, -1)), -1)
+            indices = torch.cat((indices, never.expand(*indices.shape[:-1], -1)), -1)
             log_probs = F.pad(log_probs, (0, len(never)), value=-torch.inf)
         listed = groups.log_marginal[indices].to(self.log_rest.dtype).exp()
         outside = 1 - listed.sum(-1)
@@ -127,13 +115,12 @@ class ListedEvidence:
         least = logsumexp(self.log_rest, -1) + math.log(torch.finfo(listed.dtype).eps)
         over = logsumexp(torch.stack((over, least)), 0) - log_outside
         weights = logsumexp(torch.stack((within, over[..., None].expand_as(within))), 0)
-        parts = {"indices": indices, "log_probs": log_probs, "log_weights": weights}
-        return replace(self, groups=groups, **parts)
+        return ListedEvidence(indices, log_probs, self.log_rest, self.temperature, groups, weights)
 
     @property
-    def batch_shape(self) -> torch.Size:
-        """The shape of the batch of predictions."""
-        return self.indices.shape[:-1]
+    def shape(self) -> torch.Size:
+        """`[*batch, V]`; -1 stands for any `V`."""
+        return torch.Size((*self.indices.shape[:-1], -1))
 
     @property
     def device(self) -> torch.device:
@@ -142,9 +129,9 @@ class ListedEvidence:
 
     def __getitem__(self, index: Any) -> ListedEvidence:
         """The predictions at some places of the batch, such as `prediction[rows, positions]`."""
-        parts = (self.indices[index], self.log_probs[index], self.log_rest[index])
-        weights = None if self.log_weights is None else self.log_weights[index]
-        return ListedEvidence(*parts, self.temperature, self.groups, weights)
+        held = vars(self).items()
+        parts: Any = {name: t[index] for name, t in held if isinstance(t, torch.Tensor)}
+        return replace(self, **parts)
 
     def _spread(self) -> tuple[TokenGroups, torch.Tensor]:
         if self.groups is None or self.log_weights is None:
@@ -154,10 +141,7 @@ class ListedEvidence:
     def _rest(
         self, tokens: torch.Tensor | slice, weights: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`[..., n]`: log-probabilities of tokens `[..., n]`, or all, as if they were not listed.
-
-        `weights` stand in place of `log_weights`.
-        """
+        """`[..., n]`: log-probabilities of tokens `[..., n]` by `log_weights`, or others."""
         groups, own = self._spread()
         weights = own if weights is None else weights
         if groups.index is not None:
@@ -189,12 +173,9 @@ class ListedEvidence:
 
     @full_precision
     def soft_evidence(self, emission: Emission, positions: torch.Tensor) -> torch.Tensor:
-        """`log s(z)`, `[N, H]`, of a batch of `N` predictions at positions `[N]`.
+        """`log s(z)`, `[N, H]`, of a batch of `N` predictions at positions `[N]`; differentiable.
 
-        Differentiable. Where sums can underflow, or positions differ, all tokens are laid out.
-
-        Raises:
-            ValueError: no `spread` has said where the mass of the others goes.
+        Where sums can underflow, or positions differ, all tokens are laid out.
         """
         if emission.can_underflow or emission.num_positions > 1:
             return DenseEvidence(self.dense()).soft_evidence(emission, positions)
@@ -211,7 +192,8 @@ class ListedEvidence:
     def _sums(self, emission: Emission, weights: torch.Tensor) -> torch.Tensor:
         """`[N, n, H]`: sums of the listed tokens' factors by weights `[N, n, k]`."""
         scale = emission.log_scale().to(weights.dtype)
-        if not (isinstance(emission, DenseEmission) and emission.stored_by_latent):
+        matrix = emission.log_potential[0] if isinstance(emission, DenseEmission) else None
+        if matrix is None or matrix.stride(-1) != 1:  # a token's states side by side
             columns = emission.columns(self.indices, torch.zeros_like(self.indices))
             return weights @ exp_of_difference(columns.to(weights.dtype), scale[:, None])
         # Predictions share many of their tokens: these are read once, and in the order in which
@@ -220,10 +202,10 @@ class ListedEvidence:
         # A prediction's sums one after the other: all but the first from the processor's cache.
         places = places.repeat_interleave(weights.shape[1], 0)
         number = min(max(slice_size(self.device) // max(len(tokens), 1), 1), STATES_AT_ONCE)
-        parts = zip(emission.log_potential[0].split(number), scale[0].split(number), strict=True)
+        parts = zip(matrix.split(number), scale[0].split(number), strict=True)
         sums = []
-        for matrix, shift in parts:
-            factors = matrix.T.index_select(0, tokens).to(shift.dtype)
+        for part, shift in parts:
+            factors = part.T.index_select(0, tokens).to(shift.dtype)
             out = None if torch.is_grad_enabled() else factors
             factors, by_token = exp_of_difference(factors, shift, out), weights.flatten(0, 1)
             sums.append(F.embedding_bag(places, factors, mode="sum", per_sample_weights=by_token))

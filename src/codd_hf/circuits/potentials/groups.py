@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
-from .emissions import Emission
+if TYPE_CHECKING:
+    from .circuit import Emission
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +30,10 @@ class TokenGroups:
     @torch.no_grad()
     def by_state(cls, log_marginal: torch.Tensor, emission: Emission) -> TokenGroups:
         """Groups of the tokens that a state emits most readily; one where positions differ."""
-        index = None
-        if emission.num_positions == 1:
-            with torch.autocast(emission.device.type, enabled=False):
-                index = torch.cat([chunk.argmax(0) for chunk in emission.chunks(emission.width)])
-        return cls(log_marginal, index, emission)
+        if emission.num_positions > 1:
+            return cls(log_marginal, None, emission)
+        chunks = emission.chunks(emission.width)
+        return cls(log_marginal, torch.cat([chunk.argmax(0) for chunk in chunks]), emission)
 
     @property
     def number(self) -> int:
@@ -53,10 +54,7 @@ class TokenGroups:
 
     def means(self) -> torch.Tensor:
         """`[C, H]`: sums of `u(v) E(z, v) / exp(log_max(z))` over each group; differentiable."""
-        gradients = torch.is_grad_enabled() and self.emission is not None
-        if gradients and any(part.requires_grad for part in self.emission.tensors()):
-            return self._make_means()
-        return self._means
+        return self._make_means() if torch.is_grad_enabled() else self._means
 
     @cached_property
     @torch.no_grad()

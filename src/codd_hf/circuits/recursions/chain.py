@@ -7,27 +7,28 @@ The object is the unnormalised distribution of a latent path `z_1 ... z_L` over 
 where the evidence `e_i` carries what is known or believed of the token at position `i`. Messages
 pass from neighbour to neighbour. An algebra says what their sums and products are: probabilities,
 rescaled at every step, where a step is one matrix product, or logarithms, which cannot underflow.
-(A maximum in place of the sum gives the best path.)
-
-An absent position is no part of the chain: its neighbours are joined as if it were not there.
+(A maximum in place of the sum gives the best path.) An absent position is no part of the chain: its
+neighbours are joined as if it were not there.
 
 Source: Rabiner (1989), sections III and V.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..context.maps import CopySteps
-from ..numerics import full_precision, logsumexp, normalised_exp, safe_log, shifted_exp
-from ..potentials.circuit import StepTransitions
 from ..random import Generators, draw_categorical, uniform
+
+if TYPE_CHECKING:
+    from ..context.maps import CopySteps
+    from ..potentials.circuit import StepTransitions
 
 SINGLE_RANGE, DOUBLE_RANGE = 32.0, 320.0
 """Entries of a step within so many nats of the largest are safe in float32, and in float64.
@@ -41,12 +42,49 @@ Move = Callable[[torch.Tensor, int], torch.Tensor]
 """Maps messages or states, and a position, to others."""
 
 
-class Filter(NamedTuple):
-    """`log Z`, `[B]` (-inf where it is zero), and the messages `[B, L, H]`, as the chain has them.
+def full_precision(function: Callable) -> Callable:
+    """Switches autocast off inside, on the `device` of the first argument."""
 
-    They are the distributions of `z_i` given the evidence up to `i`; at an absent position, of the
-    last present one before it.
-    """
+    @functools.wraps(function)
+    def wrapper(first: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return wrapper
+
+
+def safe_log(x: torch.Tensor) -> torch.Tensor:
+    """Logarithm with `log 0 = -inf` and a zero gradient there."""
+    positive = x > 0
+    return torch.where(positive, x.masked_fill(~positive, 1).log(), -torch.inf)
+
+
+def shifted_exp(x: torch.Tensor, dim: int | tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`exp(x - shift)` and the `shift`, the maximum over `dim` (0 where that is -inf)."""
+    shift = x.detach().amax(dim, keepdim=True)
+    shift = shift.masked_fill(shift == -torch.inf, 0)
+    difference = x - shift
+    in_place = not (torch.is_grad_enabled() and x.requires_grad)
+    return difference.exp_() if in_place else difference.exp(), shift
+
+
+def normalised_exp(log_weights: torch.Tensor) -> torch.Tensor:
+    """`softmax` over the last axis that gives zeros, not NaN, where everything is -inf."""
+    weights, _ = shifted_exp(log_weights, -1)
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.masked_fill(total <= 0, 1)
+
+
+def logsumexp(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """`logsumexp` whose gradient is zero, not NaN, where everything is -inf."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x.logsumexp(dim)  # one fused pass
+    weights, shift = shifted_exp(x, dim)
+    return safe_log(weights.sum(dim)) + shift.squeeze(dim)
+
+
+class Filter(NamedTuple):
+    """`log Z` `[B]`, -inf where it is zero, and the messages `[B, L, H]`."""
 
     log_partition: torch.Tensor
     messages: torch.Tensor
@@ -54,19 +92,16 @@ class Filter(NamedTuple):
 
 @dataclass
 class Algebra:
-    """Sums and products of messages `[B, H]`, and their steps.
+    """Sums and products of messages `[B, H]`: distributions given the evidence up to a position.
 
     Attributes:
         weights: `L` messages, the evidence.
         log_scale: `[B]`, the log of what evidence and steps leave out.
-        times: the product of two messages.
-        total: the sum `[B, 1]` of a message.
+        times, total: the product of two messages, and the sum `[B, 1]` of one.
         without: a message without its total.
-        step: the message after the step into a position.
-        step_back: the weights before the step into a position.
+        step, step_back: the message after the step into a position, the weights before it.
         column: the weights `[*S, B, H]` of the latents before states `[*S, B]` at a position.
-        probs: the probabilities of a message, up to a factor.
-        logs: their logarithms.
+        probs, logs: the probabilities of a message and their logarithms, up to a factor.
         of_logs: the message of logarithms, up to a factor.
     """
 
@@ -124,10 +159,10 @@ class Chain:
     @cached_property
     def algebra(self) -> Algebra:
         """Probabilities in the least precision that is safe, or logarithms."""
-        if self.steps.log_range > DOUBLE_RANGE:
+        log_range, dtype = self.steps.log_range, self.evidence.dtype
+        if log_range > DOUBLE_RANGE:
             return self._logarithms()
-        is_safe = self.steps.log_range <= SINGLE_RANGE
-        dtype = self.evidence.dtype if is_safe else torch.float64
+        dtype = dtype if log_range <= SINGLE_RANGE else torch.float64
         steps = self.steps.to(dtype)
         weights, shift = shifted_exp(self.evidence.to(dtype), 2)
         shift, scales = shift[..., 0], steps.log_scales(*reversed(self.evidence.shape[:2]))
@@ -183,23 +218,19 @@ class Chain:
         """`[B, H]`, the message that changes nothing."""
         return self.algebra.of_logs(torch.zeros_like(self.evidence[:, 0]))
 
-    @property
-    def start(self) -> torch.Tensor:
-        """`[B, H]`, the message before the first position: uniform."""
-        return self.algebra.without(self.one, self.algebra.total(self.one))
+    def _arriving(self, message: torch.Tensor | None, i: int) -> torch.Tensor:
+        """The message that arrives at a position from the one before; from none it is uniform."""
+        if message is None:
+            return self.algebra.without(self.one, self.algebra.total(self.one))
+        return _where(self.moves, i, self.algebra.step(message, i), message)
 
     def forward(
         self, first: int = 0, last: int | None = None, message: torch.Tensor | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yields the messages of positions `first` to `last`, and the totals taken out of them.
-
-        `message` is that of the position before.
-        """
+        """Yields the messages of positions `first` to `last`, and the totals taken out of them."""
         algebra, weights = self.algebra, self.algebra.weights
-        message = self.start if message is None else message
         for i in range(first, len(weights) if last is None else last + 1):
-            if i > 0:
-                message = _where(self.moves, i, algebra.step(message, i), message)
+            message = self._arriving(message, i)
             message = _where(self.present, i, algebra.times(message, weights[i]), message)
             total = algebra.total(message)
             message = algebra.without(message, total)
@@ -208,10 +239,7 @@ class Chain:
     def backward(
         self, first: int = 0, last: int | None = None, future: torch.Tensor | None = None
     ) -> Iterator[torch.Tensor]:
-        """Yields what the positions to the right say of each latent, from `last` to `first`.
-
-        `future` is what they say of the one at `last`.
-        """
+        """Yields what positions to the right say of each latent, `future` at `last`, to `first`."""
         algebra, weights = self.algebra, self.algebra.weights
         future = self.one if future is None else future
         for i in range(len(weights) - 1 if last is None else last, first - 1, -1):
@@ -221,11 +249,8 @@ class Chain:
                 past = algebra.without(past, past.amax(-1, keepdim=True))
                 future = _where(self.moves, i, past, future)
 
-    def trace(self, state: torch.Tensor, before: Move) -> torch.Tensor:
-        """The paths `[*S, B, L]` that end in `state` `[*S, B]`.
-
-        `before(state, i)` gives the latents before those of position `i`.
-        """
+    def _trace(self, state: torch.Tensor, before: Move) -> torch.Tensor:
+        """The paths `[*S, B, L]` that end in `state` `[*S, B]`; `before` says where from."""
         path, moves = [state], self.moves
         for i in range(self.evidence.shape[1] - 1, 0, -1):
             origin = before(state, i)
@@ -256,6 +281,14 @@ class Chain:
         return torch.stack(laws[::-1], 1)
 
     @full_precision
+    def around(self) -> torch.Tensor:
+        """`[B, L, H]`: the log-weights that all other positions give to each latent."""
+        logs, messages = self.algebra.logs, [None, *(message for message, _ in self.forward())]
+        futures = enumerate([*self.backward()][::-1])
+        laws = [logs(self._arriving(messages[i], i)) + logs(future) for i, future in futures]
+        return torch.stack(laws, 1).to(self.evidence.dtype)
+
+    @full_precision
     def sample(
         self, messages: torch.Tensor, shape: tuple[int, ...] = (), generator: Generators = None
     ) -> torch.Tensor:
@@ -273,7 +306,7 @@ class Chain:
             return draw_categorical(algebra.probs(weights), by_position[i - 1])
 
         ends = algebra.probs(pasts[-1]).expand(len(by_position[-1]), -1, -1)
-        paths = self.trace(draw_categorical(ends, by_position[-1]), before)
+        paths = self._trace(draw_categorical(ends, by_position[-1]), before)
         return paths.reshape(*shape, batch, length)
 
     @full_precision
@@ -295,19 +328,7 @@ class Chain:
         best.algebra = replace(self._logarithms(), total=largest, step=step)
         log_weight, messages = best.filter()
         # Messages start uniform, and a maximum does not add the states up again.
-        return self.trace(messages[:, -1].argmax(-1), before), log_weight - math.log(size)
-
-    @full_precision
-    def around(self) -> torch.Tensor:
-        """`[B, L, H]`: the log-weights that all other positions give to each latent."""
-        algebra, arriving = self.algebra, [self.start]
-        futures = list(self.backward())[::-1]
-        for i, (message, _) in enumerate(self.forward(), 1):
-            if i < len(futures):
-                arriving.append(_where(self.moves, i, algebra.step(message, i), message))
-        pairs = zip(arriving, futures, strict=True)
-        laws = [algebra.logs(past) + algebra.logs(future) for past, future in pairs]
-        return torch.stack(laws, 1).to(self.evidence.dtype)
+        return self._trace(messages[:, -1].argmax(-1), before), log_weight - math.log(size)
 
 
 def _where(
