@@ -77,7 +77,7 @@ def test_bare_backbone_gets_a_default_head(tmp_path):
     random_head().save_pretrained(tmp_path)
     bare = CoDDModel.from_backbone(tiny_backbone())
     assert [*bare.heads] == []
-    with pytest.raises(ValueError, match="no head 'default'"):
+    with pytest.raises(ValueError, match="got 'default'"):
         bare.save_head(tmp_path)
     bare.load_head(tmp_path)
     assert ([*bare.heads], bare.config.mask_token_id) == (["default"], MASK)
@@ -111,9 +111,7 @@ def test_deleted_head_is_gone_and_without_the_default_one_predictions_are_factor
 
 def test_names_of_heads_are_checked(model):
     for call in (model.delete_head, lambda name: model(IDS, head=name), model.heads.of_call):
-        with pytest.raises(
-            ValueError, match=r"no head 'maths': the model's heads are 'default', '"
-        ):
+        with pytest.raises(ValueError, match=r"got 'maths': the model's heads are 'default', '"):
             call("maths")
     with pytest.raises(ValueError, match="not the name of a head, got 'tied'"):
         model.load_head(random_head(), "tied")
@@ -156,7 +154,7 @@ def test_head_of_another_vocabulary_than_a_resized_backbone_is_an_error(model):
         lambda: model(IDS, labels=torch.where(IDS == MASK, 5, -100)),
         lambda: model.score([[5]], [[6, 7]]),
     ):
-        with pytest.raises(ValueError, match=r"of 12 tokens, .* now of 16: .*`head=False`"):
+        with pytest.raises(ValueError, match=r"must have shape .batch, length, 12."):
             call()
     assert coupled(model, False).shape[-1] == 16
     model.load_head(random_head(16), "fitting")

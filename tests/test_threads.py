@@ -204,12 +204,12 @@ def test_head_of_a_call_that_is_no_name_is_refused(head):
         lambda: pipe.model.score([[5]], [[6]], head=head),
         lambda: pipe.model(IDS, head=head),
     ):
-        with pytest.raises(TypeError, match="`head` must be the name of a head, None"):
+        with pytest.raises(ValueError, match="`head` must be the name of a head, None"):
             call()
 
 
 def test_head_of_a_call_that_is_not_there_is_refused_by_its_name():
-    with pytest.raises(ValueError, match="no head 'maths': the model's heads are 'default'"):
+    with pytest.raises(ValueError, match="got 'maths': the model's heads are 'default'"):
         pipeline_with_heads().model(IDS, head="maths")
 
 

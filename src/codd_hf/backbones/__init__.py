@@ -52,7 +52,6 @@ do, and check that a causal control differs.
 `hidden_states`, if the user passes `trust_remote_code=True`.
 """
 
-from .canvas_cache import CanvasCache
 from .custom_code import CustomCodeFamily, nested_custom_config, save_code
 from .decoder import DecoderFamily
 from .dream import DreamLayout
@@ -63,7 +62,6 @@ from .family import (
     BackboneStates,
     execution_device,
     family_of,
-    layout_of,
     needs_remote_code,
 )
 from .layout import CheckpointLayout
@@ -79,16 +77,11 @@ __all__ = [
     "LAYOUTS",
     "BackboneFamily",
     "BackboneStates",
-    "CanvasCache",
     "CheckpointLayout",
-    "CustomCodeFamily",
     "DecoderFamily",
-    "DreamLayout",
     "LLaDALayout",
-    "MaskedLMFamily",
     "execution_device",
     "family_of",
-    "layout_of",
     "load_backbone",
     "load_tokenizer",
     "needs_remote_code",

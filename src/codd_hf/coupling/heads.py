@@ -95,21 +95,18 @@ class Heads:
         return sum(1 for _ in self)
 
     def __getitem__(self, name: str) -> CoDDHead:
-        default = self.model.coupling_head
-        head = default if name == DEFAULT_NAME else self.others.get(name)
-        if head is None:
+        if name not in [*self]:
             there = ", ".join(map(repr, self)) or "none"
-            raise ValueError(f"`head`: there is no head {name!r}: the model's heads are {there}.")
-        return head
+            raise ValueError(
+                f"`head` must be the name of a head, None (the model's default) or False (none), "
+                f"got {shown(name)}: the model's heads are {there}."
+            )
+        default = self.model.coupling_head
+        return default if name == DEFAULT_NAME and default is not None else self.others[name]
 
     def of_call(self, head: HeadName = None) -> CallHead:
         """The head of a call that begins now; with False, window and adapter are the default's."""
-        if not (head is None or head is False or isinstance(head, str)):
-            raise TypeError(
-                "`head` must be the name of a head, None (the model's default) or False (none), "
-                f"got {shown(head)}."
-            )
-        name = head if isinstance(head, str) else DEFAULT_NAME
+        name: Any = DEFAULT_NAME if head is None or head is False else head
         if head is False or (head is None and self.model.coupling_head is None):
             return CallHead(name, None, self.model.window_length)
         module = self[name]

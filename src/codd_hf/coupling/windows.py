@@ -160,12 +160,6 @@ class CoupledBackbone:
         logits = predicted.new_zeros(*tokens.shape, predicted.shape[-1]).index_put_(at, predicted)
         if circuit is None:
             return without_circuit(logits, tokens, observed, present, temperature or 1.0)
-        if circuit.config.vocab_size != logits.shape[-1]:
-            raise ValueError(
-                f"The head has a vocabulary of {circuit.config.vocab_size} tokens, but the "
-                f"backbone's is now of {logits.shape[-1]}: a head cannot be resized, so use one "
-                "that was fitted to this vocabulary, or `head=False`."
-            )
         own, preceding = circuit.config.evidence_temperature, None
         if "copy" in (circuit.config.conditioning or ()):
             preceding = self.preceding(states, *where, head=circuit).packed()
