@@ -11,7 +11,7 @@ from fitting import equal_states, new_model, untimed
 from codd_hf import CoDDHead, CoDDModel
 from codd_hf.data.canvases import TokenizedExample
 from codd_hf.data.noise import draw_windows
-from codd_hf.training import Checkpoints, ConditionalConfig, fit_conditional, fit_head
+from codd_hf.training import Checkpoints, ConditionalConfig, fit_conditional
 from codd_hf.training.evidence import Evidence
 from tiny import correlated_examples, head_config, tiny_backbone
 
@@ -156,13 +156,14 @@ def test_text_that_the_circuit_rules_out_stops_the_run(tiny_tokenizer):
 
 
 def test_step_by_chunks_is_the_step_of_the_whole_batch(tiny_tokenizer, monkeypatch):
-    head = new_model(tiny_tokenizer).coupling_head
-    cache = Evidence(new_model(tiny_tokenizer), tiny_tokenizer, TRAIN, CONFIG, {})
-    sizes = {"windows_per_batch": 40, "windows_per_chunk": 7}
+    model = new_model(tiny_tokenizer)
+    sizes = {"windows_per_batch": 40, "windows_per_chunk": 7, "num_draws": 1}
     config = ConditionalConfig(max_steps=1, warmup_steps=1, **sizes)
-    scores = cache.scores(head, torch.arange(40))
+    scores = Evidence(model, tiny_tokenizer, TRAIN, config, {}).scores(
+        model.coupling_head, torch.arange(40)
+    )
     expected_loss = -(scores.gain / scores.level).sum() / (4 * 40)
-    expected = torch.autograd.grad(expected_loss, list(head.parameters()))
+    expected = torch.autograd.grad(expected_loss, list(model.coupling_head.parameters()))
     steps, losses, optimizer_step = [], [], torch.optim.AdamW.step
 
     def watched(optimizer, *args):
@@ -170,7 +171,8 @@ def test_step_by_chunks_is_the_step_of_the_whole_batch(tiny_tokenizer, monkeypat
         return optimizer_step(optimizer, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    fit_head(head, cache, cache, config, log=lambda _, v: losses.append(v["loss"]))
+    told = {"log": lambda _, values: losses.append(values["loss"])}
+    fit_conditional(model, tiny_tokenizer, TRAIN, VALIDATION, config, **told)
     assert losses == [pytest.approx(expected_loss.item(), rel=1e-5)]
     norm = torch.cat([g.flatten() for g in expected]).norm().clamp(min=1)
     for ours, theirs in zip(steps[0], expected, strict=True):

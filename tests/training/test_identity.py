@@ -21,11 +21,8 @@ from codd_hf.training import (
     TrainConfig,
     fit_backbone,
     fit_conditional,
-    fit_head,
     train,
 )
-from codd_hf.training.checkpoints import identity_of
-from codd_hf.training.evidence import Evidence
 from tiny import SENTENCES, correlated_examples, random_head, tiny_backbone
 
 TRAIN, VALIDATION = correlated_examples(12), correlated_examples(6, seed=1)
@@ -132,18 +129,6 @@ def test_backbone_or_tokenizer_that_is_another_is_refused(tiny_tokenizer, tmp_pa
     assert other.get_vocab() != tiny_tokenizer.get_vocab()
     with pytest.raises(ValueError, match="another `tokenizer`"):
         fit(new_model(tiny_tokenizer), other)
-
-
-def test_evidence_that_is_other_is_refused_by_a_fit_of_a_head_alone(tiny_tokenizer, tmp_path):
-    models = [new_model(tiny_tokenizer, seed) for seed in (0, 1)]
-    caches = [
-        Evidence(model, tiny_tokenizer, TRAIN, FIT, identity_of(model, tiny_tokenizer))
-        for model in models
-    ]
-    heads, checkpoints = [model.coupling_head for model in models], Checkpoints(tmp_path / "fit")
-    fit_head(heads[0], caches[0], caches[0], FIT, checkpoints)
-    with pytest.raises(ValueError, match="another `model_weights`"):
-        fit_head(heads[1], caches[1], caches[1], FIT, checkpoints)
 
 
 def test_given_backbone_that_is_another_is_not_trained_further(tiny_tokenizer, tmp_path):

@@ -17,7 +17,7 @@ from codd_hf.training import (
     ConditionalConfig,
     JointConfig,
     TrainConfig,
-    fit_head,
+    fit_conditional,
     train,
 )
 from codd_hf.training.evidence import Evidence
@@ -29,32 +29,34 @@ def damage(checkpoint: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
-def test_best_head_is_kept_and_taken_at_the_end(tiny_tokenizer, tmp_path):
-    head = random_head(len(tiny_tokenizer), mask_token_id=1, num_latents=6)
-    backbone = tiny_backbone(vocab_size=len(tiny_tokenizer), eos_token_id=2)
-    model = CoDDModel.from_backbone(backbone, head)
-    caches = [
-        Evidence(model, tiny_tokenizer, examples, ConditionalConfig(), {})
-        for examples in (correlated_examples(8), correlated_examples(30, seed=1))
-    ]
-    config = ConditionalConfig(
-        max_steps=40,
-        windows_per_batch=8,
-        learning_rate=0.5,  # it learns the few windows by heart
-        warmup_steps=1,
-        evaluation_steps=2,
-        checkpointing_steps=40,
-        keep="best",
-    )
-    checkpoints = Checkpoints(tmp_path, total_limit=1)
-    history = fit_head(head, *caches, config, checkpoints)
+def test_best_head_is_taken_at_the_end(tiny_tokenizer, tmp_path):
+    def fit(checkpoints=None):
+        head = random_head(len(tiny_tokenizer), mask_token_id=1, num_latents=6)
+        backbone = tiny_backbone(vocab_size=len(tiny_tokenizer), eos_token_id=2)
+        model = CoDDModel.from_backbone(backbone, head)
+        config = ConditionalConfig(
+            max_steps=40,
+            windows_per_batch=8,
+            learning_rate=0.5,  # it learns the few windows by heart
+            warmup_steps=1,
+            evaluation_steps=2,
+            checkpointing_steps=40,
+            num_draws=1,
+            num_validation_draws=1,
+            keep="best",
+        )
+        history = fit_conditional(model, tiny_tokenizer, *examples, config, checkpoints)
+        return model, config, history
+
+    examples = correlated_examples(8), correlated_examples(30, seed=1)
+    checkpoints = Checkpoints(tmp_path / "conditional", total_limit=1)
+    model, config, history = fit(checkpoints)
     best = max(history, key=lambda entry: entry["gain"])
     assert best["gain"] > history[-1]["gain"] + 0.01
-    assert caches[1].evaluate(head)["gain"] == best["gain"]
-    assert checkpoints.steps() == [40]
-    again = random_head(len(tiny_tokenizer), mask_token_id=1, num_latents=6)
-    assert fit_head(again, *caches, config, checkpoints) == history
-    assert torch.equal(again.emission, head.emission)
+    evidence = Evidence(model, tiny_tokenizer, examples[1], config, {}, seed=1234)
+    assert evidence.evaluate(model.coupling_head)["gain"] == best["gain"]
+    for again in (fit(checkpoints), fit()):
+        assert torch.equal(again[0].coupling_head.emission, model.coupling_head.emission)
 
 
 @pytest.fixture(scope="module")

@@ -82,11 +82,11 @@ def test_value_that_a_stage_cannot_compute_with_is_named_before_anything_runs(ki
 
 
 @pytest.mark.parametrize(
-    ("windows", "steps"), [(100, 200), (7_600, 380), (28_000, 1400), (10**6, 2000)]
+    ("examples", "steps"), [(25, 200), (1_900, 380), (7_000, 1400), (10**6, 2000)]
 )
-def test_number_of_steps_grows_with_the_data_unless_it_is_set(windows, steps):
-    assert ConditionalConfig().with_steps(windows).max_steps == steps
-    assert ConditionalConfig(max_steps=7).with_steps(windows).max_steps == 7
+def test_number_of_steps_grows_with_the_data_unless_it_is_set(examples, steps):
+    assert ConditionalConfig().with_steps(examples).max_steps == steps
+    assert ConditionalConfig(max_steps=7).with_steps(examples).max_steps == 7
 
 
 def test_given_backbone_gets_lower_rates_by_default_and_what_is_set_stays():

@@ -17,7 +17,6 @@ _EXPORTS = {
     "fit_backbone": ".fits.pretraining",
     "fit_conditional": ".fits.conditional",
     "fit_generative": ".fits.generative",
-    "fit_head": ".fits.conditional",
     "fit_joint": ".fits.joint",
     "load_examples": "..data.sources",
     "train": ".run",

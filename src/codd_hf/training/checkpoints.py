@@ -35,8 +35,8 @@ class Checkpoints:
 
     Attributes:
         folder: receives them.
-        resume_from: a checkpoint, here or elsewhere, to go on from; later ones here are deleted.
-            Default: the newest one, if there is one.
+        resume_from: a checkpoint, here or elsewhere, to go on from in place of the newest one;
+            later ones here are deleted.
         total_limit: how many are kept, the newest ones; all if None.
     """
 
@@ -72,11 +72,7 @@ class Checkpoints:
     def load(
         self, identity: dict[str, Any]
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The tensors and the state that a fit goes on from; None where it begins.
-
-        Raises:
-            ValueError: the checkpoint is not there, damaged, or of a fit with another `identity`.
-        """
+        """The tensors and the state that a fit of this identity goes on from; None: it begins."""
         steps = self.steps()
         if self.resume_from is None and not steps:
             return None
@@ -110,10 +106,7 @@ class Checkpoints:
 def identity_of(
     model: CoDDModel, tokenizer: PreTrainedTokenizerBase, **examples: Sequence[TokenizedExample]
 ) -> dict[str, Any]:
-    """The identity of a backbone, all of whose weights are read, and of examples.
-
-    If the backbone is sharded, all processes call it.
-    """
+    """Of a backbone, all of whose weights are read (if sharded, by all processes), and examples."""
     return {
         **{name: data_fingerprint(part) for name, part in examples.items()},
         "model_settings": settings_fingerprint(model.backbone.config),

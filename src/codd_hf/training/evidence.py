@@ -1,8 +1,7 @@
 """The predictions of a frozen backbone about noised windows: computed once, read at every step.
 
-The backbone is by far the dearest part of a step and does not change, so it runs over the data a
-few times, each with other noise. A batch's windows and noise are a function of its number and the
-settings alone, so evidence is the same whoever writes it.
+A batch's windows and noise are a function of its number and the settings alone, so evidence is the
+same whoever writes it.
 """
 
 from __future__ import annotations
@@ -46,14 +45,14 @@ Batch = tuple[int, list[int]]
 class Evidence:
     """A backbone's predictions about noised windows of examples, made when they are first read.
 
-    With a folder they are safetensors in a subfolder of it, one for each `identity`, written by all
-    processes (which must share the disk) and read by memory mapping; what is there is not written
-    again. Otherwise each process holds all of them in memory. The backbone may be sharded.
+    With a folder they are memory-mapped safetensors in a subfolder of it, one for each `identity`,
+    which all processes write together; what is there is not written again. Otherwise each process
+    holds all of them.
 
     Attributes:
-        model: the backbone; hidden states are kept if its head is conditioned. Evidence has the
-            head's temperature.
-        tokenizer: its tokenizer.
+        model: the backbone, and a head, whose temperature evidence has and whose conditioning says
+            whether hidden states are kept.
+        tokenizer: the backbone's.
         examples: the text.
         config: the noise, and the size of what is kept.
         backbone: its identity.
@@ -87,11 +86,6 @@ class Evidence:
             "num_draws": self.num_draws,
             "seed": self.seed,
         }
-
-    @property
-    def num_windows(self) -> int:
-        """How many windows there are, which is known before they are read."""
-        return self.num_draws * len(self.examples)
 
     @cached_property
     def parts(self) -> list[NoisedWindows]:
@@ -158,7 +152,7 @@ class Evidence:
         left = sum(len(rows) for _, rows in batches)
         if state.is_local_main_process:
             tqdm.write(
-                f"Evidence about {left:,} of {self.num_windows:,} windows of {length} tokens: "
+                f"Evidence about {left:,} windows of {length} tokens: "
                 f"about {left * each / 1e9:.2f} GB ({each / length / 1e3:.2f} GB per million "
                 f"tokens) in {self.folder}."
             )

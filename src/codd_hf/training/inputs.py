@@ -77,8 +77,8 @@ class TaskStream:
 
     Args:
         tokenizer: of the tasks.
-        kinds: names of kinds with commas between; default, all.
-        max_length: tokens of an example; longer ones are passed over.
+        kinds: names with commas between; default, all.
+        max_length: longer examples are passed over.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -125,16 +125,9 @@ class TaskStream:
 
 
 def load_start(name: str, mask_token_id: int | None = None) -> Start:
-    """Loads a backbone, in float32, and its tokenizer.
+    """Loads a backbone, or that of a CoDD model, pipeline or head, in float32.
 
-    Args:
-        name: a folder or Hub id of a backbone, or of a CoDD model, pipeline or head, of which the
-            backbone is taken.
-        mask_token_id: default, the model's or the tokenizer's.
-
-    Raises:
-        OSError: nothing is found.
-        ValueError: the backbone carries a LoRA, or there is no tokenizer or no mask token.
+    The mask token is by default the model's or the tokenizer's.
     """
     pipe: Any = CoDDPipeline.from_pretrained(name, dtype=torch.float32)
     model, tokenizer = pipe.model, pipe.tokenizer
@@ -150,7 +143,7 @@ def load_start(name: str, mask_token_id: int | None = None) -> Start:
     if mask is None or mask >= model.config.vocab_size:
         raise ValueError(
             f"`mask_token_id` must be one of the backbone's {model.config.vocab_size} tokens, got "
-            f"{mask} (which is that of its tokenizer, if it is not given)."
+            f"{mask}."
         )
     return Start(CoDDModel.from_backbone(model.backbone, mask_token_id=mask), tokenizer)
 
@@ -201,10 +194,7 @@ def never_generated(tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> s
 
 
 def tokenize_parts(config: TrainConfig, start: Start, parts: Parts) -> list[list[TokenizedExample]]:
-    """Each part of the examples, tokenized as the run's settings say.
-
-    Test data too: a bad row is to be found before hours have been spent on the others.
-    """
+    """Each part of the examples; test data too, so that bad rows are found before the training."""
     tokenizer, mask_token_id = start.tokenizer, start.model.mask_token_id
     return [
         tokenize_examples(

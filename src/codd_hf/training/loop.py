@@ -28,23 +28,14 @@ Log = Callable[[int, Figures], None]
 
 
 class Fit(ABC):
-    """A fit by steps, each a function of its number and of the fit's state alone.
-
-    Attributes:
-        name: beside the progress bar.
-        config: its settings.
-        identity: all that the fit depends on, as JSON.
-        num_steps: how many steps there are.
-        evaluation_steps: steps between validations.
-        remedy: the cure for a figure that is not finite.
-    """
+    """A fit by steps, each a function of its number and of the fit's state alone."""
 
     name: str
     config: FitConfig
-    identity: dict[str, Any]
+    identity: dict[str, Any]  # all that the fit depends on, as JSON
     num_steps: int
     evaluation_steps: int
-    remedy: str
+    remedy: str  # for a figure that is not finite
 
     def begin(self) -> None:  # noqa: B027  # most begin as they were made
         """Sets the state before the first step."""
@@ -70,7 +61,6 @@ class Fit(ABC):
 
         Raises:
             FloatingPointError: a figure is no longer finite.
-            OSError: the disk has no room for a checkpoint.
             ValueError: the checkpoint is another fit's, or damaged.
         """
         accelerator = Accelerator()

@@ -24,11 +24,7 @@ when one dies, the launcher ends the others."""
 
 
 def join_processes() -> Accelerator:
-    """Joins this process with the others of its launch, on CPUs where there is nothing better.
-
-    Raises:
-        ValueError: Accelerate cannot join several processes on this device.
-    """
+    """Joins this process with the others of its launch, on CPUs where there is nothing better."""
     several = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several and not torch.accelerator.is_available():
         # Told through the environment, so that each stage's own `Accelerator()` knows it as well.
@@ -43,14 +39,10 @@ def join_processes() -> Accelerator:
 
 
 def shard_backbone(model: CoDDModel) -> None:
-    """Shares the weights of `model.backbone` among the processes (FSDP2), layer by layer.
+    """Shares the weights of `model.backbone`, which it freezes, among the processes (FSDP2).
 
-    Every process calls it with the whole model, which may still be on the CPU. The backbone is
-    frozen by it, and every pass is then a joint action of all processes. The head stays whole, and
-    so does what it is bound to: of a decoder the output embedding.
-
-    Raises:
-        ValueError: there is one process alone.
+    Every pass is then a joint action of all processes. The head stays whole, and so does what it is
+    bound to: of a decoder the output embedding.
     """
     accelerator, root, head = Accelerator(), model.backbone, model.coupling_head
     if accelerator.num_processes == 1:

@@ -139,9 +139,8 @@ def write_card(
     for stage, history in histories.items():
         known = stage in config.chosen_stages
         told = listed(settings[stage]) if known else "of an earlier run, and not recorded"
-        last, number = len(history) - 1, min(len(history), CURVE_ROWS)
-        rows = [history[round(i * last / max(number - 1, 1))] for i in range(number)]
-        curve = table([{k: v for k, v in row.items() if k != "tokens"} for row in rows])
+        picked = torch.linspace(0, len(history) - 1, min(len(history), CURVE_ROWS)).round().int()
+        curve = table([{k: v for k, v in history[i].items() if k != "tokens"} for i in picked])
         parts += [f"### Stage: {stage}\n\nSettings: {told}.", curve]
     if gap is not None:
         caution = "test" if sizes["test"] else "validation (which choices were made on)"

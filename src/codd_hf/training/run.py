@@ -1,8 +1,4 @@
-"""The whole way from a data source to a coupled model that can be loaded and shared.
-
-`train` is what `codd-hf train` calls. All processes of a launch call it; the main one writes and
-prints, but for shards of evidence.
-"""
+"""The whole way from a data source to a coupled model that can be loaded and shared."""
 
 from __future__ import annotations
 
@@ -36,10 +32,9 @@ def train(config: TrainConfig) -> Path:
     again, and one that stopped goes on, unless `config.resume_from_checkpoint` says otherwise.
 
     Returns:
-        `output_dir/pipeline`: `model/` with the head of the last stage, `scheduler/`, `tokenizer/`,
-        the head of the generative fit in `stage1/` and the held-out examples as `validation.jsonl`
-        and `test.jsonl`; `demo.jsonl` holds ten of them. `README.md` and `training/` say how it was
-        made. `output_dir/backbone` if pretraining alone was to run.
+        `output_dir/pipeline`: a pipeline, the head of the generative fit in `stage1/`, the held-out
+        examples as `.jsonl`, and `README.md` and `training/` on how it was made; or
+        `output_dir/backbone` if pretraining alone was to run.
 
     Raises:
         OSError: another run writes the output folder, the dataset or the backbone is not there, or
@@ -114,8 +109,7 @@ def _run_stage(run: Run, stage: Stage, resume: str) -> None:
 def tracking(config: TrainConfig, stage: str) -> Iterator[Log | None]:
     """Gives the log of a stage's steps to the trackers in `config.report_to`; None without any.
 
-    A stage is a run of its own, since its steps are counted from 1: TensorBoard finds it in
-    `output_dir/logs/codd-hf-STAGE`, and it belongs to wandb's and trackio's project of that name.
+    A stage is a run of its own, in `output_dir/logs/codd-hf-STAGE` or the project of that name.
     """
     if not config.report_to:
         yield None

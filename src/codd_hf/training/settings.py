@@ -145,9 +145,9 @@ class ConditionalConfig(CoupledConfig):
     keep: Literal["last", "best"] = "last"
     """last: the head of the last step. best: that of the validation with the largest gain."""
 
-    def with_steps(self, num_windows: int) -> ConditionalConfig:
-        """These settings with the number of steps for so many windows, if it is not set."""
-        steps = round(3.2 * num_windows / self.windows_per_batch)
+    def with_steps(self, num_examples: int) -> ConditionalConfig:
+        """These settings with the number of steps for so many examples, if it is not set."""
+        steps = round(3.2 * num_examples * self.num_draws / self.windows_per_batch)
         return replace(self, max_steps=self.max_steps or min(max(steps, 200), 2000))
 
 

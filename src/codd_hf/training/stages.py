@@ -70,18 +70,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Stage:
-    """One fit of a run.
+    """One fit of a run."""
 
-    Attributes:
-        name: also of its settings in `TrainConfig`, and of the folder of its checkpoints.
-        needs: the stage whose head it begins with.
-        leaves: its result, in the output folder; None for the last, which is in the pipeline.
-        fit: runs it, and leaves the model in the run.
-    """
-
-    name: str
-    needs: Stage | None
-    leaves: str | None
+    name: str  # also of its settings in `TrainConfig`, and of the folder of its checkpoints
+    needs: Stage | None  # the stage whose head it begins with
+    leaves: str | None  # its result, in the output folder; the last one's is in the pipeline
     fit: Callable[[Run, Checkpoints, Log | None], Result]
 
     def result(self, config: TrainConfig) -> Path:
@@ -144,34 +137,29 @@ def head_config(config: TrainConfig, circuit: dict[str, Any], context_size: int)
     return CoDDHeadConfig.from_dict(circuit | chosen | {"context_size": context_size})
 
 
-@torch.no_grad()
-def conditioned(config: TrainConfig, model: CoDDModel, circuit: CoDDHead) -> CoDDHead:
-    """The head that the conditional fit begins with: a fitted circuit, flattened, conditioned.
+def condition_head(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> Result:
+    """Flattens the circuit, makes a conditioned head of it, and fits that to the frozen backbone.
 
     Tied emissions start as the least-squares fit of the circuit's dense ones.
     """
+    config, model, circuit = run.config, run.model, run.model.coupling_head
+    assert circuit is not None
     torch.manual_seed(config.conditional.seed)  # of the maps that start at random
     head = CoDDHead(head_config(config, circuit.config.to_dict(), model.config.hidden_size))
     if config.emission == "tied":
         head.bind(model.get_output_embeddings().weight)
     alpha, marginal = circuit.config.alpha, circuit.get_buffer("token_marginal")
-    fitted = circuit.potentials.scaled_by_marginal(marginal.log(), alpha)
-    head.set_potentials(fitted, marginal, alpha=alpha)
-    head.temper(config.conditional.emission_power, config.conditional.transition_power)
-    if head.context_maps is not None:
-        unigrams = fitted.tensors()[2].log_softmax(-1).mean(0)
-        head.context_maps.start(unigrams, occupancy(fitted, config.window_length).mean(0))
-    return head
-
-
-def condition_head(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> Result:
-    """Fits the head to the frozen backbone."""
-    config, (train, validation, _) = run.config, run.parts
-    assert run.model.coupling_head is not None
-    head = run.couple(conditioned(config, run.model, run.model.coupling_head))
+    with torch.no_grad():
+        fitted = circuit.potentials.scaled_by_marginal(marginal.log(), alpha)
+        head.set_potentials(fitted, marginal, alpha=alpha)
+        head.temper(config.conditional.emission_power, config.conditional.transition_power)
+        if head.context_maps is not None:
+            unigrams = fitted.tensors()[2].log_softmax(-1).mean(0)
+            head.context_maps.start(unigrams, occupancy(fitted, config.window_length).mean(0))
+    run.couple(head)
     if run.sharded:
         shard_backbone(run.model)
-    data = (run.model, run.start.tokenizer, train, validation)
+    data = (run.model, run.start.tokenizer, run.parts[0], run.parts[1])
     history = fit_conditional(*data, config.conditional, checkpoints, log)
     if run.sharded:  # a whole backbone serves the other stages
         del run.start, run.model

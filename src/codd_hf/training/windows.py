@@ -29,24 +29,16 @@ ROWS_AT_ONCE = 32
 
 
 class WindowScores(NamedTuple):
-    """Likelihoods of `N` noised windows.
+    """Likelihoods of the masked tokens of noised windows, `[N]` each."""
 
-    Attributes:
-        level: `[N]`, the probability with which a window's tokens were masked.
-        masked: `[N]`, how many were.
-        gain: `[N]`, nats that the circuit adds: `log p_w(x) - log Z`.
-        factorized: `[N]`, nats of the masked tokens without the circuit; zero where the backbone is
-            frozen and not at hand.
-    """
-
-    level: torch.Tensor
-    masked: torch.Tensor
-    gain: torch.Tensor
-    factorized: torch.Tensor
+    level: torch.Tensor  # the probability with which tokens were masked
+    masked: torch.Tensor  # how many were
+    gain: torch.Tensor  # nats that the circuit adds: log p_w(x) - log Z
+    factorized: torch.Tensor  # nats without the circuit; zero where the backbone is not at hand
 
     @property
     def log_prob(self) -> torch.Tensor:
-        """`[N]`, nats of the masked tokens."""
+        """Nats of the masked tokens."""
         return self.factorized + self.gain
 
     def gains(self) -> dict[str, float]:
@@ -70,31 +62,17 @@ class WindowScores(NamedTuple):
 
 @dataclass
 class NoisedWindows:
-    """`N` noised windows of length `L`, with `M` masked positions in all, and what is predicted.
+    """`N` noised windows of length `L`, with `M` masked positions in all, and what is predicted."""
 
-    Attributes:
-        tokens: `[N, L]` int32, the true tokens.
-        masked: `[N, L]` bool, the positions that were hidden from the backbone.
-        level: `[N]`, the probability with which they were.
-        indices: `[M, k]` int32, likeliest tokens of the masked positions, window by window.
-        log_probs: `[M, k]` float16, their log-probabilities (off by at most 1/2048 of themselves).
-        log_rest: `[M]`, log of the remaining mass.
-        hidden: `[N, L, d]` bfloat16, the hidden states that predict the window's tokens, for a head
-            with conditioning.
-        preceding_tokens: `[N, C]` int32, the visible tokens before the window, -1 where there is
-            none, for a head with "copy" conditioning.
-        preceding_hidden: `[N, C, d]`, the hidden states that predict them.
-    """
-
-    tokens: torch.Tensor
-    masked: torch.Tensor
-    level: torch.Tensor
-    indices: torch.Tensor
-    log_probs: torch.Tensor
-    log_rest: torch.Tensor
-    hidden: torch.Tensor | None = None
-    preceding_tokens: torch.Tensor | None = None
-    preceding_hidden: torch.Tensor | None = None
+    tokens: torch.Tensor  # [N, L] int32, the true ones
+    masked: torch.Tensor  # [N, L] bool, those that were hidden from the backbone
+    level: torch.Tensor  # [N], the probability with which they were
+    indices: torch.Tensor  # [M, k] int32, likeliest tokens of masked positions, window by window
+    log_probs: torch.Tensor  # [M, k] float16, off by at most 1/2048 of themselves
+    log_rest: torch.Tensor  # [M], log of the remaining mass
+    hidden: torch.Tensor | None = None  # [N, L, d] bfloat16, for a head with conditioning
+    preceding_tokens: torch.Tensor | None = None  # [N, C] int32, before the window; -1: none
+    preceding_hidden: torch.Tensor | None = None  # [N, C, d], both for "copy" conditioning
 
     @property
     def columns(self) -> dict[str, torch.Tensor]:
@@ -162,12 +140,8 @@ class NoisedCanvases:
     """Canvases with one noised window a row, as a function of the examples and the seed alone.
 
     Attributes:
-        truth: `[B, L]`, the clean tokens of the windows.
-        masked: `[B, L]` bool, those that are hidden (as are all later ones).
-        level: `[B]`, the probability with which they were.
-        columns: `[B, L]`, their positions.
-        ids, mask, starts: the noised canvases `[B, T]`, their attention mask and the begin of the
-            windows, on the model's device.
+        truth, masked, level, columns: of the windows, `[B, L]`, on the CPU.
+        ids, mask, starts: the noised canvases `[B, T]`, on the model's device.
     """
 
     def __init__(
@@ -242,8 +216,7 @@ def window_scores(
 ) -> WindowScores:
     """Scores one noised window of each example a draw, `[num_draws * len(examples)]`.
 
-    Windows and noise depend on the examples, `seed`, `max_extra_windows` and `mean_span_length`
-    alone, so that models are compared on the same ones. The model is in evaluation mode afterwards.
+    Windows and noise do not depend on the model, which is in evaluation mode afterwards.
     """
     model.eval()
     lengths = torch.tensor([example.length() for example in examples])

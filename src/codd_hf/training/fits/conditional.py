@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from ...data.canvases import TokenizedExample
@@ -40,21 +39,13 @@ def fit_conditional(
 ) -> History:
     """Trains `model.coupling_head`, best that of the generative fit, in place.
 
-    The frozen backbone runs over the data first; its evidence is kept in `evidence` beside the
-    folder of the checkpoints, and in memory if there is none. Where all steps were made already, it
-    does not run, and the evidence may be gone.
-
-    Returns:
-        The history, with the `gain`: nats per masked token over factorized prediction, all and by
-        mask ratio.
-
-    Raises:
-        ValueError: the model has no head.
+    The frozen backbone runs over the data first, unless all steps were made already; its evidence
+    is kept in `evidence` beside the folder of the checkpoints, and in memory if there is none. The
+    history has the `gain`: nats per masked token over factorized prediction, all and by mask ratio.
     """
-    config = config or ConditionalConfig()
+    config = (config or ConditionalConfig()).with_steps(len(train))
     config = replace(config, mixed_precision=told_precision(config))  # type: ignore[arg-type]
-    head = trainable_head(model.eval(), config)
-    backbone = identity_of(model, tokenizer)
+    head, backbone = trainable_head(model.eval(), config), identity_of(model, tokenizer)
     folder = None if checkpoints is None else checkpoints.folder.parent / "evidence"
 
     def evidence(part: Sequence[TokenizedExample], draws: int, seed: int) -> Evidence:
@@ -62,29 +53,16 @@ def fit_conditional(
 
     of_train = evidence(train, config.num_draws, config.seed)
     of_validation = evidence(validation, config.num_validation_draws, VALIDATION_SEED)
-    return fit_head(head, of_train, of_validation, config, checkpoints, log)
-
-
-def fit_head(
-    head: CoDDHead,
-    train: Evidence,
-    validation: Evidence,
-    config: ConditionalConfig,
-    checkpoints: Checkpoints | None = None,
-    log: Log | None = None,
-) -> History:
-    """`fit_conditional` on evidence, whose temperature becomes the head's."""
-    config = config.with_steps(train.num_windows)
-    head.config.evidence_temperature = train.temperature
-    fit = HeadFit(head.to(Accelerator().device).requires_grad_(True), train, validation, config)
+    fit = _HeadFit(head, of_train, of_validation, config)
     history = fit.run(checkpoints, log)
-    if config.keep == "best":
-        fit.take_best()
+    with torch.no_grad():
+        for name, parameter in fit.trained.items() if fit.best else ():
+            parameter.copy_(fit.best[name])
     return history
 
 
 @dataclass
-class HeadFit(CoupledFit):
+class _HeadFit(CoupledFit):
     """Steps of a head on evidence. With `keep="best"` its state holds the best head so far."""
 
     head: CoDDHead
@@ -104,17 +82,14 @@ class HeadFit(CoupledFit):
         self.set_up(identity, trained, [head_optimizer(head, self.config)])
 
     def chunks(self, number: int) -> Sequence[torch.Tensor]:
-        """Rows of the evidence, in order within a chunk."""
         config = self.config
         rows = rows_of_step(len(self.train), config.windows_per_batch, number, config.seed)
         return [chunk.sort().values for chunk in rows.split(config.windows_per_chunk)]
 
     def scores(self, rows: torch.Tensor, seed: int) -> WindowScores:
-        """The gains of the head."""
         return self.train.scores(self.head, rows)
 
     def measure(self) -> Figures:
-        """The gains on the validation's evidence."""
         gains = self.validation.evaluate(self.head)
         if self.config.keep == "best" and gains["gain"] > self.best.get("gain", -torch.inf):
             self.best = {name: p.detach().clone() for name, p in self.trained.items()}
@@ -122,16 +97,9 @@ class HeadFit(CoupledFit):
         return gains
 
     def state(self) -> dict[str, torch.Tensor]:
-        """As of any fit by gradients, and the best head."""
         return super().state() | {f"best.{name}": value for name, value in self.best.items()}
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Sets it."""
         super().restore(tensors)
-        self.best = {k[5:]: v for k, v in tensors.items() if k.startswith("best.")}
-
-    @torch.no_grad()
-    def take_best(self) -> None:
-        """Gives the head the weights of the validation with the largest gain."""
-        for name, parameter in self.trained.items():
-            parameter.copy_(self.best[name])
+        if self.config.keep == "best":
+            self.best = {k[5:]: v for k, v in tensors.items() if k.startswith("best.")}

@@ -99,7 +99,7 @@ def fit_generative(
     """Fits a circuit to windows of tokens.
 
     Args:
-        windows: `[N, L]`; several processes share each batch of them.
+        windows: `[N, L]`.
         validation: `[M, L]`.
         embeddings: `[V, d]` of the backbone's output, for the clustering.
         num_latents: number of states `H`.
@@ -109,10 +109,6 @@ def fit_generative(
 
     Returns:
         The circuit, and the history: each epoch's `nats` per token of the validation windows.
-
-    Raises:
-        ValueError: the windows have fewer than 2 tokens, or fewer different ones than there are
-            states.
     """
     if windows.ndim != 2 or windows.shape[1] < 2:
         raise ValueError(
@@ -120,13 +116,13 @@ def fit_generative(
             f"shape {tuple(windows.shape)}."
         )
     config = config or GenerativeConfig()
-    fit = ExpectationMaximisation(windows, validation, embeddings, num_latents, config)
+    fit = _Maximisation(windows, validation, embeddings, num_latents, config)
     history = fit.run(checkpoints, log)
     return fit.potentials.with_leaves([leaf.cpu() for leaf in fit.potentials.leaves()]), history
 
 
 @dataclass
-class ExpectationMaximisation(Fit):
+class _Maximisation(Fit):
     """Steps of EM; counts of chunks are summed in float64 over all processes."""
 
     windows: torch.Tensor
@@ -155,7 +151,6 @@ class ExpectationMaximisation(Fit):
         }
 
     def begin(self) -> None:
-        """Clusters the tokens, on the main process."""
         clusters = torch.zeros(len(self.embeddings), dtype=torch.long)
         if Accelerator().is_main_process:
             features = (self.embeddings, self.unigrams)
@@ -166,20 +161,17 @@ class ExpectationMaximisation(Fit):
         self.potentials = start.with_leaves([leaf.to(self.device) for leaf in start.leaves()])
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The circuit and the running counts."""
         counts = () if self.counts is None else self.counts.leaves
         parts = {"potentials": self.potentials.leaves(), "counts": counts}
         return {f"{name}.{i}": t for name, part in parts.items() for i, t in enumerate(part)}
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Sets them."""
         held = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         leaves: list[Any] = [held[f"potentials.{i}"] for i in range(3)]
         self.potentials = Potentials(*leaves)
         self.counts = Counts(tuple(held[f"counts.{i}"] for i in range(3)))
 
     def step(self, number: int) -> tuple[Figures, int]:
-        """The E-step of a batch, and the M-step with the running counts."""
         epoch, batch = divmod(number, self.evaluation_steps)
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.windows), generator=generator)
@@ -204,7 +196,6 @@ class ExpectationMaximisation(Fit):
 
     @torch.no_grad()
     def measure(self) -> Figures:
-        """Nats per token of the validation windows."""
 
         def values(_: int, windows: torch.Tensor) -> list[torch.Tensor]:
             return [log_likelihood(self.potentials, windows.to(self.device)).double().sum()]

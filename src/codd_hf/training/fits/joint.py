@@ -37,24 +37,17 @@ def fit_joint(
 ) -> History:
     """Trains a backbone, or a LoRA on it, and its head, best a fitted one, in place.
 
-    What is trained is held in float32. A fit that goes on is given the model as it was at the
-    start.
-
-    Returns:
-        The history: `factorized_nats` and `coupled_nats` (per masked token), and `gain`, their
-        difference, all and by mask ratio.
-
-    Raises:
-        ValueError: the model has no head.
+    A fit that goes on is given the model as it was at the start. The history has `factorized_nats`
+    and `coupled_nats` (per masked token), and `gain`, their difference, all and by mask ratio.
     """
-    fit = JointFit(model, tokenizer, train, validation, config or JointConfig())
+    fit = _JointFit(model, tokenizer, train, validation, config or JointConfig())
     history = fit.run(checkpoints, log)
     model.eval()
     return history
 
 
 @dataclass
-class JointFit(CoupledFit):
+class _JointFit(CoupledFit):
     """Steps of a model on windows that its backbone reads anew."""
 
     model: CoDDModel
@@ -71,7 +64,18 @@ class JointFit(CoupledFit):
         told_precision(config)
         identity = identity_of(model, self.tokenizer, **data, validation_data=self.validation)
         identity["start"] = weights_fingerprint(head)
-        _choose_trained(model, config)
+        model.backbone.requires_grad_(config.backbone == "full")
+        if config.backbone == "lora":
+            found, modules = active_adapter(model), config.lora_target_modules
+            lora = LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a scale, no whole number
+                lora_dropout=config.lora_dropout,
+                target_modules="all-linear" if modules == ["all-linear"] else modules,
+            )
+            if found is None:
+                add_lora(model.backbone, lora, DEFAULT_NAME, config.seed)
+            model.set_adapter(found or DEFAULT_NAME)
         trained = trained_in_float32(model)
         backbone = [p for p in model.backbone.parameters() if p.requires_grad]
         of_backbone = {"params": backbone, "peak": config.backbone_learning_rate, "eps": 1e-8}
@@ -80,19 +84,16 @@ class JointFit(CoupledFit):
         self.set_up(identity, trained, [optimizer], clipped)
 
     def chunks(self, number: int) -> Sequence[torch.Tensor]:
-        """Rows of the text, of like length within a chunk."""
         config = self.config
         self.model.backbone.train(config.backbone != "frozen")
         rows = rows_of_step(len(self.train), config.windows_per_batch, number, config.seed)
         return rows[self.lengths[rows].argsort(stable=True)].split(config.windows_per_chunk)
 
     def scores(self, rows: torch.Tensor, seed: int) -> WindowScores:
-        """The likelihoods under the model."""
         part = [self.train[row] for row in rows.tolist()]
         return NoisedCanvases(self.model, self.tokenizer, part, self.config, seed).scores()
 
     def measure(self) -> Figures:
-        """Factorized and coupled likelihoods of the validation, and the gain."""
         draws = self.config.num_validation_draws
         place = (self.model, self.tokenizer, self.validation, self.config, draws)
         return window_scores(*place).summary()
@@ -102,26 +103,7 @@ def add_lora(backbone: PreTrainedModel, lora: LoraConfig, name: str, seed: int) 
     """Adds an adapter that changes nothing yet and is all of the backbone that is trained.
 
     Its random half is drawn with `seed`; torch's generators are left as they were.
-
-    Raises:
-        ValueError: the backbone has no layer of the names that `lora` wants.
     """
     backbone.requires_grad_(False)
     with seeded(seed, torch.device("cpu")):
         add_adapter(backbone, lora, name)
-
-
-def _choose_trained(model: CoDDModel, config: JointConfig) -> None:
-    """Makes trainable what the settings say of the backbone."""
-    model.backbone.requires_grad_(config.backbone == "full")
-    if config.backbone == "lora":
-        found, modules = active_adapter(model), config.lora_target_modules
-        lora = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # it scales, and may be a share
-            lora_dropout=config.lora_dropout,
-            target_modules="all-linear" if modules == ["all-linear"] else modules,
-        )
-        if found is None:
-            add_lora(model.backbone, lora, DEFAULT_NAME, config.seed)
-        model.set_adapter(found or DEFAULT_NAME)

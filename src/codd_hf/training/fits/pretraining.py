@@ -58,21 +58,18 @@ def fit_backbone(
     """Trains `model.backbone` in place, by one process.
 
     A fit that goes on is given the backbone as it was at the start. Settings that are None are
-    completed for a given backbone.
-
-    Returns:
-        The history: `elbo` (nats per token, an upper bound) and `nats` (per masked token of window
-        noise).
+    completed for a given backbone. The history has `elbo` (nats per token, an upper bound) and
+    `nats` (per masked token of window noise).
     """
     config = (config or PretrainingConfig()).completed("given")
-    fit = BackboneFit(model, tokenizer, train, validation, config, window_length)
+    fit = _BackboneFit(model, tokenizer, train, validation, config, window_length)
     history = fit.run(checkpoints, log)
     model.eval()
     return history
 
 
 @dataclass
-class BackboneFit(GradientFit):
+class _BackboneFit(GradientFit):
     """Steps of a backbone on noised canvases; the rate warms up, stays, and falls as a line."""
 
     model: CoDDModel
@@ -97,12 +94,10 @@ class BackboneFit(GradientFit):
         self.set_up(identity, trained_in_float32(backbone), optimizers)
 
     def rate(self, number: int, warmed: float) -> float:
-        """The share of the peak rate."""
         decay_steps = max(math.ceil(self.num_steps * self.config.decay_fraction), 1)
         return min(warmed, (self.num_steps - number) / decay_steps, 1.0)
 
     def backward(self, number: int) -> tuple[Figures, int]:
-        """Sets the gradients of the loss of a step's batch."""
         if self.batches is None:
             self.batches = self._batches_from(number)
         seed, share = self.config.seed * 1_000_003 + number, self.config.window_probability
@@ -115,7 +110,6 @@ class BackboneFit(GradientFit):
 
     @torch.no_grad()
     def measure(self) -> Figures:
-        """ELBO per token of whole answers, and nats per masked token under window noise."""
         self.model.backbone.eval()
         figures = {}
         for name, share in (("elbo", 0.0), ("nats", 1.0)):
@@ -196,23 +190,18 @@ class FloatMuon(torch.optim.Muon):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no caller has one
         """Makes one step."""
         for group in self.param_groups:
+            a, b, c = group["ns_coefficients"]
             for parameter in (p for p in group["params"] if p.grad is not None):
                 gradient, state = parameter.grad, self.state[parameter]
                 momentum = state.setdefault("momentum_buffer", torch.zeros_like(gradient))
                 momentum.lerp_(gradient, 1 - group["momentum"])
-                update = _orthogonal(gradient.lerp(momentum, group["momentum"]).float(), group)
+                update = gradient.lerp(momentum, group["momentum"]).float()
+                tall = update.shape[0] > update.shape[1]
+                x = update.T if tall else update
+                x = x / x.norm().clamp(min=group["eps"])
+                for _ in range(group["ns_steps"]):  # Newton and Schulz's iteration
+                    gram = x @ x.T
+                    x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
                 rate = 0.2 * math.sqrt(max(parameter.shape)) * group["lr"]
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.to(parameter.dtype), alpha=-rate)
-
-
-def _orthogonal(matrix: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-    """`U S' V^T` of `U S V^T`, with `S'` near the identity, by Newton and Schulz's iteration."""
-    a, b, c = group["ns_coefficients"]
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / x.norm().clamp(min=group["eps"])
-    for _ in range(group["ns_steps"]):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+                parameter.add_((x.T if tall else x).to(parameter.dtype), alpha=-rate)
