@@ -37,8 +37,7 @@ def convert_jpc(
     """Makes a head of a hidden Markov model that PyJuice saved (`.jpc`, a pickle).
 
     Nothing in the file is run: see `codd_hf.conversion.pickles`. The head holds the circuit's
-    log-probabilities: `initial [H]`, `transition [H, H]` or `[L-1, H, H]`, `emission [H, V]` or
-    `[L, H, V]`, as the circuit ties them. The file's arrays are read straight into the head.
+    log-probabilities, tied as the circuit ties them.
 
     Args:
         source: a `.jpc` file, a folder with `model.jpc`, or the id of such a repository on the Hub.
@@ -46,18 +45,15 @@ def convert_jpc(
             card that says where the circuit comes from.
         alpha: power of the circuit's own token marginal by which its emissions are divided; 0
             leaves the circuit as it is, 1 removes the unigrams that a backbone already has.
-        mask_token_id: the backbone's mask token.
-        forbidden_token_ids: tokens that are never generated, beside the mask token.
+        mask_token_id: as in [`CoDDHeadConfig`], and so the next two.
+        forbidden_token_ids: further tokens that are never generated.
         base_model_name_or_path: the backbone that the circuit belongs to.
         overwrite: write into `output` though it has files; its model card is replaced as well.
-        **hub: where and how to download: `revision`, `token`, `cache_dir`, `local_files_only`,
-            `force_download`, and `subfolder`, in which `model.jpc` is.
+        **hub: where and how to download, as in transformers; `model.jpc` is in `subfolder`.
 
     Raises:
-        FileExistsError: `output` has files, or is one.
-        ValueError: the file is no such circuit, is damaged, or asks for anything that none needs;
-            or `alpha` or a token id is out of range.
-        OSError: there is no such file, folder or repository.
+        ValueError: the file is no such circuit, is damaged, or asks for anything that none needs.
+        OSError: there is no such file, folder or repository, or `output` has files.
     """
     number("alpha", alpha, least=0)
     if output is not None:

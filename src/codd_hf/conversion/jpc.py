@@ -118,9 +118,6 @@ class HiddenMarkovModel:
         vocab_size: tokens `V`.
         tie_transitions: one transition matrix for all steps.
         tie_emissions: one emission matrix for all positions.
-
-    Raises:
-        ValueError: the file is damaged, hostile, or another circuit than such a chain.
     """
 
     def __init__(self, file: BinaryIO):
@@ -149,12 +146,9 @@ class HiddenMarkovModel:
     def write(
         self, initial: torch.Tensor, transition: torch.Tensor, emission: torch.Tensor
     ) -> None:
-        """Writes the probabilities into tensors in place, with little more memory than theirs.
+        """Writes the probabilities in place: `[H]`, `[1 or L-1, H, H]` and `[1 or L, H, V]`.
 
-        Args:
-            initial: `[H]`, as all of them float32 on the CPU.
-            transition: `[1, H, H]` if transitions are tied, else `[L-1, H, H]`.
-            emission: `[1, H, V]` if emissions are tied, else `[L, H, V]`; contiguous.
+        All are contiguous, in float32, on the CPU; little more memory is taken.
         """
         initial.copy_(self._initial.dense()[0])
         for matrix, out in zip(self._transitions, transition, strict=False):

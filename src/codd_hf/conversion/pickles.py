@@ -75,11 +75,7 @@ class Array:
 
 
 def unpickle(file: BinaryIO, steps: Iterator[int]) -> Any:
-    """The value that a pickle of protocol 4 or 5 (Python's since 3.8) describes.
-
-    Args:
-        file: a seekable binary file; payloads keep reading from it.
-        steps: counts the opcodes, those of nested pickles too.
+    """The value that a pickle of protocol 4 or 5 describes; `steps` counts the opcodes of several.
 
     Raises:
         ValueError: the pickle is damaged, or has what no circuit has.
@@ -147,11 +143,7 @@ def _run(file: BinaryIO, steps: Iterator[int]) -> Any:
 
 
 def read_array(value: Any, dtype: str) -> Array:
-    """The array that numpy would make, with elements of the type.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """The array that numpy would make, with elements of the type; others are a ValueError."""
     match value:
         case Call("_reconstruct", _, (1, tuple(shape), kind, False, Payload() as data)):
             pass
@@ -172,11 +164,7 @@ def read_array(value: Any, dtype: str) -> Array:
 
 
 def read_num_tokens(value: Any) -> int:
-    """The number of tokens of a pickled distribution over tokens.
-
-    Raises:
-        ValueError: it is another distribution.
-    """
+    """The number of tokens of a pickled distribution; raises a ValueError for another kind."""
     match value:
         case Call("Categorical", (), {"num_cats": int(number)}) if number > 0:
             return number

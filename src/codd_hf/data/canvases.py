@@ -81,16 +81,14 @@ def tokenize_examples(
         tokenizer: with an end-of-text token, and a chat template if there are messages.
         max_length: tokens of an example; None for any number.
         packing: join texts without prompts, end-of-text after each, and cut all of it into pieces
-            of `max_length` tokens (the last one may be shorter). A piece may begin and end within a
-            text: let `max_length` be a multiple of the window, and `max_extra_windows` be 0.
+            of `max_length` tokens (the last one may be shorter).
         mask_token_id: the model's mask token; default, the tokenizer's.
-        never: further tokens that the model never generates, so that no answer may hold them, such
-            as that of unknown characters.
+        never: further tokens that no answer may hold, such as that of unknown characters.
         report: takes examples that cannot be encoded; by default the first is an error.
 
     Raises:
-        ValueError: the tokenizer lacks what is needed, an example cannot be encoded (the message
-            gives its row), nothing is left, or there is a prompt where texts are to be packed.
+        ValueError: the tokenizer lacks what is needed, an example cannot be encoded, nothing is
+            left, or there is a prompt where texts are to be packed.
     """
     eos, mask = tokenizer.eos_token_id, mask_token_id
     if eos is None:
@@ -169,15 +167,10 @@ def collate(
     pad_token_id: int,
     extra_windows: Sequence[int] | None = None,
 ) -> CanvasBatch:
-    """Lays examples out as canvases.
+    """Lays examples out as canvases: an answer is filled with end-of-text to whole windows.
 
-    Args:
-        examples: the examples, one a row.
-        window_length: the answer part is filled to a multiple of it.
-        eos_token_id: fills the answer part.
-        pad_token_id: fills rows to the batch's longest.
-        extra_windows: per row, how many windows of end-of-text follow (a model should not learn
-            that the canvas's length gives the answer's length away).
+    `extra_windows` of end-of-text follow in each row: a model should not learn that the canvas's
+    length gives the answer's length away.
     """
     starts = [len(e.prompt_ids) for e in examples]
     spans = [e.length(window_length) - len(e.prompt_ids) for e in examples]

@@ -31,13 +31,7 @@ class BadRowError(ValueError):
 
 @dataclass
 class RowReport:
-    """The rows that gave no example, and why.
-
-    Attributes:
-        source: where they are from, as a user named it.
-        skip_bad_rows: leave bad rows out; otherwise the first one is an error.
-        left_out: the numbers of rows by the reason.
-    """
+    """The rows of `source` that give no example: `left_out` has their numbers by the reason."""
 
     source: str
     skip_bad_rows: bool = False
@@ -72,12 +66,10 @@ def tell(text: object) -> None:
 
 
 def read_rows(path: str, sample_by: str = "line") -> list[Row]:
-    """All rows of a file, in order, numbered by lines where a row is a line.
+    """All rows of a file in UTF-8, in order, numbered by lines where a row is a line.
 
-    Args:
-        path: a .txt file, of texts, or one of JSON objects, one a line; in UTF-8. Rows of a .txt
-            file have one column, `text`. Blank lines are no rows.
-        sample_by: one text of a .txt file is a line or a paragraph (up to an empty line).
+    A .txt file has texts, in one column `text`: lines or, up to an empty line, paragraphs. Others
+    have JSON objects, one a line. Blank lines are no rows.
     """
     # Bytes that are no UTF-8 become halves of surrogate pairs, which only their rows are about.
     text = Path(path).read_text("utf-8-sig", "surrogateescape")

@@ -23,12 +23,12 @@ ROLES = {"human": "user", "gpt": "assistant"}
 
 @dataclass(frozen=True)
 class Example:
-    """One text to learn.
+    """One text to learn, with the last message of the user, if any, and those before it.
 
     Attributes:
-        prompt: the last message of the user; may be empty.
+        prompt: may be empty.
         answer: the text that is generated.
-        history: earlier messages, as pairs of a role and a content.
+        history: pairs of a role and a content.
         row: the number of the row that it is from.
     """
 
@@ -64,11 +64,8 @@ def load_examples(
     Rows hold a text, a prompt and an answer, or a conversation: a list of messages with `role` and
     `content` (or `from` and `value`), or the JSON of one. The last message of the assistant is then
     the answer, and the messages before it are the prompt; a prompt and a completion may be lists of
-    messages too.
-
-    Rows in which there is nothing to learn are passed over, and counted: an empty answer (also one
-    that `remove_pattern` empties), no message of the assistant, a message without content, or a
-    call of a tool. Rows of another form are bad.
+    messages too. Rows in which there is nothing to learn are passed over, and counted: an empty
+    answer, no message of the assistant, a message without content, or a call of a tool.
 
     Args:
         source: a path that ends in .jsonl, .txt or .parquet, a Hub dataset id, a folder that

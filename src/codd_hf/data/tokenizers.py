@@ -21,17 +21,10 @@ ROLE_TOKENS = ["<|user|>", "<|assistant|>"]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 3072) -> PreTrainedTokenizerFast:
-    """Fits a byte-level BPE tokenizer on `texts`.
+    """Fits a byte-level BPE tokenizer on texts.
 
-    Digits are single tokens, so that a number is spelt the same way wherever it stands.
-
-    Args:
-        texts: the training text.
-        vocab_size: size of the vocabulary, special and role tokens included; at least 261 (256
-            bytes and the special tokens).
-
-    Raises:
-        ValueError: `vocab_size` cannot hold the bytes and the special tokens.
+    Digits are single tokens, so that a number is spelt the same way wherever it stands. The
+    vocabulary counts the 256 bytes, the special tokens and those of roles too: at least 261.
     """
     special = [*SPECIAL_TOKENS.values(), *ROLE_TOKENS]
     alphabet = pre_tokenizers.ByteLevel.alphabet()

@@ -83,7 +83,7 @@ def make_card(
     tags: list[str] | None = None,
     training: str | None = None,
 ) -> ModelCard:
-    """The card of a repository.
+    """The card of a repository; the facts are those of `push_to_hub`.
 
     Args:
         part: a [`CoDDHead`], a [`CoDDModel`] or a [`CoDDPipeline`].

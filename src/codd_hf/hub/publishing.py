@@ -70,9 +70,6 @@ class Publishing:
                 `create_pr`, `commit_message` and `commit_description`; and the arguments of
                 `save_pretrained`.
 
-        Returns:
-            The commit (its `pr_url` with `create_pr`).
-
         Raises:
             ValueError: the Hub would refuse the card, or a converted circuit would become public
                 without a licence.
@@ -120,16 +117,10 @@ def push_folder(
     ignore_patterns: Sequence[str] = (),
     **upload: Any,
 ) -> CommitInfo:
-    """Uploads a folder, with the model card in it; a card that somebody wrote keeps its text.
+    """Uploads a folder that `save_pretrained` has written, but for files of `ignore_patterns`.
 
-    Args:
-        folder: holds what `save_pretrained` has written.
-        repo_id: the repository, with its namespace.
-        private: as for `push_to_hub`, and so `token` and `revision`.
-        token: of the user.
-        revision: the branch.
-        ignore_patterns: files that stay here.
-        **upload: for huggingface_hub's `upload_folder`.
+    A card that somebody wrote in the repository keeps its text. The other arguments are those of
+    `push_to_hub`.
     """
     api = HfApi(token=token, library_name="codd-hf")
     card = ModelCard.load(folder / CARD)

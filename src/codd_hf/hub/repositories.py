@@ -80,11 +80,7 @@ class Repository:
 
     @cached_property
     def on_hub(self) -> frozenset[str] | None:
-        """The files of a repository on the Hub; None of a folder, or where only the cache counts.
-
-        Raises:
-            OSError: there is no such repository, or it may not be read.
-        """
+        """The files of a repository on the Hub; None of a folder, or where the cache counts."""
         if self.is_local or self.hub.get("local_files_only"):
             return None
         try:
@@ -145,11 +141,7 @@ class Repository:
                 self.read(path)
 
     def read(self, path: Path) -> Any:
-        """The content of a file; of an index the files that it names, of weights nothing.
-
-        Raises:
-            OSError: it is damaged.
-        """
+        """The content of a file; of an index, the files that it names. Damage is an OSError."""
         if path not in self.contents:
             try:
                 self.contents[path] = _content(path)
@@ -162,8 +154,7 @@ class Repository:
     def adapter(self, folder: str = ADAPTER_FOLDER) -> str | None:
         """Path of a LoRA on this machine, by default the one beside a model; None if there is none.
 
-        Raises:
-            OSError: there is a part of one, without which the predictions would be others.
+        A part of one is an OSError: without the rest the predictions would be others.
         """
         repository = self.inside(folder)
         found = [repository.find(file) for file in ADAPTER_FILES]

@@ -51,12 +51,8 @@ def load_stored(
         may_lack: whether the model may have weights that are not stored.
         **kwargs: for `load`, its own `config` among them.
 
-    Returns:
-        The model, and the report of transformers.
-
     Raises:
         ValueError: the weights are others, or the configuration describes no model.
-        OSError: a file is damaged, or names another one that is not there.
     """
     name, sizes_may_differ = repository.name, kwargs.get("ignore_mismatched_sizes", False)
     num_bytes = None if kwargs.keys() & UNUSUAL else _stored_bytes(repository)

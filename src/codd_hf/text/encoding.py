@@ -65,11 +65,7 @@ def encode_as_written(
     *,
     add_special_tokens: bool = True,
 ) -> list[list[int]]:
-    """Token ids of texts that may write special tokens, since nothing else does.
-
-    Raises:
-        ValueError: a text of the argument `name` cannot be encoded.
-    """
+    """Token ids of an argument whose texts may write special tokens, since nothing else does."""
     rows, faults = _encode(texts, tokenizer, add_special_tokens)
     for row, fault in faults.items():
         raise ValueError(f"`{name}` cannot be encoded: row {row} {fault}.")

@@ -41,13 +41,8 @@ def draw_tasks(
 ) -> Iterator[Task]:
     """Tasks of a split without end, always the same ones for the same arguments.
 
-    Args:
-        split: `train`, `validation` or `test`.
-        seed: of the tasks.
-        kinds: names in `KINDS`; all if empty. Each has its share of `SHARES`.
-
-    Raises:
-        ValueError: there is no such split or kind.
+    Each kind has its share of `SHARES`; no `kinds` are all. A split or kind that is not there is a
+    ValueError.
     """
     choice("split", split, [*SPLITS])
     for kind in kinds:
@@ -68,12 +63,7 @@ def _tasks(split: str, rng: Random, kinds: list[str]) -> Iterator[Task]:
 def sample_tasks(split: str = "train", kinds: str | None = None) -> list[Task]:
     """A finite sample, for those who name their data by strings.
 
-    Args:
-        split: as in `draw_tasks`, or with a number of tasks, such as `test[:100]`.
-        kinds: names with commas between; default, all.
-
-    Raises:
-        ValueError: there is no such split or kind.
+    The split may have a number of tasks, as `test[:100]`; kinds have commas between, None is all.
     """
     found = re.fullmatch(r"([a-z]+)(?:\[:([1-9][0-9]{0,8})\])?", split)
     if found is None:
