@@ -133,15 +133,14 @@ def _fill(head: CoDDHead, circuit: HiddenMarkovModel, alpha: float) -> None:
 
     The marginal correction of a token that the circuit never emits has the ratio 1.
     """
-    config = head.config
-    states, vocab = config.num_latents, config.vocab_size
+    states, vocab = circuit.num_latents, circuit.vocab_size
     emission = head.emission.view(-1, states, vocab)
     circuit.write(head.initial, head.transition.view(-1, states, states), emission)
     head.initial.log_()
     if circuit.length > 1:
         head.transition.log_()
     occupied = occupancy(head.potentials, circuit.length)
-    if config.tie_emissions:
+    if circuit.tie_emissions:
         occupied = occupied.mean(0, keepdim=True)
     marginals: torch.Tensor = head.token_marginal.view(-1, vocab)  # type: ignore[operator]
     for marginal, state, matrix in zip(marginals, occupied, emission, strict=False):

@@ -121,7 +121,7 @@ def _read(
         parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(whole)})
         rows = [row for part in parts for row in whole[part.from_ : part.to]]
         return rows, [*{name: 0 for _, row in rows if isinstance(row, dict) for name in row}]
-    with reading(f"`source` {source!r} (.jsonl, .txt, .parquet, a folder or an id on the Hub)"):
+    with reading(f"`source` {source!r}"):
         if suffix == ".parquet":
             table = datasets.load_dataset("parquet", data_files=source, split=split)
         else:
