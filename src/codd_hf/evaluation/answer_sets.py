@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -21,6 +21,7 @@ from ..data.sources import Example
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.journal import append_results, read_results
 from ..text.encoding import encode_texts
+from .judge import Judge
 from .settings import AnswerSettings
 
 
@@ -38,15 +39,6 @@ class Answers:
     passes: list[int]
     verdicts: list[Any]
     seconds: float
-
-
-class Judging(Protocol):
-    """Gives a verdict on each answer, a value that JSON has; `digest` tells it from others."""
-
-    digest: str
-
-    def __call__(self, answers: Sequence[str]) -> Sequence[Any]:
-        """The verdicts, in the order of the answers."""
 
 
 def pipeline_fingerprint(pipeline: CoDDPipeline) -> str:
@@ -70,7 +62,7 @@ class AnswerSet:
     """
 
     pipeline: CoDDPipeline
-    judge: Judging
+    judge: Judge
     examples: Sequence[Example]
     settings: AnswerSettings
     journal: Path | None = None

@@ -39,9 +39,6 @@ from ..runtime.report import Report
 from .settings import FACTORIZED, GapSettings
 from .statistics import mean
 
-Windows = tuple[CanvasBatch, torch.Tensor, torch.Tensor]
-"""A window in each row: canvases, its columns and the order of masking, both `[n, L]`."""
-
 SMALLEST_GAP = 0.05
 """Gap closed is left out where the gap is smaller than this, in nats."""
 
@@ -174,8 +171,11 @@ def _windows(
     examples: Sequence[TokenizedExample],
     tokenizer: PreTrainedTokenizerBase,
     settings: GapSettings,
-) -> Iterator[Windows]:
-    """One random window of text (no end-of-text) of each example."""
+) -> Iterator[tuple[CanvasBatch, torch.Tensor, torch.Tensor]]:
+    """One random window of text (no end-of-text) of each example, in batches.
+
+    Canvases, columns `[n, L]` of the windows, and the order `[n, L]` in which they are masked.
+    """
     length, device = model.window_length, model.device
     generator = torch.Generator().manual_seed(settings.seed)
     whole = torch.tensor([(len(e.answer_ids) - 1) // length for e in examples])
