@@ -47,9 +47,6 @@ group, anchored at the start:
 
 Then compare with logits of the original code, padded rows included, as `tests/test_backbones_*.py`
 do, and check that a causal control differs.
-
-**A model that brings its own code** needs no file: `CustomCodeFamily` reads it through `logits` and
-`hidden_states`, if the user passes `trust_remote_code=True`.
 """
 
 from .custom_code import CustomCodeFamily, nested_custom_config, save_code

@@ -42,10 +42,7 @@ class CanvasCache(Cache):
     """A transformers cache of whole canvases, for passes over all of them or parts.
 
     Announce a pass with `whole` or `part`, run it by `BackboneFamily.states(..., cache=...)`.
-
-    Attributes:
-        rows: `[batch]`, the numbers of the rows of the announced pass.
-        positions: `[batch, n]`, the columns that it computes; None: all of them.
+    Its rows are `rows` `[batch]`, and its columns `positions` `[batch, n]`; None: all of them.
     """
 
     def __init__(self, num_rows: int, device: torch.device):

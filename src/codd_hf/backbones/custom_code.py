@@ -1,8 +1,7 @@
 """Models that bring their own code, with the user's `trust_remote_code=True`.
 
-The code runs only if the user passes that switch, and only from the repository or folder that the
-user named. Its class is then registered with transformers' Auto class for its configuration, which
-is how the model is built again without asking a second time.
+The code runs only from the repository or folder that the user named. Its class is then registered
+with transformers' Auto class, by which the model is built again without asking a second time.
 """
 
 from __future__ import annotations
@@ -83,11 +82,7 @@ def nested_custom_config(
 ) -> PretrainedConfig:
     """The configuration of a custom-code backbone inside a saved CoDD model, its class registered.
 
-    Args:
-        name: folder or id of the CoDD model, which holds the code as well.
-        config: its `text_config`.
-        trust_remote_code: from the user, for `name`.
-        **hub: `revision`, `token` and the like, for downloads.
+    The CoDD model `name` holds the code as well; `config` is its `text_config`.
     """
     check_trust(name, config, trust_remote_code)
     if Path(name).is_dir():

@@ -1,7 +1,6 @@
 """Dream (arXiv 2508.15487), Dream-Coder and DiffuCoder: a bidirectional Qwen2 with shifted logits.
 
-Started from an autoregressive model, they go on predicting at each position the next token; a
-position's logits are therefore those of the position before it.
+Started from an autoregressive model, they go on predicting at each position the next token.
 """
 
 from __future__ import annotations

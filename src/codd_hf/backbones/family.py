@@ -44,10 +44,9 @@ class BackboneStates:
         return self.read_logits(index)
 
     def shifted(self, attention_mask: torch.Tensor | None = None) -> BackboneStates:
-        """The states of a next-token predictor, lined up with the tokens that they predict.
+        """The states of a next-token predictor: entry `i - 1` becomes entry `i`.
 
-        Entry `i - 1` becomes entry `i`. A row's first real position, which no other predicts, keeps
-        its own, as in Dream's code.
+        A row's first real position, which no other predicts, keeps its own, as in Dream's code.
         """
         batch, length = self.last_hidden_state.shape[:2]
         position = torch.arange(length, device=self.last_hidden_state.device).expand(batch, -1)
@@ -73,8 +72,7 @@ class BackboneFamily:
         auto_class: transformers' class that builds and loads the models.
         model_types: of transformers; None for models that bring their own code.
         bidirectional: fields of a configuration by which a model sees the whole sequence.
-        unused_weights: a pattern of the names of weights that a checkpoint may hold and that
-            denoising does not need; None if all are needed.
+        unused_weights: a pattern of the names of stored weights that denoising does not need.
     """
 
     auto_class: Any
@@ -104,11 +102,7 @@ class BackboneFamily:
         return getattr(model.config, "max_position_embeddings", None)
 
     def make_cache(self, model: PreTrainedModel, num_rows: int) -> CanvasCache:
-        """An empty cache for passes over parts of a canvas of `num_rows` rows.
-
-        Raises:
-            ValueError: the model cannot be read in parts.
-        """
+        """An empty cache for passes over parts of a canvas of `num_rows` rows."""
         raise ValueError(
             "`cache` needs a decoder that transformers runs (as llama and qwen2), got the model "
             f"type {model.config.model_type!r}: leave `cache` out."
@@ -125,9 +119,6 @@ class BackboneFamily:
 
         `attention_mask` is `[batch, length]`, 0 at padding, or `[batch, 1, length, length]`,
         additive. By default the whole model runs, and its `logits` and `hidden_states` are read.
-
-        Raises:
-            ValueError: the model takes no `position_ids`.
         """
         positions = {} if position_ids is None else {"position_ids": position_ids}
         if positions and "position_ids" not in inspect.signature(model.forward).parameters:
@@ -159,8 +150,7 @@ class BackboneFamily:
             input_ids: `[batch, length]`.
             attention_mask: `[batch, length]`, 0 at padding.
             position_ids: `[batch, length]`; default, counted from the left end.
-            cache: from `make_cache`, with a pass announced: what it does not compute is as it was
-                when it was last computed.
+            cache: from `make_cache`, with a pass announced; the rest is as it was last computed.
 
         Raises:
             ValueError: the attention implementation cannot be block-causal.
@@ -194,11 +184,7 @@ def layout_of(config: dict[str, Any]) -> CheckpointLayout | None:
 
 
 def family_of(config: PretrainedConfig) -> BackboneFamily:
-    """The family that a backbone with this configuration belongs to.
-
-    Raises:
-        ValueError: no family knows the model type.
-    """
+    """The family that a backbone with this configuration belongs to, or a ValueError."""
     kind = type(config)
     if config.model_type in CONFIG_MAPPING and not kind.__module__.startswith(
         "transformers_modules."
@@ -236,10 +222,9 @@ def unsupported(model_type: str) -> ValueError:
 def block_causal_mask(
     attention_mask: torch.Tensor, block_length: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """An additive mask `[batch, 1, query, key]` that is block-causal over each row's real tokens.
+    """An additive mask `[batch, 1, query, key]`, block-causal from each row's first real token on.
 
-    Blocks are counted from a row's first real token, as in the models' own code. Padding is seen by
-    itself alone, so that no row of scores is empty.
+    Padding is seen by itself alone, so that no row of scores is empty.
     """
     integer("block_length", block_length, least=1)
     real = attention_mask.bool()

@@ -21,10 +21,8 @@ class CheckpointLayout:
         config_class: the native configuration.
         left_out: fields of the native configuration that are not taken from the checkpoint's.
         only: values that options of the checkpoint must have, since the native model has no others.
-        key_mapping: patterns of the checkpoint's names of weights to replacements, as for
-            `from_pretrained`; None where the names are the native ones.
-        tokenizer_class: a native class for tokenizers that bring their own code; None where
-            `AutoTokenizer` needs no help.
+        key_mapping: patterns of the checkpoint's names of weights to native ones, if they differ.
+        tokenizer_class: a native class for tokenizers that bring their own code.
     """
 
     model_type: ClassVar[str]
@@ -43,11 +41,7 @@ class CheckpointLayout:
         return {}
 
     def translate(self, config: dict[str, Any]) -> PretrainedConfig:
-        """The native configuration.
-
-        Raises:
-            ValueError: the configuration asks for what the native model does not have.
-        """
+        """The native configuration; raises a ValueError if it cannot say the same."""
         for name, value in self.only.items():
             if config.get(name, value) != value:
                 raise ValueError(

@@ -40,9 +40,7 @@ def load_backbone(
             configuration (`block_length`), or else full attention.
         logit_shift: whether the model's logits at a position are of the next token; default, that
             of the layout or the configuration (`logit_shift`), or else no.
-        **kwargs: for transformers' `from_pretrained`: `dtype`, `device_map`,
-            `attn_implementation`, `quantization_config`, `revision`, `token`, `cache_dir`,
-            `local_files_only`, `subfolder`, ...
+        **kwargs: for transformers' `from_pretrained`.
 
     Raises:
         ValueError: no family can hold the model, or it brings code that the user did not allow.
@@ -98,14 +96,7 @@ def _native_config(
 def load_tokenizer(
     name_or_path: str, trust_remote_code: bool | None = None, **hub: Any
 ) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a backbone; that of a known layout without the code it brings.
-
-    The arguments are as for `load_backbone`.
-
-    Raises:
-        ValueError: the tokenizer brings code that the user did not allow.
-        OSError: nothing is found.
-    """
+    """Loads the tokenizer of a backbone; that of a known layout without the code it brings."""
     layout = layout_of(PretrainedConfig.get_config_dict(name_or_path, **hub)[0])
     if layout is not None and layout.tokenizer_class is not None:
         return getattr(transformers, layout.tokenizer_class).from_pretrained(name_or_path, **hub)

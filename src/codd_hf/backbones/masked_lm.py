@@ -20,11 +20,7 @@ class MaskedLMFamily(BackboneFamily):
     unused_weights = r"(^|\.)(pooler|pooler_transform|seq_relationship|sop_classifier|nsp_cls)\."
 
     def max_positions(self, model: PreTrainedModel) -> int | None:
-        """Fewer than are stored where, as in RoBERTa, positions begin behind the padding token's.
-
-        Raises:
-            ValueError: they do, and there is no padding token.
-        """
+        """Fewer than are stored where, as in RoBERTa, positions begin behind padding's."""
         limits = [super().max_positions(model)]
         for module in model.modules():
             table = getattr(getattr(module, "position_embeddings", None), "weight", None)

@@ -177,10 +177,7 @@ def as_tensor(
     shape: Sequence[int] | None = None,
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """A tensor as it is; an array, or lists of equal lengths, as one on `device`.
-
-    It must hold the `kind`: int (which becomes int64), float or bool; None for anything.
-    """
+    """A tensor of a kind (int becomes int64) as it is; arrays and lists of equal lengths as one."""
     import torch
 
     if not isinstance(value, torch.Tensor):

@@ -42,11 +42,7 @@ class Setting:
     doc: str
 
     def checked(self, name: str, value: Any) -> Any:
-        """A value as it is kept: numpy's numbers become Python's.
-
-        Raises:
-            ValueError: it is none of this setting's; the message names the setting.
-        """
+        """A value as it is kept, numpy's numbers as Python's; raises a ValueError for any other."""
         if value is None and self.optional:
             return None
         value = plain(value)

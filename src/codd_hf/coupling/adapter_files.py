@@ -53,7 +53,7 @@ def load_adapter(
         start_is_off: whether the backbone's weights are those beside which it was trained; else the
             start of PiSSA is taken off them now, as PEFT does.
         shared: whether the backbone serves other heads, which need its weights as they are.
-        **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+        **hub: where to load from.
 
     Raises:
         OSError: there is no adapter, or it is damaged.
@@ -100,10 +100,7 @@ def load_adapter(
 
 
 def _stored_settings(settings: dict[str, Any], state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The settings that a file gives, without patterns: one can take for ever.
-
-    Where it has some in place of names of layers, these are those of the weights.
-    """
+    """The settings of a file; patterns, which can take for ever, give way to the weights' names."""
     used = {name: value for name, value in taken_settings(settings).items() if value is not None}
     for name in NAMES:
         named = used.get(name, ())
@@ -123,13 +120,9 @@ def _stored_settings(settings: dict[str, Any], state: dict[str, torch.Tensor]) -
 def save_adapter(
     backbone: PreTrainedModel, name: str | None, folder: str | Path, base: str | None
 ) -> None:
-    """Writes an adapter in PEFT's format, with names in place of patterns.
+    """Writes an adapter of a backbone (`base`) in PEFT's format, with names in place of patterns.
 
-    Args:
-        backbone: carries it.
-        name: the adapter; None removes one that was written before.
-        folder: receives the files.
-        base: the path or id of the backbone, for the adapter's configuration.
+    Without a `name`, removes one that was written before.
     """
     if name is None:
         for file in ADAPTER_FILES:

@@ -44,7 +44,7 @@ DEFAULTS = peft.LoraConfig().to_dict()
 
 
 def taken_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of an adapter that have an effect, made or read from a file.
+    """The settings of an adapter that have an effect.
 
     Raises:
         ValueError: it is no LoRA, or one that could not be saved and loaded faithfully and safely.
@@ -78,17 +78,10 @@ def unwrapped(model: Any) -> Any:
 def add_adapter(
     backbone: PreTrainedModel, config: peft.LoraConfig, name: str, *, empty: bool = False
 ) -> None:
-    """Puts a new adapter on a backbone and makes it the active one.
-
-    Args:
-        backbone: the model.
-        config: of the adapter.
-        name: of the adapter.
-        empty: whether its weights are on the meta device until they are loaded.
+    """Puts a new adapter on a backbone, if `empty` on the meta device, and makes it active.
 
     Raises:
-        ValueError: the name is taken, the options are not supported, or the backbone has no layer
-            of the names in `config`.
+        ValueError: the name is taken, the options are not supported, or no layer has their names.
     """
     taken_settings(config.to_dict())
     there = adapter_configs(backbone)
@@ -268,10 +261,7 @@ class AdaptersMixin:
         add_adapter(self.backbone, adapter_config, adapter_name or "default")
 
     def load_adapter(self, adapter: Any, adapter_name: str | None = None, **hub: Any) -> None:
-        """Loads a stored LoRA into the backbone, where it is active and frozen.
-
-        The arguments are those of [`~codd_hf.coupling.adapter_files.load_adapter`].
-        """
+        """Loads a stored LoRA into the backbone, where it is active and frozen."""
         from .adapter_files import load_adapter
 
         load_adapter(self.backbone, adapter, adapter_name or "default", **hub)

@@ -44,13 +44,7 @@ HeadName = str | bool | None
 
 
 class CallHead(NamedTuple):
-    """The head of a call.
-
-    Attributes:
-        name: the head whose window and adapter the call has.
-        module: the head; None leaves predictions factorized.
-        window_length: length of a window.
-    """
+    """The head of a call: window and adapter are of the head `name`; no module couples nothing."""
 
     name: str
     module: CoDDHead | FrozenHead | None
@@ -122,10 +116,7 @@ class Heads:
 
     @contextmanager
     def adapter_of_call(self, head: CallHead) -> Iterator[None]:
-        """Runs a pass of the backbone with the adapter of the head of a call, if it has one.
-
-        The default head's passes meet the adapters as they are set.
-        """
+        """Runs a pass with the adapter of the head of a call; the default one's is what is set."""
         backbone = self.model.backbone
         adapters = adapter_configs(backbone).keys()
         if not self.others or not adapters & {*self}:
@@ -157,8 +148,7 @@ class Heads:
     ) -> None:
         """Adds a head, for calls that name it by `head=name`; `"default"` is that of all others.
 
-        Head and adapter are as for [`CoDDModel.from_backbone`], and run together; window and
-        structure may differ from the other heads'.
+        Head and adapter are as for [`CoDDModel.from_backbone`], and run together.
 
         Raises:
             ValueError: the name is taken, or head or adapter do not fit the backbone.

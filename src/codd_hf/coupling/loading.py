@@ -37,13 +37,7 @@ def load_head(
     mask_token_id: int | None = None,
     **hub: Any,
 ) -> CoDDHead:
-    """A head for a backbone.
-
-    Args:
-        head: a head, its configuration, or its folder or id.
-        backbone: the model that it is for.
-        mask_token_id: for a head that does not know it; default the backbone's.
-        **hub: where to load from.
+    """A head for a backbone; `mask_token_id` is for one that does not know it.
 
     Raises:
         TypeError: it is no head.

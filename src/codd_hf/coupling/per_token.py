@@ -36,11 +36,7 @@ class PerTokenOutput(ModelOutput):
 
 
 def per_token_output(model: PreTrainedModel, *args: Any, **kwargs: Any) -> PerTokenOutput:
-    """One pass with labels; the arguments are those of the model's `forward`.
-
-    Raises:
-        ValueError: there are no labels.
-    """
+    """One pass with labels; the arguments are those of the model's `forward`."""
     labels = kwargs.get("labels")
     if labels is None:
         raise ValueError("`labels` must be given with `fused_lm_head=True`, got None.")

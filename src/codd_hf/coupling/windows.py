@@ -22,8 +22,7 @@ from .heads import CallHead, HeadName, Heads
 class CoupledBackbone:
     """A backbone and the heads that couple its predictions: the base of [`CoDDModel`].
 
-    Training, scoring and decoding build on it: `backbone_states` runs a pass of the backbone, and
-    `window_distribution` reads the distribution over windows from it.
+    `backbone_states` runs a pass, `window_distribution` reads distributions over windows from it.
     """
 
     config: CoDDConfig
@@ -183,10 +182,7 @@ class CoupledBackbone:
         rows: torch.Tensor | None = None,
         head: Any = None,
     ) -> Preceding:
-        """The last `copy_length` tokens before each window; masked ones do not count as present.
-
-        The arguments are those of `window_distribution`.
-        """
+        """The last `copy_length` tokens before each window; masked ones do not count as present."""
         head = self.coupling_head if head is None else head
         length = head.config.copy_length
         index, present = _span(input_ids, window_start, attention_mask, rows, -length, 0)
@@ -204,7 +200,7 @@ class CoupledBackbone:
     ) -> torch.Tensor:
         """The mean negative log-likelihood of labelled masked tokens, jointly over windows.
 
-        The windows of a row are aligned with its first label.
+        The first window of a row begins at its first label.
         """
         is_label, mask_token_id, length = labels != -100, self.mask_token_id, head.window_length
         supervised = is_label & (input_ids == mask_token_id)
