@@ -5,8 +5,9 @@ multiplied: with latents `z` and tokens `x` that agree with the observed ones,
 
     w(x, z) = pi(z_1) \prod_{i>1} A(z_{i-1}, z_i) \prod_i E(z_i, x_i) \prod_{masked i} phi_i(x_i)
 
-Their sum over tokens is a chain over latents with the evidence of `evidence_of`; everything else is
-the textbook recursion. One window at a time, nothing skipped, kept or repaired: exact in float64.
+Summed over the tokens, `w` is a chain over latents with the evidence of `evidence_of`; everything
+else is the textbook recursion. One window at a time, nothing skipped, kept or repaired: exact in
+float64. A window's logits are `[L, V]`, its tokens `[L]`; `observed` `[L]` is true where a token is.
 The rest of `circuits` computes the same for batches, fast, and for absent positions, lists of
 tokens and contexts too. Tests compare with this file, and `codd-hf bench head-step` is timed
 against `plain_step`.
@@ -20,11 +21,15 @@ Circuit = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Log-potentials `initial [H]`, `transition [H, H]` (row = previous state), `emission [H, V]`."""
 
 
+def prediction(logits, temperature=1.0) -> torch.Tensor:
+    """`phi`: the backbone's distribution of each token, `[..., V]`."""
+    return (logits.double() / temperature).softmax(-1)
+
+
 def evidence_of(circuit: Circuit, logits, tokens, observed, temperature=1.0) -> torch.Tensor:
     """`[L, H]`: the mean of `E(z, .)` under the prediction, or `E(z, x)` of an observed token."""
     emission = circuit[2].exp()
-    phi = (logits.double() / temperature).softmax(-1).to(emission.dtype)
-    evidence = phi @ emission.T
+    evidence = prediction(logits, temperature).to(emission.dtype) @ emission.T
     for i in range(len(tokens)):
         if observed[i]:
             evidence[i] = emission[:, tokens[i]]
@@ -68,18 +73,19 @@ def sample_latents(circuit: Circuit, messages, generator=None) -> torch.Tensor:
 
 def log_probs_given(circuit: Circuit, logits, latents, temperature=1.0) -> torch.Tensor:
     """`[L, V]`: log-probabilities of the tokens given a path; masked ones are then independent."""
-    scores = (logits / temperature).double() + circuit[2][latents]
+    scores = logits.double() / temperature + circuit[2][latents]
     return scores.softmax(-1).log()
 
 
 def conditional(circuit: Circuit, logits, tokens, observed, i, temperature=1.0) -> torch.Tensor:
-    """`[V]`: the exact distribution of the masked token `i` given all observed tokens.
+    """`[V]`: the exact distribution of the token at the masked position `i` given the observed.
 
-    A mixture over its latent: `p(z_i | x_O) phi_i(v) E(z_i, v) / s_i(z_i)`, summed over `z_i`.
+    A mixture over its latent, with `s_i` the evidence there: the sum over `z_i` of
+    `p(z_i | x_O) phi_i(v) E(z_i, v) / s_i(z_i)`.
     """
     evidence = evidence_of(circuit, logits, tokens, observed, temperature)
     weights = posterior_of(circuit, evidence)[i] / evidence[i]
-    return (weights @ circuit[2].exp()) * (logits[i].double() / temperature).softmax(-1)
+    return (weights @ circuit[2].exp()) * prediction(logits[i], temperature)
 
 
 @torch.no_grad()
