@@ -160,7 +160,7 @@ def test_chat_remembers_what_was_said_until_it_is_cleared(folder, pipe, capsys, 
 
     first = answer(5, "How many?")
     second = answer(6, "How many?", first, "And then?")
-    fresh = answer(8, "And then?")
+    fresh = answer(7, "And then?")
     assert printed == "".join(f"{printable(text)}\n" for text in (first, second, fresh))
 
 
@@ -185,7 +185,7 @@ def test_answer_that_is_stopped_or_fails_is_forgotten_and_the_chat_goes_on(
     assert main(["chat", "--model", str(folder), *SHORT]) == 0
     printed = capsys.readouterr().out
     assert said in printed
-    assert printed.endswith(f"> {texts(pipe, ['How many?'], 1)[0]}\n> ")
+    assert printed.endswith(f"> {texts(pipe, ['How many?'])[0]}\n> ")
 
 
 def test_chat_that_cannot_go_on_fails_with_one_line(folder, pipe, tmp_path, capsys, monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -46,30 +45,8 @@ def run(args: argparse.Namespace) -> None:
     pipeline.set_progress_bar_config(disable=True)
     if not getattr(pipeline.tokenizer, "chat_template", None):
         raise ValueError("`--model` has no chat template: use `codd-hf generate` with it.")
-    interactive = sys.stdin.isatty()
     conversation: list[dict[str, str]] = []
-    for turn, line in enumerate(_lines(interactive)):
-        if line == "/exit":
-            return
-        if line == "/clear":
-            conversation = []
-            continue
-        messages = [*conversation, {"role": "user", "content": line}]
-        generator = torch.Generator().manual_seed(settings.seed + turn)
-        call = decoding_arguments(args)
-        try:
-            answer = write_answer(pipeline, messages=messages, generator=generator, **call)
-        except (KeyboardInterrupt, ValueError) as error:
-            if not interactive:
-                raise
-            said = one_line(str(error)) or "stopped"
-            print(f"{said} (the message is forgotten; /clear begins anew)")
-        else:
-            conversation = [*messages, {"role": "assistant", "content": answer}]
-
-
-def _lines(interactive: bool) -> Iterator[str]:
-    """What the user writes, without blank lines."""
+    seed, interactive = settings.seed, sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):  # On Windows the console does this.
             # Imported for its effect: `input` then lets lines be edited and recalled.
@@ -80,5 +57,20 @@ def _lines(interactive: bool) -> Iterator[str]:
                 line = input("> " if interactive else "").strip()
         except EOFError:
             return
-        if line:
-            yield line
+        if line == "/exit":
+            return
+        if line in ("", "/clear"):
+            conversation = [] if line else conversation
+            continue
+        messages = [*conversation, {"role": "user", "content": line}]
+        generator = torch.Generator().manual_seed(seed)
+        call = decoding_arguments(args)
+        try:
+            answer = write_answer(pipeline, messages=messages, generator=generator, **call)
+        except (KeyboardInterrupt, ValueError) as error:
+            if not interactive:
+                raise
+            said = one_line(str(error)) or "stopped"
+            print(f"{said} (the message is forgotten; /clear begins anew)")
+        else:
+            seed, conversation = seed + 1, [*messages, {"role": "assistant", "content": answer}]

@@ -32,8 +32,13 @@ def one_line(text: str) -> str:
 
 def is_refusal(error: BaseException) -> bool:
     """Whether an exception is about a user's value, a file or the machine; else it is a bug."""
-    if isinstance(error, (OSError, MemoryError)) or _lacks_memory(error):
+    if isinstance(error, (OSError, MemoryError)):
         return True
+    if isinstance(error, RuntimeError):
+        # torch has no type of its own for memory that a processor lacks.
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        return should_reduce_batch_size(error)
     last = innermost(error)
     on_purpose = last is None or last.tb_frame.f_code.co_code[last.tb_lasti] == RAISE
     return isinstance(error, REFUSALS) and on_purpose
@@ -49,15 +54,6 @@ def report(error: BaseException, command: str, debug: bool = False) -> None:
     if not refusal:
         line = "this is a bug in codd-hf: please report it to the project, with the lines above."
     print(f"codd-hf {command}: {line}", file=sys.stderr)
-
-
-def _lacks_memory(error: BaseException) -> bool:
-    if not isinstance(error, RuntimeError):
-        return False
-    # torch has no type of its own for memory that a processor lacks; accelerate knows the texts.
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    return should_reduce_batch_size(error)
 
 
 @contextmanager

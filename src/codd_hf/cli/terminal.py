@@ -18,24 +18,18 @@ MASK = "_"
 
 
 def write_answer(pipeline: CoDDPipeline, **call: Any) -> str:
-    """Generates for one prompt and writes the text to standard output.
+    """Generates for one prompt, writes the text to standard output and returns it as it is.
 
     In a terminal the canvas is shown at every step, on the terminal's second screen, which leaves
-    no trace on the first.
-
-    Args:
-        pipeline: with a tokenizer; its progress bar would get in the way of the canvas.
-        **call: of the pipeline, for one prompt.
-
-    Returns:
-        The text as the model gave it, control characters and all.
+    no trace on the first; a progress bar of the pipeline would get in its way.
     """
-    if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
-        text = "".join(pipeline(**call).texts or ())
-        print(printable(text), flush=True)
-        return text
     tokenizer, mask = pipeline.tokenizer, pipeline.model.mask_token_id
     unseen = special_token_ids(tokenizer) - {mask}
+    watched = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+    def write(text: str) -> None:
+        sys.stdout.write(text if watched else "")
+        sys.stdout.flush()
 
     def show(pipeline: CoDDPipeline, step: int, timestep: Any, state: dict[str, Any]) -> dict:
         shown = state["generated"][0] | call.get("infill", False)
@@ -43,10 +37,6 @@ def write_answer(pipeline: CoDDPipeline, **call: Any) -> str:
         text = tokenizer.decode([t for t in tokens if t not in unseen and t < len(tokenizer)])
         write(CLEAR + printable(text.replace(tokenizer.decode([mask]), MASK)))
         return {}
-
-    def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
 
     names = ["canvas", "generated"]
     write(SECOND_SCREEN)
@@ -57,5 +47,5 @@ def write_answer(pipeline: CoDDPipeline, **call: Any) -> str:
     finally:
         write(FIRST_SCREEN)
     text = "".join(output.texts or ())
-    write(printable(text) + "\n")
+    print(printable(text), flush=True)
     return text
