@@ -261,7 +261,6 @@ METHODS = {
     "with_active": ("active",),
 }
 ATTRIBUTES = ("marginals", "factorized_logits", "log_partition", "latent_posterior", "masked")
-ATTRIBUTES += ("log_partition_bounds",)
 
 
 def check_distribution(data: st.DataObject) -> None:

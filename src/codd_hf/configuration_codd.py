@@ -25,7 +25,7 @@ MAX_WINDOW_LENGTH = 1 << 16
 """No weights need be stored for positions: only this bounds those of a window, or those before it
 that are copied from."""
 MOST_LAYERS = 1 << 14
-"""More layers or labels than any backbone has; transformers makes lists of so many entries."""
+"""More layers or labels than any backbone has; transformers lists them one by one."""
 COUNTS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks?|groups?|experts?|labels)|\w+_layers|depth")
 _hints = get_type_hints(PreTrainedConfig, localns={"torch": torch})
 INHERITED = {field.name: _hints[field.name] for field in fields(PreTrainedConfig)} | {
@@ -63,18 +63,13 @@ def one_sentence_for(what: str) -> Iterator[None]:
         raise ValueError(f"The values of {what} describe no model ({reason(error)}).") from error
 
 
-def check_counts(
-    fields: dict[str, Any], most: int = MOST_LAYERS, where: str = "in a configuration"
-) -> None:
-    """Raises for more than `most` layers, or other parts of a `config.json` listed one by one.
-
-    A head's part is left out; `where` ends the sentence.
-    """
+def check_counts(fields: dict[str, Any]) -> None:
+    """Raises for more than `MOST_LAYERS` layers, or other parts that are listed one by one."""
     for name, value in fields.items():
-        if isinstance(value, dict) and name != "head_config":
-            check_counts(value, most, where)
-        elif isinstance(value, int | float) and COUNTS.fullmatch(name) and not value <= most:
-            raise ValueError(f"`{name}` must be at most {most:,} {where}, got {value}.")
+        if isinstance(value, dict):
+            check_counts(value)
+        elif isinstance(value, int | float) and COUNTS.fullmatch(name) and not value <= MOST_LAYERS:
+            raise ValueError(f"`{name}` must be at most {MOST_LAYERS:,}, got {value}.")
 
 
 class _Configuration(PreTrainedConfig):

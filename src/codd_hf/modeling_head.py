@@ -116,10 +116,7 @@ class CoDDHead(Publishing, PreTrainedModel):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: Any,
-        *model_args: Any,
-        **kwargs: Any,
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
     ) -> Any:
         """Loads a head, from its own folder or Hub id or out of a CoDD model's or pipeline's.
 
@@ -135,9 +132,17 @@ class CoDDHead(Publishing, PreTrainedModel):  # type: ignore[misc]
         kwargs |= repository.hub
         with explain_load_errors(repository):
             repository.refuse_adapter(kwargs.get("adapter_kwargs"))
-            if config is None:
-                config, in_model = _stored_config(repository)
-                kwargs |= in_model
+            found = repository.config if config is None else {}
+            if found.get("model_type") == "codd" and found.get("head_config") is not None:
+                config = CoDDHeadConfig.from_dict(dict(found["head_config"]))
+                kwargs |= {"config": config, "key_mapping": {r"^coupling_head\.": ""}}
+            elif found.get("model_type") == CoDDHeadConfig.model_type:
+                config = CoDDHeadConfig.from_dict(dict(found))
+            elif config is None:
+                raise ValueError(
+                    f"{name!r} holds a model of type {found.get('model_type')!r} without a CoDD "
+                    "head: give the folder or id of a head, or of a CoDD model that has one."
+                )
             # Parts that the user adds to a stored head are new.
             may_lack = any(field in kwargs for field in CoDDHeadConfig.__annotations__)
             load: Callable = super().from_pretrained
@@ -368,20 +373,6 @@ class CoDDHead(Publishing, PreTrainedModel):  # type: ignore[misc]
 def _by_position(parameter: torch.Tensor) -> torch.Tensor:
     """`[1 or L, n, m]` of a parameter with or without an axis for positions."""
     return parameter.view(-1, *parameter.shape[-2:])
-
-
-def _stored_config(repository: Repository) -> tuple[CoDDHeadConfig, dict[str, Any]]:
-    """The configuration of a head, and the arguments that load it alone out of a model."""
-    found = repository.config
-    if found.get("model_type") == CoDDHeadConfig.model_type:
-        return CoDDHeadConfig.from_dict(dict(found)), {}
-    if found.get("model_type") != "codd" or found.get("head_config") is None:
-        raise ValueError(
-            f"{repository.name!r} holds a model of type {found.get('model_type')!r} without a CoDD "
-            "head: give the folder or id of a head, or of a CoDD model that has one."
-        )
-    config = CoDDHeadConfig.from_dict(dict(found["head_config"]))
-    return config, {"config": config, "key_mapping": {r"^coupling_head\.": ""}}
 
 
 AutoModel.register(CoDDHeadConfig, CoDDHead, exist_ok=True)

@@ -38,7 +38,7 @@ def groups_of(emission, forbidden=None, seed=2):
 @pytest.mark.parametrize("k", [1, 3, TOKENS - 1, TOKENS])
 @pytest.mark.parametrize("gradients", [True, False])
 def test_each_group_keeps_its_mass_and_spreads_it_by_the_marginal(kind, k, gradients, monkeypatch):
-    monkeypatch.setattr("codd_hf.circuits.evidence.listing.SLICE_IN_CACHE", 2 * BATCH * LENGTH * k)
+    monkeypatch.setattr("codd_hf.circuits.evidence.dense.SLICE_IN_CACHE", 2 * BATCH * LENGTH * k)
     emission, forbidden = emission_of(kind), (torch.arange(TOKENS) % 5 == 2)
     groups = groups_of(emission, forbidden)
     assert groups.number == (1 if kind == "dense, untied" else 5)
@@ -71,7 +71,7 @@ def test_each_group_keeps_its_mass_and_spreads_it_by_the_marginal(kind, k, gradi
 def test_tokens_given_latents_are_a_sum_however_few_rows_are_made_at_once(
     kind, samples, monkeypatch
 ):
-    monkeypatch.setattr("codd_hf.circuits.evidence.listing.SLICE_IN_CACHE", 5 * TOKENS)
+    monkeypatch.setattr("codd_hf.circuits.evidence.dense.SLICE_IN_CACHE", 5 * TOKENS)
     emission, forbidden = emission_of(kind), torch.arange(TOKENS) == 4
     latents = torch.randint(5, (*samples, BATCH, LENGTH))
     total = torch.randn(*samples, BATCH, LENGTH)
@@ -190,7 +190,7 @@ def test_lists_are_made_of_any_shape_of_predictions(shape, vocab):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("vocab_size", "temperature"), [(1287, 1.0), (6400, 0.7)])
 def test_listing_in_slices_equals_a_plain_sort(monkeypatch, dtype, vocab_size, temperature):
-    monkeypatch.setattr("codd_hf.circuits.evidence.listing.SLICE_IN_CACHE", 3 * vocab_size)
+    monkeypatch.setattr("codd_hf.circuits.evidence.dense.SLICE_IN_CACHE", 3 * vocab_size)
     logits = normal(2, 4, vocab_size, scale=30)
     logits[0, 0, :4] += 300  # the rest is far below what is listed
     logits[0, 1] = -torch.inf

@@ -299,18 +299,14 @@ class IncrementalPosterior:
         return self._chain.law(self._past[place], self._future[place])
 
 
-def one_hot_log_probs(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities `[..., V]`, as `like`, of nothing but the tokens `[...]`."""
-    return torch.full_like(like, -torch.inf).scatter_(-1, tokens[..., None], 0.0)
-
-
 def pin_tokens(where: torch.Tensor, tokens: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
     """Log-probabilities `[..., V]` that are sure of `tokens` `[...]` where `where` `[...]` says so.
 
     They are changed in place unless they have a gradient.
     """
     if torch.is_grad_enabled() and log_probs.requires_grad:
-        return torch.where(where[..., None], one_hot_log_probs(tokens, log_probs), log_probs)
+        one_hot = torch.full_like(log_probs, -torch.inf).scatter_(-1, tokens[..., None], 0.0)
+        return torch.where(where[..., None], one_hot, log_probs)
     at = where.nonzero(as_tuple=True)
     log_probs[at] = -torch.inf
     log_probs[(*at, tokens[at])] = 0.0

@@ -14,10 +14,12 @@ import torch
 
 from ..potentials.circuit import ELEMENTS_AT_ONCE, UNDERFLOW, Emission
 from ..recursions.chain import full_precision, logsumexp, normalised_exp
-from .listing import slice_size
 
 if TYPE_CHECKING:
     from .lists import ListedEvidence
+
+SLICE_IN_CACHE, SLICE_ON_DEVICE = 1 << 21, 1 << 26
+"""Numbers that are worked on at once on a CPU, and where few large kernels beat many small ones."""
 
 LOST_MASS = 1e-12
 """A mixture of tokens with less mass than this is made again in log space."""
@@ -189,3 +191,8 @@ def log_softmax(x: torch.Tensor) -> torch.Tensor:
     if not bool(impossible.any()):
         return x.log_softmax(-1)
     return x.masked_fill(impossible, 0).log_softmax(-1).masked_fill(impossible, -torch.inf)
+
+
+def slice_size(device: torch.device) -> int:
+    """Numbers that are worked on at once on a device."""
+    return SLICE_IN_CACHE if device.type == "cpu" else SLICE_ON_DEVICE

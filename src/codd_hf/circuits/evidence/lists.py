@@ -22,6 +22,7 @@ On CUDA, sums by group are made in no fixed order: runs agree to rounding, and b
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,8 +32,7 @@ from torch.nn import functional as F
 from ..potentials.circuit import DenseEmission, Emission, exp_of_difference
 from ..potentials.groups import TokenGroups
 from ..recursions.chain import full_precision, logsumexp, safe_log, shifted_exp
-from .dense import DenseEvidence, scaled_logits
-from .listing import list_likeliest, slice_size
+from .dense import DenseEvidence, scaled_logits, slice_size
 
 SMALLEST_PART = 1e-3
 """Of a group's marginal: keeps the mass spread within it accurate to about a ten-thousandth."""
@@ -85,7 +85,7 @@ class ListedEvidence:
             rest = safe_log(sums(others)) + shift
         else:
             flat = logits.reshape(-1, logits.shape[-1])
-            found = list_likeliest(flat, k, temperature, forbidden, sums)
+            found = _list_likeliest(flat, k, temperature, forbidden, sums)
             shape = logits.shape[:-1]
             listed, indices, rest = (part.view(*shape, part.shape[-1]) for part in found)
         total = logsumexp(torch.cat((listed, rest), -1), -1)[..., None]
@@ -210,3 +210,46 @@ class ListedEvidence:
             factors, by_token = exp_of_difference(factors, shift, out), weights.flatten(0, 1)
             sums.append(F.embedding_bag(places, factors, mode="sum", per_sample_weights=by_token))
         return torch.cat(sums, -1).unflatten(0, weights.shape[:2])
+
+
+def _list_likeliest(
+    logits: torch.Tensor,
+    k: int,
+    temperature: float,
+    forbidden: torch.Tensor | None,
+    sums: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Splits logits `[N, V]` over the temperature into the `k` largest and the rest.
+
+    The rest is summed itself: 1 minus the sum of the listed is rounding error when that is 1. Not
+    differentiable.
+
+    Returns:
+        The `k` largest, `[N, k]` in float32 or float64; their tokens, `[N, k]`; and the
+        `logsumexp` of all others that are not forbidden, `[N, C]` by `sums` of groups.
+    """
+    size, at_once = logits.shape[-1], slice_size(logits.device)
+    never = torch.zeros(0, dtype=torch.long, device=logits.device)
+    if forbidden is not None:
+        never = forbidden.nonzero()[:, 0]
+    listed, tokens, others = [], [], []
+    # A slice at a time, which fits the processor's cache: logits are by far the largest tensor.
+    for part in logits.split(max(2 * at_once // size, 1)):
+        # Tokens that must not be listed are few and unlikely: out of a longer list, if at all.
+        values, indices = part.topk(min(k + 1 + len(never), size), -1)
+        values = values.to(torch.promote_types(logits.dtype, torch.float32))
+        out = torch.isin(indices, never)
+        if bool(out.any()):
+            values, order = values.masked_fill(out, -torch.inf).sort(-1, descending=True)
+            indices = indices.gather(1, order)
+        values, indices = values[:, : k + 1] / temperature, indices[:, :k]
+        listed.append(values[:, :k])
+        tokens.append(indices)
+        largest = values[:, -1:].masked_fill(values[:, -1:] == -torch.inf, 0)
+        weights = torch.empty_like(part[: max(at_once // 2 // size, 1)], dtype=values.dtype)
+        pieces = (tensor.split(max(len(weights), 1)) for tensor in (part, indices, largest))
+        for scores, own, shift in zip(*pieces, strict=True):
+            rest = exp_of_difference(scores, shift, weights[: len(scores)], 1 / temperature)
+            rest.scatter_(-1, own, 0.0).index_fill_(-1, never, 0.0)
+            others.append(sums(rest).log() + shift)
+    return torch.cat(listed), torch.cat(tokens), torch.cat(others)
