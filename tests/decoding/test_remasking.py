@@ -201,12 +201,11 @@ def test_rows_with_texts_to_copy_from_of_different_lengths_remask_alone_as_toget
         assert torch.equal(alone[0], together[row])
 
 
-def test_remasking_needs_the_circuit_and_the_mask_token():
-    with pytest.raises(ValueError, match="`remask_threshold` judges tokens by the circuit"):
-        CoDDScheduler(sampling="factorized", remask_threshold=0.1)
+def test_remasking_needs_the_mask_token_and_the_circuit():
+    settings = {"temperature": 1.0, "remask_threshold": 1.0, "mask_token_id": MASK}
+    output = one_step(OPEN, steps=2, sampling="factorized", **settings)
+    assert output.transfer_index.sum() == 2
     with pytest.raises(ValueError, match="`mask_token_id` is not known"):
         one_step(OPEN, steps=2, remask_threshold=0.1)
     with pytest.raises(ValueError, match="`remask_threshold` must be at most 1"):
         CoDDScheduler(remask_threshold=1.5)
-    configured = CoDDScheduler(remask_threshold=0.1)
-    assert configured.settings.updated(sampling="factorized").remask_threshold == 0.0

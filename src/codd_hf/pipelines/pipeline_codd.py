@@ -80,7 +80,7 @@ class CoDDPipeline(Publishing, DiffusionPipeline):  # type: ignore[misc]
                 f"{model.config.mask_token_id}: give the tokenizer that the model was trained with."
             )
         self.register_modules(model=model, scheduler=scheduler, tokenizer=tokenizer)
-        self._num_timesteps = 0
+        self.num_timesteps = 0  # of the last call
 
     def __setattr__(self, name: str, value: Any) -> None:
         # PEFT's wrapper would be saved without the model.
@@ -134,11 +134,6 @@ class CoDDPipeline(Publishing, DiffusionPipeline):  # type: ignore[misc]
             if getattr(config, name) is None and task.get(name) not in (None, []):
                 setattr(config, name, task[name])
         return config
-
-    @property
-    def num_timesteps(self) -> int:
-        """The `num_inference_steps` of the last call."""
-        return self._num_timesteps
 
     def task(self, **call: Any) -> dict[str, Any]:
         """What a call decodes, by the names in `decoding.choices.TASK`."""
@@ -236,7 +231,7 @@ class CoDDPipeline(Publishing, DiffusionPipeline):  # type: ignore[misc]
         )
 
         # 2. Denoise, one block after the other.
-        self._num_timesteps = canvas.most_passes
+        self.num_timesteps = canvas.most_passes
         with self.progress_bar(total=canvas.most_passes) as bar:
             output = denoise(self.model, canvas, on_step=on_step, progress=bar.update)
 

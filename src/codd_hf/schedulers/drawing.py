@@ -12,7 +12,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -117,7 +116,8 @@ class StepDraw:
         temperature = settings.evidence_temperature or distribution.temperature
         if settings.sampling == "factorized":  # the head's temperature goes with the head
             active, temperature = torch.zeros_like(active), settings.evidence_temperature or 1.0
-        distribution = distribution.with_active(active)
+        if not torch.equal(active, distribution.active):
+            distribution = distribution.with_active(active)
         self.plain = distribution.with_temperature(1.0)
         self.sharpened = distribution.with_temperature(temperature)
         if bool(active.any()):
@@ -200,6 +200,11 @@ class StepDraw:
             flat = rows * tokens.shape[1] + columns
             return flat // self.length, flat % self.length
 
+        def score(at: tuple[torch.Tensor, ...]) -> None:
+            law = known.token_probs(0, place(*at))
+            confidence[at] = law.amax(-1)
+            scores[at] = rank(settings, confidence[at], lambda: law)
+
         left = renewed = committable
         log_joint = probs.new_zeros(len(tokens))
         going, chosen = torch.ones_like(at_least, dtype=torch.bool), torch.zeros_like(at_least)
@@ -213,9 +218,7 @@ class StepDraw:
                 renewed = torch.zeros_like(known.wanted).index_fill(0, windows, True).view_as(left)
             at = (renewed & left & going[:, None]).nonzero(as_tuple=True)
             if len(at[0]) and not in_order:
-                law = known.token_probs(0, place(*at))
-                confidence[at] = law.amax(-1)
-                scores[at] = rank(settings, confidence[at], partial(torch.Tensor.detach, law))
+                score(at)
             chosen = scores.masked_fill(~left, -torch.inf).argmax(-1)  # [batch]
             if settings.strategy == "threshold":
                 going = going & (due | (_of(confidence, chosen) >= settings.threshold))

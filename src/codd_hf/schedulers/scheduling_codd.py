@@ -203,7 +203,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         output = (draw.in_any_order if any_order else draw.independently)(committable, at_least)
 
         # 4. Tokens that the others make improbable go back.
-        if settings.remask_threshold and steps_left > 1:
+        if settings.remask_threshold and steps_left > 1 and draw.is_coupled:
             if memory is None:
                 memory = CommitMemory(len(sample), sample.shape[1], device)
             back = take_back(draw, output, memory, settings.remask_threshold)

@@ -57,8 +57,8 @@ class DrawSettings(Settings):
     forbidden_token_ids: list[int] | None = None
     """tokens that are never drawn, beside those that the model forbids"""
     remask_threshold: Share | None = None
-    """tokens of the present block less probable than this given all others are masked again;
-    0: none"""
+    """tokens of the present block less probable than this given all others are masked again, by
+    the circuit (without effect on factorized sampling); 0: none"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,27 +67,16 @@ class DrawSettings(Settings):
                 f"`temperature` must be 0 or at least {LOWEST:g}, got {self.temperature}."
             )
         self.check_vocabulary(LARGEST_INTEGER)
-        if self.remask_threshold and self.sampling == "factorized":
-            raise ValueError(
-                "`remask_threshold` judges tokens by the circuit, which `sampling='factorized'` "
-                "leaves out: use another `sampling`, or 0."
-            )
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises a ValueError if a forbidden token is not in a vocabulary of this size."""
         list_of_ids("forbidden_token_ids", self.forbidden_token_ids, vocab_size)
 
     def updated(self, **overrides: Any) -> DrawSettings:
-        """The settings of a call; one that asks for factorized sampling alone remasks nothing.
-
-        Args:
-            **overrides: settings of the call; None means the value here.
+        """The settings with those of a call in place of some; None keeps the value here.
 
         Raises:
             TypeError: a name is not a setting.
         """
         check_known(overrides, [field.name for field in fields(self)], "a setting of the scheduler")
-        changes = {name: value for name, value in overrides.items() if value is not None}
-        if isinstance(changes.get("sampling"), str) and changes["sampling"] == "factorized":
-            changes.setdefault("remask_threshold", 0.0)
-        return replace(self, **changes)
+        return replace(self, **{k: v for k, v in overrides.items() if v is not None})
