@@ -238,14 +238,10 @@ def test_adapters_of_a_model_are_those_of_its_backbone(model, tmp_path):
     for name in ("a", "none"):
         with pytest.raises(ValueError, match=f"There is no adapter '{name}': .*'b', 'again'"):
             model.set_adapter(name)
-    with pytest.raises(ValueError, match=r"none of \['b', 'again'\], the backbone's adapters, got"):
+    with pytest.raises(ValueError, match="an adapter 'b' already"):
         model.load_adapter(tmp_path, "b")
     model.set_adapter("b")
     assert torch.equal(coupled(model), second)
-    with pytest.raises(ValueError, match="name of an adapter must be a text without dots"):
-        model.add_adapter(lora(), "v1.0")
-    with pytest.raises(TypeError, match="`adapter_config` must be"):
-        model.add_adapter({"r": 2})
 
 
 def test_naming_heads_trains_nothing_that_was_not_trained(base, stored):

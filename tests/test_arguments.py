@@ -422,8 +422,5 @@ def test_text_without_a_prompt_is_the_same_by_every_name(tiny_tokenizer):
 def test_a_mask_token_that_was_set_beyond_the_vocabulary_is_named():
     model = tiny_model()
     model.config.mask_token_id = 12
-    for call in (lambda: model.generate(IDS, max_new_tokens=4), lambda: model.score([[5]], [[6]])):
-        with pytest.raises(
-            ValueError, match=r"`mask_token_id` must be a token id .* 0 to 11, got 12"
-        ):
-            call()
+    with pytest.raises(ValueError, match=r"`mask_token_id` must be a token id .* 0 to 11, got 12"):
+        model.generate(IDS, max_new_tokens=4)

@@ -85,11 +85,8 @@ def add_adapter(
     """
     taken_settings(config.to_dict())
     there = adapter_configs(backbone)
-    if not isinstance(name, str) or not name or "." in name or name in there:
-        raise ValueError(
-            f"The name of an adapter must be a text without dots and none of {[*there]}, the "
-            f"backbone's adapters, got {name!r}."
-        )
+    if name in there:
+        raise ValueError(f"The backbone has an adapter {name!r} already: choose another name.")
     if there:
         refuse_pissa(config, *there.values())
     if any(parameter.is_meta for parameter in backbone.parameters()):
@@ -251,11 +248,6 @@ class AdaptersMixin:
 
     def add_adapter(self, adapter_config: peft.LoraConfig, adapter_name: str | None = None) -> None:
         """Adds a new LoRA to the backbone, for training; it is active and all else is frozen."""
-        if not hasattr(adapter_config, "peft_type"):
-            raise TypeError(
-                "`adapter_config` must be a `peft.LoraConfig`, got "
-                f"{type(adapter_config).__name__}."
-            )
         if len(self.heads) > 1:
             refuse_pissa(adapter_config)
         add_adapter(self.backbone, adapter_config, adapter_name or "default")

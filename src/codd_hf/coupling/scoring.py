@@ -11,15 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from ..checks.arguments import (
-    check_callable,
-    check_unmasked,
-    integer,
-    rows_of_ids,
-    several,
-    shown,
-    token_id,
-)
+from ..checks.arguments import check_unmasked, integer, rows_of_ids, several, shown
 from ..text.encoding import encode_as_written
 from .heads import HeadName
 from .windows import CoupledBackbone, check_size
@@ -75,9 +67,7 @@ def score(
         ValueError: prompts and answers do not pair up, or a row of them cannot be scored.
         TypeError: an argument is of another kind.
     """
-    mask_token_id = token_id("mask_token_id", model.mask_token_id, model.config.vocab_size)
     batch_size = integer("batch_size", batch_size, least=1)
-    check_callable("tokenizer", tokenizer, "a tokenizer")
     given = _tokens(model, "prompts", prompts, tokenizer)
     wanted = _tokens(model, "answers", answers, tokenizer)
     if len(given) != len(wanted) or not given:
@@ -102,7 +92,7 @@ def score(
         attention_mask = pad_sequence([torch.ones_like(t) for t in texts], True).to(device)
         starts, column = starts.to(device), torch.arange(truth.shape[1], device=device)
         hidden = (column >= starts[:, None]) & attention_mask.bool()
-        ids = truth.masked_fill(hidden, mask_token_id)
+        ids = truth.masked_fill(hidden, model.mask_token_id)
         columns = starts[:, None] + torch.arange(length, device=device)
         targets = truth.gather(1, columns.clamp(max=truth.shape[1] - 1))
         with model.heads.adapter_of_call(call):
