@@ -202,8 +202,8 @@ def sharded_evidence(folder: Path, kind: str, sharded: bool) -> None:
         shard_backbone(model)
     evidence_module.SHARD_BATCHES = 1
     examples, config = correlated_examples(21), ConditionalConfig(tokens_per_batch=64)
-    backbone = identity_of(model, tokenizer)
-    evidence = Evidence(model, tokenizer, examples, config, backbone, folder / "evidence")
+    identity = identity_of(model, tokenizer)
+    evidence = Evidence(model, tokenizer, examples, config, identity, folder / "evidence")
     rows = torch.arange(len(evidence))
     gains = evidence.scores(model.coupling_head, rows).gain
     kept = torch.tensor([part.numel() for part in backbone.parameters()]).sum()

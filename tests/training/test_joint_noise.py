@@ -80,12 +80,11 @@ def test_the_noise_of_training_leaves_the_same_runs_of_masks(mean):
         canvas.input_ids,
         noise.level,
         generator=torch.Generator().manual_seed(1),
-        maskable=noise.span,
         mean_span_length=mean,
     )
-    drawn = torch.stack((noise.target, noisy == MASK)).float()
-    both = (drawn[:, :, 2:] * drawn[:, :, 1:-1]).mean((1, 2))
-    ends = (drawn[:, :, 2:] != drawn[:, :, 1:-1]).float().mean((1, 2))
+    drawn = torch.stack((noise.target, noisy == MASK)).float()[:, :, 1:]  # without the prompt
+    both = (drawn[:, :, 1:] * drawn[:, :, :-1]).mean((1, 2))
+    ends = (drawn[:, :, 1:] != drawn[:, :, :-1]).float().mean((1, 2))
     for share in (drawn.mean((1, 2)), both, ends):
         assert share[0].item() == pytest.approx(share[1].item(), rel=0.06)
 
