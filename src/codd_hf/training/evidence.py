@@ -72,14 +72,14 @@ class Evidence:
 
     def __post_init__(self) -> None:
         model, head = self.model, self.model.coupling_head
-        maps = None if head is None else head.context_maps
-        self.temperature = 1.0 if head is None else head.config.evidence_temperature
+        assert head is not None
+        maps, self.temperature = head.context_maps, head.config.evidence_temperature
         self.identity = self.backbone | {
             "forbidden_token_ids": sorted(model.config.forbidden_token_ids or []),
             "data": data_fingerprint(self.examples),
             "window_length": model.window_length,
             "hidden_states": maps is not None,
-            "copy_length": head.config.copy_length if head and maps and maps.copies else 0,
+            "copy_length": head.config.copy_length if maps and maps.copies else 0,
             "evidence_temperature": self.temperature,
             "cache_size": min(self.config.cache_size, model.config.vocab_size),
             **{name: getattr(self.config, name) for name in OF_EVIDENCE},
@@ -137,10 +137,9 @@ class Evidence:
     def _read(self, batches: Sequence[Batch], name: str) -> NoisedWindows:
         """The predictions about some batches."""
         size, shown = self.identity["cache_size"], PartialState().is_local_main_process
-        parts = []
+        parts, read = [], (self.model, self.tokenizer)
         for seed, rows in tqdm(batches, name, unit="batch", leave=False, disable=not shown):
-            part = [self.examples[row] for row in rows]
-            canvases = NoisedCanvases(self.model, self.tokenizer, part, self.config, seed)
+            canvases = NoisedCanvases(*read, [self.examples[i] for i in rows], self.config, seed)
             parts.append(canvases.predictions(size, self.temperature))
         return NoisedWindows.joined(parts)
 

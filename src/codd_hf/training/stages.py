@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
 from ..circuits import Potentials, occupancy, token_marginal
 from ..configuration_codd import CoDDHeadConfig
@@ -59,8 +58,7 @@ class Run:
     @property
     def sharded(self) -> bool:
         """Whether the processes share the frozen backbone."""
-        fsdp = Accelerator().distributed_type == DistributedType.FSDP
-        return self.config.shard_backbone or fsdp
+        return self.config.shard_backbone or Accelerator().distributed_type == "FSDP"
 
     def couple(self, head: CoDDHead) -> CoDDHead:
         """Joins the backbone and a head."""

@@ -178,8 +178,9 @@ class NoisedCanvases:
     @torch.no_grad()
     def predictions(self, size: int, temperature: float) -> NoisedWindows:
         """The backbone's `size` likeliest tokens; hidden states if the head is conditioned."""
-        model, head, device = self.model, self.model.coupling_head, self.ids.device
-        config, maps = model.config, None if head is None else head.context_maps
+        model, config, device = self.model, self.model.config, self.ids.device
+        assert model.coupling_head is not None
+        maps = model.coupling_head.context_maps
         window, place = self.masked.nonzero(as_tuple=True)
         with self.autocast:
             states = model.backbone_states(self.ids, self.mask)
