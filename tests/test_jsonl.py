@@ -319,21 +319,21 @@ def test_run_is_not_continued_with_other_settings_or_another_input(pipe, source,
 @pytest.mark.parametrize(
     ("content", "options", "said"),
     [
-        (b'{"question": "a"}\n{"question": "b\n', {}, "Row 2 of .* is not JSON"),
-        (b'{"question": "a"}\n\n["b"]\n', {}, "Row 3 of .* is not a JSON object"),
-        (b'{"question": "Zo\xeb?"}\n', {}, "Row 1 .* is not JSON"),
-        (b'{"question": "a", "n": %s}\n' % (b"9" * 5000), {}, "Row 1 .* is not JSON .Exceeds"),
-        (b'{"question": ""}\n', {}, "Row 1 .* text in `prompt_column` 'question', got ''"),
-        (b'{"question": "a"}\n{"prompt": "b"}\n', {}, "Row 2 .* 'question', got None"),
-        (b'{"text": "a"}\n', {}, "Row 1 .* has no text in `prompt_column` 'question', got None"),
+        (b'{"question": "a"}\n{"question": "b\n', {}, "Line 2 of .* is not JSON"),
+        (b'{"question": "a"}\n\n["b"]\n', {}, "Line 3 of .* is not a JSON object"),
+        (b'{"question": "Zo\xeb?"}\n', {}, "Line 1 .* is not JSON"),
+        (b'{"question": "a", "n": %s}\n' % (b"9" * 5000), {}, "Line 1 .* is not JSON .Exceeds"),
+        (b'{"question": ""}\n', {}, "Line 1 .* text in `prompt_column` 'question', got ''"),
+        (b'{"question": "a"}\n{"prompt": "b"}\n', {}, "Line 2 .* 'question', got None"),
+        (b'{"text": "a"}\n', {}, "Line 1 .* has no text in `prompt_column` 'question', got None"),
         (b'{"q": 3}\n', {"prompt_column": "q"}, "'q', got 3"),
         (b'{"question": "a", "generated_text": ""}\n', {}, "has a column 'generated_text' already"),
-        (b'{"question": "a"}\n{"question": "b \\ud83d c"}\n', {}, "Row 2 .* half of a surrogate"),
-        (b'{"question": "%s"}\n' % (b"egg " * 200), {}, "Row 1 .* exceed the 128 positions"),
-        (b'{"question": "<|mask|>"}\n{"question": "a"}\n', {"infill": True}, "Row 2 .*`infill`"),
-        (b'{"question": "a", "gen_length": true}\n', {}, "Row 1 .*`gen_length` must be an integ"),
-        (b'{"question": "a", "gen_length": 40}\n', {}, "Row 1 .* the number of blocks"),
-        (b'{"question": "a", "seed": 1.5}\n', {}, "Row 1 .*`seed` must be an integer, got 1.5"),
+        (b'{"question": "a"}\n{"question": "b \\ud83d c"}\n', {}, "Line 2 .* half of a surrogate"),
+        (b'{"question": "%s"}\n' % (b"egg " * 200), {}, "Line 1 .* exceed the 128 positions"),
+        (b'{"question": "<|mask|>"}\n{"question": "a"}\n', {"infill": True}, "Line 2 .*`infill`"),
+        (b'{"question": "a", "gen_length": true}\n', {}, "Line 1 .*`gen_length` must be an integ"),
+        (b'{"question": "a", "gen_length": 40}\n', {}, "Line 1 .* the number of blocks"),
+        (b'{"question": "a", "seed": 1.5}\n', {}, "Line 1 .*`seed` must be an integer, got 1.5"),
         (b'{"question": "a"}\n', {"strategy": "luck"}, "^`strategy`"),
     ],
 )
@@ -371,7 +371,7 @@ def test_bad_rows_are_skipped_counted_and_listed(folder, pipe, with_bad_rows, tm
     output = tmp_path / "answers.jsonl"
     argv = ["generate", "--input", str(with_bad_rows), "--output", str(output), *OPTIONS]
     assert main([*argv, "--model", str(folder)]) == 1
-    assert "Row 2 of" in capsys.readouterr().err
+    assert "Line 2 of" in capsys.readouterr().err
     assert not output.exists()
     assert main([*argv, "--model", str(folder), "--skip-bad-rows"]) == 0
     captured = capsys.readouterr()

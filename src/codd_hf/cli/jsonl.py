@@ -64,7 +64,7 @@ def answer_jsonl(
     columns = [name for _, row in rows if isinstance(row, dict) for name in row]
     usual = [name for name in columns if name in USUAL_PROMPTS]
     column = settings.prompt_column or [*usual, USUAL_PROMPTS[0]][0]
-    report = RowReport(repr(source), settings.skip_bad_rows)
+    report = RowReport(repr(source), settings.skip_bad_rows, "Line")
     mine, good = range(state.process_index, len(rows), state.num_processes), {}
     for i in mine:
         number, row = rows[i]

@@ -35,13 +35,14 @@ class RowReport:
 
     source: str
     skip_bad_rows: bool = False
+    unit: str = "Row"
     left_out: dict[str, list[int]] = field(default_factory=dict)
 
     def refuse(self, number: int, reason: str) -> None:
         """Notes a bad row, or raises a ValueError if such rows are not to be skipped."""
         if not self.skip_bad_rows:
             raise ValueError(
-                f"Row {number} of {self.source} {reason}: mend it, or leave bad rows out with "
+                f"{self.unit} {number} of {self.source} {reason}: mend it, or leave bad rows out with "
                 "`skip_bad_rows`."
             )
         self.pass_over(number, reason)
