@@ -21,7 +21,6 @@ from .inputs import load_parts
 from .loop import Log
 from .processes import join_processes
 from .result import HISTORY, open_repository, write_pipeline
-from .settings import STAGES as STAGE_NAMES
 from .settings import TrainConfig
 from .stages import PRETRAINING, STAGES, Run, Stage, head_config
 
@@ -117,10 +116,8 @@ def tracking(config: TrainConfig, stage: str) -> Iterator[Log | None]:
         return
     output, settings = Path(config.output_dir), asdict(config)
     accelerator = Accelerator(log_with=config.report_to, project_dir=output / "logs")
-    facts = (settings | settings[stage]).items()
-    flat = {
-        k: v if isinstance(v, int | float) else str(v) for k, v in facts if k not in STAGE_NAMES
-    }
+    facts = {k: v for k, v in (settings | settings[stage]).items() if not isinstance(v, dict)}
+    flat = {k: v if isinstance(v, int | float) else str(v) for k, v in facts.items()}
     names = {name: {"name": output.resolve().name} for name in ("wandb", "trackio")}
     accelerator.init_trackers(f"codd-hf-{stage}", flat, names)
     try:
