@@ -9,6 +9,7 @@ from scipy.stats import chi2
 from codd_hf.circuits import CoupledCategorical, Potentials
 from codd_hf.schedulers import CoDDScheduler
 from codd_hf.schedulers.drawing import shape_logits
+from tiny import tiny_model
 
 VOCAB, MASK, PAD, LENGTH = 11, 10, 9, 6
 
@@ -300,3 +301,18 @@ def test_wrong_calls_get_one_clear_sentence():
         scheduler.step(torch.zeros(1, LENGTH, VOCAB), 1.0, sample)
     with pytest.raises(ValueError, match="`timesteps` must be in"):
         scheduler.add_noise(sample, 1.5, mask_token_id=MASK)
+
+
+def test_step_that_a_subclass_overrides_is_the_one_that_decoding_takes():
+    class Late(CoDDScheduler):
+        """Keeps token 5 out of every candidate."""
+
+        def step(self, *args, **kwargs):
+            steps.append(self.settings.sampling)
+            return super().step(*args, **kwargs | {"forbidden_token_ids": [5]})
+
+    steps, model = [], tiny_model()
+    call = {"max_new_tokens": 8, "num_inference_steps": 4, "sampling": "marginal"}
+    tokens = model.generate(torch.tensor([[6, 7]]), scheduler=Late(), **call)
+    assert steps == ["marginal"] * 4
+    assert not (tokens == 5).any()

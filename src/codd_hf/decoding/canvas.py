@@ -1,8 +1,7 @@
 """The canvas that decoding fills: what is decoded when, and under which windows.
 
-A *stage* is a part of every row that is decoded before the next one is begun: a block or, in the
-full paradigm, everything. The windows of a row lie on a grid; a step has those that hold a position
-of the block or, in the full paradigm, a position chosen by the backbone's prediction.
+The windows of a row lie on a grid; a step has those that hold a position of the block or, in the
+full paradigm, a position chosen by the backbone's prediction.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from .call import DecodingCall
 
 
 class Stage(NamedTuple):
-    """A part of every row.
+    """A part of every row, decoded before the next one is begun.
 
     Attributes:
         within: `[batch, T]` bool, the positions that are decoded.

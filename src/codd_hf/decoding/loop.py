@@ -1,15 +1,13 @@
 """The denoising loop: from prompts to tokens, shared by `CoDDPipeline` and `CoDDModel.generate`.
 
-A canvas is filled stage by stage, a stage in a number of steps, each one pass of the backbone over
-the whole canvas `[prompt][generated][padding]`. In the block paradigm (semi-autoregressive) the
-stages are blocks, filled from left to right, each under all the windows of the circuit that overlap
-it; in the full paradigm there is one stage, everything, and each step places its windows. Instead
-of a prompt, a row can be a template, whose gaps are generated given the text on both sides
-(infilling).
+A canvas is filled stage by stage, a stage in a number of steps, each one pass of the backbone. In
+the block paradigm (semi-autoregressive) the stages are blocks, filled from left to right, each
+under all the windows of the circuit that overlap it; in the full paradigm there is one stage, and
+each step places its windows.
 
-Nothing that happens in a row depends on the others. Rows have their own lengths and numbers of
-steps. The number of steps is a ceiling: a row whose block is full costs no more passes in that
-block, and steps that are not needed there are not passed on to later blocks.
+Nothing that happens in a row depends on the others. The number of steps is a ceiling: a row whose
+block is full costs no more passes in that block, and steps that are not needed there are not passed
+on to later blocks.
 """
 
 from __future__ import annotations
@@ -34,10 +32,9 @@ class DecodingOutput:
     """Output of the denoising loop.
 
     Attributes:
-        sequences: `[batch, n]`, the generated tokens or, with `infill`, the whole templates. Behind
-            an end-of-text token, or a row that is shorter than others, is padding.
-        is_text: `[batch, n]` bool, the tokens that are text: not an end-of-text token that was
-            generated, nor anything behind it.
+        sequences: `[batch, n]`, the generated tokens or, with `infill`, the whole templates, with
+            padding behind their ends.
+        is_text: `[batch, n]` bool, the tokens that are text, without the end-of-text token.
         num_passes: passes of the backbone, each over the rows that needed it. Rows begin their
             blocks together, so that it may exceed the steps of each of them.
         passes_per_row: `[batch]`, the passes that each row took part in.

@@ -18,8 +18,7 @@ class CoDDPipelineOutput(BaseOutput):
             the whole texts.
         texts (`list[str]`, *optional*):
             The generated texts up to their end; None with `output_type="seq"`.
-        num_passes (`int`): How often the backbone was run: `num_inference_steps`, or fewer when
-            texts ended early or the strategy was sure of many tokens at once.
+        num_passes (`int`): How often the backbone was run: at most `num_inference_steps`.
         passes_per_row (`torch.LongTensor` of shape `(batch_size,)`): Those that each prompt took
             part in.
     """

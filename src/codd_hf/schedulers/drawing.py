@@ -35,11 +35,11 @@ class CoDDSchedulerOutput(BaseOutput):
         transfer_index (`torch.BoolTensor` of shape `(batch_size, length)`):
             Where tokens were committed and stayed.
         sampled_tokens (`torch.LongTensor` of shape `(batch_size, length)`):
-            The candidate of every position; where nothing is masked, its token. With `any_order`
-            sampling only what is committed is drawn, and the others keep their mask.
+            The candidate of every position; where nothing is masked, its token. `any_order` draws
+            only what is committed, and the others keep their mask.
         sampled_probs (`torch.Tensor` of shape `(batch_size, length)`):
-            The candidate's probability at evidence temperature 1, which `low_confidence` ranks by;
-            with `any_order`, given the tokens drawn before it, and 0 where nothing was drawn.
+            The candidate's probability at evidence temperature 1; with `any_order`, given the
+            tokens drawn before it, and 0 where nothing was drawn.
         pred_logits (`torch.Tensor` of shape `(batch_size, length, vocab_size)`, *optional*):
             Log-probabilities that the candidates were drawn from, after processors, temperature,
             top-k and top-p; None with `any_order`.
