@@ -7,7 +7,7 @@ multiplied: with latents `z` and tokens `x` that agree with the observed ones,
 
 Summed over the tokens, `w` is a chain over latents with the evidence of `evidence_of`; everything
 else is the textbook recursion. One window at a time, nothing skipped, kept or repaired: exact in
-float64. A window's logits are `[L, V]`, its tokens `[L]`; `observed` `[L]` is true where a token is.
+float64. A window has logits `[L, V]` and tokens `[L]`; `observed` `[L]` is true at known tokens.
 The rest of `circuits` computes the same for batches, fast, and for absent positions, lists of
 tokens and contexts too. Tests compare with this file, and `codd-hf bench head-step` is timed
 against `plain_step`.
