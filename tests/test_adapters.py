@@ -213,6 +213,10 @@ def test_merged_adapter_is_not_saved_twice(model, tmp_path):
     wrapped.unmerge_adapter()
     model.save_pretrained(tmp_path)
     assert torch.allclose(coupled(CoDDModel.from_pretrained(tmp_path)), expected, atol=1e-5)
+    merged = wrapped.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter" / "adapter_config.json").exists()
+    assert torch.allclose(coupled(CoDDModel.from_pretrained(tmp_path)), expected, atol=1e-5)
 
 
 def test_adapters_of_a_model_are_those_of_its_backbone(model, tmp_path):

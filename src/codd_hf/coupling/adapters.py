@@ -246,6 +246,11 @@ class AdaptersMixin:
         if len(self.heads) > 1:
             refuse_pissa(*configs.values())
 
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        del self.backbone.peft_config
+        self.backbone._hf_peft_config_loaded = False
+
     def add_adapter(self, adapter_config: peft.LoraConfig, adapter_name: str | None = None) -> None:
         """Adds a new LoRA to the backbone, for training; it is active and all else is frozen."""
         if len(self.heads) > 1:
