@@ -42,8 +42,8 @@ class RowReport:
         """Notes a bad row, or raises a ValueError if such rows are not to be skipped."""
         if not self.skip_bad_rows:
             raise ValueError(
-                f"{self.unit} {number} of {self.source} {reason}: mend it, or leave bad rows out with "
-                "`skip_bad_rows`."
+                f"{self.unit} {number} of {self.source} {reason}: mend it, or leave bad ones out "
+                "with `skip_bad_rows`."
             )
         self.pass_over(number, reason)
 
