@@ -198,13 +198,12 @@ class CoDDHeadConfig(_Configuration):
             )
         if self.vocab_size is None:
             raise ValueError("`vocab_size` is missing from the head's configuration.")
-        for name in ("vocab_size", "num_latents", "emission_rank", "copy_size"):
-            integer(name, getattr(self, name), least=1)
+        for name in ("vocab_size", "num_latents", "emission_rank", "copy_size", "context_size"):
+            if getattr(self, name) is not None:
+                integer(name, getattr(self, name), least=1)
         for name in ("window_length", "copy_length"):
             integer(name, getattr(self, name), 1, MAX_WINDOW_LENGTH)
-        for name, least in (("context_size", 1), ("evidence_size", 0)):
-            if getattr(self, name) is not None:
-                integer(name, getattr(self, name), least)
+        integer("evidence_size", self.evidence_size or 0, least=0)
         factor("evidence_temperature", self.evidence_temperature)
         number("alpha", self.alpha, least=0)
         self._check_tokens(self.vocab_size)

@@ -160,7 +160,8 @@ class Chain:
     def algebra(self) -> Algebra:
         """Probabilities in the least precision that is safe, or logarithms."""
         log_range, dtype = self.steps.log_range, self.evidence.dtype
-        if log_range > DOUBLE_RANGE:
+        has_double = self.device.type != "mps"
+        if log_range > (DOUBLE_RANGE if has_double else SINGLE_RANGE):
             return self._logarithms()
         dtype = dtype if log_range <= SINGLE_RANGE else torch.float64
         steps = self.steps.to(dtype)
