@@ -151,6 +151,9 @@ def test_lengths_and_steps_come_from_the_call_then_the_model_then_one_rule():
     assert len(of_model(pipe.model)) == len(of_pipe(pipe)) == 12
     assert pipe.num_timesteps == 4
     assert len(of_pipe(pipe, gen_length=9)) == 9
+    rows = pipe(input_ids=[PROMPT, PROMPT], gen_length=[None, 5], output_type="seq").sequences
+    assert rows.shape == (2, 12)
+    assert (rows[1, 5:] == pipe.tokenizer.pad_token_id).all()
     with pytest.raises(ValueError, match="number of blocks that are decoded, 3 in row 0"):
         of_pipe(pipe, block_length=4, num_inference_steps=2)
 

@@ -33,6 +33,8 @@ TASK = (
     *SPECIAL_TOKENS,
 )
 """Choices of what is decoded that a generation configuration may hold, beside `SETTINGS`."""
+OF_ROWS = ("gen_length", "num_inference_steps", "min_new_tokens")
+"""Choices of which a row may have its own, or None."""
 SETTINGS = tuple(field.name for field in fields(DrawSettings))
 LEFT_ENTRIES = LEFT | {"windowing": "aligned", "free_length": False}
 """Entries of version 0.1, each with the value that is the only one now."""
@@ -67,6 +69,9 @@ def merged(*sources: Source) -> dict[str, Any]:
             choices["temperature"] = 0.0
         elif do_sample is not None and not result.get("temperature"):
             choices.setdefault("temperature", 1.0)
+        for name in OF_ROWS:
+            if isinstance(value := choices.get(name), list):
+                choices[name] = [result.get(name) if each is None else each for each in value]
         result |= choices
     return result
 
