@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from operator import add, floordiv, mul, sub
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .contents import AMOUNT, CONTAINERS, FACTOR, NAMES, THINGS
-from .equations import check_worked_answer
+from .equations import check_worked_answer, evaluate
 from .task import Task
-
-OPERATORS: dict[str, Callable[[int, int], int]] = {"+": add, "-": sub, "*": mul, "/": floordiv}
 
 
 class Problem(NamedTuple):
@@ -114,12 +110,13 @@ def draw(rng: Random) -> Task:
     numbers = _numbers(rng)
     while not _leaves_something(name, **numbers):
         numbers = _numbers(rng)
-    values = dict(numbers)
-    steps = []
+    values: dict[str, Any] = dict(numbers)
+    steps: list[str] = []
     for step in problem.steps:
         left, sign, right = step.split()
-        value = OPERATORS[sign](values[left], values[right])
-        steps.append(f"{values[left]}{sign}{values[right]}={value}")
+        equation = f"{values[left]}{sign}{values[right]}"
+        value = evaluate(equation)
+        steps.append(f"{equation}={value}")
         values[str(len(steps))] = value
     people = rng.sample(NAMES, 2)
     things, boxes = rng.choice(THINGS), rng.choice(CONTAINERS)
