@@ -208,18 +208,8 @@ def test_head_of_a_call_that_is_no_name_is_refused(head):
             call()
 
 
-def test_head_of_a_call_that_is_not_there_is_refused_by_its_name():
-    with pytest.raises(ValueError, match="got 'maths': the model's heads are 'default'"):
-        pipeline_with_heads().model(IDS, head="maths")
-
-
 def test_copied_and_pickled_models_have_locks_of_their_own():
     model = pipeline_with_heads().model
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert other.heads.lock is not model.heads.lock
         assert torch.equal(coupled(other, "longer"), coupled(model, "longer"))
-
-
-def test_heads_kept_aside_go_where_the_model_goes():
-    model = pipeline_with_heads().model.double()
-    assert {p.dtype for p in model.heads["longer"].parameters()} == {torch.float64}

@@ -30,6 +30,7 @@ class CustomCodeFamily(BackboneFamily):
 
     def make_bidirectional(self, config: PretrainedConfig) -> None:
         """Asks for the block length of models that are known to be trained in blocks."""
+        super().make_bidirectional(config)
         in_blocks = config.model_type.startswith(BLOCK_DIFFUSION)
         if in_blocks and getattr(config, "block_length", None) is None:
             raise ValueError(
