@@ -259,16 +259,16 @@ def test_what_the_caller_says_counts_before_the_file_of_version_0_1():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"structure": "monarch"}, "`structure='monarch'`"),
-        ({"evidence_dtype": "bfloat16"}, "`evidence_dtype='bfloat16'`"),
-        ({"conditioning": ["latent", "gate"]}, "`conditioning='gate'`"),
-        ({"conditioning": ["low_rank"]}, "`conditioning='low_rank'`"),
+        ({"structure": "monarch"}, "`structure='monarch'` in a head's configuration is no lon"),
+        ({"evidence_dtype": "bfloat16"}, "`evidence_dtype='bfloat16'` in a head's configuration"),
+        ({"conditioning": ["latent", "gate"]}, "`conditioning` must list some of latent, copy"),
+        ({"conditioning": ["low_rank"]}, "`conditioning` must list some of latent, copy"),
     ],
 )
 @pytest.mark.parametrize("cls", [CoDDHeadConfig, AutoConfig, CoDDHead])
 def test_head_with_a_part_that_is_no_more_is_an_error_that_names_it(cls, changes, said, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(old_config(**changes)))
-    with pytest.raises(ValueError, match=f"^{re.escape(said)} in a head's configuration is no lon"):
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
         cls.from_pretrained(tmp_path)
 
 

@@ -179,9 +179,14 @@ class CoDDHeadConfig(_Configuration):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **others: Any) -> None:
+        if self.format_version not in (1, FORMAT_VERSION):
+            raise ValueError(
+                f"`format_version` is {self.format_version!r:.100}; this version of codd-hf reads "
+                f"up to {FORMAT_VERSION}: upgrade codd-hf."
+            )
         if self.format_version == 1:
             renamed = others.pop("evidence_top_k", None)
-            self.evidence_size = self.evidence_size if renamed is None else renamed
+            self.evidence_size = renamed if self.evidence_size is None else self.evidence_size
             others = without_left_fields(others, LEFT, "a head's configuration")
             others = {name: value for name, value in others.items() if name not in GONE}
             self.format_version = FORMAT_VERSION
@@ -191,11 +196,6 @@ class CoDDHeadConfig(_Configuration):
 
     def validate(self) -> None:
         """Checks the values, and that they go together."""
-        if self.format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"`format_version` is {self.format_version!r:.100}; this version of codd-hf reads "
-                f"up to {FORMAT_VERSION}: upgrade codd-hf."
-            )
         if self.vocab_size is None:
             raise ValueError("`vocab_size` is missing from the head's configuration.")
         for name in ("vocab_size", "num_latents", "emission_rank", "copy_size", "context_size"):
