@@ -153,7 +153,7 @@ def test_model_generates_by_its_saved_generation_configuration(folders, tmp_path
     expected = loaded.generate(IDS, gen_length=9, **settings)
     assert torch.equal(loaded.generate(IDS), expected)
     assert loaded.generate(IDS, max_new_tokens=6).shape == (1, 9)
-    assert loaded.generate(IDS, generation_config=GenerationConfig(max_new_tokens=5)).shape == (
+    assert loaded.generate(IDS, generation_config=GenerationConfig(max_length=8)).shape == (
         1,
         8,
     )

@@ -9,16 +9,16 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
-from ..checks.arguments import check_known, padding_mask, plain, shown, token_ids
+from ..checks.arguments import check_known, integer, padding_mask, plain, shown, token_ids
 from ..coupling.inputs import refuse_requests
 from ..coupling.windows import CoupledBackbone
 from ..schedulers.scheduling_codd import CoDDScheduler
 from .call import CHOICES, DecodingCall
 from .canvas import Canvas
-from .choices import SETTINGS, TASK, entries, settings_of, task_of
+from .choices import SETTINGS, TASK, entries, merged, settings_of, task_of
 from .loop import OnStep, denoise
 
-CONFIGURABLE = (*TASK, "max_new_tokens", "do_sample", *SETTINGS)
+CONFIGURABLE = (*TASK, "max_new_tokens", "max_length", "do_sample", *SETTINGS)
 """Arguments of a call or a generation configuration."""
 
 OF_A_CALL = tuple(name for name in CHOICES if name not in TASK)
@@ -121,7 +121,7 @@ def generate(
         scheduler: default, one with the settings of `model.generation_config`.
         on_step: as for [`~codd_hf.decoding.loop.denoise`].
         streamer: as [`BlockStream`] serves it, for example `transformers.TextDiffusionStreamer`.
-        **kwargs: `max_new_tokens` (or `gen_length`), `do_sample`, the arguments of
+        **kwargs: `max_new_tokens` (or `gen_length`, or `max_length`), `do_sample`, those of
             [`~codd_hf.decoding.call.DecodingCall`] and the scheduler's settings
             ([`~codd_hf.schedulers.settings.DrawSettings`]). A generation configuration may hold
             all but those of `OF_A_CALL`.
@@ -149,6 +149,10 @@ def generate(
     choices = {name: kwargs.pop(name) for name in OF_A_CALL if name in kwargs}
     own, given = entries(model.generation_config), entries(generation_config)
     _check_names(kwargs, own | given | kwargs)
+    asked, length = merged(given, kwargs), inputs.shape[1]
+    if "max_length" in asked and "gen_length" not in asked:  # it counts the prompt
+        most = integer("max_length", asked["max_length"], least=length + 1)
+        kwargs["gen_length"] = most - length
     task = task_of(model, given, kwargs)
     if attention_mask is None:
         attention_mask = model.real_tokens(inputs, task.get("pad_token_id"), task["eos_token_id"])
