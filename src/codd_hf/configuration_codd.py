@@ -19,6 +19,7 @@ CONDITIONINGS = ("latent", "copy")
 FORMAT_VERSION = 2
 LEFT = {"structure": "dense", "evidence_dtype": None}
 """Fields of `format_version` 1, each with the value that is the only one now."""
+OLD_HEAD = "a head's configuration"
 GONE = ("evidence_groups", "num_gate_groups", "transition_rank")
 """Fields of `format_version` 1 that ask for nothing by themselves."""
 MAX_WINDOW_LENGTH = 1 << 16
@@ -185,14 +186,21 @@ class CoDDHeadConfig(_Configuration):
                 f"up to {FORMAT_VERSION}: upgrade codd-hf."
             )
         if self.format_version == 1:
-            renamed = others.pop("evidence_top_k", None)
-            self.evidence_size = renamed if self.evidence_size is None else self.evidence_size
-            others = without_left_fields(others, LEFT, "a head's configuration")
-            others = {name: value for name, value in others.items() if name not in GONE}
-            self.format_version = FORMAT_VERSION
+            others = self._upgraded(others)
         super().__post_init__(**others)
         self.conditioning = list(self.conditioning or [])
         self.validate()
+
+    def _upgraded(self, others: dict[str, Any]) -> dict[str, Any]:
+        """Turns `format_version` 1 into 2; returns what is left of `others`."""
+        renamed = others.pop("evidence_top_k", None)
+        if self.evidence_size is None:  # else a caller's, in place of the file's
+            self.evidence_size = renamed
+        for kind in sorted({*(self.conditioning or [])} & {"gate", "low_rank"}):
+            without_left_fields({"conditioning": kind}, {"conditioning": None}, OLD_HEAD)
+        self.format_version = FORMAT_VERSION
+        kept = without_left_fields(others, LEFT, OLD_HEAD)
+        return {name: value for name, value in kept.items() if name not in GONE}
 
     def validate(self) -> None:
         """Checks the values, and that they go together."""

@@ -304,12 +304,12 @@ class CoDDHead(Publishing, PreTrainedModel):  # type: ignore[misc]
 
     @property
     def log_spread(self) -> torch.Tensor:
-        """`[V]`, log of the distribution of the mass of tokens that are not listed.
+        """`[V]` or `[L, V]`, log of the distribution of the mass of tokens that are not listed.
 
-        It is the token marginal, the mean of those of positions, without the forbidden tokens.
+        It is the token marginal without the forbidden tokens.
         """
-        marginal = self.token_marginal.reshape(-1, self.token_marginal.shape[-1]).mean(0)
-        return DenseEvidence.from_logits(marginal.log(), forbidden=self.forbidden).log_probs
+        marginal = self.token_marginal.log()
+        return DenseEvidence.from_logits(marginal, forbidden=self.forbidden).log_probs
 
     def forward(
         self,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..circuits import DenseEvidence, ListedEvidence, Preceding, TokenGroups
+from ..circuits import DenseEvidence, ListedEvidence, Preceding
 from ..circuits.factorized import forbidden_tokens
 from ..data.canvases import TokenizedExample
 from ..data.noise import draw_windows
@@ -116,8 +116,7 @@ class NoisedWindows:
         listed = ListedEvidence(indices, log_probs, log_rest, temperature)
         evidence: ListedEvidence | DenseEvidence = listed
         if (head.config.vocab_size or 0) <= DENSE_VOCABULARY:
-            dense = listed.spread(TokenGroups(head.log_spread)).dense()
-            evidence = DenseEvidence(dense, temperature)
+            evidence = listed.laid_out(head.log_spread)
         preceding = None
         if self.preceding_tokens is not None and self.preceding_hidden is not None:
             before = self.preceding_tokens.long().to(device)

@@ -131,6 +131,11 @@ class CoupledCategorical(Distribution):
                 "spread: give the potentials a `log_marginal`."
             )
         steps, positions = potentials.transition.num_steps, potentials.emission.num_positions
+        marginal = potentials.log_marginal
+        if unspread and marginal is not None and marginal.ndim > 1 and len(marginal) < shape[1]:
+            raise ValueError(
+                f"`logits` cover {shape[1]} positions, but `log_marginal` {len(marginal)}."
+            )
         if 1 < steps < shape[1] - 1 or 1 < positions < shape[1]:
             raise ValueError(
                 f"`logits` cover {shape[1]} positions, but the circuit has {steps} untied "
@@ -147,10 +152,13 @@ class CoupledCategorical(Distribution):
             logits = prediction.to(torch.promote_types(potentials.emission.dtype, torch.float32))
             if not self.top_k:
                 return DenseEvidence.from_logits(logits, *how)
-            return ListedEvidence.from_logits(logits, self.top_k, *how, potentials.groups)
+            groups = potentials.groups
+            prediction = ListedEvidence.from_logits(logits, self.top_k, *how, groups)
         if isinstance(prediction, DenseEvidence) or prediction.groups is not None:
             return prediction
         assert potentials.log_marginal is not None
+        if potentials.log_marginal.ndim > 1:
+            return prediction.laid_out(potentials.log_marginal, self.forbidden)
         groups = TokenGroups(potentials.log_marginal, emission=potentials.emission)
         return prediction.spread(groups, self.forbidden)
 
@@ -284,6 +292,8 @@ class CoupledCategorical(Distribution):
         Raises:
             ValueError: no token is possible at some position.
         """
+        if not isinstance(sample_shape, tuple | list):
+            raise TypeError(f"`sample_shape` must be a tuple of sizes, got {shown(sample_shape)}.")
         shape = torch.Size(integer("sample_shape", size, least=0) for size in sample_shape)
         self._check_tokens_left()
         log_probs = self.latents.log_probs_given(self.latents.sample(shape, generator))

@@ -117,6 +117,17 @@ class ListedEvidence:
         weights = logsumexp(torch.stack((within, over[..., None].expand_as(within))), 0)
         return ListedEvidence(indices, log_probs, self.log_rest, self.temperature, groups, weights)
 
+    def laid_out(
+        self, log_marginal: torch.Tensor, forbidden: torch.Tensor | None = None
+    ) -> DenseEvidence:
+        """`[B, L, V]`, the rest spread by a marginal `[V]`, or by one of each position `[L, V]`."""
+        if log_marginal.ndim == 1:
+            dense = self.spread(TokenGroups(log_marginal), forbidden).dense()
+        else:
+            parts = [self[:, i].laid_out(log_marginal[i], forbidden) for i in range(self.shape[1])]
+            dense = torch.stack([part.log_probs for part in parts], 1)
+        return DenseEvidence(dense, self.temperature)
+
     @property
     def shape(self) -> torch.Size:
         """`[*batch, V]`; -1 stands for any `V`."""

@@ -335,8 +335,8 @@ class Potentials:
         initial: `[H]`.
         transition: the steps, or a tensor `[1, H, H]` or `[L-1, H, H]`, row = previous state.
         emission: emissions, or a tensor `[1, H, V]` or `[L, H, V]`.
-        log_marginal: `[V]`, log of the (normalised) law by which a top-k prediction's remaining
-            mass is spread; needed with top-k evidence only.
+        log_marginal: `[V]`, or `[L, V]` of each position: log of the distribution by which the
+            mass of unlisted tokens is spread; needed for lists only.
     """
 
     initial: torch.Tensor
@@ -361,8 +361,9 @@ class Potentials:
                 f"and [1 or L, H, V], got {', '.join(map(str, shapes))}."
             )
         if self.log_marginal is not None:
-            size = (self.vocab_size,)
-            hold("log_marginal", as_tensor("log_marginal", self.log_marginal, float, size))
+            marginal = as_tensor("log_marginal", self.log_marginal, float)
+            size = (*marginal.shape[:1][: marginal.ndim - 1], self.vocab_size)
+            hold("log_marginal", as_tensor("log_marginal", marginal, float, size))
 
     @property
     def num_latents(self) -> int:
@@ -375,9 +376,14 @@ class Potentials:
         return self.emission.vocab_size
 
     @cached_property
-    def groups(self) -> TokenGroups:
-        """Tokens that look alike to the circuit, for evidence of short lists."""
+    def groups(self) -> TokenGroups | None:
+        """Tokens that look alike to the circuit, for evidence of short lists.
+
+        None where positions have a marginal of their own.
+        """
         assert self.log_marginal is not None
+        if self.log_marginal.ndim > 1:
+            return None
         return TokenGroups.by_state(self.log_marginal, self.emission)
 
     def leaves(self) -> tuple[torch.Tensor, ...]:
