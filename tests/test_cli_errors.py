@@ -362,4 +362,4 @@ def test_chat_template_that_fails_is_one_line(template, folder, tmp_path, capsys
         assert not any(ord(c) < 32 for c in line)
         assert "\u202e" not in line
         if files[0] in command:
-            assert line.startswith("codd-hf generate: error: Row 1 of ")
+            assert line.startswith("codd-hf generate: error: Line 1 of ")

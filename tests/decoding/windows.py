@@ -7,7 +7,7 @@ from scipy.stats import chi2
 
 from codd_hf.circuits import CoupledCategorical
 from codd_hf.decoding.call import DecodingCall
-from codd_hf.decoding.canvas import Canvas
+from codd_hf.decoding.layout import lay_out
 from codd_hf.decoding.step import CanvasReader
 from codd_hf.schedulers import CoDDScheduler
 from tiny import enumerate_window, random_head
@@ -46,7 +46,7 @@ def reader_of(model, tokens: torch.Tensor, mask: torch.Tensor, **call) -> Canvas
     """Of rows `[batch, n]` in which every mask token is to be generated."""
     kwargs = {"gen_length": 1, "block_length": 4, "infill": True, **call}
     call = DecodingCall(model, CoDDScheduler(), len(tokens), **kwargs)
-    return CanvasReader(model, Canvas(model, call, tokens, mask))
+    return CanvasReader(model, lay_out(model, call, tokens, mask))
 
 
 def read(reader: CanvasReader, tokens: torch.Tensor, rows: range):

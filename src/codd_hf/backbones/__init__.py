@@ -50,13 +50,13 @@ do, and check that a causal control differs.
 """
 
 from .custom_code import CustomCodeFamily, nested_custom_config, save_code
-from .decoder import DecoderFamily
 from .dream import DreamLayout
 from .family import (
     FAMILIES,
     LAYOUTS,
     BackboneFamily,
     BackboneStates,
+    DecoderFamily,
     execution_device,
     family_of,
     needs_remote_code,

@@ -1,4 +1,4 @@
-"""From a pass of the backbone to distributions over windows of tokens, and to the loss."""
+"""Windows: where they lie, and from a pass of the backbone to their distributions and the loss."""
 
 from __future__ import annotations
 
@@ -240,6 +240,23 @@ class CoupledBackbone:
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict:
         """The arguments of `forward`, as they are; PEFT asks every language model for this."""
         return {"input_ids": input_ids, **kwargs}
+
+
+def windows_over(chosen: torch.Tensor, origin: torch.Tensor, length: int) -> torch.Tensor:
+    """Places windows: `[n, T]` bool, where those begin that hold a chosen position of `[n, T]`.
+
+    The windows of a row lie on a grid of `length` positions, from its `origin` `[n]` on.
+    """
+    rows, columns = chosen.nonzero(as_tuple=True)
+    starts = torch.zeros_like(chosen)
+    starts[rows, columns - (columns - origin[rows]) % length] = True
+    return starts
+
+
+def positions_of(starts: torch.Tensor, length: int) -> torch.Tensor:
+    """`[n, T]` bool: the positions in the windows that begin at `starts` `[n, T]`."""
+    begun = starts.long().cumsum(-1)
+    return begun > F.pad(begun, (length, 0))[:, : begun.shape[1]]
 
 
 def _span(

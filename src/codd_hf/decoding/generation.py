@@ -14,9 +14,10 @@ from ..coupling.inputs import refuse_requests
 from ..coupling.windows import CoupledBackbone
 from ..schedulers.scheduling_codd import CoDDScheduler
 from .call import CHOICES, DecodingCall
-from .canvas import Canvas
 from .choices import SETTINGS, TASK, entries, merged, settings_of, task_of
+from .layout import lay_out
 from .loop import OnStep, denoise
+from .step import Canvas
 
 CONFIGURABLE = (*TASK, "max_new_tokens", "max_length", "do_sample", *SETTINGS)
 """Arguments of a call or a generation configuration."""
@@ -163,7 +164,7 @@ def generate(
         raise TypeError(f"`scheduler` must be a CoDDScheduler, got {shown(scheduler)}.")
     settings = settings_of({"temperature": scheduler.settings.temperature}, given, kwargs)
     call = DecodingCall(model, scheduler, len(inputs), **task, **choices, **settings)
-    canvas = Canvas(model, call, inputs, attention_mask)
+    canvas = lay_out(model, call, inputs, attention_mask)
     stream = None if streamer is None else BlockStream(streamer, inputs, canvas)
     output = denoise(model, canvas, on_step=on_step, stream=stream)
     if stream is not None:

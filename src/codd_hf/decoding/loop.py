@@ -21,8 +21,7 @@ import torch
 from ..checks.arguments import as_tensor, check_callable, check_tokens
 from ..coupling.windows import CoupledBackbone
 from ..schedulers.remasking import CommitMemory
-from .canvas import Canvas
-from .step import CanvasReader, take_step
+from .step import Canvas, CanvasReader, take_step
 
 OnStep = Callable[[int, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor | None]
 

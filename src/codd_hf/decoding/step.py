@@ -13,7 +13,10 @@ approximation: tokens committed in the block change the others' keys and values 
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -22,11 +25,102 @@ from ..backbones import BackboneStates
 from ..checks.arguments import numbered
 from ..circuits.factorized import without_tokens
 from ..circuits.random import Generators
-from ..coupling.windows import CoupledBackbone
+from ..coupling.windows import CoupledBackbone, positions_of, windows_over
 from ..schedulers.drawing import RowText
 from ..schedulers.remasking import CommitMemory
 from ..schedulers.strategies import ADAPTIVE
-from .canvas import Canvas, Stage, rows_alike
+from .call import DecodingCall
+
+
+class Stage(NamedTuple):
+    """A part of every row, decoded before the next one is begun.
+
+    Attributes:
+        within: `[batch, T]` bool, the positions that are decoded.
+        num_steps: `[batch]`, the most steps that each row may take; 0 for rows that are done.
+    """
+
+    within: torch.Tensor
+    num_steps: torch.Tensor
+
+
+@dataclass
+class Canvas:
+    """Rows of tokens, `[batch, T]`, some of which are still the mask token, in one call.
+
+    A row is `[prompt][masks][padding]` or, to infill, `[template][padding]`.
+
+    Attributes:
+        call: the choices of the call.
+        tokens: `[batch, T]`.
+        attention_mask: `[batch, T]`, 0 at padding.
+        generated: `[batch, T]` bool, the positions to generate.
+        start: `[batch]`, the first generated position; forced tokens and blocks count from here.
+        window_origin: `[batch]`, where the grid of windows begins.
+        no_end_before: `[batch]`, positions before this one hold no end token.
+        end_ids: the end tokens; in a gap of a template none of them is drawn.
+        stages: those of the decoding, in order.
+    """
+
+    call: DecodingCall
+    tokens: torch.Tensor
+    attention_mask: torch.Tensor
+    generated: torch.Tensor
+    start: torch.Tensor
+    window_origin: torch.Tensor
+    no_end_before: torch.Tensor
+    end_ids: Sequence[int]
+    stages: list[Stage] = field(default_factory=list)
+
+    @property
+    def most_passes(self) -> int:
+        """The most passes of the backbone that there can be."""
+        steps = (stage.num_steps for stage in self.stages)
+        return int(sum(steps, torch.zeros_like(self.start)).max())
+
+    def windows_over(self, chosen: torch.Tensor) -> torch.Tensor:
+        """`[n, T]` bool: where the windows begin that hold a chosen position of `[n, T]`."""
+        return windows_over(chosen, self.window_origin, self.call.head.window_length)
+
+    def rows(self, index: torch.Tensor) -> Canvas:
+        """A canvas of some rows, by ascending numbers `[n]`; of all of them, this one."""
+        if len(index) == len(self.tokens):
+            return self
+        part = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(part, name, value[index])
+        return part
+
+    def open(self) -> torch.Tensor:
+        """`[batch, T]` bool, where a token is to be committed: nowhere behind an end token."""
+        return self.generated & (self.tokens == self.call.mask_token_id) & ~self._ends()[1]
+
+    def close(self) -> None:
+        """Makes what follows an end token padding, in the rows where nothing before is open."""
+        end, after = self._ends()
+        closed = end.any(-1) & ~self.open().any(-1)
+        self.tokens = self.tokens.masked_fill(after & closed[:, None], self.call.behind)
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Texts behind the prompts, or whole templates: tokens `[batch, n]`, and which are text.
+
+        An end token is not text, nor is anything behind it.
+        """
+        begin = torch.zeros_like(self.start) if self.call.infill else self.start
+        size = self.attention_mask.sum(-1) - begin
+        number = torch.arange(int(size.max()), device=begin.device)
+        inside = number < size[:, None]
+        place = (begin[:, None] + number).clamp(max=self.tokens.shape[1] - 1)
+        end, after = self._ends()
+        is_text = inside & ~(end | after).gather(1, place)
+        return torch.where(inside, self.tokens.gather(1, place), self.call.behind), is_text
+
+    def _ends(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[batch, T]` bool twice: the first end token of each text, and all that follows it."""
+        is_end = self.generated & torch.isin(self.tokens, self.tokens.new_tensor(self.end_ids))
+        after = self.generated & (is_end.cumsum(-1) > is_end.long())
+        return is_end & ~after, after
 
 
 class CanvasReader:
@@ -131,7 +225,7 @@ def take_step(
     starts = part.windows_over(over)
     if call.block_length is None and scheduler.settings.strategy in ADAPTIVE:
         # In these windows the coupled distribution decides.
-        eligible = open_ & part.positions_of(starts)
+        eligible = open_ & positions_of(starts, length)
     at_least = -(-open_.sum(-1) // (num_steps - number))
     for index in rows_alike(starts.sum(-1), num_steps):
         # 1. The distribution over the windows.
@@ -221,3 +315,13 @@ def _of_rows(generator: Generators, rows: torch.Tensor) -> Generators:
     if generator is None or isinstance(generator, torch.Generator):
         return generator
     return [generator[row] for row in rows.tolist()]
+
+
+def rows_alike(*numbers: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The rows `[n]` that agree in all of some numbers `[batch]`, group by group.
+
+    They are stepped together: shapes, and so a row's random draws, do not depend on the other rows.
+    """
+    keys = torch.stack(numbers, dim=-1)
+    for key in keys.unique(dim=0):
+        yield (keys == key).all(-1).nonzero()[:, 0]

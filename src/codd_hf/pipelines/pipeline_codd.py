@@ -15,9 +15,10 @@ from ..checks.arguments import check_callable, check_known, choice, flag, severa
 from ..circuits.random import Generators
 from ..coupling.adapters import unwrapped
 from ..decoding.call import CHOICES, DecodingCall, PerRow
-from ..decoding.canvas import Canvas
 from ..decoding.choices import SETTINGS, SPECIAL_TOKENS, task_of, with_settings_of
+from ..decoding.layout import lay_out
 from ..decoding.loop import denoise
+from ..decoding.step import Canvas
 from ..hub.publishing import CARD, Publishing, forget_paths
 from ..hub.repositories import checked_name
 from ..modeling_codd import CoDDModel
@@ -155,7 +156,7 @@ class CoDDPipeline(Publishing, DiffusionPipeline):  # type: ignore[misc]
         )
         choices = DecodingCall(self.model, self.scheduler, len(ids), **(call | task))
         device = self._execution_device
-        return Canvas(self.model, choices, ids.to(device), mask.to(device))
+        return lay_out(self.model, choices, ids.to(device), mask.to(device))
 
     @torch.no_grad()
     def __call__(

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from ..backbones.decoder import DecoderFamily
+from ..backbones import DecoderFamily
 from ..modeling_codd import CoDDModel
 
 Chunk = TypeVar("Chunk")

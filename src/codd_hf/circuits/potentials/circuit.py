@@ -335,8 +335,7 @@ class Potentials:
         initial: `[H]`.
         transition: the steps, or a tensor `[1, H, H]` or `[L-1, H, H]`, row = previous state.
         emission: emissions, or a tensor `[1, H, V]` or `[L, H, V]`.
-        log_marginal: `[V]`, or `[L, V]` of each position: log of the distribution by which the
-            mass of unlisted tokens is spread; needed for lists only.
+        log_marginal: `[V]`, or `[L, V]` of each position: how unlisted tokens share their mass.
     """
 
     initial: torch.Tensor
@@ -377,14 +376,11 @@ class Potentials:
 
     @cached_property
     def groups(self) -> TokenGroups | None:
-        """Tokens that look alike to the circuit, for evidence of short lists.
-
-        None where positions have a marginal of their own.
-        """
-        assert self.log_marginal is not None
-        if self.log_marginal.ndim > 1:
+        """Tokens alike to the circuit, for short lists; None if positions have their marginals."""
+        marginal = self.log_marginal
+        if marginal is None or marginal.ndim > 1:
             return None
-        return TokenGroups.by_state(self.log_marginal, self.emission)
+        return TokenGroups.by_state(marginal, self.emission)
 
     def leaves(self) -> tuple[torch.Tensor, ...]:
         """The tensors of log-potentials that the circuit is made of."""

@@ -1,0 +1,104 @@
+"""Lays out the canvas of a call: its rows, and the stages in which they are decoded."""
+
+from __future__ import annotations
+
+import torch
+
+from ..checks.arguments import check_unmasked
+from ..coupling.windows import CoupledBackbone, check_size
+from .call import DecodingCall
+from .step import Canvas, Stage
+
+
+def lay_out(
+    model: CoupledBackbone,
+    call: DecodingCall,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+) -> Canvas:
+    """The canvas of prompts or templates, however they were padded.
+
+    Windows begin where a prompt ends. In a template, as many windows as the span from the first
+    gap to the last needs are centred over it, so that they cover text on both sides.
+
+    Args:
+        model: the backbone.
+        call: the choices of the call.
+        input_ids: `[batch, length]`, padded on any side.
+        attention_mask: `[batch, length]`, 0 at padding, or None.
+
+    Raises:
+        ValueError: a prompt holds the mask token, a template has none, a row exceeds the positions
+            of the backbone, or has fewer steps than blocks.
+    """
+    device = input_ids.device
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    real = real.bool()
+    given = size = no_end_before = real.sum(-1)
+    what = f"The {int(given.max())} tokens of a template"
+    if not call.infill:
+        rows = (ids[mask] for ids, mask in zip(input_ids, real, strict=True))
+        check_unmasked("input_ids", rows, call.mask_token_id)
+        size = given + torch.tensor(call.gen_length, device=device)
+        no_end_before = given + torch.tensor(call.min_new_tokens, device=device)
+        longest = int(size.argmax())
+        what = f"A prompt of {int(given[longest])} tokens and "
+        what += f"`gen_length={call.gen_length[longest]}`"
+    check_size(model.max_positions, int(size.max()), what)
+
+    # The rows, with mask tokens where tokens are to be found.
+    column = torch.arange(int(size.max()), device=device)
+    attended = column < size[:, None]
+    tokens = torch.where(attended, call.mask_token_id, call.behind)
+    tokens[column < given[:, None]] = input_ids[real].long()
+    generated = attended & (tokens == call.mask_token_id)
+    for row in (~generated.any(-1)).nonzero()[:, 0].tolist():
+        raise ValueError(
+            f"`infill` fills mask tokens, of which there is none in row {row}: put one (id "
+            f"{call.mask_token_id}) wherever a token is to be found."
+        )
+    start = window_origin = generated.long().argmax(-1)
+    end_ids, padding = call.eos_token_id, model.config.pad_token_id
+    if call.infill:
+        span = torch.where(generated, column, 0).amax(-1) + 1 - start
+        room = -span % call.head.window_length
+        window_origin = start - torch.minimum(room // 2, start)
+        end_ids = end_ids if padding is None else [*end_ids, padding]
+    for row, forced in enumerate(call.forced_tokens):
+        for place, token in forced.items():
+            tokens[row, start[row] + place] = token
+    parts = (tokens, attended.long(), generated, start, window_origin, no_end_before)
+    canvas = Canvas(call, *parts, end_ids)
+
+    # The blocks, in order.
+    block = torch.zeros_like(tokens)
+    if call.block_length is not None:
+        # A block-causal backbone counts blocks from the beginning of the row.
+        is_block_causal = getattr(model.config.text_config, "block_length", None) is not None
+        block = block + column - (0 if is_block_causal else start[:, None])
+        block = block.div(call.block_length, rounding_mode="floor")
+    canvas.stages = _stages(canvas, block)
+    return canvas
+
+
+def _stages(canvas: Canvas, block: torch.Tensor) -> list[Stage]:
+    """Shares the steps of a row over those of its blocks `[batch, T]` in which masks are."""
+    masked, stages = canvas.open(), list[Stage]()
+    for row, steps in enumerate(canvas.call.num_inference_steps):
+        blocks = block[row, masked[row]].unique().tolist()
+        if steps is None:
+            steps = max(-(-int(masked[row].sum()) // 4), len(blocks))
+        if steps < len(blocks):
+            raise ValueError(
+                f"`num_inference_steps` must be at least the number of blocks that are decoded, "
+                f"{len(blocks)} in row {row} with `block_length={canvas.call.block_length}`, got "
+                f"{steps}: take more steps or longer blocks."
+            )
+        for number, index in enumerate(blocks):
+            if number == len(stages):
+                stages.append(Stage(torch.zeros_like(masked), torch.zeros_like(canvas.start)))
+            # Shared evenly; the remainder goes to the first blocks.
+            share = steps // len(blocks) + (number < steps % len(blocks))
+            stages[number].num_steps[row] = share
+            stages[number].within[row] = canvas.generated[row] & (block[row] == index)
+    return stages
