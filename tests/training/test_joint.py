@@ -66,6 +66,13 @@ def test_held_out_likelihood_rises_and_only_what_is_asked_for_changes(tiny_token
         assert history[-1]["factorized_nats"] < history[0]["factorized_nats"] - 0.3
 
 
+def test_gradient_checkpointing_changes_no_weight_and_is_off_afterwards(tiny_tokenizer):
+    plain, _ = run(tiny_tokenizer)
+    model, _ = run(tiny_tokenizer, gradient_checkpointing=True)
+    torch.testing.assert_close(model.state_dict(), plain.state_dict())
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in model.backbone.modules())
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_window_likelihoods_are_those_of_enumeration(seed):
     tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=0)

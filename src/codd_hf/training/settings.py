@@ -174,6 +174,8 @@ class JointConfig(CoupledConfig):
     """An adapter's output is scaled by `lora_alpha / lora_rank`."""
     lora_dropout: Annotated[float, Range(0, math.nextafter(1, 0))] = 0.0
     """Share of an adapter's inputs that is dropped."""
+    gradient_checkpointing: bool = False
+    """Less memory for a third more time: layers of the backbone run again in the backward pass."""
     lora_target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
     """Names of the layers that get an adapter; all-linear: every linear one but the output's."""
 

@@ -40,10 +40,21 @@ def fit_joint(
     A fit that goes on is given the model as it was at the start. The history has `factorized_nats`
     and `coupled_nats` (per masked token), and `gain`, their difference, all and by mask ratio.
     """
-    fit = _JointFit(model, tokenizer, train, validation, config or JointConfig())
+    config = config or JointConfig()
+    fit = _JointFit(model, tokenizer, train, validation, config)
+    if config.gradient_checkpointing:
+        _switch_recomputing(model.backbone, "enable", {"use_reentrant": False})
     history = fit.run(checkpoints, log)
+    if config.gradient_checkpointing:
+        _switch_recomputing(model.backbone, "disable")
     model.eval()
     return history
+
+
+def _switch_recomputing(backbone: PreTrainedModel, switch: str, *how: dict[str, bool]) -> None:
+    """By transformers' method, which newer releases call `activation_...`."""
+    newer = getattr(backbone, f"activation_checkpointing_{switch}", None)
+    (newer or getattr(backbone, f"gradient_checkpointing_{switch}"))(*how)
 
 
 @dataclass
