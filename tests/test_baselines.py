@@ -72,7 +72,7 @@ def fill(rivals, backbone, sampler, passes):
 
 @pytest.mark.parametrize("passes", [1, 3, 32])
 def test_decode_loop_is_the_librarys(rivals, backbone, passes):
-    questions = [task.question for task in islice(draw_tasks("validation", 0), 6)]
+    questions = [task.question for task in islice(draw_tasks("validation", 0), 4)]
     own = rivals.loop.answering(backbone, rivals.loop.Factorized())(questions, passes, 2)
     choice = {"sampling": "factorized"}
     assert own == rivals.table.codd(backbone, None, choice)(questions, passes, 2)
@@ -139,7 +139,7 @@ def test_untrained_adjust_draws_as_the_backbone_does(rivals, backbone, passes):
 
 
 def test_adjust_learns_what_drawn_tokens_change(rivals, backbone):
-    layer = rivals.adjust.fit_adjust(backbone, seconds=1.0, learning_rate=3e-3)
+    layer = rivals.adjust.fit_adjust(backbone, seconds=0.7, learning_rate=3e-3)
     generator = torch.Generator().manual_seed(7)
     tasks = list(islice(draw_tasks("validation", 0, ["sums"]), 16))
     seen, later = rivals.adjust.pairs_of_passes(backbone, tasks, generator)[0]
@@ -186,7 +186,7 @@ def test_grpo_raises_a_simple_reward_and_leaves_the_backbone(rivals, backbone):
     before = {name: p.clone() for name, p in backbone.model.state_dict().items()}
     grpo = rivals.grpo.GRPO(backbone, config, reward=lambda task, text: text.count("a") / 5)
     parameters = list(grpo.policy.model.backbone.parameters())
-    rivals.learning.fit(parameters, grpo.loss, 2.0, config.learning_rate)
+    rivals.learning.fit(parameters, grpo.loss, 1.5, config.learning_rate)
     assert sum(grpo.rewards[-4:]) > 2 * sum(grpo.rewards[:4])
     assert all(torch.equal(p, before[n]) for n, p in backbone.model.state_dict().items())
 
@@ -198,7 +198,7 @@ def test_table_has_every_method_and_goes_on_where_it_stopped(
     monkeypatch.setattr(rivals.table, "KINDS", {"dates": KINDS["dates"]})
     output = tmp_path / "baselines.json"
     command = ["--model", str(tmp_path / "pipeline"), "--output", str(output)]
-    command += ["--head-seconds", "0.1", "--passes", "4", "--num-tasks", "2"]
+    command += ["--head-seconds", "0.05", "--passes", "4", "--num-tasks", "2"]
     command += ["--num-validation", "1"]
     rivals.table.main([*command, "--methods", "factorized", "codd"])
     first = json.loads(output.read_text())["methods"]

@@ -90,7 +90,7 @@ class Adjust(nn.Module):
 
 
 def fit_adjust(
-    backbone: Backbone, seconds: float, seed: int = 0, learning_rate: float = 1e-3
+    backbone: Backbone, seconds: float, seed: int = 0, learning_rate: float = 5e-4
 ) -> Adjust:
     """The layer, trained for so many processor seconds."""
     torch.manual_seed(seed)

@@ -11,8 +11,8 @@ after them add up to at most a bound. Tokens are drawn independently; if influen
 bound holds for the total variation between these draws and the backbone's joint.
 
 Differs from the paper in that the number of passes is given: where the bound admits fewer positions
-than the pace asks, the surest of the others follow, and where it admits more, they wait, unless
-`own_pace` is set; and in the head's inside: a product of two small networks, and the distance.
+than the pace asks, the surest of the others follow, and where it admits more, they wait; and in the
+head's inside, which is a product of two small networks with a term for the distance.
 """
 
 from __future__ import annotations
@@ -60,11 +60,10 @@ class Demask:
     Args:
         head: predicts them.
         bound: of the summed influences among the positions of a pass.
-        own_pace: whether a pass commits all that the bound admits, however many.
     """
 
-    def __init__(self, head: Influence, bound: float, own_pace: bool = False) -> None:
-        self.head, self.bound, self.own_pace = head, bound, own_pace
+    def __init__(self, head: Influence, bound: float) -> None:
+        self.head, self.bound = head, bound
 
     @torch.no_grad()
     def draw(self, seen: Pass) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,12 +72,7 @@ class Demask:
         within = bounded(
             self.head(window_states(seen)).sigmoid(), confidence, seen.open, self.bound
         )
-        count = torch.maximum(seen.count, within.sum(-1)) if self.own_pace else seen.count
-        return tokens, surest(confidence + FIRST * within, seen.open, count)
-
-
-FIRST = 1e6
-"""Puts positions within the bound before all others."""
+        return tokens, surest(confidence.exp() + within, seen.open, seen.count)
 
 
 def window_states(seen: Pass) -> torch.Tensor:

@@ -42,7 +42,7 @@ class GRPOConfig:
         penalty: weight of the divergence from the backbone as it was.
     """
 
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     passes: int = 8
     temperature: float = 0.9
     questions: int = 8

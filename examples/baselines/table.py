@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,6 @@ from grpo import fit_grpo
 from loop import Answering, Factorized, answering, score
 
 from codd_hf.data.tasks import KINDS
-from codd_hf.runtime.environment import environment
-from codd_hf.runtime.files import atomic_write
 
 PASSES = (1, 2, 4, 8, 16, 32)
 TUNED_AT = 4
@@ -71,7 +71,7 @@ def codd(backbone: Backbone, _: None, choice: Choice) -> Answering:
     return answer
 
 
-def copula(num_layers: int | None, choices: Sequence[Choice]) -> Method:
+def copula(num_layers: int | None, choices: Sequence[Choice] = ({},)) -> Method:
     """A copula with so many of the backbone's layers; None: all of them."""
 
     def fit(backbone: Backbone, seconds: float, seed: int) -> torch.nn.Module:
@@ -79,6 +79,12 @@ def copula(num_layers: int | None, choices: Sequence[Choice]) -> Method:
         return fit_copula(backbone, seconds, layers, seed)
 
     return Method(lambda b, fitted, c: answering(b, Copula(fitted, **c)), fit, choices=choices)
+
+
+def copula_alone(backbone: Backbone, fitted: torch.nn.Module, _: Choice) -> Answering:
+    """The autoregressive model without the backbone, which has no use for a second pass."""
+    answer = answering(backbone, Copula(fitted, alpha=0.0))
+    return lambda questions, passes, num_windows: answer(questions, 1, num_windows)
 
 
 def of_factorized(backbone: Backbone, fitted: Backbone | None, choice: Choice) -> Answering:
@@ -98,7 +104,7 @@ METHODS = {
     "codd": Method(codd, choices=({}, {"sampling": "any_order"}, {"sampling": "latent"})),
     "copula, 2 layers": copula(2, COPULAS),
     "copula, all layers": copula(None, COPULAS),
-    "copula alone, all layers": copula(None, ({"alpha": 0.0},)),
+    "copula alone, all layers": replace(copula(None), answer=copula_alone),
     "adjust": Method(lambda b, layer, c: answering(b, layer), fit_adjust),
     "demask": Method(
         lambda b, head, c: answering(b, Demask(head, **c)),
@@ -164,15 +170,16 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def head_seconds(folder: Path) -> float | None:
-    """Processor seconds that the head's fit took, as its training wrote them down."""
+def head_seconds(folder: Path) -> float:
+    """Processor seconds that the head's fit took, as its training wrote them down; or else 600."""
     training = folder / "training"
     histories = [training / f"{stage}_history.json" for stage in ("generative", "conditional")]
     found = [json.loads(path.read_text())[-1]["seconds"] for path in histories if path.exists()]
     if not found:
-        return None
-    run = json.loads((training / "run.json").read_text())
-    return sum(found) * run["environment"]["threads"] * run["environment"]["processes"]
+        print(f"{folder} does not tell how long its head was fitted: every method has 600 s.")
+        return 600.0
+    machine = json.loads((training / "run.json").read_text())["environment"]
+    return round(sum(found) * machine["threads"] * machine["processes"], 1)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -183,16 +190,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--passes", type=int, nargs="+", default=list(PASSES), help="a window")
     parser.add_argument("--num-tasks", type=int, default=200, help="test tasks of each kind")
     parser.add_argument("--num-validation", type=int, default=50, help="of each kind")
-    parser.add_argument("--head-seconds", type=float, help="default: as the model's training says")
+    parser.add_argument("--head-seconds", type=float, help="default: what training took")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("model_cards/results/baselines.json"))
     args = parser.parse_args(argv)
     args.head_seconds = args.head_seconds or head_seconds(Path(args.model))
-    if args.head_seconds is None:
-        parser.error("`--head-seconds` must be given: the model's folder does not tell them")
     torch.set_num_threads(1)  # so that processor seconds are those of one core
     backbone = load_backbone(args.model)
-    facts = {"model": Path(args.model).resolve().name, "environment": environment()}
+    facts = {"model": Path(args.model).resolve().name, "machine": platform.machine()}
+    facts |= {name: version(name) for name in ("torch", "transformers", "codd-hf")}
     facts |= {n: getattr(args, n) for n in ("head_seconds", "passes", "num_tasks", "seed")}
     results = {**facts, "methods": {}}
     if args.output.exists():
@@ -203,8 +209,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if name not in results["methods"]:
             results["methods"][name] = measure(METHODS[name], name, backbone, args)
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(args.output) as new:
-                new.write_text(json.dumps(results, indent=2) + "\n")
+            new = args.output.with_suffix(".new")
+            new.write_text(json.dumps(results, indent=2) + "\n")
+            new.replace(args.output)
     print(table(results))
     return results
 
