@@ -167,6 +167,24 @@ def test_demask_takes_positions_whose_influences_stay_within_the_bound(rivals, s
     assert torch.equal(rivals.demask.bounded(influence, scores, seen.open, 1e9), seen.open)
 
 
+def test_demask_commits_no_neighbours_that_depend_on_each_other(rivals, seen):
+    head = rivals.demask.Influence(seen.backbone.hidden_size, 32)
+    with torch.no_grad():
+        head.on[-1].weight.zero_()
+        head.on[-1].bias.zero_()
+        head.distance.fill_(-20.0)
+    _, independent = rivals.demask.Demask(head).draw(seen)
+    assert torch.equal(independent, rivals.loop.Factorized().draw(seen)[1])
+    with torch.no_grad():
+        head.distance[[30, 32]] = 20.0
+    _, chosen = rivals.demask.Demask(head).draw(seen)
+    assert torch.equal(chosen.sum(-1), seen.count)
+    assert not (chosen & ~seen.open).any()
+    untouched = seen.open.all(-1)
+    assert untouched.any()
+    assert not (chosen[untouched, 1:] & chosen[untouched, :-1]).any()
+
+
 def test_demask_measures_how_far_predictions_move(rivals, backbone, seen):
     source, moved, others = rivals.demask.measured(seen)
     row = torch.arange(len(source))

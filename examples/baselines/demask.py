@@ -10,12 +10,15 @@ positions, the surest first, and takes one while the influences of those taken b
 after them add up to at most a bound. Tokens are drawn independently; if influences add up, the
 bound holds for the total variation between these draws and the backbone's joint.
 
-Differs from the paper in that the number of passes is given: where the bound admits fewer positions
-than the pace asks, the surest of the others follow, and where it admits more, they wait; and in the
-head's inside, which is a product of two small networks with a term for the distance.
+Differs from the paper in that the number of passes is given, and with it how many positions a pass
+takes, so that the bound is for each pass the least of a few that admits so many; and in the head's
+inside, which is a product of two small networks with a term for the distance. Positions below a
+`threshold` of confidence, as in the paper, come last.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from common import Backbone
@@ -26,6 +29,7 @@ from torch.nn import functional as F
 
 BATCH = 32
 RANK = 64
+BOUNDS = (*(0.05 * 3.0**power for power in range(6)), math.inf)
 
 
 class Influence(nn.Module):
@@ -59,20 +63,24 @@ class Demask:
 
     Args:
         head: predicts them.
-        bound: of the summed influences among the positions of a pass.
+        threshold: positions whose token is less probable are taken only if there are no others.
     """
 
-    def __init__(self, head: Influence, bound: float) -> None:
-        self.head, self.bound = head, bound
+    def __init__(self, head: Influence, threshold: float = 0.0) -> None:
+        self.head, self.threshold = head, threshold
 
     @torch.no_grad()
     def draw(self, seen: Pass) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Sampler`."""
-        tokens, confidence = seen.pick(seen.log_probs)
-        within = bounded(
-            self.head(window_states(seen)).sigmoid(), confidence, seen.open, self.bound
-        )
-        return tokens, surest(confidence.exp() + within, seen.open, seen.count)
+        tokens, log_probs = seen.pick(seen.log_probs)
+        probs, influence = log_probs.exp(), self.head(window_states(seen)).sigmoid()
+        sure = seen.open & (probs >= self.threshold)
+        every = [bounded(influence, probs, sure, bound) for bound in BOUNDS]
+        admitted = torch.stack(every)  # [bounds, batch, L]
+        enough = (admitted.sum(-1) >= seen.count).long()
+        enough[-1] = 1
+        chosen = admitted[enough.argmax(0), torch.arange(len(probs))]
+        return tokens, surest(probs + chosen, seen.open, seen.count)
 
 
 def window_states(seen: Pass) -> torch.Tensor:

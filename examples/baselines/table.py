@@ -109,7 +109,7 @@ METHODS = {
     "demask": Method(
         lambda b, head, c: answering(b, Demask(head, **c)),
         fit_demask,
-        choices=tuple({"bound": bound} for bound in (0.1, 0.3, 1.0, 3.0)),
+        choices=tuple({"threshold": threshold} for threshold in (0.0, 0.5, 0.8)),
     ),
     "grpo x1": Method(of_factorized, fit_grpo, choices=ORDERS),
     "grpo x10": Method(of_factorized, fit_grpo, share=10.0, choices=ORDERS),
