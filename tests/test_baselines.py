@@ -1,0 +1,230 @@
+"""Promises of `examples/baselines`: they do what their papers say where the truth is known."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
+from codd_hf.data.tasks import KINDS, draw_tasks
+from codd_hf.data.tokenizers import train_tokenizer
+from tiny import random_head, tiny_backbone
+
+FOLDER = Path(__file__).parents[1] / "examples" / "baselines"
+NAMES = ("common", "loop", "learning", "copula", "adjust", "demask", "grpo", "table")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rivals():
+    """The modules by name; they import each other as scripts in one folder do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
+
+
+@pytest.fixture(scope="module")
+def backbone(rivals):
+    """Random weights, far from uniform, and a random head."""
+    tasks = list(islice(draw_tasks("train", 0), 300))
+    tokenizer = train_tokenizer([f"{task.question} {task.answer}" for task in tasks], 400)
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    network = tiny_backbone("llama", len(tokenizer), max_position_embeddings=256, **special)
+    never = sorted({*tokenizer.all_special_ids} - {tokenizer.eos_token_id})
+    head = random_head(
+        len(tokenizer),
+        window_length=32,
+        mask_token_id=tokenizer.mask_token_id,
+        forbidden_token_ids=never,
+    )
+    pipeline = CoDDPipeline(CoDDModel.from_backbone(network, head), CoDDScheduler(), tokenizer)
+    pipeline.set_progress_bar_config(disable=True)
+    return rivals.common.Backbone(pipeline)
+
+
+@pytest.fixture
+def canvas(rivals, backbone):
+    """Answers of two windows, a few of whose tokens are in place."""
+    tasks = list(islice(draw_tasks("train", 1, ["sums"]), 6))
+    canvas = rivals.common.to_fill(backbone, [backbone.prompt(t.question) for t in tasks], 2)
+    generator = torch.Generator().manual_seed(0)
+    for row, start in enumerate(canvas.start.tolist()):
+        places = start + torch.randperm(32, generator=generator)[: 4 * row]
+        canvas.tokens[row, places] = torch.randint(10, 300, (len(places),), generator=generator)
+    return canvas
+
+
+@pytest.fixture
+def seen(rivals, backbone, canvas):
+    return rivals.loop.Pass.over(backbone, canvas, canvas.start, passes_left=4)
+
+
+def fill(rivals, backbone, sampler, passes):
+    tasks = list(islice(draw_tasks("validation", 0, ["dates"]), 4))
+    canvas = rivals.common.to_fill(backbone, [backbone.prompt(t.question) for t in tasks], 2)
+    return rivals.loop.decode(backbone, sampler, canvas, passes)
+
+
+@pytest.mark.parametrize("passes", [1, 3, 32])
+def test_decode_loop_is_the_librarys(rivals, backbone, passes):
+    questions = [task.question for task in islice(draw_tasks("validation", 0), 4)]
+    own = rivals.loop.answering(backbone, rivals.loop.Factorized())(questions, passes, 2)
+    choice = {"sampling": "factorized"}
+    assert own == rivals.table.codd(backbone, None, choice)(questions, passes, 2)
+
+
+class IndependentTokens:
+    """An autoregressive model that says what it is told, whatever stands before."""
+
+    def __init__(self, log_probs):
+        self.log_probs = log_probs
+
+    def generate(self, tokens, logits_processor, **_):
+        (processor,) = logits_processor
+        for place in range(self.log_probs.shape[1]):
+            processor(tokens, self.log_probs[:, place])
+
+
+@pytest.mark.parametrize("reading", ["causal", "exact"])
+def test_copula_of_independent_tokens_leaves_the_backbones_marginals(rivals, seen, reading):
+    copula = rivals.copula
+    left = {"causal": copula.causal_reading, "exact": copula.exact_reading}[reading](seen)
+    combine = copula.Combine(seen, seen.log_probs - left)
+    combine.ratio[~combine.ratio.isfinite()] = 0
+    for place in range(left.shape[1]):
+        combine(None, left[:, place])
+    drawn, log_probs = torch.stack(combine.tokens, 1), torch.stack(combine.log_probs, 1)
+    best = seen.log_probs.max(-1)
+    assert torch.equal(drawn[seen.open], best.indices[seen.open])
+    assert torch.allclose(log_probs[seen.open], best.values[seen.open], atol=1e-4)
+    sampler = copula.Copula(IndependentTokens(left), 1.0, reading, "surest")
+    tokens, chosen = sampler.draw(seen)
+    expected, same = rivals.loop.Factorized().draw(seen)
+    assert torch.equal(chosen, same)
+    assert torch.equal(tokens[chosen], expected[chosen])
+
+
+def test_readings_of_the_left_do_not_see_what_is_on_the_right(rivals, backbone, canvas, seen):
+    loop, copula = rivals.loop, rivals.copula
+    place = 20
+    other = canvas.tokens.clone()
+    behind = (torch.arange(other.shape[1]) > (canvas.start + place)[:, None]) & canvas.real
+    other[behind & (other != backbone.mask_id)] = 17
+    changed = loop.Pass.over(backbone, canvas.with_tokens(other), canvas.start)
+    assert not torch.allclose(seen.log_probs[:, :place], changed.log_probs[:, :place], atol=1e-3)
+    for read in (copula.causal_reading, copula.exact_reading):
+        before, after = read(seen)[:, :place].exp(), read(changed)[:, :place].exp()
+        still_open = seen.open[:, :place]
+        assert torch.allclose(before[still_open], after[still_open], atol=1e-5)
+    masked = loop.Pass.over(
+        backbone,
+        canvas.with_tokens(canvas.tokens.masked_fill(behind, backbone.mask_id)),
+        canvas.start,
+    )
+    at = seen.open[:, place]
+    exact = copula.exact_reading(seen)[at, place]
+    assert torch.allclose(exact.exp(), masked.log_probs[at, place].exp(), atol=1e-5)
+
+
+@pytest.mark.parametrize("passes", [1, 4])
+def test_untrained_adjust_draws_as_the_backbone_does(rivals, backbone, passes):
+    layer = rivals.adjust.Adjust(backbone).eval()
+    own = fill(rivals, backbone, layer, passes)
+    assert torch.equal(own, fill(rivals, backbone, rivals.loop.Factorized(), passes))
+
+
+def test_adjust_learns_what_drawn_tokens_change(rivals, backbone):
+    layer = rivals.adjust.fit_adjust(backbone, seconds=0.7, learning_rate=3e-3)
+    generator = torch.Generator().manual_seed(7)
+    tasks = list(islice(draw_tasks("validation", 0, ["sums"]), 16))
+    seen, later = rivals.adjust.pairs_of_passes(backbone, tasks, generator)[0]
+    truth = later.log_probs[later.open].exp()
+
+    def away(log_probs):
+        return (log_probs[later.open].exp() - truth).abs().sum(-1).mean()
+
+    assert away(layer(seen, later.canvas.tokens)) < away(seen.log_probs)
+    fill(rivals, backbone, layer, 4)
+
+
+def test_demask_takes_positions_whose_influences_stay_within_the_bound(rivals, seen):
+    influence = torch.rand(6, 32, 32, generator=torch.Generator().manual_seed(0))
+    scores = torch.rand(6, 32, generator=torch.Generator().manual_seed(1))
+    best = scores.masked_fill(~seen.open, -1).argmax(-1)
+    for bound in (0.0, 0.5, 3.0):
+        taken = rivals.demask.bounded(influence, scores, seen.open, bound)
+        assert not (taken & ~seen.open).any()
+        assert taken[torch.arange(6), best].all()
+        for row in range(6):
+            order = [i for i in scores[row].argsort(descending=True).tolist() if taken[row, i]]
+            pairs = [(late, early) for n, late in enumerate(order) for early in order[:n]]
+            assert sum(influence[row, i, j] for i, j in pairs) <= bound + 1e-5
+    assert torch.equal(rivals.demask.bounded(influence, scores, seen.open, 1e9), seen.open)
+
+
+def test_demask_commits_no_neighbours_that_depend_on_each_other(rivals, seen):
+    head = rivals.demask.Influence(seen.backbone.hidden_size, 32)
+    with torch.no_grad():
+        head.on[-1].weight.zero_()
+        head.on[-1].bias.zero_()
+        head.distance.fill_(-20.0)
+    _, independent = rivals.demask.Demask(head).draw(seen)
+    assert torch.equal(independent, rivals.loop.Factorized().draw(seen)[1])
+    with torch.no_grad():
+        head.distance[[30, 32]] = 20.0
+    _, chosen = rivals.demask.Demask(head).draw(seen)
+    assert torch.equal(chosen.sum(-1), seen.count)
+    assert not (chosen & ~seen.open).any()
+    untouched = seen.open.all(-1)
+    assert untouched.any()
+    assert not (chosen[untouched, 1:] & chosen[untouched, :-1]).any()
+
+
+def test_demask_measures_how_far_predictions_move(rivals, backbone, seen):
+    source, moved, others = rivals.demask.measured(seen)
+    row = torch.arange(len(source))
+    assert seen.open[row, source].all()
+    assert not others[row, source].any()
+    assert (moved >= 0).all()
+    assert (moved <= 1 + 1e-5).all()
+    tokens = seen.canvas.tokens.clone()
+    tokens[row, seen.columns[row, source]] = seen.log_probs[row, source].argmax(-1)
+    again = rivals.loop.Pass.over(backbone, seen.canvas.with_tokens(tokens), seen.columns[:, 0])
+    distance = (again.log_probs.exp() - seen.log_probs.exp()).abs().sum(-1) / 2
+    assert torch.allclose(moved[others], distance[others], atol=1e-5)
+
+
+def test_grpo_raises_a_simple_reward_and_leaves_the_backbone(rivals, backbone):
+    config = rivals.grpo.GRPOConfig(1e-2, passes=2, questions=2, updates=2, penalty=0.0)
+    before = {name: p.clone() for name, p in backbone.model.state_dict().items()}
+    grpo = rivals.grpo.GRPO(backbone, config, reward=lambda task, text: text.count("a") / 5)
+    parameters = list(grpo.policy.model.backbone.parameters())
+    rivals.learning.fit(parameters, grpo.loss, 1.5, config.learning_rate)
+    assert sum(grpo.rewards[-4:]) > 2 * sum(grpo.rewards[:4])
+    assert all(torch.equal(p, before[n]) for n, p in backbone.model.state_dict().items())
+
+
+def test_table_has_every_method_and_goes_on_where_it_stopped(
+    rivals, backbone, tmp_path, monkeypatch, capsys
+):
+    backbone.pipeline.save_pretrained(tmp_path / "pipeline")
+    monkeypatch.setattr(rivals.table, "KINDS", {"dates": KINDS["dates"]})
+    output = tmp_path / "baselines.json"
+    command = ["--model", str(tmp_path / "pipeline"), "--output", str(output)]
+    command += ["--head-seconds", "0.05", "--passes", "4", "--num-tasks", "2"]
+    command += ["--num-validation", "1"]
+    rivals.table.main([*command, "--methods", "factorized", "codd"])
+    first = json.loads(output.read_text())["methods"]
+    results = rivals.table.main(command)
+    assert list(results["methods"]) == list(rivals.table.METHODS)
+    assert {name: results["methods"][name] for name in first} == first
+    for entry in results["methods"].values():
+        assert [(row["kind"], row["passes"]) for row in entry["rows"]] == [("dates", 4)]
+    assert capsys.readouterr().out.count("\n| ") >= len(rivals.table.METHODS)
+    with pytest.raises(SystemExit):
+        rivals.table.main([*command, "--seed", "1"])
