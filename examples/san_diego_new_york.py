@@ -1,6 +1,6 @@
 """He is from San/New York/Diego: why tokens that are drawn in parallel need coupling.
 
-A diffusion language model fills two masked tokens in one step. It knows the law of each: the first
+A diffusion language model fills two masked tokens in one step. It knows each alone: the first
 is "San" or "New", the second "York" or "Diego". Drawn independently, half of the pairs are no city.
 A circuit with two latent states (one a city) says which tokens go together, and the product of both
 is sampled exactly, still in one step.

@@ -1,4 +1,4 @@
-"""The factorization barrier, measured on a language whose true law is known.
+"""The factorization barrier, measured on a language whose true distribution is known.
 
 A small grammar writes texts of 16 words about the sea, the sky or the kitchen. A tiny masked
 diffusion language model learns them, a circuit is fitted to it, and both write new texts in few
@@ -60,7 +60,7 @@ class Grammar:
 
     Attributes:
         words: the vocabulary, special tokens first.
-        start: `[S]`, law of a text's first state.
+        start: `[S]`, distribution of a text's first state.
         transition: `[S, S]`, row = previous state.
         emission: `[S, V]`.
     """

@@ -85,7 +85,7 @@ def test_partial_pass_is_a_whole_one_with_kept_keys_and_values(backbone, cache):
     model = CoDDModel.from_backbone(tiny_backbone(kind, **changes), mask_token_id=MASK)
     canvas, mask, block = canvases()
     reader = reader_of(model, canvas, mask, cache=cache)
-    reader.open_block(block)
+    reader.begin_stage(block)
 
     kept: dict[str, torch.Tensor] = {}
     hooks = recorded(model.backbone, kept, None)
@@ -126,7 +126,7 @@ def test_later_steps_compute_the_block_alone_and_copy_nothing(cache):
     lengths = []
     layer = model.backbone.get_decoder().layers[0].self_attn
     layer.k_proj.register_forward_hook(lambda m, args, out: lengths.append(out.shape[1]))
-    reader.open_block(block)
+    reader.begin_stage(block)
     memory = []
     for _ in range(3):
         read(reader, canvas, range(3))
@@ -140,7 +140,7 @@ def test_what_a_caller_changes_outside_the_block_is_read_again_in_that_row_alone
     model = CoDDModel.from_backbone(tiny_backbone(), mask_token_id=MASK)
     canvas, mask, block = canvases()
     reader = reader_of(model, canvas, mask, cache="dual")
-    reader.open_block(block)
+    reader.begin_stage(block)
     read(reader, canvas, range(2))  # row 2 comes later
     later = some_committed(canvas, block)
     untouched = read(reader, later, range(1)).logits().clone()

@@ -96,7 +96,7 @@ def test_both_passes_go_through_the_caches(cache, shift):
     given = model(canvas, mask)
     without = model(canvas.masked_fill(mask.bool() & ~generated, MASK), mask).logits
     expected = without + torch.tensor([2.5, 1.5])[:, None, None] * (given.logits - without)
-    reader.open_block(block)
+    reader.begin_stage(block)
     for _ in range(2):  # nothing has changed: the second read says what the first did
         states = read(reader, canvas, range(2))
         torch.testing.assert_close(states.logits()[block], expected[block])

@@ -126,13 +126,13 @@ def test_block_causal_backbone_reads_no_further_than_the_windows(
 
     cut = generate()
     assert min(lengths) < prompt_length + 12 == max(lengths)
-    inner = CanvasReader.open_block
+    inner = CanvasReader.begin_stage
 
     def open_all(reader, block):
         inner(reader, block)
         reader.end = None
 
-    monkeypatch.setattr(CanvasReader, "open_block", open_all)
+    monkeypatch.setattr(CanvasReader, "begin_stage", open_all)
     assert torch.equal(cut, generate())
     assert set(lengths) == {prompt_length + 12}
 

@@ -32,13 +32,13 @@ class Options(Settings):
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the head and the backbone are."""
     threads: Annotated[int, Range(1, 4096)] | None = None
-    """Of torch; default: its own choice."""
+    """The threads of torch; default: its choice."""
     batch_size: Count | None = None
     """Rows at once; default: each benchmark's."""
     repeats: Count = 5
     """Timed runs of each side."""
     seed: Seed = 0
-    """Of weights, logits and draws."""
+    """The seed of weights, logits and draws."""
     output: str | None = None
     """JSON file; default: none is written."""
 

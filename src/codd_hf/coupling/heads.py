@@ -64,14 +64,14 @@ class Heads:
     head of its name; where heads have adapters of their own, passes of the backbone take turns.
     """
 
-    of: weakref.ref[CoupledBackbone]  # no cycle: a model that is let go frees its memory at once
+    owner: weakref.ref[CoupledBackbone]  # no cycle: a model that is let go frees its memory at once
     others: dict[str, CoDDHead] = field(default_factory=dict)
     lock: Any = field(default_factory=threading.RLock)
 
     @property
     def model(self) -> CoupledBackbone:
         """The model that has the heads."""
-        model = self.of()
+        model = self.owner()
         assert model is not None
         return model
 
@@ -79,7 +79,7 @@ class Heads:
         return self.model, self.others
 
     def __setstate__(self, state: tuple[CoupledBackbone, dict[str, CoDDHead]]) -> None:
-        self.of, self.others, self.lock = weakref.ref(state[0]), state[1], threading.RLock()
+        self.owner, self.others, self.lock = weakref.ref(state[0]), state[1], threading.RLock()
 
     def __iter__(self) -> Iterator[str]:
         default = () if self.model.coupling_head is None else (DEFAULT_NAME,)
@@ -116,7 +116,10 @@ class Heads:
 
     @contextmanager
     def adapter_of_call(self, head: CallHead) -> Iterator[None]:
-        """Runs a pass with the adapter of the head of a call; the default one's is what is set."""
+        """Runs a pass with the adapter of a call's head.
+
+        A call with the default head uses the adapters that are active.
+        """
         backbone = self.model.backbone
         adapters = adapter_configs(backbone).keys()
         if not self.others or not adapters & {*self}:
@@ -127,7 +130,7 @@ class Heads:
                 yield
                 return
             repeated = any(getattr(m, "gradient_checkpointing", 0) for m in backbone.modules())
-            if repeated and torch.is_grad_enabled():  # with the adapter of another head
+            if repeated and torch.is_grad_enabled():  # when another adapter may be active
                 raise ValueError(
                     f"`head` {head.name!r} cannot be trained with gradient checkpointing: make it "
                     "the default head of a model."
@@ -146,7 +149,7 @@ class Heads:
         adapter: str | Path | None = None,
         **hub: Any,
     ) -> None:
-        """Adds a head, for calls that name it by `head=name`; `"default"` is that of all others.
+        """Adds a head, for calls that name it by `head=name`; `"default"` is for all others.
 
         Head and adapter are as for [`CoDDModel.from_backbone`], and run together.
 
@@ -179,7 +182,8 @@ class Heads:
     def delete(self, name: str) -> None:
         """Removes a head and its adapter."""
         with self.lock:
-            if self[name] is not None and name in adapter_configs(self.model.backbone):
+            self[name]  # raises for an unknown name
+            if name in adapter_configs(self.model.backbone):
                 delete_adapter(self.model.backbone, name)
             if name == DEFAULT_NAME:
                 self.model.coupling_head = self.model.config.head_config = None
@@ -200,7 +204,7 @@ class Heads:
         to_hub = kwargs.pop("push_to_hub", False)
         repo_id = kwargs.pop("repo_id", Path(save_directory).resolve().name)
 
-        def save(folder: str | Path) -> None:
+        def write(folder: str | Path) -> None:
             with self.lock:
                 adapter: str | None = name if name in adapter_configs(model.backbone) else None
                 if name == DEFAULT_NAME:
@@ -208,7 +212,7 @@ class Heads:
                 save_adapter(model.backbone, adapter, Path(folder, ADAPTER_FOLDER), base)
             head.save_pretrained(folder, **kwargs)
 
-        save(save_directory)
+        write(save_directory)
         if to_hub:
             given = {key: kwargs[key] for key in PUSHED if key in kwargs}
-            push(head, save, repo_id, **given)
+            push(head, write, repo_id, **given)

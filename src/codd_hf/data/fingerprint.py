@@ -18,7 +18,7 @@ PASSING = ("_name_or_path", "architectures", "dtype", "transformers_version", "u
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Of a tokenizer's vocabulary and its own tokens; its cuts show in the data's tokens."""
+    """A digest of a tokenizer's vocabulary and own tokens; its cuts show in the data's tokens."""
     return {
         "tokenizer": json_fingerprint(sorted(tokenizer.get_vocab().items())),
         "eos_token_id": tokenizer.eos_token_id,

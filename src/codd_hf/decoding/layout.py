@@ -83,7 +83,7 @@ def lay_out(
 
 def _stages(canvas: Canvas, block: torch.Tensor) -> list[Stage]:
     """Shares the steps of a row over those of its blocks `[batch, T]` in which masks are."""
-    masked, stages = canvas.open(), list[Stage]()
+    masked, stages = canvas.open_positions(), list[Stage]()
     for row, steps in enumerate(canvas.call.num_inference_steps):
         blocks = block[row, masked[row]].unique().tolist()
         if steps is None:

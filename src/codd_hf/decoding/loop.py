@@ -77,9 +77,9 @@ def denoise(
         if call.scheduler.settings.remask_threshold:
             memory = CommitMemory(batch, length + call.head.window_length, device)
         most_steps = int(stage.num_steps.max())
-        reader.open_block(stage.within)
+        reader.begin_stage(stage.within)
         for number in range(most_steps):
-            is_open = (canvas.open() & stage.within).any(-1)
+            is_open = (canvas.open_positions() & stage.within).any(-1)
             rows = (is_open & (number < stage.num_steps)).nonzero()[:, 0]
             if len(rows) == 0:
                 break
@@ -97,12 +97,12 @@ def denoise(
                     canvas.tokens = as_tensor("canvas", returned, int, after.shape, device).clone()
                     check_tokens("canvas", canvas.tokens, model.config.vocab_size)
             num_passes += 1
-            canvas.close()
+            canvas.pad_after_ends()
             if progress is not None:
                 progress(1)
             if stream is not None:
                 stream()
     if progress is not None:
         progress(canvas.most_passes - num_passes)
-    canvas.close()
+    canvas.pad_after_ends()
     return DecodingOutput(*canvas.result(), num_passes, passes_per_row)

@@ -28,7 +28,7 @@ from ..circuits.random import Generators
 from ..coupling.windows import CoupledBackbone, positions_of, windows_over
 from ..schedulers.drawing import RowText
 from ..schedulers.remasking import CommitMemory
-from ..schedulers.strategies import ADAPTIVE
+from ..schedulers.strategies import ADAPTIVE, even_pace
 from .call import DecodingCall
 
 
@@ -92,14 +92,14 @@ class Canvas:
                 setattr(part, name, value[index])
         return part
 
-    def open(self) -> torch.Tensor:
+    def open_positions(self) -> torch.Tensor:
         """`[batch, T]` bool, where a token is to be committed: nowhere behind an end token."""
         return self.generated & (self.tokens == self.call.mask_token_id) & ~self._ends()[1]
 
-    def close(self) -> None:
+    def pad_after_ends(self) -> None:
         """Makes what follows an end token padding, in the rows where nothing before is open."""
         end, after = self._ends()
-        closed = end.any(-1) & ~self.open().any(-1)
+        closed = end.any(-1) & ~self.open_positions().any(-1)
         self.tokens = self.tokens.masked_fill(after & closed[:, None], self.call.behind)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,7 +142,7 @@ class CanvasReader:
         if canvas.call.cache is not None:
             self.cache = self.family.make_cache(self.backbone, len(self.attention_mask))
 
-    def open_block(self, block: torch.Tensor) -> None:
+    def begin_stage(self, block: torch.Tensor) -> None:
         """Says where the next steps commit tokens, `[batch, length]` bool; the first reads all."""
         self.end, call = None, self.canvas.call
         if getattr(self.backbone.config, "block_length", None) is not None:
@@ -218,15 +218,15 @@ def take_step(
     call, part = canvas.call, canvas.rows(rows)
     scheduler, length = call.scheduler, call.head.window_length
     states, num_steps = _without_early_ends(states, part), stage.num_steps[rows]
-    over = stage.within[rows]
-    eligible = open_ = part.open() & over
+    covered = stage.within[rows]  # by windows
+    eligible = open_ = part.open_positions() & covered
     if call.block_length is None:
-        over = eligible = _chosen(model, part, rows, states, num_steps, number, open_)
-    starts = part.windows_over(over)
+        covered = eligible = _chosen(model, part, rows, states, num_steps, number, open_)
+    starts = part.windows_over(covered)
     if call.block_length is None and scheduler.settings.strategy in ADAPTIVE:
-        # In these windows the coupled distribution decides.
+        # An adaptive strategy may commit any open position of these windows.
         eligible = open_ & positions_of(starts, length)
-    at_least = -(-open_.sum(-1) // (num_steps - number))
+    at_least = even_pace(open_, num_steps - number)
     for index in rows_alike(starts.sum(-1), num_steps):
         # 1. The distribution over the windows.
         group, group_rows = part.rows(index), rows[index]
@@ -311,7 +311,7 @@ def _chosen(
 
 
 def _of_rows(generator: Generators, rows: torch.Tensor) -> Generators:
-    """Of a list of generators those of some rows."""
+    """The generators of some rows."""
     if generator is None or isinstance(generator, torch.Generator):
         return generator
     return [generator[row] for row in rows.tolist()]

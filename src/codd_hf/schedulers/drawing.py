@@ -193,17 +193,17 @@ class StepDraw:
         if in_order:
             order = rank(settings, probs, self._all_probs, self.generator)
             committable, scores = best_scored(order, committable, at_least), leftmost_first(probs)
-        laws = list(dict.fromkeys((self.plain, self.sharpened)))
-        known = IncrementalPosterior([law.latents for law in laws], self.split(committable))
+        both = list(dict.fromkeys((self.plain, self.sharpened)))
+        known = IncrementalPosterior([each.latents for each in both], self.split(committable))
 
         def place(rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             flat = rows * tokens.shape[1] + columns
             return flat // self.length, flat % self.length
 
         def score(at: tuple[torch.Tensor, ...]) -> None:
-            law = known.token_probs(0, place(*at))
-            confidence[at] = law.amax(-1)
-            scores[at] = rank(settings, confidence[at], lambda: law)
+            of_tokens = known.token_probs(0, place(*at))
+            confidence[at] = of_tokens.amax(-1)
+            scores[at] = rank(settings, confidence[at], lambda: of_tokens)
 
         left = renewed = committable
         log_joint = probs.new_zeros(len(tokens))
@@ -226,7 +226,7 @@ class StepDraw:
             if not len(rows):
                 break
             at = rows, chosen[rows]
-            candidates = known.token_probs(len(laws) - 1, place(*at)).log()
+            candidates = known.token_probs(len(both) - 1, place(*at)).log()
             if self.processors:
                 candidates = self._processed(candidates, rows)
             new, _ = self._draw(candidates, None if uniforms is None else uniforms[at], rows)
@@ -260,23 +260,23 @@ class StepDraw:
 
     def _candidate_scores(self) -> torch.Tensor:
         """`[batch, length, vocab]` log-probabilities of which candidates are drawn separately."""
-        law, sampling, generator = self.sharpened, self.settings.sampling, self.generator
-        number = len(law.masked)
+        drawn, sampling, generator = self.sharpened, self.settings.sampling, self.generator
+        number = len(drawn.masked)
         if isinstance(generator, list | tuple):  # a row's for each of its windows
             generator = [g for g in generator for _ in range(number // len(self.sample))]
         draws_latents = sampling == "latent" and self.settings.temperature > 0
         if not self.is_coupled:
-            if draws_latents and law.potentials.num_latents > 1:
+            if draws_latents and drawn.potentials.num_latents > 1:
                 # A row uses up the same numbers whether or not others of its batch are coupled.
                 uniform((number, 1, self.length), generator, self.sample.device)
-            return self.join(law.factorized_logits)
+            return self.join(drawn.factorized_logits)
         if sampling == "marginal":
-            return self.join(law.marginals.log())
+            return self.join(drawn.marginals.log())
         if draws_latents:
-            latents = law.sample_latents(generator)
+            latents = drawn.sample_latents(generator)
         else:
-            latents = law.best_latents() if sampling == "latent" else law.viterbi().latents
-        return self.join(law.logits_given(latents))
+            latents = drawn.best_latents() if sampling == "latent" else drawn.viterbi().latents
+        return self.join(drawn.logits_given(latents))
 
     def _processed(self, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Scores `[n, vocab]` of rows `[n]` after the processors, which are called row by row."""

@@ -19,7 +19,7 @@ IN_ORDER = ("random", "left_to_right")
 """Strategies that rank positions before anything is predicted."""
 
 
-def even_pace(committable: torch.Tensor, steps_left: int) -> torch.Tensor:
+def even_pace(committable: torch.Tensor, steps_left: int | torch.Tensor) -> torch.Tensor:
     """`[batch]`: the tokens a step must commit so that all positions are filled in time."""
     return (committable.sum(-1) + steps_left - 1) // steps_left
 

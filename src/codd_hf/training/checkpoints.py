@@ -106,7 +106,7 @@ class Checkpoints:
 def identity_of(
     model: CoDDModel, tokenizer: PreTrainedTokenizerBase, **examples: Sequence[TokenizedExample]
 ) -> dict[str, Any]:
-    """Of a backbone, all of whose weights are read (if sharded, by all processes), and examples."""
+    """The digests of examples and a backbone (all its weights; if sharded, on all processes)."""
     return {
         **{name: data_fingerprint(part) for name, part in examples.items()},
         "model_settings": settings_fingerprint(model.backbone.config),

@@ -65,36 +65,36 @@ class Fit(ABC):
         """
         accelerator = Accelerator()
         main, device = accelerator.is_main_process, accelerator.device
-        state: dict[str, Any] = {"step": 0, "history": [], "loss": 0.0, "tokens": 0, "seconds": 0.0}
+        done: dict[str, Any] = {"step": 0, "history": [], "loss": 0.0, "tokens": 0, "seconds": 0.0}
         found = None if checkpoints is None else checkpoints.load(self.identity)
         if found is None:
             self.begin()
         else:
-            tensors, state = found
+            tensors, done = found
             self.restore(tensors)
-            left = f"goes on from step {state['step']} of {self.num_steps}"
+            left = f"goes on from step {done['step']} of {self.num_steps}"
             if main:
                 tqdm.write(f"The {self.name} {left}.")
-        history, began = state["history"], time.monotonic() - state["seconds"]
-        bar = {"total": self.num_steps, "initial": state["step"], "desc": self.name, "unit": "step"}
+        history, began = done["history"], time.monotonic() - done["seconds"]
+        bar = {"total": self.num_steps, "initial": done["step"], "desc": self.name, "unit": "step"}
         with tqdm(**bar, disable=not accelerator.is_local_main_process) as progress:
             if not history:
                 history.append({"step": 0, **self.measure_finite()})
-            for number in range(state["step"], self.num_steps):
+            for number in range(done["step"], self.num_steps):
                 step, last, step_began = number + 1, number + 1 == self.num_steps, time.monotonic()
-                figures, read = self.step(number)
-                state |= {"step": step, "tokens": state["tokens"] + read}
-                state["loss"] += figures["loss"] * read
+                figures, tokens = self.step(number)
+                done |= {"step": step, "tokens": done["tokens"] + tokens}
+                done["loss"] += figures["loss"] * tokens
                 progress.update()
                 progress.set_postfix(loss=f"{figures['loss']:.3f}")
-                figures["tokens_per_second"] = read / max(time.monotonic() - step_began, 1e-9)
+                figures["tokens_per_second"] = tokens / max(time.monotonic() - step_began, 1e-9)
                 resident = psutil.Process().memory_info().rss
                 peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident
                 figures["memory_gb"] = peak / 1e9
                 if last or step % self.evaluation_steps == 0:
-                    loss = state["loss"] / (state["tokens"] - history[-1].get("tokens", 0))
-                    measured, state["loss"] = self.measure_finite(), 0.0
-                    facts = {"tokens": state["tokens"], "seconds": time.monotonic() - began}
+                    loss = done["loss"] / (done["tokens"] - history[-1].get("tokens", 0))
+                    measured, done["loss"] = self.measure_finite(), 0.0
+                    facts = {"tokens": done["tokens"], "seconds": time.monotonic() - began}
                     history.append({"step": step, **measured, "loss": loss, **facts})
                     figures |= {f"validation_{name}": value for name, value in measured.items()}
                 if log is not None:
@@ -102,11 +102,11 @@ class Fit(ABC):
                 due = last or step % self.config.checkpointing_steps == 0
                 if checkpoints is not None and main and due:
                     facts = {"seconds": time.monotonic() - began, "identity": self.identity}
-                    checkpoints.save(step, self.state(), state | facts)
+                    checkpoints.save(step, self.state(), done | facts)
         return history
 
     def measure_finite(self) -> Figures:
-        """`measure`, told and checked."""
+        """Measures, prints the figures and refuses those that are not finite."""
         figures = self.measure()
         if Accelerator().is_main_process:
             tqdm.write(f"The {self.name} measures {figures}.")
@@ -114,7 +114,7 @@ class Fit(ABC):
         return figures
 
     def check_finite(self, figures: Figures, place: str) -> None:
-        """Refuses to go on where a figure has come to nothing."""
+        """Raises a FloatingPointError if a figure is NaN or infinite."""
         for name, value in figures.items():
             if not math.isfinite(value):
                 raise FloatingPointError(
@@ -155,13 +155,13 @@ class GradientFit(Fit):
     def backward(self, number: int) -> tuple[Figures, int]:
         """Sets the gradients of a step; returns its figures and its tokens."""
 
-    def rate(self, number: int, warmed: float) -> float:
-        """The share of the peak rate, where a share of the warm-up is done."""
+    def rate_factor(self, number: int, warmed: float) -> float:
+        """The share of the peak rate, once a share `warmed` of the warm-up is done."""
         return min(warmed, 1.0) * (0.5 + 0.5 * math.cos(math.pi * number / self.num_steps))
 
     def step(self, number: int) -> tuple[Figures, int]:
         """Makes the step of a number."""
-        rate = self.rate(number, (number + 1) / max(self.config.warmup_steps or 0, 1))
+        rate = self.rate_factor(number, (number + 1) / max(self.config.warmup_steps or 0, 1))
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak"] * rate
         figures, tokens = self.backward(number)
@@ -183,7 +183,7 @@ class GradientFit(Fit):
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Sets them."""
+        """Sets what `state` returned."""
         for name, parameter in self.trained.items():
             parameter.copy_(tensors[name])
         for number, optimizer in enumerate(self.optimizers):
@@ -195,7 +195,7 @@ class GradientFit(Fit):
             optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
-def told_precision(config: GradientConfig) -> str:
+def announced_precision(config: GradientConfig) -> str:
     """The precision of a fit on this device, which is said in a line."""
     accelerator = Accelerator()
     chosen = chosen_precision(config.mixed_precision, accelerator.device)

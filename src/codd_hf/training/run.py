@@ -49,8 +49,7 @@ def train(config: TrainConfig) -> Path:
             raise ValueError(
                 f"`report_to` is {name!r}, but that package is not installed: `pip install {name}`."
             )
-    shape = {"num_latents": config.num_latents, "window_length": config.window_length}
-    head_config(config, shape | {"vocab_size": config.num_latents}, 1)  # out of range: found here
+    check_head_settings(config)
     resume = resume_choices(config)
     with accelerator.main_process_first():  # the others find what it has converted
         run = Run(config, load_parts(config))
@@ -80,10 +79,19 @@ def train(config: TrainConfig) -> Path:
     return output / "pipeline"
 
 
+def check_head_settings(config: TrainConfig) -> None:
+    """Makes a head's configuration for a stand-in vocabulary: it raises before data are loaded."""
+    shape = {"num_latents": config.num_latents, "window_length": config.window_length}
+    head_config(config, shape | {"vocab_size": config.num_latents}, 1)
+
+
 def _run_stage(run: Run, stage: Stage, resume: str) -> None:
-    """Runs a stage on the result of the one before, and writes its result, then its history."""
+    """Runs a stage on the result of the one before, and writes its result, then its history.
+
+    A stage whose steps are all done makes none again.
+    """
     config, main = run.config, PartialState().is_main_process
-    output, finished = Path(config.output_dir), Path(config.output_dir, stage.name, HISTORY)
+    output = Path(config.output_dir)
     resume_from = None if resume in ("latest", "none") else Path(resume)
     checkpoints = Checkpoints(output / stage.name, resume_from, config.checkpoints_total_limit)
     if stage is PRETRAINING and not main:
@@ -101,7 +109,7 @@ def _run_stage(run: Run, stage: Stage, resume: str) -> None:
             part.save_pretrained(new)
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
-    with atomic_write(finished) as path:
+    with atomic_write(output / stage.name / HISTORY) as path:
         path.write_text(json.dumps(history, indent=2))
 
 

@@ -30,7 +30,7 @@ class FitConfig(Settings):
     checkpointing_steps: Count = 100
     """Steps between checkpoints; there is one at the end as well."""
     seed: Seed = 0
-    """Of order, noise and all that starts at random."""
+    """The seed of order, noise and all that starts at random."""
 
     def identity(self) -> dict[str, Any]:
         """The settings that a run must be continued with."""
@@ -69,7 +69,7 @@ class GradientConfig(FitConfig):
     evaluation_steps: Count = 200
     """Steps between validations."""
     mixed_precision: Precision = "no"
-    """Of the backbone: no, bf16, or auto (bf16 where the device has its arithmetic); the circuit is
+    """The backbone's: no, bf16, or auto (bf16 where the device has its arithmetic); the circuit is
     computed in float32."""
     mean_span_length: Annotated[float, Range(1)] = 1.0
     """Mean length of the spans that are masked together; 1: each token alone."""
@@ -169,7 +169,7 @@ class JointConfig(CoupledConfig):
     backbone: Literal["lora", "full", "frozen"] = "lora"
     """What of it is trained: lora (a low-rank adapter, by PEFT), full, or frozen (nothing)."""
     lora_rank: Count = 16
-    """Of a new adapter; one that the backbone has already is trained further."""
+    """The rank of a new adapter; one that the backbone has already is trained further."""
     lora_alpha: Positive = 32.0
     """An adapter's output is scaled by `lora_alpha / lora_rank`."""
     lora_dropout: Annotated[float, Range(0, math.nextafter(1, 0))] = 0.0
@@ -242,13 +242,13 @@ class TrainConfig(Settings):
     evidence_size: Count | None = None
     """Likeliest tokens of a prediction that the circuit reads, in the head's configuration."""
     vocab_size: Count = 3072
-    """Of the tokenizer trained with a new backbone."""
+    """The size of the tokenizer that is trained with a new backbone."""
     hidden_size: Count = 256
-    """Of a new backbone."""
+    """The width of a new backbone."""
     num_layers: Count = 4
-    """Of a new backbone."""
+    """The depth of a new backbone."""
     mask_token_id: Natural | None = None
-    """Of a given backbone, if its tokenizer does not name one."""
+    """The mask token of a given backbone, if its tokenizer does not name one."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """In which the pipeline's weights are stored."""
     resume_from_checkpoint: str = "latest"

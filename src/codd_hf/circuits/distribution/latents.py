@@ -51,7 +51,7 @@ class Latents:
 
     @cached_property
     def prior(self) -> torch.Tensor:
-        """`[B, L, H + J]`: log-weights by the context and, where a row starts, the initial law."""
+        """`[B, L, H + J]`: log-weights by the context, and the initial ones where a row starts."""
         initial, latent = self.potentials.initial.to(self.dtype), self.context.latent
         if self.copies is not None:
             initial = self.copies.initial(initial)
@@ -296,7 +296,7 @@ class IncrementalPosterior:
     def _posterior(self, index: int, at: At) -> torch.Tensor:
         """`[N, H + J]`: distributions of the latents; zeros where nothing is possible."""
         place = at[1], self._rows[index, at[0]]
-        return self._chain.law(self._past[place], self._future[place])
+        return self._chain.probs(self._past[place], self._future[place])
 
 
 def pin_tokens(where: torch.Tensor, tokens: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:

@@ -141,7 +141,7 @@ class Emission(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the tensors."""
+        """The dtype of the tensors."""
         return self.tensors()[0].dtype
 
     @property
@@ -302,15 +302,15 @@ class TiedEmission(Emission):
     bias: torch.Tensor
 
     def columns(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Of the tokens' embeddings."""
+        """Made of the tokens' embeddings."""
         return self._log(F.embedding(tokens, self.embedding), self.latents, self.bias[tokens, None])
 
     def rows(self, latents: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Of the states'."""
+        """Made of the states'."""
         return self._log(self.latents[latents], self.embedding, self.bias)
 
     def chunks(self, size: int, position: int = 0) -> Iterator[torch.Tensor]:
-        """Of slices of the embedding."""
+        """Made of slices of the embedding."""
         for embedding, bias in zip(self.embedding.split(size), self.bias.split(size), strict=True):
             yield self._log(self.latents, embedding, bias)
 

@@ -38,8 +38,8 @@ and the future can favour it over what is kept by `exp(32)` at most: the error s
 `H exp(-23)`. Likewise float64, with `exp(-708 + 320)`. All others are worked on in logarithms.
 """
 
-Move = Callable[[torch.Tensor, int], torch.Tensor]
-"""Maps messages or states, and a position, to others."""
+StepFunction = Callable[[torch.Tensor, int], torch.Tensor]
+"""Of messages or states, and a position; gives messages or states."""
 
 
 def full_precision(function: Callable) -> Callable:
@@ -98,24 +98,24 @@ class Algebra:
         weights: `L` messages, the evidence.
         log_scale: `[B]`, the log of what evidence and steps leave out.
         times, total: the product of two messages, and the sum `[B, 1]` of one.
-        without: a message without its total.
+        divide: a message divided by a factor `[B, 1]`.
         step, step_back: the message after the step into a position, the weights before it.
         column: the weights `[*S, B, H]` of the latents before states `[*S, B]` at a position.
         probs, logs: the probabilities of a message and their logarithms, up to a factor.
-        of_logs: the message of logarithms, up to a factor.
+        from_logs: the message of logarithms, up to a factor.
     """
 
     weights: tuple[torch.Tensor, ...]
     log_scale: torch.Tensor
     times: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     total: Callable[[torch.Tensor], torch.Tensor]
-    without: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    step: Move
-    step_back: Move
-    column: Move
+    divide: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    step: StepFunction
+    step_back: StepFunction
+    column: StepFunction
     probs: Callable[[torch.Tensor], torch.Tensor]
     logs: Callable[[torch.Tensor], torch.Tensor]
-    of_logs: Callable[[torch.Tensor], torch.Tensor]
+    from_logs: Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -152,7 +152,7 @@ class Chain:
         return self.evidence.device
 
     @cached_property
-    def moves(self) -> torch.Tensor | None:
+    def has_step(self) -> torch.Tensor | None:
         """`[B, L]` bool: is there a step into the position? None where there is in all rows."""
         return None if self.present is None else self.present & (self.present.cumsum(1) > 1)
 
@@ -167,20 +167,20 @@ class Chain:
         steps = self.steps.to(dtype)
         weights, shift = shifted_exp(self.evidence.to(dtype), 2)
         shift, scales = shift[..., 0], steps.log_scales(*reversed(self.evidence.shape[:2]))
-        if self.present is not None and self.moves is not None:
-            shift, scales = torch.where(self.present, shift, 0), scales * self.moves[:, 1:].T
+        if self.present is not None and self.has_step is not None:
+            shift, scales = torch.where(self.present, shift, 0), scales * self.has_step[:, 1:].T
         return Algebra(
             weights=weights.unbind(1),  # the backward pass of a slice would fill all positions
             log_scale=shift.sum(1) + scales.sum(0),
             times=torch.mul,
             total=lambda x: x.sum(-1, keepdim=True),
-            without=lambda x, total: x / total.masked_fill(total <= 0, 1),
+            divide=lambda x, total: x / total.masked_fill(total <= 0, 1),
             step=steps.forward,
             step_back=steps.backward,
             column=steps.column,
             probs=lambda x: x,
             logs=safe_log,
-            of_logs=lambda x: shifted_exp(x.to(dtype), -1)[0],
+            from_logs=lambda x: shifted_exp(x.to(dtype), -1)[0],
         )
 
     def _logarithms(self) -> Algebra:
@@ -205,25 +205,25 @@ class Chain:
             log_scale=self.evidence.new_zeros(len(self.evidence)),
             times=torch.add,
             total=lambda x: logsumexp(x, -1)[..., None],
-            without=lambda x, total: x - total.masked_fill(total == -torch.inf, 0),
+            divide=lambda x, total: x - total.masked_fill(total == -torch.inf, 0),
             step=step,
             step_back=step_back,
             column=column,
             probs=normalised_exp,
             logs=lambda x: x,
-            of_logs=lambda x: x,
+            from_logs=lambda x: x,
         )
 
     @property
     def one(self) -> torch.Tensor:
         """`[B, H]`, the message that changes nothing."""
-        return self.algebra.of_logs(torch.zeros_like(self.evidence[:, 0]))
+        return self.algebra.from_logs(torch.zeros_like(self.evidence[:, 0]))
 
     def _arriving(self, message: torch.Tensor | None, i: int) -> torch.Tensor:
         """The message that arrives at a position from the one before; from none it is uniform."""
         if message is None:
-            return self.algebra.without(self.one, self.algebra.total(self.one))
-        return _where(self.moves, i, self.algebra.step(message, i), message)
+            return self.algebra.divide(self.one, self.algebra.total(self.one))
+        return _where(self.has_step, i, self.algebra.step(message, i), message)
 
     def forward(
         self, first: int = 0, last: int | None = None, message: torch.Tensor | None = None
@@ -234,28 +234,31 @@ class Chain:
             message = self._arriving(message, i)
             message = _where(self.present, i, algebra.times(message, weights[i]), message)
             total = algebra.total(message)
-            message = algebra.without(message, total)
+            message = algebra.divide(message, total)
             yield message, total
 
     def backward(
         self, first: int = 0, last: int | None = None, future: torch.Tensor | None = None
     ) -> Iterator[torch.Tensor]:
-        """Yields what positions to the right say of each latent, `future` at `last`, to `first`."""
+        """Yields the messages from all positions to the right, from `last` down to `first`.
+
+        The one at `last` is `future`.
+        """
         algebra, weights = self.algebra, self.algebra.weights
         future = self.one if future is None else future
         for i in range(len(weights) - 1 if last is None else last, first - 1, -1):
             yield future
             if i > first:
-                past = algebra.step_back(algebra.times(weights[i], future), i)
-                past = algebra.without(past, past.amax(-1, keepdim=True))
-                future = _where(self.moves, i, past, future)
+                earlier = algebra.step_back(algebra.times(weights[i], future), i)
+                earlier = algebra.divide(earlier, earlier.amax(-1, keepdim=True))
+                future = _where(self.has_step, i, earlier, future)
 
-    def _trace(self, state: torch.Tensor, before: Move) -> torch.Tensor:
+    def _trace(self, state: torch.Tensor, before: StepFunction) -> torch.Tensor:
         """The paths `[*S, B, L]` that end in `state` `[*S, B]`; `before` says where from."""
-        path, moves = [state], self.moves
+        path, has_step = [state], self.has_step
         for i in range(self.evidence.shape[1] - 1, 0, -1):
             origin = before(state, i)
-            state = origin if moves is None else torch.where(moves[:, i], origin, state)
+            state = origin if has_step is None else torch.where(has_step[:, i], origin, state)
             path.append(state)
         return torch.stack(path[::-1], -1)
 
@@ -267,27 +270,27 @@ class Chain:
         log_partition = (self.algebra.log_scale + log_total).to(self.evidence.dtype)
         return Filter(log_partition, torch.stack(messages, 1))
 
-    def law(self, message: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
+    def probs(self, message: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
         """`[..., H]`: the distribution of a latent, of past and future; zeros if impossible."""
         joint = self.algebra.times(message, future)
-        law = self.algebra.probs(self.algebra.without(joint, self.algebra.total(joint)))
-        return law.to(self.evidence.dtype)
+        probs = self.algebra.probs(self.algebra.divide(joint, self.algebra.total(joint)))
+        return probs.to(self.evidence.dtype)
 
     @full_precision
     def posterior(self, messages: torch.Tensor) -> torch.Tensor:
         """`[B, L, H]`: the distribution of each latent given all evidence; zeros at absent ones."""
-        laws, pasts = [], messages.unbind(1)
+        probs, pasts = [], messages.unbind(1)
         for i, future in zip(range(len(pasts) - 1, -1, -1), self.backward(), strict=True):
-            laws.append(_where(self.present, i, self.law(pasts[i], future), 0))
-        return torch.stack(laws[::-1], 1)
+            probs.append(_where(self.present, i, self.probs(pasts[i], future), 0))
+        return torch.stack(probs[::-1], 1)
 
     @full_precision
     def around(self) -> torch.Tensor:
         """`[B, L, H]`: the log-weights that all other positions give to each latent."""
         logs, messages = self.algebra.logs, [None, *(message for message, _ in self.forward())]
         futures = enumerate([*self.backward()][::-1])
-        laws = [logs(self._arriving(messages[i], i)) + logs(future) for i, future in futures]
-        return torch.stack(laws, 1).to(self.evidence.dtype)
+        around = [logs(self._arriving(messages[i], i)) + logs(future) for i, future in futures]
+        return torch.stack(around, 1).to(self.evidence.dtype)
 
     @full_precision
     def sample(

@@ -18,7 +18,7 @@ from ...modeling_codd import CoDDModel
 from ...modeling_head import CoDDHead
 from ..checkpoints import Checkpoints, identity_of
 from ..evidence import Evidence
-from ..loop import Figures, History, Log, told_precision
+from ..loop import Figures, History, Log, announced_precision
 from ..settings import ConditionalConfig
 from ..windows import WindowScores
 from .coupled import CoupledFit, head_optimizer, rows_of_step, trainable_head
@@ -44,7 +44,7 @@ def fit_conditional(
     history has the `gain`: nats per masked token over factorized prediction, all and by mask ratio.
     """
     config = (config or ConditionalConfig()).with_steps(len(train))
-    config = replace(config, mixed_precision=told_precision(config))  # type: ignore[arg-type]
+    config = replace(config, mixed_precision=announced_precision(config))  # type: ignore[arg-type]
     head, backbone = trainable_head(model.eval(), config), identity_of(model, tokenizer)
     folder = None if checkpoints is None else checkpoints.folder.parent / "evidence"
 

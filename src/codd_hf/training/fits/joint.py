@@ -20,7 +20,7 @@ from ...data.canvases import TokenizedExample
 from ...data.fingerprint import weights_fingerprint
 from ...modeling_codd import CoDDModel
 from ..checkpoints import Checkpoints, identity_of
-from ..loop import Figures, History, Log, seeded, told_precision, trained_in_float32
+from ..loop import Figures, History, Log, announced_precision, seeded, trained_in_float32
 from ..settings import JointConfig
 from ..windows import NoisedCanvases, WindowScores, window_scores
 from .coupled import CoupledFit, head_optimizer, rows_of_step, trainable_head
@@ -72,7 +72,7 @@ class _JointFit(CoupledFit):
         model, config, self.window_length = self.model, self.config, self.model.window_length
         self.lengths = torch.tensor([example.length() for example in self.train])
         head, data = trainable_head(model, config), {"data": self.train}
-        told_precision(config)
+        announced_precision(config)
         identity = identity_of(model, self.tokenizer, **data, validation_data=self.validation)
         identity["start"] = weights_fingerprint(head)
         model.backbone.requires_grad_(config.backbone == "full")

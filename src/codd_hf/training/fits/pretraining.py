@@ -22,7 +22,15 @@ from ...modeling_codd import CoDDModel
 from ...runtime.precision import autocast, chosen_precision
 from ..checkpoints import Checkpoints, identity_of
 from ..inputs import TaskStream
-from ..loop import Figures, GradientFit, History, Log, seeded, told_precision, trained_in_float32
+from ..loop import (
+    Figures,
+    GradientFit,
+    History,
+    Log,
+    announced_precision,
+    seeded,
+    trained_in_float32,
+)
 from ..settings import PretrainingConfig
 
 BETAS = (0.9, 0.98)
@@ -86,14 +94,14 @@ class _BackboneFit(GradientFit):
         validation = self.validation
         identity = identity_of(model, self.tokenizer, data=data, validation_data=validation)
         self.validation = sorted(validation, key=lambda example: example.length())
-        self.device, self.precision = Accelerator().device, told_precision(config)
+        self.device, self.precision = Accelerator().device, announced_precision(config)
         backbone = model.to(self.device).backbone.train()
         optimizers = _optimizers(model, config, self.device)
         self.batches: Iterator[list[TokenizedExample]] | None = None
         identity["window_length"] = self.window_length
         self.set_up(identity, trained_in_float32(backbone), optimizers)
 
-    def rate(self, number: int, warmed: float) -> float:
+    def rate_factor(self, number: int, warmed: float) -> float:
         decay_steps = max(math.ceil(self.num_steps * self.config.decay_fraction), 1)
         return min(warmed, (self.num_steps - number) / decay_steps, 1.0)
 
