@@ -117,6 +117,9 @@ def _check_type(name: str, value: Any, types: dict[str, Any]) -> None:
     except TypeError as error:
         wanted = wanted.__name__ if isinstance(wanted, type) else wanted
         raise ValueError(f"`{name}` must be of type {wanted}, got {value!r:.100}.") from error
+    is_dtype = not isinstance(value, str) or isinstance(getattr(torch, value, None), torch.dtype)
+    if name in ("dtype", "torch_dtype") and not is_dtype:
+        raise ValueError(f"`{name}` must name a torch.dtype, got {value!r:.100}.")
 
 
 class CoDDHeadConfig(_Configuration):

@@ -89,7 +89,7 @@ class Heads:
         return sum(1 for _ in self)
 
     def __getitem__(self, name: str) -> CoDDHead:
-        if name not in [*self]:
+        if not isinstance(name, str) or name not in self:
             there = ", ".join(map(repr, self)) or "none"
             raise ValueError(
                 f"`head` must be the name of a head, None (the model's default) or False (none), "

@@ -117,8 +117,10 @@ def _tokens(
     if rows is None:
         raise TypeError(f"`{name}` must be a list of texts or of token ids, got {shown(texts)}.")
     if rows and all(isinstance(row, str) for row in rows):
-        if tokenizer is None:
-            raise ValueError(f"`{name}` are texts: give a `tokenizer`, or token ids.")
+        if not callable(tokenizer):
+            raise ValueError(
+                f"`{name}` are texts: give a `tokenizer`, got {shown(tokenizer)}, or token ids."
+            )
         rows = encode_as_written(name, rows, tokenizer, add_special_tokens=False)
     ids = model.unpadded(rows_of_ids(name, rows, model.config.vocab_size))
     check_unmasked(name, ids, model.config.mask_token_id)
