@@ -57,9 +57,11 @@ from .family import (
     BackboneFamily,
     BackboneStates,
     DecoderFamily,
+    block_length_of,
     execution_device,
     family_of,
     needs_remote_code,
+    shifts_logits,
 )
 from .layout import CheckpointLayout
 from .llada import LLaDALayout
@@ -77,6 +79,7 @@ __all__ = [
     "CheckpointLayout",
     "DecoderFamily",
     "LLaDALayout",
+    "block_length_of",
     "execution_device",
     "family_of",
     "load_backbone",
@@ -84,4 +87,5 @@ __all__ = [
     "needs_remote_code",
     "nested_custom_config",
     "save_code",
+    "shifts_logits",
 ]

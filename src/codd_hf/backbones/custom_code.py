@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
 
-from .family import BackboneFamily
+from .family import BackboneFamily, block_length_of
 
 AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel)
 BLOCK_DIFFUSION = ("llada2", "sdar")
@@ -32,7 +32,7 @@ class CustomCodeFamily(BackboneFamily):
         """Asks for the block length of models that are known to be trained in blocks."""
         super().make_bidirectional(config)
         in_blocks = config.model_type.startswith(BLOCK_DIFFUSION)
-        if in_blocks and getattr(config, "block_length", None) is None:
+        if in_blocks and block_length_of(config) is None:
             raise ValueError(
                 f"`block_length` is missing: {config.model_type!r} is trained with block-causal "
                 "attention, so give `from_backbone` the length of its blocks."

@@ -26,6 +26,16 @@ from .layout import CheckpointLayout
 Index = tuple[torch.Tensor, ...]
 
 
+def block_length_of(config: PretrainedConfig) -> int | None:
+    """The length of the blocks of a backbone's attention; None where it sees the whole row."""
+    return getattr(config, "block_length", None)
+
+
+def shifts_logits(config: PretrainedConfig) -> bool:
+    """Whether a backbone's logits at a position predict the next one."""
+    return getattr(config, "logit_shift", False)
+
+
 @dataclass
 class BackboneStates:
     """One pass of a backbone over `[batch, length]` tokens.
@@ -155,7 +165,7 @@ class BackboneFamily:
         Raises:
             ValueError: the attention implementation cannot be block-causal.
         """
-        visible, block_length = attention_mask, getattr(model.config, "block_length", None)
+        visible, block_length = attention_mask, block_length_of(model.config)
         if block_length is not None:
             implementation = model.config._attn_implementation or "eager"
             if implementation.startswith(("flash", "flex", "paged")):
@@ -170,8 +180,7 @@ class BackboneFamily:
                 visible = visible[row, :, cache.positions].transpose(1, 2)
         cached = {} if cache is None else {"cache": cache}
         states = self.run(model, input_ids, visible, position_ids, **cached)
-        shift = getattr(model.config, "logit_shift", False)
-        return states.shifted(attention_mask) if shift else states
+        return states.shifted(attention_mask) if shifts_logits(model.config) else states
 
 
 class DecoderFamily(BackboneFamily):

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from ..backbones import block_length_of
 from ..checks.arguments import (
     LARGEST_FACTOR,
     check_callable,
@@ -153,7 +154,7 @@ class DecodingCall:
             )
 
         # A block-causal backbone sees nothing beyond a block: positions must be filled in order.
-        attended = getattr(config.text_config, "block_length", None)
+        attended = block_length_of(config.text_config)
         default = attended or DEFAULT_BLOCK_LENGTH
         block_length = default if block_length is None else block_length
         block_length = integer("block_length", block_length, least=1)

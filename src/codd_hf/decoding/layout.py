@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..backbones import block_length_of
 from ..checks.arguments import check_unmasked
 from ..coupling.windows import CoupledBackbone, check_size
 from .call import DecodingCall
@@ -74,7 +75,7 @@ def lay_out(
     block = torch.zeros_like(tokens)
     if call.block_length is not None:
         # A block-causal backbone counts blocks from the beginning of the row.
-        is_block_causal = getattr(model.config.text_config, "block_length", None) is not None
+        is_block_causal = block_length_of(model.config.text_config) is not None
         block = block + column - (0 if is_block_causal else start[:, None])
         block = block.div(call.block_length, rounding_mode="floor")
     canvas.stages = _stages(canvas, block)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from ..backbones import BackboneStates
+from ..backbones import BackboneStates, block_length_of, shifts_logits
 from ..checks.arguments import numbered
 from ..circuits.factorized import without_tokens
 from ..circuits.random import Generators
@@ -145,7 +145,7 @@ class CanvasReader:
     def begin_stage(self, block: torch.Tensor) -> None:
         """Says where the next steps commit tokens, `[batch, length]` bool; the first reads all."""
         self.end, call = None, self.canvas.call
-        if getattr(self.backbone.config, "block_length", None) is not None:
+        if block_length_of(self.backbone.config) is not None:
             # A block-causal backbone sees nothing beyond: columns behind need not be computed.
             last = int(self.canvas.windows_over(block).any(0).nonzero().max())
             self.end = last + call.head.window_length
@@ -154,7 +154,7 @@ class CanvasReader:
         self.cache.reset()
         if call.cache == "prefix":
             block = (block.long().cumsum(1) > 0) & self.canvas.attention_mask.bool()
-        if getattr(self.backbone.config, "logit_shift", False):
+        if shifts_logits(self.backbone.config):
             block = block | F.pad(block[:, 1:], (0, 1))  # where the first of them is predicted
         # A row with fewer columns than others computes its last one more than once.
         count = block.sum(-1, keepdim=True)
