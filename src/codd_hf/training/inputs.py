@@ -164,12 +164,15 @@ def new_start(config: TrainConfig, examples: Sequence[Example]) -> Start:
 def small_backbone_config(
     tokenizer: PreTrainedTokenizerBase, hidden_size: int = 256, num_layers: int = 4
 ) -> LlamaConfig:
-    """A bidirectional Llama of a few million parameters (the embedded default's shape)."""
-    num_heads = max(hidden_size // 64, 1)
+    """A bidirectional Llama of a few million parameters (the embedded default's shape).
+
+    Its attention heads have 64 features, those of narrow models 32: few heads copy badly.
+    """
+    num_heads = max(hidden_size // (64 if hidden_size >= 256 else 32), 1)
     if hidden_size % (2 * num_heads):
         raise ValueError(
             f"`hidden_size` must give each of {num_heads} attention heads an even number of "
-            f"features, got {hidden_size}: take a multiple of 64."
+            f"features, got {hidden_size}: take a multiple of 32 below 256, of 64 above."
         )
     return LlamaConfig(
         vocab_size=len(tokenizer),
