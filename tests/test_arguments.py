@@ -126,7 +126,6 @@ def test_numbers_may_be_numpys_or_tensors_and_one_for_each_row_in_any_list(model
             do_sample=np.bool_(False),
             sampling="marginal",
             forced_tokens={np.int64(0): torch.tensor(int(expected[0, 3]))},
-            guidance_scale=form([0.0, 0.0]),
             eos_token_id=form([1]),
             forbidden_token_ids=form([MASK]),
         )

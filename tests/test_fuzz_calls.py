@@ -93,7 +93,6 @@ plausible: dict[str, list[Any]] = {
     "num_inference_steps": [1, 2, 5, [2, 9], 10**12],
     "min_new_tokens": [1, [0, 2]],
     "forced_tokens": [{0: 5}, [{}, {1: 6}], {4: MASK}],
-    "guidance_scale": [0, 1.5, [0.0, 1.0], 1e6],
     "cache": ["prefix", "dual"],
     "eos_token_id": [1, [1, 3], []],
     "pad_token_id": [0, 5],
@@ -169,7 +168,7 @@ def holds(call: Callable[[], Any]) -> Any:
 
 DRAWS = [field.name for field in fields(DrawSettings)]
 TASK = ("block_length", "num_inference_steps", "paradigm", "infill")
-TASK += ("min_new_tokens", "forced_tokens", "generator", "cache", "guidance_scale")
+TASK += ("min_new_tokens", "forced_tokens", "generator", "cache")
 TASK += ("logits_processor", "eos_token_id", "attention_mask")
 IDS = torch.tensor([[5, 6, 7, 8], [9, 3, 4, 10]])
 HIDDEN = torch.tensor([[5, 6, MASK, MASK], [MASK, 3, MASK, 10]])

@@ -75,7 +75,6 @@ def random_call(draw: random.Random, caches: tuple[str | None, ...]) -> Call:
         "temperature": draw.choice([0.0, 1.0]),
         "paradigm": draw.choice(["block", "full"]),
         "cache": draw.choice(caches),
-        "guidance_scale": draw.choice([0.0, 1.5]),
         "head": head,
     }
     if kind < 2:

@@ -191,7 +191,6 @@ def test_row_alone_and_in_a_batch_with_every_cache(copying_pipe, cache, strategy
         "threshold": 0.4,
         "eos_token_id": 1,
         "cache": cache,
-        "guidance_scale": 0.5,
     }
     batched = copying_pipe(input_ids=PROMPTS, generator=seeds(), **kwargs)
     for row, prompt in enumerate(PROMPTS):

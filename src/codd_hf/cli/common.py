@@ -36,8 +36,6 @@ class TaskSettings(Settings):
     """block, from left to right, or full: any position in any step"""
     min_new_tokens: int | None = None
     """tokens before the text may end"""
-    guidance_scale: float | None = None
-    """of classifier-free guidance by the prompt; 0 is off"""
     cache: str | None = None
     """prefix or dual: what the backbone need not read again within a block"""
 

@@ -11,13 +11,11 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..backbones import block_length_of
 from ..checks.arguments import (
-    LARGEST_FACTOR,
     check_callable,
     choice,
     flag,
     generators,
     integer,
-    number,
     several,
     shown,
     token_id,
@@ -42,8 +40,8 @@ DEFAULT_BLOCK_LENGTH = 32
 class DecodingCall:
     """The choices of a call on `batch` rows, by the names of the arguments.
 
-    `gen_length`, `num_inference_steps`, `min_new_tokens`, `forced_tokens` and `guidance_scale` hold
-    for all rows, or are lists with an entry for each; as attributes they are lists.
+    `gen_length`, `num_inference_steps`, `min_new_tokens` and `forced_tokens` hold for all rows, or
+    are lists with an entry for each; as attributes they are lists.
 
     Args:
         model: the backbone, with or without a head.
@@ -75,9 +73,6 @@ class DecodingCall:
             paradigm) the backbone computes only the block and what follows it, or only the block,
             and reuses the keys and values of the rest: an approximation, for decoders that
             transformers runs.
-        guidance_scale: strength of classifier-free guidance as LLaDA counts it: 0 is off, and `s`
-            here is `s + 1` for models whose scale 1 is off. A guided pass is one over twice the
-            rows.
         head: the name of the head that couples this call; None, the default one; False, none.
         **settings: the scheduler's settings for this call (`strategy`, `sampling`, ...).
 
@@ -105,7 +100,6 @@ class DecodingCall:
         forced_tokens: ForcedTokens | None = None,
         logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
         cache: str | None = None,
-        guidance_scale: float | Sequence[float] | None = None,
         head: HeadName = None,
         **settings: Any,
     ) -> None:
@@ -136,12 +130,10 @@ class DecodingCall:
             return of_place
 
         length = partial(integer, least=1, most=MOST_STEPS)
-        scale = partial(number, least=0, most=LARGEST_FACTOR)
         self.gen_length = of_rows("gen_length", gen_length, DEFAULT_LENGTH, length)
         self.num_inference_steps = of_rows("num_inference_steps", num_inference_steps, None, length)
         self.min_new_tokens = of_rows("min_new_tokens", min_new_tokens, 0, integer)
         self.forced_tokens = of_rows("forced_tokens", forced_tokens, {}, forced)
-        self.guidance_scale = of_rows("guidance_scale", guidance_scale, 0.0, scale)
         for row, most in enumerate(self.gen_length):
             integer("min_new_tokens", self.min_new_tokens[row], 0, most)
             for place in self.forced_tokens[row]:

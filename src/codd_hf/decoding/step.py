@@ -124,23 +124,13 @@ class Canvas:
 
 
 class CanvasReader:
-    """Runs the backbone for one call; nothing read for a row depends on the others.
-
-    With a guidance scale `s`, a second pass sees mask tokens in place of the prompt, and logits
-    become `without_prompt + (s + 1) * (with_prompt - without_prompt)`, as in LLaDA
-    ([arXiv 2502.09992](https://arxiv.org/abs/2502.09992), appendix A.2). Both are run as one batch.
-    Hidden states are those of the pass with the prompt.
-    """
+    """Runs the backbone for one call; nothing read for a row depends on the others."""
 
     def __init__(self, model: CoupledBackbone, canvas: Canvas) -> None:
         self.canvas, self.family, self.backbone = canvas, model.family, model.backbone
-        self.prompt, scales = canvas.attention_mask.bool() & ~canvas.generated, None
-        if any(canvas.call.guidance_scale):
-            scales = torch.tensor(canvas.call.guidance_scale, device=canvas.tokens.device)
-        self.scales, self.copies = scales, 1 if scales is None else 2
-        self.attention_mask, self.cache = canvas.attention_mask.repeat(self.copies, 1), None
+        self.cache = None
         if canvas.call.cache is not None:
-            self.cache = self.family.make_cache(self.backbone, len(self.attention_mask))
+            self.cache = self.family.make_cache(self.backbone, len(canvas.tokens))
 
     def begin_stage(self, block: torch.Tensor) -> None:
         """Says where the next steps commit tokens, `[batch, length]` bool; the first reads all."""
@@ -160,34 +150,15 @@ class CanvasReader:
         count = block.sum(-1, keepdim=True)
         order = block.logical_not().long().argsort(dim=1, stable=True)
         nth = torch.arange(int(count.max()), device=block.device)
-        columns = order.gather(1, torch.minimum(nth, (count - 1).clamp(min=0)))
-        self.again, self.columns = block.repeat(self.copies, 1), columns.repeat(self.copies, 1)
+        self.again = block
+        self.columns = order.gather(1, torch.minimum(nth, (count - 1).clamp(min=0)))
 
     def read(self, rows: torch.Tensor) -> BackboneStates:
         """Predicts the tokens of some rows `[n]`, up to where the block needs it.
 
         The result is valid until the next call.
         """
-        tokens, number, scales = self.canvas.tokens[rows], len(rows), self.scales
-        if scales is None:
-            return self._read(rows, tokens)
-        without = tokens.masked_fill(self.prompt[rows], self.canvas.call.mask_token_id)
-        both = torch.cat((rows, rows + len(self.prompt))), torch.cat((tokens, without))
-        states = self._read(*both)
-
-        def read_logits(index: Any) -> torch.Tensor:
-            if index is None:
-                every = torch.arange(states.last_hidden_state.shape[1], device=rows.device)
-                index = torch.arange(number, device=rows.device)[:, None], every
-            with_prompt, scale = states.logits(index), scales[rows][index[0]][..., None]
-            difference = with_prompt - states.logits((index[0] + number, index[1]))
-            # The same as in the formula, but exact where the scale is 0.
-            return with_prompt + scale.to(with_prompt.dtype) * difference
-
-        return BackboneStates(states.last_hidden_state[:number], read_logits)
-
-    def _read(self, rows: torch.Tensor, tokens: torch.Tensor) -> BackboneStates:
-        mask = self.attention_mask[rows]
+        tokens, mask = self.canvas.tokens[rows], self.canvas.attention_mask[rows]
         if self.cache is None:
             return self.family.states(self.backbone, tokens[:, : self.end], mask[:, : self.end])
         # Rows come here in a later step of a block, and tokens outside it change, only by the hand
