@@ -229,9 +229,6 @@ def check_scheduler(data: st.DataObject) -> None:
     names = ("model_output", "timestep", "sample", "generator", "eligible", "at_least")
     given = {"model_output": output, "timestep": 1.0, "sample": [[MASK] * 4] * 2}
     holds(lambda: scheduler.step(**given | data.draw(changes(*names, *DRAWS))))
-    given = {"logits": torch.randn(2, 4, VOCAB), "timestep": 0.5, "eligible": torch.ones(2, 4) > 0}
-    names = ("logits", "timestep", "eligible", "generator")
-    holds(lambda: scheduler.select_positions(**given | data.draw(changes(*names, *DRAWS))))
     holds(lambda: scheduler.set_timesteps(data.draw(wild)))
 
 

@@ -136,7 +136,7 @@ def test_later_steps_compute_the_block_alone_and_copy_nothing(cache):
 
 
 @torch.no_grad()
-def test_what_a_caller_changes_outside_the_block_is_read_again_in_that_row_alone():
+def test_row_that_is_new_is_read_whole_and_the_others_by_their_block():
     model = CoDDModel.from_backbone(tiny_backbone(), mask_token_id=MASK)
     canvas, mask, block = canvases()
     reader = reader_of(model, canvas, mask, cache="dual")
@@ -144,14 +144,30 @@ def test_what_a_caller_changes_outside_the_block_is_read_again_in_that_row_alone
     read(reader, canvas, range(2))  # row 2 comes later
     later = some_committed(canvas, block)
     untouched = read(reader, later, range(1)).logits().clone()
-    assert later[1, 0] != 4
     later[1, 0] = 4  # in its prompt
+    reader.is_new[1] = True
     states = read(reader, later, range(3)).logits()
     whole = model.backbone_states(later, mask).logits()
     torch.testing.assert_close(states[0][block[0]], untouched[0][block[0]], atol=1e-5, rtol=0)
     assert (states[0] - whole[0])[block[0]].abs().max() > 1e-3
     for row in (1, 2):
         torch.testing.assert_close(states[row][block[row]], whole[row][block[row]])
+
+
+def test_row_that_a_caller_changes_is_read_again_alone():
+    model = CoDDModel.from_backbone(tiny_backbone(), mask_token_id=MASK)
+    read, layer = [], model.backbone.get_decoder().layers[0].self_attn
+    layer.k_proj.register_forward_hook(lambda m, args, out: read.append(tuple(out.shape[:2])))
+
+    def change(step, timestep, state):
+        canvas = state["canvas"].clone()
+        canvas[1, 0] = 4 if step == 0 else canvas[1, 0]
+        return canvas
+
+    prompts = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    call = {"gen_length": 4, "num_inference_steps": 3, "eos_token_id": [], "cache": "dual"}
+    model.generate(prompts, on_step=change, **call)
+    assert read == [(2, 7), (1, 7), (2, 4), (2, 4)]
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -41,43 +41,19 @@ class CanvasLayer(DynamicLayer):
 class CanvasCache(Cache):
     """A transformers cache of whole canvases, for passes over all of them or parts.
 
-    Announce a pass with `whole` or `part`, run it by `BackboneFamily.states(..., cache=...)`.
-    Its rows are `rows` `[batch]`, and its columns `positions` `[batch, n]`; None: all of them.
+    Announce a pass with `begin`, run it by `BackboneFamily.states(..., cache=...)`.
     """
 
-    def __init__(self, num_rows: int, device: torch.device):
+    def __init__(self, num_rows: int) -> None:
         super().__init__(layer_class_to_replicate=CanvasLayer)
-        self.positions: torch.Tensor | None = None
-        self.known = torch.zeros(num_rows, dtype=torch.bool, device=device)
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        super().reset()
-        self.known.fill_(False)
+        self.num_rows = num_rows
         self.hidden: torch.Tensor | None = None
-        self.tokens: torch.Tensor | None = None
 
-    def outdated(
-        self, rows: torch.Tensor, tokens: torch.Tensor, read_again: torch.Tensor
-    ) -> torch.Tensor:
-        """`[batch]` bool: rows of which nothing is kept, or whose kept part has other tokens now.
+    def begin(self, rows: torch.Tensor, positions: torch.Tensor | None = None) -> None:
+        """Announces a pass over `rows` `[batch]`: whole ones, or columns `[batch, n]` of kept ones.
 
-        `tokens` and `read_again` (the columns that every pass computes) are `[batch, length]`.
+        A row is kept once it was in a pass over whole rows.
         """
-        outdated = ~self.known[rows]
-        if self.tokens is not None:
-            outdated |= ((self.tokens[rows] != tokens) & ~read_again).any(-1)
-        return outdated
-
-    def whole(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Announces a pass over whole rows, of `tokens` `[batch, length]`."""
-        self.rows, self.positions = rows, None
-        self.known[rows] = True
-        self.tokens, _ = self.write(self.tokens, tokens.clone(), dim=1)
-
-    def part(self, rows: torch.Tensor, positions: torch.Tensor) -> None:
-        """Announces a pass over columns `positions` `[batch, n]` of rows that are kept."""
         self.rows, self.positions = rows, positions
 
     def update(
@@ -96,7 +72,7 @@ class CanvasCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`stored` with a pass's `new` on the canvas (dimension `dim`), and the pass's rows."""
         rows = self.rows.to(new.device)
-        everything = len(rows) == len(self.known)  # while no row has left, nothing is copied
+        everything = len(rows) == self.num_rows  # while no row has left, nothing is copied
         if stored is not None and self.positions is not None:
             places = rows[:, None], self.positions.to(new.device)
             stored.transpose(1, dim)[places] = new.transpose(1, dim)
@@ -104,6 +80,6 @@ class CanvasCache(Cache):
         if everything:
             return new, new
         if stored is None:
-            stored = new.new_empty(len(self.known), *new.shape[1:])
+            stored = new.new_empty(self.num_rows, *new.shape[1:])
         stored[rows] = new
         return stored, new

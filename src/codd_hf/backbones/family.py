@@ -199,7 +199,7 @@ class DecoderFamily(BackboneFamily):
                 "`cache` needs `attn_implementation` 'sdpa' or 'eager' and no sliding window, got "
                 f"{implementation!r} with `sliding_window={window}`: leave `cache` out."
             )
-        return CanvasCache(num_rows, execution_device(model))
+        return CanvasCache(num_rows)
 
     def run(
         self,

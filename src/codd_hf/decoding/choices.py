@@ -16,10 +16,10 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..checks.arguments import flag, list_of_ids, shown, token_id, without_left_fields
+from ..checks.arguments import flag, list_of_ids, shown, token_id
 from ..coupling.windows import CoupledBackbone
 from ..schedulers.scheduling_codd import CoDDScheduler
-from ..schedulers.settings import LEFT, DrawSettings
+from ..schedulers.settings import DrawSettings
 from .call import DEFAULT_LENGTH
 
 SPECIAL_TOKENS = ("eos_token_id", "pad_token_id")
@@ -36,20 +36,17 @@ TASK = (
 OF_ROWS = ("gen_length", "num_inference_steps", "min_new_tokens")
 """Choices of which a row may have its own, or None."""
 SETTINGS = tuple(field.name for field in fields(DrawSettings))
-LEFT_ENTRIES = LEFT | {"windowing": "aligned", "free_length": False}
-"""Entries of version 0.1, each with the value that is the only one now."""
 
 Source = Mapping[str, Any]
 
 
 def entries(generation_config: GenerationConfig | None) -> dict[str, Any]:
-    """The entries of a generation configuration; options of an earlier version are refused."""
+    """The entries of a generation configuration."""
     if not isinstance(generation_config, GenerationConfig | None):
         raise TypeError(
             f"`generation_config` must be a GenerationConfig, got {shown(generation_config)}."
         )
-    stored = {} if generation_config is None else generation_config.to_diff_dict()
-    return without_left_fields(stored, LEFT_ENTRIES, "the generation configuration")
+    return {} if generation_config is None else generation_config.to_diff_dict()
 
 
 def merged(*sources: Source) -> dict[str, Any]:

@@ -96,6 +96,7 @@ def denoise(
                 if returned is not None:
                     canvas.tokens = as_tensor("canvas", returned, int, after.shape, device).clone()
                     check_tokens("canvas", canvas.tokens, model.config.vocab_size)
+                    reader.is_new |= (canvas.tokens != after).any(-1)
             num_passes += 1
             canvas.pad_after_ends()
             if progress is not None:

@@ -28,7 +28,7 @@ from ..circuits.random import Generators
 from ..coupling.windows import CoupledBackbone, positions_of, windows_over
 from ..schedulers.drawing import RowText
 from ..schedulers.remasking import CommitMemory
-from ..schedulers.strategies import ADAPTIVE, even_pace
+from ..schedulers.strategies import ADAPTIVE, choose, even_pace
 from .call import DecodingCall
 
 
@@ -124,13 +124,17 @@ class Canvas:
 
 
 class CanvasReader:
-    """Runs the backbone for one call; nothing read for a row depends on the others."""
+    """Runs the backbone for one call; nothing read for a row depends on the others.
+
+    With a cache, a row that `is_new` `[batch]` is read whole, and then by its block alone.
+    """
 
     def __init__(self, model: CoupledBackbone, canvas: Canvas) -> None:
         self.canvas, self.family, self.backbone = canvas, model.family, model.backbone
         self.cache = None
         if canvas.call.cache is not None:
             self.cache = self.family.make_cache(self.backbone, len(canvas.tokens))
+        self.is_new = torch.ones_like(canvas.start, dtype=torch.bool)
 
     def begin_stage(self, block: torch.Tensor) -> None:
         """Says where the next steps commit tokens, `[batch, length]` bool; the first reads all."""
@@ -141,7 +145,7 @@ class CanvasReader:
             self.end = last + call.head.window_length
         if self.cache is None:
             return
-        self.cache.reset()
+        self.is_new.fill_(True)
         if call.cache == "prefix":
             block = (block.long().cumsum(1) > 0) & self.canvas.attention_mask.bool()
         if shifts_logits(self.backbone.config):
@@ -150,7 +154,6 @@ class CanvasReader:
         count = block.sum(-1, keepdim=True)
         order = block.logical_not().long().argsort(dim=1, stable=True)
         nth = torch.arange(int(count.max()), device=block.device)
-        self.again = block
         self.columns = order.gather(1, torch.minimum(nth, (count - 1).clamp(min=0)))
 
     def read(self, rows: torch.Tensor) -> BackboneStates:
@@ -161,15 +164,14 @@ class CanvasReader:
         tokens, mask = self.canvas.tokens[rows], self.canvas.attention_mask[rows]
         if self.cache is None:
             return self.family.states(self.backbone, tokens[:, : self.end], mask[:, : self.end])
-        # Rows come here in a later step of a block, and tokens outside it change, only by the hand
-        # of a caller who edits the canvas.
-        old = self.cache.outdated(rows, tokens, self.again[rows])
-        if bool(old.any()):
-            self.cache.whole(rows[old], tokens[old])
-            states = self.family.states(self.backbone, tokens[old], mask[old], cache=self.cache)
-            if bool(old.all()):
+        new = self.is_new[rows]
+        if bool(new.any()):
+            self.cache.begin(rows[new])
+            states = self.family.states(self.backbone, tokens[new], mask[new], cache=self.cache)
+            self.is_new[rows] = False
+            if bool(new.all()):
                 return states
-        self.cache.part(rows, self.columns[rows])
+        self.cache.begin(rows, self.columns[rows])
         return self.family.states(self.backbone, tokens, mask, cache=self.cache)
 
 
@@ -191,13 +193,13 @@ def take_step(
     states, num_steps = _without_early_ends(states, part), stage.num_steps[rows]
     covered = stage.within[rows]  # by windows
     eligible = open_ = part.open_positions() & covered
+    at_least = even_pace(open_, num_steps - number)
     if call.block_length is None:
-        covered = eligible = _chosen(model, part, rows, states, num_steps, number, open_)
+        covered = eligible = _chosen(model, part, rows, states, num_steps, open_, at_least)
     starts = part.windows_over(covered)
     if call.block_length is None and scheduler.settings.strategy in ADAPTIVE:
         # An adaptive strategy may commit any open position of these windows.
         eligible = open_ & positions_of(starts, length)
-    at_least = even_pace(open_, num_steps - number)
     for index in rows_alike(starts.sum(-1), num_steps):
         # 1. The distribution over the windows.
         group, group_rows = part.rows(index), rows[index]
@@ -258,25 +260,30 @@ def _chosen(
     rows: torch.Tensor,
     states: BackboneStates,
     num_steps: torch.Tensor,
-    number: int,
     open_: torch.Tensor,
+    at_least: torch.Tensor,
 ) -> torch.Tensor:
-    """`[n, T]` bool: the open positions that the backbone's prediction would commit in a step."""
-    call, chosen = part.call, torch.zeros_like(open_)
+    """`[n, T]` bool: the open positions that the backbone's prediction would commit in a step.
+
+    They are those that the strategy ranks highest by their best tokens, `at_least` `[n]` of a row.
+    """
+    call, chosen, settings = part.call, torch.zeros_like(open_), part.call.scheduler.settings
+    forbidden = [*(model.config.forbidden_token_ids or ()), *(settings.forbidden_token_ids or ())]
     spans = part.generated.shape[1] - part.generated.flip(1).long().argmax(-1) - part.start
     for index in rows_alike(num_steps, spans):
         column = part.start[index, None] + torch.arange(int(spans[index[0]]), device=rows.device)
         eligible = open_[index].gather(1, column)
         at = eligible.nonzero(as_tuple=True)
-        logits = states.logits((index[at[0]], column[at]))
-        logits = without_tokens(logits, call.mask_token_id, model.config.forbidden_token_ids)
-        logits = logits.new_zeros(*column.shape, logits.shape[-1]).index_put_(at, logits)
-        call.scheduler.set_timesteps(int(num_steps[index[0]]))
-        chosen[index[:, None], column] = call.scheduler.select_positions(
-            logits,
-            call.scheduler.timesteps[number],
+        logits = states.logits((index[at[0]], column[at])).float()
+        probs = without_tokens(logits, call.mask_token_id, forbidden).log_softmax(-1).exp()
+        probs = probs.new_zeros(*column.shape, probs.shape[-1]).index_put_(at, probs)
+        chosen[index[:, None], column] = choose(
+            settings,
+            probs.amax(-1),
+            lambda: probs,  # noqa: B023  (called at once)
             eligible,
-            generator=_of_rows(call.generator, rows[index]),
+            at_least[index],
+            _of_rows(call.generator, rows[index]),
         )
     return chosen
 

@@ -3,50 +3,34 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.configuration_utils import register_to_config
 from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from ..checks.arguments import (
     LARGEST_INTEGER,
     as_tensor,
-    check_known,
     generators,
     integer,
     number,
     shown,
     token_id,
     token_ids,
-    without_left_fields,
 )
 from ..circuits import CoupledCategorical
 from ..circuits.factorized import without_circuit, without_tokens
 from ..circuits.random import Generators, uniform
 from .drawing import CoDDSchedulerOutput, RowText, StepDraw
 from .remasking import CommitMemory, take_back
-from .settings import LEFT, DrawSettings
-from .strategies import choose, even_pace
+from .settings import DrawSettings
+from .strategies import even_pace
 
 MOST_STEPS = 1 << 20
 """More would only hold memory: a step commits a token at least."""
-
-
-def _with_draw_settings(init: Callable) -> Callable:
-    """Gives an `__init__` with `**settings` the parameters of [`DrawSettings`], to be saved."""
-    parameters = list(inspect.signature(init).parameters.values())[:-1]
-    kind = inspect.Parameter.KEYWORD_ONLY
-    parameters += [
-        inspect.Parameter(setting.name, kind, default=setting.default, annotation=setting.type)
-        for setting in fields(DrawSettings)
-    ]
-    vars(init)["__signature__"] = inspect.Signature(parameters)
-    return register_to_config(init)
 
 
 class CoDDScheduler(SchedulerMixin, ConfigMixin):
@@ -72,11 +56,10 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
     order = 1
     config: Any
 
-    @_with_draw_settings
     def __init__(self, mask_token_id: int | None = None, **settings: Any) -> None:
         if mask_token_id is not None:
             mask_token_id = integer("mask_token_id", mask_token_id, least=0)
-        self._configure(DrawSettings(**settings), mask_token_id)
+        self._configure(DrawSettings().updated(**settings), mask_token_id)
         self.num_inference_steps = 0
         self.timesteps = torch.empty(0)
 
@@ -85,21 +68,20 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         self.register_to_config(mask_token_id=mask_token_id, **vars(settings))
 
     @classmethod
-    def from_config(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """A scheduler of a stored configuration; the arguments are those of diffusers.
+    def from_config(
+        cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """A scheduler of a stored configuration; `kwargs` are settings in place of some.
 
         Raises:
             ValueError: a field is unknown, of the wrong type or out of range.
         """
+        fields = {name: config[name] for name in config if not name.startswith("_")}
         try:
-            if isinstance(config, Mapping):
-                config = without_left_fields(config, LEFT, f"a configuration of {cls.__name__}")
-                names = (name for name in config if not name.startswith("_"))
-                known = inspect.signature(cls.__init__).parameters
-                check_known(names, known, f"a setting of {cls.__name__}")
-            return super().from_config(config, *args, **kwargs)
+            scheduler = cls(**{**fields, **kwargs})
         except TypeError as error:  # of a file, the value is wrong, whatever its type
             raise ValueError(str(error)) from error
+        return (scheduler, {}) if return_unused_kwargs else scheduler
 
     def for_call(self, mask_token_id: int, **overrides: Any) -> CoDDScheduler:
         """A copy with the mask token and the settings of a call, so that threads share `self`."""
@@ -210,41 +192,6 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             output.prev_sample = output.prev_sample.masked_fill(back, self._mask_token_id())
             output.transfer_index = output.transfer_index & ~back
         return output if return_dict else output.to_tuple()
-
-    @torch.no_grad()
-    def select_positions(
-        self,
-        logits: torch.Tensor,
-        timestep: float | torch.Tensor,
-        eligible: torch.Tensor,
-        *,
-        generator: Generators = None,
-        **overrides: Any,
-    ) -> torch.Tensor:
-        """Chooses what a step of the full paradigm commits, by the backbone's prediction alone.
-
-        Of `m` eligible positions these are the `ceil(m / k)` that the strategy ranks highest by
-        their best tokens; the strategies `threshold` and `joint` add all others whose best token
-        reaches the threshold. The windows of the circuit are laid over them.
-
-        Args:
-            logits (`torch.Tensor` of shape `(batch_size, length, vocab_size)`):
-                Of the backbone, -inf for tokens that must not be drawn.
-            timestep (`float` or `torch.Tensor`): As in `step`.
-            eligible (`torch.BoolTensor` of shape `(batch_size, length)`): Masked positions.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): As in `step`.
-            **overrides: As in `step`.
-        """
-        settings = self.settings.updated(**overrides) if overrides else self.settings
-        eligible = as_tensor("eligible", eligible, bool)
-        vocab_size = as_tensor("logits", logits, float).shape[-1:]
-        logits = as_tensor("logits", logits, float, (*eligible.shape, *vocab_size))
-        settings.check_vocabulary(logits.shape[-1])
-        generators("generator", generator, len(logits))
-        logits = without_tokens(logits.float(), None, settings.forbidden_token_ids)
-        probs = logits.log_softmax(-1).exp()
-        pace = even_pace(eligible, self._steps_left(timestep))
-        return choose(settings, probs.amax(-1), lambda: probs, eligible, pace, generator)
 
     def add_noise(
         self,

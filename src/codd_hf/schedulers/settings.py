@@ -11,9 +11,6 @@ from ..checks.settings import Range, Settings, Share
 LOWEST, HIGHEST = 1e-6, 1e6  # by what float32 can divide logits
 Factor = Annotated[float, Range(LOWEST, HIGHEST)]
 
-LEFT = {"activation_scope": "window", "confidence": "marginal"}
-"""Settings of version 0.1 that left, each with the value that is the only one now."""
-
 
 @dataclass(frozen=True)
 class DrawSettings(Settings):
