@@ -30,8 +30,14 @@ from .checks.arguments import choice, flag, generators
 from .circuits import CoupledCategorical
 from .circuits.random import Generators
 from .configuration_codd import COUPLINGS, CoDDConfig, CoDDHeadConfig
-from .coupling.adapter_files import load_adapter, save_adapter
-from .coupling.adapters import AdaptersMixin, active_adapter, unwrapped, without_adapters
+from .coupling.adapters import (
+    AdaptersMixin,
+    active_adapter,
+    load_adapter,
+    save_adapter,
+    unwrapped,
+    without_adapters,
+)
 from .coupling.heads import DEFAULT_NAME, HeadName, Heads
 from .coupling.inputs import checked_inputs, refuse_requests
 from .coupling.loading import adapter_beside, load_head, named_backbone
@@ -229,7 +235,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
         if model.coupling_head is not None:
             model.coupling_head._check_suggested(name)
         if adapter is not None:
-            load_adapter(model.backbone, adapter, DEFAULT_NAME, start_is_off=True)
+            load_adapter(model.backbone, adapter, DEFAULT_NAME)
         result: Any = (model, report) if with_report else model
         return result
 

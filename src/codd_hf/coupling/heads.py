@@ -22,13 +22,13 @@ from ..configuration_codd import CoDDHeadConfig
 from ..hub.publishing import PUSHED, push
 from ..hub.repositories import ADAPTER_FOLDER
 from ..modeling_head import CoDDHead
-from .adapter_files import load_adapter, save_adapter
 from .adapters import (
     active_adapter,
     active_state,
     adapter_configs,
     delete_adapter,
-    refuse_pissa,
+    load_adapter,
+    save_adapter,
     switch,
 )
 from .loading import adapter_beside, load_head
@@ -162,14 +162,12 @@ class Heads:
                 f"`name` must be a text that is not the name of a head, got {name!r}: "
                 f"`delete_head` makes room among {[*self]}."
             )
-        if len(self):
-            refuse_pissa(*adapter_configs(model.backbone).values())
         loaded = load_head(head, model.backbone, model.config.mask_token_id, **hub)
         adapter = adapter or adapter_beside(head, hub)
         with self.lock:
             if adapter is not None:
                 before = active_state(model.backbone)
-                load_adapter(model.backbone, adapter, name, shared=len(self) > 0, **hub)
+                load_adapter(model.backbone, adapter, name, **hub)
                 if name != DEFAULT_NAME:
                     switch(model.backbone, *before)
             if model.config.mask_token_id is None:
