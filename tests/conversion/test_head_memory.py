@@ -1,4 +1,4 @@
-"""A large head takes little more memory than its file, when it is loaded and when it is converted.
+"""A large head takes little more memory than its file when it is loaded, twice that when converted.
 
 Measured in a process of its own as the highest resident size that Linux saw (`VmHWM`) less the
 resident size before; weights are read once, since the file is mapped and counts when it is touched.
@@ -52,7 +52,9 @@ for make, path in ((convert_jpc, circuit), (CoDDHead.from_pretrained, folder)):
 
 @LINUX
 @SIZES
-def test_a_head_takes_at_most_1_3_times_its_file(vocab_size, num_latents, tmp_path):
+def test_a_head_takes_at_most_1_3_times_its_file_and_its_conversion_twice_that(
+    vocab_size, num_latents, tmp_path
+):
     flat = np.full((num_latents, max(num_latents, vocab_size)), 1 / num_latents, np.float32)
     square, emission = flat[:, :num_latents].copy(), flat[:, :vocab_size] * num_latents / vocab_size
     circuit = write(tmp_path / "model.jpc", hmm_nodes(square[0], [square], [emission], 32))
@@ -62,9 +64,11 @@ def test_a_head_takes_at_most_1_3_times_its_file(vocab_size, num_latents, tmp_pa
     command.append(str(tmp_path / "warm"))
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    for line, file in zip(done.stdout.splitlines(), (circuit, weights), strict=True):
+    for line, file, most in zip(
+        done.stdout.splitlines(), (circuit, weights), (2.3, 1.3), strict=True
+    ):
         peak, dtype = line.split()
         size = file.stat().st_size
         assert size > 4 * vocab_size * num_latents
         assert dtype == "torch.float32"
-        assert 0.9 < int(peak) / size < 1.3
+        assert 0.9 < int(peak) / size < most

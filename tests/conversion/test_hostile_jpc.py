@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import codecs
 import io
-import itertools
 import os
 import pickle
 import struct
@@ -19,6 +18,7 @@ from jpc_files import FIXTURES, hmm_nodes, oracle_nodes, random_hmm, write
 from codd_hf.conversion import convert_jpc
 from codd_hf.conversion.pickles import read_array, unpickle
 
+DAMAGED = r"cannot be converted: damaged \("
 MEMORY = 100 << 20
 """No refusal may take more bytes than this and twice the file's."""
 
@@ -47,7 +47,7 @@ class Call:
 
 def calls(marker: Path) -> dict[str, tuple[object, str]]:
     """Pickles that leave the marker behind when they are run, and what they ask for."""
-    name, inert = str(marker), "that is no array"
+    name, inert = str(marker), "no array"
     return {
         "posix": (Call(os.mkdir, name), "posix.mkdir"),
         "eval": (Call(eval, f"__import__('os').mkdir({name!r})"), "eval"),
@@ -61,8 +61,8 @@ def calls(marker: Path) -> dict[str, tuple[object, str]]:
         "ndarray": (Call(np.ndarray, (1 << 40,)), inert),
         "dtype": (Call(np.dtype, "O"), inert),
         "objects": (np.array([Call(os.mkdir, name)]), "posix.mkdir"),
-        "fields": (np.zeros(2, dtype=[("a", "f4")]), "elements of"),
-        "text": (np.zeros(2, dtype="U4"), "elements of"),
+        "fields": (np.zeros(2, dtype=[("a", "f4")]), "elements"),
+        "text": (np.zeros(2, dtype="U4"), "elements"),
         "set": ({1, 2}, "EMPTY_SET|builtins.set|__builtin__.set"),
         "type": (Call(builtins.type, "X", (), {}), "type"),
     }
@@ -78,8 +78,8 @@ def test_a_call_is_refused_and_not_made(kind, protocol, tmp_path):
     refused(write(path, nodes, protocol), reason)
     nodes = hmm_nodes(*random_hmm())
     nodes[1]["dist"] = pickle.dumps(hostile, protocol)
-    refused(write(path, nodes), f"node 1 has a distribution .*({reason}|none over tokens)")
-    refused(write(path, hostile, protocol), f"{reason}|does not hold a list")
+    refused(write(path, nodes), f"{reason}|node 1 has a distribution that is none over tokens")
+    refused(write(path, hostile, protocol), f"{reason}|{DAMAGED}")
     assert not marker.exists()
 
 
@@ -95,7 +95,7 @@ ARRAY = b"\x8c\x16numpy._core.multiarray\x8c\x0c_reconstruct\x93\x8c\x05numpy\x8
 ARRAY += b"K\x00\x85C\x01b\x87R"
 F4 = b"\x8c\x05numpy\x8c\x05dtype\x93\x8c\x02f4\x89\x88\x87R"
 PLAIN = b"(K\x03\x8c\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-DAMAGED, CUT = "the pickle is damaged", "exhausted|remain|the pickle is damaged"
+CUT = f"exhausted|remain|{DAMAGED}"
 
 
 def number(value: int) -> bytes:
@@ -110,9 +110,9 @@ def array(shape: bytes, data: bytes = b"\x89C\x04abcd", dtype: bytes = F4 + PLAI
 BY_HAND = {
     "an empty file": (b"", CUT),
     "no pickle": (b"PK\x03\x04 a zip archive", "no newline found"),
-    "two values": (b"\x80\x04]].", "values to unpack"),
-    "no value": (b"\x80\x04.", "values to unpack"),
-    "an open mark": (b"\x80\x04(].", "does not hold a list"),
+    "two values": (b"\x80\x04]].", DAMAGED),
+    "no value": (b"\x80\x04.", DAMAGED),
+    "an open mark": (b"\x80\x04(].", DAMAGED),
     "instance": (b"\x80\x04(cos\nsystem\no.", "no circuit needs the opcode GLOBAL"),
     "persistent id": (b"\x80\x04Pmarker\n.", "no circuit needs the opcode PERSID"),
     "unknown opcode": (b"\x80\x04\xff.", "unknown"),
@@ -120,20 +120,19 @@ BY_HAND = {
     "no mark": (b"\x80\x04]e.", DAMAGED),
     "append to a dictionary": (b"\x80\x04}Na.", DAMAGED),
     "a key that is no text": (b"\x80\x04}K\x01Ns.", DAMAGED),
-    "half an item": (b"\x80\x04}(\x8c\x01au.", "argument|damaged"),
+    "half an item": (b"\x80\x04}(\x8c\x01au.", DAMAGED),
     "a value never kept": (b"\x80\x04h\x05.", DAMAGED),
-    "a name that is a number": (b"\x80\x04K\x01K\x01\x93.", "asks for"),
+    "a name that is a number": (b"\x80\x04K\x01K\x01\x93.", DAMAGED),
     "a name that is no UTF-8": (b"\x80\x04\x8c\x01\xff.", "utf-8"),
     "bytes beyond the end": (b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.", CUT),
     "text beyond the end": (b"\x80\x04X\xff\0\0\0.", CUT),
     "a class rewritten": (b"\x80\x04" + CAT + b"}b.", DAMAGED),
-    "a call of a value": (b"\x80\x04N)R.", "does not hold a list"),
+    "a far place to keep a value": (b"\x80\x04Nr\xff\xff\xff\xff.", "no circuit needs the opcode"),
+    "a call of a value": (b"\x80\x04N)R.", DAMAGED),
 }
 ARRAYS = {
     "a billion numbers": array(number(10**9) + b"\x85"),
     "a huge shape": array(3 * number(1 << 62) + b"\x87"),
-    "a negative shape": array(number(-1) + b"\x85"),
-    "deep tuples": array(b")" + b"\x85" * 9000),
     "no order of elements": array(b"K\x01\x85", dtype=F4),
     "objects": array(b"K\x01\x85", b"\x89]", F4.replace(b"f4", b"O8") + PLAIN),
 }
@@ -150,8 +149,8 @@ def test_what_no_circuit_needs_is_refused(kind, tmp_path):
 @pytest.mark.parametrize("kind", ARRAYS)
 def test_an_array_that_is_none_of_numbers_in_the_file_is_refused(kind):
     raw = b"\x80\x04" + ARRAY + ARRAYS[kind] + b"."
-    with pytest.raises(ValueError, match=r"array|elements|shape|bytes"):
-        read_array(unpickle(io.BytesIO(raw), itertools.count()), "<f4")
+    with pytest.raises(ValueError, match=r"array|elements|shape|bytes|dimension"):
+        read_array(unpickle(io.BytesIO(raw)), "<f4")
 
 
 def bombs() -> dict[str, tuple[bytes, str]]:
@@ -159,13 +158,13 @@ def bombs() -> dict[str, tuple[bytes, str]]:
     laughs = b"\x80\x04]\x94(" + b"".join(b"](" + b"h%c" % i * 9 + b"e\x94" for i in range(99))
     laughs += b"e."
     return {
-        "a billion laughs": (laughs, "node 0 is none that|does not hold"),
-        "a list in itself": (b"\x80\x04]\x94h\x00a.", "node 0 is none that"),
+        "a billion laughs": (laughs, DAMAGED),
+        "a list in itself": (b"\x80\x04]\x94h\x00a.", DAMAGED),
         "many names": (b"\x80\x04(" + b"\x8c\x01a" * (1 << 14) + b"t.", "more than 10,000 steps"),
         "many marks": (b"\x80\x04" + b"(" * (1 << 20) + b".", "more than 10,000 steps"),
-        "deep lists": (b"\x80\x04" + b"]" * 4000 + b"a" * 3999 + b".", "node 0 is none that"),
+        "deep lists": (b"\x80\x04" + b"]" * 4000 + b"a" * 3999 + b".", DAMAGED),
         "deep tuples as a key": (b"\x80\x04})" + b"\x85" * 9000 + b"Ns.", DAMAGED),
-        "deep arguments": (b"\x80\x04" + CAT + b")" + b"\x85" * 9000 + b"R.", "does not hold"),
+        "deep arguments": (b"\x80\x04" + CAT + b")" + b"\x85" * 9000 + b"R.", DAMAGED),
     }
 
 
@@ -225,4 +224,4 @@ def test_the_machine_reads_what_pythons_own_reads():
     value.append(value[0])
     for protocol in (4, 5):
         raw = pickle.dumps(value, protocol)
-        assert unpickle(io.BytesIO(raw), itertools.count()) == pickle.loads(raw)
+        assert unpickle(io.BytesIO(raw)) == pickle.loads(raw)

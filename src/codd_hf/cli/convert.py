@@ -1,4 +1,4 @@
-"""Turn a circuit that PyJuice saved (.jpc) into a head repository, without unpickling it."""
+"""Turn a circuit that PyJuice saved (.jpc) into a head repository, without running it."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..checks.arguments import number
+from ..checks.errors import reason
 from ..circuits import occupancy
 from ..configuration_codd import CoDDHeadConfig
 from ..hub.repositories import Repository, checked_name
@@ -81,9 +82,9 @@ def convert_jpc(
                 )
             ).eval()
             _fill(head, circuit, alpha)
-        except ValueError as error:
-            reason = str(error).rstrip(".")
-            raise ValueError(f"{name} cannot be converted: {reason}.") from error
+        except Exception as error:  # what is damaged fails in many ways
+            why = reason(error) if isinstance(error, ValueError) else f"damaged ({reason(error)})"
+            raise ValueError(f"{name} cannot be converted: {why}.") from error
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     head.config.converted_from = (

@@ -1,26 +1,24 @@
-"""Reads a pickled circuit without running it.
+"""Reads a pickled circuit without running anything that it names.
 
-A pickle is a program: Python's `Unpickler` calls the functions that the file names, with arguments
-of the file. Here a call is not made but described (`Call`), a function is its name, and bytes stay
-in the file until somebody reads them (`Payload`). So reading imports nothing, calls nothing, and
-keeps no memory that the file has not paid for in bytes.
+A pickle is a program: it names functions and calls them. Here Python's `Unpickler` meets only the
+opcodes and the names that a circuit needs, and for a name it gets an inert class of this module,
+which keeps what it is called with (`Call`). So nothing is imported and nothing of others is called,
+numpy's constructors included; what is kept in memory is the bytes of the file and little more.
 """
 
 from __future__ import annotations
 
-import math
+import functools
+import pickle
 import pickletools
 import re
-import sys
-from collections.abc import Iterator
-from copy import copy
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 
-MAX_STEPS = 250_000
-"""A circuit over a window of a thousand tokens takes 160,000, or 230,000 if it ties nothing."""
+MAX_STEPS = 100_000
+"""A tied circuit over a window of a thousand tokens takes 80,000. Values that are nested this deep
+can still be hashed; far deeper ones would overflow the processor's stack."""
 NAMES = re.compile(
     r"(numpy\.(_core|core)\.multiarray\._reconstruct|numpy\.(_core|core)\.numeric\._frombuffer"
     r"|numpy\.ndarray|numpy\.dtype|pyjuice\.nodes\.distributions(\.\w+)?"
@@ -28,146 +26,71 @@ NAMES = re.compile(
     re.ASCII,
 )
 """The names that a circuit may ask for."""
-VALUES: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-VALUES |= {"EMPTY_TUPLE": (), "EMPTY_LIST": [], "EMPTY_DICT": {}}
-PLAIN = ("BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE")
-BYTES = ("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8")
-ABOVE_MARK = ("TUPLE", "APPENDS", "SETITEMS")
-"""Take all values above a mark."""
-TAKEN = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2}
-"""Take so many values."""
+OPCODES = re.compile(
+    r"PROTO|FRAME|STOP|MARK|MEMOIZE|(LONG_)?BINGET|NONE|NEWTRUE|NEWFALSE|BININT[12]?|LONG1"
+    r"|(SHORT_)?BINUNICODE|(SHORT_)?BINBYTES|BINBYTES8|BYTEARRAY8|EMPTY_(TUPLE|LIST|DICT)"
+    r"|TUPLE[123]?|APPENDS?|SETITEMS?|STACK_GLOBAL|REDUCE|NEWOBJ|BUILD"
+)
+"""What Python's own pickles of such circuits have, in protocols 4 and 5."""
 
 
-@dataclass(eq=False)
 class Call:
-    """A call that is not made, and the state that its result would be given."""
+    """A call that is not made: its arguments, and the state that its result would be given."""
 
-    function: Any
+    __match_args__ = ("name", "arguments", "state")
+    name: str
     arguments: tuple
     state: Any = None
 
+    def __new__(cls, *arguments: Any) -> Call:
+        """The description of a call of `name`."""
+        made = super().__new__(cls)
+        made.arguments = arguments
+        return made
 
-@dataclass(frozen=True)
-class Payload:
-    """Bytes that stay in the file."""
-
-    file: BinaryIO
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        """The bytes."""
-        self.file.seek(self.offset)
-        return self.file.read(self.size)
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
 
 
-@dataclass(frozen=True)
-class Array:
-    """An array whose bytes are in the file; equal to another that reads the same bytes alike."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    payload: Payload
-
-    def numpy(self) -> np.ndarray:
-        """The array in memory."""
-        return np.frombuffer(self.payload.read(), self.dtype).reshape(self.shape)
+@functools.cache
+def _stand_in(name: str) -> type[Call]:
+    return type(name, (Call,), {"name": name})
 
 
-def unpickle(file: BinaryIO, steps: Iterator[int]) -> Any:
-    """The value that a pickle of protocol 4 or 5 describes; `steps` counts the opcodes of several.
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> type[Call]:
+        asked = f"{module}.{name}"
+        if NAMES.fullmatch(asked) is None:
+            raise ValueError(f"it asks for {asked[:100]!r}, which no circuit needs")
+        return _stand_in(asked.rpartition(".")[2])
+
+
+def unpickle(file: BinaryIO) -> Any:
+    """The value that a pickle describes, with a `Call` for all that it would make.
 
     Raises:
-        ValueError: the pickle is damaged, or has what no circuit has.
+        ValueError: the pickle has what no circuit has.
+        Exception: of Python's many kinds, where it is damaged.
     """
-    try:
-        return _run(file, steps)
-    except (LookupError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-        raise ValueError(f"the pickle is damaged (byte {file.tell()})") from error
-
-
-def _run(file: BinaryIO, steps: Iterator[int]) -> Any:
-    stack: list[Any] = []
-    below: list[list[Any]] = []  # the stacks below the open marks
-    memo: list[Any] = []
-    opcodes: Iterator[tuple[Any, Any, Any]] = pickletools.genops(file)
-    for opcode, argument, _ in opcodes:
-        if next(steps) >= MAX_STEPS:
+    for step, (opcode, _, _) in enumerate(pickletools.genops(file)):
+        if OPCODES.fullmatch(opcode.name) is None:
+            raise ValueError(f"no circuit needs the opcode {opcode.name}")
+        if step >= MAX_STEPS:
             raise ValueError(f"it takes more than {MAX_STEPS:,} steps to read")
-        name, items = opcode.name, []
-        if name in ABOVE_MARK:
-            items, stack = stack, below.pop()
-        elif name in TAKEN:
-            items = stack[-TAKEN[name] :]
-            del stack[-TAKEN[name] :]
-        match name:
-            case "PROTO" | "FRAME" | "STOP":
-                pass
-            case "MARK":
-                below.append(stack)
-                stack = []
-            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(items))
-            case "APPEND" | "APPENDS":
-                list.extend(stack[-1], items)
-            case "SETITEM" | "SETITEMS":
-                keys = map(sys.intern, items[::2])  # takes nothing but texts
-                dict.update(stack[-1], zip(keys, items[1::2], strict=True))
-            case "MEMOIZE":
-                memo.append(stack[-1])
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "STACK_GLOBAL":
-                last, module = stack.pop(), stack.pop()
-                asked = f"{module}.{last}"
-                if NAMES.fullmatch(asked) is None:
-                    raise ValueError(f"it asks for {asked[:100]!r}, which no circuit needs")
-                stack.append(last)
-            case "REDUCE" | "NEWOBJ":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(Call(function, tuple(arguments)))
-            case "BUILD":
-                state = stack.pop()
-                stack[-1].state = state
-            case _ if name in VALUES:
-                stack.append(copy(VALUES[name]))
-            case _ if name in PLAIN:
-                stack.append(argument)
-            case _ if name in BYTES:
-                size = len(argument)
-                stack.append(Payload(file, file.tell() - size, size))
-            case _:
-                raise ValueError(f"no circuit needs the opcode {name}")
-    (value,) = stack
-    return value
+    file.seek(0)
+    return _Unpickler(file).load()
 
 
-def read_array(value: Any, dtype: str) -> Array:
-    """The array that numpy would make, with elements of the type; others are a ValueError."""
+def read_array(value: Any, dtype: str) -> np.ndarray:
+    """The array that numpy would make, on the bytes as they are; others are a ValueError."""
     match value:
-        case Call("_reconstruct", _, (1, tuple(shape), kind, False, Payload() as data)):
+        case Call("_reconstruct", _, (1, shape, kind, False, data)):
             pass
-        case Call("_frombuffer", (Payload() as data, kind, tuple(shape), "C", *_), None):
+        case Call("_frombuffer", (data, kind, shape, "C", *_)):
             pass
         case _:
-            raise ValueError("is no array")
+            raise ValueError("it has no array where one should be")
     match kind:
         case Call("dtype", (str(code), False, True), (3, str(end), *_)) if end + code == dtype:
-            pass
-        case _:
-            raise ValueError(f"has elements of another type than {dtype}")
-    if not all(type(number) is int and number >= 0 for number in shape):
-        raise ValueError("has a shape that no array has")
-    if math.prod(shape) * np.dtype(dtype).itemsize != data.size:
-        raise ValueError(f"has a shape that does not fit its {data.size:,} bytes")
-    return Array(dtype, shape, data)
-
-
-def read_num_tokens(value: Any) -> int:
-    """The number of tokens of a pickled distribution; raises a ValueError for another kind."""
-    match value:
-        case Call("Categorical", (), {"num_cats": int(number)}) if number > 0:
-            return number
-        case Call(_, (int(number), *_), _) if number > 0:
-            return number
-    raise ValueError("it is none over tokens")
+            return np.frombuffer(data, dtype).reshape(shape)
+    raise ValueError(f"it has an array of other elements than {dtype}")
