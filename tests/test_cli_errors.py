@@ -192,7 +192,8 @@ def folder(tmp_path_factory):
         ["generate", "--batch-size", "0"],
         ["bench", "all", "--seed", "1.5"],
         ["bench", "head-step", "--threads", "0"],
-        ["bench", "memory", "--device", "abacus"],
+        ["bench", "overhead", "--vocabularies", "0"],
+        ["bench", "overhead", "--device", "abacus"],
     ],
 )
 def test_value_that_cannot_be_is_bad_usage_that_names_it(argv, capsys):
@@ -259,7 +260,7 @@ def test_empty_prompt_is_one_line(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", [["bench", "memory", "--quick"], ["evaluate", "gap"], ["evaluate", "quality"]]
+    "command", [["bench", "overhead", "--quick"], ["evaluate", "gap"], ["evaluate", "quality"]]
 )
 def test_output_that_cannot_be_written_is_found_before_the_work(command, tmp_path, capsys):
     judge = ["--judge", "x"] if command[-1] == "quality" else []

@@ -15,8 +15,6 @@ NAMES = {"sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub", "yaml"
 """Packages that are installed under another name than they are imported by."""
 BY_OTHERS = {"jinja2"}
 """Imported by transformers where a chat template is rendered, which does not require it."""
-OPTIONAL = {"hmmlearn": "test"}
-"""Imported only where it is there, and the extra that brings it; a peer in a benchmark has none."""
 
 
 def imported_packages() -> dict[str, set[str]]:
@@ -45,13 +43,8 @@ def declared(requirements: list[str]) -> set[str]:
 
 def test_every_imported_package_is_declared_and_no_other():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = {name: declared(r) for name, r in project["optional-dependencies"].items()}
-    imported = imported_packages()
-    needed = {NAMES.get(name, name) for name in imported if name not in OPTIONAL}
+    needed = {NAMES.get(name, name) for name in imported_packages()}
     assert needed | BY_OTHERS == declared(project["dependencies"])
-    for name, extra in OPTIONAL.items():
-        assert name in imported
-        assert extra is None or name in extras[extra]
 
 
 def test_every_dependency_has_a_lower_bound_and_no_upper_one():

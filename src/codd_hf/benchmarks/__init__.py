@@ -1,26 +1,21 @@
-"""Speed and memory: functions of `Options` that give a `Report`.
+"""Speed: a benchmark is a module with a function `measure(options)` that gives a `Report`.
 
 Every speed is a ratio of medians within one process, the sides running in turns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from ..checks.settings import Count, Range, Seed, Settings
-from ..runtime.report import Report
 
 BENCHMARKS = {
     "overhead": "head step over a backbone's forward pass, at LLaDA-8B's shape",
     "head-step": "head step against a plain reading of the paper",
-    "fitting": "EM against hmmlearn",
     "end-to-end": "CoDDPipeline against diffusers' LLaDA2Pipeline on one backbone",
-    "memory": "peak extra memory of a head step",
-    "scaling": "head step against batch, window, states and vocabulary",
 }
+"""By name, of which a module is called; a minus is an underscore there."""
 
 
 @dataclass
@@ -35,6 +30,8 @@ class Options(Settings):
     """The threads of torch; default: its choice."""
     batch_size: Count | None = None
     """Rows at once; default: each benchmark's."""
+    vocabularies: list[Annotated[int, Range(128)]] = field(default_factory=list)
+    """Vocabulary sizes of overhead and head-step; default: LLaDA-8B's 126,464."""
     repeats: Count = 5
     """Timed runs of each side."""
     seed: Seed = 0
@@ -45,14 +42,3 @@ class Options(Settings):
     def batches_or(self, *usual: int) -> list[int]:
         """The batch sizes: as asked, or `usual`."""
         return [self.batch_size] if self.batch_size else list(usual)
-
-
-def run_benchmark(name: str, options: Options) -> Report:
-    """Runs one of `BENCHMARKS`, a function of its name, of this room's modules."""
-    name = name.replace("-", "_")
-    module = name if name in ("fitting", "end_to_end") else "head"
-    measure: Callable[[Options], Report] = getattr(import_module(f".{module}", __name__), name)
-    return measure(options)
-
-
-__all__ = ["BENCHMARKS", "Options", "Report", "run_benchmark"]

@@ -3,8 +3,7 @@
 Both drive the embedded model's backbone greedily for the same number of passes. The stock pipeline
 cuts the canvas after the block at hand. With a single block, or under block-causal attention, both
 read the same canvas and find the same tokens; with shorter blocks, which the caches need, ours
-reads more under full attention. The answers with each cache to held-out questions are judged by
-the share of tokens as without one and by log-likelihood.
+reads more under full attention.
 """
 
 from __future__ import annotations
@@ -17,48 +16,79 @@ from typing import Any
 import torch
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
 
-from ..data.canvases import load_examples, tokenize_examples
+from ..data.sources import load_examples
 from ..hub.defaults import default_model
-from ..modeling_codd import CoDDModel
 from ..pipelines import CoDDPipeline
-from ..schedulers import CoDDScheduler
-from . import Options, Report
-from .timing import Side, median_seconds
+from ..runtime.report import Report
+from . import Options
+from .timing import median_seconds
 
 ALWAYS_TOP_K = 2.0
 """A threshold above any probability: the stock scheduler then commits by count alone."""
 
 BLOCK = 32
 STOCK, FACTORIZED = "LLaDA2Pipeline", "CoDDPipeline, factorized"
-CACHES = {None: FACTORIZED, "prefix": "with prefix cache", "dual": "with dual cache"}
-BLOCK_CAUSAL = ", block-causal"
 
 
-def bare_pipeline(model: CoDDModel, attention_block: int | None = None) -> CoDDPipeline:
-    """A model's backbone without a head; with block-causal attention in blocks of a length."""
-    backbone = model.backbone
-    if attention_block is not None:
-        backbone = deepcopy(backbone)
-        backbone.config.block_length = attention_block
-    never = {name: getattr(model.config, name) for name in ("mask_token_id", "forbidden_token_ids")}
-    bare = CoDDModel.from_backbone(backbone, **never)
-    return CoDDPipeline(bare, CoDDScheduler(sampling="factorized"))
-
-
-def sequences(pipeline: Any, **call: Any) -> torch.Tensor:
-    """Generates `[batch, length]` tokens."""
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(**call, output_type="seq").sequences
+def measure(options: Options) -> Report:
+    """`codd-hf bench end-to-end`: a row for each batch size, kind of blocks and pipeline."""
+    length, steps = (64, 4) if options.quick else (256, 64)
+    pipeline = CoDDPipeline.from_pretrained(default_model()).to(options.device)
+    causal = CoDDPipeline(deepcopy(pipeline.model), pipeline.scheduler, pipeline.tokenizer)
+    causal.model.backbone.config.block_length = BLOCK
+    for model in (pipeline.model, causal.model):
+        # Whoever runs the backbone, these get no probability.
+        never = [pipeline.tokenizer.eos_token_id, model.mask_token_id]
+        never += model.config.forbidden_token_ids or ()
+        model.get_output_embeddings().register_forward_hook(
+            partial(_forbid, torch.tensor(never, device=model.device))
+        )
+    questions = [e.prompt for e in load_examples(Path(default_model(), "test.jsonl"))]
+    text = pipeline.tokenizer("\n".join(questions), return_tensors="pt")["input_ids"][0]
+    rows: list[dict[str, Any]] = []
+    for batch in options.batches_or(1, 4):
+        prompts = text[: 2 * batch * BLOCK].view(batch, -1).to(options.device)
+        for kind, block, ours, theirs in (
+            ("single", length, pipeline, pipeline.model.backbone),
+            ("full", BLOCK, pipeline, pipeline.model.backbone),
+            ("block-causal", BLOCK, causal, causal.model),
+        ):
+            sides = sides_of(ours, theirs, prompts, length, steps, block)
+            if kind == "full":
+                sides |= {
+                    f"with {cache} cache": partial(sides[FACTORIZED], cache=cache)
+                    for cache in ("prefix", "dual")
+                }
+            found = {name: run() for name, run in sides.items()}
+            seconds = median_seconds(sides, options.repeats, options.device, warmups=0)
+            rows += [
+                {
+                    "batch": batch,
+                    "blocks": kind,
+                    "pipeline": name,
+                    "tokens/s": batch * length / seconds[name],
+                    "over LLaDA2Pipeline": seconds[STOCK] / seconds[name],
+                    "over no cache": seconds[FACTORIZED] / seconds[name],
+                    "tokens as LLaDA2Pipeline's, %": _percent_same(tokens, found[STOCK]),
+                }
+                for name, tokens in found.items()
+            ]
+    facts = {"prompt": 2 * BLOCK, "generated": length, "block": BLOCK, "passes": steps}
+    return Report(facts | {"repeats": options.repeats}, {"rows": rows})
 
 
 def sides_of(
-    pipeline: CoDDPipeline, prompts: torch.Tensor, length: int, steps: int, block: int
-) -> dict[str, Side]:
+    pipeline: CoDDPipeline,
+    stock_model: torch.nn.Module,
+    prompts: torch.Tensor,
+    length: int,
+    steps: int,
+    block: int,
+) -> dict[str, partial[torch.Tensor]]:
     """Each pipeline's way to generate tokens in `steps` passes and blocks of `block`."""
     # The stock blocks are counted from the beginning: a single one holds the prompt as well.
     stock_block = block if block < length else prompts.shape[1] + length
-    call = {"input_ids": prompts, "gen_length": length}
-    stock_call = call | {
+    stock_call = {
         "block_length": stock_block,
         "num_inference_steps": steps * stock_block // length,  # of a block
         "threshold": ALWAYS_TOP_K,
@@ -66,91 +96,25 @@ def sides_of(
         "eos_early_stop": False,
         "mask_token_id": pipeline.model.mask_token_id,
     }
-    call |= {"block_length": block, "num_inference_steps": steps, "eos_token_id": []}
-
-    def stock(model: torch.nn.Module) -> Side:
-        return partial(sequences, LLaDA2Pipeline(model, BlockRefinementScheduler()), **stock_call)
-
-    bare = bare_pipeline(pipeline.model)
-    sides: dict[str, Side] = {
-        STOCK: stock(pipeline.model.backbone),
-        FACTORIZED: partial(sequences, bare, **call),
+    call = {"block_length": block, "num_inference_steps": steps, "eos_token_id": []}
+    coupled = partial(_sequences, pipeline, input_ids=prompts, gen_length=length, **call)
+    stock = LLaDA2Pipeline(stock_model, BlockRefinementScheduler())
+    return {
+        STOCK: partial(_sequences, stock, input_ids=prompts, gen_length=length, **stock_call),
+        FACTORIZED: partial(coupled, sampling="factorized", evidence_temperature=1.0),
+        "CoDDPipeline, with the head": coupled,
     }
-    sides["CoDDPipeline, with the head"] = partial(sequences, pipeline, **call)
-    if block < length:
-        sides |= {name: partial(sequences, bare, cache=c, **call) for c, name in CACHES.items()}
-        causal = bare_pipeline(pipeline.model, block)
-        sides[STOCK + BLOCK_CAUSAL] = stock(causal.model)
-        sides["CoDDPipeline" + BLOCK_CAUSAL] = partial(sequences, causal, **call)
-    return sides
 
 
-def cache_rows(
-    pipeline: CoDDPipeline, questions: list[list[int]], length: int, steps: int
-) -> list[dict[str, Any]]:
-    """The answers to questions with each cache."""
-    bare, rows, plain = bare_pipeline(pipeline.model), [], None
-    for cache, name in CACHES.items():
-        tokens = sequences(
-            bare,
-            input_ids=questions,
-            gen_length=length,
-            block_length=BLOCK,
-            num_inference_steps=steps,
-            min_new_tokens=length,
-            eos_token_id=pipeline.tokenizer.eos_token_id,
-            cache=cache,
-        )
-        plain = tokens if plain is None else plain
-        scored: Any = bare.model.score(questions, tokens.tolist())
-        same = 100 * (tokens == plain).float().mean().item()
-        nats = -float(scored.factorized.sum() / scored.num_tokens.sum())
-        rows.append({"pipeline": name, "same tokens, %": same, "nats/token": nats})
-    return rows
+def _sequences(pipeline: Any, **call: Any) -> torch.Tensor:
+    """Generates `[batch, length]` tokens."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(**call, output_type="seq").sequences
 
 
-def end_to_end(options: Options) -> Report:
-    """`codd-hf bench end-to-end`: tokens per second, per batch size and length of the blocks."""
-    length, steps, questions = (64, 4, 2) if options.quick else (256, 64, 40)
-    pipeline = CoDDPipeline.from_pretrained(default_model()).to(options.device)
-    model, config = pipeline.model, pipeline.model.config
-    examples = load_examples(str(Path(default_model()) / "test.jsonl"))
-    tokenized = tokenize_examples(examples, pipeline.tokenizer, max_length=None)
-    asked = [example.prompt_ids for example in tokenized[:questions]]
-    caches = cache_rows(pipeline, asked, length // 2, steps // 2)
+def _forbid(tokens: torch.Tensor, module: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
+    return logits.index_fill(-1, tokens, -torch.inf)
 
-    # Whoever runs the backbone, these get no probability.
-    ends = [
-        pipeline.tokenizer.eos_token_id,
-        config.mask_token_id,
-        *(config.forbidden_token_ids or ()),
-    ]
-    never = torch.tensor(ends, device=model.device)
-    model.get_output_embeddings().register_forward_hook(
-        lambda module, args, logits: logits.index_fill(-1, never, -torch.inf)
-    )
-    text = torch.tensor([token for e in tokenized for token in e.prompt_ids + e.answer_ids])
-    rows: list[dict[str, Any]] = []
-    for batch in options.batches_or(1, 4):
-        prompts = text[: 2 * batch * BLOCK].view(batch, -1).to(options.device)
-        for block in (length, BLOCK):
-            sides = sides_of(pipeline, prompts, length, steps, block)
-            found: dict[str, Any] = {name: run() for name, run in sides.items()}
-            seconds = median_seconds(sides, options.repeats, options.device, warmups=0)
-            for name, tokens in found.items():
-                stock = STOCK + BLOCK_CAUSAL * name.endswith(BLOCK_CAUSAL)
-                same = (tokens == found[stock]).float().mean().item()
-                rows.append(
-                    {
-                        "batch": batch,
-                        "block": block,
-                        "pipeline": name,
-                        "tokens/s": batch * length / seconds[name],
-                        "over LLaDA2Pipeline": seconds[stock] / seconds[name],
-                        "over no cache": seconds[FACTORIZED] / seconds[name],
-                        "tokens as LLaDA2Pipeline's, %": 100 * same,
-                    }
-                )
-    facts = {"prompt": 2 * BLOCK, "generated": length, "passes": steps}
-    facts |= {"questions": questions, "repeats": options.repeats}
-    return Report(facts, {"rows": rows, "caches": caches})
+
+def _percent_same(tokens: torch.Tensor, others: torch.Tensor) -> float:
+    return 100 * (tokens == others).float().mean().item()

@@ -16,7 +16,6 @@ def median_seconds(
     repeats: int,
     device: str = "cpu",
     warmups: int = 2,
-    settling: int = 0,
 ) -> dict[str, float]:
     """Median wall-clock seconds of each side, run in turns (A, B, A, B, ...).
 
@@ -25,15 +24,11 @@ def median_seconds(
         repeats: timed runs of each.
         device: is waited for after each run.
         warmups: runs of each that are not timed, also in turns.
-        settling: runs of a side right before each that is timed, for sides that run in succession
-            in practice: what another side left in the caches and the allocator then has no effect.
     """
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(warmups + repeats):
         for name, run in sides.items():
-            for _ in range(settling):
-                run()
             synchronize()
             started = time.perf_counter()
             run()

@@ -1,15 +1,16 @@
-"""Measure speed and memory on this machine."""
+"""Measure speed on this machine."""
 
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 
-from ..benchmarks import BENCHMARKS, Options, run_benchmark
+from ..benchmarks import BENCHMARKS, Options
 from ..runtime.report import environment, listed
 from .common import add_flags, check_writable, quiet_loading, settings_from, write_result
 
 EXAMPLE = """example:
-  codd-hf bench overhead
+  codd-hf bench overhead --vocabularies 8192 32768 126464
   codd-hf bench head-step --threads 2 --output head-step.json
   codd-hf bench all --quick
 
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> None:
     quiet_loading()
     reports = {}
     for name in list(BENCHMARKS) if args.name == "all" else [args.name]:
-        report = run_benchmark(name, options)
+        module = import_module(f"..benchmarks.{name.replace('-', '_')}", __package__)
+        report = module.measure(options)
         print(f"### {name}\n\n{report.markdown()}\n", flush=True)
         reports[name] = report.as_dict()
         write_result(options.output, {"options": vars(options), "benchmarks": reports})

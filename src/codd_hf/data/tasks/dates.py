@@ -6,7 +6,7 @@ import re
 from random import Random
 
 from .contents import DAY, MONTHS, YEAR
-from .task import Mark, Task
+from .task import Task
 
 TO_DIGITS = (
     "Write {} as year-month-day.",
@@ -18,13 +18,10 @@ TO_WORDS = (
     "Which day is {}?",
     "Say the date {} in words.",
 )
-DIGITS = re.compile(r"(?<![0-9])([0-9]{4})-([0-9]{2})-([0-9]{2})(?![0-9])")
-MONTH = rf"(?P<month>{'|'.join(MONTHS)})"
-NUMBER_OF_DAY, NUMBER_OF_YEAR = r"(?<![0-9])(?P<day>[0-9]{1,2})", r"(?P<year>[0-9]{4})(?![0-9])"
-WORDS = (
-    re.compile(rf"{NUMBER_OF_DAY}(?:(?:st|nd|rd|th) of)? {MONTH} {NUMBER_OF_YEAR}"),
-    re.compile(rf"{MONTH} {NUMBER_OF_DAY}, {NUMBER_OF_YEAR}"),
-)
+DIGITS = re.compile(r"(?<![0-9])[0-9]{4}-[0-9]{2}-[0-9]{2}(?![0-9])")
+_DAY, _MONTH, _YEAR = r"(?<![0-9])([0-9]{1,2})", f"({'|'.join(MONTHS)})", r"([0-9]{4})(?![0-9])"
+DAY_FIRST = re.compile(rf"{_DAY}(?:(?:st|nd|rd|th) of)? {_MONTH} {_YEAR}")
+MONTH_FIRST = re.compile(rf"{_MONTH} {_DAY}, {_YEAR}")
 
 
 def draw(rng: Random) -> Task:
@@ -42,21 +39,17 @@ def draw(rng: Random) -> Task:
     return Task("dates", question, answer, digits)
 
 
-def check(task: Task, text: str) -> list[Mark]:
-    """Whether day, month and year are right, in the form that is asked for, and given once."""
-    to_digits = DIGITS.search(task.answer) is not None
-    (truth,), found = _dates(task.answer, to_digits), _dates(text, to_digits)
-    if len(found) != 1:
-        return [Mark("date", False)]
-    names = ("day", "month", "year")
-    return [Mark(name, found[0][name] == truth[name]) for name in names]
+def check(task: Task, text: str) -> bool:
+    """Whether the date stands there once, and no other, in the form that is asked for."""
+    if DIGITS.search(task.answer):
+        return DIGITS.findall(text) == DIGITS.findall(task.answer)
+    return _in_words(text) == _in_words(task.answer)
 
 
-def _dates(text: str, in_digits: bool) -> list[dict[str, str]]:
-    """The dates of a text in one of the two forms."""
-    if in_digits:
-        return [dict(zip(("year", "month", "day"), d, strict=True)) for d in DIGITS.findall(text)]
-    return [found.groupdict() for form in WORDS for found in form.finditer(text)]
+def _in_words(text: str) -> list[tuple[str, str, str]]:
+    """Day, month and year of the dates of a text in words."""
+    turned = [(day, month, year) for month, day, year in MONTH_FIRST.findall(text)]
+    return DAY_FIRST.findall(text) + turned
 
 
 def _ending(day: int) -> str:

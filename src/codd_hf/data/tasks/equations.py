@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
-from operator import add, mul, sub, truediv
 
-from .task import Mark, Task
+from .task import Task
 
 TIMES, OBELUS = "\N{MULTIPLICATION SIGN}", "\N{DIVISION SIGN}"
-OPERATORS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
-    "+": add,
-    "-": sub,
-    "*": mul,
-    "x": mul,
-    TIMES: mul,
-    "/": truediv,
-    OBELUS: truediv,
-}
+DIVIDED = ("/", OBELUS)
 NUMBER = r"\$?[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|\$?[0-9]+(?:\.[0-9]+)?"
 SIGN = rf"[-+*/{TIMES}{OBELUS}]|(?<![A-Za-z])x(?![A-Za-z])"
 TOKEN = re.compile(rf"{NUMBER}|{SIGN}")
@@ -30,20 +20,9 @@ MAX_DIGITS, MAX_TOKENS = 18, 64
 """Of a number and of a side; longer ones are not computed with."""
 
 
-def equations(text: str) -> list[Mark]:
-    """The equations in a text, in order; right if both sides are numbers and equal.
-
-    A side is a sum of products of numbers without parentheses. Of `a = b = c` there are two
-    equations. One that lacks a side, or has another thing there, is wrong.
-    """
-    marks = []
-    for chain in CHAIN.findall(text):
-        sides = [side.strip() for side in chain.split("=")]
-        for left, right in pairwise(sides):
-            value = evaluate(left)
-            equal = value is not None and value == evaluate(right)
-            marks.append(Mark(f"{left}={right}", equal))
-    return marks
+def check_worked_answer(task: Task, text: str) -> bool:
+    """Whether each equation is true, and the result right."""
+    return all(equations(text)) and result(text) == result(task.answer)
 
 
 def result(text: str) -> str | None:
@@ -52,11 +31,17 @@ def result(text: str) -> str | None:
     return found and found[1].replace(",", "")
 
 
-def check_worked_answer(task: Task, text: str) -> list[Mark]:
-    """Whether each equation is true, and the result right."""
-    found = result(text)
-    shown = "no result" if found is None else f"#### {found}"
-    return [*equations(text), Mark(shown, found is not None and found == result(task.answer))]
+def equations(text: str) -> list[bool]:
+    """The equations in a text, in order: whether both sides are numbers and equal.
+
+    A side is a sum of products of numbers without parentheses. Of `a = b = c` there are two
+    equations. One that lacks a side, or has another thing there, is wrong.
+    """
+    found = []
+    for chain in CHAIN.findall(text):
+        values = map(evaluate, chain.split("="))
+        found += [left is not None and left == right for left, right in pairwise(values)]
+    return found
 
 
 def evaluate(expression: str) -> Fraction | None:
@@ -67,18 +52,19 @@ def evaluate(expression: str) -> Fraction | None:
     if tokens[:1] == ["-"]:
         tokens = ["0", *tokens]
     numbers, signs = tokens[::2], tokens[1::2]
-    if len(numbers) != len(signs) + 1 or any(sign not in OPERATORS for sign in signs):
+    if len(numbers) != len(signs) + 1 or any(sign[-1].isdigit() for sign in signs):
         return None
-    if any(number in OPERATORS or len(number) > MAX_DIGITS for number in numbers):
+    if any(not number[-1].isdigit() or len(number) > MAX_DIGITS for number in numbers):
         return None
     values = [Fraction(number.replace(",", "").removeprefix("$")) for number in numbers]
-    total, sign, product = Fraction(0), add, values[0]
-    for name, value in zip(signs, values[1:], strict=True):
-        operator = OPERATORS[name]
-        if operator in (add, sub):
-            total, sign, product = sign(total, product), operator, value
-        elif operator is truediv and value == 0:
+    products = [values[0]]
+    for sign, value in zip(signs, values[1:], strict=True):
+        if sign in ("+", "-"):
+            products.append(value if sign == "+" else -value)
+        elif sign not in DIVIDED:
+            products[-1] *= value
+        elif value == 0:
             return None
         else:
-            product = operator(product, value)
-    return sign(total, product)
+            products[-1] /= value
+    return sum(products, Fraction(0))

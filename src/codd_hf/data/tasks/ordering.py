@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from .contents import NAMES, NUM_SORTED, SORTED
-from .task import Mark, Task, listed
+from .task import Task, listed
 
 QUESTIONS = {
     ("numbers", False): (
@@ -48,13 +48,9 @@ def draw(rng: Random) -> Task:
     return Task("ordering", question, answer, f"{what} {falling} {sorted(items)}")
 
 
-def check(task: Task, text: str) -> list[Mark]:
-    """Whether each item is at its place, and whether signs between them say what is true."""
-    truth, found = ITEM.findall(task.answer), ITEM.findall(text)
-    marks = [
-        Mark(item, place < len(truth) and item == truth[place]) for place, item in enumerate(found)
-    ]
-    marks += [Mark(item, False) for item in truth[len(found) :]]
-    numbers = truth[0].isdigit()
-    falls = int(truth[0]) > int(truth[1]) if numbers else truth[0] > truth[1]
-    return marks + [Mark(sign, (sign == ">") == falls) for sign in SIGN.findall(text)]
+def check(task: Task, text: str) -> bool:
+    """Whether the items stand in order, and signs between them say what is true."""
+    items = ITEM.findall(task.answer)
+    rising = items == sorted(items, key=int if items[0].isdigit() else str)
+    signs = {"<"} if rising else {">"}
+    return ITEM.findall(text) == items and signs.issuperset(SIGN.findall(text))

@@ -10,7 +10,7 @@ from random import Random
 
 from ...checks.arguments import choice
 from . import dates, ordering, records, sums, word_problems
-from .task import Mark, Task
+from .task import Task
 
 TASKS = "tasks"
 """Their name where a dataset is asked for."""
@@ -79,11 +79,6 @@ def kind_names(kinds: str | None) -> list[str]:
     return [] if kinds is None else [name.strip() for name in kinds.split(",")]
 
 
-def check(task: Task, text: str) -> list[Mark]:
-    """Marks the parts of an answer, at least one."""
-    return KINDS[task.kind].check(task, text)
-
-
 def is_right(task: Task, text: str) -> bool:
-    """Whether every part of an answer is right."""
-    return all(mark.right for mark in check(task, text))
+    """Whether an answer is right."""
+    return KINDS[task.kind].check(task, text)

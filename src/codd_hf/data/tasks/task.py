@@ -1,10 +1,9 @@
-"""What a task is, and what a checker says of an answer to it."""
+"""What a task is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -22,13 +21,6 @@ class Task:
     question: str
     answer: str
     content: str
-
-
-class Mark(NamedTuple):
-    """A part of an answer (a value, an equation, the result), and whether it is right."""
-
-    part: str
-    right: bool
 
 
 def listed(items: Sequence[object]) -> str:
