@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -83,8 +84,8 @@ def test_demo_prints_both_texts_and_the_number_of_passes(trained_pipeline, capsy
     assert main([*argv, "--num-inference-steps", "2", "--num-questions", "2"]) == 0
     text = capsys.readouterr().out
     assert text.count("Where to?") == 2
-    assert "factorized 2 passes" in text
-    assert "CoDD 2 passes" in text
+    for name in ("factorized", "CoDD"):  # an answer may end in the first pass
+        assert re.search(rf"{name} [12] passes", text)
 
 
 def test_evaluate_gap_prints_the_table_and_reads_as_many_tokens_as_asked(
