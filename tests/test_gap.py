@@ -119,7 +119,7 @@ def test_figures_do_not_depend_on_the_batch_size(tiny_tokenizer):
 
 
 def test_what_cannot_be_measured_is_an_error_that_says_why(tiny_tokenizer):
-    with pytest.raises(ValueError, match=r"`ratios` must lie in \(0, 1\], got \[1.5\]"):
+    with pytest.raises(ValueError, match="`ratios` must be at most 1, got"):
         measured(random_model(tiny_tokenizer), tiny_tokenizer, ratios=[0.5, 1.5])
     with pytest.raises(ValueError, match="no answer of at least 16 tokens"):
         measured(random_model(tiny_tokenizer, window_length=16), tiny_tokenizer)

@@ -122,7 +122,7 @@ def test_bad_row_is_refused_by_its_number_or_left_out_and_listed(line, said, tmp
     [
         ("a.jsonl", b"", "must be a column of"),
         ("a.jsonl", b"[1]", "must be a column of"),
-        ("a.txt", b"a\n\xff\n", "is not text"),
+        ("a.txt", b"a\n\xff\n", "must hold a text"),
         ("a.parquet", b"none", "cannot be read"),
         ("a.csv", b"", "cannot be read"),
     ],

@@ -7,7 +7,7 @@ from importlib import import_module
 from inspect import getdoc
 from pathlib import Path
 
-from ..evaluation.settings import GapSettings, MeasureSettings, QualitySettings
+from ..evaluation import MEASURES
 from ..runtime.report import environment, listed
 from .common import add_flags, check_writable, load_pipeline, settings_from, write_result
 
@@ -18,8 +18,6 @@ EXAMPLE = """example:
       --choose-on validation.jsonl --output quality.json
 
 `codd-hf evaluate gap --help` and `codd-hf evaluate quality --help` say what is measured."""
-MEASURES: dict[str, type[MeasureSettings]] = {"gap": GapSettings, "quality": QualitySettings}
-"""By name; `codd_hf.evaluation.<name>.measure` measures."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

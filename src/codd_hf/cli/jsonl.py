@@ -22,10 +22,9 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..checks.arguments import integer, shown
-from ..data.fingerprint import json_fingerprint
+from ..data.fingerprint import json_fingerprint, pipeline_fingerprint
 from ..data.rows import BadRowError, Row, RowReport, read_rows
 from ..decoding.choices import SETTINGS
-from ..evaluation.answer_sets import pipeline_fingerprint
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.files import atomic_write, make_durable
 from ..runtime.journal import append_results, read_results

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .canvases import TokenizedExample
+
+if TYPE_CHECKING:
+    from ..pipelines.pipeline_codd import CoDDPipeline
 
 PASSING = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 """Settings of a backbone that do not change what it predicts from the same weights."""
@@ -49,6 +52,15 @@ def weights_fingerprint(module: torch.nn.Module) -> str:
             yield _content(whole)
 
     return _digest(parts())
+
+
+def pipeline_fingerprint(pipeline: CoDDPipeline) -> str:
+    """A digest of all in a pipeline on which its texts depend."""
+    model, tokenizer = pipeline.model, pipeline.tokenizer
+    scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
+    spelling = [tokenizer.special_tokens_map, tokenizer.chat_template]
+    parts = [weights_fingerprint(model), settings_fingerprint(model.config)]
+    return json_fingerprint([*parts, scheduler, tokenizer_fingerprint(tokenizer), *spelling])
 
 
 def data_fingerprint(examples: Sequence[TokenizedExample]) -> str:

@@ -72,23 +72,21 @@ def read_rows(path: str, sample_by: str = "line") -> list[Row]:
     A .txt file has texts, in one column `text`: lines or, up to an empty line, paragraphs. Others
     have JSON objects, one a line. Blank lines are no rows.
     """
-    # Bytes that are no UTF-8 become halves of surrogate pairs, which only their rows are about.
-    text = Path(path).read_text("utf-8-sig", "surrogateescape")
-    of_texts = Path(path).suffix == ".txt"
-    if of_texts and sample_by == "paragraph":
-        parts = [part.strip("\n") for part in re.split(r"\n\n+", text) if part.strip()]
-        return list(enumerate(({"text": part} for part in parts), 1))
-    rows: list[Row] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            line.encode()
-            value = {"text": line} if of_texts else json.loads(line)
-        except (ValueError, RecursionError) as error:
-            value = BadRowError(f"is not {'text' if of_texts else 'JSON'} ({error})")
-        else:
-            if not isinstance(value, dict):
-                value = BadRowError(f"is not a JSON object ({shown(value)})")
-        rows.append((number, value))
-    return rows
+    if Path(path).suffix == ".txt":
+        # Bytes that are no UTF-8 become halves of surrogate pairs, which only their rows are about.
+        text = Path(path).read_text("utf-8-sig", "surrogateescape")
+        parts = re.split(r"\n\n+" if sample_by == "paragraph" else r"\n", text)
+        texts = enumerate((part.strip("\n") for part in parts), 1)
+        return [(number, {"text": text}) for number, text in texts if text.strip()]
+    lines = enumerate(Path(path).read_bytes().splitlines(), 1)
+    return [(number, _columns(line)) for number, line in lines if line.strip()]
+
+
+def _columns(line: bytes) -> dict[str, Any] | BadRowError:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return BadRowError(f"is not JSON ({error})")
+    if not isinstance(value, dict):
+        return BadRowError(f"is not a JSON object ({shown(value)})")
+    return value

@@ -1,33 +1,23 @@
-"""Answers that a pipeline gives to fixed questions under some settings, judged and kept."""
+"""Answers that a pipeline gives to questions, at so many passes and under some settings."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..data.fingerprint import (
-    json_fingerprint,
-    settings_fingerprint,
-    tokenizer_fingerprint,
-    weights_fingerprint,
-)
-from ..data.sources import Example
 from ..pipelines.pipeline_codd import CoDDPipeline
-from ..runtime.journal import append_results, read_results
 from ..text.encoding import encode_texts
-from .judge import Judge
 from .settings import AnswerSettings
 
 
 @dataclass(frozen=True)
 class Answers:
-    """One answer to each question, without end-of-text, and the judge's verdicts.
+    """One answer to each question, without end-of-text.
 
     Attributes:
         passes: backbone passes that each took part in; 0 for texts that were not generated.
@@ -37,88 +27,56 @@ class Answers:
     texts: list[str]
     tokens: list[list[int]]
     passes: list[int]
-    verdicts: list[Any]
     seconds: float
 
 
-def pipeline_fingerprint(pipeline: CoDDPipeline) -> str:
-    """A digest of all in a pipeline on which its texts depend."""
-    model, tokenizer = pipeline.model, pipeline.tokenizer
-    scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
-    spelling = [tokenizer.special_tokens_map, tokenizer.chat_template]
-    parts = [weights_fingerprint(model), settings_fingerprint(model.config)]
-    return json_fingerprint([*parts, scheduler, tokenizer_fingerprint(tokenizer), *spelling])
+def real_answers(pipeline: CoDDPipeline, texts: Sequence[str], length: int) -> Answers:
+    """Given texts, cut after `length` tokens of the pipeline's."""
+    encoded, _ = encode_texts(texts, pipeline.tokenizer)
+    tokens = [row[:length] for row in encoded]
+    texts = [pipeline.tokenizer.decode(row) for row in tokens]
+    return Answers(texts, tokens, [0] * len(texts), 0.0)
 
 
-@dataclass
-class AnswerSet:
-    """Questions with real answers, a pipeline that answers them, and a judge of the same questions.
+def generate_answers(
+    pipeline: CoDDPipeline,
+    questions: Sequence[str],
+    passes: int,
+    settings: AnswerSettings,
+    **draw: Any,
+) -> Answers:
+    """Each in `passes` passes per window, or fewer where a strategy is adaptive or a text ends.
 
-    Attributes:
+    Args:
         pipeline: with a tokenizer. Its scheduler's settings hold where others are not given.
-        settings: `gen_length`, at which real answers are cut; `batch_size`, which changes the
-            speed, not the answers; and `seed`, to which a question's place is added.
-        journal: keeps answers for a later run of the same pipeline, judge, questions and settings.
+        questions: the prompts.
+        passes: of the backbone, for each window of the head.
+        settings: `gen_length`; `batch_size`, which changes the speed, not the answers; and `seed`,
+            to which a question's place is added.
+        **draw: draw settings.
     """
-
-    pipeline: CoDDPipeline
-    judge: Judge
-    examples: Sequence[Example]
-    settings: AnswerSettings
-    journal: Path | None = None
-
-    def __post_init__(self) -> None:
-        self.block_length = self.pipeline.model.window_length
-        questions = [[example.prompt, example.answer] for example in self.examples]
-        kept = [questions, self.settings.gen_length, self.settings.seed, self.judge.digest]
-        self._made_by = [*kept, pipeline_fingerprint(self.pipeline)]
-
-    def real(self) -> Answers:
-        """The real answers, no longer than the pipeline may write them."""
-        tokenizer = self.pipeline.tokenizer
-        encoded, _ = encode_texts([example.answer for example in self.examples], tokenizer)
-        tokens = [row[: self.settings.gen_length] for row in encoded]
-        texts = [tokenizer.decode(row) for row in tokens]
-        return Answers(texts, tokens, [0] * len(texts), list(self.judge(texts)), 0.0)
-
-    def answers(self, passes: int, **draw: Any) -> Answers:
-        """Those under some draw settings: of an earlier run, or else made now and kept.
-
-        Each has so many `passes` of the backbone per block, or fewer where a strategy is adaptive.
-        """
-        settings = asdict(self.pipeline.scheduler.settings.updated(**draw))
-        key = json_fingerprint([*self._made_by, settings, passes])
-        kept = read_results(self.journal).get(key) if self.journal else None
-        if kept is not None:
-            return Answers(**kept)
-        answers = self._generate(passes, draw)
-        if self.journal:
-            append_results(self.journal, [(key, asdict(answers))])
-        return answers
-
-    def _generate(self, num_passes: int, draw: dict[str, Any]) -> Answers:
-        size, length = self.settings.batch_size, self.settings.gen_length
-        ends = self.pipeline.task()["eos_token_id"]
-        texts: list[str] = []
-        tokens: list[list[int]] = []
-        passes: list[int] = []
-        started = time.perf_counter()
-        for start in range(0, len(self.examples), size):
-            batch = [example.prompt for example in self.examples[start : start + size]]
-            seeds = range(self.settings.seed + start, self.settings.seed + start + len(batch))
-            output = self.pipeline(
-                batch,
-                gen_length=length,
-                block_length=self.block_length,
-                num_inference_steps=num_passes * -(-length // self.block_length),
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                **draw,
-            )
-            assert output.texts is not None
-            assert output.passes_per_row is not None
-            texts += output.texts
-            for row in output.sequences.tolist():
-                tokens.append(list(takewhile(lambda token: token not in ends, row)))
-            passes += output.passes_per_row.tolist()
-        seconds = time.perf_counter() - started
-        return Answers(texts, tokens, passes, list(self.judge(texts)), seconds)
+    size, length = settings.batch_size, settings.gen_length
+    window = pipeline.model.window_length
+    ends = pipeline.task()["eos_token_id"]
+    seeds = range(settings.seed, settings.seed + len(questions))
+    texts: list[str] = []
+    tokens: list[list[int]] = []
+    used: list[int] = []
+    started = time.perf_counter()
+    for start in range(0, len(questions), size):
+        batch = slice(start, start + size)
+        output = pipeline(
+            list(questions[batch]),
+            gen_length=length,
+            block_length=window,
+            num_inference_steps=passes * -(-length // window),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[batch]],
+            **draw,
+        )
+        assert output.texts is not None
+        assert output.passes_per_row is not None
+        texts += output.texts
+        used += output.passes_per_row.tolist()
+        for row in output.sequences.tolist():
+            tokens.append(list(takewhile(lambda token: token not in ends, row)))
+    return Answers(texts, tokens, used, time.perf_counter() - started)

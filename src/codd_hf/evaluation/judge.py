@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,45 +16,32 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..data.fingerprint import weights_fingerprint
 from ..hub.repositories import Repository, explain_load_errors
 from ..hub.stored_weights import load_stored
 from ..text.encoding import encode_chats, encode_texts
 
 
+@dataclass(frozen=True)
 class Judge:
-    """Judges answers to fixed questions: nats, and the judge's tokens that these are a sum over.
+    """A model that gives nats of answers, and the numbers of its tokens that these are sums over.
 
     With a chat template, the question is a user's message and the answer the assistant's; without
     one, a newline stands between them.
-
-    Raises:
-        ValueError: a question cannot be encoded.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        questions: Sequence[str],
-        batch_size: int = 8,
-    ) -> None:
-        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
-        self.digest = weights_fingerprint(model)
-        if tokenizer.chat_template is None:
-            texts = [question + "\n" for question in questions]
-            self._contexts, faults = encode_texts(texts, tokenizer, add_special_tokens=True)
-        else:
-            chats = [[{"role": "user", "content": question}] for question in questions]
-            self._contexts, faults = encode_chats(chats, tokenizer, add_generation_prompt=True)
-        for i, fault in faults.items():
-            raise ValueError(f"`questions` must suit the judge, but the one at index {i} {fault}.")
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int = 8
 
     @torch.no_grad()
-    def __call__(self, answers: Sequence[str]) -> list[tuple[float, int]]:
-        """Nats and number of tokens of each answer after its question, in their order."""
+    def __call__(self, questions: Sequence[str], answers: Sequence[str]) -> list[tuple[float, int]]:
+        """Nats and number of tokens of each answer after its question, in their order.
+
+        Raises:
+            ValueError: a question cannot be encoded.
+        """
         encoded, _ = encode_texts(answers, self.tokenizer)
-        pairs = list(zip(self._contexts, encoded, strict=True))
+        pairs = list(zip(self._contexts(questions), encoded, strict=True))
         judged = []
         for start in range(0, len(pairs), self.batch_size):
             batch = pairs[start : start + self.batch_size]
@@ -68,11 +56,22 @@ class Judge:
                 judged.append((nats, len(answer)))
         return judged
 
+    def _contexts(self, questions: Sequence[str]) -> list[list[int]]:
+        if self.tokenizer.chat_template is None:
+            texts = [question + "\n" for question in questions]
+            rows, faults = encode_texts(texts, self.tokenizer, add_special_tokens=True)
+        else:
+            chats = [[{"role": "user", "content": question}] for question in questions]
+            rows, faults = encode_chats(chats, self.tokenizer, add_generation_prompt=True)
+        for i, fault in faults.items():
+            raise ValueError(f"`questions` must suit the judge, but the one at index {i} {fault}.")
+        return rows
+
 
 def load_judge(
     name: str, gguf_file: str | None = None, device: torch.device | str = "cpu"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in float32, of a folder or the Hub, and its tokenizer.
+) -> Judge:
+    """A causal language model in float32 and its tokenizer, of a folder or the Hub.
 
     A `gguf_file` in it needs the package `gguf`; its weights are dequantized.
 
@@ -89,4 +88,4 @@ def load_judge(
             model: Any = load_stored(repository, load, None, None)[0]
         else:
             model = load(name, gguf_file=gguf_file)
-    return model.to(device), tokenizer
+    return Judge(model.to(device), tokenizer)

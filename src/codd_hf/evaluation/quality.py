@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ..data.sources import Example, load_examples
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.report import Report
 from ..schedulers.strategies import ADAPTIVE
-from .answer_sets import Answers, AnswerSet
+from .answering import Answers, generate_answers, real_answers
 from .judge import Judge, load_judge
 from .settings import FACTORIZED, QualitySettings
 from .statistics import entropy, mean, ratio, repeated_ngrams
@@ -46,22 +47,54 @@ ENTROPY_KEPT = 0.9
 """Share of real answers' token entropy that answers must have."""
 
 
+@dataclass(frozen=True)
+class Problems:
+    """Questions with real answers, a pipeline that answers them too, and a judge."""
+
+    examples: Sequence[Example]
+    pipeline: CoDDPipeline
+    judge: Judge
+    settings: QualitySettings
+
+    def real(self) -> Row:
+        """The figures of the real answers, no longer than the pipeline may write them."""
+        texts = [example.answer for example in self.examples]
+        return self._figures(real_answers(self.pipeline, texts, self.settings.gen_length))
+
+    def row(self, passes: int, sampling: str, strategy: str, draw: dict[str, Any]) -> Row:
+        """Draw settings, and the figures of the answers under them."""
+        row = {"sampling": sampling, "strategy": strategy, "passes": passes}
+        row["settings"] = ", ".join(f"{name} {value}" for name, value in draw.items())
+        draw = {"sampling": sampling, "strategy": strategy, **draw}
+        questions = [example.prompt for example in self.examples]
+        answers = generate_answers(self.pipeline, questions, passes, self.settings, **draw)
+        return row | self._figures(answers)
+
+    def _figures(self, answers: Answers) -> Row:
+        """Nats per token of the judge, entropy of all tokens thrown together, and more."""
+        judged = self.judge([example.prompt for example in self.examples], answers.texts)
+        nats = ratio(*zip(*judged, strict=True))
+        return {
+            NATS: nats,
+            "perplexity": math.exp(nats.value),
+            ENTROPY: entropy(answers.tokens),
+            "repeated 3-grams, %": repeated_ngrams(answers.tokens) * 100,
+            "length": mean([len(tokens) for tokens in answers.tokens]),
+            "passes used": mean(answers.passes),
+            "seconds": answers.seconds,
+        }
+
+
 def measure(
     pipeline: CoDDPipeline, examples: Sequence[Example], settings: QualitySettings
 ) -> Report:
     """`codd-hf evaluate quality`."""
     pipeline.set_progress_bar_config(disable=True)
-    model = load_judge(settings.judge, settings.judge_file, pipeline.model.device)
-    journal = Path(f"{settings.output}.samples.jsonl") if settings.output else None
-
-    def answer_set(examples: Sequence[Example]) -> AnswerSet:
-        judge = Judge(*model, [example.prompt for example in examples])
-        return AnswerSet(pipeline, judge, examples, settings, journal)
-
-    validation = None
+    judge = load_judge(settings.judge, settings.judge_file, pipeline.model.device)
+    test, validation = Problems(examples, pipeline, judge, settings), None
     if settings.choose_on:
         chosen_on = load_examples(settings.choose_on, skip_bad_rows=settings.skip_bad_rows)
-        validation = answer_set(chosen_on[: settings.num_validation])
+        validation = replace(test, examples=chosen_on[: settings.num_validation])
     facts = {
         "judge": Path(settings.judge_file or settings.judge).name,
         "problems": len(examples),
@@ -69,12 +102,10 @@ def measure(
         "gen_length": settings.gen_length,
         "seed": settings.seed,
     }
-    return Report(facts, measure_quality(settings, answer_set(examples), validation))
+    return Report(facts, measure_quality(test, validation))
 
 
-def measure_quality(
-    settings: QualitySettings, test: AnswerSet, validation: AnswerSet | None
-) -> dict[str, list[Row]]:
+def measure_quality(test: Problems, validation: Problems | None) -> dict[str, list[Row]]:
     """Chooses settings on validation data, or takes the pipeline's own, and measures test data.
 
     Returns:
@@ -84,22 +115,21 @@ def measure_quality(
     Raises:
         ValueError: `validation` shares a question with `test`, or a setting is out of range.
     """
+    settings, length = test.settings, test.pipeline.model.window_length
     strategies = settings.strategies or [test.pipeline.scheduler.config.strategy]
-    length, modes = test.block_length, [FACTORIZED, *settings.samplings]
+    modes = [FACTORIZED, *settings.samplings]
     if max(settings.passes) > length:
         raise ValueError(f"`passes` must be at most the window's {length}, got {settings.passes}.")
+    real, rows, choices = test.real(), [], []
     chosen: dict[tuple[str, int], dict[str, Any]] = {}
-    choices, rows = [], []
     if validation is not None:
         shared = {e.prompt for e in validation.examples} & {e.prompt for e in test.examples}
         if shared:
             raise ValueError(f"`choose_on` and `dataset` share the question {min(shared)!r}.")
-        least = ENTROPY_KEPT * figures(validation.real())[ENTROPY].value
+        least = ENTROPY_KEPT * validation.real()[ENTROPY].value
         for mode, at in tqdm([*product(modes, CHOSEN_AT)], "choosing settings", disable=None):
             grid = FACTORIZED_GRID if mode == FACTORIZED else COUPLED_GRID
-            found = [
-                measured(validation, min(at, length), mode, strategies[0], draw) for draw in grid
-            ]
+            found = [validation.row(min(at, length), mode, strategies[0], draw) for draw in grid]
             chosen[mode, at] = grid[best(found, least)]
             choices += found
     ways = [(s, n) for s in strategies for n in ([length] if s in ADAPTIVE else settings.passes)]
@@ -108,35 +138,10 @@ def measure_quality(
         nearest = CHOSEN_AT[wanted**2 > CHOSEN_AT[0] * CHOSEN_AT[1]]
         # Factorized decoding has one temperature, whatever the scheduler's for the circuit is.
         own = {"evidence_temperature": 1.0} if mode == FACTORIZED else {}
-        draw = chosen.get((mode, nearest), own)
-        rows.append(measured(test, passes, mode, strategy, draw))
-    real = figures(test.real())
-    least = ENTROPY_KEPT * real[ENTROPY].value
+        rows.append(test.row(passes, mode, strategy, chosen.get((mode, nearest), own)))
+    matches = find_matches(rows, ENTROPY_KEPT * real[ENTROPY].value)
     rows.insert(0, {"sampling": "real answers"} | real)
-    return {"choices": choices, "rows": rows, "matches": find_matches(rows[1:], least)}
-
-
-def measured(
-    answers: AnswerSet, passes: int, sampling: str, strategy: str, draw: dict[str, Any]
-) -> Row:
-    """Settings and the figures of the answers under them."""
-    row = {"sampling": sampling, "strategy": strategy, "passes": passes}
-    row["settings"] = ", ".join(f"{name} {value}" for name, value in draw.items())
-    return row | figures(answers.answers(passes, sampling=sampling, strategy=strategy, **draw))
-
-
-def figures(answers: Answers) -> Row:
-    """Nats per token of the judge, entropy of all tokens thrown together, and more."""
-    nats = ratio(*zip(*answers.verdicts, strict=True))
-    return {
-        NATS: nats,
-        "perplexity": math.exp(nats.value),
-        ENTROPY: entropy(answers.tokens),
-        "repeated 3-grams, %": repeated_ngrams(answers.tokens) * 100,
-        "length": mean([len(tokens) for tokens in answers.tokens]),
-        "passes used": mean(answers.passes),
-        "seconds": answers.seconds,
-    }
+    return {"choices": choices, "rows": rows, "matches": matches}
 
 
 def best(rows: Sequence[Row], least_entropy: float) -> int:
@@ -150,8 +155,9 @@ def best(rows: Sequence[Row], least_entropy: float) -> int:
 def find_matches(rows: Sequence[Row], least_entropy: float) -> list[Row]:
     """Compares each coupled row, but of adaptive strategies, with the factorized ones.
 
-    A match has the passes at which the quality is reached (None: at none that was measured, or the
-    coupled answers do not keep the entropy themselves) and the paired differences of nats.
+    A match has the fewest measured passes at which the judge finds factorized answers no less
+    likely (None: at none, or one side does not keep the entropy) and the paired differences of
+    nats.
     """
     matches = []
     for ours in rows:
@@ -159,28 +165,14 @@ def find_matches(rows: Sequence[Row], least_entropy: float) -> list[Row]:
             continue
         same = (FACTORIZED, ours["strategy"])
         theirs = [row for row in rows if (row["sampling"], row["strategy"]) == same]
-        theirs.sort(key=lambda row: row["passes"])
+        keeping = [row for row in theirs if row[ENTROPY].value >= least_entropy]
+        enough = [row["passes"] for row in keeping if row[NATS].value <= ours[NATS].value]
         keeps = ours[ENTROPY].value >= least_entropy
-        needed = _passes_needed(ours, theirs, least_entropy) if keeps else None
         match = {name: ours[name] for name in ("sampling", "strategy", "passes")}
-        match |= {"keeps entropy": keeps, "factorized passes": needed}
-        match["ratio"] = None if needed is None else needed / ours["passes"]
+        match["keeps entropy"] = keeps
+        match["factorized passes"] = min(enough, default=None) if keeps else None
         for row in theirs:
             name = f"factorized - CoDD, nats, {row['passes']} passes"
             match[name] = row[NATS] - ours[NATS]
         matches.append(match)
     return matches
-
-
-def _passes_needed(ours: Row, theirs: Sequence[Row], least_entropy: float) -> float | None:
-    """The factorized passes that reach a quality, interpolated over their logarithm."""
-    # At each number of passes, the nats and the entropy that factorized decoding lacks.
-    lacks = [((row[NATS] - ours[NATS]).value, least_entropy - row[ENTROPY].value) for row in theirs]
-    at = next((i for i, lack in enumerate(lacks) if max(lack) <= 0), None)
-    if not at:
-        return None if at is None else theirs[0]["passes"]
-    # Where the last of the lacks before is made up.
-    pairs = zip(lacks[at - 1], lacks[at], strict=True)
-    way = max(a / (a - b) if a > 0 else 0.0 for a, b in pairs)
-    fewer, enough = theirs[at - 1]["passes"], theirs[at]["passes"]
-    return fewer * (enough / fewer) ** way

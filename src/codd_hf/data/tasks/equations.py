@@ -12,12 +12,13 @@ TIMES, OBELUS = "\N{MULTIPLICATION SIGN}", "\N{DIVISION SIGN}"
 DIVIDED = ("/", OBELUS)
 NUMBER = r"\$?[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|\$?[0-9]+(?:\.[0-9]+)?"
 SIGN = rf"[-+*/{TIMES}{OBELUS}]|(?<![A-Za-z])x(?![A-Za-z])"
-TOKEN = re.compile(rf"{NUMBER}|{SIGN}")
 CHAIN = re.compile(rf"(?:{NUMBER}|{SIGN}|[ \t=])++")
 """A longest run of what may be in equations; possessive, so that no text takes long."""
+SUM = re.compile(rf"\s*-?\s*(?:{NUMBER})(?:\s*(?:{SIGN})\s*(?:{NUMBER}))*\s*")
+SIGNED = re.compile(rf"({SIGN})?\s*({NUMBER})")
+LONGEST = 200
+"""Characters of a side; longer ones are not computed."""
 RESULT = re.compile(r"^#### *(-?[0-9][0-9,]*)\s*\Z", re.MULTILINE)
-MAX_DIGITS, MAX_TOKENS = 18, 64
-"""Of a number and of a side; longer ones are not computed with."""
 
 
 def check_worked_answer(task: Task, text: str) -> bool:
@@ -46,21 +47,13 @@ def equations(text: str) -> list[bool]:
 
 def evaluate(expression: str) -> Fraction | None:
     """The value of a sum of products, such as `12 - 2*3`; None if it is no such thing."""
-    tokens = TOKEN.findall(expression)
-    if len(tokens) > MAX_TOKENS:
+    if len(expression) > LONGEST or not SUM.fullmatch(expression):
         return None
-    if tokens[:1] == ["-"]:
-        tokens = ["0", *tokens]
-    numbers, signs = tokens[::2], tokens[1::2]
-    if len(numbers) != len(signs) + 1 or any(sign[-1].isdigit() for sign in signs):
-        return None
-    if any(not number[-1].isdigit() or len(number) > MAX_DIGITS for number in numbers):
-        return None
-    values = [Fraction(number.replace(",", "").removeprefix("$")) for number in numbers]
-    products = [values[0]]
-    for sign, value in zip(signs, values[1:], strict=True):
-        if sign in ("+", "-"):
-            products.append(value if sign == "+" else -value)
+    products: list[Fraction] = []
+    for sign, number in SIGNED.findall(expression):
+        value = Fraction(number.replace(",", "").removeprefix("$"))
+        if sign in ("", "+", "-"):
+            products.append(-value if sign == "-" else value)
         elif sign not in DIVIDED:
             products[-1] *= value
         elif value == 0:
