@@ -34,23 +34,23 @@ def measure(options: Options) -> Report:
     """`codd-hf bench end-to-end`: a row for each batch size, kind of blocks and pipeline."""
     length, steps = (64, 4) if options.quick else (256, 64)
     pipeline = CoDDPipeline.from_pretrained(default_model()).to(options.device)
-    causal = CoDDPipeline(deepcopy(pipeline.model), pipeline.scheduler, pipeline.tokenizer)
+    model, tokenizer = pipeline.model, pipeline.tokenizer
+    # Whoever runs the backbone, these get no probability.
+    ends = [tokenizer.eos_token_id, model.mask_token_id, *(model.config.forbidden_token_ids or ())]
+    never = torch.tensor(ends, device=model.device)
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, args, logits: logits.index_fill(-1, never, -torch.inf)
+    )
+    causal = CoDDPipeline(deepcopy(model), pipeline.scheduler, tokenizer)
     causal.model.backbone.config.block_length = BLOCK
-    for model in (pipeline.model, causal.model):
-        # Whoever runs the backbone, these get no probability.
-        never = [pipeline.tokenizer.eos_token_id, model.mask_token_id]
-        never += model.config.forbidden_token_ids or ()
-        model.get_output_embeddings().register_forward_hook(
-            partial(_forbid, torch.tensor(never, device=model.device))
-        )
     questions = [e.prompt for e in load_examples(Path(default_model(), "test.jsonl"))]
-    text = pipeline.tokenizer("\n".join(questions), return_tensors="pt")["input_ids"][0]
+    text = tokenizer("\n".join(questions), return_tensors="pt")["input_ids"][0]
     rows: list[dict[str, Any]] = []
     for batch in options.batches_or(1, 4):
         prompts = text[: 2 * batch * BLOCK].view(batch, -1).to(options.device)
         for kind, block, ours, theirs in (
-            ("single", length, pipeline, pipeline.model.backbone),
-            ("full", BLOCK, pipeline, pipeline.model.backbone),
+            ("single", length, pipeline, model.backbone),
+            ("full", BLOCK, pipeline, model.backbone),
             ("block-causal", BLOCK, causal, causal.model),
         ):
             sides = sides_of(ours, theirs, prompts, length, steps, block)
@@ -69,7 +69,8 @@ def measure(options: Options) -> Report:
                     "tokens/s": batch * length / seconds[name],
                     "over LLaDA2Pipeline": seconds[STOCK] / seconds[name],
                     "over no cache": seconds[FACTORIZED] / seconds[name],
-                    "tokens as LLaDA2Pipeline's, %": _percent_same(tokens, found[STOCK]),
+                    "tokens as LLaDA2Pipeline's, %": 100
+                    * (tokens == found[STOCK]).float().mean().item(),
                 }
                 for name, tokens in found.items()
             ]
@@ -110,11 +111,3 @@ def _sequences(pipeline: Any, **call: Any) -> torch.Tensor:
     """Generates `[batch, length]` tokens."""
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(**call, output_type="seq").sequences
-
-
-def _forbid(tokens: torch.Tensor, module: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
-    return logits.index_fill(-1, tokens, -torch.inf)
-
-
-def _percent_same(tokens: torch.Tensor, others: torch.Tensor) -> float:
-    return 100 * (tokens == others).float().mean().item()

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from ..checks.errors import printable
 from ..checks.settings import Count, Seed, Settings
@@ -52,21 +51,22 @@ def run(args: argparse.Namespace) -> None:
     questions = [example.prompt for example in examples[: settings.num_questions]]
     pipeline = load_pipeline(settings.model)
     pipeline.set_progress_bar_config(disable=True)
-    texts, told = {}, []
-    modes: dict[str, dict[str, Any]] = {"factorized": {"sampling": "factorized"}, "CoDD": {}}
-    for name, draw in modes.items():
-        seeds = range(settings.seed, settings.seed + len(questions))
+    texts, report = {}, []
+    modes = {"factorized": "factorized", "CoDD": pipeline.scheduler.config.sampling}
+    for name, sampling in modes.items():
         started = time.perf_counter()
         output = pipeline(
             questions,
             gen_length=settings.gen_length,
             num_inference_steps=settings.num_inference_steps,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            **draw,
+            sampling=sampling,
+            generator=[
+                torch.Generator().manual_seed(settings.seed + i) for i in range(len(questions))
+            ],
         )
         seconds = time.perf_counter() - started
         texts[name] = [printable(text) for text in output.texts or ()]
-        told.append(f"{name} {output.num_passes} passes, {seconds:.1f} s")
+        report.append(f"{name} {output.num_passes} passes, {seconds:.1f} s")
     width = max(min(shutil.get_terminal_size((100, 20)).columns, 120), 60)
     for i, question in enumerate(questions):
         print(textwrap.fill(f"Question {i + 1}: {printable(question)}", width), end="\n\n")
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         print()
     print(
         f"Up to {settings.gen_length} tokens for each of {len(questions)} questions in at most "
-        f"{settings.num_inference_steps} passes: {'; '.join(told)}."
+        f"{settings.num_inference_steps} passes: {'; '.join(report)}."
     )
 
 

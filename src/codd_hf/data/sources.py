@@ -170,12 +170,10 @@ def _example(
 
 def _turns(value: Any, column: str, role: str) -> list[tuple[str, str]]:
     """Role and content of the messages in a column; a text is one message of `role`."""
-    messages = value
     try:
-        if isinstance(value, str) and column in CHAT_COLUMNS:
-            messages = json.loads(value)
-        elif isinstance(value, str):
-            messages = [{"role": role, "content": value}]
+        if isinstance(value, str) and column not in CHAT_COLUMNS:
+            return [_turn({"role": role, "content": value})]
+        messages = json.loads(value) if isinstance(value, str) else value
         return [_turn(message) for message in messages]
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise BadRowError(

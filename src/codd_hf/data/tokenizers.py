@@ -48,12 +48,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 3072) -> PreTrainedT
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         additional_special_tokens=ROLE_TOKENS,
         padding_side="left",
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
         **SPECIAL_TOKENS,
     )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast

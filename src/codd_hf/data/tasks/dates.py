@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from random import Random
 
-from .contents import DAY, MONTHS, YEAR
 from .task import Task
 
+MONTHS = [
+    "January", "February", "March", "April", "May", "June", "July", "August", "September",
+    "October", "November", "December",
+]  # fmt: skip
 TO_DIGITS = (
     "Write {} as year-month-day.",
     "Give {} in digits only.",
@@ -26,7 +29,7 @@ MONTH_FIRST = re.compile(rf"{_MONTH} {_DAY}, {_YEAR}")
 
 def draw(rng: Random) -> Task:
     """A date to be written in the other form."""
-    day, month, year = rng.choice(DAY), rng.randrange(1, 13), rng.choice(YEAR)
+    day, month, year = rng.randrange(1, 29), rng.randrange(1, 13), rng.randrange(1950, 2050)
     name, digits = MONTHS[month - 1], f"{year}-{month:02}-{day:02}"
     ordinal = f"{day}{_ending(day)}"
     words = (f"{day} {name} {year}", f"{name} {day}, {year}", f"the {ordinal} of {name} {year}")

@@ -6,8 +6,7 @@ import re
 from random import Random
 from typing import Any
 
-from .contents import NAMES, NUM_SORTED, SORTED
-from .task import Task, listed
+from .task import NAMES, Task, listed
 
 QUESTIONS = {
     ("numbers", False): (
@@ -38,7 +37,7 @@ SIGN = re.compile(r"[<>]")
 def draw(rng: Random) -> Task:
     """A task with a few distinct numbers or names."""
     what, falling = rng.choice(list(QUESTIONS))
-    items: list[Any] = rng.sample(SORTED if what == "numbers" else NAMES, rng.choice(NUM_SORTED))
+    items: list[Any] = rng.sample(range(1, 51) if what == "numbers" else NAMES, rng.choice((3, 4)))
     ordered = [str(item) for item in sorted(items, reverse=falling)]
     given = rng.choice((listed(items), ", ".join(map(str, items))))
     question = rng.choice(QUESTIONS[what, falling]).format(given)

@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 from random import Random
 
-from .contents import AGE, CITIES, COUNT, DAYS, JOBS, NAMES, PRICE, THINGS
-from .task import Task
+from .task import NAMES, THINGS, Task
 
+CITIES = [
+    "Berlin", "Boston", "Cairo", "Delhi", "Lima", "London", "Madrid", "Oslo", "Paris", "Rome",
+    "Tokyo", "Vienna",
+]  # fmt: skip
+JOBS = ["baker", "cook", "doctor", "farmer", "nurse", "painter", "pilot", "teacher"]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+AGE, COUNT, PRICE = range(11, 80), range(2, 31), range(2, 31)
 REQUESTS = ("Write as JSON: {}", "{} Give this as JSON.", "Turn into JSON: {}", "JSON of this: {}")
 SENTENCES = {
     "person": (

@@ -1,9 +1,20 @@
-"""What a task is."""
+"""What a task is, and the words and numbers that several kinds share.
+
+There are few, short and small ones, since a model has to learn each.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+NAMES = [
+    "Ada", "Ann", "Ben", "Bob", "Carl", "Dan", "Emma", "Eva", "Finn", "Gina", "Hugo", "Ida",
+    "Jack", "Kim", "Lea", "Leo", "Max", "Mia", "Nora", "Otto", "Paul", "Rosa", "Sam", "Tom",
+]  # fmt: skip
+THINGS = ["apples", "balls", "books", "cards", "coins", "eggs", "pens", "shells", "stamps", "toys"]
+FACTOR = range(2, 8)
+"""Both factors of a product, divisor and quotient."""
 
 
 @dataclass(frozen=True)

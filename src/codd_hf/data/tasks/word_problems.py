@@ -5,9 +5,12 @@ from __future__ import annotations
 from random import Random
 from typing import Any, NamedTuple
 
-from .contents import AMOUNT, CONTAINERS, FACTOR, NAMES, THINGS
 from .equations import check_worked_answer, evaluate
-from .task import Task
+from .task import FACTOR, NAMES, THINGS, Task
+
+CONTAINERS = ["bags", "boxes", "jars", "baskets"]
+AMOUNT = range(2, 21)
+"""What there is at first, and what is added to it or lost."""
 
 
 class Problem(NamedTuple):
