@@ -15,7 +15,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..configuration_codd import one_sentence_for
 from ..hub.repositories import Repository, explain_load_errors
 from ..hub.stored_weights import load_stored
 from .custom_code import CustomCodeFamily, check_trust
@@ -56,12 +55,11 @@ def load_backbone(
                 "weights are: remove it and give their file its standard name."
             )
         layout = layout_of(found)
-        with one_sentence_for(f"the configuration in {name_or_path!r}"):
-            if layout is not None:
-                config = layout.translate(found)
-                kwargs["key_mapping"] = layout.key_mapping
-            else:
-                config = _native_config(name_or_path, found, trust_remote_code, hub)
+        if layout is not None:
+            config = layout.translate(found)
+            kwargs["key_mapping"] = layout.key_mapping
+        else:
+            config = _native_config(name_or_path, found, trust_remote_code, hub)
         for name, value in (("block_length", block_length), ("logit_shift", logit_shift)):
             if value is not None:
                 setattr(config, name, value)

@@ -21,7 +21,6 @@ from huggingface_hub.errors import (
 from safetensors import safe_open
 
 from ..checks.errors import is_of_a_library, reason
-from ..configuration_codd import check_counts
 
 CACHE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only")
 HUB_ARGUMENTS = (*CACHE_ARGUMENTS, "revision", "token", "subfolder")
@@ -239,8 +238,6 @@ def _content(path: Path) -> Any:
     content = json.loads(text)
     if not isinstance(content, dict):
         raise ValueError(f"it must hold a JSON object, got {type(content).__name__}")
-    if path.name == "config.json":
-        check_counts(content)
     if ".index." not in path.name:
         return content
     files = sorted(set(content["weight_map"].values()))

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..configuration_codd import one_sentence_for
 from .repositories import Repository
 
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -52,12 +51,12 @@ def load_stored(
         **kwargs: for `load`, its own `config` among them.
 
     Raises:
-        ValueError: the weights are others, or the configuration describes no model.
+        ValueError: the weights are others.
     """
     name, sizes_may_differ = repository.name, kwargs.get("ignore_mismatched_sizes", False)
     num_bytes = None if kwargs.keys() & UNUSUAL else _stored_bytes(repository)
     if build is not None and num_bytes is not None:
-        with one_sentence_for(f"the configuration in {name!r}"), torch.device("meta"):
+        with torch.device("meta"):
             model = build(copy.deepcopy(config))
         _check_sizes(model, name, num_bytes)
     # Other sizes pass here: they are told with all else that the report holds.
