@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import AlbertConfig, AlbertForMaskedLM, AutoModel, AutoModelForCausalLM
 
@@ -139,10 +138,6 @@ def test_head_is_refused_whose_weights_are_not_those_described(name, prefix, loa
     assert "emission (2, 12), not (3, 12) of another shape" in told
     told = message(lambda weights: weights.update({f"{prefix}extra": torch.ones(2)}))
     assert "extra in no place of the model" in told
-    suggested = f"{prefix}context_maps.suggested"
-    for state in (-1, 3):
-        told = message(lambda weights, state=state: weights[suggested].fill_(state))
-        assert "must hold states from 0 to 2" in told
 
 
 @pytest.mark.parametrize(("name", "prefix", "load"), WITH_HEAD)
@@ -194,11 +189,11 @@ def test_backbone_of_absurd_sizes_is_refused_before_anything_is_allocated(kind, 
             if kind == "bert" and "head_dim" in changes:
                 continue  # it has no such field
             change_config(tmp_path / name, **changes)
-            with pytest.raises((ValueError, OSError, StrictDataclassError)) as caught:
-                load(tmp_path / name)
-            at_their_door = load == AutoModelForCausalLM.from_pretrained  # in transformers' words
-            assert at_their_door or "\n" not in str(caught.value)
-            assert at_their_door or not isinstance(caught.value, StrictDataclassError)
+            if load == AutoModelForCausalLM.from_pretrained:  # it refuses in words of its own
+                with pytest.raises(Exception):  # noqa: B017, PT011
+                    load(tmp_path / name)
+            else:
+                refusal(load, tmp_path / name, (ValueError, OSError))
             (tmp_path / name / "config.json").write_text(whole)
 
 

@@ -16,9 +16,18 @@ LEFT = {"structure": "dense", "evidence_dtype": None}
 """Fields of `format_version` 1, each with the value that is the only one now."""
 GONE = ("evidence_groups", "num_gate_groups", "transition_rank")
 """Fields of `format_version` 1 that ask for nothing by themselves."""
-MAX_WINDOW_LENGTH = 1 << 16
-"""No weights need be stored for positions: only this bounds those of a window, or those before it
-that are copied from."""
+SIZES = {
+    "vocab_size": (1,),
+    "num_latents": (1,),
+    "emission_rank": (1,),
+    "copy_size": (1,),
+    "context_size": (1,),
+    "evidence_size": (0,),
+    # No weights need be stored for positions, so that nothing else bounds their number.
+    "window_length": (1, 1 << 16),
+    "copy_length": (1, 1 << 16),
+}
+"""The least of each size, and the largest."""
 OF_TRANSFORMERS = {
     *PreTrainedConfig().to_dict(),
     "_attn_implementation",
@@ -161,12 +170,9 @@ class CoDDHeadConfig(_Configuration):
         """Checks the values, and that they go together."""
         if self.vocab_size is None:
             raise ValueError("`vocab_size` is missing from the head's configuration.")
-        for name in ("vocab_size", "num_latents", "emission_rank", "copy_size", "context_size"):
+        for name, bounds in SIZES.items():
             if getattr(self, name) is not None:
-                integer(name, getattr(self, name), least=1)
-        for name in ("window_length", "copy_length"):
-            integer(name, getattr(self, name), 1, MAX_WINDOW_LENGTH)
-        integer("evidence_size", self.evidence_size or 0, least=0)
+                integer(name, getattr(self, name), *bounds)
         factor("evidence_temperature", self.evidence_temperature)
         number("alpha", self.alpha, least=0)
         self._check_tokens(self.vocab_size)

@@ -232,8 +232,6 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
             if generation_config is None and repository.find("generation_config.json") is not None:
                 generation_config = GenerationConfig.from_pretrained(name, **repository.hub)
         model.generation_config = generation_config or model.generation_config
-        if model.coupling_head is not None:
-            model.coupling_head._check_suggested(name)
         if adapter is not None:
             load_adapter(model.backbone, adapter, DEFAULT_NAME)
         result: Any = (model, report) if with_report else model

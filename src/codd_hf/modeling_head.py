@@ -15,7 +15,6 @@ from transformers import initialization as init
 
 from .checks.arguments import as_tensor
 from .circuits import (
-    Context,
     ContextMaps,
     CoupledCategorical,
     DenseEmission,
@@ -148,18 +147,7 @@ class CoDDHead(Publishing, PreTrainedModel):  # type: ignore[misc]
             load: Callable = super().from_pretrained
             head: Any
             head, report = load_stored(repository, load, config, cls, may_lack=may_lack, **kwargs)
-        head._check_suggested(name)
         return (head, report) if with_report else head
-
-    def _check_suggested(self, name: str) -> None:
-        """Raises for states that the circuit has not, which would be read beyond its memory."""
-        suggested = getattr(self.context_maps, "suggested", torch.zeros(0))
-        outside = (suggested < 0) | (suggested >= self.config.num_latents)
-        if not suggested.is_meta and bool(outside.any()):
-            raise ValueError(
-                f"The weights of the head in {name!r} are damaged: `context_maps.suggested` must "
-                f"hold states from 0 to {self.config.num_latents - 1}."
-            )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # `model.to(torch.bfloat16)` is about the backbone: the circuit needs its float32.
@@ -295,20 +283,22 @@ class CoDDHead(Publishing, PreTrainedModel):  # type: ignore[misc]
     def evidence_size(self) -> int:
         """How many of a prediction's likeliest tokens a model's decoding keeps; 0: all, exactly.
 
-        By default all, where one product of the vocabulary with the states is cheap.
+        By default all, where one product of the vocabulary with the states is cheap. Always all
+        where positions have emissions of their own, to which no tokens are alike.
         """
         size, vocab = self.config.evidence_size, self.token_marginal.shape[-1]
-        if size is not None:
-            return min(size, vocab)
-        return 0 if self.config.num_latents * vocab <= ONE_PRODUCT else DEFAULT_EVIDENCE_SIZE
+        if size is None:
+            is_cheap = self.config.num_latents * vocab <= ONE_PRODUCT
+            size = 0 if is_cheap else DEFAULT_EVIDENCE_SIZE
+        return min(size, vocab) if self.config.tie_emissions else 0
 
     @property
     def log_spread(self) -> torch.Tensor:
-        """`[V]` or `[L, V]`, log of the distribution of the mass of tokens that are not listed.
+        """`[V]`, log of the distribution of the mass of tokens that are not listed.
 
-        It is the token marginal without the forbidden tokens.
+        It is the token marginal, that of a mean position, without the forbidden tokens.
         """
-        marginal = self.token_marginal.log()
+        marginal = self.token_marginal.view(-1, self.token_marginal.shape[-1]).mean(0).log()
         return DenseEvidence.from_logits(marginal, forbidden=self.forbidden).log_probs
 
     def forward(
@@ -345,17 +335,8 @@ class CoDDHead(Publishing, PreTrainedModel):  # type: ignore[misc]
             forbidden=circuit.forbidden,
             top_k=top_k,
         )
-        if self.context_maps is not None:
-            distribution.context = self._context(distribution, last_hidden_state, preceding)
-        return distribution
-
-    def _context(
-        self,
-        distribution: CoupledCategorical,
-        last_hidden_state: torch.Tensor | None,
-        preceding: Preceding | None,
-    ) -> Context:
-        assert self.context_maps is not None
+        if self.context_maps is None:
+            return distribution
         if last_hidden_state is None or (preceding is None and self.context_maps.copies):
             raise ValueError(
                 "`last_hidden_state` and, to copy, `preceding` must be given to a head with "
@@ -365,9 +346,10 @@ class CoDDHead(Publishing, PreTrainedModel):  # type: ignore[misc]
         shape = (*present.shape, self.config.context_size)
         hidden = as_tensor("last_hidden_state", last_hidden_state, float, shape, present.device)
         with torch.autocast(present.device.type, enabled=False):
-            log_marginal = self.token_marginal.log().reshape(-1, self.token_marginal.shape[-1])[0]
+            log_marginal = self.token_marginal.view(-1, self.token_marginal.shape[-1])[0].log()
             parts = (masked, present, preceding, log_marginal, self.config.alpha)
-            return self.context_maps(hidden, *parts)
+            distribution.context = self.context_maps(hidden, *parts)
+        return distribution
 
 
 def _by_position(parameter: torch.Tensor) -> torch.Tensor:

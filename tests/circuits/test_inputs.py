@@ -67,7 +67,7 @@ def test_temperature_that_is_no_number_is_refused_at_every_door(value):
             call(value)
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 3), (1, 2, 4)])
+@pytest.mark.parametrize("shape", [(3,), (2, 4)])
 def test_law_of_unlisted_tokens_has_a_shape(shape):
     with pytest.raises(ValueError, match="log_marginal"):
         make(potentials=replace(circuit(), log_marginal=torch.zeros(shape)))

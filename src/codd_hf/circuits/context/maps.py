@@ -23,14 +23,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..batched import Batched
 from ..potentials.circuit import StepTransitions
 from ..recursions.chain import logsumexp, safe_log
 
@@ -48,7 +48,7 @@ SUGGESTED_STATES = 8
 
 
 @dataclass(frozen=True)
-class CopyStates:
+class CopyStates(Batched):
     """The copy states of a batch; all but `tokens` are log-potentials.
 
     Attributes:
@@ -70,18 +70,9 @@ class CopyStates:
     weight: torch.Tensor
     limits: tuple[float, float] | None = None
 
-    def __getitem__(self, rows: torch.Tensor) -> CopyStates:
-        """The copy states of some rows."""
-        return self._with(lambda tensor: tensor[rows])
-
     def to(self, dtype: torch.dtype) -> CopyStates:
         """The same with log-potentials of a dtype."""
-        return self._with(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
-
-    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> CopyStates:
-        held = vars(self).items()
-        parts: Any = {name: change(t) for name, t in held if isinstance(t, torch.Tensor)}
-        return replace(self, **parts)
+        return self.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
     def initial(self, log_initial: torch.Tensor) -> torch.Tensor:
         """`[B, L, H + J]` log-potentials of a chain that starts at a position, from `[H]`."""
@@ -215,7 +206,7 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Preceding:
+class Preceding(Batched):
     """The visible tokens before a batch of windows, in order.
 
     Attributes:
@@ -233,8 +224,7 @@ class Preceding:
         kept = self.present | self.present.roll(1, 1)
         number = max(int(kept.sum(1).max()), 1)
         order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, :number]
-        at = torch.arange(len(order), device=order.device)[:, None], order
-        return Preceding(self.tokens[at], self.present[at], self.hidden[at])
+        return self[torch.arange(len(order), device=order.device)[:, None], order]
 
 
 class HeadLinear(nn.Module):

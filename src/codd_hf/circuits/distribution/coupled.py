@@ -131,11 +131,6 @@ class CoupledCategorical(Distribution):
                 "spread: give the potentials a `log_marginal`."
             )
         steps, positions = potentials.transition.num_steps, potentials.emission.num_positions
-        marginal = potentials.log_marginal
-        if unspread and marginal is not None and marginal.ndim > 1 and len(marginal) < shape[1]:
-            raise ValueError(
-                f"`logits` cover {shape[1]} positions, but `log_marginal` {len(marginal)}."
-            )
         if 1 < steps < shape[1] - 1 or 1 < positions < shape[1]:
             raise ValueError(
                 f"`logits` cover {shape[1]} positions, but the circuit has {steps} untied "
@@ -152,13 +147,10 @@ class CoupledCategorical(Distribution):
             logits = prediction.to(torch.promote_types(potentials.emission.dtype, torch.float32))
             if not self.top_k:
                 return DenseEvidence.from_logits(logits, *how)
-            groups = potentials.groups
-            prediction = ListedEvidence.from_logits(logits, self.top_k, *how, groups)
+            return ListedEvidence.from_logits(logits, self.top_k, *how, potentials.groups)
         if isinstance(prediction, DenseEvidence) or prediction.groups is not None:
             return prediction
         assert potentials.log_marginal is not None
-        if potentials.log_marginal.ndim > 1:
-            return prediction.laid_out(potentials.log_marginal, self.forbidden)
         groups = TokenGroups(potentials.log_marginal, emission=potentials.emission)
         return prediction.spread(groups, self.forbidden)
 

@@ -305,8 +305,7 @@ def pin_tokens(where: torch.Tensor, tokens: torch.Tensor, log_probs: torch.Tenso
     They are changed in place unless they have a gradient.
     """
     if torch.is_grad_enabled() and log_probs.requires_grad:
-        one_hot = torch.full_like(log_probs, -torch.inf).scatter_(-1, tokens[..., None], 0.0)
-        return torch.where(where[..., None], one_hot, log_probs)
+        log_probs = log_probs.clone()
     at = where.nonzero(as_tuple=True)
     log_probs[at] = -torch.inf
     log_probs[(*at, tokens[at])] = 0.0

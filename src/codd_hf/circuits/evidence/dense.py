@@ -7,11 +7,12 @@ token; `lists.py` has the form that keeps a short list of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
+from ..batched import Batched
 from ..potentials.circuit import ELEMENTS_AT_ONCE, UNDERFLOW, Emission
 from ..recursions.chain import full_precision, logsumexp, normalised_exp
 
@@ -29,7 +30,7 @@ FIRST_LIST = 64
 
 
 @dataclass(frozen=True)
-class DenseEvidence:
+class DenseEvidence(Batched):
     """The backbone's factorized prediction with the probability of every token.
 
     Attributes:
@@ -55,15 +56,6 @@ class DenseEvidence:
         """`[*batch, V]`."""
         return self.log_probs.shape
 
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.log_probs.device
-
-    def __getitem__(self, index: Any) -> DenseEvidence:
-        """The predictions at some places of the batch, such as `prediction[rows, positions]`."""
-        return replace(self, log_probs=self.log_probs[index])
-
     def log_prob_of(self, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probabilities `[*S, *batch]` of tokens `[*S, *batch]`."""
         # Samples go last: a gather from an expanded tensor has a gradient as large as all of it.
@@ -74,10 +66,6 @@ class DenseEvidence:
     def dense(self) -> torch.Tensor:
         """`[*batch, V]` log-probabilities."""
         return self.log_probs
-
-    def add(self, scores: torch.Tensor, at: torch.Tensor | slice, out: torch.Tensor) -> None:
-        """Writes scores `[n, V]` plus the log-probabilities at places of the flat batch."""
-        torch.add(scores, self.log_probs.reshape(-1, out.shape[-1])[at], out=out)
 
     @full_precision
     def soft_evidence(self, emission: Emission, positions: torch.Tensor) -> torch.Tensor:
@@ -117,14 +105,18 @@ def log_probs_given(
     scores = log_total.new_empty(*latents.shape, emission.vocab_size)
     flat, total = scores.view(-1, emission.vocab_size), log_total.reshape(-1, 1)
     states, positions = latents.reshape(-1), positions.expand_as(latents).reshape(-1)
-    number = prediction.shape[:-1].numel()
+    predictions = prediction.map(lambda tensor: tensor.flatten(0, -2))
+    number = predictions.shape[0]
     copies = torch.arange(len(flat), device=latents.device) % max(number, 1)
     rows = max(slice_size(scores.device) // emission.vocab_size, 1)  # those stay in the cache
     for first in range(0, len(flat), rows):
         part = slice(first, first + rows)
         at = part if len(flat) == number else copies[part]
-        prediction.add(emission.rows(states[part], positions[part]), at, out=flat[part])
-        flat[part].sub_(total[part])
+        log_phi, rows_of_states = (
+            predictions[at].dense(),
+            emission.rows(states[part], positions[part]),
+        )
+        torch.add(rows_of_states, log_phi, out=flat[part]).sub_(total[part])
     return scores
 
 

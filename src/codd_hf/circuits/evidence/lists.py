@@ -23,12 +23,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
+from ..batched import Batched
 from ..potentials.circuit import DenseEmission, Emission, exp_of_difference
 from ..potentials.groups import TokenGroups
 from ..recursions.chain import full_precision, logsumexp, safe_log, shifted_exp
@@ -42,7 +42,7 @@ STATES_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
-class ListedEvidence:
+class ListedEvidence(Batched):
     """The backbone's factorized prediction as a list of tokens and the mass of the others.
 
     Attributes:
@@ -117,32 +117,14 @@ class ListedEvidence:
         weights = logsumexp(torch.stack((within, over[..., None].expand_as(within))), 0)
         return ListedEvidence(indices, log_probs, self.log_rest, self.temperature, groups, weights)
 
-    def laid_out(
-        self, log_marginal: torch.Tensor, forbidden: torch.Tensor | None = None
-    ) -> DenseEvidence:
-        """`[B, L, V]`, the rest spread by a marginal `[V]`, or by one of each position `[L, V]`."""
-        if log_marginal.ndim == 1:
-            dense = self.spread(TokenGroups(log_marginal), forbidden).dense()
-        else:
-            parts = [self[:, i].laid_out(log_marginal[i], forbidden) for i in range(self.shape[1])]
-            dense = torch.stack([part.log_probs for part in parts], 1)
-        return DenseEvidence(dense, self.temperature)
+    def laid_out(self, log_marginal: torch.Tensor) -> DenseEvidence:
+        """`[*batch, V]`, the rest spread by a marginal `[V]`."""
+        return DenseEvidence(self.spread(TokenGroups(log_marginal)).dense(), self.temperature)
 
     @property
     def shape(self) -> torch.Size:
         """`[*batch, V]`; -1 stands for any `V`."""
         return torch.Size((*self.indices.shape[:-1], -1))
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.indices.device
-
-    def __getitem__(self, index: Any) -> ListedEvidence:
-        """The predictions at some places of the batch, such as `prediction[rows, positions]`."""
-        held = vars(self).items()
-        parts: Any = {name: t[index] for name, t in held if isinstance(t, torch.Tensor)}
-        return replace(self, **parts)
 
     def _spread(self) -> tuple[TokenGroups, torch.Tensor]:
         if self.groups is None or self.log_weights is None:
@@ -171,16 +153,6 @@ class ListedEvidence:
         """`[*batch, V]` log-probabilities."""
         rest = self._rest(slice(None))
         return rest.scatter(-1, self.indices, self.log_probs.to(rest.dtype))
-
-    def add(self, scores: torch.Tensor, at: torch.Tensor | slice, out: torch.Tensor) -> None:
-        """As `DenseEvidence.add`."""
-        weights, indices, log_probs = (
-            tensor.reshape(-1, tensor.shape[-1])[at]
-            for tensor in (self._spread()[1], self.indices, self.log_probs)
-        )
-        listed = scores.gather(1, indices) + log_probs
-        torch.add(scores, self._rest(slice(None), weights), out=out)
-        out.scatter_(1, indices, listed.to(out.dtype))
 
     @full_precision
     def soft_evidence(self, emission: Emission, positions: torch.Tensor) -> torch.Tensor:
@@ -245,7 +217,7 @@ def _list_likeliest(
         never = forbidden.nonzero()[:, 0]
     listed, tokens, others = [], [], []
     # A slice at a time, which fits the processor's cache: logits are by far the largest tensor.
-    for part in logits.split(max(2 * at_once // size, 1)):
+    for part in logits.split(max(at_once // 2 // size, 1)):
         # Tokens that must not be listed are few and unlikely: out of a longer list, if at all.
         values, indices = part.topk(min(k + 1 + len(never), size), -1)
         values = values.to(torch.promote_types(logits.dtype, torch.float32))
@@ -256,11 +228,8 @@ def _list_likeliest(
         values, indices = values[:, : k + 1] / temperature, indices[:, :k]
         listed.append(values[:, :k])
         tokens.append(indices)
-        largest = values[:, -1:].masked_fill(values[:, -1:] == -torch.inf, 0)
-        weights = torch.empty_like(part[: max(at_once // 2 // size, 1)], dtype=values.dtype)
-        pieces = (tensor.split(max(len(weights), 1)) for tensor in (part, indices, largest))
-        for scores, own, shift in zip(*pieces, strict=True):
-            rest = exp_of_difference(scores, shift, weights[: len(scores)], 1 / temperature)
-            rest.scatter_(-1, own, 0.0).index_fill_(-1, never, 0.0)
-            others.append(sums(rest).log() + shift)
+        shift = values[:, -1:].masked_fill(values[:, -1:] == -torch.inf, 0)
+        rest = exp_of_difference(part.to(values.dtype), shift, factor=1 / temperature)
+        rest.scatter_(-1, indices, 0.0).index_fill_(-1, never, 0.0)
+        others.append(sums(rest).log() + shift)
     return torch.cat(listed), torch.cat(tokens), torch.cat(others)

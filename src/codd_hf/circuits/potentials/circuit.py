@@ -335,7 +335,7 @@ class Potentials:
         initial: `[H]`.
         transition: the steps, or a tensor `[1, H, H]` or `[L-1, H, H]`, row = previous state.
         emission: emissions, or a tensor `[1, H, V]` or `[L, H, V]`.
-        log_marginal: `[V]`, or `[L, V]` of each position: how unlisted tokens share their mass.
+        log_marginal: `[V]`, how unlisted tokens share their mass.
     """
 
     initial: torch.Tensor
@@ -360,9 +360,8 @@ class Potentials:
                 f"and [1 or L, H, V], got {', '.join(map(str, shapes))}."
             )
         if self.log_marginal is not None:
-            marginal = as_tensor("log_marginal", self.log_marginal, float)
-            size = (*marginal.shape[:1][: marginal.ndim - 1], self.vocab_size)
-            hold("log_marginal", as_tensor("log_marginal", marginal, float, size))
+            size = (self.vocab_size,)
+            hold("log_marginal", as_tensor("log_marginal", self.log_marginal, float, size))
 
     @property
     def num_latents(self) -> int:
@@ -376,11 +375,9 @@ class Potentials:
 
     @cached_property
     def groups(self) -> TokenGroups | None:
-        """Tokens alike to the circuit, for short lists; None if positions have their marginals."""
+        """Tokens alike to the circuit, for short lists; None without a marginal."""
         marginal = self.log_marginal
-        if marginal is None or marginal.ndim > 1:
-            return None
-        return TokenGroups.by_state(marginal, self.emission)
+        return None if marginal is None else TokenGroups.by_state(marginal, self.emission)
 
     def leaves(self) -> tuple[torch.Tensor, ...]:
         """The tensors of log-potentials that the circuit is made of."""
