@@ -105,8 +105,8 @@ class CoDDHeadConfig(_Configuration):
             tied emissions.
         evidence_size (`int`, *optional*): how many of a prediction's likeliest tokens the circuit
             reads in decoding; of the others it reads how much mass the tokens of each latent have.
-            0 reads all exactly, the default unless the vocabulary is large; so do, always, heads with
-            emissions of each position.
+            0 reads all exactly, the default unless the vocabulary is large. Emissions that are not
+            tied are always read so.
         evidence_temperature (`float`, defaults to 1.0): what divided the backbone's logits when the
             head was fitted or tuned, and divides them wherever no other is named.
         alpha (`float`, defaults to 1.0): power of the token marginal by which the emissions are

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..batched import Batched
+from ..evidence.dense import Batched
 from ..potentials.circuit import StepTransitions
 from ..recursions.chain import logsumexp, safe_log
 

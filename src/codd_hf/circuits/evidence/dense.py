@@ -7,12 +7,12 @@ token; `lists.py` has the form that keeps a short list of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from ..batched import Batched
 from ..potentials.circuit import ELEMENTS_AT_ONCE, UNDERFLOW, Emission
 from ..recursions.chain import full_precision, logsumexp, normalised_exp
 
@@ -27,6 +27,29 @@ LOST_MASS = 1e-12
 
 FIRST_LIST = 64
 """How many of a prediction's likeliest tokens are tried first where the best one is looked for."""
+
+
+@dataclass(frozen=True)
+class Batched:
+    """Fields that are tensors `[*batch, ...]`, and others that all of the batch shares."""
+
+    @property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {name: t for name, t in vars(self).items() if isinstance(t, torch.Tensor)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(iter(self._tensors.values())).device
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """The same with every tensor changed."""
+        changed: dict[str, Any] = {name: change(t) for name, t in self._tensors.items()}
+        return replace(self, **changed)
+
+    def __getitem__(self, index: Any) -> Self:
+        """What concerns some places of the batch, such as `prediction[rows, positions]`."""
+        return self.map(lambda tensor: tensor[index])
 
 
 @dataclass(frozen=True)

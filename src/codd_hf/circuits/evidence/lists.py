@@ -28,17 +28,13 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from ..batched import Batched
-from ..potentials.circuit import DenseEmission, Emission, exp_of_difference
+from ..potentials.circuit import Emission, exp_of_difference
 from ..potentials.groups import TokenGroups
 from ..recursions.chain import full_precision, logsumexp, safe_log, shifted_exp
-from .dense import DenseEvidence, scaled_logits, slice_size
+from .dense import Batched, DenseEvidence, scaled_logits, slice_size
 
 SMALLEST_PART = 1e-3
 """Of a group's marginal: keeps the mass spread within it accurate to about a ten-thousandth."""
-
-STATES_AT_ONCE = 256
-"""States whose emissions of the listed tokens are gathered together: the fastest on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -164,35 +160,19 @@ class ListedEvidence(Batched):
             return DenseEvidence(self.dense()).soft_evidence(emission, positions)
         groups, log_weights = self._spread()
         dtype = torch.promote_types(emission.log_max.dtype, self.log_probs.dtype)
-        weights = torch.stack((self.log_probs, self._rest(self.indices)), 1)
-        listed, part = self._sums(emission, weights.to(dtype).exp()).unbind(1)
+        weights = torch.stack((self.log_probs, self._rest(self.indices)), 1).to(dtype).exp()
+        # Predictions share many of their tokens, whose emissions are read once.
+        tokens, places = self.indices.unique(return_inverse=True)
+        columns = emission.columns(tokens, torch.zeros_like(tokens)).to(dtype)
+        factors = exp_of_difference(columns, emission.log_scale().to(dtype))
+        by_token, places = weights.flatten(0, 1), places.repeat_interleave(2, 0)
+        sums = F.embedding_bag(places, factors, mode="sum", per_sample_weights=by_token)
+        listed, part = sums[::2], sums[1::2]
         rest = log_weights.to(dtype).exp() @ groups.means().to(dtype)
         evidence = listed + (rest - part).clamp(min=0)
         nothing = evidence <= 0  # NaN is not
         evidence = evidence.masked_fill(nothing, 1).log() + emission.log_scale().to(dtype)
         return evidence.masked_fill(nothing, -torch.inf)
-
-    def _sums(self, emission: Emission, weights: torch.Tensor) -> torch.Tensor:
-        """`[N, n, H]`: sums of the listed tokens' factors by weights `[N, n, k]`."""
-        scale = emission.log_scale().to(weights.dtype)
-        matrix = emission.log_potential[0] if isinstance(emission, DenseEmission) else None
-        if matrix is None or matrix.stride(-1) != 1:  # a token's states side by side
-            columns = emission.columns(self.indices, torch.zeros_like(self.indices))
-            return weights @ exp_of_difference(columns.to(weights.dtype), scale[:, None])
-        # Predictions share many of their tokens: these are read once, and in the order in which
-        # they lie in memory.
-        tokens, places = self.indices.unique(return_inverse=True)
-        # A prediction's sums one after the other: all but the first from the processor's cache.
-        places = places.repeat_interleave(weights.shape[1], 0)
-        number = min(max(slice_size(self.device) // max(len(tokens), 1), 1), STATES_AT_ONCE)
-        parts = zip(matrix.split(number), scale[0].split(number), strict=True)
-        sums = []
-        for part, shift in parts:
-            factors = part.T.index_select(0, tokens).to(shift.dtype)
-            out = None if torch.is_grad_enabled() else factors
-            factors, by_token = exp_of_difference(factors, shift, out), weights.flatten(0, 1)
-            sums.append(F.embedding_bag(places, factors, mode="sum", per_sample_weights=by_token))
-        return torch.cat(sums, -1).unflatten(0, weights.shape[:2])
 
 
 def _list_likeliest(
