@@ -6,12 +6,10 @@ import contextlib
 import errno
 import io
 import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -93,27 +91,6 @@ def test_no_error_text_controls_the_terminal(error, debug, monkeypatch, capsys):
 def is_harmless(text: str) -> bool:
     controls = any(ord(c) < 32 and c != "\n" for c in text)
     return not controls and not set("\x7f\x9b\u202e\u2066\u200f") & set(text)
-
-
-def test_no_warning_or_log_controls_the_terminal(monkeypatch, capsys):
-    def run(args):
-        warnings.warn(HOSTILE, stacklevel=1)
-        logging.getLogger("codd_hf_test").warning("%s", HOSTILE)
-
-    monkeypatch.setattr(convert, "run", run)
-    handler = logging.StreamHandler(sys.stderr)
-    logging.getLogger("codd_hf_test").addHandler(handler)
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        monkeypatch.setattr(
-            warnings, "showwarning", lambda *a, **k: print(warnings.formatwarning(*a[:4]))
-        )
-        assert main(["convert", "a", "b"]) == 0
-    logging.getLogger("codd_hf_test").removeHandler(handler)
-    captured = capsys.readouterr()
-    for shown in (captured.out, captured.err):
-        assert "b]0;title" in shown
-        assert is_harmless(shown)
 
 
 def test_printed_text_is_harmless_and_whole():

@@ -220,13 +220,10 @@ def test_block_of_forced_tokens_costs_no_pass_and_leaves_its_steps_to_the_others
         ({"min_new_tokens": [1, 2]}, "`min_new_tokens` must have one entry per prompt (1), got 2"),
         ({"forced_tokens": {8: 3}}, "`forced_tokens` must be at most 7, got 8"),
         ({"forced_tokens": {0: 2}}, "other tokens than the mask token (2)"),
-        (
-            {"forced_tokens": {0: 12}},
-            "a token id of the vocabulary, 0 to 11, got 12",
-        ),
+        ({"forced_tokens": {0: 12}}, "`forced_tokens` must be at most 11, got 12"),
         ({"forced_tokens": [{}, {}]}, "`forced_tokens` must have one entry per prompt (1), got 2"),
         ({"repetition_penalty": 0}, "`repetition_penalty` must be at least 1e-06"),
-        ({"forbidden_token_ids": [-1]}, "`forbidden_token_ids` must be a token id"),
+        ({"forbidden_token_ids": [-1]}, "`forbidden_token_ids` must be at least 0, got -1"),
         ({"threshold": 1.2}, "`threshold` must be at most 1, got 1.2"),
     ],
 )

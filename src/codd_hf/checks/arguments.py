@@ -156,12 +156,7 @@ def generators(name: str, value: Any, rows: int) -> None:
 
 def token_id(name: str, value: Any, vocab_size: int) -> int:
     """A token of the vocabulary as Python's `int`."""
-    token = integer(name, value)
-    if not 0 <= token < vocab_size:
-        raise ValueError(
-            f"`{name}` must be a token id of the vocabulary, 0 to {vocab_size - 1}, got {token}."
-        )
-    return token
+    return integer(name, value, 0, vocab_size - 1)
 
 
 def list_of_ids(name: str, value: Any, vocab_size: int = LARGEST_INTEGER) -> list[int]:

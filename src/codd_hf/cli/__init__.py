@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 from . import bench, chat, convert, demo, evaluate, generate, train
-from .messages import printing_safely, report
+from .messages import report
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
@@ -61,22 +62,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         with 2.
     """
     _spare_page_faults()
-    with printing_safely():
-        args = build_parser().parse_args(argv)
-        try:
-            args.run(args)
-            sys.stdout.flush()  # else a full disk would be noticed after the end, as no failure
-        except KeyboardInterrupt:
-            print(f"codd-hf {args.command}: stopped", file=sys.stderr)
-            return INTERRUPTED
-        except BrokenPipeError:
-            # Whoever read the output has left, and said with that all there is to say.
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        except (SystemExit, GeneratorExit):
-            raise
-        except BaseException as error:  # tokenizers' panics are no `Exception`
-            report(error, args.command, args.debug)
-            return 1
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding lacks
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()  # else a full disk would be noticed after the end, as no failure
+    except KeyboardInterrupt:
+        print(f"codd-hf {args.command}: stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has left, and said with that all there is to say.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # tokenizers' panics are no `Exception`
+        report(error, args.command, args.debug)
+        return 1
     return 0

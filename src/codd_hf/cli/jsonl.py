@@ -21,9 +21,11 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..checks.arguments import integer, shown
+from ..checks.arguments import shown
+from ..checks.settings import settings_of
 from ..data.fingerprint import json_fingerprint, pipeline_fingerprint
 from ..data.rows import BadRowError, Row, RowReport, read_rows
+from ..data.sources import PROMPT_COLUMNS
 from ..decoding.choices import SETTINGS
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.files import atomic_write, make_durable
@@ -31,10 +33,8 @@ from ..runtime.journal import append_results, read_results
 from ..runtime.locks import locked
 from .generate import GenerateSettings
 
-USUAL_PROMPTS = ("question", "prompt")
 OWN = ("gen_length", "num_inference_steps")
 """Choices that a row may have of its own, beside `seed`."""
-LARGEST_SEED = 2**63 - 1
 
 
 def answer_jsonl(
@@ -60,9 +60,9 @@ def answer_jsonl(
     draws = {name: call[name] for name in SETTINGS if name in call}
     pipeline.scheduler.settings.updated(**draws).check_vocabulary(pipeline.model.config.vocab_size)
     rows = read_rows(source)
-    columns = [name for _, row in rows if isinstance(row, dict) for name in row]
-    usual = [name for name in columns if name in USUAL_PROMPTS]
-    column = settings.prompt_column or [*usual, USUAL_PROMPTS[0]][0]
+    columns = {name for _, row in rows if isinstance(row, dict) for name in row}
+    usual = next((name for name in PROMPT_COLUMNS if name in columns), PROMPT_COLUMNS[0])
+    column = settings.prompt_column or usual
     report = RowReport(repr(source), settings.skip_bad_rows, "Line")
     mine, good = range(state.process_index, len(rows), state.num_processes), {}
     for i in mine:
@@ -70,11 +70,11 @@ def answer_jsonl(
         try:
             if isinstance(row, BadRowError):
                 raise row
-            good[i] = {"seed": settings.seed + i, **{n: call.get(n) for n in OWN}, **row}
-            _check(pipeline, good[i], column, settings.output_column, call)
+            whole = {"seed": settings.seed + i, **{n: call.get(n) for n in OWN}, **row}
+            _check(pipeline, whole, column, settings.output_column, call)
+            good[i] = whole
         except (TypeError, ValueError) as error:
             report.refuse(number, str(error).rstrip("."))
-            good.pop(i, None)
     run = {name: getattr(settings, name) for name in ("seed", "output_column")}
     run |= {"input": json_fingerprint([str(row) for _, row in rows]), "prompt_column": column}
     files = RunFiles(
@@ -91,8 +91,9 @@ def answer_jsonl(
         done, part = files.answers(), files.folder / f"part-{state.process_index:05d}.jsonl"
         append_results(part, [(i, None) for i in mine if i not in good and i not in done])
         left = [i for i in good if i not in done]
-        hidden = None if state.is_main_process else True
-        with tqdm(total=len(left), unit="row", disable=hidden) as bar:
+        with tqdm(
+            total=len(left), unit="row", disable=None if state.is_main_process else True
+        ) as bar:
             for start in range(0, len(left), settings.batch_size):
                 batch = left[start : start + settings.batch_size]
                 texts = pipeline(
@@ -115,7 +116,7 @@ def _check(
         raise ValueError(f"has no text in `prompt_column` {column!r}, got {shown(prompt)}")
     if new in row:
         raise ValueError(f"has a column {new!r} already: name another")
-    integer("seed", row["seed"], most=LARGEST_SEED)
+    settings_of(GenerateSettings)["seed"].checked("seed", row["seed"])
     own = {name: row[name] for name in OWN}
     pipeline.prepare(prompt=[prompt], **call | own)
 

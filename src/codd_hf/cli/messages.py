@@ -1,4 +1,4 @@
-"""Messages of the command line: errors in one line, and no text that controls the terminal.
+"""Errors of the command line: one line, of characters that cannot control the terminal.
 
 A check refuses with a `raise` statement; an accident (`None + 1`, a missing key) is raised by the
 interpreter. So a ValueError that was raised on purpose is about a user's value, and one that
@@ -9,18 +9,11 @@ happened is a bug. What libraries raise while they read a file is a refusal alre
 from __future__ import annotations
 
 import dis
-import io
-import logging
-import re
 import sys
 import traceback
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from ..checks.errors import innermost, printable
 
-COLOUR = re.compile(r"\x1b\[[\d;]*m")
 RAISE = dis.opmap["RAISE_VARARGS"]
 REFUSALS = (ValueError, TypeError, FloatingPointError, ImportError)
 
@@ -54,26 +47,3 @@ def report(error: BaseException, command: str, debug: bool = False) -> None:
     if not refusal:
         line = "this is a bug in codd-hf: please report it to the project, with the lines above."
     print(f"codd-hf {command}: {line}", file=sys.stderr)
-
-
-@contextmanager
-def printing_safely() -> Iterator[None]:
-    """Text of files and repositories in warnings and logs cannot control the terminal.
-
-    Characters that the encoding of standard output lacks are printed as escapes.
-    """
-    format_warning, make_record = warnings.formatwarning, logging.getLogRecordFactory()
-    warnings.formatwarning = lambda *args, **kwargs: printable(format_warning(*args, **kwargs))
-    logging.setLogRecordFactory(_PrintableRecord)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        yield
-    finally:
-        warnings.formatwarning = format_warning
-        logging.setLogRecordFactory(make_record)
-
-
-class _PrintableRecord(logging.LogRecord):
-    def getMessage(self) -> str:
-        return printable(COLOUR.sub("", super().getMessage()))
