@@ -34,6 +34,8 @@ ROUNDING = 1e-3
 """PyJuice normalises a sum's rows when it loads them; rows that are closer to 1 are left alone."""
 
 Node = dict[str, Any]
+"""The dictionary of the file with its place (`index`), its children themselves and its `blocks`,
+their number and size; the source of what is not tied is the node itself."""
 
 
 class _Matrix(NamedTuple):
@@ -67,15 +69,17 @@ class HiddenMarkovModel:
                 raise ValueError(f"node {index} is none that PyJuice saves")
             children = [self._nodes[i] for i in fields["chs"]]  # they precede their parents
             children.sort(key=lambda child: child["type"])
-            self._nodes.append({**fields, "index": index, "chs": children})
+            blocks = fields["num_node_blocks"], fields["block_size"]
+            read = {"index": index, "source_node": index, **fields, "chs": children}
+            self._nodes.append(read | {"blocks": blocks})
         # A small file can name one value in many places: it is read once.
         self._edges = functools.cache(lambda array: read_array(array, "<i8").tobytes())
         self._distribution = functools.cache(lambda pickled: unpickle(io.BytesIO(pickled)))
         matrices, leaves = self._walk()
         self._initial, *self._transitions = matrices
-        self._emissions = [_source(leaf) for leaf in leaves]
+        self._emissions = [leaf["source_node"] for leaf in leaves]
         sides = {matrix.columns for matrix in matrices} | {m.rows for m in self._transitions}
-        sides |= {_blocks(leaf) for leaf in leaves}
+        sides |= {leaf["blocks"] for leaf in leaves}
         if len(sides) > 1 or self._initial.rows != (1, 1):
             raise ValueError("its positions have different numbers or sizes of blocks")
         self.length, self.num_latents = len(leaves), math.prod(self._initial.columns)
@@ -126,11 +130,12 @@ class HiddenMarkovModel:
     def _matrix(self, node: Node, product: Node) -> _Matrix:
         """A sum over a product, which joins equal states of its children."""
         joined = read_array(product["edge_ids"], "<i8")
-        number, size = _blocks(product)
+        number, size = product["blocks"]
         shapes = [(rows, len(product["chs"])) for rows in (number, number * size)]
         if joined.shape not in shapes or (joined != np.arange(len(joined))[:, None]).any():
             _refuse(product, "does not join equal states of its children")
-        return _Matrix(_source(node), self._edges(node["edge_ids"]), _blocks(node), (number, size))
+        edges = self._edges(node["edge_ids"])
+        return _Matrix(node["source_node"], edges, node["blocks"], product["blocks"])
 
     def _probabilities(self, index: int) -> np.ndarray:
         values = read_array(self._nodes[index]["params"], "<f4")
@@ -165,16 +170,6 @@ class HiddenMarkovModel:
                 f"its potentials would take {dense:,} bytes, but the file has {size:,}: it is no "
                 "circuit that PyJuice has saved, or one with parameters tied in part"
             )
-
-
-def _blocks(node: Node) -> tuple[int, int]:
-    """The number of blocks of states, and their size."""
-    return node["num_node_blocks"], node["block_size"]
-
-
-def _source(node: Node) -> int:
-    """The node that has the parameters of a node."""
-    return node["source_node"] if "source_node" in node else node["index"]
 
 
 def _refuse(node: Node, reason: str) -> NoReturn:
