@@ -17,7 +17,6 @@ from fitting import new_model
 from hmm_cases import random_hmm, sample_windows
 from safetensors.torch import save_file
 
-from codd_hf import CoDDModel
 from codd_hf.cli import main
 from codd_hf.data.tokenizers import train_tokenizer
 from codd_hf.training import (
@@ -29,11 +28,7 @@ from codd_hf.training import (
     fit_generative,
     train,
 )
-from codd_hf.training import evidence as evidence_module
-from codd_hf.training.checkpoints import identity_of
-from codd_hf.training.evidence import Evidence
-from codd_hf.training.processes import shard_backbone
-from tiny import SENTENCES, correlated_examples, random_head, tiny_backbone
+from tiny import SENTENCES, correlated_examples
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -49,12 +44,11 @@ CONTEXT.set_forkserver_preload(
 
 
 def start(
-    function: Callable, *args, processes: int = 1, fsdp: bool = False, told_cpu: bool = True
+    function: Callable, *args, processes: int = 1, told_cpu: bool = True
 ) -> list[multiprocessing.Process]:
     """Starts `function(*args)` in so many processes, as `torchrun` would.
 
-    With `fsdp` they also have the variables of a launch with an FSDP2 configuration. Unless
-    `told_cpu`, Accelerate is not told to use the CPU.
+    Unless `told_cpu`, Accelerate is not told to use the CPU.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -62,8 +56,6 @@ def start(
     started = []
     for rank in range(processes):
         variables = {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_CPU": "true"} if told_cpu else {})
-        if fsdp:
-            variables |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         if processes > 1:
             variables |= {
                 "RANK": str(rank),
@@ -186,27 +178,3 @@ def command(arguments: list[str]) -> None:
     """The console command."""
     if main(["train", *arguments]) != 0:
         raise SystemExit(1)
-
-
-def sharded_evidence(folder: Path, kind: str, sharded: bool) -> None:
-    """The evidence of a backbone about a few examples, in many shards, on disk."""
-    tokenizer = train_tokenizer(SENTENCES, vocab_size=300)
-    backbone = tiny_backbone(
-        kind, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=2, tie_word_embeddings=True
-    )
-    changes = {"conditioning": ["latent"], "context_size": 16, "emission": "tied"}
-    head = random_head(len(tokenizer), mask_token_id=1, emission_rank=4, **changes)
-    model = CoDDModel.from_backbone(backbone, head)
-    head.bind(model.get_output_embeddings().weight)
-    if sharded:
-        shard_backbone(model)
-    evidence_module.SHARD_BATCHES = 1
-    examples, config = correlated_examples(21), ConditionalConfig(tokens_per_batch=64)
-    identity = identity_of(model, tokenizer)
-    evidence = Evidence(model, tokenizer, examples, config, identity, folder / "evidence")
-    rows = torch.arange(len(evidence))
-    gains = evidence.scores(model.coupling_head, rows).gain
-    kept = torch.tensor([part.numel() for part in backbone.parameters()]).sum()
-    held = sum(getattr(p, "_local_tensor", p).numel() for p in backbone.parameters())
-    tensors = evidence.take(rows).columns | {"gains": gains.detach(), "share_held": held / kept}
-    main_process_saves(tensors, folder / "evidence.safetensors")

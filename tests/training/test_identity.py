@@ -98,7 +98,6 @@ def test_edited_data_are_fitted_where_a_run_begins_anew(copy, capsys):
     [
         ({"conditioning": ["latent"]}, r"`conditioning` \(\['latent', 'copy'\], not"),
         ({"conditional.emission_power": 0.5}, r"`emission_power` \(0\.8, not 0\.5"),
-        ({"generative.alpha": 0.5}, r"`alpha` \(1\.0, not 0\.5"),
     ],
 )
 def test_conditional_fit_that_began_otherwise_is_refused(changes, said, copy):

@@ -36,8 +36,8 @@ SETTINGS = {
 TRAIN, VALIDATION = correlated_examples(40), correlated_examples(20, seed=1)
 
 
-def run(tokenizer, folder=None, model=None, train=TRAIN, log=None, **changes):
-    model = new_model(tokenizer) if model is None else model
+def run(tokenizer, folder=None, model=None, train=TRAIN, log=None, dropout=None, **changes):
+    model = new_model(tokenizer, backbone=dropout or {}) if model is None else model
     config = JointConfig(**(SETTINGS | changes))
     checkpoints = None if folder is None else Checkpoints(folder)
     return model, fit_joint(model, tokenizer, train, VALIDATION, config, checkpoints, log)
@@ -141,10 +141,11 @@ def test_accumulated_step_is_the_gradient_of_the_models_own_loss(tiny_tokenizer,
 
 @pytest.mark.parametrize(
     "changes",
-    [{"backbone": "lora", "lora_dropout": 0.3}, {"backbone": "full", "mean_span_length": 2.0}],
+    [{"backbone": "lora"}, {"backbone": "full", "mean_span_length": 2.0}],
     ids=["lora", "full"],
 )
 def test_run_that_stopped_ends_bit_equal_to_one_that_did_not(tiny_tokenizer, tmp_path, changes):
+    changes["dropout"] = {"attention_dropout": 0.3}
     whole, history = run(tiny_tokenizer, tmp_path / "whole", **changes)
     reached = []
 

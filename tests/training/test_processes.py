@@ -23,23 +23,22 @@ def folders(tmp_path: Path, *names: str) -> list[Path]:
     return made
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_em_over_two_processes_gives_the_counts_of_one(tmp_path, fsdp):
+def test_em_over_two_processes_gives_the_counts_of_one(tmp_path):
     one, two = folders(tmp_path, "one", "two")
     processes.run(processes.em, one, None, 4)
-    processes.run(processes.em, two, None, 4, processes=2, fsdp=fsdp)
+    processes.run(processes.em, two, None, 4, processes=2)
     alone, together = results(one, "em"), results(two, "em")
     assert len(alone["scores"]) == 12
     for name, tensor in alone.items():
         assert torch.allclose(together[name], tensor, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("on_disk", "fsdp"), [(True, True), (False, False)])
-def test_conditional_fit_over_two_processes_has_the_curve_of_one(tmp_path, on_disk, fsdp):
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_conditional_fit_over_two_processes_has_the_curve_of_one(tmp_path, on_disk):
     one, two = folders(tmp_path, "one", "two")
     processes.run(processes.conditional, one, one if on_disk else None)
     where = two if on_disk else None
-    processes.run(processes.conditional, two, where, processes=2, fsdp=fsdp)
+    processes.run(processes.conditional, two, where, processes=2)
     alone, together = results(one, "conditional"), results(two, "conditional")
     assert len(alone["losses"]) == 12
     assert alone["losses"][-1] < alone["losses"][0] - 0.01

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 from codd_hf.training import Checkpoints, TrainConfig
-from codd_hf.training.processes import join_processes
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +45,10 @@ def one_process(short_config, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_run_over_two_processes_is_that_of_one(short_config, one_process, tmp_path, sharded):
-    config = replace(short_config, output_dir=str(tmp_path), shard_backbone=sharded)
+def test_run_over_two_processes_is_that_of_one(short_config, one_process, tmp_path):
+    config = replace(short_config, output_dir=str(tmp_path))
     # Without a GPU nobody has to tell Accelerate that CPUs are meant.
-    processes.run(processes.whole_training, config, processes=2, told_cpu=sharded)
+    processes.run(processes.whole_training, config, processes=2, told_cpu=False)
     alone, together = (last_checkpoint(f / "generative") for f in (one_process, tmp_path))
     counts = [name for name in alone if name.startswith("counts.")]
     assert len(counts) == 3
@@ -76,23 +74,6 @@ def test_run_over_two_processes_is_that_of_one(short_config, one_process, tmp_pa
     assert written[0] == written[1]
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_evidence_of_a_sharded_backbone_is_that_of_a_whole_one(tmp_path, kind):
-    folders = [tmp_path / name for name in ("whole", "sharded")]
-    for folder in folders:
-        folder.mkdir()
-    processes.run(processes.sharded_evidence, folders[0], kind, False)
-    processes.run(processes.sharded_evidence, folders[1], kind, True, processes=2)
-    whole, sharded = (load_file(folder / "evidence.safetensors") for folder in folders)
-    assert whole.pop("share_held") == 1
-    assert sharded.pop("share_held") < (0.75 if kind == "llama" else 0.55)
-    assert len(list((folders[1] / "evidence").glob("*/*.safetensors"))) > 2
-    for name, tensor in whole.items():
-        assert torch.equal(sharded[name], tensor), name
-    names = [[path.name for path in (f / "evidence").iterdir()] for f in folders]
-    assert names[0] == names[1]
-
-
 @pytest.mark.parametrize("enough", [2, pytest.param(25, marks=pytest.mark.slow)])
 def test_command_killed_at_random_moments_ends_bit_equal_to_an_undisturbed_one(
     cities_jsonl, tmp_path, enough
@@ -104,7 +85,6 @@ def test_command_killed_at_random_moments_ends_bit_equal_to_an_undisturbed_one(
         "num_layers": 1,
         "generative.windows_per_batch": 32,
         "generative.checkpointing_steps": 1,
-        "conditional.keep": "best",
     }
     for stage, steps in (("pretraining", 12), ("conditional", 24)):
         few = {"max_steps": steps, "checkpointing_steps": 1, "evaluation_steps": 4}
@@ -137,13 +117,3 @@ def test_command_killed_at_random_moments_ends_bit_equal_to_an_undisturbed_one(
             )
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
-
-
-def test_processes_that_accelerate_cannot_join_are_an_error(monkeypatch):
-    join_processes()  # as one process, which Accelerate remembers
-    for name in ("LOCAL_RANK", "RANK"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(ValueError, match="Several processes were started, and Accelerate joins"):
-        join_processes()

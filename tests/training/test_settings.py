@@ -41,7 +41,7 @@ from tiny import tiny_backbone
         ({"generative": None}, "`generative` must be a GenerativeConfig, got None"),
         ({"stages": ["em"]}, "`stages` must be one of pretraining, .*, got 'em'"),
         ({"stages": []}, "`stages` must name one of pretraining, generative"),
-        ({"checkpoints_total_limit": 0}, "`checkpoints_total_limit` must be at least 1, got 0"),
+        ({"resume_from_checkpoint": "x/y"}, "`resume_from_checkpoint` must be one of latest, none"),
         ({"report_to": ["mlflow"]}, "`report_to` must be one of tensorboard, .*, got 'mlflow'"),
     ],
 )
@@ -69,7 +69,6 @@ def test_every_stage_checks_its_numbers_and_takes_numpys(kind):
     [
         (ConditionalConfig, "evidence_temperature", 0.0),
         (JointConfig, "evidence_temperature", 1e30),
-        (JointConfig, "lora_dropout", 1.0),
         (PretrainingConfig, "window_probability", 2.0),
         (PretrainingConfig, "decay_fraction", 1.5),
         (ConditionalConfig, "mixed_precision", "fp16"),
@@ -111,7 +110,7 @@ def test_printed_file_is_read_back_and_flags_come_before_it(capsys, tmp_path):
     assert every.keys() == {name.partition(".")[0] for name in names}
     words = ["--dataset", "a.jsonl", "--output", "run", "--num-latents", "8", "--packing"]
     words += ["--set", "conditional.learning_rate=2e-3", "--set", "report_to=[wandb]"]
-    words += ["--set", "checkpoints_total_limit=null", "--conditioning"]
+    words += ["--set", "mask_token_id=null", "--conditioning"]
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(printed(capsys, *words)))
     config = build_config(read_config(path))
@@ -121,7 +120,6 @@ def test_printed_file_is_read_back_and_flags_come_before_it(capsys, tmp_path):
         num_latents=8,
         packing=True,
         report_to=["wandb"],
-        checkpoints_total_limit=None,
         conditioning=[],
         conditional=ConditionalConfig(learning_rate=2e-3),
     )

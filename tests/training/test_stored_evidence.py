@@ -60,15 +60,15 @@ def test_evidence_on_disk_is_that_in_memory(tiny_tokenizer, tmp_path, conditioni
     assert held.evaluate(model.coupling_head) == found.evaluate(model.coupling_head)
 
 
-def test_size_is_said_before_anything_is_written(tiny_tokenizer, tmp_path, capsys):
+def test_size_is_said_when_the_first_file_is_written(
+    tiny_tokenizer, tmp_path, capsys, small_shards
+):
     model = new_model(tiny_tokenizer, CONTEXT)
-    evidence = write(model, tiny_tokenizer, tmp_path, num_draws=8)
-    assert len(evidence) == 192
-    printed = capsys.readouterr().out
-    assert "Evidence about 192 windows of 4 tokens" in printed
-    each = float(re.search(r"\(([\d.]+) GB per million tokens\)", printed)[1]) * 4 * 1e3
+    evidence = write(model, tiny_tokenizer, tmp_path, num_draws=200)
+    assert len(evidence) == 4800
+    said = re.search(r"Evidence about 4,800 windows: about ([\d.]+) GB", capsys.readouterr().out)
     on_disk = sum(file.stat().st_size for file in tmp_path.glob("*/*.safetensors"))
-    assert each * 192 == pytest.approx(on_disk, rel=0.2)
+    assert float(said[1]) * 1e9 == pytest.approx(on_disk, rel=0.4)
 
 
 def test_evidence_of_another_setting_model_or_text_is_another(tiny_tokenizer, tmp_path):

@@ -35,19 +35,15 @@ def test_tensorboard_gets_the_curves_of_every_stage(trained_config, trained_pipe
             for tag in events.Tags()["scalars"]
         }
 
-    speed = {"tokens_per_second", "memory_gb"}
     generative, conditional = curves("generative"), curves("conditional")
-    assert generative.keys() >= speed | {"loss", "validation_nats", "step_size"}
-    assert conditional.keys() >= speed | {"loss", "gain", "learning_rate", "validation_gain"}
+    assert generative.keys() >= {"loss", "validation_nats", "step_size"}
+    assert conditional.keys() >= {"loss", "gain", "learning_rate", "validation_gain"}
     assert [step for step, _ in conditional["loss"]] == [1, 2, 3, 4]
     for bucket in BUCKETS:
         assert [step for step, _ in conditional[f"validation_gain_{bucket}"]] == [2, 4]
     rates = [rate for _, rate in conditional["learning_rate"]]
     assert rates[0] == pytest.approx(config.conditional.learning_rate / 2)  # of two to warm up
     assert 0 < rates[-1] < rates[1]
-    for stage in (generative, conditional):
-        assert all(value > 0 for tag in speed for _, value in stage[tag])
-    assert 0.05 < conditional["memory_gb"][0][1] < 30
 
 
 @pytest.mark.parametrize(
@@ -69,9 +65,9 @@ def test_other_trackers_keep_a_run_per_stage(
     assert len(files) == 2
     if tracker == "trackio":
         with sqlite3.connect(files[0]) as database:
-            told = database.execute("select run_name, step, metrics from metrics order by step")
-            rows = [(run, step, json.loads(values)["loss"]) for run, step, values in told]
-        assert rows == [("mine", 1, 0.5), ("mine", 2, 0.25)]
+            told = database.execute("select step, metrics from metrics order by step")
+            rows = [(step, json.loads(values)["loss"]) for step, values in told]
+        assert rows == [(1, 0.5), (2, 0.25)]
 
 
 def test_tracker_that_is_not_installed_is_one_clear_sentence(trained_config, tmp_path, monkeypatch):

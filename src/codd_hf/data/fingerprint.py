@@ -40,16 +40,12 @@ def settings_fingerprint(config: PreTrainedConfig) -> str:
 
 
 def weights_fingerprint(module: torch.nn.Module) -> str:
-    """A digest of a module's parameters and buffers: names, types, shapes and bytes.
-
-    Of a sharded module it is that of the whole one, and all processes call it together.
-    """
+    """A digest of a module's parameters and buffers: names, types, shapes and bytes."""
 
     def parts() -> Iterator[bytes | memoryview]:
         for name, tensor in sorted(module.state_dict().items()):
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            yield f"{name} {whole.dtype} {tuple(whole.shape)}".encode()
-            yield _content(whole)
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+            yield _content(tensor)
 
     return _digest(parts())
 

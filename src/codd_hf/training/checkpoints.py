@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
@@ -26,23 +25,16 @@ from ..modeling_codd import CoDDModel
 from ..runtime.files import atomic_write, make_durable, read_json
 
 FORMAT_VERSION = 2
+KEPT = 2
+"""An older one serves where the newest is damaged."""
 WEIGHTS, STATE = "state.safetensors", "state.json"
 
 
 @dataclass
 class Checkpoints:
-    """The numbered checkpoints of a fit: `folder/checkpoint-100`, `folder/checkpoint-200`, ...
-
-    Attributes:
-        folder: receives them.
-        resume_from: a checkpoint, here or elsewhere, to go on from in place of the newest one;
-            later ones here are deleted.
-        total_limit: how many are kept, the newest ones; all if None.
-    """
+    """The newest checkpoints of a fit, by their steps: `folder/checkpoint-100`, ..."""
 
     folder: Path
-    resume_from: Path | None = None
-    total_limit: int | None = None
 
     def path(self, step: int) -> Path:
         """The folder of the checkpoint after so many steps."""
@@ -66,7 +58,7 @@ class Checkpoints:
         with atomic_write(self.path(step) / STATE) as new:
             facts = {"step": step, "format_version": FORMAT_VERSION}
             new.write_text(json.dumps(state | facts, indent=2))
-        for old in [] if self.total_limit is None else self.steps()[: -self.total_limit]:
+        for old in self.steps()[:-KEPT]:
             self._delete(old)
 
     def load(
@@ -74,16 +66,16 @@ class Checkpoints:
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """The tensors and the state that a fit of this identity goes on from; None: it begins."""
         steps = self.steps()
-        if self.resume_from is None and not steps:
+        if not steps:
             return None
-        path = self.resume_from or self.path(steps[-1])
+        path = self.path(steps[-1])
         try:
             state = read_json(path / STATE)
             tensors = load_file(path / WEIGHTS)
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(
-                f"The checkpoint {str(path)!r} cannot be continued ({error}): give "
-                f"`resume_from_checkpoint` another one, of the steps {steps}, or 'none'."
+                f"The checkpoint {str(path)!r} cannot be continued ({error}): delete it, and the "
+                "fit goes on from the one before."
             ) from error
         theirs = state["identity"] | {"format_version": state.pop("format_version", 1)}
         for name, value in (identity | {"format_version": FORMAT_VERSION}).items():
@@ -93,9 +85,6 @@ class Checkpoints:
                     f"({theirs.get(name)!r}, not {value!r}): continue with that, or begin this "
                     "stage anew with `--resume-from-checkpoint none`."
                 )
-        if PartialState().is_main_process and self.resume_from is not None:
-            for later in (step for step in steps if step > state["step"]):
-                self._delete(later)
         return tensors, state
 
     def _delete(self, step: int) -> None:
@@ -106,7 +95,7 @@ class Checkpoints:
 def identity_of(
     model: CoDDModel, tokenizer: PreTrainedTokenizerBase, **examples: Sequence[TokenizedExample]
 ) -> dict[str, Any]:
-    """The digests of examples and a backbone (all its weights; if sharded, on all processes)."""
+    """The digests of examples and of a backbone with all its weights."""
     return {
         **{name: data_fingerprint(part) for name, part in examples.items()},
         "model_settings": settings_fingerprint(model.backbone.config),

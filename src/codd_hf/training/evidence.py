@@ -25,7 +25,6 @@ from ..data.fingerprint import data_fingerprint, json_fingerprint
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
 from ..runtime.files import atomic_write
-from .processes import is_sharded
 from .settings import ConditionalConfig
 from .windows import NoisedCanvases, NoisedWindows, WindowScores, score_all
 
@@ -145,23 +144,16 @@ class Evidence:
 
     def _write(self, shards: dict[Path, list[Batch]]) -> None:
         """Writes some files, each by one process."""
-        state, batches = PartialState(), list(itertools.chain(*shards.values()))
-        first, length = self._read(batches[:1], "first"), self.model.window_length
-        each = sum(t.nbytes for t in first.columns.values()) / len(first.tokens)
-        left = sum(len(rows) for _, rows in batches)
-        if state.is_local_main_process:
-            tqdm.write(
-                f"Evidence about {left:,} windows of {length} tokens: "
-                f"about {left * each / 1e9:.2f} GB ({each / length / 1e3:.2f} GB per million "
-                f"tokens) in {self.folder}."
-            )
-        work = [[*shards][i :: state.num_processes] for i in range(state.num_processes)]
-        for path in work[state.process_index]:
+        state = PartialState()
+        for path in [*shards][state.process_index :: state.num_processes]:
             windows = self._read(shards[path], path.stem)
             with atomic_write(path) as new:
                 save_file(windows.columns, new)
-        if is_sharded(self.model):  # each process has a part in every pass of the others
-            passes = [sum(len(shards[path]) for path in part) for part in work]
-            for _ in range(max(passes) - passes[state.process_index]):
-                self._read(batches[:1], "beside")
+            if path == next(iter(shards)):
+                each = path.stat().st_size / len(windows.tokens)
+                left = sum(len(rows) for part in shards.values() for _, rows in part)
+                tqdm.write(
+                    f"Evidence about {left:,} windows: about {left * each / 1e9:.2f} GB in "
+                    f"{self.folder}."
+                )
         state.wait_for_everyone()

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -64,7 +63,7 @@ class Fit(ABC):
             ValueError: the checkpoint is another fit's, or damaged.
         """
         accelerator = Accelerator()
-        main, device = accelerator.is_main_process, accelerator.device
+        main = accelerator.is_main_process
         done: dict[str, Any] = {"step": 0, "history": [], "loss": 0.0, "tokens": 0, "seconds": 0.0}
         found = None if checkpoints is None else checkpoints.load(self.identity)
         if found is None:
@@ -81,16 +80,12 @@ class Fit(ABC):
             if not history:
                 history.append({"step": 0, **self.measure_finite()})
             for number in range(done["step"], self.num_steps):
-                step, last, step_began = number + 1, number + 1 == self.num_steps, time.monotonic()
+                step, last = number + 1, number + 1 == self.num_steps
                 figures, tokens = self.step(number)
                 done |= {"step": step, "tokens": done["tokens"] + tokens}
                 done["loss"] += figures["loss"] * tokens
                 progress.update()
                 progress.set_postfix(loss=f"{figures['loss']:.3f}")
-                figures["tokens_per_second"] = tokens / max(time.monotonic() - step_began, 1e-9)
-                resident = psutil.Process().memory_info().rss
-                peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident
-                figures["memory_gb"] = peak / 1e9
                 if last or step % self.evaluation_steps == 0:
                     loss = done["loss"] / (done["tokens"] - history[-1].get("tokens", 0))
                     measured, done["loss"] = self.measure_finite(), 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..evaluation.gap import measure_gap
 from ..evaluation.settings import GapSettings
@@ -33,7 +35,7 @@ NOT_PUSHED = ("*.jsonl",)
 
 HISTORY = "history.json"
 """The history of a stage, in its folder."""
-OF_THIS_RUN = ("output_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_private")
+OF_THIS_RUN = ("output_dir", "resume_from_checkpoint", "report_to", "push_to_hub")
 CURVE_ROWS = 12
 TRAINED = (
     "Trained with `codd-hf train`; all settings, histories and figures are in `training/`. A gain "
@@ -48,15 +50,8 @@ def open_repository(config: TrainConfig) -> str | None:
     """The repository that a run is pushed to, created before the training, which may be refused."""
     if not config.push_to_hub:
         return None
-    api = HfApi(library_name="codd-hf")
     name = config.hub_model_id or Path(config.output_dir).resolve().name
-    repo_id = api.create_repo(name, private=config.hub_private or None, exist_ok=True).repo_id
-    if config.hub_private and not api.model_info(repo_id).private:
-        raise ValueError(
-            f"`hub_private` is set, but the repository {repo_id!r} is public: make it private, or "
-            "choose another `hub_model_id`."
-        )
-    return repo_id
+    return HfApi(library_name="codd-hf").create_repo(name, exist_ok=True).repo_id
 
 
 def write_pipeline(run: Run, folder: Path, repo_id: str | None) -> None:
@@ -64,34 +59,29 @@ def write_pipeline(run: Run, folder: Path, repo_id: str | None) -> None:
     config, model, tokenizer = run.config, run.model, run.start.tokenizer
     held_out = run.parts[2] or run.parts[1]
     problems = [e for e in held_out if len(e.answer_ids) > model.window_length]
-    problems = [] if run.sharded else problems[: config.num_gap_problems]
-    gap = None
+    problems, gap = problems[: config.num_gap_problems], None
     if problems and model.coupling_head is not None:
         heads, settings = {"coupled": model.coupling_head}, GapSettings(ratios=[*GAP_RATIOS])
         gap = measure_gap(model, heads, tokenizer, problems, settings)
     write_card(run, folder, repo_id, gap)
-    CoDDPipeline(model, CoDDScheduler(), tokenizer).save_pretrained(folder)
     circuit = CoDDHead.from_pretrained(GENERATIVE.result(config))
-    dtype = getattr(torch, config.dtype)
-    for part, name in ((model, "model"), (circuit, "stage1")):
-        weights = part.state_dict()
-        # The names of one tensor share its copy, so that tied weights are stored once.
-        copies = {
-            t.data_ptr(): t.to(dtype) if t.is_floating_point() else t for t in weights.values()
-        }
-        stored = {key: copies[tensor.data_ptr()] for key, tensor in weights.items()}
-        part.save_pretrained(folder / name, state_dict=stored)
-        (folder / name / "README.md").unlink()  # a pipeline has one card
+    circuit.save_pretrained(folder / "stage1", state_dict=in_bfloat16(circuit))
+    (folder / "stage1" / CARD).unlink()  # a pipeline has one card
+    save = partial(model.save_pretrained, state_dict=in_bfloat16(model))
+    model.save_pretrained = save  # type: ignore[method-assign]  # which the pipeline calls
+    CoDDPipeline(model, CoDDScheduler(), tokenizer).save_pretrained(folder)
     save_held_out(folder, run.examples)
     if repo_id is not None:
-        pushed = push_folder(
-            folder,
-            repo_id,
-            private=config.hub_private,
-            ignore_patterns=NOT_PUSHED,
-            commit_message="Trained with codd-hf",
-        )
+        message = "Trained with codd-hf"
+        pushed = push_folder(folder, repo_id, ignore_patterns=NOT_PUSHED, commit_message=message)
         tqdm.write(f"The pipeline is on the Hub: {pushed.repo_url}")
+
+
+def in_bfloat16(part: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A model's weights as they are stored; those that share memory are stored once."""
+    weights = part.state_dict()
+    copies = {t.data_ptr(): t.bfloat16() if t.is_floating_point() else t for t in weights.values()}
+    return {name: copies[tensor.data_ptr()] for name, tensor in weights.items()}
 
 
 def save_held_out(folder: Path, examples: Parts) -> None:

@@ -29,7 +29,7 @@ def train(config: TrainConfig) -> Path:
     """Runs the stages that `config` chooses, and writes a pipeline folder.
 
     Every process of a launch calls it. A stage that is complete in the output folder is not run
-    again, and one that stopped goes on, unless `config.resume_from_checkpoint` says otherwise.
+    again, and one that stopped goes on, unless `config.resume_from_checkpoint` is "none".
 
     Returns:
         `output_dir/pipeline`: a pipeline, the head of the generative fit in `stage1/`, the held-out
@@ -49,29 +49,25 @@ def train(config: TrainConfig) -> Path:
             raise ValueError(
                 f"`report_to` is {name!r}, but that package is not installed: `pip install {name}`."
             )
-    check_head_settings(config)
-    resume = resume_choices(config)
+    shape = {"num_latents": config.num_latents, "window_length": config.window_length}
+    head_config(config, shape | {"vocab_size": config.num_latents}, 1)  # raises before data load
     with accelerator.main_process_first():  # the others find what it has converted
         run = Run(config, load_parts(config))
     repo_id = open_repository(config) if main else None
     output.mkdir(parents=True, exist_ok=True)
+    chosen = [stage for stage in STAGES if stage.name in config.chosen_stages]
     with locked(output / ".lock", f"`output_dir` {config.output_dir!r}", PartialState()):
-        if any(output.glob("stage[13]")) or any(output.glob("backbone/checkpoint-*")):
-            raise ValueError(
-                f"`output_dir` {str(output)!r} holds a run of an earlier version, which cannot be "
-                "continued: give another folder."
-            )
         if main:
             (output / "train_config.json").write_text(json.dumps(asdict(config), indent=2))
-            for stage in (s for s in STAGES if resume.get(s.name) == "none"):
-                tqdm.write(f"The stage {stage.name!r} begins anew.")
-                for folder in (stage.name, stage.leaves or stage.name):
-                    shutil.rmtree(output / folder, ignore_errors=True)
-        for stage in (s for s in STAGES if s.name in resume):
+        for stage in chosen if main and config.resume_from_checkpoint == "none" else ():
+            tqdm.write(f"The stage {stage.name!r} begins anew.")
+            for folder in (stage.name, stage.leaves or stage.name):
+                shutil.rmtree(output / folder, ignore_errors=True)
+        for stage in chosen:
             accelerator.wait_for_everyone()
-            _run_stage(run, stage, resume[stage.name])
+            _run_stage(run, stage)
         accelerator.wait_for_everyone()
-        if [*resume] == [PRETRAINING.name]:
+        if chosen == [PRETRAINING]:
             return PRETRAINING.result(config)
         if main:
             write_pipeline(run, output / "pipeline", repo_id)
@@ -79,27 +75,18 @@ def train(config: TrainConfig) -> Path:
     return output / "pipeline"
 
 
-def check_head_settings(config: TrainConfig) -> None:
-    """Makes a head's configuration for a stand-in vocabulary: it raises before data are loaded."""
-    shape = {"num_latents": config.num_latents, "window_length": config.window_length}
-    head_config(config, shape | {"vocab_size": config.num_latents}, 1)
-
-
-def _run_stage(run: Run, stage: Stage, resume: str) -> None:
+def _run_stage(run: Run, stage: Stage) -> None:
     """Runs a stage on the result of the one before, and writes its result, then its history.
 
     A stage whose steps are all done makes none again.
     """
-    config, main = run.config, PartialState().is_main_process
-    output = Path(config.output_dir)
-    resume_from = None if resume in ("latest", "none") else Path(resume)
-    checkpoints = Checkpoints(output / stage.name, resume_from, config.checkpoints_total_limit)
+    config, main, output = run.config, PartialState().is_main_process, Path(run.config.output_dir)
     if stage is PRETRAINING and not main:
         return  # the main process trains it
     if stage.needs is not None:
         run.couple(CoDDHead.from_pretrained(stage.needs.result(config)))
     with tracking(config, stage.name) as log:
-        history, result = stage.fit(run, checkpoints, log)
+        history, result = stage.fit(run, Checkpoints(output / stage.name), log)
     if not main:
         return
     if stage.leaves is not None:
@@ -122,30 +109,11 @@ def tracking(config: TrainConfig, stage: str) -> Iterator[Log | None]:
     if not config.report_to:
         yield None
         return
-    output, settings = Path(config.output_dir), asdict(config)
-    accelerator = Accelerator(log_with=config.report_to, project_dir=output / "logs")
-    facts = {k: v for k, v in (settings | settings[stage]).items() if not isinstance(v, dict)}
-    flat = {k: v if isinstance(v, int | float) else str(v) for k, v in facts.items()}
-    names = {name: {"name": output.resolve().name} for name in ("wandb", "trackio")}
-    accelerator.init_trackers(f"codd-hf-{stage}", flat, names)
+    accelerator = Accelerator(log_with=config.report_to, project_dir=f"{config.output_dir}/logs")
+    settings = {name: str(value) for name, value in vars(getattr(config, stage)).items()}
+    accelerator.init_trackers(f"codd-hf-{stage}", settings)
     try:
         yield lambda step, figures: accelerator.log(figures, step)
     finally:
         for tracker in accelerator.trackers:  # `end_training` would part the processes, too
             tracker.finish()
-
-
-def resume_choices(config: TrainConfig) -> dict[str, str]:
-    """The meaning of `config.resume_from_checkpoint` for each stage to run."""
-    choice, chosen = config.resume_from_checkpoint, config.chosen_stages
-    if choice in ("latest", "none"):
-        return dict.fromkeys(chosen, choice)
-    stage = Path(choice).parent.name
-    if stage not in chosen:
-        raise ValueError(
-            "`resume_from_checkpoint` must be 'latest', 'none' or a checkpoint of a stage that is "
-            f"to run, such as OUTPUT/conditional/checkpoint-200, got {choice!r} (to run: "
-            f"{', '.join(chosen)})."
-        )
-    before, after = chosen[: chosen.index(stage)], chosen[chosen.index(stage) + 1 :]
-    return dict.fromkeys(before, "latest") | {stage: choice} | dict.fromkeys(after, "none")

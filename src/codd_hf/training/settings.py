@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal, get_args
 
@@ -16,8 +15,6 @@ MAY_CHANGE = {
     "evaluation_steps",
     "checkpointing_steps",
     "num_validation_draws",
-    "keep",
-    "alpha",  # of the fitted circuit; the conditional fit knows that of its head
 }
 """Settings that a run may be continued with other values of."""
 Precision = Literal["auto", "no", "bf16"]
@@ -52,8 +49,6 @@ class GenerativeConfig(FitConfig):
     """Pseudo-tokens per state, spread as the text's unigrams."""
     transition_prior: Positive = 30.0
     """Pseudo-transitions per state, spread evenly."""
-    alpha: Positive = 1.0
-    """Power of the marginal correction of the fitted circuit."""
 
 
 @dataclass
@@ -142,8 +137,6 @@ class ConditionalConfig(CoupledConfig):
     """Likeliest tokens kept of a prediction; all if the vocabulary has no more."""
     tokens_per_batch: Count = 8192
     """Tokens that the backbone reads at once."""
-    keep: Literal["last", "best"] = "last"
-    """last: the head of the last step. best: that of the validation with the largest gain."""
 
     def with_steps(self, num_examples: int) -> ConditionalConfig:
         """These settings with the number of steps for so many examples, if it is not set."""
@@ -163,21 +156,13 @@ class JointConfig(CoupledConfig):
     warmup_steps: Natural = 30
     windows_per_batch: Count = 32
     windows_per_chunk: Count = 16
-    evaluation_steps: Count = 100
-    checkpointing_steps: Count = 50
-    num_validation_draws: Count = 2
     backbone: Literal["lora", "full", "frozen"] = "lora"
     """What of it is trained: lora (a low-rank adapter, by PEFT), full, or frozen (nothing)."""
     lora_rank: Count = 16
-    """The rank of a new adapter; one that the backbone has already is trained further."""
-    lora_alpha: Positive = 32.0
-    """An adapter's output is scaled by `lora_alpha / lora_rank`."""
-    lora_dropout: Annotated[float, Range(0, math.nextafter(1, 0))] = 0.0
-    """Share of an adapter's inputs that is dropped."""
+    """The rank of a new adapter, on all linear layers but the output's and with an alpha of twice
+    the rank; one that the backbone has already is trained further."""
     gradient_checkpointing: bool = False
     """Less memory for a third more time: layers of the backbone run again in the backward pass."""
-    lora_target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Names of the layers that get an adapter; all-linear: every linear one but the output's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -249,26 +234,16 @@ class TrainConfig(Settings):
     """The depth of a new backbone."""
     mask_token_id: Natural | None = None
     """The mask token of a given backbone, if its tokenizer does not name one."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """In which the pipeline's weights are stored."""
-    resume_from_checkpoint: str = "latest"
+    resume_from_checkpoint: Literal["latest", "none"] = "latest"
     """latest: each stage goes on from its newest checkpoint, and a complete one is not run again.
-    none: the stages to run begin anew, and their earlier results are deleted. Or a checkpoint's
-    folder, such as OUTPUT/conditional/checkpoint-200: its stage goes on from there, and those after
-    it begin anew."""
-    checkpoints_total_limit: Count | None = 2
-    """Checkpoints that a stage keeps, the newest ones; all if null."""
+    none: the stages to run begin anew, and their earlier results are deleted."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     """Trackers: tensorboard (in OUTPUT/logs), wandb, trackio."""
-    shard_backbone: bool = False
-    """Share the backbone's layers among the processes (FSDP2) while it runs over the data; always
-    so under an FSDP configuration of Accelerate."""
     push_to_hub: bool = False
     """Push the pipeline when it is done, without the held-out examples."""
     hub_model_id: str | None = None
-    """The repository; default, one of your own with the output folder's name."""
-    hub_private: bool = False
-    """Let the repository be private."""
+    """The repository, which stays private if you created it so; default, one of your own with the
+    output folder's name."""
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     generative: GenerativeConfig = field(default_factory=GenerativeConfig)
     conditional: ConditionalConfig = field(default_factory=ConditionalConfig)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from ..circuits import Potentials, occupancy, token_marginal
 from ..configuration_codd import CoDDHeadConfig
@@ -24,7 +23,6 @@ from .fits.joint import fit_joint
 from .fits.pretraining import fit_backbone
 from .inputs import Parts, Start, TaskStream, load_start, never_generated, new_start, tokenize_parts
 from .loop import History, Log
-from .processes import shard_backbone
 from .settings import TrainConfig
 
 Result = tuple[History, Sequence[Any]]
@@ -54,11 +52,6 @@ class Run:
     def parts(self) -> list[list[TokenizedExample]]:
         """The examples, tokenized."""
         return tokenize_parts(self.config, self.start, self.examples)
-
-    @property
-    def sharded(self) -> bool:
-        """Whether the processes share the frozen backbone."""
-        return self.config.shard_backbone or Accelerator().distributed_type == "FSDP"
 
     def couple(self, head: CoDDHead) -> CoDDHead:
         """Joins the backbone and a head."""
@@ -125,7 +118,7 @@ def fit_circuit(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> R
         )
     )
     potentials = Potentials(fitted.initial, fitted.transition, emission)
-    head.set_potentials(potentials, marginal, alpha=config.generative.alpha)
+    head.set_potentials(potentials, marginal, alpha=1.0)
     return history, [run.couple(head)]
 
 
@@ -155,13 +148,8 @@ def condition_head(run: Run, checkpoints: Checkpoints, log: Log | None = None) -
             unigrams = fitted.tensors()[2].log_softmax(-1).mean(0)
             head.context_maps.start(unigrams, occupancy(fitted, config.window_length).mean(0))
     run.couple(head)
-    if run.sharded:
-        shard_backbone(run.model)
     data = (run.model, run.start.tokenizer, run.parts[0], run.parts[1])
     history = fit_conditional(*data, config.conditional, checkpoints, log)
-    if run.sharded:  # a whole backbone serves the other stages
-        del run.start, run.model
-        run.couple(head.cpu())
     return history, [head]
 
 

@@ -53,17 +53,12 @@ def fit_conditional(
 
     of_train = evidence(train, config.num_draws, config.seed)
     of_validation = evidence(validation, config.num_validation_draws, VALIDATION_SEED)
-    fit = _HeadFit(head, of_train, of_validation, config)
-    history = fit.run(checkpoints, log)
-    with torch.no_grad():
-        for name, parameter in fit.trained.items() if fit.best else ():
-            parameter.copy_(fit.best[name])
-    return history
+    return _HeadFit(head, of_train, of_validation, config).run(checkpoints, log)
 
 
 @dataclass
 class _HeadFit(CoupledFit):
-    """Steps of a head on evidence. With `keep="best"` its state holds the best head so far."""
+    """Steps of a head on evidence."""
 
     head: CoDDHead
     train: Evidence
@@ -73,9 +68,8 @@ class _HeadFit(CoupledFit):
 
     def __post_init__(self) -> None:
         head, self.window_length = self.head, self.head.config.window_length
-        self.best: dict[str, torch.Tensor] = {}
-        chosen = (*OF_THE_HEAD, "alpha")
-        identity = {name: getattr(head.config, name) for name in chosen} | self.train.identity
+        identity = {name: getattr(head.config, name) for name in OF_THE_HEAD}
+        identity |= self.train.identity
         identity["validation_data"] = self.validation.identity["data"]
         identity["start"] = weights_fingerprint(head)
         trained = {f"head.{name}": p for name, p in head.named_parameters()}
@@ -90,16 +84,4 @@ class _HeadFit(CoupledFit):
         return self.train.scores(self.head, rows)
 
     def measure(self) -> Figures:
-        gains = self.validation.evaluate(self.head)
-        if self.config.keep == "best" and gains["gain"] > self.best.get("gain", -torch.inf):
-            self.best = {name: p.detach().clone() for name, p in self.trained.items()}
-            self.best["gain"] = torch.tensor(gains["gain"], dtype=torch.float64)
-        return gains
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return super().state() | {f"best.{name}": value for name, value in self.best.items()}
-
-    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        super().restore(tensors)
-        if self.config.keep == "best":
-            self.best = {k[5:]: v for k, v in tensors.items() if k.startswith("best.")}
+        return self.validation.evaluate(self.head)

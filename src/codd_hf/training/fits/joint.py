@@ -77,14 +77,9 @@ class _JointFit(CoupledFit):
         identity["start"] = weights_fingerprint(head)
         model.backbone.requires_grad_(config.backbone == "full")
         if config.backbone == "lora":
-            found, modules = active_adapter(model), config.lora_target_modules
-            lora = LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a scale, no whole number
-                lora_dropout=config.lora_dropout,
-                target_modules="all-linear" if modules == ["all-linear"] else modules,
-            )
+            found, rank = active_adapter(model), config.lora_rank
             if found is None:
+                lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
                 add_lora(model.backbone, lora, DEFAULT_NAME, config.seed)
             model.set_adapter(found or DEFAULT_NAME)
         trained = trained_in_float32(model)
