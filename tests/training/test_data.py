@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,13 +148,13 @@ def test_tokenizer_spells_any_text_and_every_digit_alone(tiny_tokenizer):
 
 def test_answers_are_filled_with_end_of_text_to_whole_windows_and_rows_with_padding():
     examples = [TokenizedExample([7, 8], [9, 10, 11, 1]), TokenizedExample([], [12, 1])]
-    filled = {"window_length": 3, "eos_token_id": 1, "pad_token_id": 0}
-    canvas = collate(examples, **filled)
+    tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=0)
+    canvas = collate(examples, tokenizer, 3)
     assert canvas.input_ids.tolist() == [[7, 8, 9, 10, 11, 1, 1, 1], [12, 1, 1, 0, 0, 0, 0, 0]]
     assert canvas.attention_mask.tolist() == [[1] * 8, [1, 1, 1, 0, 0, 0, 0, 0]]
     assert canvas.answer_start.tolist() == [2, 0]
     assert canvas.answer_end.tolist() == [8, 3]
-    canvas = collate(examples, **filled, extra_windows=[0, 2])
+    canvas = collate(examples, tokenizer, 3, extra_windows=[0, 2])
     assert canvas.input_ids[1].tolist() == [12, *[1] * 8]
     assert canvas.answer_end.tolist() == [8, 9]
 

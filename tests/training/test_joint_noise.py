@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_each_row_is_masked_at_its_own_rate_whatever_the_spans():
 def test_the_noise_of_training_leaves_the_same_runs_of_masks(mean):
     rows, length = 3000, 16
     examples = [TokenizedExample([7], [5] * length) for _ in range(rows)]
-    canvas = collate(examples, window_length=length, eos_token_id=1, pad_token_id=0)
+    canvas = collate(examples, SimpleNamespace(eos_token_id=1, pad_token_id=0), length)
     noise = sample_noise(
         canvas,
         window_length=length,

@@ -19,7 +19,6 @@ def joint(folder: Path, backbone: str) -> None:
     """A joint fit; writes what was trained and the losses of its steps."""
     config = JointConfig(
         backbone=backbone,
-        lora_dropout=0.2,
         max_steps=6,
         windows_per_batch=10,
         windows_per_chunk=4,
@@ -31,7 +30,7 @@ def joint(folder: Path, backbone: str) -> None:
         checkpointing_steps=2,
     )
     tokenizer = train_tokenizer(SENTENCES, vocab_size=300)
-    model = new_model(tokenizer, ("latent", "copy"))
+    model = new_model(tokenizer, ("latent", "copy"), {"attention_dropout": 0.2})
     losses = []
     history = fit_joint(
         model,

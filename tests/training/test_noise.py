@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ WINDOW = 4
 def canvases(rows: int = 400) -> CanvasBatch:
     """Prompts of 3 tokens, answers of 1 to 5 windows."""
     examples = [TokenizedExample([7, 8, 9], [5] * (WINDOW * (1 + i % 5))) for i in range(rows)]
-    return collate(examples, window_length=WINDOW, eos_token_id=1, pad_token_id=0)
+    return collate(examples, SimpleNamespace(eos_token_id=1, pad_token_id=0), WINDOW)
 
 
 def draw(canvas: CanvasBatch, seed: int = 0, **options) -> Noise:

@@ -105,7 +105,7 @@ def test_loss_is_the_cross_entropy_of_masked_tokens_weighted_by_one_over_t(
     tiny_tokenizer, examples
 ):
     model = new_model(tiny_tokenizer).eval()
-    canvas = collate(examples[:3], window_length=4, eos_token_id=2, pad_token_id=0)
+    canvas = collate(examples[:3], tiny_tokenizer, 4)
     noise = sample_noise(canvas, window_length=4, generator=torch.Generator().manual_seed(0))
     loss, losses = diffusion_loss(model, canvas, noise)
     noisy = torch.where(noise.masked, tiny_tokenizer.mask_token_id, canvas.input_ids)
@@ -120,7 +120,7 @@ def test_loss_is_the_cross_entropy_of_masked_tokens_weighted_by_one_over_t(
 
 def test_loss_of_a_position_depends_on_later_tokens(tiny_tokenizer, examples):
     model = new_model(tiny_tokenizer).eval()
-    canvas = collate(examples[:1], window_length=4, eos_token_id=2, pad_token_id=0)
+    canvas = collate(examples[:1], tiny_tokenizer, 4)
     hidden = torch.zeros_like(canvas.input_ids, dtype=torch.bool)
     hidden[0, 3] = True
     noise = Noise(masked=hidden, target=hidden, span=hidden, level=torch.ones(1))

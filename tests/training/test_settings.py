@@ -40,7 +40,6 @@ from tiny import tiny_backbone
         ({"backbone": 3}, "`backbone` must be a text, got 3"),
         ({"generative": None}, "`generative` must be a GenerativeConfig, got None"),
         ({"stages": ["em"]}, "`stages` must be one of pretraining, .*, got 'em'"),
-        ({"stages": []}, "`stages` must name one of pretraining, generative"),
         ({"resume_from_checkpoint": "x/y"}, "`resume_from_checkpoint` must be one of latest, none"),
         ({"report_to": ["mlflow"]}, "`report_to` must be one of tensorboard, .*, got 'mlflow'"),
     ],

@@ -54,12 +54,6 @@ class CanvasBatch:
         return CanvasBatch(*(getattr(self, f).to(device) for f in self.__dataclass_fields__))
 
 
-def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills rows of a batch: end-of-text where there is no padding token."""
-    padding = tokenizer.pad_token_id
-    return tokenizer.eos_token_id if padding is None else padding
-
-
 def tokenize_examples(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -161,31 +155,27 @@ def _encode_prompts(
 
 def collate(
     examples: Sequence[TokenizedExample],
-    *,
+    tokenizer: PreTrainedTokenizerBase,
     window_length: int,
-    eos_token_id: int,
-    pad_token_id: int,
     extra_windows: Sequence[int] | None = None,
 ) -> CanvasBatch:
     """Lays examples out as canvases: an answer is filled with end-of-text to whole windows.
 
     `extra_windows` of end-of-text follow in each row: a model should not learn that the canvas's
-    length gives the answer's length away.
+    length gives the answer's length away. End-of-text pads rows where there is no padding token.
     """
-    starts = [len(e.prompt_ids) for e in examples]
-    spans = [e.length(window_length) - len(e.prompt_ids) for e in examples]
-    if extra_windows is not None:
-        spans = [n + m * window_length for n, m in zip(spans, extra_windows, strict=True)]
-    length = max(s + n for s, n in zip(starts, spans, strict=True))
-    input_ids = torch.full((len(examples), length), pad_token_id)
-    attention_mask = torch.zeros(len(examples), length, dtype=torch.long)
-    for row, (example, span) in enumerate(zip(examples, spans, strict=True)):
-        fill = [eos_token_id] * (span - len(example.answer_ids))
-        ids = [*example.prompt_ids, *example.answer_ids, *fill]
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        attention_mask[row, : len(ids)] = 1
-    start = torch.tensor(starts)
-    return CanvasBatch(input_ids, attention_mask, start, start + torch.tensor(spans))
+    eos, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
+    more = torch.tensor(extra_windows or [0] * len(examples)) * window_length
+    end = torch.tensor([example.length(window_length) for example in examples]) + more
+    columns = torch.arange(int(end.max()))
+    input_ids = torch.full((len(examples), len(columns)), eos)
+    for row, example in enumerate(examples):
+        ids = torch.tensor([*example.prompt_ids, *example.answer_ids])
+        input_ids[row, : len(ids)] = ids
+    present = columns < end[:, None]
+    input_ids.masked_fill_(~present, eos if padding is None else padding)
+    start = torch.tensor([len(example.prompt_ids) for example in examples])
+    return CanvasBatch(input_ids, present.long(), start, end)
 
 
 def epoch_batches(

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..schedulers.scheduling_codd import span_uniforms
-from .canvases import CanvasBatch, TokenizedExample, collate, padding_token_id
+from .canvases import CanvasBatch, TokenizedExample, collate
 
 
 @dataclass
@@ -92,13 +92,7 @@ def draw_canvases(
     The other arguments are those of `sample_noise`.
     """
     extra = torch.randint(max_extra_windows + 1, (len(examples),), generator=generator)
-    canvas = collate(
-        examples,
-        window_length=window_length,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=padding_token_id(tokenizer),
-        extra_windows=extra.tolist(),
-    )
+    canvas = collate(examples, tokenizer, window_length, extra.tolist())
     return canvas, sample_noise(canvas, window_length=window_length, generator=generator, **noise)
 
 

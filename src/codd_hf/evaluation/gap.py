@@ -26,7 +26,6 @@ from ..data.canvases import (
     CanvasBatch,
     TokenizedExample,
     collate,
-    padding_token_id,
     tokenize_examples,
 )
 from ..data.rows import RowReport
@@ -183,11 +182,6 @@ def _windows(
     order = torch.rand(len(examples), length, generator=generator).argsort(1).argsort(1)
     for start in range(0, len(examples), settings.batch_size):
         rows = slice(start, start + settings.batch_size)
-        canvas = collate(
-            examples[rows],
-            window_length=length,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=padding_token_id(tokenizer),
-        )
+        canvas = collate(examples[rows], tokenizer, length)
         columns = (canvas.answer_start + first[rows])[:, None] + torch.arange(length)
         yield canvas.to(device), columns.to(device), order[rows].to(device)

@@ -43,15 +43,11 @@ def from_text(name: str, text: str) -> Any:
 def read_config(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML file, by dotted names; None where a required one is left open."""
     content = _parsed(Path(path).read_text(encoding="utf-8"), repr(str(path)))
-    if not isinstance(content, Mapping):
+    if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} must hold settings, as `--print-config` writes.")
-    values: dict[str, Any] = {}
-    for name, value in content.items():
-        nested = value if isinstance(value, Mapping) else None
-        values |= (
-            {str(name): value} if nested is None else {f"{name}.{k}": nested[k] for k in nested}
-        )
-    return values
+    parts = {name: value for name, value in content.items() if isinstance(value, dict)}
+    values = {str(name): value for name, value in content.items() if name not in parts}
+    return values | {f"{name}.{k}": v for name, part in parts.items() for k, v in part.items()}
 
 
 def build_config(values: Mapping[str, Any]) -> TrainConfig:

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.canvases import TokenizedExample, epoch_batches
 from ..data.fingerprint import data_fingerprint, json_fingerprint
+from ..data.rows import tell
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
 from ..runtime.files import atomic_write
@@ -88,25 +89,32 @@ class Evidence:
 
     @cached_property
     def parts(self) -> list[NoisedWindows]:
-        """The windows; all processes ask for them together."""
+        """The windows; all processes ask for them together, and write what is missing."""
         lengths = [example.length(self.model.window_length) for example in self.examples]
         size, seeds = self.config.tokens_per_batch, range(self.seed, self.seed + self.num_draws)
         rows = [part for seed in seeds for part in epoch_batches(lengths, size, seed)]
         batches = list(enumerate(rows, self.seed * SEEDS))
         if self.folder is None:
             return [self._read(batches, "evidence")]
-        folder = self.folder / json_fingerprint(self.identity)
+        folder, state = self.folder / json_fingerprint(self.identity), PartialState()
         folder.mkdir(parents=True, exist_ok=True)
-        shards = {
+        files = {
             folder / f"windows-{first:06d}.safetensors": batches[first : first + SHARD_BATCHES]
             for first in range(0, len(batches), SHARD_BATCHES)
         }
-        missing = {path: part for path, part in shards.items() if not path.exists()}
-        PartialState().wait_for_everyone()  # all have looked before the first one writes
-        if missing:
-            self._write(missing)
+        missing = [path for path in files if not path.exists()]
+        state.wait_for_everyone()  # all have looked before the first one writes
+        for path in missing[state.process_index :: state.num_processes]:
+            windows = self._read(files[path], path.stem)
+            with atomic_write(path) as new:
+                save_file(windows.columns, new)
+            if path == missing[0]:
+                left = sum(len(rows) for path in missing for _, rows in files[path])
+                size = path.stat().st_size * left // len(windows.tokens)
+                tell(f"Evidence about {left:,} windows: about {size / 1e9:.2f} GB in {folder}.")
+        state.wait_for_everyone()
         try:
-            return [NoisedWindows(**load_file(path)) for path in shards]
+            return [NoisedWindows(**load_file(path)) for path in files]
         except (SafetensorError, TypeError) as error:
             raise ValueError(
                 f"The evidence in {str(folder)!r} is damaged ({error}): delete the folder, and it "
@@ -141,19 +149,3 @@ class Evidence:
             canvases = NoisedCanvases(*read, [self.examples[i] for i in rows], self.config, seed)
             parts.append(canvases.predictions(size, self.temperature))
         return NoisedWindows.joined(parts)
-
-    def _write(self, shards: dict[Path, list[Batch]]) -> None:
-        """Writes some files, each by one process."""
-        state = PartialState()
-        for path in [*shards][state.process_index :: state.num_processes]:
-            windows = self._read(shards[path], path.stem)
-            with atomic_write(path) as new:
-                save_file(windows.columns, new)
-            if path == next(iter(shards)):
-                each = path.stat().st_size / len(windows.tokens)
-                left = sum(len(rows) for part in shards.values() for _, rows in part)
-                tqdm.write(
-                    f"Evidence about {left:,} windows: about {left * each / 1e9:.2f} GB in "
-                    f"{self.folder}."
-                )
-        state.wait_for_everyone()

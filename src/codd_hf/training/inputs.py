@@ -140,10 +140,9 @@ def load_start(name: str, mask_token_id: int | None = None) -> Start:
         raise ValueError(f"`backbone` {name!r} has no tokenizer: save one beside the model.")
     named = (mask_token_id, model.config.mask_token_id, tokenizer.mask_token_id)
     mask = next((token for token in named if token is not None), None)
-    if mask is None or mask >= model.config.vocab_size:
+    if mask is None:
         raise ValueError(
-            f"`mask_token_id` must be one of the backbone's {model.config.vocab_size} tokens, got "
-            f"{mask}."
+            f"`mask_token_id` must be given, since `backbone` {name!r} has a tokenizer without one."
         )
     return Start(CoDDModel.from_backbone(model.backbone, mask_token_id=mask), tokenizer)
 

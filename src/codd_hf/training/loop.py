@@ -7,13 +7,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..data.rows import tell
 from ..runtime.precision import chosen_precision, precision_note
 from .checkpoints import Checkpoints
 from .settings import FitConfig, GradientConfig
@@ -24,6 +25,7 @@ History = list[Figures]
 and the `seconds` since the first step, and the mean `loss` since the last entry."""
 Log = Callable[[int, Figures], None]
 """Told of every step of a fit: its number, from 1, and its figures."""
+Chunk = TypeVar("Chunk")
 
 
 class Fit(ABC):
@@ -63,7 +65,6 @@ class Fit(ABC):
             ValueError: the checkpoint is another fit's, or damaged.
         """
         accelerator = Accelerator()
-        main = accelerator.is_main_process
         done: dict[str, Any] = {"step": 0, "history": [], "loss": 0.0, "tokens": 0, "seconds": 0.0}
         found = None if checkpoints is None else checkpoints.load(self.identity)
         if found is None:
@@ -71,40 +72,42 @@ class Fit(ABC):
         else:
             tensors, done = found
             self.restore(tensors)
-            left = f"goes on from step {done['step']} of {self.num_steps}"
-            if main:
-                tqdm.write(f"The {self.name} {left}.")
+            tell(f"The {self.name} goes on from step {done['step']} of {self.num_steps}.")
         history, began = done["history"], time.monotonic() - done["seconds"]
-        bar = {"total": self.num_steps, "initial": done["step"], "desc": self.name, "unit": "step"}
-        with tqdm(**bar, disable=not accelerator.is_local_main_process) as progress:
-            if not history:
-                history.append({"step": 0, **self.measure_finite()})
-            for number in range(done["step"], self.num_steps):
-                step, last = number + 1, number + 1 == self.num_steps
-                figures, tokens = self.step(number)
-                done |= {"step": step, "tokens": done["tokens"] + tokens}
-                done["loss"] += figures["loss"] * tokens
-                progress.update()
-                progress.set_postfix(loss=f"{figures['loss']:.3f}")
-                if last or step % self.evaluation_steps == 0:
-                    loss = done["loss"] / (done["tokens"] - history[-1].get("tokens", 0))
-                    measured, done["loss"] = self.measure_finite(), 0.0
-                    facts = {"tokens": done["tokens"], "seconds": time.monotonic() - began}
-                    history.append({"step": step, **measured, "loss": loss, **facts})
-                    figures |= {f"validation_{name}": value for name, value in measured.items()}
-                if log is not None:
-                    log(step, figures)
-                due = last or step % self.config.checkpointing_steps == 0
-                if checkpoints is not None and main and due:
-                    facts = {"seconds": time.monotonic() - began, "identity": self.identity}
-                    checkpoints.save(step, self.state(), done | facts)
+        if not history:
+            history.append({"step": 0, **self.measure_finite()})
+        bar = tqdm(
+            range(done["step"], self.num_steps),
+            self.name,
+            self.num_steps,
+            initial=done["step"],
+            unit="step",
+            disable=not accelerator.is_local_main_process,
+        )
+        for number in bar:
+            step, last = number + 1, number + 1 == self.num_steps
+            figures, tokens = self.step(number)
+            bar.set_postfix(loss=f"{figures['loss']:.3f}")
+            done |= {"step": step, "tokens": done["tokens"] + tokens}
+            done["loss"] += figures["loss"] * tokens
+            if last or step % self.evaluation_steps == 0:
+                loss = done["loss"] / (done["tokens"] - history[-1].get("tokens", 0))
+                measured, done["loss"] = self.measure_finite(), 0.0
+                facts = {"tokens": done["tokens"], "seconds": time.monotonic() - began}
+                history.append({"step": step, **measured, "loss": loss, **facts})
+                figures |= {f"validation_{name}": value for name, value in measured.items()}
+            if log is not None:
+                log(step, figures)
+            due = last or step % self.config.checkpointing_steps == 0
+            if checkpoints is not None and accelerator.is_main_process and due:
+                done |= {"seconds": time.monotonic() - began, "identity": self.identity}
+                checkpoints.save(step, self.state(), done)
         return history
 
     def measure_finite(self) -> Figures:
         """Measures, prints the figures and refuses those that are not finite."""
         figures = self.measure()
-        if Accelerator().is_main_process:
-            tqdm.write(f"The {self.name} measures {figures}.")
+        tell(f"The {self.name} measures {figures}.")
         self.check_finite(figures, "the validation")
         return figures
 
@@ -190,12 +193,30 @@ class GradientFit(Fit):
             optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
+def summed(
+    shapes: Sequence[torch.Size],
+    chunks: Sequence[Chunk],
+    values: Callable[[int, Chunk], Sequence[torch.Tensor]],
+) -> list[torch.Tensor]:
+    """Sums, of these shapes, of the `values` of all chunks, which the processes share.
+
+    In float64 (where the device has it), so that they do not depend on who computed what.
+    """
+    accelerator = Accelerator()
+    device = accelerator.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    sums = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+    for number in range(accelerator.process_index, len(chunks), accelerator.num_processes):
+        for total, term in zip(sums, values(number, chunks[number]), strict=True):
+            total += term.detach().to(device)
+    return accelerator.reduce(sums, "sum")
+
+
 def announced_precision(config: GradientConfig) -> str:
     """The precision of a fit on this device, which is said in a line."""
-    accelerator = Accelerator()
-    chosen = chosen_precision(config.mixed_precision, accelerator.device)
-    if config.mixed_precision != "no" and accelerator.is_local_main_process:
-        tqdm.write(precision_note(chosen, accelerator.device))
+    device = Accelerator().device
+    chosen = chosen_precision(config.mixed_precision, device)
+    tell("" if config.mixed_precision == "no" else precision_note(chosen, device))
     return chosen
 
 

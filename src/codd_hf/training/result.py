@@ -116,16 +116,17 @@ def write_card(
     facts = {"environment": machine, "examples": sizes, "settings": settings, "gap": gap}
     paths = {stage: Path(config.output_dir, stage, HISTORY) for stage in STAGES}
     histories = {name: read_json(path, list) for name, path in paths.items() if path.exists()}
+    files = {"run": facts} | {f"{name}_history": history for name, history in histories.items()}
     (folder / "training").mkdir(parents=True, exist_ok=True)
-    files = {f"{name}_history": history for name, history in histories.items()}
-    for name, content in (files | {"run": facts}).items():
+    for name, content in files.items():
         (folder / "training" / f"{name}.json").write_text(as_json(content))
     path = folder / CARD
     if path.exists() and REWRITTEN not in path.read_text(encoding="utf-8"):
         return
-    general = {k: v for k, v in settings.items() if k not in STAGES}
-    parts = [TRAINED, f"- Examples: {listed(sizes)}.\n- Settings: {listed(general)}."]
-    parts[-1] += f"\n- Machine and versions: {listed(machine)}."
+    general = listed({k: v for k, v in settings.items() if k not in STAGES})
+    lines = [f"- Examples: {listed(sizes)}.", f"- Settings: {general}."]
+    lines.append(f"- Machine and versions: {listed(machine)}.")
+    parts = [TRAINED, "\n".join(lines)]
     for stage, history in histories.items():
         known = stage in config.chosen_stages
         told = listed(settings[stage]) if known else "of an earlier run, and not recorded"

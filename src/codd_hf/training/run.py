@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
 from ..modeling_head import CoDDHead
@@ -19,10 +23,13 @@ from ..runtime.locks import locked
 from .checkpoints import Checkpoints
 from .inputs import load_parts
 from .loop import Log
-from .processes import join_processes
 from .result import HISTORY, open_repository, write_pipeline
 from .settings import TrainConfig
 from .stages import PRETRAINING, STAGES, Run, Stage, head_config
+
+PATIENCE = timedelta(weeks=1)
+"""How long a process waits for another, which may train a backbone or write evidence meanwhile;
+when one dies, the launcher ends the others."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -42,8 +49,11 @@ def train(config: TrainConfig) -> Path:
         ValueError: the data cannot be used, the settings are not those of the run in the output
             folder, or a stage lacks the result of an earlier one.
     """
-    accelerator, output = join_processes(), Path(config.output_dir)
-    main = accelerator.is_main_process
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        # Told through the environment, so that each stage's own `Accelerator()` knows it as well.
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    main, output = accelerator.is_main_process, Path(config.output_dir)
     for name in config.report_to:
         if find_spec(name) is None:
             raise ValueError(
@@ -101,14 +111,11 @@ def _run_stage(run: Run, stage: Stage) -> None:
 
 
 @contextmanager
-def tracking(config: TrainConfig, stage: str) -> Iterator[Log | None]:
-    """Gives the log of a stage's steps to the trackers in `config.report_to`; None without any.
+def tracking(config: TrainConfig, stage: str) -> Iterator[Log]:
+    """Gives the log of a stage's steps to the trackers in `config.report_to`.
 
     A stage is a run of its own, in `output_dir/logs/codd-hf-STAGE` or the project of that name.
     """
-    if not config.report_to:
-        yield None
-        return
     accelerator = Accelerator(log_with=config.report_to, project_dir=f"{config.output_dir}/logs")
     settings = {name: str(value) for name, value in vars(getattr(config, stage)).items()}
     accelerator.init_trackers(f"codd-hf-{stage}", settings)

@@ -251,8 +251,6 @@ class TrainConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stages is not None and not self.stages:
-            raise ValueError(f"`stages` must name one of {', '.join(STAGES)} at least.")
         if self.packing and self.max_length % self.window_length:
             raise ValueError(
                 f"With `packing`, `max_length` ({self.max_length}) must be a multiple of "

@@ -18,7 +18,7 @@ from ..data.noise import draw_windows
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
 from ..runtime.precision import autocast
-from .processes import summed
+from .loop import summed
 from .settings import CoupledConfig
 
 DENSE_VOCABULARY = 16384

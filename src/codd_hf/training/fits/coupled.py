@@ -16,8 +16,7 @@ from accelerate import Accelerator
 
 from ...modeling_codd import CoDDModel
 from ...modeling_head import CoDDHead
-from ..loop import Figures, GradientFit, seeded
-from ..processes import summed
+from ..loop import Figures, GradientFit, seeded, summed
 from ..settings import CoupledConfig
 from ..windows import WindowScores
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from sklearn.cluster import KMeans, MiniBatchKMeans
 
 from ...circuits import Potentials
@@ -21,16 +22,16 @@ from ...circuits.em import Counts, expected_counts, log_likelihood, maximise
 from ...data.canvases import TokenizedExample
 from ...data.fingerprint import tensor_fingerprint
 from ..checkpoints import Checkpoints
-from ..loop import Figures, Fit, History, Log
-from ..processes import summed
+from ..loop import Figures, Fit, History, Log, summed
 from ..settings import GenerativeConfig
 
 EVALUATION_CHUNK = 512
 STEP_DECAY = 0.6
-"""The share of a new batch in the counts is `(step + 2) ** -STEP_DECAY`."""
+"""The share of a batch in the counts is `(step + 2) ** -STEP_DECAY`; of the first one all."""
 CONCENTRATION, NOISE = 0.9, 0.1
 """The share of a state's initial emissions that goes to its cluster, and the log-scale of the noise
 on the initial parameters."""
+LEAVES = [f"{part}.{i}" for part in ("potentials", "counts") for i in range(3)]
 
 
 def text_windows(
@@ -140,7 +141,6 @@ class _Maximisation(Fit):
         transitions = torch.full((self.num_latents,), config.transition_prior / self.num_latents)
         pseudo = (torch.ones(1), transitions, config.emission_prior * smoothed)
         self.prior = Counts(tuple(counts.to(self.device) for counts in pseudo))
-        self.counts: Counts | None = None
         self.evaluation_steps = -(-len(self.windows) // config.windows_per_batch)
         self.num_steps = config.num_epochs * self.evaluation_steps
         self.identity = config.identity() | {
@@ -155,21 +155,17 @@ class _Maximisation(Fit):
         if Accelerator().is_main_process:
             features = (self.embeddings, self.unigrams)
             clusters = cluster_tokens(*features, self.num_latents, self.config.seed)
-        # They are zero elsewhere, so the sum is the main process's.
-        clusters = Accelerator().reduce(clusters.to(self.device), "sum").cpu()
+        clusters = broadcast(clusters.to(self.device)).cpu()
         start = initial_potentials(self.windows, clusters, self.num_latents, self.config.seed)
-        self.potentials = start.with_leaves([leaf.to(self.device) for leaf in start.leaves()])
+        leaves = (*start.leaves(), *map(torch.zeros_like, start.leaves()))
+        self.restore(dict(zip(LEAVES, leaves, strict=True)))
 
     def state(self) -> dict[str, torch.Tensor]:
-        counts = () if self.counts is None else self.counts.leaves
-        parts = {"potentials": self.potentials.leaves(), "counts": counts}
-        return {f"{name}.{i}": t for name, part in parts.items() for i, t in enumerate(part)}
+        return dict(zip(LEAVES, (*self.potentials.leaves(), *self.counts.leaves), strict=True))
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        held = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        leaves: list[Any] = [held[f"potentials.{i}"] for i in range(3)]
-        self.potentials = Potentials(*leaves)
-        self.counts = Counts(tuple(held[f"counts.{i}"] for i in range(3)))
+        leaves: list[Any] = [tensors[name].to(self.device) for name in LEAVES]
+        self.potentials, self.counts = Potentials(*leaves[:3]), Counts(tuple(leaves[3:]))
 
     def step(self, number: int) -> tuple[Figures, int]:
         epoch, batch = divmod(number, self.evaluation_steps)
@@ -185,18 +181,17 @@ class _Maximisation(Fit):
         shapes = [*(leaf.shape for leaf in leaves), torch.Size()]
         chunks = windows.split(self.config.windows_per_chunk)
         *sums, score = summed(shapes, chunks, values)
-        share = (number + 2) ** -STEP_DECAY
+        share = (number + 2) ** -STEP_DECAY if number else 1.0
         figures = {"loss": -score.item() / windows.numel(), "step_size": share}
         self.check_finite(figures, f"step {number}")
         counts = Counts(tuple(s.to(leaf.dtype) for s, leaf in zip(sums, leaves, strict=True)))
         counts = counts.scaled(len(self.windows) / len(windows))
-        self.counts = counts if self.counts is None else self.counts.mixed_with(counts, share)
+        self.counts = self.counts.mixed_with(counts, share)
         self.potentials = maximise(self.potentials, self.counts, self.prior)
         return figures, windows.numel()
 
     @torch.no_grad()
     def measure(self) -> Figures:
-
         def values(_: int, windows: torch.Tensor) -> list[torch.Tensor]:
             return [log_likelihood(self.potentials, windows.to(self.device)).double().sum()]
 

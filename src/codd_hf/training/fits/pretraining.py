@@ -94,7 +94,8 @@ class _BackboneFit(GradientFit):
         validation = self.validation
         identity = identity_of(model, self.tokenizer, data=data, validation_data=validation)
         self.validation = sorted(validation, key=lambda example: example.length())
-        self.device, self.precision = Accelerator().device, announced_precision(config)
+        self.device = Accelerator().device
+        announced_precision(config)
         backbone = model.to(self.device).backbone.train()
         optimizers = _optimizers(model, config, self.device)
         self.batches: Iterator[list[TokenizedExample]] | None = None
@@ -151,7 +152,7 @@ class _BackboneFit(GradientFit):
             **noise,
         )
         # Not the accelerator's autocast, which is one for the process: a stage has its precision.
-        with autocast(self.precision, self.device):
+        with autocast(self.config.mixed_precision, self.device):
             return *diffusion_loss(self.model, canvas.to(self.device), drawn), canvas, drawn
 
     def _batches_from(self, first: int) -> Iterator[list[TokenizedExample]]:
