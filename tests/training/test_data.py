@@ -107,11 +107,13 @@ def test_long_answers_are_cut_and_too_long_prompts_left_out_as_is_said(tiny_toke
     assert found[0] == whole
     assert found[1].answer_ids == uncut.answer_ids[: length - len(whole.prompt_ids)]
     said = " ".join(capsys.readouterr().out.split())
-    assert said.startswith("Of 3 examples, 1 lose the end of their answer to `max_length` (")
-    assert "and 1 with a prompt of that length are left out" in said
+    assert f"Rows left out: 3: a prompt that fills `max_length` ({length} tokens)." in said
+    assert "Of 3 examples, 1 lose the end of their answer to `max_length` (" in said
     (cut,) = tokenize_examples([short], tiny_tokenizer, max_length=length - 1)
     assert cut.answer_ids == whole.answer_ids[:-1]
-    with pytest.raises(ValueError, match=r"2 of 2 prompts .*`max_length` \(3\)"):
+    with pytest.raises(
+        ValueError, match=r"(?s)Nothing is left .*: 1, 2: a prompt .*`max_length` \(3 "
+    ):
         tokenize_examples([Example("Tom? " * 5, "3")] * 2, tiny_tokenizer, max_length=3)
 
 

@@ -110,7 +110,7 @@ def test_text_that_the_tokenizer_cannot_spell_is_refused_by_its_row_or_left_out(
     number = 2 if example.row is None else example.row
     assert list(report.left_out.values()) == [[number]]
     assert f"Rows left out: {number}: " in capsys.readouterr().out
-    with pytest.raises(ValueError, match="Nothing is left of `data`: 0 of 1 prompts"):
+    with pytest.raises(ValueError, match=r"(?s)Nothing is left of `data`\..* left out: "):
         tokenize_examples([example], word_tokenizer, never=[3], report=report)
 
 

@@ -52,8 +52,8 @@ def test_evidence_on_disk_is_that_in_memory(tiny_tokenizer, tmp_path, conditioni
     assert equal(held, made)
     assert equal(held, found)
     windows = held.take(torch.arange(48))
-    assert (windows.hidden is None) == (conditioning == ())
-    assert len(windows.log_rest) == windows.masked.sum()
+    assert ("hidden" in windows.columns) == bool(conditioning)
+    assert len(windows.columns["log_rest"]) == windows.columns["masked"].sum()
     rows = torch.tensor([47, 0, 13, 13, 30])
     gains = [evidence.scores(model.coupling_head, rows).gain for evidence in (held, found)]
     assert torch.equal(*gains)
@@ -148,9 +148,10 @@ def live_gradients(model, tokenizer, examples, config) -> list[torch.Tensor]:
     """Those of the windows that the evidence is about, from the backbone itself."""
     lengths = [len(e.prompt_ids) + -(-len(e.answer_ids) // 4) * 4 for e in examples]
     batch = next(batch_indices(lengths, config.tokens_per_batch, 0))
-    canvas, noise, starts = draw_windows(
+    canvas, noise = draw_windows(
         [examples[i] for i in batch], tokenizer, 4, 1, torch.Generator().manual_seed(0)
     )
+    starts = noise.span.long().argmax(1)
     ids = canvas.input_ids.masked_fill(noise.masked, 1)
     states = model.backbone_states(ids, canvas.attention_mask)
     distribution = model.window_distribution(states, ids, starts, canvas.attention_mask)
@@ -178,4 +179,4 @@ def test_empty_prompts_have_evidence_too(tiny_tokenizer, tmp_path):
     model = new_model(tiny_tokenizer, CONTEXT)
     evidence = write(model, tiny_tokenizer, tmp_path, examples=examples)
     windows = evidence.take(torch.arange(len(evidence)))
-    assert (windows.preceding_tokens == -1).all(1).any()
+    assert (windows.columns["preceding_tokens"] == -1).all(1).any()

@@ -97,7 +97,7 @@ def tokenize_examples(
     faults = {i: f"has an answer that {fault}" for i, fault in bad_answers.items()}
     faults |= {i: f"has a prompt that {fault}" for i, fault in bad_prompts.items()}
     refused = {mask, *never} - {eos, None}
-    tokenized, cut, left_out = [], 0, 0
+    tokenized, cut = [], 0
     for i, (example, prompt, answer) in enumerate(zip(examples, prompts, answers, strict=True)):
         if mask in prompt:
             faults[i] = "has a prompt with the mask token in it"
@@ -110,20 +110,17 @@ def tokenize_examples(
         elif not answer:
             report.pass_over(number, "an answer without a token")
         elif room <= 0:
-            left_out += 1
+            report.pass_over(number, f"a prompt that fills `max_length` ({max_length} tokens)")
         else:
             cut += len(answer) >= room
             tokenized.append(TokenizedExample(prompt, [*answer, eos][:room]))
     tell(report)
     if examples and not tokenized:
-        raise ValueError(
-            f"Nothing is left of {report.source}: {left_out} of {len(examples)} prompts leave no "
-            f"room in `max_length` ({max_length}), the other rows are bad or empty."
-        )
-    if cut or left_out:
+        raise ValueError(f"Nothing is left of {report.source}. {report}")
+    if cut:
         tell(
             f"Of {len(examples)} examples, {cut} lose the end of their answer to `max_length` "
-            f"({max_length} tokens), and {left_out} with a prompt of that length are left out."
+            f"({max_length} tokens)."
         )
     if not packing:
         return tokenized

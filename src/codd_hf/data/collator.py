@@ -60,7 +60,7 @@ class DataCollatorForMaskedDiffusion(Settings):
             raise ValueError("`features` must hold at least one, got none.")
         while True:
             seed = int(torch.empty((), dtype=torch.long).random_())
-            canvas, noise, _ = draw_windows(
+            canvas, noise = draw_windows(
                 examples,
                 self.tokenizer,
                 self.window_length,

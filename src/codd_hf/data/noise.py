@@ -103,14 +103,7 @@ def draw_windows(
     max_extra_windows: int,
     generator: torch.Generator,
     mean_span_length: float = 1.0,
-) -> tuple[CanvasBatch, Noise, torch.Tensor]:
-    """Canvases with one noised window a row, earlier ones visible and later ones masked.
-
-    Returns:
-        canvases, noise, and `[batch]` the start of each row's window.
-    """
+) -> tuple[CanvasBatch, Noise]:
+    """Canvases with one noised window a row, earlier ones visible and later ones masked."""
     layout = examples, tokenizer, window_length, max_extra_windows, generator
-    canvas, noise = draw_canvases(
-        *layout, window_probability=1.0, mean_span_length=mean_span_length
-    )
-    return canvas, noise, noise.span.long().argmax(1)
+    return draw_canvases(*layout, window_probability=1.0, mean_span_length=mean_span_length)

@@ -110,24 +110,23 @@ class Evidence:
                 save_file(windows.columns, new)
             if path == missing[0]:
                 left = sum(len(rows) for path in missing for _, rows in files[path])
-                size = path.stat().st_size * left // len(windows.tokens)
+                size = path.stat().st_size * left // len(windows)
                 tell(f"Evidence about {left:,} windows: about {size / 1e9:.2f} GB in {folder}.")
         state.wait_for_everyone()
         try:
-            return [NoisedWindows(**load_file(path)) for path in files]
-        except (SafetensorError, TypeError) as error:
+            return [NoisedWindows(load_file(path)) for path in files]
+        except SafetensorError as error:
             raise ValueError(
                 f"The evidence in {str(folder)!r} is damaged ({error}): delete the folder, and it "
                 "is written anew."
             ) from error
 
     def __len__(self) -> int:
-        return sum(len(part.tokens) for part in self.parts)
+        return sum(map(len, self.parts))
 
     def take(self, rows: torch.Tensor) -> NoisedWindows:
         """Some windows, `rows [B]`, in that order."""
-        sizes = (len(part.tokens) for part in self.parts)
-        begins = torch.tensor([0, *itertools.accumulate(sizes)])
+        begins = torch.tensor([0, *itertools.accumulate(map(len, self.parts))])
         owner = torch.searchsorted(begins, rows, right=True) - 1
         found = [self.parts[i].take(rows[owner == i] - begins[i]) for i in owner.unique().tolist()]
         return NoisedWindows.joined(found).take(owner.argsort(stable=True).argsort())

@@ -62,28 +62,28 @@ class WindowScores(NamedTuple):
 
 @dataclass
 class NoisedWindows:
-    """`N` noised windows of length `L`, with `M` masked positions in all, and what is predicted."""
+    """`N` noised windows of length `L`, with `M` masked positions in all, and what is predicted.
 
-    tokens: torch.Tensor  # [N, L] int32, the true ones
-    masked: torch.Tensor  # [N, L] bool, those that were hidden from the backbone
-    level: torch.Tensor  # [N], the probability with which they were
-    indices: torch.Tensor  # [M, k] int32, likeliest tokens of masked positions, window by window
-    log_probs: torch.Tensor  # [M, k] float16, off by at most 1/2048 of themselves
-    log_rest: torch.Tensor  # [M], log of the remaining mass
-    hidden: torch.Tensor | None = None  # [N, L, d] bfloat16, for a head with conditioning
-    preceding_tokens: torch.Tensor | None = None  # [N, C] int32, before the window; -1: none
-    preceding_hidden: torch.Tensor | None = None  # [N, C, d], both for "copy" conditioning
+    Attributes:
+        columns: `tokens [N, L]` (int32, the true ones), `masked [N, L]` (those that were hidden
+            from the backbone), `level [N]` (the probability with which they were); of the masked
+            positions, window by window, the likeliest tokens `indices [M, k]` (int32), their
+            `log_probs [M, k]` (float16, off by at most 1/2048 of themselves) and `log_rest [M]`,
+            the log of the remaining mass; for a head with conditioning `hidden [N, L, d]`
+            (bfloat16), and for "copy" the `preceding_tokens [N, C]` (int32, -1 where there is none)
+            and `preceding_hidden [N, C, d]`.
+    """
 
-    @property
-    def columns(self) -> dict[str, torch.Tensor]:
-        """The tensors that there are."""
-        held = ((name, getattr(self, name)) for name in self.__dataclass_fields__)
-        return {name: tensor for name, tensor in held if tensor is not None}
+    columns: dict[str, torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.columns["level"])
 
     @cached_property
     def offsets(self) -> torch.Tensor:
         """`[N + 1]`, where each window's masked positions begin and end among all `M`."""
-        return torch.cat((torch.zeros(1, dtype=torch.long), self.masked.sum(1).cumsum(0)))
+        sizes = self.columns["masked"].sum(1)
+        return torch.cat((torch.zeros(1, dtype=torch.long), sizes.cumsum(0)))
 
     def take(self, rows: torch.Tensor) -> NoisedWindows:
         """Some windows, `rows [B]`, in that order."""
@@ -91,48 +91,47 @@ class NoisedWindows:
         places = torch.cat([torch.arange(*pair) for pair in ends])
         by_place = ("indices", "log_probs", "log_rest")
         return NoisedWindows(
-            **{name: t[places if name in by_place else rows] for name, t in self.columns.items()}
+            {name: t[places if name in by_place else rows] for name, t in self.columns.items()}
         )
 
     @classmethod
     def joined(cls, parts: Sequence[NoisedWindows]) -> NoisedWindows:
         """All windows of some parts, in order."""
-        columns = [part.columns for part in parts]
-        return cls(**{name: torch.cat([c[name] for c in columns]) for name in columns[0]})
+        names = parts[0].columns
+        return cls({name: torch.cat([part.columns[name] for part in parts]) for name in names})
 
     def scores(self, head: CoDDHead, temperature: float) -> WindowScores:
         """The gains of a head, at the temperature that the predictions were made at."""
-        device = head.device
+        held, device, preceding = self.columns, head.device, None
+        masked, truth = held["masked"], held["tokens"].long().to(device)
 
         def laid_out(values: torch.Tensor, fill: float) -> torch.Tensor:
-            out = values.new_full((*self.masked.shape, *values.shape[1:]), fill)
-            out[self.masked] = values
+            out = values.new_full((*masked.shape, *values.shape[1:]), fill)
+            out[masked] = values
             return out.to(device)
 
         # Half precision costs a prediction its normalisation.
-        kept = torch.cat((self.log_probs, self.log_rest[:, None]), -1).float().log_softmax(-1)
+        kept = torch.cat((held["log_probs"], held["log_rest"][:, None]), -1).float().log_softmax(-1)
         log_probs, log_rest = laid_out(kept[:, :-1], 0), laid_out(kept[:, -1:], -torch.inf)
-        indices = laid_out(self.indices.long(), 0)
+        indices = laid_out(held["indices"].long(), 0)
         listed = ListedEvidence(indices, log_probs, log_rest, temperature)
         evidence: ListedEvidence | DenseEvidence = listed
         if (head.config.vocab_size or 0) <= DENSE_VOCABULARY:
             evidence = listed.laid_out(head.log_spread)
-        preceding = None
-        if self.preceding_tokens is not None and self.preceding_hidden is not None:
-            before = self.preceding_tokens.long().to(device)
-            hidden = self.preceding_hidden.to(device)
-            preceding = Preceding(before.clamp(min=0), before >= 0, hidden)
-        truth = self.tokens.long().to(device)
+        if "preceding_tokens" in held:
+            before = held["preceding_tokens"].long().to(device)
+            states = held["preceding_hidden"].to(device)
+            preceding = Preceding(before.clamp(min=0), before >= 0, states)
         distribution = head(
             evidence,
             tokens=truth,
-            observed=~self.masked.to(device),
-            last_hidden_state=None if self.hidden is None else self.hidden.to(device),
+            observed=~masked.to(device),
+            last_hidden_state=held["hidden"].to(device) if "hidden" in held else None,
             temperature=temperature,
             preceding=preceding,
         )
-        gain, masked = distribution.coupling_gain(truth), distribution.masked.sum(1)
-        return WindowScores(self.level.to(device), masked, gain, torch.zeros_like(gain))
+        gain, count = distribution.coupling_gain(truth), distribution.masked.sum(1)
+        return WindowScores(held["level"].to(device), count, gain, torch.zeros_like(gain))
 
 
 class NoisedCanvases:
@@ -151,12 +150,11 @@ class NoisedCanvases:
         config: CoupledConfig,
         seed: int,
     ):
-        generator = torch.Generator().manual_seed(seed)
-        noise_settings = (config.max_extra_windows, generator, config.mean_span_length)
-        canvas, noise, starts = draw_windows(
-            examples, tokenizer, model.window_length, *noise_settings
-        )
-        self.columns = starts[:, None] + torch.arange(model.window_length)
+        length, generator = model.window_length, torch.Generator().manual_seed(seed)
+        layout = examples, tokenizer, length, config.max_extra_windows, generator
+        canvas, noise = draw_windows(*layout, config.mean_span_length)
+        starts = noise.span.long().argmax(1)
+        self.columns = starts[:, None] + torch.arange(length)
         self.truth = canvas.input_ids.gather(1, self.columns)
         self.masked, self.level = noise.masked.gather(1, self.columns), noise.level
         ids = canvas.input_ids.masked_fill(noise.masked, model.mask_token_id)
@@ -186,24 +184,22 @@ class NoisedCanvases:
             logits = states.logits((window.to(device), self.columns[window, place].to(device)))
         never = (config.vocab_size, model.mask_token_id, config.forbidden_token_ids, device)
         kept = ListedEvidence.from_logits(logits, size, temperature, forbidden_tokens(*never))
-        context = {}
+        columns = {
+            "tokens": self.truth.int(),
+            "masked": self.masked,
+            "level": self.level,
+            "indices": kept.indices.int(),
+            "log_probs": kept.log_probs.half(),
+            "log_rest": kept.log_rest[..., 0].half(),
+        }
         if maps is not None:
             rows = torch.arange(len(self.truth), device=device)[:, None]
-            hidden = states.last_hidden_state[rows, self.columns.to(device)]
-            context["hidden"] = hidden.to("cpu", torch.bfloat16)
+            columns["hidden"] = states.last_hidden_state[rows, self.columns.to(device)].bfloat16()
         if maps is not None and maps.copies:
             before = model.preceding(states, self.ids, self.starts, self.mask)
-            context["preceding_tokens"] = before.tokens.masked_fill(~before.present, -1).int().cpu()
-            context["preceding_hidden"] = before.hidden.to("cpu", torch.bfloat16)
-        return NoisedWindows(
-            self.truth.int(),
-            self.masked,
-            self.level,
-            kept.indices.int().cpu(),
-            kept.log_probs.to("cpu", torch.float16),
-            kept.log_rest[..., 0].to("cpu", torch.float16),
-            **context,
-        )
+            columns["preceding_tokens"] = before.tokens.masked_fill(~before.present, -1).int()
+            columns["preceding_hidden"] = before.hidden.bfloat16()
+        return NoisedWindows({name: column.cpu() for name, column in columns.items()})
 
 
 def window_scores(
