@@ -10,7 +10,7 @@ from fitting import equal_states, new_model, untimed
 
 from codd_hf import CoDDHead, CoDDModel
 from codd_hf.data.canvases import TokenizedExample
-from codd_hf.data.noise import draw_windows
+from codd_hf.data.noise import draw_canvases
 from codd_hf.training import Checkpoints, ConditionalConfig, fit_conditional
 from codd_hf.training.evidence import Evidence
 from tiny import correlated_examples, head_config, tiny_backbone
@@ -115,7 +115,9 @@ def test_measured_gain_is_the_likelihood_over_the_factorized_one(tiny_tokenizer,
         cache = Evidence(model, tiny_tokenizer, [example], config, {}, seed=seed)
         scores = cache.scores(model.coupling_head, torch.tensor([0]))
         generator = torch.Generator().manual_seed(seed * 1_000_003)
-        canvas, noise = draw_windows([example], tiny_tokenizer, 4, 1, generator)
+        canvas, noise = draw_canvases(
+            [example], tiny_tokenizer, 4, 1, generator, window_probability=1.0
+        )
         starts = noise.span.long().argmax(1)
         ids = canvas.input_ids.masked_fill(noise.masked, 1)
         distribution = model(
@@ -131,7 +133,7 @@ def test_measured_gain_is_the_likelihood_over_the_factorized_one(tiny_tokenizer,
 
 def test_windows_start_where_decoding_starts_them(tiny_tokenizer):
     generator = torch.Generator().manual_seed(0)
-    canvas, noise = draw_windows(TRAIN, tiny_tokenizer, 4, 2, generator)
+    canvas, noise = draw_canvases(TRAIN, tiny_tokenizer, 4, 2, generator, window_probability=1.0)
     starts = noise.span.long().argmax(1)
     assert ((starts - canvas.answer_start) % 4 == 0).all()
     assert (starts + 4 <= canvas.answer_end).all()

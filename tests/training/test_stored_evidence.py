@@ -11,7 +11,7 @@ import torch
 from fitting import new_model
 
 from codd_hf.data.canvases import TokenizedExample, batch_indices
-from codd_hf.data.noise import draw_windows
+from codd_hf.data.noise import draw_canvases
 from codd_hf.training import Checkpoints, ConditionalConfig, fit_conditional
 from codd_hf.training import evidence as evidence_module
 from codd_hf.training.checkpoints import identity_of
@@ -148,9 +148,8 @@ def live_gradients(model, tokenizer, examples, config) -> list[torch.Tensor]:
     """Those of the windows that the evidence is about, from the backbone itself."""
     lengths = [len(e.prompt_ids) + -(-len(e.answer_ids) // 4) * 4 for e in examples]
     batch = next(batch_indices(lengths, config.tokens_per_batch, 0))
-    canvas, noise = draw_windows(
-        [examples[i] for i in batch], tokenizer, 4, 1, torch.Generator().manual_seed(0)
-    )
+    generator, rows = torch.Generator().manual_seed(0), [examples[i] for i in batch]
+    canvas, noise = draw_canvases(rows, tokenizer, 4, 1, generator, window_probability=1.0)
     starts = noise.span.long().argmax(1)
     ids = canvas.input_ids.masked_fill(noise.masked, 1)
     states = model.backbone_states(ids, canvas.attention_mask)

@@ -13,7 +13,7 @@ from ..checks.arguments import as_tensor, shown
 from ..checks.settings import Count, Natural, Range, Settings
 from ..text.encoding import encode_texts
 from .canvases import TokenizedExample
-from .noise import draw_windows
+from .noise import draw_canvases
 
 IGNORED = -100
 
@@ -60,13 +60,14 @@ class DataCollatorForMaskedDiffusion(Settings):
             raise ValueError("`features` must hold at least one, got none.")
         while True:
             seed = int(torch.empty((), dtype=torch.long).random_())
-            canvas, noise = draw_windows(
+            canvas, noise = draw_canvases(
                 examples,
                 self.tokenizer,
                 self.window_length,
                 self.max_extra_windows,
                 torch.Generator().manual_seed(seed),
-                self.mean_span_length,
+                window_probability=1.0,
+                mean_span_length=self.mean_span_length,
             )
             if bool(noise.target.any()):  # a batch has something to learn
                 break
@@ -82,15 +83,10 @@ class DataCollatorForMaskedDiffusion(Settings):
         ids = as_tensor("input_ids", feature["input_ids"], int)
         if ids.ndim != 1:
             raise ValueError(f"`input_ids` of a feature must be [length], got {[*ids.shape]}.")
-        labels, real = feature.get("labels"), feature.get("attention_mask")
-        given = torch.zeros_like(ids, dtype=torch.bool)
-        if labels is not None:
-            given = as_tensor("labels", labels, int, ids.shape) == IGNORED
-        if real is None:
-            there = torch.ones_like(given)
-        else:
-            there = as_tensor("attention_mask", real, None, ids.shape).bool()
-        learnt = (there & ~given).nonzero()
+        labels = as_tensor("labels", feature.get("labels", ids), int, ids.shape)
+        real = feature.get("attention_mask", torch.ones_like(ids))
+        there = as_tensor("attention_mask", real, None, ids.shape).bool()
+        learnt = (there & (labels != IGNORED)).nonzero()
         if not len(learnt):
             raise ValueError(
                 f"`labels` must leave a token to learn, got -100 for all {len(ids)}: leave such "

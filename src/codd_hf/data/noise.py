@@ -89,21 +89,9 @@ def draw_canvases(
 ) -> tuple[CanvasBatch, Noise]:
     """Canvases, each with up to `max_extra_windows` of end-of-text at its end, and their noise.
 
-    The other arguments are those of `sample_noise`.
+    The other arguments are those of `sample_noise`: with a `window_probability` of 1, one window of
+    each row is noised, earlier ones are visible and later ones masked.
     """
     extra = torch.randint(max_extra_windows + 1, (len(examples),), generator=generator)
     canvas = collate(examples, tokenizer, window_length, extra.tolist())
     return canvas, sample_noise(canvas, window_length=window_length, generator=generator, **noise)
-
-
-def draw_windows(
-    examples: Sequence[TokenizedExample],
-    tokenizer: PreTrainedTokenizerBase,
-    window_length: int,
-    max_extra_windows: int,
-    generator: torch.Generator,
-    mean_span_length: float = 1.0,
-) -> tuple[CanvasBatch, Noise]:
-    """Canvases with one noised window a row, earlier ones visible and later ones masked."""
-    layout = examples, tokenizer, window_length, max_extra_windows, generator
-    return draw_canvases(*layout, window_probability=1.0, mean_span_length=mean_span_length)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..circuits import DenseEvidence, ListedEvidence, Preceding
 from ..circuits.factorized import forbidden_tokens
 from ..data.canvases import TokenizedExample
-from ..data.noise import draw_windows
+from ..data.noise import draw_canvases
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
 from ..runtime.precision import autocast
@@ -152,7 +152,8 @@ class NoisedCanvases:
     ):
         length, generator = model.window_length, torch.Generator().manual_seed(seed)
         layout = examples, tokenizer, length, config.max_extra_windows, generator
-        canvas, noise = draw_windows(*layout, config.mean_span_length)
+        spans = config.mean_span_length
+        canvas, noise = draw_canvases(*layout, window_probability=1.0, mean_span_length=spans)
         starts = noise.span.long().argmax(1)
         self.columns = starts[:, None] + torch.arange(length)
         self.truth = canvas.input_ids.gather(1, self.columns)
