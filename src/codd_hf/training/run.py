@@ -116,7 +116,8 @@ def tracking(config: TrainConfig, stage: str) -> Iterator[Log]:
 
     A stage is a run of its own, in `output_dir/logs/codd-hf-STAGE` or the project of that name.
     """
-    accelerator = Accelerator(log_with=config.report_to, project_dir=f"{config.output_dir}/logs")
+    folder = f"{config.output_dir}/logs"
+    accelerator = Accelerator(log_with=config.report_to or None, project_dir=folder)
     settings = {name: str(value) for name, value in vars(getattr(config, stage)).items()}
     accelerator.init_trackers(f"codd-hf-{stage}", settings)
     try:
