@@ -216,7 +216,8 @@ def announced_precision(config: GradientConfig) -> str:
     """The precision of a fit on this device, which is said in a line."""
     device = Accelerator().device
     chosen = chosen_precision(config.mixed_precision, device)
-    tell("" if config.mixed_precision == "no" else precision_note(chosen, device))
+    if config.mixed_precision != "no":
+        tell(precision_note(chosen, device))
     return chosen
 
 
