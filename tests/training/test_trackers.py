@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sqlite3
 from dataclasses import replace
@@ -71,11 +70,7 @@ def test_other_trackers_keep_a_run_per_stage(
 
 
 def test_tracker_that_is_not_installed_is_one_clear_sentence(trained_config, tmp_path, monkeypatch):
-    found = importlib.util.find_spec
-    missing = {"trackio"}
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name in missing else found(name, *a)
-    )
+    monkeypatch.setattr("codd_hf.training.run.find_spec", lambda name: None)
     config = replace(trained_config, output_dir=str(tmp_path / "run"), report_to=["trackio"])
     with pytest.raises(ValueError, match=r"'trackio', but .* not installed: `pip install trackio`"):
         train(config)

@@ -157,12 +157,11 @@ class _BackboneFit(GradientFit):
 
     def _batches_from(self, first: int) -> Iterator[list[TokenizedExample]]:
         size, seed, length = self.config.tokens_per_batch, self.config.seed, self.window_length
-        if isinstance(self.train, TaskStream):
-            yield from self.train.batches(size, length, seed, first)
-        else:
-            lengths = [example.length(length) for example in self.train]
-            for indices in batch_indices(lengths, size, seed, first):
-                yield [self.train[i] for i in indices]
+        train = self.train
+        if isinstance(train, TaskStream):
+            return train.batches(size, length, seed, first)
+        batches = batch_indices([e.length(length) for e in train], size, seed, first)
+        return ([train[i] for i in indices] for indices in batches)
 
 
 def _optimizers(
