@@ -30,15 +30,10 @@ from .settings import ConditionalConfig
 from .windows import NoisedCanvases, NoisedWindows, WindowScores, score_all
 
 SHARD_BATCHES = 32
-SCORED_AT_ONCE = 64
 SEEDS = 1_000_003
 """More than there are batches: the noise of two seeds has nothing in common."""
 OF_EVIDENCE = ("max_extra_windows", "mean_span_length", "tokens_per_batch", "mixed_precision")
 """The settings that evidence depends on as they are."""
-
-
-Batch = tuple[int, list[int]]
-"""The seed of a batch's noise, and the rows of its examples."""
 
 
 @dataclass
@@ -137,11 +132,11 @@ class Evidence:
 
     def evaluate(self, head: CoDDHead) -> dict[str, float]:
         """Mean gain in nats per masked token over factorized, all and by mask ratio."""
-        chunks = torch.arange(len(self)).split(SCORED_AT_ONCE)
+        chunks = torch.arange(len(self)).split(self.config.windows_per_chunk)
         return score_all(chunks, lambda _, rows: self.scores(head, rows)).gains()
 
-    def _read(self, batches: Sequence[Batch], name: str) -> NoisedWindows:
-        """The predictions about some batches."""
+    def _read(self, batches: Sequence[tuple[int, list[int]]], name: str) -> NoisedWindows:
+        """The predictions about batches, each the seed of its noise and its examples' rows."""
         size, shown = self.identity["cache_size"], PartialState().is_local_main_process
         parts, read = [], (self.model, self.tokenizer)
         for seed, rows in tqdm(batches, name, unit="batch", leave=False, disable=not shown):

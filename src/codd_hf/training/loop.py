@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +25,6 @@ History = list[Figures]
 and the `seconds` since the first step, and the mean `loss` since the last entry."""
 Log = Callable[[int, Figures], None]
 """Told of every step of a fit: its number, from 1, and its figures."""
-Chunk = TypeVar("Chunk")
 
 
 class Fit(ABC):
@@ -195,8 +194,8 @@ class GradientFit(Fit):
 
 def summed(
     shapes: Sequence[torch.Size],
-    chunks: Sequence[Chunk],
-    values: Callable[[int, Chunk], Sequence[torch.Tensor]],
+    chunks: Sequence[torch.Tensor],
+    values: Callable[[int, torch.Tensor], Sequence[torch.Tensor]],
 ) -> list[torch.Tensor]:
     """Sums, of these shapes, of the `values` of all chunks, which the processes share.
 

@@ -25,7 +25,6 @@ from ..checkpoints import Checkpoints
 from ..loop import Figures, Fit, History, Log, summed
 from ..settings import GenerativeConfig
 
-EVALUATION_CHUNK = 512
 STEP_DECAY = 0.6
 """The share of a batch in the counts is `(step + 2) ** -STEP_DECAY`; of the first one all."""
 CONCENTRATION, NOISE = 0.9, 0.1
@@ -195,6 +194,6 @@ class _Maximisation(Fit):
         def values(_: int, windows: torch.Tensor) -> list[torch.Tensor]:
             return [log_likelihood(self.potentials, windows.to(self.device)).double().sum()]
 
-        chunks = self.validation.split(EVALUATION_CHUNK)
+        chunks = self.validation.split(self.config.windows_per_chunk)
         (total,) = summed([torch.Size()], chunks, values)
         return {"nats": -total.item() / self.validation.numel()}
