@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .backbones import (
-    execution_device,
     family_of,
     load_backbone,
     needs_remote_code,
@@ -38,9 +36,9 @@ from .coupling.adapters import (
     unwrapped,
     without_adapters,
 )
-from .coupling.heads import DEFAULT_NAME, HeadName, Heads
+from .coupling.heads import DEFAULT_NAME, HeadName
 from .coupling.inputs import checked_inputs, refuse_requests
-from .coupling.loading import adapter_beside, load_head, named_backbone
+from .coupling.loading import OWN_ARGUMENTS, adapter_beside, load_head, named_backbone
 from .coupling.per_token import per_token_output
 from .coupling.scoring import ScoreOutput, Texts, score
 from .coupling.windows import CoupledBackbone
@@ -111,7 +109,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
         if coupling_head is None and config.head_config is not None:
             coupling_head = CoDDHead(config.head_config)
         self.backbone, self.coupling_head = backbone, coupling_head
-        self.heads = Heads(weakref.ref(self))
+        self.other_heads: dict[str, CoDDHead] = {}  # which are no submodules
         self.post_init()
         # transformers collects the names that the parts ignore; a head ignores the backbone's.
         ignored = {*(self._keys_to_ignore_on_load_unexpected or ())}
@@ -165,10 +163,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
             )
         family_of(model.config).make_bidirectional(model.config)
         adapter = adapter or adapter_beside(head, shared)
-        circuit: Any = None
-        if head is not None:
-            circuit = load_head(head, model, mask_token_id, **shared)
-            circuit.to(execution_device(model))
+        circuit = None if head is None else load_head(head, model, mask_token_id, **shared)
         if adapter is not None:
             load_adapter(model, adapter, DEFAULT_NAME, **shared)
         config = CoDDConfig(
@@ -206,36 +201,33 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
             OSError: nothing is found, or a file is damaged.
         """
         name = checked_name(pretrained_model_name_or_path, "pretrained_model_name_or_path")
-        given, with_report = kwargs.get("config"), kwargs.pop("output_loading_info", False)
+        given = kwargs.get("config")
         repository = locate(name, kwargs) if given is None else Repository(name, kwargs)
         adapter = repository.adapter()
         if given is None and repository.config.get("model_type") == CoDDHeadConfig.model_type:
             head: Any = CoDDHead.from_pretrained(name, **repository.hub)
             base, own = named_backbone(name, head.config, kwargs)
             return cls.from_backbone(base, head, adapter, **own)
-        kwargs |= repository.hub
         generation_config = kwargs.pop("generation_config", None)
         with explain_load_errors(repository):
-            repository.refuse_adapter(kwargs.get("adapter_kwargs"))
-            config = given
-            if config is None:
-                fields = dict(repository.config)
-                text_config = fields.get("text_config")
+            if given is None:
+                own = {key: kwargs.pop(key) for key in OWN_ARGUMENTS if key in kwargs}
+                fields = repository.config | own
+                text_config, trusted = fields.get("text_config"), kwargs.get("trust_remote_code")
                 if isinstance(text_config, dict) and needs_remote_code(text_config):
-                    trusted = kwargs.get("trust_remote_code")
-                    nested = nested_custom_config(name, text_config, trusted, **repository.hub)
-                    kwargs["config"] = CoDDConfig.from_dict({**fields, "text_config": nested})
-                config = kwargs.get("config") or CoDDConfig.from_dict(fields)
+                    nested = nested_custom_config(repository, text_config, trusted)
+                    fields["text_config"] = nested
+                kwargs["config"] = CoDDConfig.from_dict(fields)
+            config = kwargs["config"]
             unused = family_of(config.text_config).unused_weights
             load: Any = super().from_pretrained
-            model, report = load_stored(repository, load, config, cls, unused, **kwargs)
-            if generation_config is None and repository.find("generation_config.json") is not None:
-                generation_config = GenerationConfig.from_pretrained(name, **repository.hub)
+            model = load_stored(repository, load, config, cls, unused, **kwargs)
+            if generation_config is None and repository.find("generation_config.json"):
+                generation_config = GenerationConfig.from_pretrained(repository.folder)
         model.generation_config = generation_config or model.generation_config
         if adapter is not None:
             load_adapter(model.backbone, adapter, DEFAULT_NAME)
-        result: Any = (model, report) if with_report else model
-        return result
+        return model
 
     def save_pretrained(
         self,
@@ -276,7 +268,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
         self.heads.save(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> CoDDModel:
-        for head in self.heads.others.values():  # which are no submodules
+        for head in self.other_heads.values():
             head._apply(fn)
         return super()._apply(fn, recurse)
 

@@ -126,11 +126,9 @@ class CoDDHead(Publishing, PreTrainedModel):  # type: ignore[misc]
             OSError: nothing is found, or the weights are damaged.
         """
         name = checked_name(pretrained_model_name_or_path, "pretrained_model_name_or_path")
-        config, with_report = kwargs.get("config"), kwargs.pop("output_loading_info", False)
+        config = kwargs.get("config")
         repository = locate(name, kwargs) if config is None else Repository(name, kwargs)
-        kwargs |= repository.hub
         with explain_load_errors(repository):
-            repository.refuse_adapter(kwargs.get("adapter_kwargs"))
             found = repository.config if config is None else {}
             if found.get("model_type") == "codd" and found.get("head_config") is not None:
                 config = CoDDHeadConfig.from_dict(dict(found["head_config"]))
@@ -145,9 +143,7 @@ class CoDDHead(Publishing, PreTrainedModel):  # type: ignore[misc]
             # Parts that the user adds to a stored head are new.
             may_lack = any(field in kwargs for field in CoDDHeadConfig.__annotations__)
             load: Callable = super().from_pretrained
-            head: Any
-            head, report = load_stored(repository, load, config, cls, may_lack=may_lack, **kwargs)
-        return (head, report) if with_report else head
+            return load_stored(repository, load, config, cls, may_lack=may_lack, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # `model.to(torch.bfloat16)` is about the backbone: the circuit needs its float32.

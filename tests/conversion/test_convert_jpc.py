@@ -309,7 +309,8 @@ def test_what_holds_a_circuit_is_recognised(hub_cache, tmp_path):
     convert_jpc(folder, output=folder, overwrite=True)
     assert not holds_circuit(folder)
     assert holds_circuit("someone/math-pc", **hub_cache)
-    assert not holds_circuit("someone/else", **hub_cache)
+    with pytest.raises(OSError, match="'someone/else' is not in the cache"):
+        holds_circuit("someone/else", **hub_cache)
 
 
 def test_what_is_in_the_output_folder_is_kept_unless_it_may_be_overwritten(tmp_path):

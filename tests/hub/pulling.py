@@ -126,12 +126,11 @@ def check_revision_is_honoured(work):
 
 
 def check_private_repository_needs_the_token(work):
-    for loader in (CoDDHead.from_pretrained, CoDDModel.from_pretrained):
-        refusal(loader, "tester/private")
-    assert_same(CoDDHead.from_pretrained("tester/private", token=TOKEN), work, "coupling_head.")
-    assert_same(CoDDModel.from_pretrained("tester/private", token=TOKEN), work)
+    refusal(CoDDHead.from_pretrained, "tester/private")
     for loader in (CoDDModel.from_pretrained, CoDDPipeline.from_pretrained):
         assert_one_sentence(refusal(loader, "tester/private"), "'tester/private'", "token")
+    assert_same(CoDDHead.from_pretrained("tester/private", token=TOKEN), work, "coupling_head.")
+    assert_same(CoDDModel.from_pretrained("tester/private", token=TOKEN), work)
 
 
 def check_cache_dir_is_honoured_by_all_three(work):

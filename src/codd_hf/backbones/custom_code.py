@@ -18,11 +18,11 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
 
+from ..hub.repositories import Repository
 from .family import BackboneFamily, block_length_of
 
 AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel)
 BLOCK_DIFFUSION = ("llada2", "sdar")
-CODE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 class CustomCodeFamily(BackboneFamily):
@@ -43,15 +43,13 @@ class CustomCodeFamily(BackboneFamily):
         return _auto_class(config).from_config(config, trust_remote_code=False, **kwargs)
 
     def from_pretrained(
-        self, name_or_path: str, config: PretrainedConfig, **kwargs: Any
+        self, folder: str, config: PretrainedConfig, **kwargs: Any
     ) -> PreTrainedModel:
         """A pretrained backbone, whose class is registered."""
         self.make_bidirectional(config)
-        hub = {name: kwargs[name] for name in CODE_ARGUMENTS if name in kwargs}
         # Not through the Auto class: a repository that also holds an adapter's configuration would
         # send it, and the user's consent, on to the repository that this names.
-        model_class = _registered_class(name_or_path, config, **hub)
-        return model_class.from_pretrained(name_or_path, config=config, **kwargs)
+        return _registered_class(folder, config).from_pretrained(folder, config=config, **kwargs)
 
 
 def save_code(model: Any, folder: str | Path) -> None:
@@ -79,27 +77,26 @@ def check_trust(name: str, config: dict[str, Any], trust_remote_code: bool | Non
 
 
 def nested_custom_config(
-    name: str, config: dict[str, Any], trust_remote_code: bool | None, **hub: Any
+    repository: Repository, config: dict[str, Any], trust_remote_code: bool | None
 ) -> PretrainedConfig:
     """The configuration of a custom-code backbone inside a saved CoDD model, its class registered.
 
-    The CoDD model `name` holds the code as well; `config` is its `text_config`.
+    The CoDD model holds the code as well; `config` is its `text_config`.
     """
-    check_trust(name, config, trust_remote_code)
-    if Path(name).is_dir():
-        name = str(Path(name, hub.pop("subfolder", None) or ""))
-    config_class: Any = get_class_from_dynamic_module(config["auto_map"]["AutoConfig"], name, **hub)
+    check_trust(repository.name, config, trust_remote_code)
+    folder, reference = str(repository.folder), config["auto_map"]["AutoConfig"]
+    config_class: Any = get_class_from_dynamic_module(reference, folder)
     config_class.register_for_auto_class()
     nested = config_class.from_dict(dict(config))
-    _registered_class(name, nested, **hub)
+    _registered_class(folder, nested)
     return nested
 
 
-def _registered_class(name: str, config: PretrainedConfig, **hub: Any) -> Any:
-    """The model class that a repository, which the user trusts, has for its configuration."""
+def _registered_class(folder: str, config: PretrainedConfig) -> Any:
+    """The model class that a folder, which the user trusts, has for its configuration."""
     auto_class = _auto_class(config)
     reference = config.auto_map[auto_class.__name__]
-    model_class: Any = get_class_from_dynamic_module(reference, name, **hub)
+    model_class: Any = get_class_from_dynamic_module(reference, folder)
     model_class.register_for_auto_class(auto_class)
     auto_class.register(type(config), model_class, exist_ok=True)
     return model_class

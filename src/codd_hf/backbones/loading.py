@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -47,8 +48,7 @@ def load_backbone(
     """
     repository = Repository(name_or_path, kwargs)
     with explain_load_errors(repository):
-        found, hub = repository.config, repository.hub
-        repository.refuse_adapter(kwargs.get("adapter_kwargs"))
+        found = repository.config
         if "transformers_weights" in found:
             raise ValueError(
                 f"`transformers_weights` in the configuration of {name_or_path!r} says where the "
@@ -59,19 +59,16 @@ def load_backbone(
             config = layout.translate(found)
             kwargs["key_mapping"] = layout.key_mapping
         else:
-            config = _native_config(name_or_path, found, trust_remote_code, hub)
+            config = _native_config(repository, trust_remote_code)
         for name, value in (("block_length", block_length), ("logit_shift", logit_shift)):
             if value is not None:
                 setattr(config, name, value)
-        # transformers looks for an adapter, but not in the cache that it is given.
-        cache = {name: hub[name] for name in ("cache_dir", "local_files_only") if name in hub}
-        kwargs["adapter_kwargs"] = {**cache, **kwargs.get("adapter_kwargs", {})}
         family = family_of(config)
         # The class of a model that brings its code is known only as it is loaded.
         build = None if isinstance(family, CustomCodeFamily) else family.from_config
         load: Any = partial(family.from_pretrained, config=config)
         unused = family.unused_weights
-        model, _ = load_stored(repository, load, config, build, unused=unused, **kwargs)
+        model = load_stored(repository, load, config, build, unused=unused, **kwargs)
     if layout is not None:
         # transformers remembers the mapping to write the old names back, which no native
         # configuration could read.
@@ -79,24 +76,22 @@ def load_backbone(
     return model
 
 
-def _native_config(
-    name: str, found: dict[str, Any], trust_remote_code: bool | None, hub: dict[str, Any]
-) -> PretrainedConfig:
+def _native_config(repository: Repository, trust_remote_code: bool | None) -> PretrainedConfig:
     """The configuration of a class of transformers, or of the repository's own if it may run."""
+    found = repository.config
     model_type, runs_code = found.get("model_type"), needs_remote_code(found)
     if runs_code:
-        check_trust(name, found, trust_remote_code)
+        check_trust(repository.name, found, trust_remote_code)
     elif model_type is not None and model_type not in CONFIG_MAPPING:
         raise unsupported(model_type)
-    return AutoConfig.from_pretrained(name, trust_remote_code=runs_code, **hub)
+    return AutoConfig.from_pretrained(str(repository.folder), trust_remote_code=runs_code)
 
 
 def load_tokenizer(
-    name_or_path: str, trust_remote_code: bool | None = None, **hub: Any
+    folder: str | Path, trust_remote_code: bool | None = None
 ) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a backbone; that of a known layout without the code it brings."""
-    layout = layout_of(PretrainedConfig.get_config_dict(name_or_path, **hub)[0])
+    layout = layout_of(PretrainedConfig.get_config_dict(folder)[0])
     if layout is not None and layout.tokenizer_class is not None:
-        return getattr(transformers, layout.tokenizer_class).from_pretrained(name_or_path, **hub)
-    trusted = bool(trust_remote_code)
-    return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trusted, **hub)
+        return getattr(transformers, layout.tokenizer_class).from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=bool(trust_remote_code))

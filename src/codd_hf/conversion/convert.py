@@ -105,10 +105,9 @@ def holds_circuit(source: str | Path, **hub: Any) -> bool:
     repository = Repository(str(source), hub)
     if Path(source).is_file():
         return True
-    if repository.find(FILE_NAME) is None or repository.find("model_index.json") is not None:
-        return False
-    config = repository.find("config.json")
-    return config is None or repository.read(Path(config)).get("model_type") not in CODD
+    config, index = repository.find("config.json"), repository.find("model_index.json")
+    is_codd = config is not None and repository.read(config).get("model_type") in CODD
+    return index is None and not is_codd and repository.fetch(FILE_NAME) is not None
 
 
 def _find(source: str | Path, hub: dict[str, Any]) -> tuple[Path, str]:
@@ -119,13 +118,13 @@ def _find(source: str | Path, hub: dict[str, Any]) -> tuple[Path, str]:
     path = Path(repository.name)
     if path.is_file():
         return path, f"`{path.name}`"
-    found = repository.find(FILE_NAME)
+    found = repository.fetch(FILE_NAME)
     if found is None:
         raise FileNotFoundError(f"{str(source)!r} has no `{FILE_NAME}`: give a circuit's path.")
-    where = f"`{Path(found).resolve().parent.name}`"
+    where = f"`{found.resolve().parent.name}`"
     if not path.is_dir():
-        where = f"{source} at commit `{Path(found).parent.name}`"
-    return Path(found), f"`{FILE_NAME}` of {where}"
+        where = f"{source} at commit `{found.parent.name}`"
+    return found, f"`{FILE_NAME}` of {where}"
 
 
 @torch.no_grad()

@@ -119,7 +119,7 @@ def load_adapter(backbone: PreTrainedModel, adapter: str | Path, name: str, **hu
     folder = repository.adapter() or repository.adapter("")
     if folder is None:
         raise OSError(f"`adapter` {source!r} holds no PEFT adapter: {ADAPTER_FILES} are needed.")
-    settings, weights = (Path(folder, file) for file in ADAPTER_FILES)
+    settings, weights = (folder / file for file in ADAPTER_FILES)
     repository.read(weights)
     state = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(weights).items()}
     if not all(tensor.is_floating_point() for tensor in state.values()):

@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +21,7 @@ from ..checks.arguments import shown
 from ..configuration_codd import CoDDHeadConfig
 from ..hub.publishing import PUSHED, push
 from ..hub.repositories import ADAPTER_FOLDER
-from ..modeling_head import CoDDHead
+from ..modeling_head import CoDDHead, FrozenHead
 from .adapters import (
     active_adapter,
     active_state,
@@ -34,10 +34,11 @@ from .adapters import (
 from .loading import adapter_beside, load_head
 
 if TYPE_CHECKING:
-    from ..modeling_head import FrozenHead
     from .windows import CoupledBackbone
 
 DEFAULT_NAME = "default"
+LOCKS: Any = weakref.WeakKeyDictionary()
+"""One of each backbone."""
 
 HeadName = str | bool | None
 """Of a call: the name of a head; None, the default one; False, none."""
@@ -55,7 +56,7 @@ class CallHead(NamedTuple):
         return self if self.module is None else self._replace(module=self.module.frozen())
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(frozen=True)
 class Heads:
     """The heads of a [`CoDDModel`], by name.
 
@@ -64,29 +65,16 @@ class Heads:
     head of its name; where heads have adapters of their own, passes of the backbone take turns.
     """
 
-    owner: weakref.ref[CoupledBackbone]  # no cycle: a model that is let go frees its memory at once
-    others: dict[str, CoDDHead] = field(default_factory=dict)
-    lock: Any = field(default_factory=threading.RLock)
+    model: CoupledBackbone
 
     @property
-    def model(self) -> CoupledBackbone:
-        """The model that has the heads."""
-        model = self.owner()
-        assert model is not None
-        return model
-
-    def __getstate__(self) -> tuple[CoupledBackbone, dict[str, CoDDHead]]:
-        return self.model, self.others
-
-    def __setstate__(self, state: tuple[CoupledBackbone, dict[str, CoDDHead]]) -> None:
-        self.owner, self.others, self.lock = weakref.ref(state[0]), state[1], threading.RLock()
+    def lock(self) -> Any:
+        """Held by what depends on the adapters that are active."""
+        return LOCKS.setdefault(self.model.backbone, threading.RLock())
 
     def __iter__(self) -> Iterator[str]:
         default = () if self.model.coupling_head is None else (DEFAULT_NAME,)
-        return iter((*default, *self.others))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return iter((*default, *self.model.other_heads))
 
     def __getitem__(self, name: str) -> CoDDHead:
         if not isinstance(name, str) or name not in self:
@@ -95,8 +83,8 @@ class Heads:
                 f"`head` must be the name of a head, None (the model's default) or False (none), "
                 f"got {shown(name)}: the model's heads are {there}."
             )
-        default = self.model.coupling_head
-        return default if name == DEFAULT_NAME and default is not None else self.others[name]
+        heads: dict[str, Any] = self.model.other_heads | {DEFAULT_NAME: self.model.coupling_head}
+        return heads[name]
 
     def of_call(self, head: HeadName = None) -> CallHead:
         """The head of a call that begins now; with False, window and adapter are the default's."""
@@ -122,7 +110,7 @@ class Heads:
         """
         backbone = self.model.backbone
         adapters = adapter_configs(backbone).keys()
-        if not self.others or not adapters & {*self}:
+        if not self.model.other_heads or not adapters & {*self}:
             yield
             return
         with self.lock:
@@ -175,7 +163,7 @@ class Heads:
             if name == DEFAULT_NAME:
                 model.coupling_head, model.config.head_config = loaded, loaded.config
             else:
-                self.others[name] = loaded
+                model.other_heads[name] = loaded
 
     def delete(self, name: str) -> None:
         """Removes a head and its adapter."""
@@ -186,7 +174,7 @@ class Heads:
             if name == DEFAULT_NAME:
                 self.model.coupling_head = self.model.config.head_config = None
             else:
-                del self.others[name]
+                del self.model.other_heads[name]
 
     def save(self, save_directory: str | Path, name: str = DEFAULT_NAME, **kwargs: Any) -> None:
         """Saves a head as a small repository of its own, with its LoRA, if any, in `adapter/`.

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..backbones import needs_remote_code
+from ..backbones import execution_device, needs_remote_code
 from ..configuration_codd import CoDDHeadConfig
 from ..conversion import convert_jpc, holds_circuit
 from ..hub.repositories import (
@@ -24,7 +24,7 @@ OWN_ARGUMENTS = ("coupling", "mask_token_id", "forbidden_token_ids")
 OF_THE_HEAD = {*HUB_ARGUMENTS, "trust_remote_code", "adapter_kwargs"} - {*CACHE_ARGUMENTS}
 
 
-def adapter_beside(head: Any, hub: dict[str, Any]) -> str | None:
+def adapter_beside(head: Any, hub: dict[str, Any]) -> Path | None:
     """The folder of the adapter beside a head, given by its folder or id; None if there is none."""
     if not isinstance(head, str | Path):
         return None
@@ -37,7 +37,7 @@ def load_head(
     mask_token_id: int | None = None,
     **hub: Any,
 ) -> CoDDHead:
-    """A head for a backbone; `mask_token_id` is for one that does not know it.
+    """A head for a backbone, on its device; `mask_token_id` is for one that does not know it.
 
     Raises:
         TypeError: it is no head.
@@ -73,7 +73,7 @@ def load_head(
             )
     if head.config.mask_token_id is None:
         head.config.mask_token_id = mask_token_id
-    return head
+    return head.to(execution_device(backbone))  # type: ignore[arg-type]
 
 
 def named_backbone(

@@ -28,8 +28,13 @@ class CoupledBackbone:
     config: CoDDConfig
     backbone: PreTrainedModel
     coupling_head: CoDDHead | None
-    heads: Heads
+    other_heads: dict[str, CoDDHead]
     generation_config: GenerationConfig | None
+
+    @property
+    def heads(self) -> Heads:
+        """The heads, by name."""
+        return Heads(self)
 
     @property
     def family(self) -> BackboneFamily:

@@ -85,7 +85,7 @@ def load_judge(
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
         load: Any = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
         if gguf_file is None:
-            model: Any = load_stored(repository, load, None, None)[0]
+            model: Any = load_stored(repository, load, None, None)
         else:
             model = load(name, gguf_file=gguf_file)
     return Judge(model.to(device), tokenizer)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import tqdm
 from safetensors import safe_open
 
 from ..checks.errors import is_of_a_library, reason
@@ -29,6 +31,13 @@ ADAPTER_FOLDER = "adapter"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 CHECKED = ("config.json", "index.json", "tokenizer.json", ".jinja", ".safetensors")
 """Ends of the names of files that are read before a library meets them."""
+SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", f"*{ADAPTER_FILES[1]}")
+"""Files of a repository that are downloaded at once; weights are when they are needed."""
+
+
+class _NoBar(tqdm):  # of files that are there already, or in a moment
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"disable": True})
 
 
 def shared_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -58,84 +67,91 @@ def _can_only_be_a_path(text: str) -> bool:
 
 
 class Repository:
-    """A folder, or a repository on the Hub; each of its files is read once.
+    """A folder, or a repository on the Hub, which is a folder of the cache: all loads from there.
 
-    Where the Hub cannot be reached, its files are those in the cache, and `hub` says so to whatever
-    is called with it.
+    Where the Hub cannot be reached, its files are those in the cache.
 
     Args:
         name: a path or an id.
         kwargs: the arguments of a `from_pretrained`; `HUB_ARGUMENTS` among them count.
+
+    Attributes:
+        folder: the folder on this machine.
+
+    Raises:
+        OSError: there is no such repository, or neither it nor the cache can be reached.
     """
 
     def __init__(self, name: str, kwargs: dict[str, Any] | None = None) -> None:
         self.name = name
-        kwargs = kwargs or {}
-        self.hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        self.hub = {key: value for key, value in (kwargs or {}).items() if key in HUB_ARGUMENTS}
         self.subfolder: str = self.hub.get("subfolder") or ""
         self.is_local = Path(name).exists()
-        self.folder = Path(name, self.subfolder) if self.is_local else None
+        self.root = Path(name) if self.is_local else self._snapshot()
+        self.folder = self.root / self.subfolder
         self.contents: dict[Path, Any] = {}
 
-    @cached_property
-    def on_hub(self) -> frozenset[str] | None:
-        """The files of a repository on the Hub; None of a folder, or where the cache counts."""
-        if self.is_local or self.hub.get("local_files_only"):
-            return None
+    def _snapshot(self) -> Path:
+        where = {key: value for key, value in self.hub.items() if key != "subfolder"}
+        patterns = [Path(self.subfolder, pattern).as_posix() for pattern in SMALL]
         try:
-            api = HfApi(token=self.hub.get("token"), library_name="codd-hf")
-            info = api.model_info(self.name, revision=self.hub.get("revision"))
+            found = snapshot_download(
+                self.name,
+                **where,
+                allow_patterns=patterns,
+                library_name="codd-hf",
+                tqdm_class=_NoBar,
+            )
         except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
             raise OSError(
                 f"{self.name!r} (revision {self.hub.get('revision') or 'main'!r}) is neither a "
                 "folder nor a repository on the Hub that can be read: check the name, the "
                 "`revision` and the `token`."
             ) from error
-        except (HTTPError, OSError):
-            self.hub["local_files_only"] = True
-            return None
-        return frozenset(file.rfilename for file in info.siblings or ())
+        except LocalEntryNotFoundError as error:
+            raise OSError(
+                f"{self.name!r} is not in the cache: check the connection, or leave out "
+                "`local_files_only`."
+            ) from error
+        return Path(found)
 
     def inside(self, folder: str) -> Repository:
         """A folder of the repository."""
-        files, subfolder = self.on_hub, Path(self.subfolder, folder).as_posix()
-        inner = Repository(self.name, {**self.hub, "subfolder": subfolder})
-        inner.on_hub = files
+        inner = copy.copy(self)
+        inner.subfolder = Path(self.subfolder, folder).as_posix()
+        inner.folder = self.root / inner.subfolder
         return inner
 
-    def find(self, filename: str) -> str | None:
-        """Path of a file, downloaded if need be; None if there is none."""
-        if self.is_local:
-            path = Path(self.name, self.subfolder, filename)
-            return str(path) if path.is_file() else None
-        place = Path(self.subfolder, filename).as_posix()
-        if self.on_hub is not None and place not in self.on_hub:
-            return None
+    def find(self, filename: str) -> Path | None:
+        """Path of a file, if it is here."""
+        path = self.folder / filename
+        return path if path.is_file() else None
+
+    def fetch(self, filename: str) -> Path | None:
+        """Path of a file of any size, downloaded if need be; None if there is none."""
+        found = self.find(filename)
+        if found is not None or self.is_local:
+            return found
+        where = self.hub | {"revision": self.root.name, "subfolder": self.subfolder}
         try:
-            found = hf_hub_download(self.name, filename, **self.hub)
+            return Path(hf_hub_download(self.name, filename, **where))
         except EntryNotFoundError:
             return None
-        self.folder = Path(found).parent
-        return found
 
-    @cached_property
+    @property
     def config(self) -> dict[str, Any]:
         """The content of `config.json`."""
         path = self.find("config.json")
-        if path is not None:
-            return self.read(Path(path))
-        where = ""
-        if self.on_hub is None and not self.is_local:
-            where = " in the cache: check the connection, or leave out `local_files_only`"
-        raise OSError(
-            f"{self.name!r} holds no CoDD head, model or pipeline, nor a backbone: its "
-            f"configuration (`config.json`) is missing{where}."
-        )
+        if path is None:
+            raise OSError(
+                f"{self.name!r} holds no CoDD head, model or pipeline, nor a backbone: its "
+                "configuration (`config.json`) is missing."
+            )
+        return self.read(path)
 
     def check(self) -> None:
         """Opens the files on this machine that a model is loaded from."""
-        there = self.folder.iterdir() if self.folder is not None and self.folder.is_dir() else ()
-        for path in sorted(there):
+        for path in sorted(self.folder.glob("*")):
             if path.name.endswith(CHECKED):
                 self.read(path)
 
@@ -150,7 +166,7 @@ class Repository:
                 ) from error
         return self.contents[path]
 
-    def adapter(self, folder: str = ADAPTER_FOLDER) -> str | None:
+    def adapter(self, folder: str = ADAPTER_FOLDER) -> Path | None:
         """Path of a LoRA on this machine, by default the one beside a model; None if there is none.
 
         A part of one is an OSError: without the rest the predictions would be others.
@@ -162,7 +178,7 @@ class Repository:
                 f"`adapter` {str(Path(self.name, repository.subfolder))!r} lacks a part of a PEFT "
                 f"adapter: `{ADAPTER_FILES[0]}` and `{ADAPTER_FILES[1]}` are needed."
             )
-        return None if found[0] is None else str(Path(found[0]).parent)
+        return repository.folder if any(found) else None
 
     def refuse_adapter(self, adapter_kwargs: dict[str, Any] | None = None) -> None:
         """Raises a ValueError for a model beside which an adapter lies.
@@ -180,16 +196,10 @@ class Repository:
 
 
 def locate(name: str, kwargs: dict[str, Any] | None = None) -> Repository:
-    """The repository of a model: `name`, or the folder `model` of the pipeline that it holds.
-
-    Raises:
-        OSError: there is no configuration, or a file is damaged.
-    """
+    """The repository of a model: `name`, or the folder `model` of the pipeline that it holds."""
     repository = Repository(name, kwargs)
-    with explain_load_errors(repository):
-        if repository.find("config.json") is None and repository.find("model_index.json"):
-            repository = repository.inside("model")
-        repository.config  # noqa: B018  (read here, where errors are explained)
+    if repository.find("config.json") is None and repository.find("model_index.json"):
+        repository = repository.inside("model")
     return repository
 
 

@@ -11,17 +11,14 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .repositories import Repository
+from .repositories import HUB_ARGUMENTS, Repository
 
 FILES = ("model.safetensors", "pytorch_model.bin")
-UNUSUAL = ("gguf_file", "use_safetensors", "variant", "ignore_mismatched_sizes")
-"""Arguments by which other files, or other sizes, are asked for."""
 LISTED = 4
 """So many weights are named in an error."""
 FEW_ELEMENTS = 1 << 20
@@ -37,7 +34,7 @@ def load_stored(
     unused: str | None = None,
     may_lack: bool = False,
     **kwargs: Any,
-) -> tuple[Any, dict[str, Any]]:
+) -> Any:
     """Loads a model with all the weights of a repository and no others, or raises.
 
     Args:
@@ -51,17 +48,20 @@ def load_stored(
         **kwargs: for `load`, its own `config` among them.
 
     Raises:
-        ValueError: the weights are others.
+        ValueError: the weights are others, or an adapter lies beside them.
     """
+    repository.refuse_adapter(kwargs.get("adapter_kwargs"))
     name, sizes_may_differ = repository.name, kwargs.get("ignore_mismatched_sizes", False)
-    num_bytes = None if kwargs.keys() & UNUSUAL else _stored_bytes(repository)
-    if build is not None and num_bytes is not None:
+    num_bytes = _stored_bytes(repository)
+    if build is not None and num_bytes is not None and not sizes_may_differ:
         with torch.device("meta"):
             model = build(copy.deepcopy(config))
         _check_sizes(model, name, num_bytes)
     # Other sizes pass here: they are told with all else that the report holds.
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, report = load(name, **kwargs)
+    others = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
+    model, report = load(str(repository.folder), **others)
+    model.name_or_path = model.config.name_or_path = name
     shapes = [] if sizes_may_differ else sorted(report["mismatched_keys"])
     unexpected = [k for k in sorted(report["unexpected_keys"]) if not re.search(unused or "$.", k)]
     for fault, weights in (
@@ -75,35 +75,31 @@ def load_stored(
                 f"The weights in {name!r} are not those that its configuration (`config.json`) "
                 f"describes: {', '.join(weights[:LISTED])}{more} {fault}."
             )
-    return model, report
+    return model
 
 
 def _stored_bytes(repository: Repository) -> int | None:
-    """The size of the files with weights; None if there are none of the usual names."""
+    """The size of the files with weights, which are here then; None without the usual names."""
     for file in FILES:
-        files, index = [file], None
-        if repository.find(file) is None:
-            index = repository.find(f"{file}.index.json")
-            if index is None:
-                continue
-            files = repository.read(Path(index))
-        paths = {name: repository.find(name) for name in files}
+        index = None if repository.find(file) else repository.find(f"{file}.index.json")
+        names = [file] if index is None else repository.read(index)
+        paths = {name: repository.fetch(name) for name in names}
         for name, path in paths.items():
-            if path is None:
+            if path is None and index is not None:
                 raise OSError(
-                    f"{index!r} names the file {name!r}, which is not beside it: save it or "
+                    f"{str(index)!r} names the file {name!r}, which is not beside it: save it or "
                     "download it again."
                 )
-        return sum(Path(path or "").stat().st_size for path in paths.values())
+        if all(paths.values()):
+            return sum(path.stat().st_size for path in paths.values() if path)
     return None
 
 
 def _check_sizes(model: PreTrainedModel, name: str, num_bytes: int) -> None:
     """Raises unless files of so many bytes can hold a model on the meta device."""
-    weights, buffers = model.state_dict(), dict(model.named_buffers())
-    computed = max((b.numel() for name, b in buffers.items() if name not in weights), default=0)
-    needed = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
-    needed += sum(b.numel() for name, b in buffers.items() if name in weights)
+    stored = {id(weight): weight for weight in model.state_dict(keep_vars=True).values()}
+    needed = sum(weight.numel() for weight in stored.values())  # tied ones once
+    computed = max((b.numel() for b in model.buffers() if id(b) not in stored), default=0)
     packed = getattr(model.config, "quantization_config", None) is not None
     held = num_bytes * (8 if packed else 1)  # a weight takes a byte, or packed a bit
     if needed > held or computed > held + FEW_ELEMENTS:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..backbones import load_backbone, load_tokenizer
@@ -34,11 +32,6 @@ def load_components(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     with explain_load_errors(repository):
         is_pipeline = repository.find("model_index.json") is not None
         model_type = "codd" if is_pipeline else repository.config.get("model_type")
-    if is_pipeline and trusted and not repository.is_local:
-        # transformers looks for code at the root of a repository alone.
-        hub = {key: value for key, value in repository.hub.items() if key != "subfolder"}
-        name = snapshot_download(name, **hub)
-        repository = Repository(name, kwargs)
     if is_pipeline:
         given = _beside_model(repository, trusted) | given
     has_tokenizer = "tokenizer" in given
@@ -68,8 +61,8 @@ def load_components(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _beside_model(repository: Repository, trust_remote_code: bool | None) -> dict[str, Any]:
     """Scheduler and tokenizer of a pipeline whose `model_index.json` names our classes."""
-    path = repository.find("model_index.json")
-    index = repository.read(Path(path or "model_index.json"))
+    path = repository.folder / "model_index.json"
+    index = repository.read(path)
     for part, kind in (("model", CoDDModel), ("scheduler", CoDDScheduler)):
         wanted = [kind.__module__, kind.__name__]
         if index.get(part) != wanted:
@@ -80,13 +73,13 @@ def _beside_model(repository: Repository, trust_remote_code: bool | None) -> dic
     stored = repository.inside("scheduler")
     with explain_load_errors(stored):
         found: dict[str, Any] = {
-            "scheduler": CoDDScheduler.from_pretrained(repository.name, **stored.hub),
+            "scheduler": CoDDScheduler.from_pretrained(stored.folder),
             "tokenizer": None,
         }
     if index.get("tokenizer", [None, None]) != [None, None]:
         stored = repository.inside("tokenizer")
         with explain_load_errors(stored):
-            found["tokenizer"] = load_tokenizer(repository.name, trust_remote_code, **stored.hub)
+            found["tokenizer"] = load_tokenizer(stored.folder, trust_remote_code)
     return found
 
 
@@ -97,7 +90,7 @@ def _tokenizer_beside(
     try:
         if repository.find("tokenizer_config.json") is None:
             return None
-        tokenizer = load_tokenizer(repository.name, trust_remote_code, **repository.hub)
+        tokenizer = load_tokenizer(repository.folder, trust_remote_code)
     except (OSError, ValueError):
         return None
     # Without files that it understands, transformers makes one of special tokens alone.
