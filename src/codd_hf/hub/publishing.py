@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -77,11 +78,7 @@ class Publishing:
         """
         given = {key: kwargs.pop(key) for key in PUSHED if key in kwargs}
         given.setdefault("commit_message", f"Upload {type(self).__name__}")
-
-        def save(folder: Path) -> None:
-            self.save_pretrained(folder, **kwargs)
-
-        return push(self, save, repo_id, **given)
+        return push(self, partial(self.save_pretrained, **kwargs), repo_id, **given)
 
 
 @reaching_hub()
