@@ -100,9 +100,10 @@ def sides_of(
     call = {"block_length": block, "num_inference_steps": steps, "eos_token_id": []}
     coupled = partial(_sequences, pipeline, input_ids=prompts, gen_length=length, **call)
     stock = LLaDA2Pipeline(stock_model, BlockRefinementScheduler())
+    alone = {"head": False, "sampling": "factorized", "evidence_temperature": 1.0}
     return {
         STOCK: partial(_sequences, stock, input_ids=prompts, gen_length=length, **stock_call),
-        FACTORIZED: partial(coupled, sampling="factorized", evidence_temperature=1.0),
+        FACTORIZED: partial(coupled, **alone),
         "CoDDPipeline, with the head": coupled,
     }
 
