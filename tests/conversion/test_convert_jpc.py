@@ -70,11 +70,9 @@ def test_parameters_are_pyjuices_bit_for_bit(name):
     oracle = ORACLES[name]
     with (FIXTURES / f"{name}.jpc").open("rb") as file:
         circuit = HiddenMarkovModel(file)
-        found = [torch.empty_like(oracle[key]) for key in ("init", "trans", "emit")]
-        circuit.write(found[0], found[1][None], found[2][None])
     assert circuit.length == oracle["tokens"].shape[1]
-    assert circuit.tie_transitions
-    assert circuit.tie_emissions
+    (transition,), (emission,) = circuit.transitions, circuit.emissions
+    found = [torch.tensor(part) for part in (circuit.initial, transition[None], emission[None])]
     head = convert_jpc(FIXTURES / f"{name}.jpc")
     for key, probabilities, logs in zip(
         ("init", "trans", "emit"), found, head.potentials.tensors(), strict=True
@@ -370,3 +368,8 @@ def test_numbers_out_of_range_are_an_error():
             convert_jpc(FIXTURES / "cat_hmm.jpc", alpha=alpha)
     with pytest.raises(ValueError, match=r"`mask_token_id`.* must lie in \[0, 20\), got \[20\]"):
         convert_jpc(FIXTURES / "cat_hmm.jpc", mask_token_id=20)
+
+
+def test_an_argument_of_a_wrong_kind_is_no_damage_of_the_file():
+    with pytest.raises(ValueError, match=r"^`mask_token_id` must be of type"):
+        convert_jpc(FIXTURES / "cat_hmm.jpc", mask_token_id="x")

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..checks.arguments import number
@@ -68,25 +69,25 @@ def convert_jpc(
     with path.open("rb") as file:
         try:
             circuit = HiddenMarkovModel(file)
-            head = CoDDHead(
-                CoDDHeadConfig(
-                    vocab_size=circuit.vocab_size,
-                    num_latents=circuit.num_latents,
-                    window_length=circuit.length,
-                    tie_transitions=circuit.tie_transitions,
-                    tie_emissions=circuit.tie_emissions,
-                    alpha=0.0,
-                    mask_token_id=mask_token_id,
-                    forbidden_token_ids=forbidden_token_ids,
-                    base_model_name_or_path=base_model_name_or_path,
-                )
-            ).eval()
-            _fill(head, circuit, alpha)
         except Exception as error:  # what is damaged fails in many ways
             why = reason(error) if isinstance(error, ValueError) else f"damaged ({reason(error)})"
             raise ValueError(f"{name} cannot be converted: {why}.") from error
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+    head = CoDDHead(
+        CoDDHeadConfig(
+            vocab_size=circuit.vocab_size,
+            num_latents=circuit.num_latents,
+            window_length=circuit.length,
+            tie_transitions=len(circuit.transitions) < 2,
+            tie_emissions=len(circuit.emissions) == 1,
+            alpha=0.0,
+            mask_token_id=mask_token_id,
+            forbidden_token_ids=forbidden_token_ids,
+            base_model_name_or_path=base_model_name_or_path,
+        )
+    ).eval()
+    _fill(head, circuit, alpha)
     head.config.converted_from = (
         f"{name} (PyJuice; SHA-256 `{digest}`; licence of the source: unknown)"
     )
@@ -135,12 +136,15 @@ def _fill(head: CoDDHead, circuit: HiddenMarkovModel, alpha: float) -> None:
     """
     states, vocab = circuit.num_latents, circuit.vocab_size
     emission = head.emission.view(-1, states, vocab)
-    circuit.write(head.initial, head.transition.view(-1, states, states), emission)
-    head.initial.log_()
-    if circuit.length > 1:
-        head.transition.log_()
+    head.initial.copy_(torch.from_numpy(circuit.initial).log())
+    for out, matrix in zip(
+        head.transition.view(-1, states, states), circuit.transitions, strict=False
+    ):
+        out.copy_(torch.from_numpy(matrix).log())
+    for out, matrix in zip(emission, circuit.emissions, strict=True):
+        np.copyto(out.numpy(), matrix)
     occupied = occupancy(head.potentials, circuit.length)
-    if circuit.tie_emissions:
+    if head.config.tie_emissions:
         occupied = occupied.mean(0, keepdim=True)
     marginals: torch.Tensor = head.token_marginal.view(-1, vocab)  # type: ignore[operator]
     for marginal, state, matrix in zip(marginals, occupied, emission, strict=False):

@@ -21,7 +21,6 @@ import math
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
-import torch
 
 from .pickles import read_array, unpickle
 
@@ -54,8 +53,9 @@ class HiddenMarkovModel:
         length: positions `L`.
         num_latents: states `H`.
         vocab_size: tokens `V`.
-        tie_transitions: one transition matrix for all steps.
-        tie_emissions: one emission matrix for all positions.
+        initial: `[H]` probabilities, as all others in float32.
+        transitions: `L - 1` matrices `[H, H]`, or one that is tied.
+        emissions: `L` matrices `[H, V]`, or one that is tied, on the bytes of the file.
 
     Raises:
         ValueError: the file holds another circuit.
@@ -69,40 +69,34 @@ class HiddenMarkovModel:
                 raise ValueError(f"node {index} is none that PyJuice saves")
             children = [self._nodes[i] for i in fields["chs"]]  # they precede their parents
             children.sort(key=lambda child: child["type"])
-            blocks = fields["num_node_blocks"], fields["block_size"]
-            read = {"index": index, "source_node": index, **fields, "chs": children}
-            self._nodes.append(read | {"blocks": blocks})
+            node = {"index": index, "source_node": index, **fields, "chs": children}
+            node["blocks"] = fields["num_node_blocks"], fields["block_size"]
+            self._nodes.append(node)
         # A small file can name one value in many places: it is read once.
         self._edges = functools.cache(lambda array: read_array(array, "<i8").tobytes())
         self._distribution = functools.cache(lambda pickled: unpickle(io.BytesIO(pickled)))
-        matrices, leaves = self._walk()
-        self._initial, *self._transitions = matrices
-        self._emissions = [leaf["source_node"] for leaf in leaves]
-        sides = {matrix.columns for matrix in matrices} | {m.rows for m in self._transitions}
-        sides |= {leaf["blocks"] for leaf in leaves}
-        if len(sides) > 1 or self._initial.rows != (1, 1):
+        (initial, *transitions), leaves = self._walk()
+        blocks = {node["blocks"] for node in self._nodes[:-1]}
+        if len(blocks) > 1 or initial.rows != (1, 1):
             raise ValueError("its positions have different numbers or sizes of blocks")
-        self.length, self.num_latents = len(leaves), math.prod(self._initial.columns)
-        sizes = {self._probabilities(index).size for index in set(self._emissions)}
+        self.length, self.num_latents = len(leaves), math.prod(initial.columns)
+        transitions, emissions = _tied(transitions), _tied([leaf["source_node"] for leaf in leaves])
+        sizes = {self._probabilities(index).size for index in emissions}
         self.vocab_size = max(sizes) // self.num_latents
         if sizes != {self.num_latents * self.vocab_size}:
             raise ValueError(f"its inputs are no emissions of {self.num_latents:,} states each")
-        self.tie_transitions = len(set(self._transitions)) <= 1
-        self.tie_emissions = len(set(self._emissions)) == 1
-        self._check_growth(file.seek(0, io.SEEK_END))
-
-    def write(
-        self, initial: torch.Tensor, transition: torch.Tensor, emission: torch.Tensor
-    ) -> None:
-        """Writes the probabilities in place: `[H]`, `[1 or L-1, H, H]` and `[1 or L, H, V]`.
-
-        All are in float32, on the CPU.
-        """
-        initial.copy_(self._dense(self._initial)[0])
-        for matrix, out in zip(self._transitions, transition, strict=False):
-            out.copy_(self._dense(matrix))
-        for index, out in zip(self._emissions, emission, strict=False):
-            np.copyto(out.numpy(), self._probabilities(index).reshape(out.shape))
+        size = file.seek(0, io.SEEK_END)
+        columns = self.num_latents * len(transitions) + self.vocab_size * len(emissions)
+        dense = 4 * self.num_latents * columns
+        if dense > GROWTH * size + ALLOWANCE:
+            raise ValueError(
+                f"its potentials would take {dense:,} bytes, but the file has {size:,}: it is no "
+                "circuit that PyJuice has saved, or one with parameters tied in part"
+            )
+        self.initial = self._dense(initial)[0]
+        self.transitions = [self._dense(matrix) for matrix in transitions]
+        shape = self.num_latents, self.vocab_size
+        self.emissions = [self._probabilities(index).reshape(shape) for index in emissions]
 
     def _walk(self) -> tuple[list[_Matrix], list[Node]]:
         """The sums and the inputs along the chain."""
@@ -143,7 +137,7 @@ class HiddenMarkovModel:
             _refuse(self._nodes[index], "has parameters that are no probabilities")
         return values
 
-    def _dense(self, matrix: _Matrix) -> torch.Tensor:
+    def _dense(self, matrix: _Matrix) -> np.ndarray:
         """The matrix `[rows, columns]`, float32."""
         source, (row_blocks, height), (column_blocks, width) = matrix.source, *matrix[2:]
         rows, columns = np.frombuffer(matrix.edges, np.int64).reshape(2, -1)
@@ -159,17 +153,12 @@ class HiddenMarkovModel:
         dense = placed.reshape(row_blocks * height, -1)
         total = dense.sum(-1, keepdims=True)
         np.divide(dense, total, out=dense, where=(abs(total - 1) > ROUNDING) & (total > 0))
-        return torch.from_numpy(dense)
+        return dense
 
-    def _check_growth(self, size: int) -> None:
-        transitions = self.num_latents**2 * (1 if self.tie_transitions else self.length - 1)
-        emissions = self.num_latents * self.vocab_size * (1 if self.tie_emissions else self.length)
-        dense = 4 * (transitions + emissions)
-        if dense > GROWTH * size + ALLOWANCE:
-            raise ValueError(
-                f"its potentials would take {dense:,} bytes, but the file has {size:,}: it is no "
-                "circuit that PyJuice has saved, or one with parameters tied in part"
-            )
+
+def _tied(parts: list[Any]) -> list[Any]:
+    """One for all positions if they are the same."""
+    return parts[:1] if len(set(parts)) == 1 else parts
 
 
 def _refuse(node: Node, reason: str) -> NoReturn:
