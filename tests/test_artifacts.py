@@ -261,8 +261,8 @@ def test_what_the_caller_says_counts_before_the_file_of_version_0_1():
     [
         ({"structure": "monarch"}, "`structure='monarch'` in a head's configuration is no lon"),
         ({"evidence_dtype": "bfloat16"}, "`evidence_dtype='bfloat16'` in a head's configuration"),
-        ({"conditioning": ["latent", "gate"]}, "`conditioning='gate'` in a head's configuration"),
-        ({"conditioning": ["low_rank"]}, "`conditioning='low_rank'` in a head's configuration"),
+        ({"conditioning": ["latent", "gate"]}, "`conditioning` must list some of latent, copy"),
+        ({"conditioning": ["low_rank"]}, "`conditioning` must list some of latent, copy"),
     ],
 )
 @pytest.mark.parametrize("cls", [CoDDHeadConfig, AutoConfig, CoDDHead])

@@ -57,7 +57,7 @@ def test_value_of_the_wrong_kind_is_an_error_that_names_the_field(field, value):
 
 
 def test_head_without_vocabulary_size_is_an_error_that_names_it():
-    with pytest.raises(ValueError, match="`vocab_size` is missing"):
+    with pytest.raises(TypeError, match=r"Missing required field - .vocab_size"):
         CoDDHeadConfig(num_latents=4)
 
 
@@ -96,7 +96,7 @@ def test_head_configuration_of_another_model_is_an_error_that_names_the_field():
 
 
 def test_unknown_head_field_values_in_a_model_configuration_name_the_field():
-    with pytest.raises(ValueError, match="`vocab_size` is missing"):
+    with pytest.raises(TypeError, match=r"Missing required field - .vocab_size"):
         CoDDConfig(text_config=text_config(), head_config={"num_latents": 4})
 
 

@@ -122,7 +122,7 @@ class CoDDHeadConfig(_Configuration):
     model_type = "codd-head"
     has_no_defaults_at_init = True
 
-    vocab_size: int | None = None
+    vocab_size: int
     num_latents: int = 1024
     window_length: int = 32
     tie_transitions: bool = True
@@ -158,19 +158,15 @@ class CoDDHeadConfig(_Configuration):
 
     def _upgraded(self, others: dict[str, Any]) -> dict[str, Any]:
         """Turns `format_version` 1 into 2; returns what is left of `others`."""
-        renamed, old_head = others.pop("evidence_top_k", None), "a head's configuration"
+        renamed = others.pop("evidence_top_k", None)
         if self.evidence_size is None:  # else a caller's, in place of the file's
             self.evidence_size = renamed
-        for kind in sorted({*(self.conditioning or [])} & {"gate", "low_rank"}):
-            without_left_fields({"conditioning": kind}, {"conditioning": None}, old_head)
         self.format_version = FORMAT_VERSION
-        kept = without_left_fields(others, LEFT, old_head)
+        kept = without_left_fields(others, LEFT, "a head's configuration")
         return {name: value for name, value in kept.items() if name not in GONE}
 
     def validate(self) -> None:
         """Checks the values, and that they go together."""
-        if self.vocab_size is None:
-            raise ValueError("`vocab_size` is missing from the head's configuration.")
         for name, bounds in SIZES.items():
             if getattr(self, name) is not None:
                 integer(name, getattr(self, name), *bounds)

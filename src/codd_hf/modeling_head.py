@@ -89,7 +89,7 @@ class CoDDHead(Publishing, PreTrainedModel):  # type: ignore[misc]
     def __init__(self, config: CoDDHeadConfig) -> None:
         super().__init__(config)
         latents, length = config.num_latents, config.window_length
-        vocab, context_size = config.vocab_size or 0, config.context_size or 0
+        vocab, context_size = config.vocab_size, config.context_size or 0
         steps = () if config.tie_transitions else (max(length - 1, 1),)
         positions = () if config.tie_emissions else (length,)
         self.initial = nn.Parameter(torch.empty(latents))

@@ -9,7 +9,7 @@ import torch
 from codd_hf import Potentials
 from codd_hf.circuits.em import Counts
 
-NO_PRIOR = Counts((torch.zeros(1),) * 3)
+NO_PRIOR = (torch.zeros(1),) * 3
 
 
 def random_hmm(
@@ -41,7 +41,7 @@ def sample_windows(hmm: Potentials, number: int, length: int, seed: int = 0) -> 
 def counts_by_enumeration(hmm: Potentials, windows: torch.Tensor) -> tuple[Counts, torch.Tensor]:
     """Expected uses of every parameter, and log-likelihoods, summed over all latent paths."""
     initial, transition, emission = (tensor.double() for tensor in hmm.tensors())
-    counts = Counts(tuple(torch.zeros_like(t) for t in (initial, transition, emission)))
+    counts = tuple(torch.zeros_like(t) for t in (initial, transition, emission))
     scores = []
     for tokens in windows.tolist():
         paths = list(itertools.product(range(hmm.num_latents), repeat=len(tokens)))
@@ -63,9 +63,9 @@ def counts_by_enumeration(hmm: Potentials, windows: torch.Tensor) -> tuple[Count
         )
         scores.append(log_weights.logsumexp(0))
         for weight, (first, steps, draws) in zip(log_weights.softmax(0), used, strict=True):
-            counts.leaves[0][first] += weight
+            counts[0][first] += weight
             for step in steps:
-                counts.leaves[1][step] += weight
+                counts[1][step] += weight
             for draw in draws:
-                counts.leaves[2][draw] += weight
+                counts[2][draw] += weight
     return counts, torch.stack(scores)

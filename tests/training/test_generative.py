@@ -29,7 +29,7 @@ def test_a_step_of_em_has_the_counts_of_enumeration_and_is_that_of_baum_and_welc
     exact, exact_scores = counts_by_enumeration(hmm, windows)
     assert torch.allclose(scores.double(), exact_scores, atol=1e-5)
     stepped = maximise(hmm, counts, NO_PRIOR)
-    for ours, theirs, leaf in zip(counts.leaves, exact.leaves, stepped.leaves(), strict=True):
+    for ours, theirs, leaf in zip(counts, exact, stepped.leaves(), strict=True):
         assert torch.allclose(ours.double(), theirs, atol=1e-5)
         law = theirs / theirs.sum(-1, keepdim=True)
         assert torch.allclose(leaf.exp().double(), law, atol=1e-5)

@@ -7,28 +7,13 @@ chain is therefore a whole E-step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from .potentials.circuit import Potentials
 from .recursions.chain import Chain
 
-
-@dataclass
-class Counts:
-    """Expected counts, shaped as the potentials' leaves: initial, transitions, emissions."""
-
-    leaves: tuple[torch.Tensor, ...]
-
-    def mixed_with(self, other: Counts, share: float) -> Counts:
-        """`(1 - share) * self + share * other`."""
-        pairs = zip(self.leaves, other.leaves, strict=True)
-        return Counts(tuple(torch.lerp(mine, theirs, share) for mine, theirs in pairs))
-
-    def scaled(self, factor: float) -> Counts:
-        """`factor * self`."""
-        return Counts(tuple(leaf * factor for leaf in self.leaves))
+Counts = tuple[torch.Tensor, ...]
+"""Expected counts, shaped as the potentials' leaves: initial, transitions, emissions."""
 
 
 def log_likelihood(potentials: Potentials, tokens: torch.Tensor) -> torch.Tensor:
@@ -46,12 +31,12 @@ def expected_counts(potentials: Potentials, tokens: torch.Tensor) -> tuple[Count
         scores = log_likelihood(potentials.with_leaves(leaves), tokens)
         # Windows of one token have no transitions: their counts are zero.
         counts = torch.autograd.grad(scores.sum(), leaves, materialize_grads=True)
-    return Counts(counts), scores.detach()
+    return counts, scores.detach()
 
 
 def maximise(potentials: Potentials, counts: Counts, prior: Counts) -> Potentials:
     """M-step: the normalised circuit with these counts, and pseudo-counts `prior` (broadcast)."""
-    pairs = zip(counts.leaves, prior.leaves, strict=True)
+    pairs = zip(counts, prior, strict=True)
     return potentials.with_leaves(
         [(mine + extra).clamp(min=0).log().log_softmax(-1) for mine, extra in pairs]
     )

@@ -112,9 +112,7 @@ class CoupledCategorical(Distribution):
         logits, potentials = self.logits, self.potentials
         if not isinstance(potentials, Potentials):
             raise TypeError(f"`potentials` must be Potentials, got {shown(potentials)}.")
-        vocab, shape, unspread = potentials.vocab_size, logits.shape, bool(self.top_k)
-        if isinstance(logits, ListedEvidence):
-            unspread = logits.groups is None
+        vocab, shape = potentials.vocab_size, logits.shape
         if len(shape) != 3 or shape[-1] not in (vocab, -1):
             raise ValueError(
                 f"`logits` must have shape [batch, length, {vocab}], got {tuple(shape)}."
@@ -125,6 +123,9 @@ class CoupledCategorical(Distribution):
                 f"`logits` is evidence computed at temperature {made_at}, so that `temperature` "
                 f"cannot be {self.temperature}: compute the evidence again."
             )
+        unspread = bool(self.top_k)
+        if isinstance(logits, ListedEvidence):
+            unspread = logits.groups is None
         if unspread and potentials.log_marginal is None:
             raise ValueError(
                 "There is no distribution by which the mass of tokens that are not listed is "

@@ -126,12 +126,13 @@ class Emission(ABC):
         """`log E_i [H, n]` of slices of the vocabulary, one after the other."""
 
     @abstractmethod
-    def dense(self) -> torch.Tensor:
-        """`[1 or L, H, V]`."""
-
-    @abstractmethod
     def shifted(self, by: torch.Tensor) -> Emission:
         """With `by`, `[V]` or `[L, V]`, added."""
+
+    def dense(self) -> torch.Tensor:
+        """`[1 or L, H, V]`, made whole."""
+        every = range(self.num_positions)
+        return torch.stack([next(self.chunks(self.vocab_size, i)) for i in every])
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """The tensors that make up the emissions."""
@@ -281,10 +282,6 @@ class DenseEmission(Emission):
         # Split, not sliced: the backward pass of a slice fills a whole matrix with zeros.
         yield from self.log_potential[position if self.num_positions > 1 else 0].split(size, -1)
 
-    def dense(self) -> torch.Tensor:
-        """The matrix itself."""
-        return self.log_potential
-
     def shifted(self, by: torch.Tensor) -> DenseEmission:
         """The matrix with a number added to each token's."""
         by = by.to(self.dtype)
@@ -311,10 +308,6 @@ class TiedEmission(Emission):
         """Made of slices of the embedding."""
         for embedding, bias in zip(self.embedding.split(size), self.bias.split(size), strict=True):
             yield self._log(self.latents, embedding, bias)
-
-    def dense(self) -> torch.Tensor:
-        """The matrix, made whole."""
-        return self._log(self.latents, self.embedding, self.bias)[None]
 
     def _log(self, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         with torch.autocast(a.device.type, enabled=False):

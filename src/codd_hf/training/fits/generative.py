@@ -18,7 +18,7 @@ from accelerate.utils import broadcast
 from sklearn.cluster import KMeans, MiniBatchKMeans
 
 from ...circuits import Potentials
-from ...circuits.em import Counts, expected_counts, log_likelihood, maximise
+from ...circuits.em import expected_counts, log_likelihood, maximise
 from ...data.canvases import TokenizedExample
 from ...data.fingerprint import tensor_fingerprint
 from ..checkpoints import Checkpoints
@@ -139,7 +139,7 @@ class _Maximisation(Fit):
         smoothed = (self.unigrams + 0.1) / (self.unigrams + 0.1).sum()
         transitions = torch.full((self.num_latents,), config.transition_prior / self.num_latents)
         pseudo = (torch.ones(1), transitions, config.emission_prior * smoothed)
-        self.prior = Counts(tuple(counts.to(self.device) for counts in pseudo))
+        self.prior = tuple(counts.to(self.device) for counts in pseudo)
         self.evaluation_steps = -(-len(self.windows) // config.windows_per_batch)
         self.num_steps = config.num_epochs * self.evaluation_steps
         self.identity = config.identity() | {
@@ -160,11 +160,11 @@ class _Maximisation(Fit):
         self.restore(dict(zip(LEAVES, leaves, strict=True)))
 
     def state(self) -> dict[str, torch.Tensor]:
-        return dict(zip(LEAVES, (*self.potentials.leaves(), *self.counts.leaves), strict=True))
+        return dict(zip(LEAVES, (*self.potentials.leaves(), *self.counts), strict=True))
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         leaves: list[Any] = [tensors[name].to(self.device) for name in LEAVES]
-        self.potentials, self.counts = Potentials(*leaves[:3]), Counts(tuple(leaves[3:]))
+        self.potentials, self.counts = Potentials(*leaves[:3]), tuple(leaves[3:])
 
     def step(self, number: int) -> tuple[Figures, int]:
         epoch, batch = divmod(number, self.evaluation_steps)
@@ -174,7 +174,7 @@ class _Maximisation(Fit):
 
         def values(_: int, chunk: torch.Tensor) -> list[torch.Tensor]:
             counts, scores = expected_counts(self.potentials, chunk.to(self.device))
-            return [*counts.leaves, scores.double().sum()]
+            return [*counts, scores.double().sum()]
 
         leaves = self.potentials.leaves()
         shapes = [*(leaf.shape for leaf in leaves), torch.Size()]
@@ -183,9 +183,10 @@ class _Maximisation(Fit):
         share = (number + 2) ** -STEP_DECAY if number else 1.0
         figures = {"loss": -score.item() / windows.numel(), "step_size": share}
         self.check_finite(figures, f"step {number}")
-        counts = Counts(tuple(s.to(leaf.dtype) for s, leaf in zip(sums, leaves, strict=True)))
-        counts = counts.scaled(len(self.windows) / len(windows))
-        self.counts = self.counts.mixed_with(counts, share)
+        weight, mixed = len(self.windows) / len(windows), []
+        for mine, new in zip(self.counts, sums, strict=True):
+            mixed.append(torch.lerp(mine, new.to(mine.dtype) * weight, share))
+        self.counts = tuple(mixed)
         self.potentials = maximise(self.potentials, self.counts, self.prior)
         return figures, windows.numel()
 
