@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -111,13 +111,11 @@ def push_folder(
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
-    ignore_patterns: Sequence[str] = (),
     **upload: Any,
 ) -> CommitInfo:
-    """Uploads a folder that `save_pretrained` has written, but for files of `ignore_patterns`.
+    """Uploads a folder that `save_pretrained` has written; `upload` is for `upload_folder`.
 
-    A card that somebody wrote in the repository keeps its text. The other arguments are those of
-    `push_to_hub`.
+    A card that somebody wrote in the repository keeps its text.
     """
     api = HfApi(token=token, library_name="codd-hf")
     card = ModelCard.load(folder / CARD)
@@ -133,8 +131,7 @@ def push_folder(
     repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    upload |= {"revision": revision, "ignore_patterns": [*ignore_patterns]}
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, **upload)
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, **upload)
 
 
 def forget_paths(folder: Path) -> None:

@@ -69,7 +69,7 @@ def _can_only_be_a_path(text: str) -> bool:
 class Repository:
     """A folder, or a repository on the Hub, which is a folder of the cache: all loads from there.
 
-    Where the Hub cannot be reached, its files are those in the cache.
+    Where the Hub cannot be reached, or refuses, its files are those in the cache.
 
     Args:
         name: a path or an id.

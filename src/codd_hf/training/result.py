@@ -73,7 +73,7 @@ def write_pipeline(run: Run, folder: Path, repo_id: str | None) -> None:
     save_held_out(folder, run.examples)
     if repo_id is not None:
         message = "Trained with codd-hf"
-        pushed = push_folder(folder, repo_id, ignore_patterns=NOT_PUSHED, commit_message=message)
+        pushed = push_folder(folder, repo_id, ignore_patterns=[*NOT_PUSHED], commit_message=message)
         tqdm.write(f"The pipeline is on the Hub: {pushed.repo_url}")
 
 
