@@ -40,6 +40,7 @@ OF_TRANSFORMERS = {
     "quantization_config",
     "tie_word_embeddings",
     "torch_dtype",
+    "use_cache",  # which the Trainer of transformers sets
 }
 """Fields of any configuration. Not `transformers_weights`: no file says where weights are."""
 
