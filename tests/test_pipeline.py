@@ -437,7 +437,7 @@ MESSAGES = [{"role": "user", "content": "two"}]
         ),
         (
             {"prompt": "two", "callback_on_step_end_tensor_inputs": ["latents"]},
-            "`callback_on_step_end_tensor_inputs` must be one of canvas",
+            "`callback_on_step_end_tensor_inputs` must hold names among canvas",
         ),
         (
             {"prompt": "two", "gen_length": 95, "block_length": 95},

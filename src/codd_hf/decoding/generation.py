@@ -67,29 +67,27 @@ class BlockStream:
             raise TypeError(f"`streamer` must have `put` and `end`, got {shown(streamer)}.")
         self.streamer, self.canvas, self.tokens = streamer, canvas, canvas.result()[0]
         self.block_length = canvas.call.block_length or max(canvas.call.gen_length)
-        self._complete = self._begun = 0
+        self.block = 0  # the number of the block that is being filled
         streamer.put(prompts.cpu())
 
     def __call__(self) -> None:
         """Shows a step."""
         before, (self.tokens, _) = self.tokens, self.canvas.result()
         in_work = (self.tokens == self.canvas.call.mask_token_id) | (self.tokens != before)
-        start = int(in_work.any(0).nonzero()[0]) // self.block_length * self.block_length
-        self._put_until(start)
-        self._begun = start + self.block_length
+        place = int(in_work.any(0).nonzero()[0])
+        while self.block < place // self.block_length:
+            self.finish_block()
         if hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(self.tokens[:, start : self._begun].cpu())
+            self.streamer.put_draft(self._tokens_of_block())
 
-    def finish(self) -> None:
-        """Puts the block that is still open, and ends."""
-        self._put_until(self._begun)
-        self.streamer.end()
+    def finish_block(self) -> None:
+        """Puts the block that is being filled."""
+        self.streamer.put(self._tokens_of_block())
+        self.block += 1
 
-    def _put_until(self, end: int) -> None:
-        while self._complete < min(end, self.tokens.shape[1]):
-            following = self._complete + self.block_length
-            self.streamer.put(self.tokens[:, self._complete : following].cpu())
-            self._complete = following
+    def _tokens_of_block(self) -> torch.Tensor:
+        start = self.block * self.block_length
+        return self.tokens[:, start : start + self.block_length].cpu()
 
 
 def generate(
@@ -118,14 +116,13 @@ def generate(
         input_ids: another name of `inputs`.
         attention_mask: `[batch, prompt_length]`, 0 at padding; default, as in transformers, 0 at
             `pad_token_id`, unless that ends texts as well.
-        generation_config: in place of further arguments.
+        generation_config: in place of further arguments; it may hold all but those of `OF_A_CALL`.
         scheduler: default, one with the settings of `model.generation_config`.
         on_step: as for [`~codd_hf.decoding.loop.denoise`].
         streamer: as [`BlockStream`] serves it, for example `transformers.TextDiffusionStreamer`.
         **kwargs: `max_new_tokens` (or `gen_length`, or `max_length`), `do_sample`, those of
             [`~codd_hf.decoding.call.DecodingCall`] and the scheduler's settings
-            ([`~codd_hf.schedulers.settings.DrawSettings`]). A generation configuration may hold
-            all but those of `OF_A_CALL`.
+            ([`~codd_hf.schedulers.settings.DrawSettings`]).
 
     Returns:
         `[batch, prompt_length + n]`: the prompts as they were given, and the `n` tokens of the
@@ -137,14 +134,16 @@ def generate(
             has not (`num_beams=4`).
         TypeError: an argument is not known.
     """
+    # 1. The prompts.
     if inputs is not None and input_ids is not None:
         raise ValueError("`inputs` and `input_ids` are two names of one argument: give one.")
-    name = "inputs" if input_ids is None else "input_ids"
     inputs = input_ids if inputs is None else inputs
     if inputs is None:
         inputs = torch.empty(1, 0, dtype=torch.long, device=model.device)
-    inputs = token_ids(name, inputs, model.config.vocab_size, model.device)
+    inputs = token_ids("inputs", inputs, model.config.vocab_size, model.device)
     refuse_requests({"token_type_ids": kwargs.pop("token_type_ids", None)})
+
+    # 2. The choices of the call, and those that a configuration makes.
     if kwargs.get("do_sample") is True and plain(kwargs.get("temperature")) in (0,):
         raise ValueError("`do_sample=True` draws, and `temperature=0` does not: give one of them.")
     choices = {name: kwargs.pop(name) for name in OF_A_CALL if name in kwargs}
@@ -152,29 +151,31 @@ def generate(
     _check_names(kwargs, own | given | kwargs)
     asked, length = merged(given, kwargs), inputs.shape[1]
     if "max_length" in asked and "gen_length" not in asked:  # it counts the prompt
-        most = integer("max_length", asked["max_length"], least=length + 1)
-        kwargs["gen_length"] = most - length
+        kwargs["gen_length"] = integer("max_length", asked["max_length"], length + 1) - length
     task = task_of(model, given, kwargs)
     if attention_mask is None:
         attention_mask = model.real_tokens(inputs, task.get("pad_token_id"), task["eos_token_id"])
-    else:
-        attention_mask = padding_mask("attention_mask", attention_mask, inputs.shape, inputs.device)
+    if attention_mask is None:
+        attention_mask = torch.ones_like(inputs)
+    attention_mask = padding_mask("attention_mask", attention_mask, inputs.shape, inputs.device)
     scheduler = CoDDScheduler(**settings_of(own)) if scheduler is None else scheduler
     if not isinstance(scheduler, CoDDScheduler):
         raise TypeError(f"`scheduler` must be a CoDDScheduler, got {shown(scheduler)}.")
     settings = settings_of({"temperature": scheduler.settings.temperature}, given, kwargs)
     call = DecodingCall(model, scheduler, len(inputs), **task, **choices, **settings)
+
+    # 3. The texts.
     canvas = lay_out(model, call, inputs, attention_mask)
     stream = None if streamer is None else BlockStream(streamer, inputs, canvas)
-    output = denoise(model, canvas, on_step=on_step, stream=stream)
+    output = denoise(model, canvas, on_step=on_step, after_step=stream)
     if stream is not None:
-        stream.finish()
+        stream.finish_block()
+        stream.streamer.end()
     if not call.infill:
         return torch.cat((inputs, output.sequences), dim=1)
-    real = torch.ones_like(inputs) if attention_mask is None else attention_mask
     number = torch.arange(output.sequences.shape[1], device=inputs.device)
-    packed = number < real.sum(-1, keepdim=True)
-    return inputs.masked_scatter(real.bool(), output.sequences[packed])
+    packed = number < attention_mask.sum(-1, keepdim=True)
+    return inputs.masked_scatter(attention_mask.bool(), output.sequences[packed])
 
 
 def _check_names(call: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ def lay_out(
     model: CoupledBackbone,
     call: DecodingCall,
     input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor,
 ) -> Canvas:
     """The canvas of prompts or templates, however they were padded.
 
@@ -26,29 +26,25 @@ def lay_out(
         model: the backbone.
         call: the choices of the call.
         input_ids: `[batch, length]`, padded on any side.
-        attention_mask: `[batch, length]`, 0 at padding, or None.
+        attention_mask: `[batch, length]`, 0 at padding.
 
     Raises:
         ValueError: a prompt holds the mask token, a template has none, a row exceeds the positions
             of the backbone, or has fewer steps than blocks.
     """
-    device = input_ids.device
-    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    real = real.bool()
+    device, real = input_ids.device, attention_mask.bool()
     given = size = no_end_before = real.sum(-1)
-    what = f"The {int(given.max())} tokens of a template"
     if not call.infill:
         rows = (ids[mask] for ids, mask in zip(input_ids, real, strict=True))
         check_unmasked("input_ids", rows, call.mask_token_id)
         size = given + torch.tensor(call.gen_length, device=device)
         no_end_before = given + torch.tensor(call.min_new_tokens, device=device)
-        longest = int(size.argmax())
-        what = f"A prompt of {int(given[longest])} tokens and "
-        what += f"`gen_length={call.gen_length[longest]}`"
-    check_size(model.max_positions, int(size.max()), what)
+    longest = int(size.max())
+    what = f"The {longest} tokens of a row (`input_ids` and `gen_length`)"
+    check_size(model.max_positions, longest, what)
 
     # The rows, with mask tokens where tokens are to be found.
-    column = torch.arange(int(size.max()), device=device)
+    column = torch.arange(longest, device=device)
     attended = column < size[:, None]
     tokens = torch.where(attended, call.mask_token_id, call.behind)
     tokens[column < given[:, None]] = input_ids[real].long()

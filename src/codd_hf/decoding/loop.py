@@ -51,8 +51,7 @@ def denoise(
     canvas: Canvas,
     *,
     on_step: OnStep | None = None,
-    stream: Callable[[], None] | None = None,
-    progress: Callable[[int], Any] | None = None,
+    after_step: Callable[[], Any] | None = None,
 ) -> DecodingOutput:
     """Generates the tokens of a canvas.
 
@@ -63,8 +62,7 @@ def denoise(
             steps), and a dict with `canvas` (`[batch, length]`, all tokens), `generated` (bool, the
             positions to generate) and `transfer_index` (bool, committed in this step). A tensor
             that it returns becomes the canvas.
-        stream: called once the canvas is as the next step finds it.
-        progress: called with numbers of passes, which add up to `canvas.most_passes`.
+        after_step: called once the canvas is as the next step finds it.
     """
     check_callable("on_step", on_step, "a function of the step, its timestep and its state")
     call = canvas.call
@@ -99,11 +97,7 @@ def denoise(
                     reader.is_new |= (canvas.tokens != after).any(-1)
             num_passes += 1
             canvas.pad_after_ends()
-            if progress is not None:
-                progress(1)
-            if stream is not None:
-                stream()
-    if progress is not None:
-        progress(canvas.most_passes - num_passes)
+            if after_step is not None:
+                after_step()
     canvas.pad_after_ends()
     return DecodingOutput(*canvas.result(), num_passes, passes_per_row)

@@ -11,7 +11,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..checks.arguments import check_callable, check_known, choice, flag, several, shown
+from ..checks.arguments import check_callable, check_known, choice, flag, shown
 from ..circuits.random import Generators
 from ..coupling.adapters import unwrapped
 from ..decoding.call import CHOICES, DecodingCall, PerRow
@@ -189,21 +189,20 @@ class CoDDPipeline(Publishing, DiffusionPipeline):  # type: ignore[misc]
                 Whether a `prompt` becomes a user's message where the tokenizer has a chat template;
                 with `infill` it never does.
             chat_template_kwargs (`dict`, *optional*): Passed to `apply_chat_template`.
-            gen_length (`int` or `list[int]`, *optional*): Number of tokens to generate; by default
-                that of the model's generation configuration (`max_new_tokens`) or 128.
-            num_inference_steps (`int` or `list[int]`, *optional*): The most backbone passes for the
-                whole generation, at least one per block; by default one for four tokens.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                One generator, or one per prompt: a prompt then gets the same text in any batch.
+            gen_length (`int` or `list[int]`, *optional*): As for
+                [`~codd_hf.decoding.call.DecodingCall`], as the next two.
+            num_inference_steps (`int` or `list[int]`, *optional*): The most backbone passes.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One, or one a row.
             output_type (`str`, defaults to `"text"`): `"text"`, or `"seq"` for token ids alone.
             return_dict (`bool`, defaults to `True`): Whether to return an output or a tuple.
             callback_on_step_end (`Callable`, *optional*): Called as `callback(pipe, step, timestep,
                 callback_kwargs)`; returns a dict, whose `canvas` (if any) replaces the canvas.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): The tensors that it gets,
                 by default `["canvas"]`, of those of [`~codd_hf.decoding.loop.denoise`].
-            **settings: The draw settings ([`~codd_hf.schedulers.settings.DrawSettings`]), by
-                default the scheduler's, and the other arguments of
-                [`~codd_hf.decoding.call.DecodingCall`] (`block_length`, `infill`, `head`, ...).
+            **settings: The other arguments of [`~codd_hf.decoding.call.DecodingCall`]
+                (`block_length`, `infill`, `head`, ...), by default those of the model's generation
+                configuration, and the draw settings
+                ([`~codd_hf.schedulers.settings.DrawSettings`]), by default the scheduler's.
 
         Returns:
             [`CoDDPipelineOutput`], or without `return_dict` the tuple `(sequences, texts)`.
@@ -234,7 +233,8 @@ class CoDDPipeline(Publishing, DiffusionPipeline):  # type: ignore[misc]
         # 2. Denoise, one block after the other.
         self.num_timesteps = canvas.most_passes
         with self.progress_bar(total=canvas.most_passes) as bar:
-            output = denoise(self.model, canvas, on_step=on_step, progress=bar.update)
+            output = denoise(self.model, canvas, on_step=on_step, after_step=bar.update)
+            bar.update(canvas.most_passes - output.num_passes)  # those that were not needed
 
         # 3. Decode the text.
         texts = None
@@ -253,12 +253,16 @@ class CoDDPipeline(Publishing, DiffusionPipeline):  # type: ignore[misc]
         """A callback of diffusers as the denoising loop calls it."""
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             names = callback.tensor_inputs
-        names = ["canvas"] if names is None else several(names)
         check_callable("callback_on_step_end", callback, "callable")
-        if names is None:
-            raise TypeError("`callback_on_step_end_tensor_inputs` must be a list of names.")
-        for name in names:
-            choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
+        names, known = ["canvas"] if names is None else names, self._callback_tensor_inputs
+        if not (
+            isinstance(names, list | tuple)
+            and all(isinstance(name, str) and name in known for name in names)
+        ):
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must hold names among {', '.join(known)}, "
+                f"got {shown(names)}."
+            )
 
         def on_step(step: int, timestep: torch.Tensor, state: dict[str, torch.Tensor]) -> Any:
             outputs = callback(self, step, timestep, {name: state[name] for name in names})

@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from ..checks.arguments import flag, padding_mask, rows_of_ids, several, shown
+from ..checks.arguments import as_tensor, flag, padding_mask, rows_of_ids, several, shown
 from ..coupling.windows import CoupledBackbone
 from ..text.encoding import encode_as_written, encode_chats
 
@@ -42,32 +42,29 @@ def encode_prompts(
         TypeError: an argument has none of the forms it may have.
     """
     forms = {"prompt": prompt, "messages": messages, "input_ids": input_ids}
-    forms = {name: value for name, value in forms.items() if value is not None}
-    if len(forms) != 1:
-        found = " and ".join(f"`{name}`" for name in forms) or "none"
+    given = [name for name, value in forms.items() if value is not None]
+    if len(given) != 1:
+        found = " and ".join(f"`{name}`" for name in given) or "none"
         raise ValueError(f"Provide one of `prompt`, `messages` and `input_ids`, got {found}.")
-    ((name, value),) = forms.items()
-    rows: Any
+    (name,) = given
     if attention_mask is not None and name != "input_ids":
         raise ValueError(f"`attention_mask` goes with `input_ids` only, got `{name}`.")
     has_template = bool(getattr(tokenizer, "chat_template", None))
     templated = flag("use_chat_template", use_chat_template) and has_template and not infill
+    rows: Any
     if name == "input_ids":
         pad = None if tokenizer is None else tokenizer.pad_token_id
-        rows = _rows_of_ids(model, value, attention_mask, {"pad_token_id": pad, "end_ids": end_ids})
+        rows = _rows_of_ids(model, input_ids, attention_mask, pad_token_id=pad, end_ids=end_ids)
     elif tokenizer is None or (name == "messages" and not has_template):
         raise ValueError(
             f"`{name}` needs a tokenizer{' with a chat template' * (name == 'messages')}: give "
             "`input_ids` instead."
         )
     elif name == "prompt" and not templated:
-        rows = encode_as_written(name, _texts(value), tokenizer)
+        rows = encode_as_written(name, _texts(prompt), tokenizer)
     else:
-        chats = (
-            _conversations(value)
-            if name == "messages"
-            else [[{"role": "user", "content": text}] for text in _texts(value)]
-        )
+        if name == "prompt":
+            messages = [[{"role": "user", "content": text}] for text in _texts(prompt)]
         kwargs = {} if chat_template_kwargs is None else chat_template_kwargs
         if not (isinstance(kwargs, Mapping) and all(isinstance(key, str) for key in kwargs)):
             raise TypeError(
@@ -75,7 +72,7 @@ def encode_prompts(
             )
         may_spell = [model.mask_token_id] if infill else []
         template = {"add_generation_prompt": True, **kwargs}
-        rows, faults = encode_chats(chats, tokenizer, may_spell, **template)
+        rows, faults = encode_chats(_conversations(messages), tokenizer, may_spell, **template)
         for index, fault in faults.items():
             raise ValueError(f"`{name}` cannot be encoded: row {index} {fault}.")
     if not rows:
@@ -93,36 +90,28 @@ def _texts(prompt: Any) -> list[str]:
 
 
 def _conversations(messages: Any) -> list[Conversation]:
-    def is_chat(chat: Any) -> bool:
-        return isinstance(chat, list) and all(isinstance(message, Mapping) for message in chat)
-
-    chats = [messages] if is_chat(messages) and messages else messages
-    if not isinstance(chats, list) or not all(is_chat(chat) and chat for chat in chats):
-        raise TypeError(
-            "`messages` must be a list of messages such as {'role': 'user', 'content': '...'}, or "
-            f"a list of such lists, got {shown(messages)}."
-        )
+    chats: Any = messages if isinstance(messages, list) else [None]
+    if chats and isinstance(chats[0], Mapping):
+        chats = [chats]
+    for chat in chats:
+        if not (isinstance(chat, list) and chat and all(isinstance(m, Mapping) for m in chat)):
+            raise TypeError(
+                "`messages` must be a list of messages such as {'role': 'user', 'content': "
+                f"'...'}}, or a list of such lists, got {shown(messages)}."
+            )
     return chats
 
 
 def _rows_of_ids(
-    model: CoupledBackbone, input_ids: Any, attention_mask: Any, special: dict[str, Any]
+    model: CoupledBackbone, input_ids: Any, attention_mask: Any, **special: Any
 ) -> list[torch.Tensor]:
     """The tokens of each row, without padding."""
     rows = several(input_ids)
     if rows and all(several(row) is None for row in rows):
         rows = [rows]
-        attention_mask = None if attention_mask is None else [attention_mask]
     rows = rows_of_ids("input_ids", input_ids if rows is None else rows, model.config.vocab_size)
     if attention_mask is None:
         return model.unpadded(rows, **special)
-    masks = several(attention_mask)
-    if masks is None or len(masks) != len(rows):
-        raise ValueError(
-            f"`attention_mask` must have one entry per row ({len(rows)}), got "
-            f"{shown(attention_mask)}."
-        )
-    return [
-        row[padding_mask("attention_mask", mask, row.shape).bool()]
-        for row, mask in zip(rows, masks, strict=True)
-    ]
+    ids = as_tensor("input_ids", input_ids)
+    mask = padding_mask("attention_mask", attention_mask, ids.shape, ids.device)
+    return [row[real] for row, real in zip(rows, torch.atleast_2d(mask).bool(), strict=True)]

@@ -154,10 +154,7 @@ class StepDraw:
             at_least: `[batch]`, the fewest tokens to commit, if there are so many.
         """
         scores = self._candidate_scores()
-        if self.processors:
-            at = self.masked.nonzero(as_tuple=True)
-            scores = scores.index_put(at, self._processed(scores[at], at[0]))
-        tokens, scores = self._draw(scores, self._uniforms(), self.rows, committable)
+        tokens, scores = self._draw(scores, self._uniforms(), self.rows, self.masked)
         tokens = torch.where(self.masked, tokens, self.sample)
         if self.is_coupled:
             probs = self.join(self.plain.marginal_probs_of(self.split(tokens)))
@@ -188,7 +185,7 @@ class StepDraw:
         if self.processors:  # they see the tokens drawn before
             seen = {"tokens": self.text.tokens.clone(), "known": self.text.known.clone()}
             self.text = replace(self.text, **seen)
-        confidence, scores = torch.zeros_like(probs), torch.zeros_like(probs)
+        scores, log_joint = torch.zeros_like(probs), probs.new_zeros(len(tokens))
         in_order, adaptive = settings.strategy in IN_ORDER, settings.strategy in ADAPTIVE
         if in_order:
             order = rank(settings, probs, self._all_probs, self.generator)
@@ -202,11 +199,9 @@ class StepDraw:
 
         def score(at: tuple[torch.Tensor, ...]) -> None:
             of_tokens = known.token_probs(0, place(*at))
-            confidence[at] = of_tokens.amax(-1)
-            scores[at] = rank(settings, confidence[at], lambda: of_tokens)
+            scores[at] = rank(settings, of_tokens.amax(-1), lambda: of_tokens)
 
         left = renewed = committable
-        log_joint = probs.new_zeros(len(tokens))
         going, chosen = torch.ones_like(at_least, dtype=torch.bool), torch.zeros_like(at_least)
         for drawn in range(tokens.shape[1] + 1):
             due = at_least > drawn
@@ -220,16 +215,15 @@ class StepDraw:
             if len(at[0]) and not in_order:
                 score(at)
             chosen = scores.masked_fill(~left, -torch.inf).argmax(-1)  # [batch]
-            if settings.strategy == "threshold":
-                going = going & (due | (_of(confidence, chosen) >= settings.threshold))
+            if settings.strategy == "threshold":  # which ranks by probability
+                going = going & (due | (_of(scores, chosen) >= settings.threshold))
             rows = going.nonzero()[:, 0]
             if not len(rows):
                 break
             at = rows, chosen[rows]
             candidates = known.token_probs(len(both) - 1, place(*at)).log()
-            if self.processors:
-                candidates = self._processed(candidates, rows)
-            new, _ = self._draw(candidates, None if uniforms is None else uniforms[at], rows)
+            numbers = None if uniforms is None else uniforms[at]
+            new, _ = self._draw(candidates, numbers, rows, torch.ones_like(rows) > 0)
             new_probs = known.prob_of(new, 0, place(*at))
             if settings.strategy == "joint":
                 log_joint[rows] += new_probs.log()
@@ -278,31 +272,30 @@ class StepDraw:
             latents = drawn.best_latents() if sampling == "latent" else drawn.viterbi().latents
         return self.join(drawn.logits_given(latents))
 
-    def _processed(self, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Scores `[n, vocab]` of rows `[n]` after the processors, which are called row by row."""
-        for row in rows.unique().tolist():
-            lines = rows == row
-            changed = scores[lines]
-            ids = self.text.tokens[row, self.text.known[row]].expand(len(changed), -1)
-            for processor in self.processors:
-                returned = processor(ids, changed)
-                name = "scores` of `logits_processor"
-                changed = as_tensor(name, returned, float, changed.shape).to(changed)
-            scores = scores.masked_scatter(lines[:, None], changed)
-        return scores
-
     def _draw(
         self,
         scores: torch.Tensor,
         uniforms: torch.Tensor | None,
         rows: torch.Tensor,
-        wanted: torch.Tensor | bool = True,
+        masked: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens `[*batch]`, and the log-probabilities `[*batch, vocab]` they were drawn from.
 
-        Without `uniforms` `[*batch]` they have the best scores. One must be possible where wanted.
+        Without `uniforms` `[*batch]` they have the best scores. Where `masked` `[*batch]`, the
+        processors are called, row by row, and a token must be possible.
         """
         settings = self.settings
+        if self.processors:
+            scores = scores.clone()
+            for row in rows[masked].unique().tolist():
+                lines = masked & (rows == row)
+                changed = scores[lines]
+                ids = self.text.tokens[row, self.text.known[row]].expand(len(changed), -1)
+                for processor in self.processors:
+                    returned = processor(ids, changed)
+                    name = "scores` of `logits_processor"
+                    changed = as_tensor(name, returned, float, changed.shape).to(changed)
+                scores[lines] = changed
         if uniforms is None:
             best, tokens = scores.max(-1)
             undefined = ~best.isfinite()
@@ -310,7 +303,7 @@ class StepDraw:
             scores = shape_logits(scores, settings.temperature, settings.top_k, settings.top_p)
             undefined = scores[..., 0].isnan()
             tokens = draw_categorical(scores.exp(), uniforms)
-        undefined = undefined & wanted
+        undefined = undefined & masked
         if bool(undefined.any()):
             raise RowError(
                 "No token can be drawn in row {row}: `forbidden_token_ids`, `logits_processor` and "
