@@ -13,7 +13,7 @@ from codd_hf import CoDDHead, CoDDModel
 from codd_hf.configuration_codd import CoDDHeadConfig
 from codd_hf.data.tokenizers import train_tokenizer
 from codd_hf.pipelines import CoDDPipeline, CoDDPipelineOutput
-from codd_hf.schedulers import CoDDScheduler
+from codd_hf.schedulers.scheduling_codd import CoDDScheduler
 from tiny import random_head, tiny_backbone
 
 WINDOW = 4

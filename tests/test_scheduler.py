@@ -7,8 +7,8 @@ import torch
 from scipy.stats import chi2
 
 from codd_hf.circuits import CoupledCategorical, Potentials
-from codd_hf.schedulers import CoDDScheduler
 from codd_hf.schedulers.drawing import shape_logits
+from codd_hf.schedulers.scheduling_codd import CoDDScheduler
 from tiny import tiny_model
 
 VOCAB, MASK, PAD, LENGTH = 11, 10, 9, 6

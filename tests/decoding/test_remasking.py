@@ -8,7 +8,7 @@ from windows import HEAD, LENGTH, LOGITS, MASK, VOCAB, law, one_step
 
 from codd_hf import CoDDModel, CoDDPipeline
 from codd_hf.circuits import CoupledCategorical, Potentials
-from codd_hf.schedulers import CoDDScheduler, CommitMemory
+from codd_hf.schedulers.scheduling_codd import CoDDScheduler, CommitMemory
 from tiny import random_head, tiny_backbone
 
 OPEN = [MASK] * LENGTH

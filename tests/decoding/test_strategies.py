@@ -6,7 +6,7 @@ import pytest
 import torch
 from windows import LENGTH, MASK, law, one_step, window
 
-from codd_hf.schedulers import CoDDScheduler
+from codd_hf.schedulers.scheduling_codd import CoDDScheduler
 
 OPEN = [MASK] * LENGTH
 MODES = ["factorized", "latent", "marginal", "viterbi"]

@@ -9,7 +9,7 @@ from codd_hf.circuits import CoupledCategorical
 from codd_hf.decoding.call import DecodingCall
 from codd_hf.decoding.layout import lay_out
 from codd_hf.decoding.step import CanvasReader
-from codd_hf.schedulers import CoDDScheduler
+from codd_hf.schedulers.scheduling_codd import CoDDScheduler
 from tiny import enumerate_window, random_head
 
 VOCAB, MASK, LENGTH = 5, 2, 4

@@ -20,10 +20,11 @@ from ..checks.arguments import flag, list_of_ids, shown, token_id
 from ..coupling.windows import CoupledBackbone
 from ..schedulers.scheduling_codd import CoDDScheduler
 from ..schedulers.settings import DrawSettings
-from .call import DEFAULT_LENGTH
+from .call import CHOICES, DEFAULT_LENGTH
 
 SPECIAL_TOKENS = ("eos_token_id", "pad_token_id")
 TASK = (
+    "max_new_tokens",
     "gen_length",
     "block_length",
     "num_inference_steps",
@@ -32,7 +33,7 @@ TASK = (
     "min_new_tokens",
     *SPECIAL_TOKENS,
 )
-"""Choices of what is decoded that a generation configuration may hold, beside `SETTINGS`."""
+"""What is decoded, as a model's generation configuration says it."""
 OF_ROWS = ("gen_length", "num_inference_steps", "min_new_tokens")
 """Choices of which a row may have its own, or None."""
 SETTINGS = tuple(field.name for field in fields(DrawSettings))
@@ -73,28 +74,29 @@ def merged(*sources: Source) -> dict[str, Any]:
     return result
 
 
-def task_of(
+def choices_of(
     model: CoupledBackbone, *sources: Source, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> dict[str, Any]:
-    """The choices in `TASK`, those that a source has; `eos_token_id` always, as a list.
+    """The arguments of `DecodingCall` that a source has; `eos_token_id` always, as a list.
 
     The model's generation configuration counts less than the sources, of which the last counts
-    most; special tokens of the model's configuration and of the tokenizer count least.
+    most, and but for the draws; special tokens of the model's configuration and of the tokenizer
+    count least.
     """
     parts = [part for part in (tokenizer, model.config) if part is not None]
     files = [{name: getattr(part, name) for name in SPECIAL_TOKENS} for part in parts]
-    files, mask_token_id = [*files, entries(model.generation_config)], model.config.mask_token_id
+    own, mask_token_id = entries(model.generation_config), model.config.mask_token_id
+    files.append({name: own.get(name) for name in TASK})
     for file in files:
         # A file that names the mask token as the end of texts knows no end.
-        if file.get("eos_token_id") in (mask_token_id, [mask_token_id]):
+        if file["eos_token_id"] in (mask_token_id, [mask_token_id]):
             file["eos_token_id"] = None
-    choices = merged(*files, *sources)
-    task = {name: choices[name] for name in TASK if name in choices}
-    vocab_size = model.config.vocab_size
-    task["eos_token_id"] = list_of_ids("eos_token_id", task.get("eos_token_id"), vocab_size)
-    if "pad_token_id" in task:
-        task["pad_token_id"] = token_id("pad_token_id", task["pad_token_id"], vocab_size)
-    return task
+    found, vocab_size = merged(*files, *sources), model.config.vocab_size
+    choices = {name: found[name] for name in (*CHOICES, *SETTINGS) if name in found}
+    choices["eos_token_id"] = list_of_ids("eos_token_id", found.get("eos_token_id"), vocab_size)
+    if "pad_token_id" in found:
+        choices["pad_token_id"] = token_id("pad_token_id", found["pad_token_id"], vocab_size)
+    return choices
 
 
 def settings_of(*sources: Source) -> dict[str, Any]:

@@ -14,16 +14,13 @@ from ..coupling.inputs import refuse_requests
 from ..coupling.windows import CoupledBackbone
 from ..schedulers.scheduling_codd import CoDDScheduler
 from .call import CHOICES, DecodingCall
-from .choices import SETTINGS, TASK, entries, merged, settings_of, task_of
+from .choices import SETTINGS, choices_of, entries, merged, settings_of
 from .layout import lay_out
 from .loop import OnStep, denoise
 from .step import Canvas
 
-CONFIGURABLE = (*TASK, "max_new_tokens", "max_length", "do_sample", *SETTINGS)
+KNOWN = (*CHOICES, *SETTINGS, "max_new_tokens", "max_length", "do_sample")
 """Arguments of a call or a generation configuration."""
-
-OF_A_CALL = tuple(name for name in CHOICES if name not in TASK)
-"""Arguments of a call alone."""
 
 WITHOUT_EFFECT = (
     "bos_token_id",
@@ -116,7 +113,7 @@ def generate(
         input_ids: another name of `inputs`.
         attention_mask: `[batch, prompt_length]`, 0 at padding; default, as in transformers, 0 at
             `pad_token_id`, unless that ends texts as well.
-        generation_config: in place of further arguments; it may hold all but those of `OF_A_CALL`.
+        generation_config: in place of further arguments.
         scheduler: default, one with the settings of `model.generation_config`.
         on_step: as for [`~codd_hf.decoding.loop.denoise`].
         streamer: as [`BlockStream`] serves it, for example `transformers.TextDiffusionStreamer`.
@@ -146,47 +143,48 @@ def generate(
     # 2. The choices of the call, and those that a configuration makes.
     if kwargs.get("do_sample") is True and plain(kwargs.get("temperature")) in (0,):
         raise ValueError("`do_sample=True` draws, and `temperature=0` does not: give one of them.")
-    choices = {name: kwargs.pop(name) for name in OF_A_CALL if name in kwargs}
     own, given = entries(model.generation_config), entries(generation_config)
     _check_names(kwargs, own | given | kwargs)
     asked, length = merged(given, kwargs), inputs.shape[1]
     if "max_length" in asked and "gen_length" not in asked:  # it counts the prompt
         kwargs["gen_length"] = integer("max_length", asked["max_length"], length + 1) - length
-    task = task_of(model, given, kwargs)
-    if attention_mask is None:
-        attention_mask = model.real_tokens(inputs, task.get("pad_token_id"), task["eos_token_id"])
-    if attention_mask is None:
-        attention_mask = torch.ones_like(inputs)
-    attention_mask = padding_mask("attention_mask", attention_mask, inputs.shape, inputs.device)
     scheduler = CoDDScheduler(**settings_of(own)) if scheduler is None else scheduler
     if not isinstance(scheduler, CoDDScheduler):
         raise TypeError(f"`scheduler` must be a CoDDScheduler, got {shown(scheduler)}.")
-    settings = settings_of({"temperature": scheduler.settings.temperature}, given, kwargs)
-    call = DecodingCall(model, scheduler, len(inputs), **task, **choices, **settings)
+    temperature = {"temperature": scheduler.settings.temperature}
+    choices = choices_of(model, temperature, given, kwargs)
+    call = DecodingCall(model, scheduler, len(inputs), **choices)
+    if attention_mask is None:
+        special = choices.get("pad_token_id"), call.eos_token_id
+        attention_mask = model.real_tokens(inputs, *special)
+    if attention_mask is None:
+        attention_mask = torch.ones_like(inputs)
+    attention_mask = padding_mask("attention_mask", attention_mask, inputs.shape, inputs.device)
 
     # 3. The texts.
     canvas = lay_out(model, call, inputs, attention_mask)
     stream = None if streamer is None else BlockStream(streamer, inputs, canvas)
-    output = denoise(model, canvas, on_step=on_step, after_step=stream)
+    denoise(model, canvas, on_step=on_step, after_step=stream)
+    sequences, _ = canvas.result()
     if stream is not None:
         stream.finish_block()
         stream.streamer.end()
     if not call.infill:
-        return torch.cat((inputs, output.sequences), dim=1)
-    number = torch.arange(output.sequences.shape[1], device=inputs.device)
+        return torch.cat((inputs, sequences), dim=1)
+    number = torch.arange(sequences.shape[1], device=inputs.device)
     packed = number < attention_mask.sum(-1, keepdim=True)
-    return inputs.masked_scatter(attention_mask.bool(), output.sequences[packed])
+    return inputs.masked_scatter(attention_mask.bool(), sequences[packed])
 
 
 def _check_names(call: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raises for unknown names of a call, and for what it or a configuration asks in vain."""
     theirs = {*vars(GenerationConfig()), *inspect.signature(GenerationMixin.generate).parameters}
-    known = (*CONFIGURABLE, *WITHOUT_EFFECT)
+    known = (*KNOWN, *WITHOUT_EFFECT)
     check_known(call, dict.fromkeys((*known, *theirs)), "an argument of `generate`")
     for name in asked.keys() & theirs - {*known}:
         nothing = [None, *[0] * (not name.endswith("_token_id")), *[1] * (name in OFF_AT_ONE)]
         if not name.startswith("_") and plain(asked[name]) not in nothing:
             raise ValueError(
                 f"`{name}={shown(asked[name])}` asks for something that decoding by diffusion has "
-                f"not: leave it out; what can be set is {', '.join(CONFIGURABLE)}."
+                f"not: leave it out; what can be set is {', '.join(KNOWN)}."
             )

@@ -65,7 +65,7 @@ def lay_out(
         for place, token in forced.items():
             tokens[row, start[row] + place] = token
     parts = (tokens, attended.long(), generated, start, window_origin, no_end_before)
-    canvas = Canvas(call, *parts, end_ids)
+    canvas = Canvas(call, *parts, end_ids, torch.zeros_like(start))
 
     # The blocks, in order.
     block = torch.zeros_like(tokens)

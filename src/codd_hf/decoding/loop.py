@@ -13,7 +13,6 @@ on to later blocks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,25 +25,6 @@ from .step import Canvas, CanvasReader, take_step
 OnStep = Callable[[int, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor | None]
 
 
-@dataclass
-class DecodingOutput:
-    """Output of the denoising loop.
-
-    Attributes:
-        sequences: `[batch, n]`, the generated tokens or, with `infill`, the whole templates, with
-            padding behind their ends.
-        is_text: `[batch, n]` bool, the tokens that are text, without the end-of-text token.
-        num_passes: passes of the backbone, each over the rows that needed it. Rows begin their
-            blocks together, so that it may exceed the steps of each of them.
-        passes_per_row: `[batch]`, the passes that each row took part in.
-    """
-
-    sequences: torch.Tensor
-    is_text: torch.Tensor
-    num_passes: int
-    passes_per_row: torch.Tensor
-
-
 @torch.no_grad()
 def denoise(
     model: CoupledBackbone,
@@ -52,8 +32,8 @@ def denoise(
     *,
     on_step: OnStep | None = None,
     after_step: Callable[[], Any] | None = None,
-) -> DecodingOutput:
-    """Generates the tokens of a canvas.
+) -> None:
+    """Generates the tokens of a canvas, which is changed in place.
 
     Args:
         model: the backbone, with or without a head.
@@ -69,7 +49,6 @@ def denoise(
     call.head = call.head.frozen()
     reader, mask_token_id = CanvasReader(model, canvas), call.mask_token_id
     (batch, length), device = canvas.tokens.shape, canvas.tokens.device
-    passes_per_row, num_passes = torch.zeros_like(canvas.start), 0
     for stage in canvas.stages:
         memory = None
         if call.scheduler.settings.remask_threshold:
@@ -84,20 +63,19 @@ def denoise(
             before = canvas.tokens.clone()
             with model.heads.adapter_of_call(call.head):
                 take_step(model, canvas, rows, reader.read(rows), stage, number, memory)
-            passes_per_row[rows] += 1
+            canvas.passes_per_row[rows] += 1
             if on_step is not None:
                 after = canvas.tokens.clone()
                 committed = (before == mask_token_id) & (after != mask_token_id)
                 state = {"generated": canvas.generated, "transfer_index": committed}
                 timestep = torch.tensor(1 - number / most_steps)
-                returned = on_step(num_passes, timestep, {"canvas": after, **state})
+                returned = on_step(canvas.num_passes, timestep, {"canvas": after, **state})
                 if returned is not None:
                     canvas.tokens = as_tensor("canvas", returned, int, after.shape, device).clone()
                     check_tokens("canvas", canvas.tokens, model.config.vocab_size)
                     reader.is_new |= (canvas.tokens != after).any(-1)
-            num_passes += 1
+            canvas.num_passes += 1
             canvas.pad_after_ends()
             if after_step is not None:
                 after_step()
     canvas.pad_after_ends()
-    return DecodingOutput(*canvas.result(), num_passes, passes_per_row)

@@ -59,6 +59,9 @@ class Canvas:
         window_origin: `[batch]`, where the grid of windows begins.
         no_end_before: `[batch]`, positions before this one hold no end token.
         end_ids: the end tokens; in a gap of a template none of them is drawn.
+        passes_per_row: `[batch]`, the passes of the backbone that each row took part in so far.
+        num_passes: those that there were. Rows begin their blocks together, so that there may be
+            more than the steps of each of them.
         stages: those of the decoding, in order.
     """
 
@@ -70,6 +73,8 @@ class Canvas:
     window_origin: torch.Tensor
     no_end_before: torch.Tensor
     end_ids: Sequence[int]
+    passes_per_row: torch.Tensor
+    num_passes: int = 0
     stages: list[Stage] = field(default_factory=list)
 
     @property

@@ -15,7 +15,7 @@ from ..checks.arguments import check_callable, check_known, choice, flag, shown
 from ..circuits.random import Generators
 from ..coupling.adapters import unwrapped
 from ..decoding.call import CHOICES, DecodingCall, PerRow
-from ..decoding.choices import SETTINGS, SPECIAL_TOKENS, task_of, with_settings_of
+from ..decoding.choices import SETTINGS, SPECIAL_TOKENS, choices_of, with_settings_of
 from ..decoding.layout import lay_out
 from ..decoding.loop import denoise
 from ..decoding.step import Canvas
@@ -137,8 +137,8 @@ class CoDDPipeline(Publishing, DiffusionPipeline):  # type: ignore[misc]
         return config
 
     def task(self, **call: Any) -> dict[str, Any]:
-        """What a call decodes, by the names in `decoding.choices.TASK`."""
-        return task_of(self.model, call, tokenizer=self.tokenizer)
+        """The choices of a call, by the names of [`~codd_hf.decoding.call.DecodingCall`]."""
+        return choices_of(self.model, call, tokenizer=self.tokenizer)
 
     def prepare(self, **call: Any) -> Canvas:
         """Checks and encodes the prompts and choices of a call, and decodes nothing.
@@ -149,14 +149,14 @@ class CoDDPipeline(Publishing, DiffusionPipeline):  # type: ignore[misc]
         call = {name: value for name, value in call.items() if value is not None}
         prompts = {name: call.pop(name) for name in PROMPTS if name in call}
         check_known(call, (*CHOICES, *SETTINGS), "an argument of the pipeline")
-        task = self.task(**call)
-        infill = flag("infill", task.get("infill", False))
+        choices = self.task(**call)
+        infill = flag("infill", choices.get("infill", False))
         ids, mask = encode_prompts(
-            self.model, self.tokenizer, infill=infill, end_ids=task["eos_token_id"], **prompts
+            self.model, self.tokenizer, infill=infill, end_ids=choices["eos_token_id"], **prompts
         )
-        choices = DecodingCall(self.model, self.scheduler, len(ids), **(call | task))
+        decoding = DecodingCall(self.model, self.scheduler, len(ids), **choices)
         device = self._execution_device
-        return lay_out(self.model, choices, ids.to(device), mask.to(device))
+        return lay_out(self.model, decoding, ids.to(device), mask.to(device))
 
     @torch.no_grad()
     def __call__(
@@ -233,21 +233,22 @@ class CoDDPipeline(Publishing, DiffusionPipeline):  # type: ignore[misc]
         # 2. Denoise, one block after the other.
         self.num_timesteps = canvas.most_passes
         with self.progress_bar(total=canvas.most_passes) as bar:
-            output = denoise(self.model, canvas, on_step=on_step, after_step=bar.update)
-            bar.update(canvas.most_passes - output.num_passes)  # those that were not needed
+            denoise(self.model, canvas, on_step=on_step, after_step=bar.update)
+            bar.update(canvas.most_passes - canvas.num_passes)  # those that were not needed
 
         # 3. Decode the text.
+        sequences, is_text = canvas.result()
         texts = None
         if output_type == "text":
-            known = output.is_text & (output.sequences < len(self.tokenizer))
+            known = is_text & (sequences < len(self.tokenizer))
             texts = [
                 self.tokenizer.decode(row[keep], skip_special_tokens=True)
-                for row, keep in zip(output.sequences, known, strict=True)
+                for row, keep in zip(sequences, known, strict=True)
             ]
         self.maybe_free_model_hooks()
         if not return_dict:
-            return output.sequences, texts
-        return CoDDPipelineOutput(output.sequences, texts, output.num_passes, output.passes_per_row)
+            return sequences, texts
+        return CoDDPipelineOutput(sequences, texts, canvas.num_passes, canvas.passes_per_row)
 
     def _on_step(self, callback: Any, names: Any) -> Callable | None:
         """A callback of diffusers as the denoising loop calls it."""
