@@ -83,10 +83,6 @@ class Canvas:
         steps = (stage.num_steps for stage in self.stages)
         return int(sum(steps, torch.zeros_like(self.start)).max())
 
-    def windows_over(self, chosen: torch.Tensor) -> torch.Tensor:
-        """`[n, T]` bool: where the windows begin that hold a chosen position of `[n, T]`."""
-        return windows_over(chosen, self.window_origin, self.call.head.window_length)
-
     def rows(self, index: torch.Tensor) -> Canvas:
         """A canvas of some rows, by ascending numbers `[n]`; of all of them, this one."""
         if len(index) == len(self.tokens):
@@ -146,8 +142,9 @@ class CanvasReader:
         self.end, call = None, self.canvas.call
         if block_length_of(self.backbone.config) is not None:
             # A block-causal backbone sees nothing beyond: columns behind need not be computed.
-            last = int(self.canvas.windows_over(block).any(0).nonzero().max())
-            self.end = last + call.head.window_length
+            length = call.head.window_length
+            starts = windows_over(block, self.canvas.window_origin, length)
+            self.end = int(starts.any(0).nonzero().max()) + length
         if self.cache is None:
             return
         self.is_new.fill_(True)
@@ -201,7 +198,7 @@ def take_step(
     at_least = even_pace(open_, num_steps - number)
     if call.block_length is None:
         covered = eligible = _chosen(model, part, rows, states, num_steps, open_, at_least)
-    starts = part.windows_over(covered)
+    starts = windows_over(covered, part.window_origin, length)
     if call.block_length is None and scheduler.settings.strategy in ADAPTIVE:
         # An adaptive strategy may commit any open position of these windows.
         eligible = open_ & positions_of(starts, length)

@@ -74,13 +74,11 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         """A scheduler of a stored configuration; `kwargs` are settings in place of some.
 
         Raises:
-            ValueError: a field is unknown, of the wrong type or out of range.
+            TypeError: a field is unknown.
+            ValueError: a value is of the wrong type or out of range.
         """
-        fields = {name: config[name] for name in config if not name.startswith("_")}
-        try:
-            scheduler = cls(**{**fields, **kwargs})
-        except TypeError as error:  # of a file, the value is wrong, whatever its type
-            raise ValueError(str(error)) from error
+        stored = {name: config[name] for name in config if not name.startswith("_")}
+        scheduler = cls(**{**stored, **kwargs})
         return (scheduler, {}) if return_unused_kwargs else scheduler
 
     def for_call(self, mask_token_id: int, **overrides: Any) -> CoDDScheduler:
