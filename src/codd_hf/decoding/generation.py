@@ -101,8 +101,7 @@ def generate(
 ) -> torch.Tensor:
     """Decodes by diffusion.
 
-    The call counts first, then `generation_config`, then `model.generation_config`; for the draws,
-    the scheduler's settings in place of the latter, if the call has one. As in transformers,
+    `codd_hf.decoding.choices` says which source settles a choice. As in transformers,
     `do_sample=False` is temperature 0, at which nothing is drawn, and `do_sample=True` without a
     temperature is temperature 1.
 

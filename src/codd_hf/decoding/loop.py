@@ -71,9 +71,10 @@ def denoise(
                 timestep = torch.tensor(1 - number / most_steps)
                 returned = on_step(canvas.num_passes, timestep, {"canvas": after, **state})
                 if returned is not None:
-                    canvas.tokens = as_tensor("canvas", returned, int, after.shape, device).clone()
-                    check_tokens("canvas", canvas.tokens, model.config.vocab_size)
-                    reader.is_new |= (canvas.tokens != after).any(-1)
+                    tokens = as_tensor("canvas", returned, int, after.shape, device).clone()
+                    check_tokens("canvas", tokens, model.config.vocab_size)
+                    reader.is_new |= (tokens != canvas.tokens).any(-1)
+                    canvas.tokens = tokens
             canvas.num_passes += 1
             canvas.pad_after_ends()
             if after_step is not None:

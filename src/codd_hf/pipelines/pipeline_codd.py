@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -172,7 +171,7 @@ class CoDDPipeline(Publishing, DiffusionPipeline):  # type: ignore[misc]
         generator: Generators = None,
         output_type: str = "text",
         return_dict: bool = True,
-        callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         **settings: Any,
     ) -> CoDDPipelineOutput | Any:
@@ -252,9 +251,8 @@ class CoDDPipeline(Publishing, DiffusionPipeline):  # type: ignore[misc]
 
     def _on_step(self, callback: Any, names: Any) -> Callable | None:
         """A callback of diffusers as the denoising loop calls it."""
-        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-            names = callback.tensor_inputs
         check_callable("callback_on_step_end", callback, "callable")
+        names = getattr(callback, "tensor_inputs", names)  # of diffusers' callbacks
         names, known = ["canvas"] if names is None else names, self._callback_tensor_inputs
         if not (
             isinstance(names, list | tuple)

@@ -168,8 +168,9 @@ class StepDraw:
             of_windows = self.plain.partial_log_prob(self.split(tokens), self.split(sets))
             return of_windows.unflatten(-1, (len(tokens), -1)).sum(-1)
 
-        how = self._all_probs, committable, at_least, self.generator, log_prob
-        where = choose(self.settings, probs, *how)
+        where = choose(
+            self.settings, probs, self._all_probs, committable, at_least, self.generator, log_prob
+        )
         kept = torch.where(where, tokens, self.sample)
         return CoDDSchedulerOutput(kept, where, tokens, probs, scores)
 
