@@ -373,7 +373,7 @@ def test_folders_that_hold_no_pipeline_get_one_clear_sentence(tmp_path):
         CoDDPipeline.from_pretrained(tmp_path)
     with pytest.raises(OSError, match="there is no file or folder"):
         CoDDPipeline.from_pretrained(tmp_path / "not" / "there")
-    with pytest.raises(OSError, match="is missing in the cache"):
+    with pytest.raises(OSError, match="is not in the cache"):
         CoDDPipeline.from_pretrained("not/there", local_files_only=True)
 
 
