@@ -247,6 +247,13 @@ def test_scheduler_saves_and_loads_its_settings(tmp_path):
     assert CoDDScheduler.from_pretrained(tmp_path).settings == scheduler.settings
 
 
+def test_settings_that_left_load_where_they_changed_nothing_and_are_refused_elsewhere():
+    saved = {"sampling": "marginal", "confidence": "marginal", "activation_scope": "window"}
+    assert CoDDScheduler.from_config(saved).config.sampling == "marginal"
+    with pytest.raises(ValueError, match="`confidence='latent'` in a configuration of CoDDSch"):
+        CoDDScheduler.from_config(saved | {"confidence": "latent"})
+
+
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [

@@ -78,7 +78,7 @@ def test_full_paradigm_in_a_single_step_fills_everything(model):
 
 
 def test_full_paradigm_takes_the_positions_of_the_backbones_prediction(model):
-    """The share of an even pace, by the best token's probability."""
+    """By `select_positions`: the share of an even pace, by the best token's probability."""
     steps, _ = committed(model, PROMPT, paradigm="full", num_inference_steps=8)
     with torch.no_grad():
         logits = model(torch.tensor([PROMPT + [MASK] * 16])).logits[0, 3:]

@@ -28,7 +28,7 @@ from ..circuits.random import Generators
 from ..coupling.windows import CoupledBackbone, positions_of, windows_over
 from ..schedulers.drawing import RowText
 from ..schedulers.remasking import CommitMemory
-from ..schedulers.strategies import ADAPTIVE, choose, even_pace
+from ..schedulers.strategies import ADAPTIVE, even_pace
 from .call import DecodingCall
 
 
@@ -197,7 +197,7 @@ def take_step(
     eligible = open_ = part.open_positions() & covered
     at_least = even_pace(open_, num_steps - number)
     if call.block_length is None:
-        covered = eligible = _chosen(model, part, rows, states, num_steps, open_, at_least)
+        covered = eligible = _chosen(model, part, rows, states, num_steps, number, open_)
     starts = windows_over(covered, part.window_origin, length)
     if call.block_length is None and scheduler.settings.strategy in ADAPTIVE:
         # An adaptive strategy may commit any open position of these windows.
@@ -262,30 +262,25 @@ def _chosen(
     rows: torch.Tensor,
     states: BackboneStates,
     num_steps: torch.Tensor,
+    number: int,
     open_: torch.Tensor,
-    at_least: torch.Tensor,
 ) -> torch.Tensor:
-    """`[n, T]` bool: the open positions that the backbone's prediction would commit in a step.
-
-    They are those that the strategy ranks highest by their best tokens, `at_least` `[n]` of a row.
-    """
-    call, chosen, settings = part.call, torch.zeros_like(open_), part.call.scheduler.settings
-    forbidden = [*(model.config.forbidden_token_ids or ()), *(settings.forbidden_token_ids or ())]
+    """`[n, T]` bool: the open positions that the backbone's prediction would commit in a step."""
+    call, chosen = part.call, torch.zeros_like(open_)
     spans = part.generated.shape[1] - part.generated.flip(1).long().argmax(-1) - part.start
     for index in rows_alike(num_steps, spans):
         column = part.start[index, None] + torch.arange(int(spans[index[0]]), device=rows.device)
         eligible = open_[index].gather(1, column)
         at = eligible.nonzero(as_tuple=True)
-        logits = states.logits((index[at[0]], column[at])).float()
-        probs = without_tokens(logits, call.mask_token_id, forbidden).log_softmax(-1).exp()
-        probs = probs.new_zeros(*column.shape, probs.shape[-1]).index_put_(at, probs)
-        chosen[index[:, None], column] = choose(
-            settings,
-            probs.amax(-1),
-            lambda: probs,  # noqa: B023  (called at once)
+        logits = states.logits((index[at[0]], column[at]))
+        logits = without_tokens(logits, call.mask_token_id, model.config.forbidden_token_ids)
+        logits = logits.new_zeros(*column.shape, logits.shape[-1]).index_put_(at, logits)
+        call.scheduler.set_timesteps(int(num_steps[index[0]]))
+        chosen[index[:, None], column] = call.scheduler.select_positions(
+            logits,
+            call.scheduler.timesteps[number],
             eligible,
-            at_least[index],
-            _of_rows(call.generator, rows[index]),
+            generator=_of_rows(call.generator, rows[index]),
         )
     return chosen
 

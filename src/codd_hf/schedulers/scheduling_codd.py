@@ -20,14 +20,15 @@ from ..checks.arguments import (
     shown,
     token_id,
     token_ids,
+    without_left_fields,
 )
 from ..circuits import CoupledCategorical
 from ..circuits.factorized import without_circuit, without_tokens
 from ..circuits.random import Generators, uniform
 from .drawing import CoDDSchedulerOutput, RowText, StepDraw
 from .remasking import CommitMemory, take_back
-from .settings import DrawSettings
-from .strategies import even_pace
+from .settings import LEFT, DrawSettings
+from .strategies import choose, even_pace
 
 MOST_STEPS = 1 << 20
 """More would only hold memory: a step commits a token at least."""
@@ -77,7 +78,8 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             TypeError: a field is unknown.
             ValueError: a value is of the wrong type or out of range.
         """
-        stored = {name: config[name] for name in config if not name.startswith("_")}
+        config = without_left_fields(config, LEFT, f"a configuration of {cls.__name__}")
+        stored = {name: value for name, value in config.items() if not name.startswith("_")}
         scheduler = cls(**{**stored, **kwargs})
         return (scheduler, {}) if return_unused_kwargs else scheduler
 
@@ -190,6 +192,40 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             output.prev_sample = output.prev_sample.masked_fill(back, self._mask_token_id())
             output.transfer_index = output.transfer_index & ~back
         return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def select_positions(
+        self,
+        logits: torch.Tensor,
+        timestep: float | torch.Tensor,
+        eligible: torch.Tensor,
+        *,
+        generator: Generators = None,
+        **overrides: Any,
+    ) -> torch.Tensor:
+        """Chooses what a step of the full paradigm commits, by the backbone's prediction alone.
+
+        Of `m` eligible positions these are the `ceil(m / k)` that the strategy ranks highest by
+        their best tokens; `threshold` and `joint` add all whose best token reaches the threshold.
+        The windows of the circuit are laid over them.
+
+        Args:
+            logits (`torch.Tensor` of shape `(batch_size, length, vocab_size)`):
+                Of the backbone, -inf for tokens that must not be drawn.
+            timestep (`float` or `torch.Tensor`): As in `step`.
+            eligible (`torch.BoolTensor` of shape `(batch_size, length)`): Masked positions.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): As in `step`.
+            **overrides: As in `step`.
+        """
+        settings = self.settings.updated(**overrides) if overrides else self.settings
+        eligible = as_tensor("eligible", eligible, bool)
+        vocab_size = as_tensor("logits", logits, float).shape[-1]
+        as_tensor("logits", logits, shape=(*eligible.shape, vocab_size))
+        settings.check_vocabulary(vocab_size)
+        logits = without_tokens(logits.float(), None, settings.forbidden_token_ids)
+        probs = logits.log_softmax(-1).exp()
+        pace = even_pace(eligible, self._steps_left(timestep))
+        return choose(settings, probs.amax(-1), lambda: probs, eligible, pace, generator)
 
     def add_noise(
         self,

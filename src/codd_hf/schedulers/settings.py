@@ -9,6 +9,8 @@ from ..checks.arguments import LARGEST_INTEGER, check_known, list_of_ids
 from ..checks.settings import Range, Settings, Share
 
 LOWEST, HIGHEST = 1e-6, 1e6  # by what float32 can divide logits
+LEFT = {"activation_scope": "window", "confidence": "marginal"}
+"""Settings of version 0.1 that left, each with the value that is the only one now."""
 Factor = Annotated[float, Range(LOWEST, HIGHEST)]
 Strategy = Literal[
     "low_confidence", "margin", "entropy", "random", "left_to_right", "threshold", "joint"
