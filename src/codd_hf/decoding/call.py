@@ -169,6 +169,8 @@ class DecodingCall:
         self.head = model.heads.of_call(head)
         self.scheduler = scheduler.for_call(mask, **settings)
         self.scheduler.settings.check_vocabulary(vocab_size)
+        if self.scheduler.settings.sampling == "factorized":  # in which no circuit takes part
+            self.head = self.head._replace(module=None)
 
 
 CHOICES = tuple(
