@@ -16,7 +16,7 @@ import torch
 from codd_hf import CoDDPipeline
 from codd_hf.checks.errors import printable
 from codd_hf.cli import main
-from codd_hf.cli.terminal import CLEAR, FIRST_SCREEN, SECOND_SCREEN, write_answer
+from codd_hf.cli.common import CLEAR, FIRST_SCREEN, SECOND_SCREEN, write_answer
 from tiny_pipeline import save_tiny_pipeline
 
 LENGTHS = {"gen_length": 16, "block_length": 8, "num_inference_steps": 6}

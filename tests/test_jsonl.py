@@ -23,7 +23,7 @@ from codd_hf.cli import jsonl, main
 from codd_hf.cli.generate import GenerateSettings
 from codd_hf.cli.jsonl import RunFiles
 from codd_hf.data.rows import RowReport, read_rows
-from codd_hf.runtime.journal import append_results
+from codd_hf.runtime.files import append_results
 from tiny_pipeline import save_tiny_pipeline
 
 LENGTHS = {"gen_length": 8, "block_length": 4, "num_inference_steps": 4}

@@ -11,8 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from codd_hf.cli import main
 from codd_hf.data.canvases import Example
-from codd_hf.evaluation import quality
-from codd_hf.evaluation.answering import generate_answers, real_answers
+from codd_hf.evaluation import QualitySettings, quality
 from codd_hf.evaluation.judge import Judge, load_judge
 from codd_hf.evaluation.quality import (
     CHOSEN_AT,
@@ -23,9 +22,10 @@ from codd_hf.evaluation.quality import (
     Problems,
     best,
     find_matches,
+    generate_answers,
     measure_quality,
+    real_answers,
 )
-from codd_hf.evaluation.settings import QualitySettings
 from codd_hf.evaluation.statistics import Estimate
 from tiny import SENTENCES
 from tiny_pipeline import save_tiny_pipeline, tiny_pipeline

@@ -28,18 +28,17 @@ def test_the_command_writes_a_head(tmp_path, capsys):
     arguments += ["--base-model", "GSAI-ML/LLaDA-8B-Instruct"]
     assert main(["convert", SOURCE, str(folder), *arguments]) == 0
     assert "8 states, window 6, 20 tokens, alpha 1" in capsys.readouterr().out
+    assert "cat_hmm.jpc" in (folder / "README.md").read_text()
     config = CoDDHead.from_pretrained(folder).config
     assert (config.alpha, config.mask_token_id) == (1, 19)
     assert config.base_model_name_or_path == "GSAI-ML/LLaDA-8B-Instruct"
 
 
-def test_a_folder_that_is_not_empty_is_left_alone_unless_it_may_be_overwritten(tmp_path, capsys):
+def test_a_folder_that_is_not_empty_is_left_alone(tmp_path, capsys):
     (tmp_path / "README.md").write_text("mine")
-    assert "or not empty: give a new folder, or pass" in failure(capsys, SOURCE, str(tmp_path))
+    assert "or not empty: give a new folder." in failure(capsys, SOURCE, str(tmp_path))
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
-    assert main(["convert", SOURCE, str(tmp_path), "--overwrite"]) == 0
-    assert "cat_hmm.jpc" in (tmp_path / "README.md").read_text()
-    assert "is a file, or not empty" in failure(capsys, SOURCE, str(tmp_path / "config.json"))
+    assert "is a file, or not empty" in failure(capsys, SOURCE, str(tmp_path / "README.md"))
 
 
 def test_a_push_asks_for_a_licence_before_anything_is_done(tmp_path, capsys):

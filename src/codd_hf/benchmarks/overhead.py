@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from ..runtime.precision import computes_bf16
 from ..runtime.report import Report
 from . import Options
-from .head_case import HeadCase, head_cases
+from .head_step import HeadCase, head_cases
 from .timing import Side, median_seconds
 
 SEQUENCE, LAYERS = 512, 32

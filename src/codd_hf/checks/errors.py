@@ -22,6 +22,11 @@ def printable(text: str) -> str:
     return CONTROLS.sub("", text)
 
 
+def one_line(text: str) -> str:
+    """A text in one line, of characters that cannot control the terminal."""
+    return printable(" ".join(text.split()))
+
+
 def is_of_a_library(error: BaseException) -> bool:
     """Whether a library raised an exception: outside this package, or of a type of its own."""
     kind = type(error).__module__.partition(".")[0]
@@ -34,7 +39,7 @@ def is_of_a_library(error: BaseException) -> bool:
 
 def reason(error: BaseException) -> str:
     """What an exception says, in one short line, with its type where the text alone says little."""
-    text = printable(" ".join(str(error).split())).rstrip(". ")
+    text = one_line(str(error)).rstrip(". ")
     if isinstance(error, OSError):
         text = text.partition(". ")[0]  # transformers goes on for paragraphs
     elif not isinstance(error, ValueError) and type(error).__module__ == "builtins":

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import dis
 import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
+from ..checks.errors import innermost, one_line, printable
 from . import bench, chat, convert, demo, evaluate, generate, train
-from .messages import report
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
@@ -19,6 +21,8 @@ COMMANDS = {
 }
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 INTERRUPTED = 128 + 2  # what shells say of a program that SIGINT ended
+RAISE = dis.opmap["RAISE_VARARGS"]
+REFUSALS = (ValueError, TypeError, FloatingPointError, ImportError)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,3 +86,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         report(error, args.command, args.debug)
         return 1
     return 0
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an exception is about a user's value, a file or the machine; else it is a bug.
+
+    A check refuses with a `raise` statement; an accident (`None + 1`, a missing key) is raised by
+    the interpreter. What libraries raise while they read a file is a refusal already (see
+    `checks.errors`).
+    """
+    if isinstance(error, (OSError, MemoryError)):
+        return True
+    if isinstance(error, RuntimeError):
+        # torch has no type of its own for memory that a processor lacks.
+        from accelerate.utils.memory import should_reduce_batch_size
+
+        return should_reduce_batch_size(error)
+    last = innermost(error)
+    on_purpose = last is None or last.tb_frame.f_code.co_code[last.tb_lasti] == RAISE
+    return isinstance(error, REFUSALS) and on_purpose
+
+
+def report(error: BaseException, command: str, debug: bool = False) -> None:
+    """Prints an error of a command to standard error: one line, or a bug with its traceback."""
+    refusal, shown = is_refusal(error), traceback.format_exception(error)
+    traceback.clear_frames(error.__traceback__)  # progress bars write their last before the line
+    if debug or not refusal:
+        print(printable("".join(shown)), file=sys.stderr)
+    line = f"error: {one_line(str(error)) or type(error).__name__}"
+    if not refusal:
+        line = "this is a bug in codd-hf: please report it to the project, with the lines above."
+    print(f"codd-hf {command}: {line}", file=sys.stderr)

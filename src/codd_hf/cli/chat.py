@@ -8,10 +8,9 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 
-from ..checks.errors import reading
+from ..checks.errors import one_line, reading
 from ..checks.settings import Seed, Settings
-from .common import add_flags, decoding_arguments, load_pipeline, settings_from
-from .messages import one_line
+from .common import add_flags, decoding_arguments, load_pipeline, settings_from, write_answer
 
 EXAMPLE = """example:
   codd-hf chat --model me/my-coupled-model --num-inference-steps 16
@@ -38,8 +37,6 @@ def run(args: argparse.Namespace) -> None:
     """Answers line after line."""
     settings = settings_from(args, ChatSettings)
     import torch
-
-    from .terminal import write_answer
 
     pipeline = load_pipeline(settings.model)
     pipeline.set_progress_bar_config(disable=True)

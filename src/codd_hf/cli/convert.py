@@ -31,8 +31,6 @@ class ConvertSettings(Settings):
     """the backbone's mask token"""
     base_model: str | None = None
     """id of the backbone that the circuit belongs to"""
-    overwrite: bool = False
-    """write into the output though it is not empty"""
     push_to_hub: str | None = None
     """upload the head to this repository"""
     license: str | None = None
@@ -59,7 +57,6 @@ def run(args: argparse.Namespace) -> None:
         alpha=settings.alpha,
         mask_token_id=settings.mask_token_id,
         base_model_name_or_path=settings.base_model,
-        overwrite=settings.overwrite,
     )
     config = head.config
     print(

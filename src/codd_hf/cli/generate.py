@@ -11,7 +11,7 @@ from typing import Any
 
 from ..checks.errors import printable, reading
 from ..checks.settings import Count, Seed, Settings
-from .common import add_flags, decoding_arguments, load_pipeline, settings_from
+from .common import add_flags, decoding_arguments, load_pipeline, settings_from, write_answer
 
 EXAMPLE = """example:
   codd-hf generate "Tom has 3 boxes of 12 eggs. He sells 10 eggs. How many eggs are left?" \\
@@ -77,8 +77,6 @@ def run(args: argparse.Namespace) -> None:
         _run_on_file(settings, call)
         return
     import torch
-
-    from .terminal import write_answer
 
     with reading("Standard input"):
         prompts = settings.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]

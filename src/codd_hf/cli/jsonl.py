@@ -28,8 +28,7 @@ from ..data.rows import BadRowError, Row, RowReport, read_rows
 from ..data.sources import PROMPT_COLUMNS
 from ..decoding.choices import SETTINGS
 from ..pipelines.pipeline_codd import CoDDPipeline
-from ..runtime.files import atomic_write, make_durable
-from ..runtime.journal import append_results, read_results
+from ..runtime.files import append_results, atomic_write, make_durable, read_results
 from ..runtime.locks import locked
 from .generate import GenerateSettings
 

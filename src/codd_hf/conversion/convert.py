@@ -33,7 +33,6 @@ def convert_jpc(
     mask_token_id: int | None = None,
     forbidden_token_ids: list[int] | None = None,
     base_model_name_or_path: str | None = None,
-    overwrite: bool = False,
     **hub: Any,
 ) -> CoDDHead:
     """Makes a head of a hidden Markov model that PyJuice saved (`.jpc`, a pickle).
@@ -50,7 +49,6 @@ def convert_jpc(
         mask_token_id: as in [`CoDDHeadConfig`], and so the next two.
         forbidden_token_ids: further tokens that are never generated.
         base_model_name_or_path: the backbone that the circuit belongs to.
-        overwrite: write into `output` though it has files; its model card is replaced as well.
         **hub: where and how to download, as in transformers; `model.jpc` is in `subfolder`.
 
     Raises:
@@ -59,12 +57,9 @@ def convert_jpc(
     """
     number("alpha", alpha, least=0)
     if output is not None:
-        there = Path(output).exists()
-        if there and (not Path(output).is_dir() or (any(Path(output).iterdir()) and not overwrite)):
-            raise FileExistsError(
-                f"`output` {str(output)!r} is a file, or not empty: give a new folder, or pass "
-                "`overwrite=True` (`--overwrite`)."
-            )
+        folder = Path(output)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(f"`output` {output} is a file, or not empty: give a new folder.")
     path, name = _find(source, hub)
     with path.open("rb") as file:
         try:
@@ -92,7 +87,6 @@ def convert_jpc(
         f"{name} (PyJuice; SHA-256 `{digest}`; licence of the source: unknown)"
     )
     if output is not None:
-        (Path(output) / "README.md").unlink(missing_ok=True)  # only there with `overwrite`
         head.save_pretrained(output)
     return head
 

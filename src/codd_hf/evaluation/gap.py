@@ -35,7 +35,7 @@ from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.report import Report
-from .settings import FACTORIZED, GapSettings
+from . import FACTORIZED, GapSettings
 from .statistics import mean
 
 SMALLEST_GAP = 0.05

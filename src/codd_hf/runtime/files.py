@@ -1,12 +1,12 @@
-"""Files that are whole or not there: written beside their place, made durable, then renamed."""
+"""Files that survive a kill: whole or not there, or journals of results that only grow."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ NO_ROOM = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, which takes the place of `path` when the block ends well."""
+    """Gives a path beside `path` to write to, which takes its place when the block ends well."""
     new = path.with_name(path.name + ".new")
     try:
         yield new
@@ -52,3 +52,25 @@ def make_durable(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def append_results(path: Path, results: Iterable[tuple[str | int, Any]]) -> None:
+    """Adds results, each with its key, and returns when they are on the disk."""
+    # A line begins with its break, so that one that a kill tore ends there.
+    data = "".join("\n" + json.dumps(result) for result in results).encode()
+    # In one unbuffered write: a process that a kill left over may write to the same file.
+    with path.open("ab", buffering=0) as file:
+        if file.write(data) < len(data):
+            raise OSError(f"{str(path)!r} could not be written: is the disk full?")
+        os.fsync(file.fileno())
+    make_durable(path.parent)
+
+
+def read_results(path: Path) -> dict[str | int, Any]:
+    """The results by key; torn lines are passed over."""
+    found: dict[str | int, Any] = {}
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError, TypeError):
+            key, result = json.loads(line)
+            found.setdefault(key, result)
+    return found

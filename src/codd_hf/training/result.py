@@ -14,8 +14,8 @@ from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..evaluation import GapSettings
 from ..evaluation.gap import measure_gap
-from ..evaluation.settings import GapSettings
 from ..hub.cards import REWRITTEN, make_card
 from ..hub.publishing import CARD, push_folder
 from ..hub.repositories import is_local, reaching_hub
