@@ -168,7 +168,7 @@ def folder(tmp_path_factory):
         ["evaluate", "quality", "--judge", "x", "--batch-size", "-3"],
         ["generate", "--batch-size", "0"],
         ["bench", "all", "--seed", "1.5"],
-        ["bench", "head-step", "--threads", "0"],
+        ["bench", "head-step", "--repeats", "0"],
         ["bench", "overhead", "--vocabularies", "0"],
         ["bench", "overhead", "--device", "abacus"],
     ],

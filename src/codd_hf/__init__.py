@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .circuits import Potentials as Potentials
     from .configuration_codd import CoDDConfig as CoDDConfig
     from .configuration_codd import CoDDHeadConfig as CoDDHeadConfig
-    from .hub.defaults import default_model as default_model
+    from .hub.repositories import default_model as default_model
     from .modeling_codd import CoDDModel as CoDDModel
     from .modeling_codd import CoDDOutput as CoDDOutput
     from .modeling_head import CoDDHead as CoDDHead
@@ -35,7 +35,7 @@ _EXPORTS = {
     "CoDDSchedulerOutput": "schedulers.scheduling_codd",
     "CoupledCategorical": "circuits",
     "Potentials": "circuits",
-    "default_model": "hub.defaults",
+    "default_model": "hub.repositories",
 }
 __all__ = ["__version__", *_EXPORTS]
 

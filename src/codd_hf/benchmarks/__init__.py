@@ -26,8 +26,6 @@ class Options(Settings):
     """Tiny sizes, to see that it works; their figures mean nothing."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the head and the backbone are."""
-    threads: Annotated[int, Range(1, 4096)] | None = None
-    """The threads of torch; default: its choice."""
     batch_size: Count | None = None
     """Rows at once; default: each benchmark's."""
     vocabularies: list[Annotated[int, Range(128)]] = field(default_factory=list)

@@ -17,7 +17,7 @@ import torch
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
 
 from ..data.sources import load_examples
-from ..hub.defaults import default_model
+from ..hub.repositories import default_model
 from ..pipelines import CoDDPipeline
 from ..runtime.report import Report
 from . import Options

@@ -11,7 +11,7 @@ from .common import add_flags, check_writable, quiet_loading, settings_from, wri
 
 EXAMPLE = """example:
   codd-hf bench overhead --vocabularies 8192 32768 126464
-  codd-hf bench head-step --threads 2 --output head-step.json
+  codd-hf bench head-step --output head-step.json
   codd-hf bench all --quick
 
 """ + "\n".join(f"{name}: {text}." for name, text in BENCHMARKS.items())
@@ -31,8 +31,6 @@ def run(args: argparse.Namespace) -> None:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("`--device` is 'cuda', but torch finds no GPU here.")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     quiet_loading()
     reports = {}
     for name in list(BENCHMARKS) if args.name == "all" else [args.name]:

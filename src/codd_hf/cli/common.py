@@ -75,12 +75,11 @@ def add_flags(
         positional: names of settings that are arguments without dashes.
         decoding: whether lengths, passes and draw settings follow (default: the model's own).
     """
-    settings = settings_of(kind)
-    for name in positional:
-        add_flag(parser, name, settings[name])
-    for name in [name for name in settings if name not in positional]:
-        options = {"required": True} if settings[name].default is MISSING else {}
-        add_flag(parser, flag_of(name), settings[name], **options)
+    for name, setting in settings_of(kind).items():
+        if name in positional:
+            add_flag(parser, name, setting)
+        else:
+            add_flag(parser, flag_of(name), setting, required=setting.default is MISSING)
     for name, setting in DECODING.items() if decoding else ():
         add_flag(parser, flag_of(name), replace(setting, default=None), default=None)
 
@@ -112,7 +111,7 @@ def load_pipeline(name: str | None, device: torch.device | None = None) -> CoDDP
     """
     import torch
 
-    from ..hub.defaults import default_model
+    from ..hub.repositories import default_model
     from ..pipelines.pipeline_codd import CoDDPipeline
 
     quiet_loading()

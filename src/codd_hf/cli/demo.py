@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ..data.sources import load_examples
-    from ..hub.defaults import default_model
+    from ..hub.repositories import default_model
 
     examples = load_examples(Path(settings.model or default_model(), "demo.jsonl"))
     questions = [example.prompt for example in examples[: settings.num_questions]]

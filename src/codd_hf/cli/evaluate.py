@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     settings = settings_from(args, MEASURES[args.measure])
     check_writable(settings.output)
     from ..data.sources import load_examples
-    from ..hub.defaults import default_model
+    from ..hub.repositories import default_model
 
     pipeline = load_pipeline(settings.model)
     if pipeline.model.coupling_head is None:

@@ -85,7 +85,9 @@ def answer_jsonl(
             return 0, report
         state.wait_for_everyone()
         if state.is_main_process:
-            files.begin()
+            files.folder.mkdir(exist_ok=True)
+            with atomic_write(files.about) as new:  # nothing is answered yet
+                new.write_text(files.run)
         state.wait_for_everyone()
         done, part = files.answers(), files.folder / f"part-{state.process_index:05d}.jsonl"
         append_results(part, [(i, None) for i in mine if i not in good and i not in done])
@@ -151,12 +153,6 @@ class RunFiles:
             self.tidy()  # a run may have been killed before it came to this
         return self.output.exists()
 
-    def begin(self) -> None:
-        """Makes the folder of the parts and says what the run is; nothing is answered yet."""
-        self.folder.mkdir(exist_ok=True)
-        with atomic_write(self.about) as new:
-            new.write_text(self.run)
-
     def answers(self) -> dict[str | int, str | None]:
         """The texts of the rows that are done; None where a row was left out."""
         found: dict[str | int, str | None] = {}
@@ -171,12 +167,13 @@ class RunFiles:
             answers = self.answers()
             if len(answers) < len(rows) or self.about.read_text() != self.run:
                 return
-            with merged.open("wb") as file:
-                for i, (_, row) in enumerate(rows):
-                    if answers[i] is not None and isinstance(row, dict):
-                        line = json.dumps({**row, output_column: answers[i]}, ensure_ascii=False)
-                        # Half of a surrogate pair becomes JSON's escape of it.
-                        file.write(f"{line}\n".encode(errors="backslashreplace"))
+            answered = [
+                json.dumps({**row, output_column: answers[i]}, ensure_ascii=False) + "\n"
+                for i, (_, row) in enumerate(rows)
+                if answers[i] is not None and isinstance(row, dict)
+            ]
+            # Half of a surrogate pair becomes JSON's escape of it.
+            merged.write_bytes("".join(answered).encode(errors="backslashreplace"))
             make_durable(merged)
             merged.replace(self.output)
             make_durable(self.output.parent)

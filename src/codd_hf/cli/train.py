@@ -104,13 +104,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
     """The values that flags and `--set` give, by names."""
-    values = {}
-    for name in (name for name in FLAGS if hasattr(args, name)):
-        given = getattr(args, name)
-        values[name] = from_text(name, given) if isinstance(given, str) else given
+    given = {name: getattr(args, name) for name in FLAGS if hasattr(args, name)}
     for pair in args.set:
-        name, equals, text = pair.partition("=")
-        if not equals:
+        if "=" not in pair:
             raise ValueError(f"`--set` must be NAME=VALUE, got {pair!r}.")
-        values[name.strip()] = from_text(name.strip(), text)
-    return values
+        name, _, text = pair.partition("=")
+        given[name.strip()] = text
+    return {n: from_text(n, v) if isinstance(v, str) else v for n, v in given.items()}

@@ -30,7 +30,7 @@ from ..data.canvases import (
 )
 from ..data.rows import RowReport
 from ..data.sources import Example
-from ..hub.defaults import default_model
+from ..hub.repositories import default_model
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
 from ..pipelines.pipeline_codd import CoDDPipeline

@@ -99,7 +99,7 @@ def generate_answers(
     started = time.perf_counter()
     for start in range(0, len(questions), size):
         batch = slice(start, start + size)
-        output = pipeline(
+        output: Any = pipeline(
             list(questions[batch]),
             gen_length=length,
             block_length=window,
@@ -107,12 +107,10 @@ def generate_answers(
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[batch]],
             **draw,
         )
-        assert output.texts is not None
-        assert output.passes_per_row is not None
         texts += output.texts
         used += output.passes_per_row.tolist()
-        for row in output.sequences.tolist():
-            tokens.append(list(takewhile(lambda token: token not in ends, row)))
+        rows = output.sequences.tolist()
+        tokens += [list(takewhile(lambda token: token not in ends, row)) for row in rows]
     return Answers(texts, tokens, used, time.perf_counter() - started)
 
 

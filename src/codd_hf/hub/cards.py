@@ -24,16 +24,17 @@ TEMPLATE = """\
 
 # {{ title }}
 
-{% if parts -%}
-{{ kind }} with a small tractable circuit. As in
+{% if head is not none -%}
+{{ "A head" if alone else "A diffusion language model" }} with a small tractable circuit. As in
 [Coupled Discrete Diffusion](https://arxiv.org/abs/2603.00045), the circuit multiplies the
 predictions of the language model; the product is an exact joint distribution over a window of
 tokens, so that tokens decoded in the same step agree with one another.
 
 | | |
 | --- | --- |
-{%- for name, value in parts %}
-| {{ name }} | {{ value }} |
+| circuit | hidden Markov model of {{ "{:,}".format(head.num_parameters()) }} parameters |
+{%- for name in fields %}
+| `{{ name }}` | {{ head.config[name] }} |
 {%- endfor %}
 {%- else -%}
 A diffusion language model in the format of codd-hf, without a circuit: tokens that are decoded in
@@ -45,22 +46,41 @@ the same step are drawn independently.
 With the package codd-hf:
 
 ```python
-{{ usage }}
+{% if tokenizer is not none -%}
+from codd_hf import CoDDPipeline
+
+pipe = CoDDPipeline.from_pretrained("{{ repo_id }}")
+output = pipe("Once upon a time", gen_length=32, num_inference_steps=8)
+print(output.texts[0])
+{%- else -%}
+from codd_hf import CoDDModel
+
+{% if alone and not base_model -%}
+model = CoDDModel.from_backbone("id/of-the-backbone", head="{{ repo_id }}")
+{%- else -%}
+model = CoDDModel.from_pretrained("{{ repo_id }}")
+{%- endif %}
+{%- endif %}
 ```
 
 ## Where it comes from
 
-- Backbone: {{ origin or unknown }}.
+{% set unknown = "see below" if training else "not recorded" -%}
+- Backbone: {% if base_model -%}
+[{{ base_model }}](https://huggingface.co/{{ base_model }})
+{%- if revision %}, revision `{{ revision }}`{% endif %}
+{%- else %}{{ unknown }}{% endif %}.
 {%- if source %}
 - The circuit was converted from {{ source }}.
 {%- endif %}
-- Training data: {{ data_sets | join(", ") or unknown }}.
+- Training data: {{ ([datasets] if datasets is string else datasets) | join(", ") or unknown }}.
 - Licence: {{ license or "not stated" }}.
 {%- if results %}
 
 ## Results
-
-{{ results }}
+{% for r in results %}
+- {{ r.dataset_name }}: {{ r.metric_name or r.metric_type }} {{ r.metric_value }}
+{%- endfor %}
 {%- endif %}
 {%- if training %}
 
@@ -71,6 +91,12 @@ With the package codd-hf:
 {{ rewritten }}
 {%- endif %}
 """
+
+
+def head_of(part: Any) -> Any:
+    """The head of a pipeline or a model, None if it has none; a head's is itself."""
+    model = getattr(part, "model", part)
+    return getattr(model, "coupling_head", model)
 
 
 def make_card(
@@ -94,23 +120,16 @@ def make_card(
         tags: further tags.
         training: a text on the training, in Markdown; the next training may replace the card.
     """
-    model, title = getattr(part, "model", part), repo_id.split("/")[-1]
-    head, backbone = getattr(model, "coupling_head", model), getattr(model, "backbone", None)
-    names = [] if backbone is None else [backbone.config._name_or_path]
-    parts, revision = {}, None
-    if head is not None:
-        names.insert(0, head.config.base_model_name_or_path)
-        revision = head.config.base_model_revision
-        parts["circuit"] = f"hidden Markov model of {head.num_parameters():,} parameters"
-        parts |= {f"`{name}`": getattr(head.config, name) for name in FIELDS}
+    head, title = head_of(part), repo_id.split("/")[-1]
+    alone, backbone = head is part, getattr(getattr(part, "model", part), "backbone", None)
+    names = [] if head is None else [head.config.base_model_name_or_path]
+    names += [] if backbone is None else [backbone.config._name_or_path]
     ids = (name for name in names if name and HUB_ID.fullmatch(name) and not is_local(name))
     base = next(ids, None)
-    origin = f"[{base}](https://huggingface.co/{base})" if base else None
-    if origin and revision:
-        origin += f", revision `{revision}`"
     data = ModelCardData(
         license=license,
         base_model=base,
+        base_model_relation="adapter" if alone and base else None,
         datasets=datasets,
         eval_results=eval_results,
         model_name=title if eval_results else None,
@@ -118,34 +137,21 @@ def make_card(
         pipeline_tag="text-generation",
         tags=[*TAGS, *(tags or [])],
     )
-    if head is model and base is not None:
-        data["base_model_relation"] = "adapter"
-    results = (
-        f"- {r.dataset_name}: {r.metric_name or r.metric_type} {r.metric_value}"
-        for r in eval_results or ()
-    )
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE,
         title=title,
-        kind="A head" if head is model else "A diffusion language model",
-        parts=parts.items(),
-        usage=_usage(part, repo_id, has_base=base is not None or head is not model),
-        origin=origin,
-        source=source_of(part),
-        data_sets=[datasets] if isinstance(datasets, str) else datasets or [],
-        results="\n".join(results),
+        repo_id=repo_id,
+        head=head,
+        alone=alone,
+        fields=FIELDS,
+        tokenizer=getattr(part, "tokenizer", None),
+        revision=None if head is None else head.config.base_model_revision,
+        source=None if head is None else head.config.converted_from,
+        results=eval_results,
         training=training,
-        unknown="not recorded" if training is None else "see below",
         rewritten=REWRITTEN,
     )
-
-
-def source_of(part: Any) -> str | None:
-    """The circuit that the head of a part was converted from, if it was."""
-    model = getattr(part, "model", part)
-    head = getattr(model, "coupling_head", model)
-    return None if head is None else head.config.converted_from
 
 
 def complete_card(card: ModelCard, new: ModelCard) -> ModelCard:
@@ -167,18 +173,3 @@ def complete_card(card: ModelCard, new: ModelCard) -> ModelCard:
     tags = [*(card.data.get("tags") or []), *new.data["tags"]]
     card.data["tags"] = list(dict.fromkeys(tags))
     return card
-
-
-def _usage(part: Any, repo_id: str, has_base: bool) -> str:
-    """Lines of code that load the part."""
-    if getattr(part, "tokenizer", None) is not None:
-        return (
-            "from codd_hf import CoDDPipeline\n\n"
-            f'pipe = CoDDPipeline.from_pretrained("{repo_id}")\n'
-            'output = pipe("Once upon a time", gen_length=32, num_inference_steps=8)\n'
-            "print(output.texts[0])"
-        )
-    load = f'from_pretrained("{repo_id}")'
-    if not has_base:
-        load = f'from_backbone("id/of-the-backbone", head="{repo_id}")'
-    return f"from codd_hf import CoDDModel\n\nmodel = CoDDModel.{load}"

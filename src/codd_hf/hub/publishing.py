@@ -9,19 +9,16 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError
 
-from .cards import complete_card, make_card, source_of
+from .cards import complete_card, head_of, make_card
 from .repositories import is_local, reaching_hub
 
 CARD = "README.md"
@@ -85,15 +82,16 @@ class Publishing:
 def push(part: Any, save: Callable[[Path], None], repo_id: str, **given: Any) -> CommitInfo:
     """Uploads what `save` writes of a part into a folder; `given` as for `push_to_hub`."""
     facts = {key: given.pop(key) for key in FACTS if key in given}
-    private, token = given.get("private"), given.get("token")
+    head, private, token = head_of(part), given.get("private"), given.get("token")
+    source = None if head is None else head.config.converted_from
     api = HfApi(token=token, library_name="codd-hf")
     if "/" not in repo_id:
         repo_id = f"{api.whoami()['name']}/{repo_id}"
     # A repository that was there before may be public.
     public = not private or (api.repo_exists(repo_id) and not api.model_info(repo_id).private)
-    if public and source_of(part) is not None and facts.get("license") is None:
+    if public and source is not None and facts.get("license") is None:
         raise ValueError(
-            f"The circuit was converted from {source_of(part)}: to make it public give its licence "
+            f"The circuit was converted from {source}: to make it public give its licence "
             "(`license=...`), or push with `private=True` to a private repository."
         )
     with TemporaryDirectory() as folder:
@@ -119,18 +117,13 @@ def push_folder(
     """
     api = HfApi(token=token, library_name="codd-hf")
     card = ModelCard.load(folder / CARD)
-    for where in (revision, None):  # a new branch starts with the main one's card
-        try:
-            present = ModelCard.load(api.hf_hub_download(repo_id, CARD, revision=where))
-        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
-            continue
-        card = complete_card(present, card)
-        break
-    card.validate()
-    card.save(folder / CARD)
+    card.validate()  # before there is a repository
     repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
+    with suppress(EntryNotFoundError):
+        present = ModelCard.load(api.hf_hub_download(repo_id, CARD, revision=revision))
+        complete_card(present, card).save(folder / CARD)
     return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, **upload)
 
 

@@ -203,6 +203,15 @@ def locate(name: str, kwargs: dict[str, Any] | None = None) -> Repository:
     return repository
 
 
+def default_model() -> str:
+    """Path of the embedded pipeline: a 4 M-parameter diffusion LM of grade-school arithmetic.
+
+    It holds `model/`, `scheduler/`, `tokenizer/`, the head before its conditional fit in `stage1/`,
+    and held-out problems, in `test.jsonl` and `demo.jsonl`.
+    """
+    return str(Path(__file__).parents[1] / "default_model")
+
+
 @contextmanager
 def explain_load_errors(repository: Repository) -> Iterator[None]:
     """A door at which a library loads from a repository; one sentence where that fails.
