@@ -262,7 +262,7 @@ def test_judge_that_cannot_be_had_is_one_line(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--set", "dtype=int8"], "`dtype` must be"),
+        (["--set", "conditional.mixed_precision=int8"], "`mixed_precision` must be"),
         (["--set", "emission=x"], "`emission` must be one of"),
         (["--conditioning", "x"], "`conditioning` must"),
         (["--window-length", "1"], "`window_length` must be"),
