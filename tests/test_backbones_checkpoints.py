@@ -154,7 +154,7 @@ def test_sharded_bfloat16_checkpoint_in_a_subfolder_loads(tmp_path):
     model = CoDDModel.from_backbone(tmp_path, subfolder="part")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     logits = model(expected(kind)["input_ids"]).logits
-    assert torch.equal(logits.argmax(-1), expected(kind)["logits"].argmax(-1))
+    assert torch.allclose(logits.float(), expected(kind)["logits"], atol=0.1)
     exact = CoDDModel.from_backbone(tmp_path, subfolder="part", dtype=torch.float32)
     assert exact.backbone.dtype == torch.float32
     assert (exact(expected(kind)["input_ids"]).logits - expected(kind)["logits"]).abs().max() < 0.1
@@ -217,7 +217,7 @@ def test_llada_option_that_llama_lacks_is_an_error_that_names_it(tmp_path):
         CoDDModel.from_backbone(folder)
 
 
-def test_other_layout_under_the_name_of_llada_asks_before_its_code_runs(tmp_path):
+def test_other_layout_under_the_name_of_llada_is_refused_and_its_code_does_not_run(tmp_path):
     classes = {"AutoConfig": "configuration_moe.Config"}
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "llada", "hidden_size": 8, "auto_map": classes})

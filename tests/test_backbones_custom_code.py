@@ -1,9 +1,7 @@
-"""Promises of backbones with their own code, and of the page on adding a family."""
+"""Promises of backbones whose class is not of transformers, and of the page on adding a family."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
 import re
 import shutil
@@ -14,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import (
-    AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
 
-from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler, backbones
+from codd_hf import CoDDConfig, CoDDModel, CoDDPipeline, CoDDScheduler, backbones
 from tiny import random_head
 
 CODE = Path(__file__).parent / "fixtures" / "custom_code"
@@ -72,6 +70,11 @@ def custom_repository(folder: Path, num_hidden_layers: int = 1, **config) -> Pat
     return folder
 
 
+def loaded(folder: Path):
+    """The backbone as its user loads it."""
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+
 def padded(ids: torch.Tensor, side: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The first row behind or before two positions of padding, the second as long without."""
     zeros = torch.zeros(2, dtype=torch.long)
@@ -80,49 +83,41 @@ def padded(ids: torch.Tensor, side: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack((row, ids[1])), torch.stack((mask, torch.ones_like(mask)))
 
 
-def test_code_of_a_backbone_asks_for_the_switch(repository, tmp_path):
-    with pytest.raises(ValueError, match=r"'blocky'\) brings its own code.*trust_remote_code=True"):
-        CoDDModel.from_backbone(repository)
+@pytest.mark.parametrize("trust", [{}, {"trust_remote_code": True}])
+def test_backbone_with_code_is_refused_by_name_and_nothing_of_it_runs(trust, repository, tmp_path):
+    remedy = rf"'blocky'\) brings its own code, .*from_pretrained\('{repository}', trust_remote"
     head = random_head(base_model_name_or_path=str(repository))
     head.save_pretrained(tmp_path / "head")
-    with pytest.raises(ValueError, match="own code"):
-        CoDDModel.from_pretrained(tmp_path / "head", trust_remote_code=True)
+    for entry, name in (
+        (CoDDModel.from_backbone, repository),
+        (CoDDModel.from_pretrained, tmp_path / "head"),
+        (CoDDPipeline.from_pretrained, repository),
+    ):
+        with pytest.raises(ValueError, match=remedy):
+            entry(name, **trust)
+    config = json.loads((repository / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"`text_config.model_type` .* given with the head to `Co"):
+        CoDDConfig(text_config=config)
     assert not any(n.startswith("transformers_modules.") for n in sys.modules)
 
 
-def test_switch_does_not_reach_code_of_another_repository_and_needs_a_model_class(tmp_path):
-    classes = {"AutoConfig": "configuration_blocky.BlockyConfig"}
-    folder = custom_repository(tmp_path / "no class", auto_map=classes)
-    with pytest.raises(ValueError, match="BlockyConfig names no model class"):
-        CoDDModel.from_backbone(folder, trust_remote_code=True)
-    elsewhere = {
-        "AutoConfig": "someone/else--configuration_blocky.BlockyConfig",
-        "AutoModelForCausalLM": "modeling_blocky.BlockyForCausalLM",
-    }
-    folder = custom_repository(tmp_path / "blocky", auto_map=elsewhere)
-    with pytest.raises(ValueError, match="another repository, 'someone/else'"):
-        CoDDModel.from_backbone(folder, trust_remote_code=True)
+@pytest.mark.parametrize("trust", [{}, {"trust_remote_code": True}])
+def test_code_beside_a_model_that_transformers_has_does_not_run(trust, tmp_path):
+    sizes = {"vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    native = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=16))
+    for model, name in ((native, "backbone"), (CoDDModel.from_backbone(native), "whole")):
+        folder = tmp_path / name
+        model.save_pretrained(folder)
+        classes = {kind: "evil.Evil" for kind in ("AutoConfig", "AutoModelForCausalLM")}
+        config = json.loads((folder / "config.json").read_text()) | {"auto_map": classes}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "evil.py").write_text("raise AssertionError('code that nobody asked for ran')")
+    CoDDModel.from_backbone(tmp_path / "backbone", **trust)
+    CoDDModel.from_pretrained(tmp_path / "whole", **trust)
 
 
-def test_switch_does_not_follow_an_adapter_to_the_repository_that_it_names(tmp_path):
-    """Of a repository on the Hub, transformers would take the code of the adapter's base model."""
-    for owner, code in (("evil", "raise AssertionError('code that nobody named ran')"), ("me", "")):
-        repository = tmp_path / f"models--{owner}--blocky"
-        snapshot = custom_repository(repository / "snapshots" / ("0" * 40))
-        with (snapshot / "modeling_blocky.py").open("a") as file:
-            file.write(code)
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text("0" * 40)
-    adapter = {"peft_type": "LORA", "base_model_name_or_path": "evil/blocky"}
-    (snapshot / "adapter_config.json").write_text(json.dumps(adapter))
-    with contextlib.suppress(OSError, ValueError):  # the adapter has no weights
-        CoDDModel.from_backbone(
-            "me/blocky", trust_remote_code=True, cache_dir=tmp_path, local_files_only=True
-        )
-
-
-def test_backbone_with_code_predicts_as_it_does_alone_and_sees_everything(repository):
-    model = CoDDModel.from_backbone(repository, random_head(), trust_remote_code=True)
+def test_object_with_code_predicts_as_it_does_alone_sees_everything_and_decodes(repository):
+    model = CoDDModel.from_backbone(loaded(repository), random_head())
     output = model(IDS)
     alone = model.backbone(IDS, output_hidden_states=True)
     assert torch.equal(output.logits, alone.logits)
@@ -137,9 +132,25 @@ def test_backbone_with_code_predicts_as_it_does_alone_and_sees_everything(reposi
     assert not (generated == 2).any()
 
 
+def test_head_of_an_object_with_code_is_saved_and_joined_again(repository, tmp_path):
+    model = CoDDModel.from_backbone(loaded(repository), random_head())
+    model.save_head(tmp_path / "head")
+    assert not list((tmp_path / "head").glob("*.py"))
+    again = CoDDModel.from_backbone(loaded(repository), tmp_path / "head")
+    expected = model(IDS, coupling="marginal").logits
+    assert torch.equal(again(IDS, coupling="marginal").logits, expected)
+
+
+def test_whole_that_could_not_be_loaded_again_is_not_saved(repository, tmp_path):
+    model = CoDDModel.from_backbone(loaded(repository), random_head())
+    for part in (model, CoDDPipeline(model, CoDDScheduler())):
+        with pytest.raises(ValueError, match=r"'blocky'\) is of a class .* by `save_head`"):
+            part.save_pretrained(tmp_path / "saved")
+
+
 @pytest.mark.parametrize(("side", "block_length"), [("left", None), ("right", BLOCK)])
 def test_padding_changes_nothing_for_a_backbone_with_code(repository, side, block_length):
-    model = CoDDModel.from_backbone(repository, trust_remote_code=True, block_length=block_length)
+    model = CoDDModel.from_backbone(loaded(repository), block_length=block_length)
     ids, mask = padded(IDS, side)
     found = model(ids, attention_mask=mask).logits
     assert torch.allclose(found[0][mask[0].bool()], model(IDS[:1, :5]).logits[0], atol=1e-5)
@@ -148,7 +159,7 @@ def test_padding_changes_nothing_for_a_backbone_with_code(repository, side, bloc
 
 def test_block_causal_pass_is_the_full_pass_over_each_block_and_what_precedes_it(repository):
     """With one layer, keys and values are those of the embeddings, whoever sees them."""
-    model = CoDDModel.from_backbone(repository, trust_remote_code=True, block_length=BLOCK)
+    model = CoDDModel.from_backbone(loaded(repository), block_length=BLOCK)
     found = model(IDS).logits
     for start in range(0, IDS.shape[1], BLOCK):
         cut = model.backbone(IDS[:, : start + BLOCK]).logits
@@ -156,20 +167,10 @@ def test_block_causal_pass_is_the_full_pass_over_each_block_and_what_precedes_it
     assert (found - model.backbone(IDS).logits)[:, :BLOCK].abs().max() > 1e-3
 
 
-def test_known_block_diffusion_model_asks_for_its_block_length(tmp_path):
-    folder = custom_repository(tmp_path / "sdar", model_type="sdar")
-    code = folder / "configuration_blocky.py"
-    code.write_text(code.read_text().replace('"blocky"', '"sdar"'))
-    with pytest.raises(ValueError, match="`block_length` is missing: 'sdar'"):
-        CoDDModel.from_backbone(folder, trust_remote_code=True)
-    model = CoDDModel.from_backbone(folder, trust_remote_code=True, block_length=BLOCK)
-    assert model(IDS).logits.shape == (2, 7, 12)
-
-
 @pytest.mark.parametrize("padding", [None, "left"])
 def test_logits_of_the_next_token_are_lined_up(repository, padding):
-    plain = CoDDModel.from_backbone(repository, trust_remote_code=True)
-    shifted = CoDDModel.from_backbone(repository, trust_remote_code=True, logit_shift=True)
+    plain = CoDDModel.from_backbone(loaded(repository))
+    shifted = CoDDModel.from_backbone(loaded(repository), logit_shift=True)
     ids, mask = (IDS, None) if padding is None else padded(IDS, padding)
     before, after = plain(ids, attention_mask=mask), shifted(ids, attention_mask=mask)
     for row in range(2):
@@ -177,60 +178,6 @@ def test_logits_of_the_next_token_are_lined_up(repository, padding):
         for field in ("logits", "last_hidden_state"):
             old, new = before[field][row][real], after[field][row][real]
             assert torch.allclose(new, torch.cat((old[:1], old[:-1])), atol=1e-5)
-
-
-def test_saved_model_with_code_asks_again_and_loads_from_its_own_folder(tmp_path):
-    repository = custom_repository(tmp_path / "blocky", num_hidden_layers=2)
-    model = CoDDModel.from_backbone(
-        repository, random_head(), trust_remote_code=True, block_length=BLOCK
-    )
-    logits = model(IDS).logits
-    model.save_pretrained(tmp_path / "alone")
-    with pytest.raises(ValueError, match=r"'blocky'; .*CoDDModel.from_pretrained\(\.\.\., trust"):
-        AutoConfig.from_pretrained(tmp_path / "alone", trust_remote_code=True)
-    for name in ("first", "second"):
-        model.save_pretrained(tmp_path / name)
-        shutil.rmtree(repository)
-        names = {"configuration_blocky.py", "modeling_blocky.py", "blocky_layers.py"}
-        assert {file.name for file in (tmp_path / name).glob("*blocky*.py")} == names
-        with pytest.raises(ValueError, match="own code"):
-            CoDDModel.from_pretrained(tmp_path / name)
-        model = CoDDModel.from_pretrained(tmp_path / name, trust_remote_code=True).eval()
-        assert torch.equal(model(IDS).logits, logits)
-        repository = tmp_path / name
-
-
-def test_registered_classes_of_the_user_are_saved_as_code(tmp_path, monkeypatch):
-    shutil.copytree(CODE, tmp_path / "users" / "users_blocky")
-    monkeypatch.syspath_prepend(tmp_path / "users")
-    config_class = importlib.import_module("users_blocky.configuration_blocky").BlockyConfig
-    model_class = importlib.import_module("users_blocky.modeling_blocky").BlockyForCausalLM
-    config_class.register_for_auto_class()
-    model_class.register_for_auto_class("AutoModelForCausalLM")
-    model = CoDDModel.from_backbone(model_class(config_class(mask_token_id=2)), random_head())
-    model.save_pretrained(tmp_path / "saved")
-    loaded = CoDDModel.from_pretrained(tmp_path / "saved", trust_remote_code=True)
-    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-
-
-def test_saved_pipeline_with_code_loads_from_its_own_folder(repository, tmp_path):
-    model = CoDDModel.from_backbone(repository, random_head(), trust_remote_code=True)
-    CoDDPipeline(model, CoDDScheduler()).save_pretrained(tmp_path / "pipeline")
-    shutil.rmtree(repository)
-    with pytest.raises(ValueError, match="own code"):
-        CoDDModel.from_pretrained(tmp_path / "pipeline", subfolder="model")
-    loaded = CoDDModel.from_pretrained(
-        tmp_path / "pipeline", subfolder="model", trust_remote_code=True
-    )
-    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-    with pytest.raises(ValueError, match="own code"):
-        CoDDPipeline.from_pretrained(tmp_path / "pipeline")
-    arguments = {"trust_remote_code": True, "dtype": "bfloat16"}
-    pipe = CoDDPipeline.from_pretrained(tmp_path / "pipeline", **arguments)
-    assert pipe.model.dtype == torch.bfloat16
-    pipe.save_pretrained(tmp_path / "again")
-    pipe = CoDDPipeline.from_pretrained(tmp_path / "again", trust_remote_code=True)
-    assert torch.allclose(pipe.model(IDS).logits.float(), model(IDS).logits, atol=0.5)
 
 
 def test_page_on_adding_a_family_works(tmp_path, monkeypatch):

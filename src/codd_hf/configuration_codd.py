@@ -273,9 +273,9 @@ def _made(name: str, config: Any, known: Mapping[str, type[PreTrainedConfig]]) -
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in known:
         raise ValueError(
-            f"`{name}.model_type` must be one that is known here, got {model_type!r}; with a "
-            "backbone that brings its own code, load the whole by "
-            "`CoDDModel.from_pretrained(..., trust_remote_code=True)`."
+            f"`{name}.model_type` must be one that is known here, got {model_type!r}; a "
+            "backbone that brings its own code is loaded by transformers, and given with the head "
+            "to `CoDDModel.from_backbone`."
         )
     return known[model_type].from_dict(dict(config))
 

@@ -17,13 +17,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .backbones import (
-    family_of,
-    load_backbone,
-    needs_remote_code,
-    nested_custom_config,
-    save_code,
-)
+from .backbones import family_of, is_known, load_backbone
 from .checks.arguments import choice, flag, generators
 from .circuits import CoupledCategorical
 from .circuits.random import Generators
@@ -126,6 +120,8 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
         mask_token_id: int | None = None,
         forbidden_token_ids: list[int] | None = None,
         coupling: str = "none",
+        block_length: int | None = None,
+        logit_shift: bool | None = None,
         **kwargs: Any,
     ) -> CoDDModel:
         """Joins a backbone, a head and a LoRA.
@@ -140,6 +136,10 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
             mask_token_id: defaults to the head's, then the backbone's.
             forbidden_token_ids: tokens that are never generated; defaults to the head's.
             coupling: the `logits` of a forward pass, as in [`CoDDConfig`].
+            block_length: the backbone's attention is block-causal in blocks of so many tokens;
+                default, as its configuration says (`block_length`), or else full attention.
+            logit_shift: whether the backbone's logits at a position are of the next token; default,
+                as its layout or configuration says (`logit_shift`), or else no.
             **kwargs: for [`~codd_hf.backbones.load_backbone`]. `token` and where to cache hold for
                 head and adapter as well.
 
@@ -161,6 +161,9 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
                 "`backbone` must be a transformers model, or the folder or id of one, got "
                 f"{type(model).__name__}."
             )
+        for field, value in (("block_length", block_length), ("logit_shift", logit_shift)):
+            if value is not None:
+                setattr(model.config, field, value)
         family_of(model.config).make_bidirectional(model.config)
         adapter = adapter or adapter_beside(head, shared)
         circuit = None if head is None else load_head(head, model, mask_token_id, **shared)
@@ -191,9 +194,9 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
         Args:
             pretrained_model_name_or_path: a folder or Hub id of a model, of a pipeline (its model
                 is loaded) or of a head.
-            **kwargs: as in transformers. For a head, arguments that grant or choose (`revision`,
-                `token`, `trust_remote_code`) concern the head's repository alone; the backbone gets
-                those that say how to load it (`dtype`, `device_map`, `cache_dir`, ...).
+            **kwargs: as in transformers. For a head, `revision` and `token` concern its repository
+                alone; the backbone gets those that say how to load it (`dtype`, `device_map`,
+                `cache_dir`, ...).
 
         Raises:
             ValueError: a head names no backbone, or one that the user has to name, or the weights
@@ -212,12 +215,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
         with explain_load_errors(repository):
             if given is None:
                 own = {key: kwargs.pop(key) for key in OWN_ARGUMENTS if key in kwargs}
-                fields = repository.config | own
-                text_config, trusted = fields.get("text_config"), kwargs.get("trust_remote_code")
-                if isinstance(text_config, dict) and needs_remote_code(text_config):
-                    nested = nested_custom_config(repository, text_config, trusted)
-                    fields["text_config"] = nested
-                kwargs["config"] = CoDDConfig.from_dict(fields)
+                kwargs["config"] = CoDDConfig.from_dict(repository.config | own)
             config = kwargs["config"]
             unused = family_of(config.text_config).unused_weights
             load: Any = super().from_pretrained
@@ -240,10 +238,18 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
         """Saves the backbone and the default head, and the backbone's LoRA, if any, in `adapter/`.
 
         The arguments are those of transformers and of `push_to_hub`.
+
+        Raises:
+            ValueError: it could not be loaded again: the backbone is of a class of its own.
         """
+        if not is_known(self.backbone.config):
+            raise ValueError(
+                f"The backbone (model type {self.backbone.config.model_type!r}) is of a class that "
+                "transformers does not have, so that the whole could not be loaded: share the head "
+                "by `save_head`."
+            )
         is_main_process = args[0] if args else kwargs.get("is_main_process", True)
         if is_main_process:
-            save_code(self.backbone, save_directory)
             base = self.backbone.name_or_path
             base = None if not base or is_local(base) else base  # the weights are here
             with self.heads.lock:

@@ -99,15 +99,6 @@ def check_head_with_its_lora_comes_back_with_the_backbone_that_it_names(work):
     assert_same(CoDDModel.from_pretrained("tester/head"), work)
 
 
-def check_pipeline_with_code_comes_back_for_those_who_trust_it(work):
-    name = "tester/pipeline-with-code"
-    error = refusal(CoDDPipeline.from_pretrained, name)
-    assert_one_sentence(error, "brings its own code", "trust_remote_code=True")
-    pipe = CoDDPipeline.from_pretrained(name, trust_remote_code=True)
-    found = pipe.model(PROMPT, coupling="marginal").logits
-    assert torch.equal(found, torch.load(work / "expected_code.pt"))
-
-
 def check_lines_of_code_in_the_cards_run(work):
     for name in ("tester/head", "tester/model", "tester/pipeline"):
         text = Path(hf_hub_download(name, "README.md")).read_text()

@@ -17,7 +17,6 @@ from transformers import AutoTokenizer
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
 from codd_hf.training.run import train
 from codd_hf.training.settings import ConditionalConfig, GenerativeConfig, TrainConfig
-from test_backbones_custom_code import custom_repository
 from tiny import random_head, tiny_backbone
 
 SECRET = {"role": "assistant", "content": "Tom has 3 boxes of secret eggs."}
@@ -165,13 +164,6 @@ def check_head_and_the_lora_that_belongs_to_it_are_pushed_together(work):
     model = CoDDModel.from_backbone("tester/backbone", "tester/head", work / "lora-of-backbone")
     model.save_head(work / "with-lora", push_to_hub=True, repo_id="tester/with-lora")
     torch.save(model(PROMPT, coupling="marginal").logits.detach(), work / "expected_lora.pt")
-
-
-def check_pipeline_with_code_is_pushed(work):
-    backbone = custom_repository(work / "code-backbone")
-    model = CoDDModel.from_backbone(backbone, random_head(), trust_remote_code=True)
-    torch.save(model(PROMPT, coupling="marginal").logits.detach(), work / "expected_code.pt")
-    CoDDPipeline(model, CoDDScheduler()).push_to_hub("tester/pipeline-with-code")
 
 
 def training_config(work: Path, name: str, **changes) -> TrainConfig:

@@ -1,6 +1,7 @@
 """Backbones: one short file per family of diffusion language models, and how they are found.
 
-A *family* runs models of an architecture (`DecoderFamily`, `MaskedLMFamily`, `CustomCodeFamily`).
+A *family* runs models of an architecture (`DecoderFamily`, `MaskedLMFamily`); objects whose class
+is not of transformers are run by the conventions that all have in common (`BackboneFamily`).
 A *layout* reads checkpoints whose own code does not run here as models of a family (`LLaDALayout`,
 `DreamLayout`). `load_backbone` goes from a name to a model, `family_of` from a model's
 configuration to its family.
@@ -49,7 +50,6 @@ Then compare with logits of the original code, padded rows included, as `tests/t
 do, and check that a causal control differs.
 """
 
-from .custom_code import CustomCodeFamily, nested_custom_config, save_code
 from .dream import DreamLayout
 from .family import (
     FAMILIES,
@@ -60,7 +60,7 @@ from .family import (
     block_length_of,
     execution_device,
     family_of,
-    needs_remote_code,
+    is_known,
     shifts_logits,
 )
 from .layout import CheckpointLayout
@@ -68,7 +68,7 @@ from .llada import LLaDALayout
 from .loading import load_backbone, load_tokenizer
 from .masked_lm import MaskedLMFamily
 
-FAMILIES += [CustomCodeFamily(), DecoderFamily(), MaskedLMFamily()]
+FAMILIES += [DecoderFamily(), MaskedLMFamily()]
 LAYOUTS += [LLaDALayout(), DreamLayout()]
 
 __all__ = [
@@ -82,10 +82,8 @@ __all__ = [
     "block_length_of",
     "execution_device",
     "family_of",
+    "is_known",
     "load_backbone",
     "load_tokenizer",
-    "needs_remote_code",
-    "nested_custom_config",
-    "save_code",
     "shifts_logits",
 ]

@@ -80,13 +80,13 @@ class BackboneFamily:
 
     Attributes:
         auto_class: transformers' class that builds and loads the models.
-        model_types: of transformers; None for models that bring their own code.
+        model_types: those of transformers that belong to the family.
         bidirectional: fields of a configuration by which a model sees the whole sequence.
         unused_weights: a pattern of the names of stored weights that denoising does not need.
     """
 
-    auto_class: Any
-    model_types: Container[str] | None = None
+    auto_class: Any = AutoModelForCausalLM
+    model_types: Container[str] = ()
     bidirectional: dict[str, Any] = {}  # noqa: RUF012
     unused_weights: str | None = None
 
@@ -186,7 +186,6 @@ class BackboneFamily:
 class DecoderFamily(BackboneFamily):
     """Decoders (Llama, Qwen2) that see both ways: transformers heeds `is_causal = False`."""
 
-    auto_class = AutoModelForCausalLM
     model_types = ("llama", "qwen2")
     bidirectional = {"is_causal": False}  # noqa: RUF012
 
@@ -243,23 +242,20 @@ def layout_of(config: dict[str, Any]) -> CheckpointLayout | None:
 
 def family_of(config: PretrainedConfig) -> BackboneFamily:
     """The family that a backbone with this configuration belongs to, or a ValueError."""
-    kind = type(config)
-    if config.model_type in CONFIG_MAPPING and not kind.__module__.startswith(
-        "transformers_modules."
-    ):
-        kind = CONFIG_MAPPING[config.model_type]
-    brings_code = not kind.__module__.startswith(("transformers.", "codd_hf."))
+    known = is_known(config)
     for family in FAMILIES:
-        types = family.model_types
-        if types is None if brings_code else types is not None and config.model_type in types:
+        if known and config.model_type in family.model_types:
             return family
-    raise unsupported(config.model_type)
+    kind = CONFIG_MAPPING[config.model_type] if known else type(config)
+    if kind.__module__.startswith(("transformers.", "codd_hf.")):
+        raise unsupported(config.model_type)
+    return BackboneFamily()
 
 
-def needs_remote_code(config: dict[str, Any]) -> bool:
-    """Whether a `config.json` with this content needs code that nothing here has."""
-    known = config.get("model_type") in CONFIG_MAPPING or layout_of(config) is not None
-    return "AutoConfig" in config.get("auto_map", {}) and not known
+def is_known(config: PretrainedConfig) -> bool:
+    """Whether transformers can read such a configuration again, without code of a repository."""
+    is_remote = type(config).__module__.startswith("transformers_modules.")
+    return config.model_type in CONFIG_MAPPING and not is_remote
 
 
 def unsupported(model_type: str) -> ValueError:
@@ -273,7 +269,7 @@ def unsupported(model_type: str) -> ValueError:
     return ValueError(
         f"`text_config.model_type` is {model_type!r}, which no backbone family supports: "
         f"use a masked language model or one of {', '.join(decoders)}, a LLaDA or Dream "
-        "checkpoint, or a model that brings its own code (`trust_remote_code=True`)."
+        "checkpoint, or an object whose class is not of transformers."
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..backbones import execution_device, needs_remote_code
+from ..backbones import execution_device
 from ..configuration_codd import CoDDHeadConfig
 from ..conversion import convert_jpc, holds_circuit
 from ..hub.repositories import (
@@ -16,12 +16,11 @@ from ..hub.repositories import (
     Repository,
     checked_name,
     is_local,
-    locate,
 )
 from ..modeling_head import CoDDHead
 
 OWN_ARGUMENTS = ("coupling", "mask_token_id", "forbidden_token_ids")
-OF_THE_HEAD = {*HUB_ARGUMENTS, "trust_remote_code", "adapter_kwargs"} - {*CACHE_ARGUMENTS}
+OF_THE_HEAD = {*HUB_ARGUMENTS, "adapter_kwargs"} - {*CACHE_ARGUMENTS}
 
 
 def adapter_beside(head: Any, hub: dict[str, Any]) -> Path | None:
@@ -85,8 +84,7 @@ def named_backbone(
     where to cache, none that grant anything.
 
     Raises:
-        ValueError: the head names no backbone, or one that the user has to name: a local path (in a
-            downloaded head), or a repository whose code would have to run.
+        ValueError: the head names no backbone, or, in a downloaded head, a local path.
     """
     base = head.base_model_name_or_path
     own = {k: v for k, v in kwargs.items() if k not in OF_THE_HEAD and not k.startswith("_")}
@@ -101,10 +99,4 @@ def named_backbone(
         )
     if head.base_model_revision is not None:
         own["revision"] = head.base_model_revision
-    base = checked_name(base, "base_model_name_or_path")
-    if needs_remote_code(locate(base, own).config):
-        raise ValueError(
-            f"The head {name!r} names the backbone {base!r}, which brings its own code: if you "
-            f"trust it, {advice[:-2]}, trust_remote_code=True)`."
-        )
-    return base, own
+    return checked_name(base, "base_model_name_or_path"), own

@@ -31,7 +31,7 @@ ADAPTER_FOLDER = "adapter"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 CHECKED = ("config.json", "index.json", "tokenizer.json", ".jinja", ".safetensors")
 """Ends of the names of files that are read before a library meets them."""
-SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", f"*{ADAPTER_FILES[1]}")
+SMALL = ("*.json", "*.jinja", "*.txt", "*.model", f"*{ADAPTER_FILES[1]}")
 """Files of a repository that are downloaded at once; weights are when they are needed."""
 
 

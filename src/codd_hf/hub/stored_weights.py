@@ -59,6 +59,7 @@ def load_stored(
         _check_sizes(model, name, num_bytes)
     # Other sizes pass here: they are told with all else that the report holds.
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    kwargs["trust_remote_code"] = False  # whatever the caller asks for, no code is loaded
     others = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
     model, report = load(str(repository.folder), **others)
     model.name_or_path = model.config.name_or_path = name

@@ -14,6 +14,7 @@ from ..modeling_codd import CoDDModel
 from ..schedulers.scheduling_codd import CoDDScheduler
 
 COMPONENTS = ("model", "scheduler", "tokenizer")
+OF_THE_MODEL = ("head", "adapter", "block_length", "logit_shift", *OWN_ARGUMENTS)
 
 
 def load_components(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -28,19 +29,19 @@ def load_components(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     kwargs = dict(kwargs)
     given = {part: kwargs.pop(part) for part in COMPONENTS if part in kwargs}
-    repository, trusted = Repository(name, kwargs), kwargs.get("trust_remote_code")
+    repository = Repository(name, kwargs)
     with explain_load_errors(repository):
         is_pipeline = repository.find("model_index.json") is not None
         model_type = "codd" if is_pipeline else repository.config.get("model_type")
     if is_pipeline:
-        given = _beside_model(repository, trusted) | given
+        given = _beside_model(repository) | given
     has_tokenizer = "tokenizer" in given
     if not has_tokenizer:
-        given["tokenizer"] = _tokenizer_beside(repository, trusted)
+        given["tokenizer"] = _tokenizer_beside(repository)
     if "model" not in given and model_type in ("codd", "codd-head"):
         given["model"] = CoDDModel.from_pretrained(name, **kwargs).eval()
     elif "model" not in given:
-        parts = {k: kwargs.pop(k) for k in ("head", "adapter", *OWN_ARGUMENTS) if k in kwargs}
+        parts = {key: kwargs.pop(key) for key in OF_THE_MODEL if key in kwargs}
         backbone = load_backbone(name, **kwargs)
         tokens = _tokens_of_backbone(backbone.config, given["tokenizer"])
         parts = {**tokens, **shared_arguments(kwargs), **parts}
@@ -52,14 +53,14 @@ def load_components(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         of_base = {**shared_arguments(kwargs), "revision": config.get("base_model_revision")}
         of_base.pop("token", None)
         base = Repository(config["base_model_name_or_path"], of_base)
-        given["tokenizer"] = _tokenizer_beside(base, False)
+        given["tokenizer"] = _tokenizer_beside(base)
     if "scheduler" not in given:
         own = entries(given["model"].generation_config)
         given["scheduler"] = CoDDScheduler(**settings_of(own))
     return given
 
 
-def _beside_model(repository: Repository, trust_remote_code: bool | None) -> dict[str, Any]:
+def _beside_model(repository: Repository) -> dict[str, Any]:
     """Scheduler and tokenizer of a pipeline whose `model_index.json` names our classes."""
     path = repository.folder / "model_index.json"
     index = repository.read(path)
@@ -79,18 +80,16 @@ def _beside_model(repository: Repository, trust_remote_code: bool | None) -> dic
     if index.get("tokenizer", [None, None]) != [None, None]:
         stored = repository.inside("tokenizer")
         with explain_load_errors(stored):
-            found["tokenizer"] = load_tokenizer(stored.folder, trust_remote_code)
+            found["tokenizer"] = load_tokenizer(stored.folder)
     return found
 
 
-def _tokenizer_beside(
-    repository: Repository, trust_remote_code: bool | None
-) -> PreTrainedTokenizerBase | None:
+def _tokenizer_beside(repository: Repository) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside the weights, or None where there is none."""
     try:
         if repository.find("tokenizer_config.json") is None:
             return None
-        tokenizer = load_tokenizer(repository.folder, trust_remote_code)
+        tokenizer = load_tokenizer(repository.folder)
     except (OSError, ValueError):
         return None
     # Without files that it understands, transformers makes one of special tokens alone.
