@@ -14,7 +14,7 @@ from codd_hf.evaluation.statistics import entropy, mean, repeated_ngrams
 def test_repetition_is_as_counted_by_hand():
     grams = repeated_ngrams([[1, 2, 3, 1, 2, 3, 1], [4, 5], [7, 7, 7, 7]], 3)
     # 123 231 312 123 231: two of five; no run of three; 777 777: one of two.
-    assert grams.value == pytest.approx(3 / 7)
+    assert grams.value == pytest.approx(100 * 3 / 7)
 
 
 def test_entropy_is_that_of_all_tokens_together():

@@ -249,11 +249,11 @@ def test_the_repository_loads_and_tells_where_it_comes_from(tmp_path):
     source = FIXTURES / "cat_hmm_blocks.jpc"
     head = convert_jpc(
         source,
-        output=folder,
         mask_token_id=19,
         forbidden_token_ids=[3],
         base_model_name_or_path="GSAI-ML/LLaDA-8B-Instruct",
     )
+    head.save_pretrained(folder)
     assert sorted(p.name for p in folder.iterdir()) == [
         "README.md",
         "config.json",
@@ -309,15 +309,6 @@ def test_what_holds_a_circuit_is_recognised(hub_cache, tmp_path):
     assert holds_circuit("someone/math-pc", **hub_cache)
     with pytest.raises(OSError, match="'someone/else' is not in the cache"):
         holds_circuit("someone/else", **hub_cache)
-
-
-def test_what_is_in_the_output_folder_is_kept(tmp_path):
-    (tmp_path / "README.md").write_text("My own words.")
-    for output in (tmp_path, tmp_path / "README.md"):
-        with pytest.raises(FileExistsError, match=r"^`output` .* is a file, or not empty: "):
-            convert_jpc(FIXTURES / "cat_hmm.jpc", output=output)
-    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
-    assert (tmp_path / "README.md").read_text() == "My own words."
 
 
 @pytest.mark.parametrize("where", ["other name", "subfolder", "other model"])

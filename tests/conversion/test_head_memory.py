@@ -58,7 +58,7 @@ def test_a_head_takes_at_most_1_3_times_its_file_and_its_conversion_twice_that(
     flat = np.full((num_latents, max(num_latents, vocab_size)), 1 / num_latents, np.float32)
     square, emission = flat[:, :num_latents].copy(), flat[:, :vocab_size] * num_latents / vocab_size
     circuit = write(tmp_path / "model.jpc", hmm_nodes(square[0], [square], [emission], 32))
-    convert_jpc(circuit, output=tmp_path / "head")
+    convert_jpc(circuit).save_pretrained(tmp_path / "head")
     weights = tmp_path / "head" / "model.safetensors"
     command = [sys.executable, "-c", SCRIPT, str(circuit), str(tmp_path / "head")]
     command.append(str(tmp_path / "warm"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from ..checks.settings import Settings
 from .common import add_flags, quiet_loading, settings_from
@@ -50,14 +51,17 @@ def run(args: argparse.Namespace) -> None:
             "`--push-to-hub` needs `--license`: a circuit's file does not say under which licence "
             "it may be shared, so say it (ask its authors)."
         )
+    folder = Path(settings.output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"`output` {folder} is a file, or not empty: give a new folder.")
     quiet_loading()
     head = convert_jpc(
         settings.source,
-        output=settings.output,
         alpha=settings.alpha,
         mask_token_id=settings.mask_token_id,
         base_model_name_or_path=settings.base_model,
     )
+    head.save_pretrained(folder)
     config = head.config
     print(
         f"The head is in {settings.output}: {config.num_latents:,} states, window "

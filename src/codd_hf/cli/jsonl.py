@@ -74,11 +74,14 @@ def answer_jsonl(
             good[i] = whole
         except (TypeError, ValueError) as error:
             report.refuse(number, str(error).rstrip("."))
-    run = {name: getattr(settings, name) for name in ("seed", "output_column")}
-    run |= {"input": json_fingerprint([str(row) for _, row in rows]), "prompt_column": column}
-    files = RunFiles(
-        output, run | {"model": pipeline_fingerprint(pipeline)} | call | pipeline.task(**call)
-    )
+    run = {
+        "seed": settings.seed,
+        "input": json_fingerprint([str(row) for _, row in rows]),
+        "prompt_column": column,
+        "output_column": settings.output_column,
+        "model": pipeline_fingerprint(pipeline),
+    }
+    files = RunFiles(output, run | call | pipeline.task(**call))
     state.wait_for_everyone()  # nothing is begun before all have looked
     with locked(files.lock, f"`output` {str(output)!r}", state):
         if files.is_complete():

@@ -28,7 +28,6 @@ RAREST = torch.finfo(torch.float32).tiny
 def convert_jpc(
     source: str | Path,
     *,
-    output: str | Path | None = None,
     alpha: float = 0.0,
     mask_token_id: int | None = None,
     forbidden_token_ids: list[int] | None = None,
@@ -38,12 +37,11 @@ def convert_jpc(
     """Makes a head of a hidden Markov model that PyJuice saved (`.jpc`, a pickle).
 
     Nothing in the file is run: see `codd_hf.conversion.pickles`. The head holds the circuit's
-    log-probabilities, tied as the circuit ties them.
+    log-probabilities, tied as the circuit ties them; the card that it is saved with says where it
+    comes from.
 
     Args:
         source: a `.jpc` file, a folder with `model.jpc`, or the id of such a repository on the Hub.
-        output: a new or empty folder, in which the head's repository is written too, with a model
-            card that says where the circuit comes from.
         alpha: power of the circuit's own token marginal by which its emissions are divided; 0
             leaves the circuit as it is, 1 removes the unigrams that a backbone already has.
         mask_token_id: as in [`CoDDHeadConfig`], and so the next two.
@@ -53,13 +51,9 @@ def convert_jpc(
 
     Raises:
         ValueError: the file is no such circuit, is damaged, or asks for anything that none needs.
-        OSError: there is no such file, folder or repository, or `output` has files.
+        OSError: there is no such file, folder or repository.
     """
     number("alpha", alpha, least=0)
-    if output is not None:
-        folder = Path(output)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError(f"`output` {output} is a file, or not empty: give a new folder.")
     path, name = _find(source, hub)
     with path.open("rb") as file:
         try:
@@ -86,8 +80,6 @@ def convert_jpc(
     head.config.converted_from = (
         f"{name} (PyJuice; SHA-256 `{digest}`; licence of the source: unknown)"
     )
-    if output is not None:
-        head.save_pretrained(output)
     return head
 
 

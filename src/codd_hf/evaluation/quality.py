@@ -145,7 +145,7 @@ class Problems:
             NATS: nats,
             "perplexity": math.exp(nats.value),
             ENTROPY: entropy(answers.tokens),
-            "repeated 3-grams, %": repeated_ngrams(answers.tokens) * 100,
+            "repeated 3-grams, %": repeated_ngrams(answers.tokens),
             "length": mean([len(tokens) for tokens in answers.tokens]),
             "passes used": mean(answers.passes),
             "seconds": answers.seconds,

@@ -39,9 +39,6 @@ class Estimate:
         """The difference of two figures of paired texts."""
         return Estimate(self.value - other.value, self.left_out - other.left_out)
 
-    def __mul__(self, factor: float) -> Estimate:
-        return Estimate(self.value * factor, self.left_out * factor)
-
     def __format__(self, spec: str) -> str:
         error = "" if self.error is None else f" ± {self.error:{spec.removeprefix('+')}}"
         return f"{self.value:{spec}}{error}"
@@ -84,6 +81,6 @@ def _entropy(counts: torch.Tensor) -> torch.Tensor:
 
 
 def repeated_ngrams(texts: Sequence[Sequence[int]], size: int = 3) -> Estimate:
-    """Share of the n-grams that have occurred before in the same text."""
+    """Percentage of the n-grams that have occurred before in the same text."""
     grams = [list(zip(*(text[i:] for i in range(size)), strict=False)) for text in texts]
-    return ratio([len(g) - len(set(g)) for g in grams], [len(g) for g in grams])
+    return ratio([100 * (len(g) - len(set(g))) for g in grams], [len(g) for g in grams])

@@ -149,10 +149,8 @@ def _encode(
     """Calls the tokenizer: for all texts, or for each where it fails at one of them."""
     if not texts:
         return [], {}
-    fault = None
-    if not all(map(is_text, texts)):
-        fault = "holds half of a surrogate pair"
-    else:
+    fault = "holds half of a surrogate pair"
+    if all(map(is_text, texts)):
         try:
             own = _unshared(tokenizer, **options)
             encoded = own(list(texts), add_special_tokens=add_special_tokens, **options)
