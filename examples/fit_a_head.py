@@ -24,7 +24,7 @@ from codd_hf.training import (
     load_examples,
 )
 from codd_hf.training.inputs import split_examples
-from codd_hf.training.stages import Run, condition_head, fit_circuit
+from codd_hf.training.run import Run, condition_head, fit_circuit
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -12,7 +12,7 @@ from codd_hf import CoDDHead, CoDDModel
 from codd_hf.data.canvases import TokenizedExample
 from codd_hf.data.noise import draw_canvases
 from codd_hf.training import Checkpoints, ConditionalConfig, fit_conditional
-from codd_hf.training.evidence import Evidence
+from codd_hf.training.fits.conditional import Evidence
 from tiny import correlated_examples, head_config, tiny_backbone
 
 CONFIG = ConditionalConfig(

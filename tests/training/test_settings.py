@@ -20,9 +20,8 @@ from codd_hf.training import (
     PretrainingConfig,
     TrainConfig,
 )
-from codd_hf.training.config_files import build_config, named_settings, read_config
-from codd_hf.training.settings import STAGES
-from codd_hf.training.stages import STAGES as RUN_STAGES
+from codd_hf.training.run import STAGES as RUN_STAGES
+from codd_hf.training.settings import STAGES, build_config, named_settings, read_config
 from tiny import tiny_backbone
 
 

@@ -13,9 +13,9 @@ from fitting import new_model
 from codd_hf.data.canvases import TokenizedExample, batch_indices
 from codd_hf.data.noise import draw_canvases
 from codd_hf.training import Checkpoints, ConditionalConfig, fit_conditional
-from codd_hf.training import evidence as evidence_module
 from codd_hf.training.checkpoints import identity_of
-from codd_hf.training.evidence import Evidence
+from codd_hf.training.fits import conditional
+from codd_hf.training.fits.conditional import Evidence
 from tiny import correlated_examples
 
 EXAMPLES, CONTEXT = correlated_examples(24), ("latent", "copy")
@@ -36,7 +36,7 @@ def equal(one: Evidence, other: Evidence) -> bool:
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(evidence_module, "SHARD_BATCHES", 2)
+    monkeypatch.setattr(conditional, "SHARD_BATCHES", 2)
 
 
 @pytest.mark.parametrize("conditioning", [(), ("latent",), ("latent", "copy")])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..training.config_files import (
+from ..training.settings import (
     build_config,
     config_text,
     from_text,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..checks.arguments import as_tensor, shown
+from ..checks.arguments import as_tensor
 from ..checks.settings import Count, Natural, Range, Settings
 from ..text.encoding import encode_texts
 from .canvases import TokenizedExample
@@ -53,11 +53,9 @@ class DataCollatorForMaskedDiffusion(Settings):
 
         Raises:
             TypeError: tokens are no integers.
-            ValueError: there is no feature, one has nothing to learn, or its parts do not match.
+            ValueError: a feature has nothing to learn, or its parts do not match.
         """
         examples = [self._example(feature) for feature in features]
-        if not examples:
-            raise ValueError("`features` must hold at least one, got none.")
         while True:
             seed = int(torch.empty((), dtype=torch.long).random_())
             canvas, noise = draw_canvases(
@@ -78,11 +76,7 @@ class DataCollatorForMaskedDiffusion(Settings):
         }
 
     def _example(self, feature: Mapping[str, Any]) -> TokenizedExample:
-        if not isinstance(feature, Mapping) or feature.get("input_ids") is None:
-            raise ValueError(f"`features` must each have `input_ids`, got {shown(feature)}.")
         ids = as_tensor("input_ids", feature["input_ids"], int)
-        if ids.ndim != 1:
-            raise ValueError(f"`input_ids` of a feature must be [length], got {[*ids.shape]}.")
         labels = as_tensor("labels", feature.get("labels", ids), int, ids.shape)
         real = feature.get("attention_mask", torch.ones_like(ids))
         there = as_tensor("attention_mask", real, None, ids.shape).bool()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,13 +39,13 @@ def settings_fingerprint(config: PreTrainedConfig) -> str:
     )
 
 
-def weights_fingerprint(module: torch.nn.Module) -> str:
-    """A digest of a module's parameters and buffers: names, types, shapes and bytes."""
+def weights_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A digest of tensors, such as a module's `state_dict()`: names, types, shapes and bytes."""
 
     def parts() -> Iterator[bytes | memoryview]:
-        for name, tensor in sorted(module.state_dict().items()):
+        for name, tensor in sorted(tensors.items()):
             yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-            yield _content(tensor)
+            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
     return _digest(parts())
 
@@ -55,7 +55,7 @@ def pipeline_fingerprint(pipeline: CoDDPipeline) -> str:
     model, tokenizer = pipeline.model, pipeline.tokenizer
     scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     spelling = [tokenizer.special_tokens_map, tokenizer.chat_template]
-    parts = [weights_fingerprint(model), settings_fingerprint(model.config)]
+    parts = [weights_fingerprint(model.state_dict()), settings_fingerprint(model.config)]
     return json_fingerprint([*parts, scheduler, tokenizer_fingerprint(tokenizer), *spelling])
 
 
@@ -69,15 +69,6 @@ def data_fingerprint(examples: Sequence[TokenizedExample]) -> str:
 def json_fingerprint(value: Any) -> str:
     """A digest of a value that JSON has."""
     return _digest([json.dumps(value, sort_keys=True).encode()])
-
-
-def tensor_fingerprint(tensor: torch.Tensor) -> str:
-    """A digest of a tensor's shape and bytes."""
-    return _digest([str(tuple(tensor.shape)).encode(), _content(tensor)])
-
-
-def _content(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _digest(parts: Iterable[bytes | memoryview]) -> str:

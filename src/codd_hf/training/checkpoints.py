@@ -99,7 +99,7 @@ def identity_of(
     return {
         **{name: data_fingerprint(part) for name, part in examples.items()},
         "model_settings": settings_fingerprint(model.backbone.config),
-        "model_weights": weights_fingerprint(model.backbone),
+        "model_weights": weights_fingerprint(model.backbone.state_dict()),
         "mask_token_id": model.mask_token_id,
         **tokenizer_fingerprint(tokenizer),
     }

@@ -52,12 +52,14 @@ def load_parts(config: TrainConfig) -> Parts:
         return split_examples(examples, config.num_validation, config.num_test)
     if not config.split.startswith("train"):
         raise ValueError(f"`split` of {TASKS!r} must be a part of 'train', got {config.split!r}.")
-
-    def sample(split: str, size: int) -> list[Example]:
-        return load_examples(TASKS, split=f"{split}[:{size}]", **options) if size else []
-
-    validation, test = sample("validation", config.num_validation), sample("test", config.num_test)
-    return load_examples(TASKS, split=config.split, **options), validation, test
+    train = load_examples(TASKS, split=config.split, **options)
+    validation = load_examples(TASKS, split=f"validation[:{config.num_validation}]", **options)
+    number = config.num_test
+    return (
+        train,
+        validation,
+        load_examples(TASKS, split=f"test[:{number}]", **options) if number else [],
+    )
 
 
 def split_examples(examples: Sequence[Example], num_validation: int, num_test: int) -> Parts:

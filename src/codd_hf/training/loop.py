@@ -7,16 +7,21 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
+from ..data.canvases import TokenizedExample
 from ..data.rows import tell
+from ..modeling_codd import CoDDModel
 from ..runtime.precision import chosen_precision, precision_note
 from .checkpoints import Checkpoints
+from .inputs import TaskStream
 from .settings import FitConfig, GradientConfig
 
 Figures = dict[str, float]
@@ -119,9 +124,14 @@ class Fit(ABC):
                 )
 
 
+@dataclass
 class GradientFit(Fit):
     """Optimiser steps on clipped gradients; the rate warms up, and falls as a cosine to zero."""
 
+    model: CoDDModel
+    tokenizer: PreTrainedTokenizerBase
+    train: Sequence[TokenizedExample] | TaskStream
+    validation: Sequence[TokenizedExample]
     config: GradientConfig
 
     def set_up(

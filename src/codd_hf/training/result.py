@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi
+from safetensors.torch import load, save_file
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from ..evaluation import GapSettings
 from ..evaluation.gap import measure_gap
 from ..hub.cards import REWRITTEN, make_card
 from ..hub.publishing import CARD, push_folder
 from ..hub.repositories import is_local, reaching_hub
-from ..modeling_head import CoDDHead
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.files import read_json
 from ..runtime.report import as_json, environment, listed, table
 from ..schedulers.scheduling_codd import CoDDScheduler
 from .inputs import Parts
 from .settings import STAGES, TrainConfig
-from .stages import GENERATIVE, Run
+
+if TYPE_CHECKING:
+    from .run import Run
 
 GAP_RATIOS = (0.25, 0.5, 0.75, 1.0)
 NOT_PUSHED = ("*.jsonl",)
 """The held-out examples are somebody's data, and stay on this machine."""
-
-
 HISTORY = "history.json"
 """The history of a stage, in its folder."""
 OF_THIS_RUN = ("output_dir", "resume_from_checkpoint", "report_to", "push_to_hub")
@@ -54,8 +53,12 @@ def open_repository(config: TrainConfig) -> str | None:
     return HfApi(library_name="codd-hf").create_repo(name, exist_ok=True).repo_id
 
 
-def write_pipeline(run: Run, folder: Path, repo_id: str | None) -> None:
-    """Writes the pipeline, measures its gap for the card, and pushes it if it has a repository."""
+def write_pipeline(run: Run, circuit: Path, folder: Path, repo_id: str | None) -> None:
+    """Writes the pipeline, measures its gap for the card, and pushes it if it has a repository.
+
+    The head of the generative fit, in the folder `circuit`, becomes `stage1/`. Weights are stored
+    in bfloat16, for models in float32.
+    """
     config, model, tokenizer = run.config, run.model, run.start.tokenizer
     held_out = run.parts[2] or run.parts[1]
     problems = [e for e in held_out if len(e.answer_ids) > model.window_length]
@@ -63,13 +66,15 @@ def write_pipeline(run: Run, folder: Path, repo_id: str | None) -> None:
     if problems and model.coupling_head is not None:
         heads, settings = {"coupled": model.coupling_head}, GapSettings(ratios=[*GAP_RATIOS])
         gap = measure_gap(model, heads, tokenizer, problems, settings)
-    write_card(run, folder, repo_id, gap)
-    circuit = CoDDHead.from_pretrained(GENERATIVE.result(config))
-    circuit.save_pretrained(folder / "stage1", state_dict=in_bfloat16(circuit))
-    (folder / "stage1" / CARD).unlink()  # a pipeline has one card
-    save = partial(model.save_pretrained, state_dict=in_bfloat16(model))
-    model.save_pretrained = save  # type: ignore[method-assign]  # which the pipeline calls
-    CoDDPipeline(model, CoDDScheduler(), tokenizer).save_pretrained(folder)
+    pipeline = CoDDPipeline(model, CoDDScheduler(), tokenizer)
+    write_card(run, pipeline, folder, repo_id, gap)
+    without = shutil.ignore_patterns(CARD)  # a pipeline has one card
+    shutil.copytree(circuit, folder / "stage1", ignore=without, dirs_exist_ok=True)
+    pipeline.save_pretrained(folder)
+    for path in folder.glob("*/*.safetensors"):
+        weights = load(path.read_bytes()).items()
+        stored = {k: v.bfloat16() if v.is_floating_point() else v for k, v in weights}
+        save_file(stored, path, {"format": "pt"})
     save_held_out(folder, run.examples)
     if repo_id is not None:
         message = "Trained with codd-hf"
@@ -77,19 +82,12 @@ def write_pipeline(run: Run, folder: Path, repo_id: str | None) -> None:
         tqdm.write(f"The pipeline is on the Hub: {pushed.repo_url}")
 
 
-def in_bfloat16(part: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A model's weights as they are stored; those that share memory are stored once."""
-    weights = part.state_dict()
-    copies = {t.data_ptr(): t.bfloat16() if t.is_floating_point() else t for t in weights.values()}
-    return {name: copies[tensor.data_ptr()] for name, tensor in weights.items()}
-
-
 def save_held_out(folder: Path, examples: Parts) -> None:
     """Writes `validation.jsonl`, `test.jsonl` and, with ten rows of the latter, `demo.jsonl`."""
     _, validation, test = examples
     demo = (test or validation)[:10]
     for name, part in (("validation", validation), ("test", test), ("demo", demo)):
-        chat = name != "demo" and any(example.history for example in part)
+        chat = any(example.history for example in part)
         rows = [
             {"messages": [*e.messages, {"role": "assistant", "content": e.answer}]}
             if chat
@@ -100,39 +98,37 @@ def save_held_out(folder: Path, examples: Parts) -> None:
 
 
 def write_card(
-    run: Run, folder: Path, repo_id: str | None, gap: list[dict[str, Any]] | None
+    run: Run,
+    pipeline: CoDDPipeline,
+    folder: Path,
+    repo_id: str | None,
+    gap: list[dict[str, Any]] | None,
 ) -> None:
     """Writes `README.md` and `training/` (settings, histories, gap) into a pipeline folder.
 
     A card that somebody wrote, which lacks the mark of `hub.cards.REWRITTEN`, stays as it is.
     """
-    config, model = run.config, run.model
+    config = run.config
     settings = {k: v for k, v in asdict(config).items() if k not in OF_THIS_RUN}
     for name in ("dataset", "backbone"):
         if settings[name] is not None and is_local(settings[name]):
             settings[name] = f"{Path(settings[name]).name} (local)"
     sizes = dict(zip(("training", "validation", "test"), map(len, run.examples), strict=True))
     machine = environment() | {"processes": PartialState().num_processes}
-    facts = {"environment": machine, "examples": sizes, "settings": settings, "gap": gap}
-    paths = {stage: Path(config.output_dir, stage, HISTORY) for stage in STAGES}
-    histories = {name: read_json(path, list) for name, path in paths.items() if path.exists()}
-    files = {"run": facts} | {f"{name}_history": history for name, history in histories.items()}
-    (folder / "training").mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / "training" / f"{name}.json").write_text(as_json(content))
-    path = folder / CARD
-    if path.exists() and REWRITTEN not in path.read_text(encoding="utf-8"):
-        return
     general = listed({k: v for k, v in settings.items() if k not in STAGES})
     lines = [f"- Examples: {listed(sizes)}.", f"- Settings: {general}."]
     lines.append(f"- Machine and versions: {listed(machine)}.")
     parts = [TRAINED, "\n".join(lines)]
-    for stage, history in histories.items():
-        known = stage in config.chosen_stages
-        told = listed(settings[stage]) if known else "of an earlier run, and not recorded"
+    files = {"run": {"environment": machine, "examples": sizes, "settings": settings, "gap": gap}}
+    for stage in config.chosen_stages:
+        history = read_json(Path(config.output_dir, stage, HISTORY), list)
+        files[f"{stage}_history"] = history
         picked = torch.linspace(0, len(history) - 1, min(len(history), CURVE_ROWS)).round().int()
         curve = table([{k: v for k, v in history[i].items() if k != "tokens"} for i in picked])
-        parts += [f"### Stage: {stage}\n\nSettings: {told}.", curve]
+        parts += [f"### Stage: {stage}\n\nSettings: {listed(settings[stage])}.", curve]
+    (folder / "training").mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / "training" / f"{name}.json").write_text(as_json(content))
     if gap is not None:
         caution = "test" if sizes["test"] else "validation (which choices were made on)"
         parts.append(
@@ -141,9 +137,11 @@ def write_card(
             "standard error in one parallel step, and of the backbone that reveals one token at a "
             f"time (sequential).\n\n{table(gap)}"
         )
-    make_card(
-        CoDDPipeline(model, CoDDScheduler(), run.start.tokenizer),
-        repo_id or folder.resolve().name,
-        datasets=None if is_local(config.dataset) else config.dataset,
-        training="\n\n".join(parts),
-    ).save(path)
+    path = folder / CARD
+    if not path.exists() or REWRITTEN in path.read_text(encoding="utf-8"):
+        make_card(
+            pipeline,
+            repo_id or folder.resolve().name,
+            datasets=None if is_local(config.dataset) else config.dataset,
+            training="\n\n".join(parts),
+        ).save(path)

@@ -1,11 +1,27 @@
-"""The settings of a run and of each of its stages."""
+"""The settings of a run and of its stages, also by dotted names (`joint.seed`) and as YAML."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, is_dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from ..checks.settings import Count, Natural, Positive, Range, Seed, Settings, Share
+import yaml
+
+from ..checks.settings import (
+    Count,
+    Natural,
+    Positive,
+    Range,
+    Seed,
+    Setting,
+    Settings,
+    Share,
+    settings_of,
+)
 
 StageName = Literal["pretraining", "generative", "conditional", "joint"]
 STAGES: tuple[str, ...] = get_args(StageName)
@@ -216,16 +232,16 @@ class TrainConfig(Settings):
     """States of the circuit."""
     window_length: Annotated[int, Range(2)] = 32  # a window of one token couples nothing
     """Tokens in a window."""
-    conditioning: list[str] = field(default_factory=lambda: ["latent", "copy"])
+    conditioning: list[Literal["latent", "copy"]] = field(
+        default_factory=lambda: ["latent", "copy"]  # type: ignore[arg-type]
+    )
     """How the context steers the circuit: latent, copy; none for a static circuit."""
     noise_conditioning: bool = False
     """The share of masked positions is an input of the conditioning too."""
-    emission: str = "dense"
+    emission: Literal["dense", "tied"] = "dense"
     """dense, or tied to the backbone's output embedding."""
     emission_rank: Count = 128
     """Rank of tied emissions."""
-    evidence_size: Count | None = None
-    """Likeliest tokens of a prediction that the circuit reads, in the head's configuration."""
     vocab_size: Count = 3072
     """The size of the tokenizer that is trained with a new backbone."""
     hidden_size: Count = 256
@@ -270,3 +286,84 @@ class TrainConfig(Settings):
     def trains_backbone(self) -> bool:
         """Whether the backbone is that of the output folder, and not the given one."""
         return self.backbone is None or "pretraining" in self.chosen_stages
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes `3e-3` for a text; here it is a number, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def named_settings(kind: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Setting]]:
+    """All settings of a settings class, those of its parts with dotted names."""
+    for name, setting in settings_of(kind).items():
+        if is_dataclass(setting.kind):
+            yield from named_settings(setting.kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name, setting
+
+
+def from_text(name: str, text: str) -> Any:
+    """The value of a setting that the command line gives as text."""
+    if _named(name).kind is str and text != "null":
+        return text
+    return _parsed(text, f"`{name}`")
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file, by dotted names; None where a required one is left open."""
+    content = _parsed(Path(path).read_text(encoding="utf-8"), repr(str(path)))
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} must hold settings, as `--print-config` writes.")
+    parts = {name: value for name, value in content.items() if isinstance(value, dict)}
+    values = {str(name): value for name, value in content.items() if name not in parts}
+    return values | {f"{name}.{k}": v for name, part in parts.items() for k, v in part.items()}
+
+
+def build_config(values: Mapping[str, Any]) -> TrainConfig:
+    """The settings with these values by dotted names, and defaults for the others.
+
+    Raises:
+        ValueError: there is no such setting, a required one is missing, or a value is not possible.
+    """
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        _named(name)
+        part, _, own = name.rpartition(".")
+        parts.setdefault(part, {})[own] = value
+    top, settings = parts.pop("", {}), settings_of(TrainConfig)
+    missing = [n for n, s in settings.items() if s.default is MISSING and top.get(n) is None]
+    if missing:
+        raise ValueError(f"`{'` and `'.join(missing)}` must be given.")
+    for stage, fields in parts.items():
+        try:
+            top[stage] = settings[stage].kind(**fields)
+        except ValueError as error:
+            raise ValueError(f"In `{stage}`: {error}") from error
+    return TrainConfig(**top)
+
+
+def config_text(values: Mapping[str, Any]) -> str:
+    """All settings as YAML, with these values by dotted names."""
+    left_open = {name: None for name in ("dataset", "output_dir") if values.get(name) is None}
+    config = build_config({**values, **dict.fromkeys(left_open, "")})
+    return yaml.safe_dump(asdict(config) | left_open, sort_keys=False)
+
+
+def _named(name: str) -> Setting:
+    known = dict(named_settings())
+    if name not in known:
+        close = get_close_matches(name, known, cutoff=0.5)
+        hint = f": did you mean {' or '.join(close)}?" if close else "."
+        raise ValueError(f"There is no setting {name!r}{hint}")
+    return known[name]
+
+
+def _parsed(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is no YAML: {' '.join(str(error).split())}.") from error

@@ -100,9 +100,10 @@ class NoisedWindows:
         names = parts[0].columns
         return cls({name: torch.cat([part.columns[name] for part in parts]) for name in names})
 
-    def scores(self, head: CoDDHead, temperature: float) -> WindowScores:
-        """The gains of a head, at the temperature that the predictions were made at."""
+    def scores(self, head: CoDDHead) -> WindowScores:
+        """The gains of a head, whose temperature is that of the predictions."""
         held, device, preceding = self.columns, head.device, None
+        temperature = head.config.evidence_temperature
         masked, truth = held["masked"], held["tokens"].long().to(device)
 
         def laid_out(values: torch.Tensor, fill: float) -> torch.Tensor:
@@ -174,11 +175,12 @@ class NoisedCanvases:
         return WindowScores(self.level.to(truth.device), masked.sum(1), gain, factorized)
 
     @torch.no_grad()
-    def predictions(self, size: int, temperature: float) -> NoisedWindows:
+    def predictions(self, size: int) -> NoisedWindows:
         """The backbone's `size` likeliest tokens; hidden states if the head is conditioned."""
         model, config, device = self.model, self.model.config, self.ids.device
-        assert model.coupling_head is not None
-        maps = model.coupling_head.context_maps
+        head = model.coupling_head
+        assert head is not None
+        maps, temperature = head.context_maps, head.config.evidence_temperature
         window, place = self.masked.nonzero(as_tuple=True)
         with self.autocast:
             states = model.backbone_states(self.ids, self.mask)

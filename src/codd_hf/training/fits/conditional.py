@@ -1,31 +1,46 @@
-"""The fit of a head to the predictions of a frozen backbone, which are kept (`evidence`).
+"""The fit of a head to the predictions of a frozen backbone about noised windows: its evidence.
 
 Only `log p_w(x) - log Z` depends on the circuit; its gradient is counts under the data minus counts
-under the coupled model.
+under the coupled model. So evidence is computed once, and read at every step. A batch's windows and
+noise are a function of its number and the settings alone: it is the same whoever writes it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ...data.canvases import TokenizedExample
-from ...data.fingerprint import weights_fingerprint
+from ...data.canvases import TokenizedExample, epoch_batches
+from ...data.fingerprint import data_fingerprint, json_fingerprint, weights_fingerprint
+from ...data.rows import tell
 from ...modeling_codd import CoDDModel
 from ...modeling_head import CoDDHead
+from ...runtime.files import atomic_write
 from ..checkpoints import Checkpoints, identity_of
-from ..evidence import Evidence
 from ..loop import Figures, History, Log, announced_precision
 from ..settings import ConditionalConfig
-from ..windows import WindowScores
-from .coupled import CoupledFit, head_optimizer, rows_of_step, trainable_head
+from ..windows import NoisedCanvases, NoisedWindows, WindowScores, score_all
+from .coupled import CoupledFit
 
 OF_THE_HEAD = ("num_latents", "emission", "emission_rank", "conditioning", "noise_conditioning")
 """Settings of the head to fit, which a run is continued with."""
 VALIDATION_SEED = 1234
+SHARD_BATCHES = 32
+SEEDS = 1_000_003
+"""More than there are batches: the noise of two seeds has nothing in common."""
+OF_EVIDENCE = ("max_extra_windows", "mean_span_length", "tokens_per_batch", "mixed_precision")
+"""The settings that evidence depends on as they are."""
 
 
 def fit_conditional(
@@ -45,43 +60,148 @@ def fit_conditional(
     """
     config = (config or ConditionalConfig()).with_steps(len(train))
     config = replace(config, mixed_precision=announced_precision(config))  # type: ignore[arg-type]
-    head, backbone = trainable_head(model.eval(), config), identity_of(model, tokenizer)
     folder = None if checkpoints is None else checkpoints.folder.parent / "evidence"
-
-    def evidence(part: Sequence[TokenizedExample], draws: int, seed: int) -> Evidence:
-        return Evidence(model, tokenizer, part, config, backbone, folder, draws, seed)
-
-    of_train = evidence(train, config.num_draws, config.seed)
-    of_validation = evidence(validation, config.num_validation_draws, VALIDATION_SEED)
-    return _HeadFit(head, of_train, of_validation, config).run(checkpoints, log)
+    fit = _HeadFit(model.eval(), tokenizer, train, validation, config, folder)
+    return fit.run(checkpoints, log)
 
 
 @dataclass
 class _HeadFit(CoupledFit):
     """Steps of a head on evidence."""
 
-    head: CoDDHead
-    train: Evidence
-    validation: Evidence
     config: ConditionalConfig
+    folder: Path | None
     name = "conditional fit"
 
     def __post_init__(self) -> None:
-        head, self.window_length = self.head, self.head.config.window_length
-        identity = {name: getattr(head.config, name) for name in OF_THE_HEAD}
-        identity |= self.train.identity
-        identity["validation_data"] = self.validation.identity["data"]
-        identity["start"] = weights_fingerprint(head)
-        trained = {f"head.{name}": p for name, p in head.named_parameters()}
-        self.set_up(identity, trained, [head_optimizer(head, self.config)])
+        super().__post_init__()
+        config, identity = self.config, identity_of(self.model, self.tokenizer)
+
+        def evidence(part: Sequence[TokenizedExample], draws: int, seed: int) -> Evidence:
+            read = self.model, self.tokenizer, part, config, identity
+            return Evidence(*read, self.folder, draws, seed)
+
+        self.evidence = evidence(self.train, config.num_draws, config.seed)
+        self.measured = evidence(self.validation, config.num_validation_draws, VALIDATION_SEED)
+        identity = {name: getattr(self.head.config, name) for name in OF_THE_HEAD}
+        identity |= self.evidence.identity
+        identity["validation_data"] = self.measured.identity["data"]
+        identity["start"] = weights_fingerprint(self.head.state_dict())
+        trained = {f"head.{name}": p for name, p in self.head.named_parameters()}
+        self.set_up(identity, trained, [self.optimizer()])
 
     def chunks(self, number: int) -> Sequence[torch.Tensor]:
-        config = self.config
-        rows = rows_of_step(len(self.train), config.windows_per_batch, number, config.seed)
-        return [chunk.sort().values for chunk in rows.split(config.windows_per_chunk)]
+        rows = self.rows_of_step(len(self.evidence), number)
+        return [chunk.sort().values for chunk in rows.split(self.config.windows_per_chunk)]
 
     def scores(self, rows: torch.Tensor, seed: int) -> WindowScores:
-        return self.train.scores(self.head, rows)
+        return self.evidence.scores(self.head, rows)
 
     def measure(self) -> Figures:
-        return self.validation.evaluate(self.head)
+        return self.measured.evaluate(self.head)
+
+
+@dataclass
+class Evidence:
+    """A backbone's predictions about noised windows of examples, made when they are first read.
+
+    With a folder they are memory-mapped safetensors in a subfolder of it, one for each `identity`,
+    which all processes write together; what is there is not written again. Otherwise each process
+    holds all of them.
+
+    Attributes:
+        model: the backbone, and a head: evidence has its temperature, and hidden states if the head
+            is conditioned.
+        examples: each is drawn `num_draws` times, with another window and other noise.
+        backbone: its identity.
+        folder: where it is kept; in memory if None.
+        seed: of windows and noise.
+    """
+
+    model: CoDDModel
+    tokenizer: PreTrainedTokenizerBase
+    examples: Sequence[TokenizedExample]
+    config: ConditionalConfig
+    backbone: dict[str, Any]
+    folder: Path | None = None
+    num_draws: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        model, head = self.model, self.model.coupling_head
+        assert head is not None
+        maps = head.context_maps
+        self.identity = self.backbone | {
+            "forbidden_token_ids": sorted(model.config.forbidden_token_ids or []),
+            "data": data_fingerprint(self.examples),
+            "window_length": model.window_length,
+            "hidden_states": maps is not None,
+            "copy_length": head.config.copy_length if maps and maps.copies else 0,
+            "evidence_temperature": head.config.evidence_temperature,
+            "cache_size": min(self.config.cache_size, model.config.vocab_size),
+            **{name: getattr(self.config, name) for name in OF_EVIDENCE},
+            "num_draws": self.num_draws,
+            "seed": self.seed,
+        }
+
+    @cached_property
+    def parts(self) -> list[NoisedWindows]:
+        """The windows; all processes ask for them together, and write what is missing."""
+        lengths = [example.length(self.model.window_length) for example in self.examples]
+        size, seeds = self.config.tokens_per_batch, range(self.seed, self.seed + self.num_draws)
+        rows = [part for seed in seeds for part in epoch_batches(lengths, size, seed)]
+        batches = list(enumerate(rows, self.seed * SEEDS))
+        if self.folder is None:
+            return [self._read(batches, "evidence")]
+        folder, state = self.folder / json_fingerprint(self.identity), PartialState()
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {
+            folder / f"windows-{first:06d}.safetensors": batches[first : first + SHARD_BATCHES]
+            for first in range(0, len(batches), SHARD_BATCHES)
+        }
+        missing = [path for path in files if not path.exists()]
+        state.wait_for_everyone()  # all have looked before the first one writes
+        for path in missing[state.process_index :: state.num_processes]:
+            windows = self._read(files[path], path.stem)
+            with atomic_write(path) as new:
+                save_file(windows.columns, new)
+            if path == missing[0]:
+                left = sum(len(rows) for path in missing for _, rows in files[path])
+                size = path.stat().st_size * left // len(windows)
+                tell(f"Evidence about {left:,} windows: about {size / 1e9:.2f} GB in {folder}.")
+        state.wait_for_everyone()
+        try:
+            return [NoisedWindows(load_file(path)) for path in files]
+        except SafetensorError as error:
+            raise ValueError(
+                f"The evidence in {str(folder)!r} is damaged ({error}): delete the folder, and it "
+                "is written anew."
+            ) from error
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def take(self, rows: torch.Tensor) -> NoisedWindows:
+        """Some windows, `rows [B]`, in that order."""
+        begins = torch.tensor([0, *itertools.accumulate(map(len, self.parts))])
+        owner = torch.searchsorted(begins, rows, right=True) - 1
+        found = [self.parts[i].take(rows[owner == i] - begins[i]) for i in owner.unique().tolist()]
+        return NoisedWindows.joined(found).take(owner.argsort(stable=True).argsort())
+
+    def scores(self, head: CoDDHead, rows: torch.Tensor) -> WindowScores:
+        """The gains of a head on some windows `rows [B]`."""
+        return self.take(rows).scores(head)
+
+    def evaluate(self, head: CoDDHead) -> dict[str, float]:
+        """Mean gain in nats per masked token over factorized, all and by mask ratio."""
+        chunks = torch.arange(len(self)).split(self.config.windows_per_chunk)
+        return score_all(chunks, lambda _, rows: self.scores(head, rows)).gains()
+
+    def _read(self, batches: Sequence[tuple[int, list[int]]], name: str) -> NoisedWindows:
+        """The predictions about batches, each the seed of its noise and its examples' rows."""
+        size, shown = self.identity["cache_size"], PartialState().is_local_main_process
+        parts, read = [], (self.model, self.tokenizer)
+        for seed, rows in tqdm(batches, name, unit="batch", leave=False, disable=not shown):
+            canvases = NoisedCanvases(*read, [self.examples[i] for i in rows], self.config, seed)
+            parts.append(canvases.predictions(size))
+        return NoisedWindows.joined(parts)

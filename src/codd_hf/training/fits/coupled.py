@@ -9,23 +9,36 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from ...modeling_codd import CoDDModel
-from ...modeling_head import CoDDHead
+from ...data.canvases import TokenizedExample
 from ..loop import Figures, GradientFit, seeded, summed
 from ..settings import CoupledConfig
 from ..windows import WindowScores
 
 
+@dataclass
 class CoupledFit(GradientFit):
-    """Steps on `-log p(x_M | x_O) / t`, over their length, of windows noised at level `t`."""
+    """Steps on `-log p(x_M | x_O) / t`, over their length, of windows noised at level `t`.
 
+    The head, at the evidence temperature of the settings, is all that is trained of the model.
+    """
+
+    train: Sequence[TokenizedExample]
     config: CoupledConfig
-    window_length: int
+
+    def __post_init__(self) -> None:
+        head, temperature = self.model.coupling_head, self.config.evidence_temperature
+        if head is None:
+            raise ValueError("`model` has no head to fit: give `from_backbone` a head config.")
+        if temperature is not None:
+            head.config.evidence_temperature = temperature
+        self.model.to(Accelerator().device).requires_grad_(False)
+        self.head = head.requires_grad_(True)
 
     @abstractmethod
     def chunks(self, number: int) -> Sequence[torch.Tensor]:
@@ -37,7 +50,7 @@ class CoupledFit(GradientFit):
 
     def backward(self, number: int) -> tuple[Figures, int]:
         """Sets the gradients of the mean loss of a step's windows."""
-        device, parameters = Accelerator().device, list(self.trained.values())
+        device, parameters = self.head.device, list(self.trained.values())
         chunks = self.chunks(number)
 
         def values(chunk: int, rows: torch.Tensor) -> list[torch.Tensor]:
@@ -52,44 +65,29 @@ class CoupledFit(GradientFit):
         shapes = [*(p.shape for p in parameters), torch.Size([4])]
         *gradients, totals = summed(shapes, chunks, values)
         gain, log_prob, masked, loss = totals.tolist()
-        tokens, masked = sum(map(len, chunks)) * self.window_length, max(masked, 1)
+        tokens, masked = sum(map(len, chunks)) * self.model.window_length, max(masked, 1)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.div_(tokens).to(parameter.dtype)
         figures = {"loss": loss / tokens, "gain": gain / masked, "coupled_nats": -log_prob / masked}
         return figures, tokens
 
+    def rows_of_step(self, number: int, step: int) -> torch.Tensor:
+        """Those of `number` rows that a step is on: every epoch is a new permutation."""
+        size = min(self.config.windows_per_batch, number)
+        epoch, batch = divmod(step, number // size)
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        return torch.randperm(number, generator=generator)[batch * size : (batch + 1) * size]
 
-def trainable_head(model: CoDDModel, config: CoupledConfig) -> CoDDHead:
-    """The head, all that is trained of a model, at the evidence temperature of the settings."""
-    head = model.coupling_head
-    if head is None:
-        raise ValueError("`model` has no head to fit: give `from_backbone` a head configuration.")
-    if config.evidence_temperature is not None:
-        head.config.evidence_temperature = config.evidence_temperature
-    model.to(Accelerator().device).requires_grad_(False)
-    return head.requires_grad_(True)
-
-
-def rows_of_step(number: int, size: int, step: int, seed: int) -> torch.Tensor:
-    """The rows of a step, a pure function of it: every epoch is a new permutation."""
-    size = min(size, number)
-    epoch, batch = divmod(step, number // size)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(number, generator=generator)[batch * size : (batch + 1) * size]
-
-
-def head_optimizer(
-    head: CoDDHead, config: CoupledConfig, *groups: dict[str, Any]
-) -> torch.optim.AdamW:
-    """AdamW without weight decay on the circuit, the conditioning, and other groups."""
-    named = list(head.named_parameters())
-    context = [p for name, p in named if name.startswith("context_maps.")]
-    circuit = [p for name, p in named if not name.startswith("context_maps.")]
-    # Gradients of a term that is still a no-op are tiny: hence the tiny `eps`.
-    all_groups = [
-        {"params": circuit, "peak": config.learning_rate, "eps": 1e-15},
-        {"params": context, "peak": config.context_learning_rate, "eps": 1e-15},
-        *groups,
-    ]
-    chosen = [group for group in all_groups if group["params"]]
-    return torch.optim.AdamW(chosen, betas=(0.9, 0.98), weight_decay=0.0)
+    def optimizer(self, *groups: dict[str, Any]) -> torch.optim.AdamW:
+        """AdamW without weight decay on the circuit, the conditioning, and other groups."""
+        maps = self.head.context_maps
+        context = [] if maps is None else [*maps.parameters()]
+        circuit = [p for n, p in self.head.named_parameters() if not n.startswith("context_maps.")]
+        # Gradients of a term that is still a no-op are tiny: hence the tiny `eps`.
+        all_groups = [
+            {"params": circuit, "peak": self.config.learning_rate, "eps": 1e-15},
+            {"params": context, "peak": self.config.context_learning_rate, "eps": 1e-15},
+            *groups,
+        ]
+        chosen = [group for group in all_groups if group["params"]]
+        return torch.optim.AdamW(chosen, betas=(0.9, 0.98), weight_decay=0.0)

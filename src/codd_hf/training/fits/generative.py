@@ -20,7 +20,7 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from ...circuits import Potentials
 from ...circuits.em import expected_counts, log_likelihood, maximise
 from ...data.canvases import TokenizedExample
-from ...data.fingerprint import tensor_fingerprint
+from ...data.fingerprint import weights_fingerprint
 from ..checkpoints import Checkpoints
 from ..loop import Figures, Fit, History, Log, summed
 from ..settings import GenerativeConfig
@@ -99,7 +99,7 @@ def fit_generative(
     """Fits a circuit to windows of tokens.
 
     Args:
-        windows: `[N, L]`.
+        windows: `[N, L]`, at least 2 tokens each.
         validation: `[M, L]`.
         embeddings: `[V, d]` of the backbone's output, for the clustering.
         num_latents: number of states `H`.
@@ -110,11 +110,6 @@ def fit_generative(
     Returns:
         The circuit, and the history: each epoch's `nats` per token of the validation windows.
     """
-    if windows.ndim != 2 or windows.shape[1] < 2:
-        raise ValueError(
-            "`windows` must be `[N, L]` of at least 2 tokens each, which a circuit couples, got "
-            f"shape {tuple(windows.shape)}."
-        )
     config = config or GenerativeConfig()
     fit = _Maximisation(windows, validation, embeddings, num_latents, config)
     history = fit.run(checkpoints, log)
@@ -142,12 +137,13 @@ class _Maximisation(Fit):
         self.prior = tuple(counts.to(self.device) for counts in pseudo)
         self.evaluation_steps = -(-len(self.windows) // config.windows_per_batch)
         self.num_steps = config.num_epochs * self.evaluation_steps
-        self.identity = config.identity() | {
-            "num_latents": self.num_latents,
-            "data": tensor_fingerprint(self.windows),
-            "validation_data": tensor_fingerprint(self.validation),
-            "embeddings": tensor_fingerprint(self.embeddings),
+        data = {
+            "data": self.windows,
+            "validation_data": self.validation,
+            "embeddings": self.embeddings,
         }
+        digests = {name: weights_fingerprint({name: tensor}) for name, tensor in data.items()}
+        self.identity = config.identity() | {"num_latents": self.num_latents} | digests
 
     def begin(self) -> None:
         clusters = torch.zeros(len(self.embeddings), dtype=torch.long)

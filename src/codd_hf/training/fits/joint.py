@@ -23,7 +23,7 @@ from ..checkpoints import Checkpoints, identity_of
 from ..loop import Figures, History, Log, announced_precision, seeded, trained_in_float32
 from ..settings import JointConfig
 from ..windows import NoisedCanvases, WindowScores, window_scores
-from .coupled import CoupledFit, head_optimizer, rows_of_step, trainable_head
+from .coupled import CoupledFit
 
 
 def fit_joint(
@@ -61,20 +61,17 @@ def _switch_recomputing(backbone: PreTrainedModel, switch: str, *how: dict[str, 
 class _JointFit(CoupledFit):
     """Steps of a model on windows that its backbone reads anew."""
 
-    model: CoDDModel
-    tokenizer: PreTrainedTokenizerBase
-    train: Sequence[TokenizedExample]
-    validation: Sequence[TokenizedExample]
     config: JointConfig
     name = "joint fit"
 
     def __post_init__(self) -> None:
-        model, config, self.window_length = self.model, self.config, self.model.window_length
+        super().__post_init__()
+        model, config = self.model, self.config
         self.lengths = torch.tensor([example.length() for example in self.train])
-        head, data = trainable_head(model, config), {"data": self.train}
         announced_precision(config)
-        identity = identity_of(model, self.tokenizer, **data, validation_data=self.validation)
-        identity["start"] = weights_fingerprint(head)
+        data = {"data": self.train, "validation_data": self.validation}
+        identity = identity_of(model, self.tokenizer, **data)
+        identity["start"] = weights_fingerprint(self.head.state_dict())
         model.backbone.requires_grad_(config.backbone == "full")
         if config.backbone == "lora":
             found, rank = active_adapter(model), config.lora_rank
@@ -84,16 +81,14 @@ class _JointFit(CoupledFit):
             model.set_adapter(found or DEFAULT_NAME)
         trained = trained_in_float32(model)
         backbone = [p for p in model.backbone.parameters() if p.requires_grad]
-        of_backbone = {"params": backbone, "peak": config.backbone_learning_rate, "eps": 1e-8}
-        optimizer = head_optimizer(head, config, of_backbone)
-        clipped = [list(head.parameters()), backbone]
-        self.set_up(identity, trained, [optimizer], clipped)
+        rate = config.backbone_learning_rate
+        optimizer = self.optimizer({"params": backbone, "peak": rate, "eps": 1e-8})
+        self.set_up(identity, trained, [optimizer], [[*self.head.parameters()], backbone])
 
     def chunks(self, number: int) -> Sequence[torch.Tensor]:
-        config = self.config
-        self.model.backbone.train(config.backbone != "frozen")
-        rows = rows_of_step(len(self.train), config.windows_per_batch, number, config.seed)
-        return rows[self.lengths[rows].argsort(stable=True)].split(config.windows_per_chunk)
+        self.model.backbone.train(self.config.backbone != "frozen")
+        rows = self.rows_of_step(len(self.train), number)
+        return rows[self.lengths[rows].argsort(stable=True)].split(self.config.windows_per_chunk)
 
     def scores(self, rows: torch.Tensor, seed: int) -> WindowScores:
         part = [self.train[row] for row in rows.tolist()]

@@ -80,10 +80,6 @@ def fit_backbone(
 class _BackboneFit(GradientFit):
     """Steps of a backbone on noised canvases; the rate warms up, stays, and falls as a line."""
 
-    model: CoDDModel
-    tokenizer: PreTrainedTokenizerBase
-    train: Sequence[TokenizedExample] | TaskStream
-    validation: Sequence[TokenizedExample]
     config: PretrainingConfig
     window_length: int
     name = "pretraining"
@@ -170,24 +166,19 @@ def _optimizers(
     """AdamW, and Muon of the hidden matrices if the settings say so."""
     layers = (model.backbone.get_input_embeddings(), model.backbone.get_output_embeddings())
     embeddings = {id(p) for layer in layers if layer is not None for p in layer.parameters()}
-    groups: dict[str, dict[str, Any]] = {
-        kind: {"params": [], "weight_decay": decay, "peak": config.learning_rate}
-        for kind, decay in (
-            ("matrices", config.weight_decay),
-            ("vectors", 0.0),
-            ("hidden", config.weight_decay),
-        )
-    }
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": decay, "peak": config.learning_rate}
+        for decay in (config.weight_decay, 0.0, config.weight_decay)
+    ]
+    matrices, vectors, hidden = (group["params"] for group in groups)
     for parameter in (p for p in model.backbone.parameters() if p.requires_grad):
-        hidden = config.optimizer == "muon" and id(parameter) not in embeddings
-        kind = "vectors" if parameter.ndim != 2 else "hidden" if hidden else "matrices"
-        groups[kind]["params"].append(parameter)
-    muon = groups.pop("hidden")
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups.values(), betas=BETAS)]
-    if muon["params"]:
+        by_muon = config.optimizer == "muon" and id(parameter) not in embeddings
+        (vectors if parameter.ndim != 2 else hidden if by_muon else matrices).append(parameter)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups[:2], betas=BETAS)]
+    if hidden:
         has_bf16 = chosen_precision("auto", device) == "bf16"
         make = torch.optim.Muon if has_bf16 else FloatMuon
-        optimizers.append(make([muon], adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(make([groups[2]], adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
