@@ -121,12 +121,6 @@ def test_answer_without_a_token_is_passed_over(word_tokenizer, capsys):
     assert "Rows left out: 2: an answer without a token." in capsys.readouterr().out
 
 
-def test_role_that_makes_a_template_write_the_mask_token_is_refused_by_its_row(tiny_tokenizer):
-    example = Example("Why?", "So.", (("mask", "Hi"),), row=5)
-    with pytest.raises(ValueError, match=r"Row 5 .* prompt with the mask token"):
-        tokenize_examples([example], tiny_tokenizer)
-
-
 def test_collator_spells_a_mask_token_in_a_text_and_keeps_all_of_the_text(tiny_tokenizer):
     collator = DataCollatorForMaskedDiffusion(tiny_tokenizer, 1, 4, max_extra_windows=0)
     model = tiny_model("llama", len(tiny_tokenizer), mask_token_id=1)

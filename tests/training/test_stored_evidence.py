@@ -11,9 +11,9 @@ import torch
 from fitting import new_model
 
 from codd_hf.data.canvases import TokenizedExample, batch_indices
+from codd_hf.data.fingerprint import identity_of
 from codd_hf.data.noise import draw_canvases
 from codd_hf.training import Checkpoints, ConditionalConfig, fit_conditional
-from codd_hf.training.checkpoints import identity_of
 from codd_hf.training.fits import conditional
 from codd_hf.training.fits.conditional import Evidence
 from tiny import correlated_examples

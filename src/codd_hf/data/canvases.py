@@ -60,7 +60,6 @@ def tokenize_examples(
     max_length: int | None = 512,
     *,
     packing: bool = False,
-    mask_token_id: int | None = None,
     never: Collection[int] = (),
     report: RowReport | None = None,
 ) -> list[TokenizedExample]:
@@ -76,32 +75,29 @@ def tokenize_examples(
         max_length: tokens of an example; None for any number.
         packing: join texts without prompts, end-of-text after each, and cut all of it into pieces
             of `max_length` tokens (the last one may be shorter).
-        mask_token_id: the model's mask token; default, the tokenizer's.
-        never: further tokens that no answer may hold, such as that of unknown characters.
+        never: tokens that no answer may hold beside the mask token, such as that of unknown
+            characters.
         report: takes examples that cannot be encoded; by default the first is an error.
 
     Raises:
         ValueError: the tokenizer lacks what is needed, an example cannot be encoded, nothing is
             left, or there is a prompt where texts are to be packed.
     """
-    eos, mask = tokenizer.eos_token_id, mask_token_id
+    eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError("`tokenizer` needs an `eos_token`, so that answers can end.")
     if packing and any(e.messages for e in examples):
         raise ValueError("`packing` is for plain text, but there are examples with a prompt.")
     report = report or RowReport("`examples`")
-    mask = tokenizer.mask_token_id if mask is None else mask
     max_length = sys.maxsize if max_length is None else max_length
     prompts, bad_prompts = _encode_prompts(examples, tokenizer)
     answers, bad_answers = encode_texts([e.answer for e in examples], tokenizer)
     faults = {i: f"has an answer that {fault}" for i, fault in bad_answers.items()}
     faults |= {i: f"has a prompt that {fault}" for i, fault in bad_prompts.items()}
-    refused = {mask, *never} - {eos, None}
+    refused = {tokenizer.mask_token_id, *never} - {eos, None}
     tokenized, cut = [], 0
     for i, (example, prompt, answer) in enumerate(zip(examples, prompts, answers, strict=True)):
-        if mask in prompt:
-            faults[i] = "has a prompt with the mask token in it"
-        elif outside := refused.intersection(answer):
+        if outside := refused.intersection(answer):
             name = tokenizer.convert_ids_to_tokens(min(outside))
             faults[i] = f"has an answer with the token {name!r}, which is never generated"
         number, room = example.row or i + 1, sys.maxsize if packing else max_length - len(prompt)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..modeling_codd import CoDDModel
 from .canvases import TokenizedExample
 
 if TYPE_CHECKING:
@@ -48,6 +49,19 @@ def weights_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
             yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
     return _digest(parts())
+
+
+def identity_of(
+    model: CoDDModel, tokenizer: PreTrainedTokenizerBase, **examples: Sequence[TokenizedExample]
+) -> dict[str, Any]:
+    """The digests of examples and of a backbone with all its weights."""
+    return {
+        **{name: data_fingerprint(part) for name, part in examples.items()},
+        "model_settings": settings_fingerprint(model.backbone.config),
+        "model_weights": weights_fingerprint(model.backbone.state_dict()),
+        "mask_token_id": model.mask_token_id,
+        **tokenizer_fingerprint(tokenizer),
+    }
 
 
 def pipeline_fingerprint(pipeline: CoDDPipeline) -> str:

@@ -65,8 +65,7 @@ def measure(pipeline: CoDDPipeline, examples: Sequence[Example], settings: GapSe
     tokenized = tokenize_examples(
         examples,
         pipeline.tokenizer,
-        mask_token_id=model.config.mask_token_id,
-        never=model.config.forbidden_token_ids or (),
+        never={model.mask_token_id, *(model.config.forbidden_token_ids or ())},
         report=RowReport(repr(settings.dataset), settings.skip_bad_rows),
     )
     facts = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase
 
-from ..data.canvases import TokenizedExample
-from ..data.fingerprint import (
-    data_fingerprint,
-    settings_fingerprint,
-    tokenizer_fingerprint,
-    weights_fingerprint,
-)
-from ..modeling_codd import CoDDModel
 from ..runtime.files import atomic_write, make_durable, read_json
 
 FORMAT_VERSION = 2
@@ -90,16 +80,3 @@ class Checkpoints:
     def _delete(self, step: int) -> None:
         (self.path(step) / STATE).unlink(missing_ok=True)
         shutil.rmtree(self.path(step), ignore_errors=True)
-
-
-def identity_of(
-    model: CoDDModel, tokenizer: PreTrainedTokenizerBase, **examples: Sequence[TokenizedExample]
-) -> dict[str, Any]:
-    """The digests of examples and of a backbone with all its weights."""
-    return {
-        **{name: data_fingerprint(part) for name, part in examples.items()},
-        "model_settings": settings_fingerprint(model.backbone.config),
-        "model_weights": weights_fingerprint(model.backbone.state_dict()),
-        "mask_token_id": model.mask_token_id,
-        **tokenizer_fingerprint(tokenizer),
-    }

@@ -54,12 +54,9 @@ def load_parts(config: TrainConfig) -> Parts:
         raise ValueError(f"`split` of {TASKS!r} must be a part of 'train', got {config.split!r}.")
     train = load_examples(TASKS, split=config.split, **options)
     validation = load_examples(TASKS, split=f"validation[:{config.num_validation}]", **options)
-    number = config.num_test
-    return (
-        train,
-        validation,
-        load_examples(TASKS, split=f"test[:{number}]", **options) if number else [],
-    )
+    split = f"test[:{config.num_test}]"
+    test = load_examples(TASKS, split=split, **options) if config.num_test else []
+    return train, validation, test
 
 
 def split_examples(examples: Sequence[Example], num_validation: int, num_test: int) -> Parts:
@@ -199,15 +196,14 @@ def never_generated(tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> s
 
 def tokenize_parts(config: TrainConfig, start: Start, parts: Parts) -> list[list[TokenizedExample]]:
     """Each part of the examples; test data too, so that bad rows are found before the training."""
-    tokenizer, mask_token_id = start.tokenizer, start.model.mask_token_id
+    never = never_generated(start.tokenizer, start.model.mask_token_id)
     return [
         tokenize_examples(
             part,
-            tokenizer,
+            start.tokenizer,
             config.max_length,
             packing=config.packing,
-            mask_token_id=mask_token_id,
-            never=never_generated(tokenizer, mask_token_id),
+            never=never,
             report=RowReport(repr(config.dataset), config.skip_bad_rows),
         )
         for part in parts

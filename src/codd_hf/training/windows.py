@@ -1,28 +1,29 @@
-"""Windows of text under noise: with the backbone at hand, or with its predictions about them."""
+"""Windows of text under noise, and fits to their likelihood (CoDD, arXiv 2603.00045, Eq. 7).
+
+The processes share the chunks of a step's windows; gradients of chunks are summed in float64, so
+that a step does not depend on who computed what: AdamW makes as much of a rounding error as of any
+gradient.
+"""
 
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from ..circuits import DenseEvidence, ListedEvidence, Preceding
-from ..circuits.factorized import forbidden_tokens
 from ..data.canvases import TokenizedExample
 from ..data.noise import draw_canvases
 from ..modeling_codd import CoDDModel
-from ..modeling_head import CoDDHead
 from ..runtime.precision import autocast
-from .loop import summed
+from .loop import Figures, GradientFit, seeded, summed
 from .settings import CoupledConfig
 
-DENSE_VOCABULARY = 16384
-"""Up to this many tokens evidence is laid out in full: one product is faster than many gathers."""
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Bounds of the noise levels that gains are told for."""
 ROWS_AT_ONCE = 32
@@ -58,81 +59,6 @@ class WindowScores(NamedTuple):
             "coupled_nats": -(self.log_prob.sum() / total).item(),
         }
         return nats | self.gains()
-
-
-@dataclass
-class NoisedWindows:
-    """`N` noised windows of length `L`, with `M` masked positions in all, and what is predicted.
-
-    Attributes:
-        columns: `tokens [N, L]` (int32, the true ones), `masked [N, L]` (those that were hidden
-            from the backbone), `level [N]` (the probability with which they were); of the masked
-            positions, window by window, the likeliest tokens `indices [M, k]` (int32), their
-            `log_probs [M, k]` (float16, off by at most 1/2048 of themselves) and `log_rest [M]`,
-            the log of the remaining mass; for a head with conditioning `hidden [N, L, d]`
-            (bfloat16), and for "copy" the `preceding_tokens [N, C]` (int32, -1 where there is none)
-            and `preceding_hidden [N, C, d]`.
-    """
-
-    columns: dict[str, torch.Tensor]
-
-    def __len__(self) -> int:
-        return len(self.columns["level"])
-
-    @cached_property
-    def offsets(self) -> torch.Tensor:
-        """`[N + 1]`, where each window's masked positions begin and end among all `M`."""
-        sizes = self.columns["masked"].sum(1)
-        return torch.cat((torch.zeros(1, dtype=torch.long), sizes.cumsum(0)))
-
-    def take(self, rows: torch.Tensor) -> NoisedWindows:
-        """Some windows, `rows [B]`, in that order."""
-        ends = zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True)
-        places = torch.cat([torch.arange(*pair) for pair in ends])
-        by_place = ("indices", "log_probs", "log_rest")
-        return NoisedWindows(
-            {name: t[places if name in by_place else rows] for name, t in self.columns.items()}
-        )
-
-    @classmethod
-    def joined(cls, parts: Sequence[NoisedWindows]) -> NoisedWindows:
-        """All windows of some parts, in order."""
-        names = parts[0].columns
-        return cls({name: torch.cat([part.columns[name] for part in parts]) for name in names})
-
-    def scores(self, head: CoDDHead) -> WindowScores:
-        """The gains of a head, whose temperature is that of the predictions."""
-        held, device, preceding = self.columns, head.device, None
-        temperature = head.config.evidence_temperature
-        masked, truth = held["masked"], held["tokens"].long().to(device)
-
-        def laid_out(values: torch.Tensor, fill: float) -> torch.Tensor:
-            out = values.new_full((*masked.shape, *values.shape[1:]), fill)
-            out[masked] = values
-            return out.to(device)
-
-        # Half precision costs a prediction its normalisation.
-        kept = torch.cat((held["log_probs"], held["log_rest"][:, None]), -1).float().log_softmax(-1)
-        log_probs, log_rest = laid_out(kept[:, :-1], 0), laid_out(kept[:, -1:], -torch.inf)
-        indices = laid_out(held["indices"].long(), 0)
-        listed = ListedEvidence(indices, log_probs, log_rest, temperature)
-        evidence: ListedEvidence | DenseEvidence = listed
-        if (head.config.vocab_size or 0) <= DENSE_VOCABULARY:
-            evidence = listed.laid_out(head.log_spread)
-        if "preceding_tokens" in held:
-            before = held["preceding_tokens"].long().to(device)
-            states = held["preceding_hidden"].to(device)
-            preceding = Preceding(before.clamp(min=0), before >= 0, states)
-        distribution = head(
-            evidence,
-            tokens=truth,
-            observed=~masked.to(device),
-            last_hidden_state=held["hidden"].to(device) if "hidden" in held else None,
-            temperature=temperature,
-            preceding=preceding,
-        )
-        gain, count = distribution.coupling_gain(truth), distribution.masked.sum(1)
-        return WindowScores(held["level"].to(device), count, gain, torch.zeros_like(gain))
 
 
 class NoisedCanvases:
@@ -174,36 +100,6 @@ class NoisedCanvases:
         factorized, gain = token.masked_fill(~masked, 0).sum(1), distribution.coupling_gain(truth)
         return WindowScores(self.level.to(truth.device), masked.sum(1), gain, factorized)
 
-    @torch.no_grad()
-    def predictions(self, size: int) -> NoisedWindows:
-        """The backbone's `size` likeliest tokens; hidden states if the head is conditioned."""
-        model, config, device = self.model, self.model.config, self.ids.device
-        head = model.coupling_head
-        assert head is not None
-        maps, temperature = head.context_maps, head.config.evidence_temperature
-        window, place = self.masked.nonzero(as_tuple=True)
-        with self.autocast:
-            states = model.backbone_states(self.ids, self.mask)
-            logits = states.logits((window.to(device), self.columns[window, place].to(device)))
-        never = (config.vocab_size, model.mask_token_id, config.forbidden_token_ids, device)
-        kept = ListedEvidence.from_logits(logits, size, temperature, forbidden_tokens(*never))
-        columns = {
-            "tokens": self.truth.int(),
-            "masked": self.masked,
-            "level": self.level,
-            "indices": kept.indices.int(),
-            "log_probs": kept.log_probs.half(),
-            "log_rest": kept.log_rest[..., 0].half(),
-        }
-        if maps is not None:
-            rows = torch.arange(len(self.truth), device=device)[:, None]
-            columns["hidden"] = states.last_hidden_state[rows, self.columns.to(device)].bfloat16()
-        if maps is not None and maps.copies:
-            before = model.preceding(states, self.ids, self.starts, self.mask)
-            columns["preceding_tokens"] = before.tokens.masked_fill(~before.present, -1).int()
-            columns["preceding_hidden"] = before.hidden.bfloat16()
-        return NoisedWindows({name: column.cpu() for name, column in columns.items()})
-
 
 def window_scores(
     model: CoDDModel,
@@ -243,3 +139,75 @@ def score_all(
 
     (table,) = summed([torch.Size((4, total))], chunks, placed)
     return WindowScores(*table.cpu())
+
+
+@dataclass
+class CoupledFit(GradientFit):
+    """Steps on `-log p(x_M | x_O) / t`, over their length, of windows noised at level `t`.
+
+    The head, at the evidence temperature of the settings, is all that is trained of the model.
+    """
+
+    train: Sequence[TokenizedExample]
+    config: CoupledConfig
+
+    def __post_init__(self) -> None:
+        head, temperature = self.model.coupling_head, self.config.evidence_temperature
+        if head is None:
+            raise ValueError("`model` has no head to fit: give `from_backbone` a head config.")
+        if temperature is not None:
+            head.config.evidence_temperature = temperature
+        self.model.to(Accelerator().device).requires_grad_(False)
+        self.head = head.requires_grad_(True)
+
+    @abstractmethod
+    def chunks(self, number: int) -> Sequence[torch.Tensor]:
+        """The rows of the data in each chunk of a step."""
+
+    @abstractmethod
+    def scores(self, rows: torch.Tensor, seed: int) -> WindowScores:
+        """The likelihoods of noised windows of some rows."""
+
+    def backward(self, number: int) -> tuple[Figures, int]:
+        """Sets the gradients of the mean loss of a step's windows."""
+        device, parameters = self.head.device, list(self.trained.values())
+        chunks = self.chunks(number)
+
+        def values(chunk: int, rows: torch.Tensor) -> list[torch.Tensor]:
+            seed = (self.config.seed * 1_000_003 + number) * 100_003 + chunk
+            with seeded(seed, device):
+                scores = self.scores(rows, seed)
+                loss = -(scores.log_prob / scores.level).sum()
+                gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            sums = (scores.gain.sum(), scores.log_prob.sum(), scores.masked.sum(), loss)
+            return [*gradients, torch.stack([value.detach().to(loss) for value in sums])]
+
+        shapes = [*(p.shape for p in parameters), torch.Size([4])]
+        *gradients, totals = summed(shapes, chunks, values)
+        gain, log_prob, masked, loss = totals.tolist()
+        tokens, masked = sum(map(len, chunks)) * self.model.window_length, max(masked, 1)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.div_(tokens).to(parameter.dtype)
+        figures = {"loss": loss / tokens, "gain": gain / masked, "coupled_nats": -log_prob / masked}
+        return figures, tokens
+
+    def rows_of_step(self, number: int, step: int) -> torch.Tensor:
+        """Those of `number` rows that a step is on: every epoch is a new permutation."""
+        size = min(self.config.windows_per_batch, number)
+        epoch, batch = divmod(step, number // size)
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        return torch.randperm(number, generator=generator)[batch * size : (batch + 1) * size]
+
+    def optimizer(self, *groups: dict[str, Any]) -> torch.optim.AdamW:
+        """AdamW without weight decay on the circuit, the conditioning, and other groups."""
+        maps = self.head.context_maps
+        context = [] if maps is None else [*maps.parameters()]
+        circuit = [p for n, p in self.head.named_parameters() if not n.startswith("context_maps.")]
+        # Gradients of a term that is still a no-op are tiny: hence the tiny `eps`.
+        all_groups = [
+            {"params": circuit, "peak": self.config.learning_rate, "eps": 1e-15},
+            {"params": context, "peak": self.config.context_learning_rate, "eps": 1e-15},
+            *groups,
+        ]
+        chosen = [group for group in all_groups if group["params"]]
+        return torch.optim.AdamW(chosen, betas=(0.9, 0.98), weight_decay=0.0)

@@ -21,21 +21,29 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ...circuits import DenseEvidence, ListedEvidence, Preceding
+from ...circuits.factorized import forbidden_tokens
 from ...data.canvases import TokenizedExample, epoch_batches
-from ...data.fingerprint import data_fingerprint, json_fingerprint, weights_fingerprint
+from ...data.fingerprint import (
+    data_fingerprint,
+    identity_of,
+    json_fingerprint,
+    weights_fingerprint,
+)
 from ...data.rows import tell
 from ...modeling_codd import CoDDModel
 from ...modeling_head import CoDDHead
 from ...runtime.files import atomic_write
-from ..checkpoints import Checkpoints, identity_of
+from ..checkpoints import Checkpoints
 from ..loop import Figures, History, Log, announced_precision
 from ..settings import ConditionalConfig
-from ..windows import NoisedCanvases, NoisedWindows, WindowScores, score_all
-from .coupled import CoupledFit
+from ..windows import CoupledFit, NoisedCanvases, WindowScores, score_all
 
 OF_THE_HEAD = ("num_latents", "emission", "emission_rank", "conditioning", "noise_conditioning")
 """Settings of the head to fit, which a run is continued with."""
 VALIDATION_SEED = 1234
+DENSE_VOCABULARY = 16384
+"""Up to this many tokens evidence is laid out in full: one product is faster than many gathers."""
 SHARD_BATCHES = 32
 SEEDS = 1_000_003
 """More than there are batches: the noise of two seeds has nothing in common."""
@@ -99,6 +107,112 @@ class _HeadFit(CoupledFit):
 
     def measure(self) -> Figures:
         return self.measured.evaluate(self.head)
+
+
+@dataclass
+class NoisedWindows:
+    """`N` noised windows of length `L`, with `M` masked positions in all, and what is predicted.
+
+    Attributes:
+        columns: `tokens [N, L]` (int32, the true ones), `masked [N, L]` (those that were hidden
+            from the backbone), `level [N]` (the probability with which they were); of the masked
+            positions, window by window, the likeliest tokens `indices [M, k]` (int32), their
+            `log_probs [M, k]` (float16, off by at most 1/2048 of themselves) and `log_rest [M]`,
+            the log of the remaining mass; for a head with conditioning `hidden [N, L, d]`
+            (bfloat16), and for "copy" the `preceding_tokens [N, C]` (int32, -1 where there is none)
+            and `preceding_hidden [N, C, d]`.
+    """
+
+    columns: dict[str, torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.columns["level"])
+
+    @cached_property
+    def offsets(self) -> torch.Tensor:
+        """`[N + 1]`, where each window's masked positions begin and end among all `M`."""
+        sizes = self.columns["masked"].sum(1)
+        return torch.cat((torch.zeros(1, dtype=torch.long), sizes.cumsum(0)))
+
+    def take(self, rows: torch.Tensor) -> NoisedWindows:
+        """Some windows, `rows [B]`, in that order."""
+        ends = zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True)
+        places = torch.cat([torch.arange(*pair) for pair in ends])
+        by_place = ("indices", "log_probs", "log_rest")
+        return NoisedWindows(
+            {name: t[places if name in by_place else rows] for name, t in self.columns.items()}
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def read(cls, canvases: NoisedCanvases, size: int) -> NoisedWindows:
+        """The backbone's `size` likeliest tokens; hidden states if the head is conditioned."""
+        model, places, device = canvases.model, canvases.columns, canvases.ids.device
+        config, head = model.config, model.coupling_head
+        assert head is not None
+        maps, temperature = head.context_maps, head.config.evidence_temperature
+        window, place = canvases.masked.nonzero(as_tuple=True)
+        with canvases.autocast:
+            states = model.backbone_states(canvases.ids, canvases.mask)
+            logits = states.logits((window.to(device), places[window, place].to(device)))
+        never = (config.vocab_size, model.mask_token_id, config.forbidden_token_ids, device)
+        kept = ListedEvidence.from_logits(logits, size, temperature, forbidden_tokens(*never))
+        columns = {
+            "tokens": canvases.truth.int(),
+            "masked": canvases.masked,
+            "level": canvases.level,
+            "indices": kept.indices.int(),
+            "log_probs": kept.log_probs.half(),
+            "log_rest": kept.log_rest[..., 0].half(),
+        }
+        if maps is not None:
+            rows = torch.arange(len(places), device=device)[:, None]
+            columns["hidden"] = states.last_hidden_state[rows, places.to(device)].bfloat16()
+        if maps is not None and maps.copies:
+            before = model.preceding(states, canvases.ids, canvases.starts, canvases.mask)
+            columns["preceding_tokens"] = before.tokens.masked_fill(~before.present, -1).int()
+            columns["preceding_hidden"] = before.hidden.bfloat16()
+        return cls({name: column.cpu() for name, column in columns.items()})
+
+    @classmethod
+    def joined(cls, parts: Sequence[NoisedWindows]) -> NoisedWindows:
+        """All windows of some parts, in order."""
+        names = parts[0].columns
+        return cls({name: torch.cat([part.columns[name] for part in parts]) for name in names})
+
+    def scores(self, head: CoDDHead) -> WindowScores:
+        """The gains of a head, whose temperature is that of the predictions."""
+        held, device, preceding = self.columns, head.device, None
+        temperature = head.config.evidence_temperature
+        masked, truth = held["masked"], held["tokens"].long().to(device)
+
+        def laid_out(values: torch.Tensor, fill: float) -> torch.Tensor:
+            out = values.new_full((*masked.shape, *values.shape[1:]), fill)
+            out[masked] = values
+            return out.to(device)
+
+        # Half precision costs a prediction its normalisation.
+        kept = torch.cat((held["log_probs"], held["log_rest"][:, None]), -1).float().log_softmax(-1)
+        log_probs, log_rest = laid_out(kept[:, :-1], 0), laid_out(kept[:, -1:], -torch.inf)
+        indices = laid_out(held["indices"].long(), 0)
+        listed = ListedEvidence(indices, log_probs, log_rest, temperature)
+        evidence: ListedEvidence | DenseEvidence = listed
+        if (head.config.vocab_size or 0) <= DENSE_VOCABULARY:
+            evidence = listed.laid_out(head.log_spread)
+        if "preceding_tokens" in held:
+            before = held["preceding_tokens"].long().to(device)
+            states = held["preceding_hidden"].to(device)
+            preceding = Preceding(before.clamp(min=0), before >= 0, states)
+        distribution = head(
+            evidence,
+            tokens=truth,
+            observed=~masked.to(device),
+            last_hidden_state=held["hidden"].to(device) if "hidden" in held else None,
+            temperature=temperature,
+            preceding=preceding,
+        )
+        gain, count = distribution.coupling_gain(truth), distribution.masked.sum(1)
+        return WindowScores(held["level"].to(device), count, gain, torch.zeros_like(gain))
 
 
 @dataclass
@@ -203,5 +317,5 @@ class Evidence:
         parts, read = [], (self.model, self.tokenizer)
         for seed, rows in tqdm(batches, name, unit="batch", leave=False, disable=not shown):
             canvases = NoisedCanvases(*read, [self.examples[i] for i in rows], self.config, seed)
-            parts.append(canvases.predictions(size))
+            parts.append(NoisedWindows.read(canvases, size))
         return NoisedWindows.joined(parts)

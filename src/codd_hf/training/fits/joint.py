@@ -17,13 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...coupling.adapters import active_adapter, add_adapter
 from ...coupling.heads import DEFAULT_NAME
 from ...data.canvases import TokenizedExample
-from ...data.fingerprint import weights_fingerprint
+from ...data.fingerprint import identity_of, weights_fingerprint
 from ...modeling_codd import CoDDModel
-from ..checkpoints import Checkpoints, identity_of
+from ..checkpoints import Checkpoints
 from ..loop import Figures, History, Log, announced_precision, seeded, trained_in_float32
 from ..settings import JointConfig
-from ..windows import NoisedCanvases, WindowScores, window_scores
-from .coupled import CoupledFit
+from ..windows import CoupledFit, NoisedCanvases, WindowScores, window_scores
 
 
 def fit_joint(

@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from ...data.canvases import CanvasBatch, TokenizedExample, batch_indices
+from ...data.fingerprint import identity_of
 from ...data.noise import Noise, draw_canvases
 from ...modeling_codd import CoDDModel
 from ...runtime.precision import autocast, chosen_precision
-from ..checkpoints import Checkpoints, identity_of
+from ..checkpoints import Checkpoints
 from ..inputs import TaskStream
 from ..loop import (
     Figures,
