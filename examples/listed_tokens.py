@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from codd_hf import default_model
-from codd_hf.data.canvases import load_examples
+from codd_hf.data.sources import load_examples
 
 WINDOW, LISTED, LENGTH = 32, 64, 2048
 

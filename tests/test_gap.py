@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from codd_hf import CoDDHead, CoDDModel, CoDDPipeline
-from codd_hf.data.canvases import TokenizedExample, load_examples, tokenize_examples
+from codd_hf.data.canvases import TokenizedExample, tokenize_examples
+from codd_hf.data.sources import load_examples
 from codd_hf.evaluation import GapSettings
 from codd_hf.evaluation.gap import SMALLEST_GAP, TEMPERED, measure_gap
 from tiny import correlated_examples, enumerate_window, head_config, random_head, tiny_backbone

@@ -22,7 +22,7 @@ from codd_hf.checks.settings import settings_of
 from codd_hf.cli import jsonl, main
 from codd_hf.cli.generate import GenerateSettings
 from codd_hf.cli.jsonl import RunFiles
-from codd_hf.data.rows import RowReport, read_rows
+from codd_hf.data.sources import RowReport, read_rows
 from codd_hf.runtime.files import append_results
 from tiny_pipeline import save_tiny_pipeline
 

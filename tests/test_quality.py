@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from codd_hf.cli import main
-from codd_hf.data.canvases import Example
+from codd_hf.data.sources import Example
 from codd_hf.evaluation import QualitySettings, quality
 from codd_hf.evaluation.judge import Judge, load_judge
 from codd_hf.evaluation.quality import (

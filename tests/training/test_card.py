@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from codd_hf import CoDDModel, CoDDPipeline
-from codd_hf.data.canvases import Example, load_examples
+from codd_hf.data.sources import Example, load_examples
 from codd_hf.hub.cards import REWRITTEN
 from codd_hf.training import TrainConfig, train
 from codd_hf.training.result import save_held_out

@@ -10,14 +10,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from codd_hf.data.canvases import (
-    Example,
-    TokenizedExample,
-    batch_indices,
-    collate,
-    load_examples,
-    tokenize_examples,
-)
+from codd_hf.data.canvases import TokenizedExample, batch_indices, collate, tokenize_examples
+from codd_hf.data.sources import Example, load_examples
 from codd_hf.data.tokenizers import train_tokenizer
 from codd_hf.training.inputs import split_examples
 from tiny import SENTENCES

@@ -7,7 +7,8 @@ import json
 import pytest
 from datasets import Dataset
 
-from codd_hf.data.canvases import Example, load_examples, tokenize_examples
+from codd_hf.data.canvases import tokenize_examples
+from codd_hf.data.sources import Example, load_examples
 from codd_hf.data.tokenizers import train_tokenizer
 from tiny import SENTENCES
 

@@ -11,9 +11,9 @@ from transformers import BertTokenizerFast, ByT5Tokenizer
 
 from codd_hf import CoDDPipeline
 from codd_hf.cli import main
-from codd_hf.data.canvases import Example, tokenize_examples
+from codd_hf.data.canvases import tokenize_examples
 from codd_hf.data.collator import DataCollatorForMaskedDiffusion
-from codd_hf.data.rows import RowReport
+from codd_hf.data.sources import Example, RowReport
 from codd_hf.text.encoding import encode_chats, encode_texts, special_token_ids
 from tiny import tiny_model
 

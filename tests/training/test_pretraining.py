@@ -10,8 +10,9 @@ from fitting import equal_states, untimed
 from transformers import AutoModelForCausalLM
 
 from codd_hf import CoDDModel
-from codd_hf.data.canvases import Example, collate, tokenize_examples
+from codd_hf.data.canvases import collate, tokenize_examples
 from codd_hf.data.noise import Noise, sample_noise
+from codd_hf.data.sources import Example
 from codd_hf.training import Checkpoints, PretrainingConfig, fit_backbone
 from codd_hf.training.fits.pretraining import diffusion_loss
 from codd_hf.training.inputs import small_backbone_config

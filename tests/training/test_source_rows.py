@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from codd_hf.data.canvases import Example, load_examples
+from codd_hf.data.sources import Example, load_examples
 
 ANSWERS = [{"question": f"When {i}?", "answer": f"2024-01-{i:02d}"} for i in range(1, 6)]
 DATES = [Example(row["question"], row["answer"]) for row in ANSWERS]

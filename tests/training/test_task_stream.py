@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from codd_hf import CoDDModel
-from codd_hf.data.canvases import Example, load_examples
+from codd_hf.data.sources import Example, load_examples
 from codd_hf.data.tasks import draw_tasks, sample_tasks
 from codd_hf.training import Checkpoints, PretrainingConfig, fit_backbone, train
 from codd_hf.training.inputs import STRETCH, TaskStream, small_backbone_config

@@ -24,8 +24,7 @@ from tqdm.auto import tqdm
 from ..checks.arguments import shown
 from ..checks.settings import settings_of
 from ..data.fingerprint import json_fingerprint, pipeline_fingerprint
-from ..data.rows import BadRowError, Row, RowReport, read_rows
-from ..data.sources import PROMPT_COLUMNS
+from ..data.sources import PROMPT_COLUMNS, BadRowError, Row, RowReport, read_rows
 from ..decoding.choices import SETTINGS
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.files import append_results, atomic_write, make_durable, read_results

@@ -16,9 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..text.encoding import encode_chats, encode_texts
-from .rows import RowReport, tell
-from .sources import Example as Example
-from .sources import load_examples as load_examples
+from .sources import Example, RowReport, tell
 
 
 @dataclass(frozen=True)

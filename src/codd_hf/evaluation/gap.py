@@ -28,8 +28,7 @@ from ..data.canvases import (
     collate,
     tokenize_examples,
 )
-from ..data.rows import RowReport
-from ..data.sources import Example
+from ..data.sources import Example, RowReport
 from ..hub.repositories import default_model
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead

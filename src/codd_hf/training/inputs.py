@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
 
 from ..coupling.adapters import active_adapter
-from ..data.canvases import Example, TokenizedExample, load_examples, tokenize_examples
-from ..data.rows import RowReport
+from ..data.canvases import TokenizedExample, tokenize_examples
+from ..data.sources import Example, RowReport, load_examples
 from ..data.tasks import TASKS, draw_tasks, kind_names
 from ..data.tokenizers import train_tokenizer
 from ..modeling_codd import CoDDModel

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..data.canvases import TokenizedExample
-from ..data.rows import tell
+from ..data.sources import tell
 from ..modeling_codd import CoDDModel
 from ..runtime.precision import chosen_precision, precision_note
 from .checkpoints import Checkpoints

@@ -29,9 +29,6 @@ from .settings import STAGES, TrainConfig
 if TYPE_CHECKING:
     from .run import Run
 
-GAP_RATIOS = (0.25, 0.5, 0.75, 1.0)
-NOT_PUSHED = ("*.jsonl",)
-"""The held-out examples are somebody's data, and stay on this machine."""
 HISTORY = "history.json"
 """The history of a stage, in its folder."""
 OF_THIS_RUN = ("output_dir", "resume_from_checkpoint", "report_to", "push_to_hub")
@@ -64,7 +61,7 @@ def write_pipeline(run: Run, circuit: Path, folder: Path, repo_id: str | None) -
     problems = [e for e in held_out if len(e.answer_ids) > model.window_length]
     problems, gap = problems[: config.num_gap_problems], None
     if problems and model.coupling_head is not None:
-        heads, settings = {"coupled": model.coupling_head}, GapSettings(ratios=[*GAP_RATIOS])
+        heads, settings = {"coupled": model.coupling_head}, GapSettings(ratios=[0.25, 0.5, 0.75, 1])
         gap = measure_gap(model, heads, tokenizer, problems, settings)
     pipeline = CoDDPipeline(model, CoDDScheduler(), tokenizer)
     write_card(run, pipeline, folder, repo_id, gap)
@@ -77,8 +74,9 @@ def write_pipeline(run: Run, circuit: Path, folder: Path, repo_id: str | None) -
         save_file(stored, path, {"format": "pt"})
     save_held_out(folder, run.examples)
     if repo_id is not None:
-        message = "Trained with codd-hf"
-        pushed = push_folder(folder, repo_id, ignore_patterns=[*NOT_PUSHED], commit_message=message)
+        # The held-out examples are somebody's data, and stay on this machine.
+        told, kept = "Trained with codd-hf", "*.jsonl"
+        pushed = push_folder(folder, repo_id, ignore_patterns=kept, commit_message=told)
         tqdm.write(f"The pipeline is on the Hub: {pushed.repo_url}")
 
 

@@ -30,7 +30,7 @@ from ...data.fingerprint import (
     json_fingerprint,
     weights_fingerprint,
 )
-from ...data.rows import tell
+from ...data.sources import tell
 from ...modeling_codd import CoDDModel
 from ...modeling_head import CoDDHead
 from ...runtime.files import atomic_write
