@@ -24,6 +24,7 @@ from .checkpoints import Checkpoints
 from .inputs import TaskStream
 from .settings import FitConfig, GradientConfig
 
+VALIDATION_SEED = 1234
 Figures = dict[str, float]
 History = list[Figures]
 """An entry has the `step` after which it was measured, the figures of the validation, the `tokens`
@@ -137,7 +138,7 @@ class GradientFit(Fit):
     def set_up(
         self,
         identity: dict[str, Any],
-        trained: dict[str, nn.Parameter],
+        module: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
         clipped: Sequence[Sequence[nn.Parameter]] = (),
     ) -> None:
@@ -145,15 +146,20 @@ class GradientFit(Fit):
 
         Args:
             identity: what the fit depends on beside its settings.
-            trained: the parameters, under their names in checkpoints.
+            module: has the parameters, of which those that require gradients are made float32,
+                since finer steps are lost in bfloat16.
             optimizers: which train them; the schedule scales the `peak` of a group.
             clipped: parts of what is trained whose gradients are clipped together; default, all.
         """
         config = self.config
         assert config.max_steps is not None
         assert config.learning_rate is not None
-        self.trained, self.optimizers, self.peak = trained, optimizers, config.learning_rate
-        self.clipped = clipped or [[*trained.values()]]
+        named = module.named_parameters()
+        self.trained = {f"model.{name}": p for name, p in named if p.requires_grad}
+        for parameter in self.trained.values():
+            parameter.data = parameter.data.float()
+        self.optimizers, self.peak = optimizers, config.learning_rate
+        self.clipped = clipped or [[*self.trained.values()]]
         self.identity = config.identity() | identity
         self.num_steps, self.evaluation_steps = config.max_steps, config.evaluation_steps
         self.remedy = f"lower `learning_rate` (now {self.peak})"
@@ -236,11 +242,3 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def trained_in_float32(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require gradients, made float32: finer steps are lost in bfloat16."""
-    trained = {f"model.{name}": p for name, p in module.named_parameters() if p.requires_grad}
-    for parameter in trained.values():
-        parameter.data = parameter.data.float()
-    return trained

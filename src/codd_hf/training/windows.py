@@ -21,7 +21,7 @@ from ..data.canvases import TokenizedExample
 from ..data.noise import draw_canvases
 from ..modeling_codd import CoDDModel
 from ..runtime.precision import autocast
-from .loop import Figures, GradientFit, seeded, summed
+from .loop import VALIDATION_SEED, Figures, GradientFit, seeded, summed
 from .settings import CoupledConfig
 
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -107,7 +107,7 @@ def window_scores(
     examples: Sequence[TokenizedExample],
     config: CoupledConfig,
     num_draws: int = 4,
-    seed: int = 1234,
+    seed: int = VALIDATION_SEED,
 ) -> WindowScores:
     """Scores one noised window of each example a draw, `[num_draws * len(examples)]`.
 

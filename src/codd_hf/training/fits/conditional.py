@@ -35,13 +35,12 @@ from ...modeling_codd import CoDDModel
 from ...modeling_head import CoDDHead
 from ...runtime.files import atomic_write
 from ..checkpoints import Checkpoints
-from ..loop import Figures, History, Log, announced_precision
+from ..loop import VALIDATION_SEED, Figures, History, Log, announced_precision
 from ..settings import ConditionalConfig
 from ..windows import CoupledFit, NoisedCanvases, WindowScores, score_all
 
 OF_THE_HEAD = ("num_latents", "emission", "emission_rank", "conditioning", "noise_conditioning")
 """Settings of the head to fit, which a run is continued with."""
-VALIDATION_SEED = 1234
 DENSE_VOCABULARY = 16384
 """Up to this many tokens evidence is laid out in full: one product is faster than many gathers."""
 SHARD_BATCHES = 32
@@ -95,8 +94,7 @@ class _HeadFit(CoupledFit):
         identity |= self.evidence.identity
         identity["validation_data"] = self.measured.identity["data"]
         identity["start"] = weights_fingerprint(self.head.state_dict())
-        trained = {f"head.{name}": p for name, p in self.head.named_parameters()}
-        self.set_up(identity, trained, [self.optimizer()])
+        self.set_up(identity, self.head, [self.optimizer()])
 
     def chunks(self, number: int) -> Sequence[torch.Tensor]:
         rows = self.rows_of_step(len(self.evidence), number)

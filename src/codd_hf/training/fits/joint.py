@@ -20,7 +20,7 @@ from ...data.canvases import TokenizedExample
 from ...data.fingerprint import identity_of, weights_fingerprint
 from ...modeling_codd import CoDDModel
 from ..checkpoints import Checkpoints
-from ..loop import Figures, History, Log, announced_precision, seeded, trained_in_float32
+from ..loop import Figures, History, Log, announced_precision, seeded
 from ..settings import JointConfig
 from ..windows import CoupledFit, NoisedCanvases, WindowScores, window_scores
 
@@ -78,11 +78,10 @@ class _JointFit(CoupledFit):
                 lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
                 add_lora(model.backbone, lora, DEFAULT_NAME, config.seed)
             model.set_adapter(found or DEFAULT_NAME)
-        trained = trained_in_float32(model)
         backbone = [p for p in model.backbone.parameters() if p.requires_grad]
         rate = config.backbone_learning_rate
         optimizer = self.optimizer({"params": backbone, "peak": rate, "eps": 1e-8})
-        self.set_up(identity, trained, [optimizer], [[*self.head.parameters()], backbone])
+        self.set_up(identity, model, [optimizer], [[*self.head.parameters()], backbone])
 
     def chunks(self, number: int) -> Sequence[torch.Tensor]:
         self.model.backbone.train(self.config.backbone != "frozen")

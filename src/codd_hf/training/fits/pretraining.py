@@ -24,19 +24,18 @@ from ...runtime.precision import autocast, chosen_precision
 from ..checkpoints import Checkpoints
 from ..inputs import TaskStream
 from ..loop import (
+    VALIDATION_SEED,
     Figures,
     GradientFit,
     History,
     Log,
     announced_precision,
     seeded,
-    trained_in_float32,
 )
 from ..settings import PretrainingConfig
 
 BETAS = (0.9, 0.98)
 EVALUATION_ROWS = 32
-VALIDATION_SEED = 1234
 
 
 def diffusion_loss(
@@ -97,7 +96,7 @@ class _BackboneFit(GradientFit):
         optimizers = _optimizers(model, config, self.device)
         self.batches: Iterator[list[TokenizedExample]] | None = None
         identity["window_length"] = self.window_length
-        self.set_up(identity, trained_in_float32(backbone), optimizers)
+        self.set_up(identity, backbone, optimizers)
 
     def rate_factor(self, number: int, warmed: float) -> float:
         decay_steps = max(math.ceil(self.num_steps * self.config.decay_fraction), 1)
