@@ -8,9 +8,8 @@ import math
 import pytest
 import torch
 
-from codd_hf.benchmarks import BENCHMARKS
+from codd_hf.benchmarks import BENCHMARKS, median_seconds
 from codd_hf.benchmarks.end_to_end import FACTORIZED
-from codd_hf.benchmarks.timing import median_seconds
 from codd_hf.cli import main
 
 COLUMNS = {

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from codd_hf.runtime.locks import locked
+from codd_hf.runtime.files import locked
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from codd_hf.runtime.locks import locked
+from codd_hf.runtime.files import locked
 with locked(Path(sys.argv[1]), "`x`"):
     print("held", flush=True)
     time.sleep(600)

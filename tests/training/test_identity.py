@@ -13,7 +13,7 @@ import torch
 
 from codd_hf import CoDDModel
 from codd_hf.data.tokenizers import train_tokenizer
-from codd_hf.runtime.locks import locked
+from codd_hf.runtime.files import locked
 from codd_hf.training import (
     Checkpoints,
     ConditionalConfig,

@@ -5,11 +5,15 @@ Every speed is a ratio of medians within one process, the sides running in turns
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Annotated, Literal
 
 from ..checks.settings import Count, Range, Seed, Settings
 
+Side = Callable[[], object]
 BENCHMARKS = {
     "overhead": "head step over a backbone's forward pass, at LLaDA-8B's shape",
     "head-step": "head step against a plain reading of the paper",
@@ -40,3 +44,32 @@ class Options(Settings):
     def batches_or(self, *usual: int) -> list[int]:
         """The batch sizes: as asked, or `usual`."""
         return [self.batch_size] if self.batch_size else list(usual)
+
+
+def median_seconds(
+    sides: Mapping[str, Side],
+    repeats: int,
+    device: str = "cpu",
+    warmups: int = 2,
+) -> dict[str, float]:
+    """Median wall-clock seconds of each side, run in turns (A, B, A, B, ...).
+
+    Args:
+        sides: what to time, by name.
+        repeats: timed runs of each.
+        device: is waited for after each run.
+        warmups: runs of each that are not timed, also in turns.
+    """
+    import torch  # the help of the command line has no need of it
+
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(warmups + repeats):
+        for name, run in sides.items():
+            synchronize()
+            started = time.perf_counter()
+            run()
+            synchronize()
+            if turn >= warmups:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: median(values) for name, values in seconds.items()}

@@ -20,8 +20,7 @@ from ..data.sources import load_examples
 from ..hub.repositories import default_model
 from ..pipelines import CoDDPipeline
 from ..runtime.report import Report
-from . import Options
-from .timing import median_seconds
+from . import Options, median_seconds
 
 ALWAYS_TOP_K = 2.0
 """A threshold above any probability: the stock scheduler then commits by count alone."""

@@ -12,8 +12,7 @@ from ..circuits.reference import plain_step
 from ..configuration_codd import CoDDHeadConfig
 from ..modeling_head import DEFAULT_EVIDENCE_SIZE, CoDDHead
 from ..runtime.report import Report
-from . import Options
-from .timing import Side, median_seconds
+from . import Options, Side, median_seconds
 
 SPREAD, SHARED = 5.0, 0.68
 """Standard deviation of logits, and the share of their variance that predictions have in common."""

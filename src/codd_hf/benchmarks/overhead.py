@@ -15,9 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from ..runtime.precision import computes_bf16
 from ..runtime.report import Report
-from . import Options
+from . import Options, Side, median_seconds
 from .head_step import HeadCase, head_cases
-from .timing import Side, median_seconds
 
 SEQUENCE, LAYERS = 512, 32
 """Of the backbone's pass."""

@@ -27,8 +27,7 @@ from ..data.fingerprint import json_fingerprint, pipeline_fingerprint
 from ..data.sources import PROMPT_COLUMNS, BadRowError, Row, RowReport, read_rows
 from ..decoding.choices import SETTINGS
 from ..pipelines.pipeline_codd import CoDDPipeline
-from ..runtime.files import append_results, atomic_write, make_durable, read_results
-from ..runtime.locks import locked
+from ..runtime.files import append_results, atomic_write, locked, make_durable, read_results
 from .generate import GenerateSettings
 
 OWN = ("gen_length", "num_inference_steps")

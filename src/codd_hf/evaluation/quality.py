@@ -130,12 +130,11 @@ class Problems:
 
     def row(self, passes: int, sampling: str, strategy: str, draw: dict[str, Any]) -> Row:
         """Draw settings, and the figures of the answers under them."""
-        row = {"sampling": sampling, "strategy": strategy, "passes": passes}
-        row["settings"] = ", ".join(f"{name} {value}" for name, value in draw.items())
-        draw = {"sampling": sampling, "strategy": strategy, **draw}
+        way = {"sampling": sampling, "strategy": strategy}
+        told = ", ".join(f"{name} {value}" for name, value in draw.items())
         questions = [example.prompt for example in self.examples]
-        answers = generate_answers(self.pipeline, questions, passes, self.settings, **draw)
-        return row | self._figures(answers)
+        answers = generate_answers(self.pipeline, questions, passes, self.settings, **way, **draw)
+        return way | {"passes": passes, "settings": told} | self._figures(answers)
 
     def _figures(self, answers: Answers) -> Row:
         """Nats per token of the judge, entropy of all tokens thrown together, and more."""
@@ -235,11 +234,14 @@ def find_matches(rows: Sequence[Row], least_entropy: float) -> list[Row]:
         keeping = [row for row in theirs if row[ENTROPY].value >= least_entropy]
         enough = [row["passes"] for row in keeping if row[NATS].value <= ours[NATS].value]
         keeps = ours[ENTROPY].value >= least_entropy
-        match = {name: ours[name] for name in ("sampling", "strategy", "passes")}
-        match["keeps entropy"] = keeps
-        match["factorized passes"] = min(enough, default=None) if keeps else None
-        for row in theirs:
-            name = f"factorized - CoDD, nats, {row['passes']} passes"
-            match[name] = row[NATS] - ours[NATS]
-        matches.append(match)
+        differences = {
+            f"factorized - CoDD, nats, {row['passes']} passes": row[NATS] - ours[NATS]
+            for row in theirs
+        }
+        matches.append(
+            {name: ours[name] for name in ("sampling", "strategy", "passes")}
+            | {"keeps entropy": keeps}
+            | {"factorized passes": min(enough, default=None) if keeps else None}
+            | differences
+        )
     return matches

@@ -1,4 +1,4 @@
-"""Files that survive a kill: whole or not there, or journals of results that only grow."""
+"""Files of runs, which may be killed: whole or not there, journals that only grow, and locks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 
 NO_ROOM = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 
@@ -74,3 +78,31 @@ def read_results(path: Path) -> dict[str | int, Any]:
             key, result = json.loads(line)
             found.setdefault(key, result)
     return found
+
+
+@contextmanager
+def locked(path: Path, what: str, state: PartialState | None = None) -> Iterator[None]:
+    """Holds a lock file while the block runs, or refuses at once with an OSError; the file stays.
+
+    Args:
+        path: the lock file; its folder is there.
+        what: begins the refusal, such as "`output_dir` 'runs/mine'".
+        state: accelerate's, when several processes are one run: all of them come here, the main one
+            holds the lock, and a refusal is raised in all.
+    """
+    lock, refusal = FileLock(path, timeout=0), [""]
+    try:
+        if state is None or state.is_main_process:
+            lock.acquire()
+    except Timeout:
+        refusal = [f"{what} is being written by another run: wait for its end, or stop it."]
+    except OSError as error:
+        refusal = [f"{what} cannot be written: {error}."]
+    if state is not None and state.num_processes > 1:
+        broadcast_object_list(refusal)
+    if refusal[0]:
+        raise OSError(refusal[0])
+    try:
+        yield
+    finally:
+        lock.release()

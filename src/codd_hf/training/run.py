@@ -25,8 +25,7 @@ from ..data.canvases import TokenizedExample
 from ..data.tasks import TASKS
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
-from ..runtime.files import atomic_write
-from ..runtime.locks import locked
+from ..runtime.files import atomic_write, locked
 from .checkpoints import Checkpoints
 from .fits.conditional import OF_THE_HEAD, fit_conditional
 from .fits.generative import fit_generative, text_windows
