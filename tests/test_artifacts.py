@@ -261,6 +261,7 @@ def test_what_the_caller_says_counts_before_the_file_of_version_0_1():
     [
         ({"structure": "monarch"}, "`structure='monarch'` in a head's configuration is no lon"),
         ({"evidence_dtype": "bfloat16"}, "`evidence_dtype='bfloat16'` in a head's configuration"),
+        ({"noise_conditioning": True}, "`noise_conditioning=True` in a head's configuration is no"),
         ({"conditioning": ["latent", "gate"]}, "`conditioning` must list some of latent, copy"),
         ({"conditioning": ["low_rank"]}, "`conditioning` must list some of latent, copy"),
     ],

@@ -24,10 +24,7 @@ CONDITIONINGS = {
     "unconditioned": {},
     "latent": {"conditioning": ["latent"]},
     "copy": {"conditioning": ["copy"]},
-    "all and noise": {
-        "conditioning": ["latent", "copy"],
-        "noise_conditioning": True,
-    },
+    "all": {"conditioning": ["latent", "copy"]},
 }
 COMBINATIONS = {
     f"{emission} emission, {name}": {"emission": emission} | conditioning
@@ -40,7 +37,7 @@ COMBINATIONS = {
     },
     "untied steps, tied emission": {"emission": "tied", "tie_transitions": False},
 }
-EVERYTHING = COMBINATIONS["tied emission, all and noise"]
+EVERYTHING = COMBINATIONS["tied emission, all"]
 COMBINATION = pytest.mark.parametrize("name", COMBINATIONS)
 
 
@@ -126,7 +123,7 @@ def test_an_untrained_head_changes_nothing_whatever_the_hidden_states(name, scal
     "name", [n for n in COMBINATIONS if "unconditioned" not in n and "untied" not in n]
 )
 def test_fresh_conditioning_leaves_a_trained_circuit_as_it_was(name):
-    plain = shaken_head(name, conditioning=None, noise_conditioning=False).double()
+    plain = shaken_head(name, conditioning=None).double()
     head = fresh_head(name).double()
     assert not head.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
     given = window(scale=9.0)
@@ -179,7 +176,6 @@ def test_every_parameter_of_a_new_head_can_be_trained(name):
         ({"emission": "low"}, r"`emission` must be one of dense, tied, got 'low'"),
         ({"conditioning": ["gates"]}, r"`conditioning` must list some of latent, copy"),
         ({"conditioning": ["copy", "copy"]}, r"each once, got \['copy', 'copy'\]"),
-        ({"noise_conditioning": True}, r"`noise_conditioning` is an input of the conditioning"),
         ({"conditioning": ["latent"], "context_size": None}, r"`context_size` .* is needed"),
         ({"emission": "tied", "context_size": None}, r"`context_size` .* is needed"),
         ({"emission": "tied", "tie_emissions": False}, r"set `tie_emissions` to true"),
@@ -283,7 +279,7 @@ def test_a_tied_head_follows_its_backbones_output_embedding():
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_autocast_does_not_reach_the_head(grad):
-    name = "tied emission, all and noise"
+    name = "tied emission, all"
     with torch.set_grad_enabled(grad):
         expected = shaken_head(name)(**window())
         head = shaken_head(name)
@@ -306,7 +302,7 @@ def test_a_conditioned_head_without_fitting_hidden_states_is_an_error(hidden):
 
 
 def test_a_conditioned_head_reads_lists_as_tensors_and_names_what_is_neither():
-    head = shaken_head("dense emission, all and noise")
+    head = shaken_head("dense emission, all")
     given = window() | {"present": torch.tensor([[True, True, False]] * 2)}
     lists = {name: given[name].tolist() for name in ("tokens", "observed", "present")}
     assert torch.equal(head(**(given | lists)).log_partition, head(**given).log_partition)
@@ -327,15 +323,13 @@ def test_an_unconditioned_head_needs_no_hidden_states():
 
 
 def test_the_context_is_what_its_formulas_say():
-    head = shaken_head("dense emission, all and noise", scale=3.0)
+    head = shaken_head("dense emission, all", scale=3.0)
     present = torch.tensor([[True, True, True], [True, True, False]])
     given = window()
     given["observed"] = torch.tensor([[True, False, False], [False, True, False]])
     context = head(**given, present=present).context
     hidden = given["last_hidden_state"]
-    level = torch.tensor([2 / 3, 1 / 2])[:, None, None].expand(-1, LENGTH, 1)
-    scaled = hidden / hidden.square().mean(-1, keepdim=True).sqrt()
-    x = torch.cat((scaled, level, level**2), -1)
+    x = hidden / hidden.square().mean(-1, keepdim=True).sqrt()
     latent = head.context_maps.latent
     close = {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(context.latent, F.linear(x, latent.weight) + latent.bias, **close)

@@ -138,6 +138,10 @@ def test_head_is_refused_whose_weights_are_not_those_described(name, prefix, loa
     assert "emission (2, 12), not (3, 12) of another shape" in told
     told = message(lambda weights: weights.update({f"{prefix}extra": torch.ones(2)}))
     assert "extra in no place of the model" in told
+    suggested = f"{prefix}context_maps.suggested"
+    for state in (-1, 3):
+        told = message(lambda weights, state=state: weights[suggested].fill_(state))
+        assert f"`context_maps.suggested` must hold numbers of states, 0 to 2, got {state}" in told
 
 
 @pytest.mark.parametrize(("name", "prefix", "load"), WITH_HEAD)
@@ -164,6 +168,8 @@ def test_masked_lm_may_hold_what_pretraining_added_for_pairs_of_sentences(tmp_pa
 
 
 ABSURD = [
+    {"num_hidden_layers": 2**31},
+    {"num_labels": 2**31},
     {"hidden_size": 2**31},
     {"hidden_size": 2**40, "intermediate_size": 2**40},
     {"vocab_size": 2**31},

@@ -12,8 +12,10 @@ from .checks.arguments import choice, factor, integer, number, plain, without_le
 COUPLINGS = ("none", "marginal", "latent")
 CONDITIONINGS = ("latent", "copy")
 FORMAT_VERSION = 2
-LEFT = {"structure": "dense", "evidence_dtype": None}
-"""Fields of `format_version` 1, each with the value that is the only one now."""
+MOST_LAYERS = 1 << 14
+"""More than any backbone has; transformers makes layers and labels one by one."""
+LEFT = {"structure": "dense", "evidence_dtype": None, "noise_conditioning": False}
+"""Fields that are no more, each with the value that is the only one now."""
 GONE = ("evidence_groups", "num_gate_groups", "transition_rank")
 """Fields of `format_version` 1 that ask for nothing by themselves."""
 SIZES = {
@@ -43,6 +45,15 @@ OF_TRANSFORMERS = {
     "use_cache",  # which the Trainer of transformers sets
 }
 """Fields of any configuration. Not `transformers_weights`: no file says where weights are."""
+
+
+def check_layers(fields: Mapping[str, Any]) -> None:
+    """Raises a ValueError for more than `MOST_LAYERS` layers or labels."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            check_layers(value)
+        elif name.endswith(("layer", "layers", "labels")) and type(value) in (int, float):
+            number(name, value, most=MOST_LAYERS)
 
 
 class _Configuration(PreTrainedConfig):
@@ -98,8 +109,6 @@ class CoDDHeadConfig(_Configuration):
         emission_rank (`int`, defaults to 128): rank of tied emissions.
         conditioning (`list[str]`, defaults to none): how the backbone's hidden states steer the
             circuit: any of `"latent"`, `"copy"`.
-        noise_conditioning (`bool`, defaults to `False`): the share of the window that is masked is
-            an input of the conditioning too.
         copy_length (`int`, defaults to 256): how many tokens before the window `"copy"` can copy.
         copy_size (`int`, defaults to 64): size of its queries and keys.
         context_size (`int`, *optional*): the backbone's hidden size; needed with conditioning or
@@ -131,7 +140,6 @@ class CoDDHeadConfig(_Configuration):
     emission: str = "dense"
     emission_rank: int = 128
     conditioning: list[str] | tuple[str, ...] | None = None
-    noise_conditioning: bool = False
     copy_length: int = 256
     copy_size: int = 64
     context_size: int | None = None
@@ -151,6 +159,7 @@ class CoDDHeadConfig(_Configuration):
                 f"`format_version` is {self.format_version!r:.100}; this version of codd-hf reads "
                 f"up to {FORMAT_VERSION}: upgrade codd-hf."
             )
+        others = without_left_fields(others, LEFT, "a head's configuration")
         if self.format_version == 1:
             others = self._upgraded(others)
         super().__post_init__(**others)
@@ -163,8 +172,7 @@ class CoDDHeadConfig(_Configuration):
         if self.evidence_size is None:  # else a caller's, in place of the file's
             self.evidence_size = renamed
         self.format_version = FORMAT_VERSION
-        kept = without_left_fields(others, LEFT, "a head's configuration")
-        return {name: value for name, value in kept.items() if name not in GONE}
+        return {name: value for name, value in others.items() if name not in GONE}
 
     def validate(self) -> None:
         """Checks the values, and that they go together."""
@@ -180,11 +188,6 @@ class CoDDHeadConfig(_Configuration):
             raise ValueError(
                 f"`conditioning` must list some of {', '.join(CONDITIONINGS)}, each once, got "
                 f"{kinds}."
-            )
-        if self.noise_conditioning and not kinds:
-            raise ValueError(
-                "`noise_conditioning` is an input of the conditioning: name at least one kind in "
-                "`conditioning`."
             )
         if self.context_size is None and (kinds or self.emission == "tied"):
             raise ValueError(
@@ -277,6 +280,7 @@ def _made(name: str, config: Any, known: Mapping[str, type[PreTrainedConfig]]) -
             "backbone that brings its own code is loaded by transformers, and given with the head "
             "to `CoDDModel.from_backbone`."
         )
+    check_layers(config)
     return known[model_type].from_dict(dict(config))
 
 

@@ -223,6 +223,8 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
             if generation_config is None and repository.find("generation_config.json"):
                 generation_config = GenerationConfig.from_pretrained(repository.folder)
         model.generation_config = generation_config or model.generation_config
+        if model.coupling_head is not None:
+            model.coupling_head.check_states()
         if adapter is not None:
             load_adapter(model.backbone, adapter, DEFAULT_NAME)
         return model

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 
-from .checks.arguments import as_tensor
+from .checks.arguments import as_tensor, check_tokens
 from .circuits import (
     ContextMaps,
     CoupledCategorical,
@@ -106,8 +106,7 @@ class CoDDHead(Publishing, PreTrainedModel):  # type: ignore[misc]
         self.context_maps = None
         if config.conditioning:
             kinds, sizes = list(config.conditioning), (context_size, latents, vocab)
-            maps = ContextMaps(kinds, config.noise_conditioning, *sizes, config.copy_size)
-            self.context_maps = maps
+            self.context_maps = ContextMaps(kinds, *sizes, config.copy_size)
         # A default dtype of 16 bits (`_from_config(dtype=...)` sets one) is about the backbone too.
         nn.Module.to(self, torch.promote_types(torch.get_default_dtype(), torch.float32))
         self._bound: list[torch.Tensor] = []  # a list, so that the backbone's weight is not ours
@@ -143,7 +142,16 @@ class CoDDHead(Publishing, PreTrainedModel):  # type: ignore[misc]
             # Parts that the user adds to a stored head are new.
             may_lack = any(field in kwargs for field in CoDDHeadConfig.__annotations__)
             load: Callable = super().from_pretrained
-            return load_stored(repository, load, config, cls, may_lack=may_lack, **kwargs)
+            head = load_stored(repository, load, config, cls, may_lack=may_lack, **kwargs)
+        head.check_states()
+        return head
+
+    def check_states(self) -> None:
+        """Raises a ValueError where weights of `"copy"` name states that the circuit has not."""
+        suggested = getattr(self.context_maps, "suggested", torch.zeros(0))
+        if not suggested.is_meta:
+            size = self.config.num_latents
+            check_tokens("context_maps.suggested", suggested, size, "numbers of states")
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # `model.to(torch.bfloat16)` is about the backbone: the circuit needs its float32.
@@ -338,12 +346,12 @@ class CoDDHead(Publishing, PreTrainedModel):  # type: ignore[misc]
                 "`last_hidden_state` and, to copy, `preceding` must be given to a head with "
                 f"conditioning ({', '.join(self.config.conditioning or ())})."
             )
-        masked, present = distribution.masked, distribution.present
+        present = distribution.present
         shape = (*present.shape, self.config.context_size)
         hidden = as_tensor("last_hidden_state", last_hidden_state, float, shape, present.device)
         with torch.autocast(present.device.type, enabled=False):
             log_marginal = self.token_marginal.view(-1, self.token_marginal.shape[-1])[0].log()
-            parts = (masked, present, preceding, log_marginal, self.config.alpha)
+            parts = preceding, log_marginal, self.config.alpha
             distribution.context = self.context_maps(hidden, *parts)
         return distribution
 

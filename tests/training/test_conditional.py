@@ -54,7 +54,7 @@ def test_fit_improves_the_held_out_gain_and_leaves_the_backbone_as_it_was(tiny_t
 @pytest.mark.parametrize(
     "changes",
     [
-        {"conditioning": ["latent"], "noise_conditioning": True},
+        {"conditioning": ["latent"]},
         {"conditioning": ["copy"], "copy_length": 6},
         {"conditioning": ["latent"], "emission": "tied", "emission_rank": 8},
     ],

@@ -23,6 +23,7 @@ from huggingface_hub.utils import tqdm
 from safetensors import safe_open
 
 from ..checks.errors import is_of_a_library, reason
+from ..configuration_codd import check_layers
 
 CACHE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only")
 HUB_ARGUMENTS = (*CACHE_ARGUMENTS, "revision", "token", "subfolder")
@@ -147,7 +148,9 @@ class Repository:
                 f"{self.name!r} holds no CoDD head, model or pipeline, nor a backbone: its "
                 "configuration (`config.json`) is missing."
             )
-        return self.read(path)
+        content = self.read(path)
+        check_layers(content)
+        return content
 
     def check(self) -> None:
         """Opens the files on this machine that a model is loaded from."""

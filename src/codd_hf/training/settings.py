@@ -236,8 +236,6 @@ class TrainConfig(Settings):
         default_factory=lambda: ["latent", "copy"]  # type: ignore[arg-type]
     )
     """How the context steers the circuit: latent, copy; none for a static circuit."""
-    noise_conditioning: bool = False
-    """The share of masked positions is an input of the conditioning too."""
     emission: Literal["dense", "tied"] = "dense"
     """dense, or tied to the backbone's output embedding."""
     emission_rank: Count = 128

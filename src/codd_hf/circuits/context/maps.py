@@ -15,8 +15,7 @@ with `m_j(z) = p(x_j | z)`, `l_j(z) = p(z | x_j)`, `start_{ij} = exp(q(x_i) . k(
 `follow` likewise. A step costs `O(H J)` more. Pointer networks (arXiv 1506.03134) copy in this way;
 here copying is a part of the latent path, which is summed over exactly.
 
-`x_i` and `y_j` are the hidden states that predict the tokens, scaled to unit root mean square;
-`x_i` has the noise level too, if asked for.
+`x_i` and `y_j` are the hidden states that predict the tokens, scaled to unit root mean square.
 """
 
 from __future__ import annotations
@@ -250,23 +249,20 @@ class ContextMaps(nn.Module):
     def __init__(
         self,
         conditioning: list[str],
-        noise_conditioning: bool,
         context_size: int,
         num_latents: int,
         vocab_size: int,
         copy_size: int,
     ) -> None:
         super().__init__()
-        self.noise_conditioning = noise_conditioning
-        size = context_size + (2 if noise_conditioning else 0)
-        self.latent = HeadLinear(size, num_latents) if "latent" in conditioning else None
+        self.latent = HeadLinear(context_size, num_latents) if "latent" in conditioning else None
         self.copies = "copy" in conditioning
         if not self.copies:
             return
-        self.query = HeadLinear(size, copy_size, bias=False)
+        self.query = HeadLinear(context_size, copy_size, bias=False)
         self.key = HeadLinear(context_size, copy_size, bias=False)
         self.copy_bias = nn.Parameter(torch.empty(1))
-        self.follow_query = HeadLinear(size, copy_size, bias=False)
+        self.follow_query = HeadLinear(context_size, copy_size, bias=False)
         self.follow_key = HeadLinear(context_size, copy_size, bias=False)
         self.follow_bias = nn.Parameter(torch.empty(1))
         # Fixed, as the generative circuit has them: the conditional fit bends the emissions away
@@ -315,8 +311,6 @@ class ContextMaps(nn.Module):
     def forward(
         self,
         hidden: torch.Tensor,
-        masked: torch.Tensor,
-        present: torch.Tensor,
         preceding: Preceding | None,
         log_marginal: torch.Tensor,
         alpha: float,
@@ -326,10 +320,6 @@ class ContextMaps(nn.Module):
         For `"copy"`, the emissions were divided by the token marginal to the power `alpha`.
         """
         inputs = _scaled(hidden, self.latent.weight if self.latent else self.copy_bias)
-        if self.noise_conditioning:
-            level = (masked.sum(1) / present.sum(1).clamp(min=1)).to(inputs.dtype)
-            level = torch.stack((level, level * level), -1)[:, None]
-            inputs = torch.cat((inputs, level.expand(-1, inputs.shape[1], -1)), -1)
         latent = None if self.latent is None else self.latent(inputs)
         if not self.copies:
             return Context(latent)

@@ -36,6 +36,9 @@ from .dense import Batched, DenseEvidence, scaled_logits, slice_size
 SMALLEST_PART = 1e-3
 """Of a group's marginal: keeps the mass spread within it accurate to about a ten-thousandth."""
 
+STATES_AT_ONCE = 128
+"""States whose emissions of the listed tokens are gathered at once: they stay in the cache."""
+
 
 @dataclass(frozen=True)
 class ListedEvidence(Batched):
@@ -163,13 +166,16 @@ class ListedEvidence(Batched):
         weights = torch.stack((self.log_probs, self._rest(self.indices)), 1).to(dtype).exp()
         # Predictions share many of their tokens, whose emissions are read once.
         tokens, places = self.indices.unique(return_inverse=True)
-        columns = emission.columns(tokens, torch.zeros_like(tokens)).to(dtype)
-        factors = exp_of_difference(columns, emission.log_scale().to(dtype))
         by_token, places = weights.flatten(0, 1), places.repeat_interleave(2, 0)
-        sums = F.embedding_bag(places, factors, mode="sum", per_sample_weights=by_token)
-        listed, part = sums[::2], sums[1::2]
+        sums, parts = [], emission.parts(STATES_AT_ONCE)
+        scales = emission.log_scale()[0].to(dtype).split([part.num_latents for part in parts])
+        for part, scale in zip(parts, scales, strict=True):
+            columns = part.columns(tokens, torch.zeros_like(tokens)).to(dtype)
+            factors = exp_of_difference(columns, scale)
+            sums.append(F.embedding_bag(places, factors, mode="sum", per_sample_weights=by_token))
+        listed, spread = torch.cat(sums, 1).unflatten(0, (-1, 2)).unbind(1)
         rest = log_weights.to(dtype).exp() @ groups.means().to(dtype)
-        evidence = listed + (rest - part).clamp(min=0)
+        evidence = listed + (rest - spread).clamp(min=0)
         nothing = evidence <= 0  # NaN is not
         evidence = evidence.masked_fill(nothing, 1).log() + emission.log_scale().to(dtype)
         return evidence.masked_fill(nothing, -torch.inf)

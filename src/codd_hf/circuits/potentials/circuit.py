@@ -138,6 +138,10 @@ class Emission(ABC):
         """The tensors that make up the emissions."""
         return tuple(getattr(self, field.name) for field in fields(self))
 
+    def parts(self, size: int) -> Sequence[Emission]:
+        """The emissions by parts of so many states, if it is as fast to make them apart."""
+        return (self,)
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the tensors."""
@@ -281,6 +285,10 @@ class DenseEmission(Emission):
         """Slices of the matrix."""
         # Split, not sliced: the backward pass of a slice fills a whole matrix with zeros.
         yield from self.log_potential[position if self.num_positions > 1 else 0].split(size, -1)
+
+    def parts(self, size: int) -> Sequence[Emission]:
+        """Rows of the matrix."""
+        return [*map(DenseEmission, self.log_potential.split(size, 1))]
 
     def shifted(self, by: torch.Tensor) -> DenseEmission:
         """The matrix with a number added to each token's."""

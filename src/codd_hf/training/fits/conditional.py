@@ -39,7 +39,7 @@ from ..loop import VALIDATION_SEED, Figures, History, Log, announced_precision
 from ..settings import ConditionalConfig
 from ..windows import CoupledFit, NoisedCanvases, WindowScores, score_all
 
-OF_THE_HEAD = ("num_latents", "emission", "emission_rank", "conditioning", "noise_conditioning")
+OF_THE_HEAD = ("num_latents", "emission", "emission_rank", "conditioning")
 """Settings of the head to fit, which a run is continued with."""
 DENSE_VOCABULARY = 16384
 """Up to this many tokens evidence is laid out in full: one product is faster than many gathers."""
