@@ -19,8 +19,7 @@ from transformers.utils import ModelOutput
 
 from .backbones import family_of, is_known, load_backbone
 from .checks.arguments import choice, flag, generators
-from .circuits import CoupledCategorical
-from .circuits.random import Generators
+from .circuits import CoupledCategorical, Generators
 from .configuration_codd import COUPLINGS, CoDDConfig, CoDDHeadConfig
 from .coupling.adapters import (
     AdaptersMixin,

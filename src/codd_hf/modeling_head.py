@@ -15,20 +15,21 @@ from transformers import initialization as init
 
 from .checks.arguments import as_tensor, check_tokens
 from .circuits import (
+    ONE_PRODUCT,
     ContextMaps,
     CoupledCategorical,
     DenseEmission,
     DenseEvidence,
+    Emission,
     ListedEvidence,
     Potentials,
     Preceding,
     StepTransitions,
     TiedEmission,
     fit_tied,
+    forbidden_tokens,
     token_marginal,
 )
-from .circuits.factorized import forbidden_tokens
-from .circuits.potentials.circuit import ONE_PRODUCT, Emission
 from .configuration_codd import CoDDHeadConfig
 from .hub.publishing import Publishing
 from .hub.repositories import Repository, checked_name, explain_load_errors, locate

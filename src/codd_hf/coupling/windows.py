@@ -12,8 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..backbones import BackboneFamily, BackboneStates, execution_device, family_of
 from ..checks.arguments import RowError, several
-from ..circuits import CoupledCategorical, Preceding
-from ..circuits.factorized import without_circuit, without_tokens
+from ..circuits import CoupledCategorical, Preceding, without_circuit, without_tokens
 from ..configuration_codd import CoDDConfig
 from ..modeling_head import CoDDHead
 from .heads import CallHead, HeadName, Heads

@@ -20,7 +20,7 @@ from ..checks.arguments import (
     shown,
     token_id,
 )
-from ..circuits.random import Generators
+from ..circuits import Generators
 from ..coupling.heads import HeadName
 from ..coupling.windows import CoupledBackbone
 from ..schedulers.scheduling_codd import MOST_STEPS, CoDDScheduler

@@ -23,8 +23,7 @@ from torch.nn import functional as F
 
 from ..backbones import BackboneStates, block_length_of, shifts_logits
 from ..checks.arguments import numbered
-from ..circuits.factorized import without_tokens
-from ..circuits.random import Generators
+from ..circuits import Generators, without_tokens
 from ..coupling.windows import CoupledBackbone, positions_of, windows_over
 from ..schedulers.drawing import RowText
 from ..schedulers.remasking import CommitMemory

@@ -11,7 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..checks.arguments import check_callable, check_known, choice, flag, shown
-from ..circuits.random import Generators
+from ..circuits import Generators
 from ..coupling.adapters import unwrapped
 from ..decoding.call import CHOICES, DecodingCall, PerRow
 from ..decoding.choices import SETTINGS, SPECIAL_TOKENS, choices_of, with_settings_of

@@ -18,9 +18,13 @@ import torch
 from diffusers.utils import BaseOutput
 
 from ..checks.arguments import RowError, as_tensor
-from ..circuits import CoupledCategorical
-from ..circuits.distribution.latents import IncrementalPosterior
-from ..circuits.random import Generators, draw_categorical, uniform
+from ..circuits import (
+    CoupledCategorical,
+    Generators,
+    IncrementalPosterior,
+    draw_categorical,
+    uniform,
+)
 from .settings import DrawSettings
 from .strategies import ADAPTIVE, IN_ORDER, best_scored, choose, leftmost_first, rank
 

@@ -22,9 +22,13 @@ from ..checks.arguments import (
     token_ids,
     without_left_fields,
 )
-from ..circuits import CoupledCategorical
-from ..circuits.factorized import without_circuit, without_tokens
-from ..circuits.random import Generators, uniform
+from ..circuits import (
+    CoupledCategorical,
+    Generators,
+    uniform,
+    without_circuit,
+    without_tokens,
+)
 from .drawing import CoDDSchedulerOutput, RowText, StepDraw
 from .remasking import CommitMemory, take_back
 from .settings import LEFT, DrawSettings

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..circuits.random import Generators, uniform
+from ..circuits import Generators, uniform
 from .settings import DrawSettings
 
 ADAPTIVE = ("threshold", "joint")

@@ -14,7 +14,7 @@ from ...checks.arguments import as_tensor, check_tokens, factor, integer, shown
 from ..context.maps import Context
 from ..evidence.dense import DenseEvidence
 from ..evidence.lists import ListedEvidence
-from ..potentials.circuit import Potentials
+from ..potentials.circuit import DenseEmission, Potentials, StepTransitions
 from ..potentials.groups import TokenGroups
 from ..random import Generators, draw_categorical, uniform
 from .latents import Latents
@@ -372,3 +372,24 @@ class CoupledCategorical(Distribution):
             raise ValueError(
                 f"`logits` and `forbidden` leave no token possible in row {int(none[0, 0])}."
             )
+
+
+def without_circuit(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    observed: torch.Tensor,
+    present: torch.Tensor | None = None,
+    temperature: float = 1.0,
+) -> CoupledCategorical:
+    """The factorized distribution over windows; the arguments are `CoupledCategorical`'s."""
+    zero = torch.zeros(1, device=logits.device)
+    emission = DenseEmission(zero[None, None].expand(1, 1, logits.shape[-1]))
+    return CoupledCategorical(
+        logits,
+        Potentials(zero, StepTransitions(zero[None, None]), emission),  # one state: no change
+        tokens=tokens,
+        observed=observed,
+        present=present,
+        active=torch.zeros(len(logits), dtype=torch.bool, device=logits.device),
+        temperature=temperature,
+    )

@@ -7,7 +7,7 @@ token; `lists.py` has the form that keeps a short list of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -211,3 +211,26 @@ def log_softmax(x: torch.Tensor) -> torch.Tensor:
 def slice_size(device: torch.device) -> int:
     """Numbers that are worked on at once on a device."""
     return SLICE_IN_CACHE if device.type == "cpu" else SLICE_ON_DEVICE
+
+
+def forbidden_tokens(
+    vocab_size: int,
+    mask_token_id: int | None,
+    forbidden_token_ids: Sequence[int] | None,
+    device: torch.device,
+) -> torch.Tensor | None:
+    """`[vocab]` bool, True for tokens that are never generated; None if there are none."""
+    ids = [i for i in (mask_token_id, *(forbidden_token_ids or ())) if i is not None]
+    if not ids:
+        return None
+    forbidden = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+    return forbidden.index_fill(0, torch.tensor(ids, device=device), True)
+
+
+def without_tokens(
+    logits: torch.Tensor, mask_token_id: int | None, forbidden_token_ids: Sequence[int] | None
+) -> torch.Tensor:
+    """Logits `[..., vocab]` that rule out the tokens of `forbidden_tokens`."""
+    ids = mask_token_id, forbidden_token_ids
+    forbidden = forbidden_tokens(logits.shape[-1], *ids, logits.device)
+    return logits if forbidden is None else logits.masked_fill(forbidden, -torch.inf)

@@ -20,11 +20,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ...checks.arguments import as_tensor
 from ..recursions.chain import shifted_exp
@@ -39,7 +37,6 @@ ONE_PRODUCT, ELEMENTS_AT_ONCE = 1 << 24, 1 << 22
 LOG2_E = math.log2(math.e)
 
 Rows = torch.Tensor | slice
-Fold = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
 
 
 def exp_of_difference(x: torch.Tensor, shift: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
@@ -205,41 +202,25 @@ class Emission(ABC):
         """`[H, V]`: the factors of a small emission that is the same at all positions."""
         return exp_of_difference(self.dense()[0].to(self.log_max.dtype), self.log_scale().T)
 
-    def _factors(
-        self, position: int, dtype: torch.dtype
-    ) -> Iterator[tuple[slice, Callable[[], torch.Tensor]]]:
-        """Slices of the vocabulary, and what makes `E_i / exp(log_scale)`, `[H, n]`."""
+    def factors(self, position: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Slices of the vocabulary, and `E_i / exp(log_scale)`, `[H, n]`, of each."""
         is_small = self.num_positions == 1 and self.width == self.vocab_size
         if is_small and not torch.is_grad_enabled() and self.log_max.dtype == dtype:
-            yield slice(None), lambda: self._whole
+            yield slice(None), self._whole
             return
         scale, first = self.log_scale(position).view(-1, 1).to(dtype), 0
         for chunk in self.chunks(self.width, position):
             part = slice(first, first + chunk.shape[-1])
-            yield part, partial(exp_of_difference, chunk.to(dtype), scale)
+            yield part, exp_of_difference(chunk.to(dtype), scale)
             first = part.stop
-
-    def fold(self, function: Fold, value: torch.Tensor, position: int = 0) -> torch.Tensor:
-        """`value = function(value, factors, part)` over slices `part` of the vocabulary."""
-        for part, make in self._factors(position, value.dtype):
-
-            def step(value: torch.Tensor, part: slice = part, make: Any = make) -> torch.Tensor:
-                return function(value, make(), part)
-
-            if torch.is_grad_enabled() and self.width < self.vocab_size:
-                # Made again in the backward pass: held, factors add up to the emission.
-                value = checkpoint(step, value, use_reentrant=False, preserve_rng_state=False)
-            else:
-                value = step(value)
-        return value
 
     def sums(self, weights: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """`[N, H]`: sums of the factors of all tokens by weights `[N, V]`, at positions `[N]`."""
 
         def at(position: int, rows: Rows) -> torch.Tensor:
-            counted = weights[rows]
+            counted, factors = weights[rows], self.factors(position, weights.dtype)
             zero = counted.new_zeros(len(counted), self.num_latents)
-            return self.fold(lambda sums, e, part: sums + counted[:, part] @ e.T, zero, position)
+            return sum((counted[:, part] @ e.T for part, e in factors), zero)
 
         return self._by_position(positions, at)
 
@@ -247,8 +228,8 @@ class Emission(ABC):
         """`[N, V]`: sums of the factors of all states by weights `[N, H]`, at positions `[N]`."""
 
         def at(position: int, rows: Rows) -> torch.Tensor:
-            factors = self._factors(position, weights.dtype)
-            return torch.cat([weights[rows] @ make() for _, make in factors], -1)
+            factors = self.factors(position, weights.dtype)
+            return torch.cat([weights[rows] @ e for _, e in factors], -1)
 
         return self._by_position(positions, at)
 

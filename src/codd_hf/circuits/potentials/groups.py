@@ -66,7 +66,7 @@ class TokenGroups:
         marginal, index = self.log_marginal.to(self.emission.log_max.dtype).exp(), self.index
         if index is None:
             return self.emission.sums(marginal[None], torch.zeros_like(marginal[:1]).long())
-        zero = marginal.new_zeros(self.number, self.emission.num_latents)
-        return self.emission.fold(
-            lambda means, e, part: means.index_add(0, index[part], (e * marginal[part]).T), zero
-        )
+        means = marginal.new_zeros(self.number, self.emission.num_latents)
+        for part, factors in self.emission.factors(0, marginal.dtype):
+            means = means.index_add(0, index[part], (factors * marginal[part]).T)
+        return means

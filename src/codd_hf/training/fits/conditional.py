@@ -21,8 +21,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ...circuits import DenseEvidence, ListedEvidence, Preceding
-from ...circuits.factorized import forbidden_tokens
+from ...circuits import DenseEvidence, ListedEvidence, Preceding, forbidden_tokens
 from ...data.canvases import TokenizedExample, epoch_batches
 from ...data.fingerprint import (
     data_fingerprint,

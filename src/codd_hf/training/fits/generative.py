@@ -17,8 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from sklearn.cluster import KMeans, MiniBatchKMeans
 
-from ...circuits import Potentials
-from ...circuits.em import expected_counts, log_likelihood, maximise
+from ...circuits import Potentials, expected_counts, log_likelihood, maximise
 from ...data.canvases import TokenizedExample
 from ...data.fingerprint import weights_fingerprint
 from ..checkpoints import Checkpoints
