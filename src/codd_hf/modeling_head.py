@@ -238,19 +238,19 @@ class CoDDHead(Publishing, PreTrainedModel):  # type: ignore[misc]
             marginal = token_marginal(potentials, self.config.window_length)
         if marginal.ndim > self.token_marginal.ndim:
             marginal = marginal.mean(0)
-        corrected = potentials.scaled_by_marginal(marginal.log(), -alpha)
         self.token_marginal.copy_(marginal)
-        self.config.alpha = alpha
-        self.initial.copy_(corrected.initial)
-        _by_position(self.transition).copy_(corrected.transition.log_potential)
+        initial, transition, emission = potentials.tensors()
+        self.initial.copy_(initial)
+        _by_position(self.transition).copy_(transition)
         if embedding is None:
-            _by_position(self.emission).copy_(corrected.emission.dense())
-            return
-        dense, rank = corrected.emission.dense()[0], self.config.emission_rank
-        latents, projection, bias = fit_tied(dense, embedding, marginal, rank)
-        self.emission_latents.copy_(latents)
-        self.emission_projection.copy_(projection)
-        self.emission_bias.copy_(bias)
+            _by_position(self.emission).copy_(emission)
+        else:
+            tied = self.emission_latents, self.emission_projection, self.emission_bias
+            fitted = fit_tied(emission[0], embedding, marginal, self.config.emission_rank)
+            for parameter, values in zip(tied, fitted, strict=True):
+                parameter.copy_(values)
+        self.config.alpha = 0.0
+        self.set_alpha(alpha)
 
     @torch.no_grad()
     def set_alpha(self, alpha: float) -> None:

@@ -66,8 +66,8 @@ def test_every_kind_of_head_learns(tiny_tokenizer, changes):
     head = CoDDHead(head_config(len(tiny_tokenizer), **changes))
     if head.config.emission == "tied":
         head.bind(model.get_output_embeddings().weight)
-    circuit = model.coupling_head.potentials
-    head.set_potentials(circuit.scaled_by_marginal(model.coupling_head.token_marginal.log(), 1))
+    model.coupling_head.set_alpha(0.0)
+    head.set_potentials(model.coupling_head.potentials)
     unigrams = torch.randn(6, head.config.vocab_size).log_softmax(-1)
     head.context_maps.start(unigrams, torch.full((6,), 1 / 6))
     model = CoDDModel.from_backbone(model.backbone, head)

@@ -160,7 +160,8 @@ def condition_head(run: Run, checkpoints: Checkpoints, log: Log | None = None) -
         head.bind(model.get_output_embeddings().weight)
     alpha, marginal = circuit.config.alpha, circuit.get_buffer("token_marginal")
     with torch.no_grad():
-        fitted = circuit.potentials.scaled_by_marginal(marginal.log(), alpha)
+        circuit.set_alpha(0.0)  # as it was fitted
+        fitted = circuit.potentials
         head.set_potentials(fitted, marginal, alpha=alpha)
         head.temper(config.conditional.emission_power, config.conditional.transition_power)
         if head.context_maps is not None:

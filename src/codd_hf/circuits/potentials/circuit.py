@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 
 import torch
@@ -121,10 +121,6 @@ class Emission(ABC):
     @abstractmethod
     def chunks(self, size: int, position: int = 0) -> Iterator[torch.Tensor]:
         """`log E_i [H, n]` of slices of the vocabulary, one after the other."""
-
-    @abstractmethod
-    def shifted(self, by: torch.Tensor) -> Emission:
-        """With `by`, `[V]` or `[L, V]`, added."""
 
     def dense(self) -> torch.Tensor:
         """`[1 or L, H, V]`, made whole."""
@@ -271,11 +267,6 @@ class DenseEmission(Emission):
         """Rows of the matrix."""
         return [*map(DenseEmission, self.log_potential.split(size, 1))]
 
-    def shifted(self, by: torch.Tensor) -> DenseEmission:
-        """The matrix with a number added to each token's."""
-        by = by.to(self.dtype)
-        return DenseEmission(self.log_potential + (by if by.ndim == 1 else by[:, None]))
-
 
 @dataclass(frozen=True, eq=False)
 class TiedEmission(Emission):
@@ -301,10 +292,6 @@ class TiedEmission(Emission):
     def _log(self, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         with torch.autocast(a.device.type, enabled=False):
             return a @ b.T + bias
-
-    def shifted(self, by: torch.Tensor) -> TiedEmission:
-        """With a number added to each token's bias."""
-        return TiedEmission(self.latents, self.embedding, self.bias + by.to(self.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -371,7 +358,3 @@ class Potentials:
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`initial [H]`, `transition [1 or L-1, H, H]`, `emission [1 or L, H, V]`, all dense."""
         return self.initial, self.transition.log_potential, self.emission.dense()
-
-    def scaled_by_marginal(self, log_token_marginal: torch.Tensor, power: float) -> Potentials:
-        """Multiplies emissions `E_i(z, v)` by `u(v) ** power`, of `log u`, `[V]` or `[L, V]`."""
-        return replace(self, emission=self.emission.shifted(power * log_token_marginal))
