@@ -262,18 +262,6 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
         if is_main_process:
             forget_paths(Path(save_directory))
 
-    def load_head(self, *args: Any, **kwargs: Any) -> None:
-        """Adds a head; the arguments are those of [`~codd_hf.coupling.heads.Heads.load`]."""
-        self.heads.load(*args, **kwargs)
-
-    def delete_head(self, name: str) -> None:
-        """Removes a head and its adapter; without the default one, predictions are factorized."""
-        self.heads.delete(name)
-
-    def save_head(self, *args: Any, **kwargs: Any) -> None:
-        """Saves a head with its adapter; see [`~codd_hf.coupling.heads.Heads.save`]."""
-        self.heads.save(*args, **kwargs)
-
     def _apply(self, fn: Any, recurse: bool = True) -> CoDDModel:
         for head in self.other_heads.values():
             head._apply(fn)

@@ -100,13 +100,6 @@ class BackboneFamily:
         self.make_bidirectional(config)
         return self.auto_class.from_config(config, **kwargs)
 
-    def from_pretrained(
-        self, folder: str, config: PretrainedConfig, **kwargs: Any
-    ) -> PreTrainedModel:
-        """A pretrained backbone; `kwargs` go to transformers' `from_pretrained`."""
-        self.make_bidirectional(config)
-        return self.auto_class.from_pretrained(folder, config=config, **kwargs)
-
     def max_positions(self, model: PreTrainedModel) -> int | None:
         """How many tokens a row may have; None where nothing bounds it."""
         return getattr(model.config, "max_position_embeddings", None)

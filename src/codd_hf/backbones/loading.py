@@ -56,7 +56,8 @@ def load_backbone(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         else:
             raise unsupported(model_type)
         family = family_of(config)
-        load: Any = partial(family.from_pretrained, config=config)
+        family.make_bidirectional(config)
+        load: Any = partial(family.auto_class.from_pretrained, config=config)
         unused = family.unused_weights
         model = load_stored(repository, load, config, family.from_config, unused=unused, **kwargs)
     if layout is not None:

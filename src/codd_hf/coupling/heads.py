@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import align_module_device
+from transformers import PreTrainedModel
 
 from ..checks.arguments import shown
-from ..configuration_codd import CoDDHeadConfig
+from ..configuration_codd import CoDDConfig, CoDDHeadConfig
 from ..hub.publishing import PUSHED, push
 from ..hub.repositories import ADAPTER_FOLDER
 from ..modeling_head import CoDDHead, FrozenHead
@@ -32,9 +33,6 @@ from .adapters import (
     switch,
 )
 from .loading import adapter_beside, load_head
-
-if TYPE_CHECKING:
-    from .windows import CoupledBackbone
 
 DEFAULT_NAME = "default"
 LOCKS: Any = weakref.WeakKeyDictionary()
@@ -65,7 +63,7 @@ class Heads:
     head of its name; where heads have adapters of their own, passes of the backbone take turns.
     """
 
-    model: CoupledBackbone
+    model: WithHeads
 
     @property
     def lock(self) -> Any:
@@ -98,7 +96,7 @@ class Heads:
     def bind(self, head: CoDDHead) -> None:
         """Gives tied emissions the output embedding."""
         if head.config.emission == "tied":
-            embedding = self.model.get_output_embeddings()
+            embedding: Any = self.model.backbone.get_output_embeddings()
             with align_module_device(embedding):  # it may be offloaded
                 head.bind(embedding.weight)
 
@@ -130,7 +128,26 @@ class Heads:
             finally:
                 switch(backbone, *before)
 
-    def load(
+
+class WithHeads:
+    """A backbone and its heads: those by name, and what a user does with them."""
+
+    config: CoDDConfig
+    backbone: PreTrainedModel
+    coupling_head: CoDDHead | None
+    other_heads: dict[str, CoDDHead]
+
+    @property
+    def heads(self) -> Heads:
+        """The heads, by name."""
+        return Heads(self)
+
+    @property
+    def window_length(self) -> int:
+        """Length of the default head's window; 32 without a head."""
+        return 32 if self.coupling_head is None else self.coupling_head.config.window_length
+
+    def load_head(
         self,
         head: CoDDHead | CoDDHeadConfig | str | Path,
         name: str = DEFAULT_NAME,
@@ -139,63 +156,63 @@ class Heads:
     ) -> None:
         """Adds a head, for calls that name it by `head=name`; `"default"` is for all others.
 
-        Head and adapter are as for [`CoDDModel.from_backbone`], and run together.
+        Head and adapter are as for `from_backbone`, and run together.
 
         Raises:
             ValueError: the name is taken, or head or adapter do not fit the backbone.
         """
-        model = self.model
-        if not isinstance(name, str) or not name or name in self:
+        if not isinstance(name, str) or not name or name in self.heads:
             raise ValueError(
                 f"`name` must be a text that is not the name of a head, got {name!r}: "
-                f"`delete_head` makes room among {[*self]}."
+                f"`delete_head` makes room among {[*self.heads]}."
             )
-        loaded = load_head(head, model.backbone, model.config.mask_token_id, **hub)
+        loaded = load_head(head, self.backbone, self.config.mask_token_id, **hub)
         adapter = adapter or adapter_beside(head, hub)
-        with self.lock:
+        with self.heads.lock:
             if adapter is not None:
-                before = active_state(model.backbone)
-                load_adapter(model.backbone, adapter, name, **hub)
+                before = active_state(self.backbone)
+                load_adapter(self.backbone, adapter, name, **hub)
                 if name != DEFAULT_NAME:
-                    switch(model.backbone, *before)
-            if model.config.mask_token_id is None:
-                model.config.mask_token_id = loaded.config.mask_token_id
+                    switch(self.backbone, *before)
+            if self.config.mask_token_id is None:
+                self.config.mask_token_id = loaded.config.mask_token_id
             if name == DEFAULT_NAME:
-                model.coupling_head, model.config.head_config = loaded, loaded.config
+                self.coupling_head, self.config.head_config = loaded, loaded.config
             else:
-                model.other_heads[name] = loaded
+                self.other_heads[name] = loaded
 
-    def delete(self, name: str) -> None:
-        """Removes a head and its adapter."""
-        with self.lock:
-            self[name]  # raises for an unknown name
-            if name in adapter_configs(self.model.backbone):
-                delete_adapter(self.model.backbone, name)
+    def delete_head(self, name: str) -> None:
+        """Removes a head and its adapter; without the default one, predictions are factorized."""
+        with self.heads.lock:
+            self.heads[name]  # raises for an unknown name
+            if name in adapter_configs(self.backbone):
+                delete_adapter(self.backbone, name)
             if name == DEFAULT_NAME:
-                self.model.coupling_head = self.model.config.head_config = None
+                self.coupling_head = self.config.head_config = None
             else:
-                del self.model.other_heads[name]
+                del self.other_heads[name]
 
-    def save(self, save_directory: str | Path, name: str = DEFAULT_NAME, **kwargs: Any) -> None:
+    def save_head(
+        self, save_directory: str | Path, name: str = DEFAULT_NAME, **kwargs: Any
+    ) -> None:
         """Saves a head as a small repository of its own, with its LoRA, if any, in `adapter/`.
 
         `CoDDModel.from_pretrained(save_directory)` brings both back, over the backbone that the
         head's configuration names: by default where this one was loaded from. `kwargs` are those of
         the head's `save_pretrained`, `push_to_hub` among them.
         """
-        model, head = self.model, self[name]
-        base = model.backbone.name_or_path or None
+        head, base = self.heads[name], self.backbone.name_or_path or None
         if head.config.base_model_name_or_path is None:
             head.config.base_model_name_or_path = base
         to_hub = kwargs.pop("push_to_hub", False)
         repo_id = kwargs.pop("repo_id", Path(save_directory).resolve().name)
 
         def write(folder: str | Path) -> None:
-            with self.lock:
-                adapter: str | None = name if name in adapter_configs(model.backbone) else None
+            with self.heads.lock:
+                adapter: str | None = name if name in adapter_configs(self.backbone) else None
                 if name == DEFAULT_NAME:
-                    adapter = active_adapter(model)
-                save_adapter(model.backbone, adapter, Path(folder, ADAPTER_FOLDER), base)
+                    adapter = active_adapter(self)
+                save_adapter(self.backbone, adapter, Path(folder, ADAPTER_FOLDER), base)
             head.save_pretrained(folder, **kwargs)
 
         write(save_directory)

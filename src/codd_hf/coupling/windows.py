@@ -8,32 +8,21 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from ..backbones import BackboneFamily, BackboneStates, execution_device, family_of
 from ..checks.arguments import RowError, several
 from ..circuits import CoupledCategorical, Preceding, without_circuit, without_tokens
-from ..configuration_codd import CoDDConfig
-from ..modeling_head import CoDDHead
-from .heads import CallHead, HeadName, Heads
+from .heads import CallHead, HeadName, WithHeads
 
 
-class CoupledBackbone:
+class CoupledBackbone(WithHeads):
     """A backbone and the heads that couple its predictions: the base of [`CoDDModel`].
 
     `backbone_states` runs a pass, `window_distribution` reads distributions over windows from it.
     """
 
-    config: CoDDConfig
-    backbone: PreTrainedModel
-    coupling_head: CoDDHead | None
-    other_heads: dict[str, CoDDHead]
     generation_config: GenerationConfig | None
-
-    @property
-    def heads(self) -> Heads:
-        """The heads, by name."""
-        return Heads(self)
 
     @property
     def family(self) -> BackboneFamily:
@@ -44,11 +33,6 @@ class CoupledBackbone:
     def device(self) -> torch.device:
         """The device that tokens go to, also while weights are offloaded."""
         return execution_device(self.backbone)
-
-    @property
-    def window_length(self) -> int:
-        """Length of the default head's window; 32 without a head."""
-        return 32 if self.coupling_head is None else self.coupling_head.config.window_length
 
     @cached_property
     def max_positions(self) -> int | None:
