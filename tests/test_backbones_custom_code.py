@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from codd_hf import CoDDConfig, CoDDModel, CoDDPipeline, CoDDScheduler, backbones
-from tiny import random_head
+from tiny import random_head, tiny_backbone
 
 CODE = Path(__file__).parent / "fixtures" / "custom_code"
 IDS = torch.tensor([[5, 6, 2, 7, 2, 8, 3], [9, 2, 3, 4, 2, 10, 11]])
@@ -114,6 +114,20 @@ def test_code_beside_a_model_that_transformers_has_does_not_run(trust, tmp_path)
         (folder / "evil.py").write_text("raise AssertionError('code that nobody asked for ran')")
     CoDDModel.from_backbone(tmp_path / "backbone", **trust)
     CoDDModel.from_pretrained(tmp_path / "whole", **trust)
+
+
+def test_tokenizer_with_code_is_given_by_the_user(tmp_path, tiny_tokenizer):
+    mask, size = tiny_tokenizer.mask_token_id, len(tiny_tokenizer)
+    model = CoDDModel.from_backbone(tiny_backbone("llama", size), mask_token_id=mask)
+    CoDDPipeline(model, CoDDScheduler(), tiny_tokenizer).save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer" / "tokenizer_config.json"
+    classes = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | classes))
+    (tmp_path / "tokenizer" / "evil.py").write_text("raise AssertionError('nobody asked for it')")
+    with pytest.raises(ValueError, match=r"brings its own code.* give it as `tokenizer`"):
+        CoDDPipeline.from_pretrained(tmp_path)
+    pipe = CoDDPipeline.from_pretrained(tmp_path, tokenizer=tiny_tokenizer)
+    assert pipe.tokenizer is tiny_tokenizer
 
 
 def test_object_with_code_predicts_as_it_does_alone_sees_everything_and_decodes(repository):

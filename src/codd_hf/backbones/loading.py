@@ -68,8 +68,20 @@ def load_backbone(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a backbone; that of a known layout without the code it brings."""
+    """Loads the tokenizer of a backbone; that of a known layout without the code it brings.
+
+    Raises:
+        ValueError: it needs code of its own.
+    """
     layout = layout_of(PretrainedConfig.get_config_dict(folder)[0])
     if layout is not None and layout.tokenizer_class is not None:
         return getattr(transformers, layout.tokenizer_class).from_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"The tokenizer in {str(folder)!r} brings its own code, which is not run here: load it "
+            "by transformers, if you trust it, and give it as `tokenizer`."
+        ) from error

@@ -34,7 +34,7 @@ def load_components(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         is_pipeline = repository.find("model_index.json") is not None
         model_type = "codd" if is_pipeline else repository.config.get("model_type")
     if is_pipeline:
-        given = _beside_model(repository) | given
+        given = _beside_model(repository, given)
     has_tokenizer = "tokenizer" in given
     if not has_tokenizer:
         given["tokenizer"] = _tokenizer_beside(repository)
@@ -60,8 +60,11 @@ def load_components(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _beside_model(repository: Repository) -> dict[str, Any]:
-    """Scheduler and tokenizer of a pipeline whose `model_index.json` names our classes."""
+def _beside_model(repository: Repository, given: dict[str, Any]) -> dict[str, Any]:
+    """Scheduler and tokenizer of a pipeline whose `model_index.json` names our classes.
+
+    Those that the user has `given` are not read.
+    """
     path = repository.folder / "model_index.json"
     index = repository.read(path)
     for part, kind in (("model", CoDDModel), ("scheduler", CoDDScheduler)):
@@ -71,16 +74,14 @@ def _beside_model(repository: Repository) -> dict[str, Any]:
                 f"`{part}` in {str(path)!r} must be {wanted}, got {index.get(part)!r:.100}: give "
                 "the folder of a CoDD pipeline."
             )
-    stored = repository.inside("scheduler")
-    with explain_load_errors(stored):
-        found: dict[str, Any] = {
-            "scheduler": CoDDScheduler.from_pretrained(stored.folder),
-            "tokenizer": None,
-        }
+    load: dict[str, Any] = {"scheduler": CoDDScheduler.from_pretrained}
     if index.get("tokenizer", [None, None]) != [None, None]:
-        stored = repository.inside("tokenizer")
+        load["tokenizer"] = load_tokenizer
+    found = {"tokenizer": None} | given
+    for part in load.keys() - given.keys():
+        stored = repository.inside(part)
         with explain_load_errors(stored):
-            found["tokenizer"] = load_tokenizer(stored.folder)
+            found[part] = load[part](stored.folder)
     return found
 
 
