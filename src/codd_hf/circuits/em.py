@@ -8,6 +8,7 @@ chain is therefore a whole E-step.
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 from .potentials.circuit import Potentials
 from .recursions.chain import Chain
@@ -83,11 +84,8 @@ def fit_tied(
     # The best rank-r map in the metric in which errors are counted.
     root = torch.linalg.cholesky(gram)
     left, scale, right = torch.linalg.svd(map_ @ root, full_matrices=False)
-    kept = min(rank, len(scale))
-    latents = target.new_zeros(len(target), rank)
-    projection = target.new_zeros(rank, len(gram))
-    latents[:, :kept] = left[:, :kept] * scale[:kept].sqrt()
-    projection[:kept] = torch.linalg.solve_triangular(
-        root, scale[:kept, None].sqrt() * right[:kept], upper=False, left=False
-    )
-    return latents, projection, bias
+    scale = scale[:rank].sqrt()
+    latents, right = left[:, :rank] * scale, scale[:, None] * right[:rank]
+    projection = torch.linalg.solve_triangular(root, right, upper=False, left=False)
+    missing = rank - len(scale)
+    return F.pad(latents, (0, missing)), F.pad(projection, (0, 0, 0, missing)), bias
