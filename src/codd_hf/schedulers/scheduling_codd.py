@@ -79,12 +79,14 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         """A scheduler of a stored configuration; `kwargs` are settings in place of some.
 
         Raises:
-            TypeError: a field is unknown.
-            ValueError: a value is of the wrong type or out of range.
+            ValueError: a field is unknown, of the wrong type or out of range.
         """
         config = without_left_fields(config, LEFT, f"a configuration of {cls.__name__}")
         stored = {name: value for name, value in config.items() if not name.startswith("_")}
-        scheduler = cls(**{**stored, **kwargs})
+        try:
+            scheduler = cls(**{**stored, **kwargs})
+        except TypeError as error:  # of a file, the value is wrong, whatever its type
+            raise ValueError(str(error)) from error
         return (scheduler, {}) if return_unused_kwargs else scheduler
 
     def for_call(self, mask_token_id: int, **overrides: Any) -> CoDDScheduler:
