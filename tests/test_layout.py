@@ -91,4 +91,4 @@ def test_package_grows_no_larger():
         statements += sum(not is_docstring(node) for node in nodes)
     print(lines, "lines,", statements, "statements")
     assert lines <= 15_970
-    assert statements <= 8_010
+    assert statements <= 8_015

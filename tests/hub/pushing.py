@@ -190,11 +190,17 @@ def check_training_ends_on_the_hub(work):
     config = training_config(work, "trained")
     train(config)
     train(replace(config, num_gap_problems=0))  # which writes the card anew
-    create_repo("tester/private-run", private=True)
-    train(replace(config, num_gap_problems=0, hub_model_id="tester/private-run"))
+    private = replace(config, num_gap_problems=0, hub_model_id="tester/private-run")
+    train(replace(private, hub_private=True))
     random_head().push_to_hub("tester/own-card")
     ModelCard("---\nlicense: mit\n---\n\nMy own words.\n").push_to_hub("tester/own-card")
     train(replace(config, num_gap_problems=0, hub_model_id="tester/own-card"))
+
+
+def check_private_run_is_not_pushed_to_a_public_repository(work):
+    config = training_config(work, "never", hub_model_id="tester/trained", hub_private=True)
+    assert "is public" in refusal(train, config)
+    assert not (work / "never").exists()
 
 
 def check_head_names_backbones_that_a_stranger_must_not_reach(work):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 HISTORY = "history.json"
 """The history of a stage, in its folder."""
-OF_THIS_RUN = ("output_dir", "resume_from_checkpoint", "report_to", "push_to_hub")
+OF_THIS_RUN = ("output_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_private")
 CURVE_ROWS = 12
 TRAINED = (
     "Trained with `codd-hf train`; all settings, histories and figures are in `training/`. A gain "
@@ -46,8 +46,15 @@ def open_repository(config: TrainConfig) -> str | None:
     """The repository that a run is pushed to, created before the training, which may be refused."""
     if not config.push_to_hub:
         return None
+    api = HfApi(library_name="codd-hf")
     name = config.hub_model_id or Path(config.output_dir).resolve().name
-    return HfApi(library_name="codd-hf").create_repo(name, exist_ok=True).repo_id
+    repo_id = api.create_repo(name, private=config.hub_private or None, exist_ok=True).repo_id
+    if config.hub_private and not api.model_info(repo_id).private:
+        raise ValueError(
+            f"`hub_private` is set, but the repository {repo_id!r} is public: make it private, or "
+            "choose another `hub_model_id`."
+        )
+    return repo_id
 
 
 def write_pipeline(run: Run, circuit: Path, folder: Path, repo_id: str | None) -> None:

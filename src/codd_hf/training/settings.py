@@ -256,8 +256,9 @@ class TrainConfig(Settings):
     push_to_hub: bool = False
     """Push the pipeline when it is done, without the held-out examples."""
     hub_model_id: str | None = None
-    """The repository, which stays private if you created it so; default, one of your own with the
-    output folder's name."""
+    """The repository; default, one of your own with the output folder's name."""
+    hub_private: bool = False
+    """Let the repository be private."""
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     generative: GenerativeConfig = field(default_factory=GenerativeConfig)
     conditional: ConditionalConfig = field(default_factory=ConditionalConfig)
