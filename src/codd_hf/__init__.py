@@ -1,7 +1,5 @@
 """Coupled Discrete Diffusion (CoDD): coherent parallel text from diffusion language models."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -5,8 +5,6 @@ transformers' tables of configurations and models are imported, by whoever needs
 tables hold stand-ins that import the models only when one is loaded.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 Started from an autoregressive model, they go on predicting at each position the next token.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers import Qwen2Config

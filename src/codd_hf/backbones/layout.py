@@ -1,7 +1,5 @@
 """Checkpoints whose own code does not run here, read as a model that transformers has."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig

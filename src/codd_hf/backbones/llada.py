@@ -4,8 +4,6 @@ Their code descends from OLMo's; of its many options, only those that the releas
 a counterpart in Llama, and others are refused. LLaDA-MoE shares the model type but not the layout.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from transformers import LlamaConfig

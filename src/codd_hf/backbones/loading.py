@@ -1,7 +1,5 @@
 """From a folder or an id on the Hub to a backbone, and to its tokenizer."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

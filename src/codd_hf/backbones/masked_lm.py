@@ -1,7 +1,5 @@
 """BERT-like denoisers: any model that `AutoModelForMaskedLM` can load."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Every speed is a ratio of medians within one process, the sides running in turns.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

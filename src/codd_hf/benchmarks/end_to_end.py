@@ -6,8 +6,6 @@ read the same canvas and find the same tokens; with shorter blocks, which the ca
 reads more under full attention.
 """
 
-from __future__ import annotations
-
 from copy import deepcopy
 from functools import partial
 from pathlib import Path

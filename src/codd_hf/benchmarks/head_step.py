@@ -1,7 +1,5 @@
 """A head step against a plain reading of the paper, `circuits.reference`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from typing import Any

@@ -4,8 +4,6 @@ The backbone is timed as one real bidirectional Llama layer of LLaDA-8B's shape,
 layers, plus the output projection of the window's positions.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

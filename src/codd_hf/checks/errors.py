@@ -3,8 +3,6 @@
 Exceptions of this package pass: its refusals are sentences already, and its accidents are bugs.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ parameter `theta` is `d ll / d log theta` (Darwiche, 2003). One differentiated f
 chain is therefore a whole E-step.
 """
 
-from __future__ import annotations
-
 import torch
 from torch.nn import functional as F
 

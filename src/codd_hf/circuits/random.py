@@ -3,8 +3,6 @@
 With one generator per row, a row's numbers do not depend on the rows that share its batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

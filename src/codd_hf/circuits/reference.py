@@ -13,8 +13,6 @@ tokens and contexts too. Tests compare with this file, and `codd-hf bench head-s
 against `plain_step`.
 """
 
-from __future__ import annotations
-
 import torch
 
 Circuit = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

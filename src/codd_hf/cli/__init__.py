@@ -1,7 +1,5 @@
 """The command line: `codd-hf demo | generate | chat | train | evaluate | convert | bench`."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import ctypes

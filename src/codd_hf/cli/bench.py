@@ -1,7 +1,5 @@
 """Measure speed on this machine."""
 
-from __future__ import annotations
-
 import argparse
 from importlib import import_module
 

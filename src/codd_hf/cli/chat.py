@@ -1,7 +1,5 @@
 """Talk with a model; its canvas is shown as it resolves."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import sys

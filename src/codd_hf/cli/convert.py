@@ -1,7 +1,5 @@
 """Turn a circuit that PyJuice saved (.jpc) into a head repository, without running it."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Show factorized and coupled text side by side, at the same number of passes."""
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import textwrap

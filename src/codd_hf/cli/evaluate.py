@@ -1,7 +1,5 @@
 """Measure a coupled model on held-out text."""
 
-from __future__ import annotations
-
 import argparse
 from importlib import import_module
 from inspect import getdoc

@@ -1,7 +1,5 @@
 """Generate text after prompts."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -8,8 +8,6 @@ takes the whole lines of all parts as done, whatever the number of processes tha
 `<output>.run.json` says what the run was: only the same input, model and settings continue it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Fit a head to a backbone's predictions (or train a small backbone and its head)."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

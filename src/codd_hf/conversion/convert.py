@@ -1,7 +1,5 @@
 """From a PyJuice circuit, on disk or on the Hub, to a head and its repository."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from pathlib import Path

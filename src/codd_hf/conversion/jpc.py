@@ -13,8 +13,6 @@ parameters of a sum are tiles `[n, block, child block]`, and column `k` of `edge
 where tile `k` lies. A tied node has none of its own and follows `source_node`.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import math

@@ -4,8 +4,6 @@ The backbone stays the object that it is, and holds the adapters' configurations
 (`backbone.peft_config`), also where PEFT wraps the whole model.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 import warnings

@@ -1,7 +1,5 @@
 """From a folder or an id to a head for a backbone, and from a head to the backbone it names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -5,8 +5,6 @@ it on by `fused_lm_head=True`. It would leave the head out and pair every predic
 after its own.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`CoDDModel.score`: how likely answers are, given their prompts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

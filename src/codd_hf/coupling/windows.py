@@ -1,7 +1,5 @@
 """Windows: where they lie, and from a pass of the backbone to their distributions and the loss."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any

@@ -1,7 +1,5 @@
 """Noised batches for `transformers.Trainer`, whose loss is the model's own (`labels`)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """The forward process of masked diffusion, and the draws of it that training uses."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Rows of JSONL and text files are read as they are written, bad ones reported by 
 nothing guesses the type of a column: a date in quotes is a text.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable

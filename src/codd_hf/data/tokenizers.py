@@ -1,7 +1,5 @@
 """A small byte-level BPE tokenizer with the special tokens that a masked diffusion LM needs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

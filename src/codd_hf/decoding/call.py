@@ -1,7 +1,5 @@
 """The choices of one call of the denoising loop: checked once, and passed on with it."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

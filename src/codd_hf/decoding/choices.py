@@ -7,8 +7,6 @@ so that `CoDDModel.generate`, transformers' pipelines, `CoDDPipeline` and the co
 alike.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from dataclasses import fields

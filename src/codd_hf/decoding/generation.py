@@ -1,7 +1,5 @@
 """`CoDDModel.generate`: the denoising loop under the names of transformers' `generate`."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

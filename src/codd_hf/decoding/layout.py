@@ -1,7 +1,5 @@
 """Lays out the canvas of a call: its rows, and the stages in which they are decoded."""
 
-from __future__ import annotations
-
 import torch
 
 from ..backbones import block_length_of

@@ -10,8 +10,6 @@ block is full costs no more passes in that block, and steps that are not needed 
 on to later blocks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -5,8 +5,6 @@ A measure is a module with a function `measure(pipeline, examples, settings)` th
 and examples, and writes the result.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

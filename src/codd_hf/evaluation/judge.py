@@ -1,7 +1,5 @@
 """An independent causal language model that says how likely it finds a text."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial

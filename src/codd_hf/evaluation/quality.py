@@ -8,8 +8,6 @@ bought with few different tokens is no success. By the same rule factorized deco
 of a coupled setting when the judge finds its answers no less likely and their entropy is kept.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Model cards: the known facts about a head, a model or a pipeline, and nothing else."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -4,8 +4,6 @@ The mixins of transformers and diffusers write a placeholder over the card, and 
 does not know revisions.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Callable

@@ -6,8 +6,6 @@ configuration that somebody else wrote must not decide how much memory is taken.
 compared before anything is allocated, and what transformers reports afterwards is an error.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """From a folder or an id on the Hub to the components of a pipeline."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase

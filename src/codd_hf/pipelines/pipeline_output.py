@@ -1,7 +1,5 @@
 """The output of `CoDDPipeline`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

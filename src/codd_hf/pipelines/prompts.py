@@ -1,7 +1,5 @@
 """Prompts in all the forms that a pipeline takes, to padded token ids."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Files of runs, which may be killed: whole or not there, journals that only grow, and locks."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """The precision that a device computes fast: bf16, or float32 where bf16 would be emulated."""
 
-from __future__ import annotations
-
 import torch
 
 BF16_OF_PROCESSORS = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")

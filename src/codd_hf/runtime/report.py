@@ -1,7 +1,5 @@
 """Figures as tables for people and as JSON for programs, and the machine that they are of."""
 
-from __future__ import annotations
-
 import json
 import platform
 from collections.abc import Mapping, Sequence

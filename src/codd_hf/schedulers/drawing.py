@@ -7,8 +7,6 @@ temperature 1 the tokens of a step have exactly the joint's distribution, whatev
 with `joint`, which stops at a candidate).
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

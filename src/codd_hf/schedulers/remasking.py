@@ -12,8 +12,6 @@ judged only under the states that it was committed under: those of a window at t
 the same text to copy from.
 """
 
-from __future__ import annotations
-
 import torch
 from torch.nn import functional as F
 

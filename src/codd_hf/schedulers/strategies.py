@@ -4,8 +4,6 @@ An adaptive strategy goes on down the ranking while it is sure. Ties go to the l
 A strategy is a case of `rank`, and a name in the annotation of `DrawSettings.strategy`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

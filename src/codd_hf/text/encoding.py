@@ -8,8 +8,6 @@ Functions return the ids of all texts and, by index, the faults of those that ca
 each is the end of a sentence.
 """
 
-from __future__ import annotations
-
 import copy
 import pickle
 import re

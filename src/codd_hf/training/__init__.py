@@ -1,7 +1,5 @@
 """Fits of circuits and backbones: `run.train` is the whole way, each stage also stands alone."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Checkpoints: folders of safetensors and JSON, whole or not there, of one fit alone."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a run begins with: examples, tasks without end, and a backbone with its tokenizer."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

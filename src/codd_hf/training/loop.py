@@ -1,7 +1,5 @@
 """The loop of every fit: measured now and then, and bit-equal when it goes on after a stop."""
 
-from __future__ import annotations
-
 import math
 import time
 from abc import ABC, abstractmethod

@@ -5,8 +5,6 @@ that a step does not depend on who computed what: AdamW makes as much of a round
 gradient.
 """
 
-from __future__ import annotations
-
 import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Sequence

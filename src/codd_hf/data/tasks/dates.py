@@ -1,7 +1,5 @@
 """A date in words becomes year-month-day, and the other way round."""
 
-from __future__ import annotations
-
 import re
 from random import Random
 

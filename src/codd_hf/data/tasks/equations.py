@@ -1,7 +1,5 @@
 """Answers in GSM8K's format: equations on the way, `#### result` in the last line."""
 
-from __future__ import annotations
-
 import re
 from fractions import Fraction
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Numbers or names are put in order."""
 
-from __future__ import annotations
-
 import re
 from random import Random
 from typing import Any

@@ -1,7 +1,5 @@
 """A sentence becomes a JSON object; its fields may come in any order."""
 
-from __future__ import annotations
-
 import json
 from random import Random
 

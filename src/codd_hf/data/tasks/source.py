@@ -1,7 +1,5 @@
 """Tasks of all kinds by seed, and the split that keeps test tasks unseen."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b

@@ -1,7 +1,5 @@
 """Sums, differences and products, worked out step by step in GSM8K's answer format."""
 
-from __future__ import annotations
-
 from random import Random
 
 from .equations import check_worked_answer

@@ -3,8 +3,6 @@
 There are few, short and small ones, since a model has to learn each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Word problems of one to three steps in GSM8K's answer format."""
 
-from __future__ import annotations
-
 from random import Random
 from typing import Any, NamedTuple
 

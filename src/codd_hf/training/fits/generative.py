@@ -5,8 +5,6 @@ stepwise EM (Liang and Klein, 2009) does the rest: a running average of the coun
 batch has a share that falls from step to step.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass

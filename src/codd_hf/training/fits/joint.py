@@ -5,8 +5,6 @@ The loss is the coupled conditional likelihood `-log p(x_M | x_O)` of noised win
 runs at every step, on windows and noise that are a function of the step alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

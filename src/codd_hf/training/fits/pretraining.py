@@ -4,8 +4,6 @@ The loss is the diffusion ELBO: the cross-entropy of masked tokens, weighted by 
 number of tokens that could have been masked (LLaDA, arXiv 2502.09992, Eq. 3).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
