@@ -37,6 +37,7 @@ ONE_PRODUCT, ELEMENTS_AT_ONCE = 1 << 24, 1 << 22
 LOG2_E = math.log2(math.e)
 
 Rows = torch.Tensor | slice
+Factors = Callable[[], torch.Tensor]
 
 
 def exp_of_difference(x: torch.Tensor, shift: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
@@ -198,16 +199,20 @@ class Emission(ABC):
         """`[H, V]`: the factors of a small emission that is the same at all positions."""
         return exp_of_difference(self.dense()[0].to(self.log_max.dtype), self.log_scale().T)
 
-    def factors(self, position: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Slices of the vocabulary, and `E_i / exp(log_scale)`, `[H, n]`, of each."""
+    def factors(self, position: int, dtype: torch.dtype) -> Iterator[tuple[slice, Factors]]:
+        """Slices of the vocabulary, and for each what makes `E_i / exp(log_scale)`, `[H, n]`.
+
+        Made by whoever needs them, one slice is let go before the next: two at a time would take
+        new memory for each.
+        """
         is_small = self.num_positions == 1 and self.width == self.vocab_size
         if is_small and not torch.is_grad_enabled() and self.log_max.dtype == dtype:
-            yield slice(None), self._whole
+            yield slice(None), lambda: self._whole
             return
         scale, first = self.log_scale(position).view(-1, 1).to(dtype), 0
         for chunk in self.chunks(self.width, position):
             part = slice(first, first + chunk.shape[-1])
-            yield part, exp_of_difference(chunk.to(dtype), scale)
+            yield part, partial(exp_of_difference, chunk.to(dtype), scale)
             first = part.stop
 
     def sums(self, weights: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -216,7 +221,7 @@ class Emission(ABC):
         def at(position: int, rows: Rows) -> torch.Tensor:
             counted, factors = weights[rows], self.factors(position, weights.dtype)
             zero = counted.new_zeros(len(counted), self.num_latents)
-            return sum((counted[:, part] @ e.T for part, e in factors), zero)
+            return sum((counted[:, part] @ make().T for part, make in factors), zero)
 
         return self._by_position(positions, at)
 
@@ -225,7 +230,7 @@ class Emission(ABC):
 
         def at(position: int, rows: Rows) -> torch.Tensor:
             factors = self.factors(position, weights.dtype)
-            return torch.cat([weights[rows] @ e for _, e in factors], -1)
+            return torch.cat([weights[rows] @ make() for _, make in factors], -1)
 
         return self._by_position(positions, at)
 

@@ -67,6 +67,6 @@ class TokenGroups:
         if index is None:
             return self.emission.sums(marginal[None], torch.zeros_like(marginal[:1]).long())
         means = marginal.new_zeros(self.number, self.emission.num_latents)
-        for part, factors in self.emission.factors(0, marginal.dtype):
-            means = means.index_add(0, index[part], (factors * marginal[part]).T)
+        for part, make in self.emission.factors(0, marginal.dtype):
+            means = means.index_add(0, index[part], (make() * marginal[part]).T)
         return means
