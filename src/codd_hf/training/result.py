@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi
-from safetensors.torch import load, save_file
 from tqdm.auto import tqdm
 
 from ..evaluation import GapSettings
@@ -19,6 +18,7 @@ from ..evaluation.gap import measure_gap
 from ..hub.cards import REWRITTEN, make_card
 from ..hub.publishing import CARD, push_folder
 from ..hub.repositories import is_local, reaching_hub
+from ..modeling_head import CoDDHead
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.files import read_json
 from ..runtime.report import as_json, environment, listed, table
@@ -72,19 +72,27 @@ def write_pipeline(run: Run, circuit: Path, folder: Path, repo_id: str | None) -
         gap = measure_gap(model, heads, tokenizer, problems, settings)
     pipeline = CoDDPipeline(model, CoDDScheduler(), tokenizer)
     write_card(run, pipeline, folder, repo_id, gap)
-    without = shutil.ignore_patterns(CARD)  # a pipeline has one card
-    shutil.copytree(circuit, folder / "stage1", ignore=without, dirs_exist_ok=True)
+    head = CoDDHead.from_pretrained(circuit)
+    head.save_pretrained(folder / "stage1", state_dict=in_bfloat16(head))
+    (folder / "stage1" / CARD).unlink()  # a pipeline has one card
+    model.save_pretrained = partial(  # type: ignore[method-assign]  # which the pipeline calls
+        model.save_pretrained, state_dict=in_bfloat16(model)
+    )
     pipeline.save_pretrained(folder)
-    for path in folder.glob("*/*.safetensors"):
-        weights = load(path.read_bytes()).items()
-        stored = {k: v.bfloat16() if v.is_floating_point() else v for k, v in weights}
-        save_file(stored, path, {"format": "pt"})
     save_held_out(folder, run.examples)
     if repo_id is not None:
         # The held-out examples are somebody's data, and stay on this machine.
-        told, kept = "Trained with codd-hf", "*.jsonl"
-        pushed = push_folder(folder, repo_id, ignore_patterns=kept, commit_message=told)
+        pushed = push_folder(
+            folder, repo_id, ignore_patterns="*.jsonl", commit_message="Trained with codd-hf"
+        )
         tqdm.write(f"The pipeline is on the Hub: {pushed.repo_url}")
+
+
+def in_bfloat16(part: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A model's weights as they are stored; those that share memory are stored once."""
+    weights = part.state_dict()
+    copies = {t.data_ptr(): t.bfloat16() if t.is_floating_point() else t for t in weights.values()}
+    return {name: copies[tensor.data_ptr()] for name, tensor in weights.items()}
 
 
 def save_held_out(folder: Path, examples: Parts) -> None:
@@ -121,8 +129,11 @@ def write_card(
     sizes = dict(zip(("training", "validation", "test"), map(len, run.examples), strict=True))
     machine = environment() | {"processes": PartialState().num_processes}
     general = listed({k: v for k, v in settings.items() if k not in STAGES})
-    lines = [f"- Examples: {listed(sizes)}.", f"- Settings: {general}."]
-    lines.append(f"- Machine and versions: {listed(machine)}.")
+    lines = [
+        f"- Examples: {listed(sizes)}.",
+        f"- Settings: {general}.",
+        f"- Machine and versions: {listed(machine)}.",
+    ]
     parts = [TRAINED, "\n".join(lines)]
     files = {"run": {"environment": machine, "examples": sizes, "settings": settings, "gap": gap}}
     for stage in config.chosen_stages:
