@@ -6,13 +6,11 @@ which keeps what it is called with (`Call`). So nothing is imported and nothing 
 numpy's constructors included; what is kept in memory is the bytes of the file and little more.
 """
 
-from __future__ import annotations
-
 import functools
 import pickle
 import pickletools
 import re
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
@@ -42,7 +40,7 @@ class Call:
     arguments: tuple
     state: Any = None
 
-    def __new__(cls, *arguments: Any) -> Call:
+    def __new__(cls, *arguments: Any) -> Self:
         """The description of a call of `name`."""
         made = super().__new__(cls)
         made.arguments = arguments

@@ -1,11 +1,9 @@
 """The scheduler of Coupled Discrete Diffusion: one reverse step of masked diffusion."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -89,7 +87,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(str(error)) from error
         return (scheduler, {}) if return_unused_kwargs else scheduler
 
-    def for_call(self, mask_token_id: int, **overrides: Any) -> CoDDScheduler:
+    def for_call(self, mask_token_id: int, **overrides: Any) -> Self:
         """A copy with the mask token and the settings of a call, so that threads share `self`."""
         scheduler = copy.copy(self)
         scheduler._configure(self.settings.updated(**overrides), mask_token_id)

@@ -1,9 +1,7 @@
 """Everything that shapes what a denoising step draws, defined in one place."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from ..checks.arguments import LARGEST_INTEGER, check_known, list_of_ids
 from ..checks.settings import Range, Settings, Share
@@ -72,7 +70,7 @@ class DrawSettings(Settings):
         """Raises a ValueError if a forbidden token is not in a vocabulary of this size."""
         list_of_ids("forbidden_token_ids", self.forbidden_token_ids, vocab_size)
 
-    def updated(self, **overrides: Any) -> DrawSettings:
+    def updated(self, **overrides: Any) -> Self:
         """The settings with those of a call in place of some; None keeps the value here.
 
         Raises:

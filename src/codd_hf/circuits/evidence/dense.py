@@ -135,11 +135,8 @@ def log_probs_given(
     for first in range(0, len(flat), rows):
         part = slice(first, first + rows)
         at = part if len(flat) == number else copies[part]
-        log_phi, rows_of_states = (
-            predictions[at].dense(),
-            emission.rows(states[part], positions[part]),
-        )
-        torch.add(rows_of_states, log_phi, out=flat[part]).sub_(total[part])
+        log_emission = emission.rows(states[part], positions[part])
+        torch.add(log_emission, predictions[at].dense(), out=flat[part]).sub_(total[part])
     return scores
 
 
