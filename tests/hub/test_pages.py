@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -19,6 +19,7 @@ from jpc_files import hmm_nodes, random_hmm, write
 from server import TOKEN, LocalHub
 
 from codd_hf.cli import build_parser
+from codd_hf.data.tokenizers import train_tokenizer
 from codd_hf.training.settings import build_config, from_text
 from tiny import tiny_backbone
 from tiny_pipeline import save_tiny_pipeline, tiny_pipeline
@@ -141,13 +142,18 @@ NOT_RUN = {"openai/gsm8k": "a dataset of the Hub", "book.txt": "hours", "gsm8k_t
 @pytest.mark.parametrize(
     "page", ["README.md", "examples/couple.md", "examples/decode.md", "examples/fit.md"]
 )
-def test_shell_blocks_of_a_page_run(page, hub, cities_jsonl, tmp_path):
+def test_shell_blocks_of_a_page_run(page, hub, tmp_path):
+    """The text is that of the pages: a circuit of the default size needs so many words."""
+    parts = [
+        part.split(" ", 4) for page in PAGES for part in (ROOT / page).read_text().split("\n\n")
+    ]
+    rows = [{"question": " ".join(p[:4]), "answer": p[4]} for p in parts if len(p) == 5]
     for name in ("my.jsonl", "my_heldout.jsonl", "questions.jsonl"):
-        shutil.copy(cities_jsonl, tmp_path / name)
-    (tmp_path / "path" / "to").mkdir(parents=True)
-    pipe = tiny_pipeline()
-    pipe.model.backbone.save_pretrained(tmp_path / "path" / "to" / "backbone")
-    pipe.tokenizer.save_pretrained(tmp_path / "path" / "to" / "backbone")
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = train_tokenizer([row["answer"] for row in rows], vocab_size=1000)
+    backbone = tiny_backbone("llama", len(tokenizer), max_position_embeddings=1024)
+    for part in (backbone, tokenizer):
+        part.save_pretrained(tmp_path / "path" / "to" / "backbone")
     scripts = str(Path(sys.executable).parent)
     environment = os.environ | hub.environment(tmp_path / "home")
     environment |= {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "HF_TOKEN": TOKEN}
