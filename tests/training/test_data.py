@@ -9,6 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from codd_hf.data.canvases import TokenizedExample, batch_indices, collate, tokenize_examples
 from codd_hf.data.sources import Example, load_examples
@@ -109,6 +114,18 @@ def test_long_answers_are_cut_and_too_long_prompts_left_out_as_is_said(tiny_toke
         ValueError, match=r"(?s)Nothing is left .*: 1, 2: a prompt .*`max_length` \(3 "
     ):
         tokenize_examples([Example("Tom? " * 5, "3")] * 2, tiny_tokenizer, max_length=3)
+
+
+def test_text_without_a_prompt_begins_as_the_tokenizer_begins_texts():
+    words = Tokenizer(WordLevel({"[CLS]": 0, "[SEP]": 1, "a": 2, "b": 3}))
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[SEP]")
+    examples = [Example("", "a b"), Example("a", "b")]
+    found = [(e.prompt_ids, e.answer_ids) for e in tokenize_examples(examples, tokenizer)]
+    assert found == [([0], [2, 3, 1]), ([0, 2, 1], [3, 1])]
 
 
 @pytest.mark.parametrize("max_length", [1, 32, 10_000])

@@ -113,9 +113,13 @@ def test_like_embeddings_share_a_cluster():
     assert clusters[2] == clusters[3] != clusters[0]
 
 
-def test_text_that_no_circuit_can_be_fitted_to_is_refused():
-    with pytest.raises(ValueError, match=r"`num_latents` \(4\) exceeds the 3 different tokens"):
-        cluster_tokens(torch.randn(6, 2), torch.tensor([1, 2, 0, 0, 5, 0]), 4)
+def test_circuit_has_more_states_than_there_are_tokens_if_more_are_asked_for():
+    """Each token is the other one than two before: two states cannot know that, four can."""
+    first = torch.randint(2, (256, 2), generator=torch.Generator().manual_seed(0))
+    windows = torch.cat((first, 1 - first) * 2, 1)
+    config, embeddings = GenerativeConfig(num_epochs=2, windows_per_batch=64), torch.eye(3)[:, :2]
+    nats = [fit_generative(windows, windows, embeddings, n, config)[1][-1]["nats"] for n in (2, 4)]
+    assert nats[1] < 0.6 * nats[0]
 
 
 def test_windows_of_text_start_with_the_answer_and_are_filled_with_end_of_text():

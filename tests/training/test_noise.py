@@ -57,6 +57,22 @@ def test_window_noise_shows_earlier_windows_and_hides_later_ones():
     assert len({int(w) for w in (first - canvas.answer_start) // WINDOW}) == 5
 
 
+def test_windows_to_infill_begin_anywhere_and_all_around_them_is_visible():
+    examples = [TokenizedExample([7, 8], [5] * (1 + i % 9) + [1]) for i in range(900)]
+    tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=0)
+    canvas = collate(examples, tokenizer, WINDOW, infill=True)
+    assert canvas.input_ids[:2, :7].tolist() == [[7, 8, 5, 1, 1, 1, 0], [7, 8, 5, 5, 1, 1, 0]]
+    noise = draw(canvas, window_probability=1.0, infill=True)
+    assert torch.equal(noise.masked, noise.target)
+    first = noise.span.long().argmax(1)
+    longest = first[torch.tensor([len(e.answer_ids) for e in examples]) == 10]
+    assert set(longest.tolist()) == {2, 3, 4, 5, 6, 7}
+    assert (noise.span.sum(1)[3::9] == WINDOW).all()
+    assert not noise.masked[:, :2].any()
+    last = canvas.answer_end[:, None] - 1
+    assert not noise.masked.gather(1, last).any()
+
+
 @pytest.mark.parametrize("window_probability", [0.0, 1.0])
 def test_only_masked_tokens_of_the_span_count_in_the_loss(window_probability):
     noise = draw(canvases(), window_probability=window_probability)

@@ -26,9 +26,11 @@ class TokenizedExample:
     prompt_ids: list[int]
     answer_ids: list[int]
 
-    def length(self, window_length: int = 1) -> int:
-        """Tokens of the prompt and of the answer, which is counted in whole windows."""
-        return len(self.prompt_ids) + -(-len(self.answer_ids) // window_length) * window_length
+    def length(self, window_length: int = 1, infill: bool = False) -> int:
+        """Tokens of the prompt and of the answer, counted in whole windows; to infill, in one."""
+        answer = len(self.answer_ids)
+        windows = -(-answer // window_length) * window_length
+        return len(self.prompt_ids) + (max(answer, window_length) if infill else windows)
 
 
 @dataclass
@@ -88,7 +90,7 @@ def tokenize_examples(
         raise ValueError("`packing` is for plain text, but there are examples with a prompt.")
     report = report or RowReport("`examples`")
     max_length = sys.maxsize if max_length is None else max_length
-    prompts, bad_prompts = _encode_prompts(examples, tokenizer)
+    prompts, bad_prompts = _encode_prompts(examples, tokenizer, eos)
     answers, bad_answers = encode_texts([e.answer for e in examples], tokenizer)
     faults = {i: f"has an answer that {fault}" for i, fault in bad_answers.items()}
     faults |= {i: f"has a prompt that {fault}" for i, fault in bad_prompts.items()}
@@ -124,9 +126,12 @@ def tokenize_examples(
 
 
 def _encode_prompts(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, eos: int
 ) -> tuple[list[list[int]], dict[int, str]]:
-    """The prompts, in the chat template where there is one; as `encode_texts`."""
+    """The prompts, in the chat template where there is one; as `encode_texts`.
+
+    Without a template, that of a text without one is what the tokenizer begins a text with.
+    """
     given = [i for i, example in enumerate(examples) if example.messages]
     if tokenizer.chat_template is not None:
         chats = [examples[i].messages for i in given]
@@ -137,8 +142,12 @@ def _encode_prompts(
             "use a prompt column and an answer column."
         )
     else:
-        prompts = [examples[i].prompt for i in given]
-        encoded, bad = encode_texts(prompts, tokenizer, add_special_tokens=True)
+        prompts = [example.prompt for example in examples]
+        rows, bad = encode_texts(prompts, tokenizer, add_special_tokens=True)
+        for row, example in zip(rows, examples, strict=True):
+            if not example.prompt and eos in row:
+                del row[row.index(eos) :]
+        return rows, bad
     found = dict(zip(given, encoded, strict=True))
     rows = [found.get(i, []) for i in range(len(examples))]
     return rows, {given[i]: fault for i, fault in bad.items()}
@@ -149,15 +158,18 @@ def collate(
     tokenizer: PreTrainedTokenizerBase,
     window_length: int,
     extra_windows: Sequence[int] | None = None,
+    infill: bool = False,
 ) -> CanvasBatch:
     """Lays examples out as canvases: an answer is filled with end-of-text to whole windows.
 
     `extra_windows` of end-of-text follow in each row: a model should not learn that the canvas's
-    length gives the answer's length away. End-of-text pads rows where there is no padding token.
+    length gives the answer's length away. To `infill`, only answers shorter than a window are
+    filled, since templates end where they end. End-of-text pads rows where there is no padding
+    token.
     """
     eos, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
     more = torch.tensor(extra_windows or [0] * len(examples)) * window_length
-    end = torch.tensor([example.length(window_length) for example in examples]) + more
+    end = torch.tensor([example.length(window_length, infill) for example in examples]) + more
     columns = torch.arange(int(end.max()))
     input_ids = torch.full((len(examples), len(columns)), eos)
     for row, example in enumerate(examples):

@@ -37,6 +37,7 @@ def sample_noise(
     prompt_probability: float = 0.15,
     minimum_level: float = 1e-2,
     mean_span_length: float = 1.0,
+    infill: bool = False,
 ) -> Noise:
     """Draws masks for a batch, one noise level `t ~ U(0, 1)` a row (stratified over the batch).
 
@@ -52,6 +53,8 @@ def sample_noise(
         prompt_probability: share of the other rows in which the prompt is noised as well.
         minimum_level: the smallest `t`; the loss weight is `1/t`.
         mean_span_length: mean length of the spans that are masked together; 1: each token alone.
+        infill: windows begin anywhere in the answer, before its end-of-text, and later ones are
+            visible too.
     """
     batch, length = canvas.input_ids.shape
     start, end = canvas.answer_start[:, None], canvas.answer_end[:, None]
@@ -64,16 +67,18 @@ def sample_noise(
     level = ((strata + uniform(batch)) / batch).clamp(min=minimum_level)
 
     by_window = uniform(batch, 1) < window_probability
-    num_windows = (end - start) // window_length
-    window_start = start + (uniform(batch, 1) * num_windows).long() * window_length
-    in_window = (position >= window_start) & (position < window_start + window_length)
+    step, last = (1, end - 1) if infill else (window_length, end)
+    num_windows = ((last - start - window_length) // step + 1).clamp(min=1)
+    window_start = start + (uniform(batch, 1) * num_windows).long() * step
+    window_end = torch.minimum(window_start + window_length, last)
+    in_window = (position >= window_start) & (position < window_end)
     with_prompt = uniform(batch, 1) < prompt_probability
     in_canvas = (position < end) & (with_prompt | (position >= start))
     span = torch.where(by_window, in_window, in_canvas)
 
     draws = span_uniforms((batch, length), mean_span_length, generator)
     target = span & (draws < level[:, None])
-    later = by_window & (position >= window_start + window_length) & (position < end)
+    later = by_window & (position >= window_end) & (position < end) & (not infill)
     return Noise(masked=target | later, target=target, span=span, level=level)
 
 
@@ -83,13 +88,18 @@ def draw_canvases(
     window_length: int,
     max_extra_windows: int,
     generator: torch.Generator,
+    infill: bool = False,
     **noise: float,
 ) -> tuple[CanvasBatch, Noise]:
     """Canvases, each with up to `max_extra_windows` of end-of-text at its end, and their noise.
 
     The other arguments are those of `sample_noise`: with a `window_probability` of 1, one window of
-    each row is noised, earlier ones are visible and later ones masked.
+    each row is noised, earlier ones are visible and later ones masked; to `infill`, all others are
+    visible, and nothing follows the text.
     """
-    extra = torch.randint(max_extra_windows + 1, (len(examples),), generator=generator)
-    canvas = collate(examples, tokenizer, window_length, extra.tolist())
-    return canvas, sample_noise(canvas, window_length=window_length, generator=generator, **noise)
+    most = 0 if infill else max_extra_windows
+    extra = torch.randint(most + 1, (len(examples),), generator=generator)
+    canvas = collate(examples, tokenizer, window_length, extra.tolist(), infill)
+    return canvas, sample_noise(
+        canvas, window_length=window_length, generator=generator, infill=infill, **noise
+    )

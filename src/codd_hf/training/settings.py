@@ -133,6 +133,8 @@ class CoupledConfig(GradientConfig):
     """Windows that a process computes at once."""
     evidence_temperature: Annotated[float, Range(1e-6, 1e6)] | None = None
     """Divides the backbone's logits; becomes the head's. Default: the head's."""
+    infill: bool = False
+    """Windows as infilling meets them: anywhere in an answer, with all around them visible."""
     num_validation_draws: Count = 4
     """How often each validation example is drawn, each time with another window and other noise."""
 

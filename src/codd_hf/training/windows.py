@@ -76,7 +76,7 @@ class NoisedCanvases:
         seed: int,
     ):
         length, generator = model.window_length, torch.Generator().manual_seed(seed)
-        layout = examples, tokenizer, length, config.max_extra_windows, generator
+        layout = examples, tokenizer, length, config.max_extra_windows, generator, config.infill
         spans = config.mean_span_length
         canvas, noise = draw_canvases(*layout, window_probability=1.0, mean_span_length=spans)
         starts = noise.span.long().argmax(1)

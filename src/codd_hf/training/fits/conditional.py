@@ -45,7 +45,13 @@ DENSE_VOCABULARY = 16384
 SHARD_BATCHES = 32
 SEEDS = 1_000_003
 """More than there are batches: the noise of two seeds has nothing in common."""
-OF_EVIDENCE = ("max_extra_windows", "mean_span_length", "tokens_per_batch", "mixed_precision")
+OF_EVIDENCE = (
+    "max_extra_windows",
+    "mean_span_length",
+    "infill",
+    "tokens_per_batch",
+    "mixed_precision",
+)
 """The settings that evidence depends on as they are."""
 
 

@@ -42,15 +42,14 @@ def text_windows(
 def cluster_tokens(
     embeddings: torch.Tensor, counts: torch.Tensor, num_clusters: int, seed: int = 0
 ) -> torch.Tensor:
-    """The cluster `[V]` of each token: k-means of embeddings `[V, d]`, weighted by counts `[V]`."""
+    """The cluster `[V]` of each token: k-means of embeddings `[V, d]`, weighted by counts `[V]`.
+
+    There are no more clusters than tokens that were seen.
+    """
     features = torch.nn.functional.normalize(embeddings.float(), dim=-1).cpu().numpy()
     weights = counts.float().cpu().numpy()
     seen = weights > 0
-    if num_clusters > seen.sum():
-        raise ValueError(
-            f"`num_latents` ({num_clusters}) exceeds the {int(seen.sum())} different tokens of the "
-            "training text: use fewer latents or more text."
-        )
+    num_clusters = min(num_clusters, int(seen.sum()))
     estimator = KMeans if len(features) <= 20_000 else MiniBatchKMeans
     kmeans = estimator(num_clusters, n_init=1, max_iter=30, random_state=seed)
     kmeans.fit(features[seen], sample_weight=weights[seen])
@@ -60,17 +59,24 @@ def cluster_tokens(
 def initial_potentials(
     windows: torch.Tensor, clusters: torch.Tensor, num_latents: int, seed: int = 0
 ) -> Potentials:
-    """A circuit whose states are clusters of tokens and whose transitions are cluster bigrams."""
+    """A circuit whose states are clusters of tokens and whose transitions are cluster bigrams.
+
+    Where there are more states than tokens, copies of a token's differ in the token before.
+    """
     vocab_size = len(clusters)
     generator = torch.Generator().manual_seed(seed)
-    smoothed = windows.flatten().bincount(minlength=vocab_size).float() + 0.1
+    counts = windows.flatten().bincount(minlength=vocab_size)
+    used = min(num_latents, int((counts > 0).sum()))
+    smoothed = counts.float() + 0.1
 
-    of_cluster = torch.zeros(num_latents, vocab_size)
+    of_cluster = torch.zeros(used, vocab_size)
     of_cluster[clusters, torch.arange(vocab_size)] = smoothed
     of_cluster = of_cluster / of_cluster.sum(-1, keepdim=True).clamp(min=1e-9)
     emission = CONCENTRATION * of_cluster + (1 - CONCENTRATION) * (smoothed / smoothed.sum())
 
-    states = clusters[windows]
+    own = clusters[windows]
+    before = torch.cat((own[:, :1], own[:, :-1]), 1)
+    states = own + used * (before % ((num_latents - 1 - own) // used + 1))
     pairs = states[:, :-1] * num_latents + states[:, 1:]
     bigrams = pairs.flatten().bincount(minlength=num_latents**2).view(num_latents, num_latents)
     starts = states[:, 0].bincount(minlength=num_latents).float() + 0.1
@@ -81,6 +87,7 @@ def initial_potentials(
         noise = NOISE * torch.randn(weights.shape, generator=generator)
         return (weights.log() + noise).log_softmax(-1)
 
+    emission = emission[torch.arange(num_latents) % used]
     return Potentials(noisy(starts), noisy(transition)[None], noisy(emission)[None])
 
 
