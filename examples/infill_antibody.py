@@ -164,13 +164,13 @@ def compared(factorized: torch.Tensor, coupled: torch.Tensor, whole: torch.Tenso
 
 def measure(pipe: CoDDPipeline, validation: list[Template], test: list[Template]) -> dict:
     """Figures of a task; each side's setting has most residues right on validation, in 2 passes."""
-    result: dict = {"settings": {}}
+    sizes = torch.tensor([len(t.ids[t.span]) for t in test])
+    result: dict = {"nats_per_residue": compared(*joint_nats(pipe, test), sizes), "settings": {}}
+    print(f"nats per residue: {json.dumps(result['nats_per_residue'])}", flush=True)
     for side, settings in SIDES.items():
         calls = [{"sampling": sampling, "strategy": strategy} for sampling, strategy in settings]
         rights = [recovery(pipe, validation, num_inference_steps=2, **c)[0].sum() for c in calls]
         result["settings"][side] = calls[int(torch.stack(rights).argmax())]
-    sizes = torch.tensor([len(t.ids[t.span]) for t in test])
-    result["nats_per_residue"] = compared(*joint_nats(pipe, test), sizes)
     for passes in PASSES:
         (right, size, exact), (coupled_right, _, coupled_exact) = (
             recovery(pipe, test, num_inference_steps=passes, **result["settings"][side])
