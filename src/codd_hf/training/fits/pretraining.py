@@ -141,6 +141,7 @@ class _BackboneFit(GradientFit):
             self.window_length,
             self.config.max_extra_windows,
             generator,
+            infill=False,
             mean_span_length=self.config.mean_span_length,
             window_probability=window_probability,
             **noise,
