@@ -3,7 +3,7 @@
 # larger number of steps as the first argument goes on as well, since rates fall at the end alone.
 #
 #   bash examples/train_tasks_model.sh [STEPS] [OUTPUT]
-#   python examples/evaluate_tasks.py OUTPUT/backbone
+#   codd-hf evaluate answers --model OUTPUT/backbone --dataset tasks --split validation[:500]
 #
 # Not yet trained to the end.
 set -euo pipefail

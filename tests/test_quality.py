@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from codd_hf.cli import main
 from codd_hf.data.sources import Example
-from codd_hf.evaluation import QualitySettings, quality
+from codd_hf.evaluation import QualitySettings
+from codd_hf.evaluation.answer_sets import AnswerSet
 from codd_hf.evaluation.judge import Judge, load_judge
 from codd_hf.evaluation.quality import (
     CHOSEN_AT,
@@ -22,7 +23,6 @@ from codd_hf.evaluation.quality import (
     Problems,
     best,
     find_matches,
-    generate_answers,
     measure_quality,
     real_answers,
 )
@@ -76,11 +76,12 @@ def generated(monkeypatch):
     """The first prompt, the passes and the draw of what was generated, in order."""
     calls = []
 
-    def counted(pipeline, questions, passes, settings, **draw):
-        calls.append((questions[0], passes, draw))
-        return generate_answers(pipeline, questions, passes, settings, **draw)
+    def counted(self, passes, **draw):
+        calls.append((self.questions[0], passes, draw))
+        return answers(self, passes, **draw)
 
-    monkeypatch.setattr(quality, "generate_answers", counted)
+    answers = AnswerSet.answers
+    monkeypatch.setattr(AnswerSet, "answers", counted)
     return calls
 
 
@@ -141,22 +142,24 @@ def test_figures_are_of_the_texts_that_the_pipeline_gives(pipe, judge, problems)
         **LATENT,
         generator=[torch.Generator().manual_seed(i) for i in range(3)],
     )
-    answers = generate_answers(pipe, questions, 2, settings(), **LATENT)
-    assert answers.texts == output.texts
-    assert answers.tokens == output.sequences.tolist()
-    assert answers.passes == [4, 4, 4]
+    answers = AnswerSet("", pipe, questions, settings()).answers(2, **LATENT)
+    assert [answer.text for answer in answers] == output.texts
+    assert [answer.tokens for answer in answers] == output.sequences.tolist()
+    assert [answer.passes for answer in answers] == [4, 4, 4]
     judged = judge(questions, output.texts)
     total = sum(nats for nats, _ in judged) / sum(count for _, count in judged)
     row = problems().row(2, "latent", "low_confidence", {"temperature": 1.0})
     assert row[NATS].value == pytest.approx(total)
     assert row["perplexity"] == pytest.approx(math.exp(total))
     assert row["passes used"].value == 4
+    assert row["tokens per pass"].value == 2
 
 
 def test_answers_do_not_depend_on_the_batch_size_but_on_the_seed(pipe):
     def texts(**changes):
         questions = [example.prompt for example in TEST]
-        return generate_answers(pipe, questions, 2, settings(**changes), **LATENT).texts
+        answers = AnswerSet("", pipe, questions, settings(**changes)).answers(2, **LATENT)
+        return [answer.text for answer in answers]
 
     assert texts(batch_size=2) == texts()
     assert texts(seed=7) != texts()
@@ -164,9 +167,9 @@ def test_answers_do_not_depend_on_the_batch_size_but_on_the_seed(pipe):
 
 def test_real_answers_are_cut_and_spell_no_special_tokens(pipe):
     answers = [example.answer for example in TEST]
-    assert {len(row) for row in real_answers(pipe, answers, 4).tokens} == {4}
-    (row,) = real_answers(pipe, ["It is <|end|> and on."], 64).tokens
-    assert len(row) > 8
+    assert {len(answer.tokens) for answer in real_answers(pipe, answers, 4)} == {4}
+    (answer,) = real_answers(pipe, ["It is <|end|> and on."], 64)
+    assert len(answer.tokens) > 8
 
 
 def test_best_is_the_likeliest_that_keeps_entropy_or_else_the_most_diverse():

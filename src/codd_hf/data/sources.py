@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..checks.arguments import choice, shown
 from ..checks.errors import reading
 from ..text.encoding import is_text
-from .tasks import TASKS, sample_tasks
+from .tasks import TASKS, Task, sample_tasks
 
 CHAT_COLUMNS = ("messages", "conversations")
 ANSWER_COLUMNS = ("answer", "completion", *CHAT_COLUMNS, "text")
@@ -82,12 +82,14 @@ class Example:
         answer: the text that is generated.
         history: pairs of a role and a content.
         row: the number of the row that it is from.
+        task: the task that it is, if it is one.
     """
 
     prompt: str
     answer: str
     history: tuple[tuple[str, str], ...] = ()
     row: int | None = field(default=None, compare=False)
+    task: Task | None = field(default=None, compare=False)
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -136,7 +138,8 @@ def load_examples(
         ValueError: a column is missing, a row is bad, or nothing is left.
     """
     if source == TASKS:
-        return [Example(t.question, t.answer) for t in sample_tasks(split, dataset_config)]
+        tasks = sample_tasks(split, dataset_config)
+        return [Example(task.question, task.answer, task=task) for task in tasks]
     source = str(source)
     choice("sample_by", sample_by, SAMPLE_BY)
     try:

@@ -1,14 +1,15 @@
 """Evaluation: what coupling gains over factorized prediction, measured on held-out text.
 
 A measure is a module with a function `measure(pipeline, examples, settings)` that gives a
-[`~codd_hf.runtime.report.Report`]. The command line makes its flags of its settings, loads pipeline
-and examples, and writes the result.
+[`~codd_hf.runtime.report.Report`]; `joint`, which makes its own models, gets the way to train them
+in place of the first two. The command line makes its flags of its settings, loads pipeline and
+examples, and writes the result. `report` runs the measures.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from ..checks.settings import Count, Natural, Positive, Seed, Settings, Share
+from ..checks.settings import Count, Natural, Positive, Seed, Settings, Share, settings_of
 from ..schedulers.settings import Strategy
 
 FACTORIZED = "factorized"
@@ -21,7 +22,10 @@ class MeasureSettings(Settings):
     model: str | None = None
     """A pipeline; default: the embedded one."""
     dataset: str | None = None
-    """Held-out examples, a file or the id of a dataset; default: the model's test.jsonl."""
+    """Held-out examples: a file, the id of a dataset, or tasks, the package's own; default: the
+    model's test.jsonl."""
+    split: str | None = None
+    """Of the dataset, such as validation[:500]; default: test[:1000] of tasks, train of others."""
     num_problems: Count | None = None
     """How many of the examples; default: all."""
     skip_bad_rows: bool = False
@@ -63,7 +67,42 @@ class GapSettings(MeasureSettings):
 
 
 @dataclass(kw_only=True)
-class QualitySettings(MeasureSettings):
+class AnsweringSettings(MeasureSettings):
+    """The settings of measures that generate answers, which are kept in OUTPUT.answers."""
+
+    gen_length: Count = 128
+    """Tokens to generate; what is longer is cut there."""
+    samplings: list[Literal["latent", "any_order", "marginal", "viterbi"]] = field(
+        default_factory=list
+    )
+    """Coupled modes, beside factorized; default: the scheduler's."""
+    strategies: list[Strategy] = field(default_factory=list)
+    """Default: the scheduler's; threshold and joint take the passes that they need."""
+    passes: list[Count] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
+    """Backbone passes per window."""
+
+
+@dataclass(kw_only=True)
+class AnswersSettings(AnsweringSettings):
+    """Right answers at several numbers of backbone passes, factorized and coupled.
+
+    Tasks are judged by the checkers of their kinds. Another answer is right if it says what the
+    example's does: as a whole (exact), in its last_number, after its last #### (hashes), in its
+    last box (boxed), or in the last match, or first group of it, of regex:PATTERN; equations wants
+    the result after ####, or the last number, and each written equation to be true.
+    AUP is accuracy under parallelism (arXiv 2601.07568). Several processes share the work.
+    """
+
+    dataset: str | None = None
+    """A file, the id of a dataset, or tasks, the package's own; default: tasks for the embedded
+    model, and another's test.jsonl."""
+    checker: str = "last_number"
+    """exact, last_number, hashes, boxed, equations or regex:PATTERN."""
+    gen_length: Count = 64
+
+
+@dataclass(kw_only=True)
+class QualitySettings(AnsweringSettings):
     """Answers to held-out questions at several numbers of backbone passes.
 
     Factorized and with each sampling mode: perplexity under an independent causal language model,
@@ -75,8 +114,6 @@ class QualitySettings(MeasureSettings):
     `pip install codd-hf[quality]`.
     """
 
-    gen_length: Count = 128
-    """Tokens to generate; real answers are cut there."""
     judge: str
     """A causal language model, a path or an id."""
     judge_file: str | None = None
@@ -89,12 +126,71 @@ class QualitySettings(MeasureSettings):
     samplings: list[Literal["latent", "any_order", "marginal", "viterbi"]] = field(
         default_factory=lambda: ["latent", "any_order", "marginal", "viterbi"]
     )
-    """Coupled modes."""
-    strategies: list[Strategy] = field(default_factory=list)
-    """Default: the scheduler's; threshold and joint take the passes that they need."""
-    passes: list[Count] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
-    """Backbone passes per window."""
+    """Coupled modes, beside factorized."""
 
 
-MEASURES: dict[str, type[MeasureSettings]] = {"gap": GapSettings, "quality": QualitySettings}
+@dataclass
+class JointSettings(Settings):
+    """Texts of a single pass against sources whose probabilities are known.
+
+    Tiny models learn a block HMM and noisy palindromes, which are no small HMM's: how far is what
+    they write in one pass from the source (reverse KL), and the source from them (forward KL)?
+    """
+
+    num_texts: Count = 8000
+    """Texts to train on."""
+    num_steps: Count = 200
+    """Optimiser steps of each head."""
+    num_samples: Count = 2000
+    """Texts to draw."""
+    num_seeds: Count = 3
+    """Models of each source; errors are over them."""
+    seed: Seed = 0
+    """The first seed."""
+    output: str | None = None
+    """JSON file; default: none is written."""
+
+
+@dataclass
+class ReportSettings(Settings):
+    """One page with tables and plots of all measures, by their defaults.
+
+    A measure whose result is there is not run again, unless its settings or the model are others.
+    Needs `pip install codd-hf[plots]`.
+    """
+
+    model: str | None = None
+    """A pipeline; default: the embedded one."""
+    output: str = "report"
+    """Folder of report.md, its plots and NAME.json of each measure."""
+    measures: list[Literal["gap", "answers", "joint", "quality"]] | None = None
+    """Those to run; of others, results that are there are shown. Default: gap, answers, joint, and
+    quality with a judge."""
+    num_problems: Count | None = None
+    """Examples of each measure; default: all."""
+    judge: str | None = None
+    """For quality."""
+    judge_file: str | None = None
+    """A GGUF file of it."""
+    overhead: str | None = None
+    """JSON of `codd-hf bench overhead`, to be shown as well."""
+
+    def parts(self) -> dict[str, Any]:
+        """The settings of each measure to run."""
+        default = ["gap", "answers", "joint", *(["quality"] if self.judge else [])]
+        parts = {}
+        for name in default if self.measures is None else self.measures:
+            kind: Any = MEASURES[name]
+            given = {k: v for k, v in vars(self).items() if k in settings_of(kind)}
+            parts[name] = kind(**given | {"output": f"{self.output}/{name}.json"})
+        return parts
+
+
+MEASURES: dict[str, type[Settings]] = {
+    "gap": GapSettings,
+    "answers": AnswersSettings,
+    "quality": QualitySettings,
+    "joint": JointSettings,
+    "report": ReportSettings,
+}
 """The settings of each measure by the name of its module."""

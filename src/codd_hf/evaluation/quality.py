@@ -9,14 +9,13 @@ of a coupled setting when the judge finds its answers no less likely and their e
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product, takewhile
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from ..data.sources import Example, load_examples
@@ -25,6 +24,7 @@ from ..runtime.report import Report
 from ..schedulers.strategies import ADAPTIVE
 from ..text.encoding import encode_texts
 from . import FACTORIZED, QualitySettings
+from .answer_sets import Answer, AnswerSet, ways
 from .judge import Judge, load_judge
 from .statistics import entropy, mean, ratio, repeated_ngrams
 
@@ -47,69 +47,10 @@ ENTROPY_KEPT = 0.9
 """Share of real answers' token entropy that answers must have."""
 
 
-@dataclass(frozen=True)
-class Answers:
-    """One answer to each question, without end-of-text.
-
-    Attributes:
-        passes: backbone passes that each took part in; 0 for texts that were not generated.
-        seconds: that generation took.
-    """
-
-    texts: list[str]
-    tokens: list[list[int]]
-    passes: list[int]
-    seconds: float
-
-
-def real_answers(pipeline: CoDDPipeline, texts: Sequence[str], length: int) -> Answers:
+def real_answers(pipeline: CoDDPipeline, texts: Sequence[str], length: int) -> list[Answer]:
     """Given texts, cut after `length` tokens of the pipeline's."""
     encoded, _ = encode_texts(texts, pipeline.tokenizer)
-    tokens = [row[:length] for row in encoded]
-    texts = [pipeline.tokenizer.decode(row) for row in tokens]
-    return Answers(texts, tokens, [0] * len(texts), 0.0)
-
-
-def generate_answers(
-    pipeline: CoDDPipeline,
-    questions: Sequence[str],
-    passes: int,
-    settings: QualitySettings,
-    **draw: Any,
-) -> Answers:
-    """Each in `passes` passes per window, or fewer where a strategy is adaptive or a text ends.
-
-    Args:
-        pipeline: with a tokenizer. Its scheduler's settings hold where others are not given.
-        questions: the prompts.
-        passes: of the backbone, for each window of the head.
-        settings: `gen_length`; `batch_size`, which changes the speed, not the answers; and `seed`,
-            to which a question's place is added.
-        **draw: draw settings.
-    """
-    size, length = settings.batch_size, settings.gen_length
-    window = pipeline.model.window_length
-    ends = pipeline.task()["eos_token_id"]
-    seeds = range(settings.seed, settings.seed + len(questions))
-    texts: list[str] = []
-    tokens: list[list[int]] = []
-    used: list[int] = []
-    started = time.perf_counter()
-    for start in range(0, len(questions), size):
-        batch = slice(start, start + size)
-        output: Any = pipeline(
-            list(questions[batch]),
-            gen_length=length,
-            block_length=window,
-            num_inference_steps=passes * -(-length // window),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[batch]],
-            **draw,
-        )
-        texts += output.texts
-        used += output.passes_per_row.tolist()
-        rows = output.sequences.tolist()
-        tokens += [list(takewhile(lambda token: token not in ends, row)) for row in rows]
-    return Answers(texts, tokens, used, time.perf_counter() - started)
+    return [Answer(pipeline.tokenizer.decode(row[:length]), row[:length]) for row in encoded]
 
 
 @dataclass(frozen=True)
@@ -120,6 +61,13 @@ class Problems:
     pipeline: CoDDPipeline
     judge: Judge
     settings: QualitySettings
+    name: str = "test"
+
+    @cached_property
+    def generated(self) -> AnswerSet:
+        """The pipeline's answers."""
+        questions = [example.prompt for example in self.examples]
+        return AnswerSet(self.name, self.pipeline, questions, self.settings)
 
     def real(self) -> Row:
         """The figures of the real answers, no longer than the pipeline may write them."""
@@ -130,22 +78,23 @@ class Problems:
         """Draw settings, and the figures of the answers under them."""
         way = {"sampling": sampling, "strategy": strategy}
         told = ", ".join(f"{name} {value}" for name, value in draw.items())
-        questions = [example.prompt for example in self.examples]
-        answers = generate_answers(self.pipeline, questions, passes, self.settings, **way, **draw)
+        answers = self.generated.answers(passes, **way, **draw)
         return way | {"passes": passes, "settings": told} | self._figures(answers)
 
-    def _figures(self, answers: Answers) -> Row:
+    def _figures(self, answers: Sequence[Answer]) -> Row:
         """Nats per token of the judge, entropy of all tokens thrown together, and more."""
-        judged = self.judge([example.prompt for example in self.examples], answers.texts)
+        texts, tokens, passes, seconds = zip(*answers, strict=True)
+        judged = self.judge([example.prompt for example in self.examples], texts)
         nats = ratio(*zip(*judged, strict=True))
         return {
             NATS: nats,
             "perplexity": math.exp(nats.value),
-            ENTROPY: entropy(answers.tokens),
-            "repeated 3-grams, %": repeated_ngrams(answers.tokens),
-            "length": mean([len(tokens) for tokens in answers.tokens]),
-            "passes used": mean(answers.passes),
-            "seconds": answers.seconds,
+            ENTROPY: entropy(tokens),
+            "repeated 3-grams, %": repeated_ngrams(tokens),
+            "length": mean([*map(len, tokens)]),
+            "passes used": mean(passes),
+            "tokens per pass": ratio([*map(len, tokens)], passes) if any(passes) else None,
+            "seconds": sum(seconds),
         }
 
 
@@ -158,7 +107,8 @@ def measure(
     test, validation = Problems(examples, pipeline, judge, settings), None
     if settings.choose_on:
         chosen_on = load_examples(settings.choose_on, skip_bad_rows=settings.skip_bad_rows)
-        validation = replace(test, examples=chosen_on[: settings.num_validation])
+        chosen_on = chosen_on[: settings.num_validation]
+        validation = replace(test, examples=chosen_on, name="validation")
     facts = {
         "judge": Path(settings.judge_file or settings.judge).name,
         "problems": len(examples),
@@ -179,11 +129,7 @@ def measure_quality(test: Problems, validation: Problems | None) -> dict[str, li
     Raises:
         ValueError: `validation` shares a question with `test`, or a setting is out of range.
     """
-    settings, length = test.settings, test.pipeline.model.window_length
-    strategies = settings.strategies or [test.pipeline.scheduler.config.strategy]
-    modes = [FACTORIZED, *settings.samplings]
-    if max(settings.passes) > length:
-        raise ValueError(f"`passes` must be at most the window's {length}, got {settings.passes}.")
+    length, found_ways = test.pipeline.model.window_length, ways(test.pipeline, test.settings)
     real, rows, choices = test.real(), [], []
     chosen: dict[tuple[str, int], dict[str, Any]] = {}
     if validation is not None:
@@ -191,18 +137,17 @@ def measure_quality(test: Problems, validation: Problems | None) -> dict[str, li
         if shared:
             raise ValueError(f"`choose_on` and `dataset` share the question {min(shared)!r}.")
         least = ENTROPY_KEPT * validation.real()[ENTROPY].value
+        (_, first, _), modes = found_ways[0], dict.fromkeys(mode for mode, *_ in found_ways)
         for mode, at in tqdm([*product(modes, CHOSEN_AT)], "choosing settings", disable=None):
             grid = FACTORIZED_GRID if mode == FACTORIZED else COUPLED_GRID
-            found = [validation.row(min(at, length), mode, strategies[0], draw) for draw in grid]
+            found = [validation.row(min(at, length), mode, first, draw) for draw in grid]
             chosen[mode, at] = grid[best(found, least)]
             choices += found
-    ways = [(s, n) for s in strategies for n in ([length] if s in ADAPTIVE else settings.passes)]
-    for mode, (strategy, passes) in tqdm([*product(modes, ways)], "measuring", disable=None):
+    for mode, strategy, passes in tqdm(found_ways, "measuring", disable=None):
         wanted = 1 if strategy in ADAPTIVE else passes
         nearest = CHOSEN_AT[wanted**2 > CHOSEN_AT[0] * CHOSEN_AT[1]]
-        # Factorized decoding has one temperature, whatever the scheduler's for the circuit is.
-        own = {"evidence_temperature": 1.0} if mode == FACTORIZED else {}
-        rows.append(test.row(passes, mode, strategy, chosen.get((mode, nearest), own)))
+        draw = chosen.get((mode, nearest), {})
+        rows.append(test.row(passes, mode, strategy, draw))
     matches = find_matches(rows, ENTROPY_KEPT * real[ENTROPY].value)
     rows.insert(0, {"sampling": "real answers"} | real)
     return {"choices": choices, "rows": rows, "matches": matches}

@@ -54,6 +54,8 @@ def cell(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if isinstance(value, dict) and value.keys() == {"value", "error"}:  # an estimate read as JSON
+        return " ± ".join(cell(part) for part in value.values() if part is not None)
     return str(value)
 
 
