@@ -61,7 +61,10 @@ LAZY = "assert 'codd_hf.modeling_codd' not in sys.modules"
     "imports",
     [
         f"import codd_hf; from transformers import AutoModelForCausalLM as Auto; {LAZY}",
-        f"from codd_hf import CoDDConfig; from transformers import AutoModel as Auto; {LAZY}",
+        pytest.param(
+            f"from codd_hf import CoDDConfig; from transformers import AutoModel as Auto; {LAZY}",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_auto_classes_know_codd_whatever_is_imported_first(imports, folders):
@@ -70,15 +73,6 @@ def test_auto_classes_know_codd_whatever_is_imported_first(imports, folders):
         "from codd_hf import CoDDModel\nassert type(model) is CoDDModel\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
-def test_importing_the_package_imports_neither_torch_nor_transformers():
-    code = (
-        "import sys, codd_hf\n"
-        "found = {'torch', 'transformers', 'diffusers', 'peft', 'numpy'} & set(sys.modules)\n"
-        "assert not found, found\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ import io
 import os
 import pty
 import select
-import subprocess
 import sys
 
 import pytest
 import torch
 
+import launch
 from codd_hf import CoDDPipeline
 from codd_hf.checks.errors import printable
 from codd_hf.cli import main
@@ -198,29 +198,30 @@ def test_chat_that_cannot_go_on_fails_with_one_line(folder, pipe, tmp_path, caps
     assert "has no chat template" in capsys.readouterr().err
 
 
+def in_terminal(name: str, commands: list[list[str]]) -> None:
+    """Some commands, in a process whose standard input and output are a terminal."""
+    terminal = os.open(name, os.O_RDWR)
+    for target in (0, 1):
+        os.dup2(terminal, target)
+    sys.stdin, sys.stdout = (os.fdopen(n, mode) for n, mode in ((0, "r"), (1, "w")))
+    os.environ["TERM"] = "xterm"
+    print([main(argv) for argv in commands], flush=True)
+
+
 def test_stream_and_chat_draw_in_a_real_pseudo_terminal(folder, pipe):
     argv, typed = ["--model", str(folder), *SHORT], ["How many?\n", "/exit\n"]
     commands = [["generate", "How many?", "--stream", *argv], ["chat", *argv]]
-    code = f"from codd_hf.cli import main; print([main(argv) for argv in {commands!r}])"
     leader, follower = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=follower,
-        stdout=follower,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"TERM": "xterm"},
-    )
-    os.close(follower)
+    (process,) = launch.start(in_terminal, os.ttyname(follower), commands)
     output = b""
-    while select.select([leader], [], [], 90)[0]:
-        try:
+    while select.select([leader], [], [], 0.2)[0] or process.is_alive():
+        if select.select([leader], [], [], 0)[0]:
             output += os.read(leader, 65536)
-        except OSError:
-            break
         if typed and output.endswith(b"> "):
             os.write(leader, typed.pop(0).encode())
     os.close(leader)
-    assert process.wait() == 0
+    os.close(follower)
+    assert process.exitcode == 0
     shown = output.decode().replace("\r\n", "\n")
     (text,) = texts(pipe, ["How many?"])
     assert shown.count(f"{FIRST_SCREEN}{text}\n") == 2

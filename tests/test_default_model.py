@@ -77,8 +77,8 @@ def test_a_question_alone_and_in_a_batch_gets_the_same_text(pipe):
     def generators(rows):
         return [torch.Generator().manual_seed(row) for row in rows]
 
-    together = pipe(questions, gen_length=64, num_inference_steps=8, generator=generators(range(4)))
-    alone = pipe(questions[2], gen_length=64, num_inference_steps=8, generator=generators([2]))
+    together = pipe(questions, gen_length=32, num_inference_steps=4, generator=generators(range(4)))
+    alone = pipe(questions[2], gen_length=32, num_inference_steps=4, generator=generators([2]))
     assert together.texts[2] == alone.texts[0]
 
 
@@ -92,8 +92,8 @@ def test_saved_and_loaded_again_it_writes_the_same_text(pipe, tmp_path):
     texts = [
         p(
             question,
-            gen_length=64,
-            num_inference_steps=8,
+            gen_length=32,
+            num_inference_steps=4,
             generator=torch.Generator().manual_seed(0),
         )
         for p in (pipe, again)

@@ -55,7 +55,7 @@ def run(model, tokenizer, **kwargs) -> set[tuple[str, ...]]:
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(0)
     found = set()
-    for _ in range(12):
+    for _ in range(6):
         found |= pairs(pipe(gen_length=8, block_length=4, **kwargs).texts[0])
     return found
 

@@ -102,9 +102,12 @@ def test_head_is_fitted_stage_by_stage_to_a_backbone(
     assert model.coupling_head.config.conditioning == ["latent", "copy"]
 
 
-def test_text_file_becomes_a_pipeline(datasets_cache, tmp_path):
+def test_text_file_becomes_a_pipeline(datasets_cache, tmp_path, monkeypatch):
     command = ["--output", str(tmp_path), "--pretraining-steps", "4", "--steps", "2"]
-    texts = load_example("text_to_pipeline").main(command)
+    example = load_example("text_to_pipeline")
+    text = example.made_up_text(120)
+    monkeypatch.setattr(example, "made_up_text", lambda: text)
+    texts = example.main(command)
     assert len(texts) == 2
     assert "packing True" in (tmp_path / "pipeline" / "README.md").read_text()
 

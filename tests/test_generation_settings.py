@@ -57,18 +57,19 @@ def test_embedded_model_decodes_alike_by_every_door(capsys):
     pipe = CoDDPipeline.from_pretrained(default_model())
     pipe.set_progress_bar_config(disable=True)
     model = CoDDModel.from_pretrained(default_model())
-    prompt = "Tom has 3 eggs and"
-    expected = pipe(prompt, use_chat_template=False).texts[0]
+    prompt, few = "Tom has 3 eggs and", {"max_new_tokens": 32}
+    expected = pipe(prompt, use_chat_template=False, gen_length=32).texts[0]
     ids = pipe.tokenizer(prompt, return_tensors="pt")["input_ids"]
     for own in (model, pipe.model):
-        output = own.generate(ids)[0, ids.shape[1] :]
+        output = own.generate(ids, **few)[0, ids.shape[1] :]
         assert pipe.tokenizer.decode(output, skip_special_tokens=True) == expected
     generator = pipeline("text-generation", model=model, tokenizer=pipe.tokenizer)
-    (answer,) = generator(prompt, return_full_text=False)
+    (answer,) = generator(prompt, return_full_text=False, **few)
     assert answer["generated_text"] == expected
-    (greedy,) = generator(prompt, return_full_text=False, do_sample=False)
+    (greedy,) = generator(prompt, return_full_text=False, do_sample=False, **few)
     assert greedy == answer
-    assert main(["generate", "--no-chat-template", prompt]) == 0
+    argv = ["generate", "--no-chat-template", prompt, "--gen-length", "32"]
+    assert main(argv) == 0
     assert capsys.readouterr().out.strip() == expected.strip()
 
 

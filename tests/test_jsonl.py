@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import torch
 
+import launch
 from codd_hf import CoDDPipeline
 from codd_hf.checks.settings import settings_of
 from codd_hf.cli import jsonl, main
@@ -412,9 +414,10 @@ def test_file_of_another_origin_is_not_written_over(pipe, source, tmp_path, caps
 
 
 def command(folder: Path, source: Path, output: Path, num_processes: int) -> list[str]:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    launch += ["--num_processes", str(num_processes), "--main_process_port", "0", "-m"]
-    start = launch if num_processes > 1 else [sys.executable, "-m"]
+    start = [sys.executable, "-m"]
+    if num_processes > 1:
+        start += ["accelerate.commands.launch", "--multi_gpu", "--num_processes"]
+        start += [str(num_processes), "--main_process_port", "0", "-m"]
     files = ["--input", str(source), "--output", str(output), "--batch-size", "2"]
     return [*start, "codd_hf.cli", "generate", "--model", str(folder), *files, *OPTIONS]
 
@@ -423,6 +426,24 @@ def without_gpus() -> dict[str, str]:
     return os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
+def one_of_several(argv: list[str], folder: Path) -> None:
+    """The command, as a process whose output goes to a file."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with (folder / os.environ["RANK"]).open("w") as told, redirect_stdout(told):
+        assert main(argv) == 0
+
+
+def test_two_processes_give_what_one_gives(folder, pipe, source, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    argv = command(folder, source, output, 1)[3:]
+    launch.run(one_of_several, argv, tmp_path, processes=2, told_cpu=False)
+    for rank, number in ((0, 4), (1, 3)):
+        said = (tmp_path / str(rank)).read_text()
+        assert f"process {rank}: {number} rows answered now" in said
+    assert output.read_bytes() == expected(pipe, source)
+
+
+@pytest.mark.slow
 def test_accelerate_launch_runs_two_processes_that_give_what_one_gives(
     folder, pipe, source, tmp_path
 ):

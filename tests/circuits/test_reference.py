@@ -65,7 +65,7 @@ def test_the_library_gives_what_the_reference_gives_for_large_circuits(temperatu
 
 
 def test_a_plain_step_draws_a_path_from_the_posterior_and_gives_the_tokens_given_it():
-    case, number = random_case(501, batch=1), 3000
+    case, number = random_case(501, batch=1), 1000
     circuit = case.initial.double(), case.transition[0].double(), case.emission[0].double()
     names = ("tokens", "observed")
     rows = [case.logits, *(case.options[name] for name in names)]

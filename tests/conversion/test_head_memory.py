@@ -6,14 +6,16 @@ resident size before; weights are read once, since the file is mapped and counts
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from jpc_files import hmm_nodes, write
 
+import launch
+from codd_hf import CoDDHead, CoDDHeadConfig
 from codd_hf.conversion import convert_jpc
 
 STATUS = Path("/proc/self/status")
@@ -25,29 +27,28 @@ SIZES = pytest.mark.parametrize(
         pytest.param(126464, 1024, id="LLaDA-8B", marks=pytest.mark.slow),
     ],
 )
-SCRIPT = """
-import sys
-import torch
-from codd_hf import CoDDHead, CoDDHeadConfig
-from codd_hf.conversion import convert_jpc
 
-def resident(name):
-    lines = open("/proc/self/status").read().splitlines()
-    return 1024 * int(next(x for x in lines if x.startswith(name + ":")).split()[1])
 
-circuit, folder, warm = sys.argv[1:]
-CoDDHead(CoDDHeadConfig(vocab_size=8, num_latents=2)).save_pretrained(warm)
-CoDDHead.from_pretrained(warm)  # what a first call imports and keeps is no part of the head
-for make, path in ((convert_jpc, circuit), (CoDDHead.from_pretrained, folder)):
-    open("/proc/self/clear_refs", "w").write("5")
-    before = resident("VmRSS")
-    head = make(path)
-    with torch.no_grad():
-        for row in (head.initial, *head.transition, *head.emission, head.token_marginal):
-            row.sum()
-    print(resident("VmHWM") - before, head.emission.dtype)
-    del head
-"""
+def resident(name: str) -> int:
+    line = next(x for x in STATUS.read_text().splitlines() if x.startswith(f"{name}:"))
+    return 1024 * int(line.split()[1])
+
+
+def measure(circuit: Path, folder: Path, report: Path) -> None:
+    """The peaks and dtypes of a conversion and of loading, in a process of its own."""
+    warm, found = report.with_name("warm"), []
+    CoDDHead(CoDDHeadConfig(vocab_size=8, num_latents=2)).save_pretrained(warm)
+    CoDDHead.from_pretrained(warm)  # what a first call imports and keeps is no part of the head
+    for make, path in ((convert_jpc, circuit), (CoDDHead.from_pretrained, folder)):
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        head = make(path)
+        with torch.no_grad():
+            for row in (head.initial, *head.transition, *head.emission, head.token_marginal):
+                row.sum()
+        found.append((resident("VmHWM") - before, str(head.emission.dtype)))
+        del head
+    report.write_text(json.dumps(found))
 
 
 @LINUX
@@ -60,15 +61,13 @@ def test_a_head_takes_at_most_1_3_times_its_file_and_its_conversion_twice_that(
     circuit = write(tmp_path / "model.jpc", hmm_nodes(square[0], [square], [emission], 32))
     convert_jpc(circuit).save_pretrained(tmp_path / "head")
     weights = tmp_path / "head" / "model.safetensors"
-    command = [sys.executable, "-c", SCRIPT, str(circuit), str(tmp_path / "head")]
-    command.append(str(tmp_path / "warm"))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    for line, file, most in zip(
-        done.stdout.splitlines(), (circuit, weights), (2.3, 1.3), strict=True
+    report = tmp_path / "report.json"
+    launch.run(measure, circuit, tmp_path / "head", report)
+    files, bounds = (circuit, weights), (2.3, 1.3)
+    for (peak, dtype), file, most in zip(
+        json.loads(report.read_text()), files, bounds, strict=True
     ):
-        peak, dtype = line.split()
         size = file.stat().st_size
         assert size > 4 * vocab_size * num_latents
         assert dtype == "torch.float32"
-        assert 0.9 < int(peak) / size < most
+        assert 0.9 < peak / size < most

@@ -11,6 +11,7 @@ import processes
 import pytest
 import torch
 
+import launch
 from codd_hf import CoDDModel
 from codd_hf.data.tokenizers import train_tokenizer
 from codd_hf.runtime.files import locked
@@ -148,7 +149,7 @@ def test_second_run_into_an_output_folder_is_refused_and_nothing_is_lost(number,
     changed, run = replace(copy, resume_from_checkpoint="none"), Path(copy.output_dir)
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
     with locked(run / ".lock", "`output_dir`"):
-        started = processes.start(processes.whole_training, changed, processes=number)
+        started = launch.start(processes.whole_training, changed, processes=number)
         for process in started:
             process.join(60)
         assert [process.exitcode for process in started] == [1] * number

@@ -51,8 +51,8 @@ def backbone_weights(model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("backbone", ["lora", "full", "frozen"])
 def test_held_out_likelihood_rises_and_only_what_is_asked_for_changes(tiny_tokenizer, backbone):
     before = backbone_weights(new_model(tiny_tokenizer))
-    model, history = run(tiny_tokenizer, backbone=backbone, max_steps=40, evaluation_steps=20)
-    assert [entry["step"] for entry in history] == [0, 20, 40]
+    model, history = run(tiny_tokenizer, backbone=backbone, max_steps=24, evaluation_steps=12)
+    assert [entry["step"] for entry in history] == [0, 12, 24]
     assert history[-1]["coupled_nats"] < history[0]["coupled_nats"] - 0.5
     nats = history[-1]["factorized_nats"] - history[-1]["gain"]
     assert history[-1]["coupled_nats"] == pytest.approx(nats)
@@ -167,7 +167,7 @@ def test_bf16_backbone_is_trained_in_float32(tiny_tokenizer):
     for backbone in ("lora", "full"):
         model = new_model(tiny_tokenizer)
         model.backbone.to(torch.bfloat16)
-        changes = {"max_steps": 20, "evaluation_steps": 20, "mixed_precision": "bf16"}
+        changes = {"max_steps": 12, "evaluation_steps": 12, "mixed_precision": "bf16"}
         model, history = run(tiny_tokenizer, None, model, backbone=backbone, **changes)
         assert history[-1]["coupled_nats"] < history[0]["coupled_nats"] - 0.3
         kinds = {p.dtype for p in model.parameters() if p.requires_grad}

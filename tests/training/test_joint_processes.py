@@ -10,6 +10,7 @@ import torch
 from fitting import new_model
 from safetensors.torch import load_file
 
+import launch
 from codd_hf.data.tokenizers import train_tokenizer
 from codd_hf.training import Checkpoints, JointConfig, fit_joint
 from tiny import SENTENCES, correlated_examples
@@ -55,7 +56,7 @@ def test_two_processes_have_the_curve_of_one(tmp_path, backbone):
     for number in (1, 2):
         folder = tmp_path / str(number)
         folder.mkdir()
-        processes.run(joint, folder, backbone, processes=number)
+        launch.run(joint, folder, backbone, processes=number)
         results.append(load_file(folder / "joint.safetensors"))
     alone, together = results
     assert len(alone["losses"]) == 6

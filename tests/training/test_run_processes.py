@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import launch
 from codd_hf.training import Checkpoints, TrainConfig
 
 
@@ -21,7 +22,7 @@ def short_config(trained_config) -> TrainConfig:
     """All stages, a few steps of each."""
     return replace(
         trained_config,
-        pretraining=replace(trained_config.pretraining, max_steps=6, mixed_precision="no"),
+        pretraining=replace(trained_config.pretraining, max_steps=6),
         generative=replace(trained_config.generative, num_epochs=3, windows_per_chunk=8),
         conditional=replace(
             trained_config.conditional,
@@ -41,14 +42,14 @@ def last_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def one_process(short_config, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("one")
-    processes.run(processes.whole_training, replace(short_config, output_dir=str(folder)))
+    launch.run(processes.whole_training, replace(short_config, output_dir=str(folder)))
     return folder
 
 
 def test_run_over_two_processes_is_that_of_one(short_config, one_process, tmp_path):
     config = replace(short_config, output_dir=str(tmp_path))
     # Without a GPU nobody has to tell Accelerate that CPUs are meant.
-    processes.run(processes.whole_training, config, processes=2, told_cpu=False)
+    launch.run(processes.whole_training, config, processes=2, told_cpu=False)
     alone, together = (last_checkpoint(f / "generative") for f in (one_process, tmp_path))
     counts = [name for name in alone if name.startswith("counts.")]
     assert len(counts) == 3
@@ -92,9 +93,9 @@ def test_command_killed_at_random_moments_ends_bit_equal_to_an_undisturbed_one(
         settings |= {f"{stage}.{name}": value for name, value in few.items()}
     arguments += [word for pair in settings.items() for word in ("--set", "{}={}".format(*pair))]
     arguments += ["--num-latents", "8", "--window-length", "4", "--generative-num-epochs", "3"]
-    processes.run(time.sleep, 0)  # so that the time is that of the run
+    launch.run(time.sleep, 0)  # so that the time is that of the run
     began = time.monotonic()
-    processes.run(processes.command, [*arguments, "--output", str(tmp_path / "undisturbed")])
+    launch.run(processes.command, [*arguments, "--output", str(tmp_path / "undisturbed")])
     longest = time.monotonic() - began
     draw, kills, rounds, exit_code = random.Random(0), 0, 0, 0
     while kills < enough:
@@ -102,7 +103,7 @@ def test_command_killed_at_random_moments_ends_bit_equal_to_an_undisturbed_one(
         exit_code = None
         while exit_code != 0:
             argv = [*arguments, "--output", str(tmp_path / f"round{rounds}")]
-            (process,) = processes.start(processes.command, argv)
+            (process,) = launch.start(processes.command, argv)
             process.join(draw.uniform(0.2, 0.8) * longest)
             if process.is_alive():
                 process.kill()
