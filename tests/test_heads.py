@@ -110,7 +110,7 @@ def test_deleted_head_is_gone_and_without_the_default_one_predictions_are_factor
 
 
 def test_names_of_heads_are_checked(model):
-    for call in (model.delete_head, lambda name: model(IDS, head=name), model.heads.of_call):
+    for call in (model.delete_head, lambda name: model(IDS, head=name), model.head_of_call):
         with pytest.raises(ValueError, match=r"got 'maths': the model's heads are 'default', '"):
             call("maths")
     with pytest.raises(ValueError, match="not the name of a head, got 'tied'"):

@@ -210,5 +210,5 @@ def test_head_of_a_call_that_is_no_name_is_refused(head):
 def test_copied_and_pickled_models_have_locks_of_their_own():
     model = pipeline_with_heads().model
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.heads.lock is not model.heads.lock is model.heads.lock
+        assert other.adapter_lock is not model.adapter_lock is model.adapter_lock
         assert torch.equal(coupled(other, "longer"), coupled(model, "longer"))

@@ -253,7 +253,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
         if is_main_process:
             base = self.backbone.name_or_path
             base = None if not base or is_local(base) else base  # the weights are here
-            with self.heads.lock:
+            with self.adapter_lock:
                 folder = Path(save_directory, ADAPTER_FOLDER)
                 save_adapter(self.backbone, active_adapter(self), folder, base)
         kwargs |= {"state_dict": without_adapters(self, kwargs.get("state_dict"))}
@@ -327,8 +327,8 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
         given = input_ids, attention_mask, position_ids, labels, window_start
         ids, mask, positions, labels, start = checked_inputs(self, *given)
         generators("generator", generator, len(ids))
-        call, distribution, loss = self.heads.of_call(head), None, None
-        with self.heads.adapter_of_call(call):
+        call, distribution, loss = self.head_of_call(head), None, None
+        with self.adapter_of_call(call):
             states = self.backbone_states(ids, mask, positions)
             logits = states.logits()
             if start is None:

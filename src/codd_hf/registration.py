@@ -13,10 +13,6 @@ from importlib.util import find_spec
 from typing import Any
 
 
-def _register_configs() -> None:
-    importlib.import_module("codd_hf.configuration_codd")  # which registers its own
-
-
 def _register_models() -> None:
     from transformers import AutoModel, AutoModelForCausalLM
 
@@ -43,7 +39,7 @@ class _StandIn:
 class _AfterImport(MetaPathFinder):
     """Calls a function right after a module has been imported, whoever imports it."""
 
-    def __init__(self, name: str, function: Callable[[], None]) -> None:
+    def __init__(self, name: str, function: Callable[[], object]) -> None:
         self.name, self.function = name, function
         if name in sys.modules:
             function()
@@ -60,5 +56,8 @@ class _AfterImport(MetaPathFinder):
         return spec
 
 
-_AfterImport("transformers.models.auto.configuration_auto", _register_configs)
+_AfterImport(
+    "transformers.models.auto.configuration_auto",
+    lambda: importlib.import_module("codd_hf.configuration_codd"),  # which registers its own
+)
 _AfterImport("transformers.models.auto.modeling_auto", _register_models)

@@ -8,14 +8,7 @@
 from .context.maps import Context, ContextMaps, CopyStates, Preceding
 from .distribution.coupled import CoupledCategorical, ViterbiPath, without_circuit
 from .distribution.latents import IncrementalPosterior
-from .em import (
-    expected_counts,
-    fit_tied,
-    log_likelihood,
-    maximise,
-    occupancy,
-    token_marginal,
-)
+from .em import expected_counts, fit_tied, log_likelihood, maximise, occupancy, token_marginal
 from .evidence.dense import DenseEvidence, forbidden_tokens, without_tokens
 from .evidence.lists import ListedEvidence
 from .potentials.circuit import (
@@ -28,34 +21,3 @@ from .potentials.circuit import (
 )
 from .potentials.groups import TokenGroups
 from .random import Generators, draw_categorical, uniform
-
-__all__ = [
-    "ONE_PRODUCT",
-    "Context",
-    "ContextMaps",
-    "CopyStates",
-    "CoupledCategorical",
-    "DenseEmission",
-    "DenseEvidence",
-    "Emission",
-    "Generators",
-    "IncrementalPosterior",
-    "ListedEvidence",
-    "Potentials",
-    "Preceding",
-    "StepTransitions",
-    "TiedEmission",
-    "TokenGroups",
-    "ViterbiPath",
-    "draw_categorical",
-    "expected_counts",
-    "fit_tied",
-    "forbidden_tokens",
-    "log_likelihood",
-    "maximise",
-    "occupancy",
-    "token_marginal",
-    "uniform",
-    "without_circuit",
-    "without_tokens",
-]

@@ -1,5 +1,3 @@
 """From circuits that others saved to CoDD heads, without running anything that a file holds."""
 
 from .convert import convert_jpc, holds_circuit
-
-__all__ = ["convert_jpc", "holds_circuit"]

@@ -10,7 +10,6 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,49 +53,58 @@ class CallHead(NamedTuple):
         return self if self.module is None else self._replace(module=self.module.frozen())
 
 
-@dataclass(frozen=True)
-class Heads:
-    """The heads of a [`CoDDModel`], by name.
+class WithHeads:
+    """A backbone and its heads: those by name, and what a user does with them.
 
     `"default"` is the submodule `coupling_head`: calls that name no head have it, and it alone is
     saved with the model. The others are not among the model's parameters. A LoRA belongs to the
     head of its name; where heads have adapters of their own, passes of the backbone take turns.
     """
 
-    model: WithHeads
+    config: CoDDConfig
+    backbone: PreTrainedModel
+    coupling_head: CoDDHead | None
+    other_heads: dict[str, CoDDHead]
 
     @property
-    def lock(self) -> Any:
+    def heads(self) -> dict[str, CoDDHead]:
+        """The heads by name, the default one first."""
+        default = {} if self.coupling_head is None else {DEFAULT_NAME: self.coupling_head}
+        return default | self.other_heads
+
+    @property
+    def window_length(self) -> int:
+        """Length of the default head's window; 32 without a head."""
+        return 32 if self.coupling_head is None else self.coupling_head.config.window_length
+
+    @property
+    def adapter_lock(self) -> Any:
         """Held by what depends on the adapters that are active."""
-        return LOCKS.setdefault(self.model.backbone, threading.RLock())
+        return LOCKS.setdefault(self.backbone, threading.RLock())
 
-    def __iter__(self) -> Iterator[str]:
-        default = () if self.model.coupling_head is None else (DEFAULT_NAME,)
-        return iter((*default, *self.model.other_heads))
-
-    def __getitem__(self, name: str) -> CoDDHead:
-        if not isinstance(name, str) or name not in self:
-            there = ", ".join(map(repr, self)) or "none"
+    def head_named(self, name: str) -> CoDDHead:
+        """The head of a name, or a ValueError."""
+        if not isinstance(name, str) or name not in self.heads:
+            there = ", ".join(map(repr, self.heads)) or "none"
             raise ValueError(
                 f"`head` must be the name of a head, None (the model's default) or False (none), "
                 f"got {shown(name)}: the model's heads are {there}."
             )
-        heads: dict[str, Any] = self.model.other_heads | {DEFAULT_NAME: self.model.coupling_head}
-        return heads[name]
+        return self.heads[name]
 
-    def of_call(self, head: HeadName = None) -> CallHead:
+    def head_of_call(self, head: HeadName = None) -> CallHead:
         """The head of a call that begins now; with False, window and adapter are the default's."""
         name: Any = DEFAULT_NAME if head is None or head is False else head
-        if head is False or (head is None and self.model.coupling_head is None):
-            return CallHead(name, None, self.model.window_length)
-        module = self[name]
-        self.bind(module)
+        if head is False or (head is None and self.coupling_head is None):
+            return CallHead(name, None, self.window_length)
+        module = self.head_named(name)
+        self.bind_head(module)
         return CallHead(name, module, module.config.window_length)
 
-    def bind(self, head: CoDDHead) -> None:
+    def bind_head(self, head: CoDDHead) -> None:
         """Gives tied emissions the output embedding."""
         if head.config.emission == "tied":
-            embedding: Any = self.model.backbone.get_output_embeddings()
+            embedding: Any = self.backbone.get_output_embeddings()
             with align_module_device(embedding):  # it may be offloaded
                 head.bind(embedding.weight)
 
@@ -106,12 +114,12 @@ class Heads:
 
         A call with the default head uses the adapters that are active.
         """
-        backbone = self.model.backbone
+        backbone = self.backbone
         adapters = adapter_configs(backbone).keys()
-        if not self.model.other_heads or not adapters & {*self}:
+        if not self.other_heads or not adapters & self.heads.keys():
             yield
             return
-        with self.lock:
+        with self.adapter_lock:
             if head.name == DEFAULT_NAME:
                 yield
                 return
@@ -127,25 +135,6 @@ class Heads:
                 yield
             finally:
                 switch(backbone, *before)
-
-
-class WithHeads:
-    """A backbone and its heads: those by name, and what a user does with them."""
-
-    config: CoDDConfig
-    backbone: PreTrainedModel
-    coupling_head: CoDDHead | None
-    other_heads: dict[str, CoDDHead]
-
-    @property
-    def heads(self) -> Heads:
-        """The heads, by name."""
-        return Heads(self)
-
-    @property
-    def window_length(self) -> int:
-        """Length of the default head's window; 32 without a head."""
-        return 32 if self.coupling_head is None else self.coupling_head.config.window_length
 
     def load_head(
         self,
@@ -168,7 +157,7 @@ class WithHeads:
             )
         loaded = load_head(head, self.backbone, self.config.mask_token_id, **hub)
         adapter = adapter or adapter_beside(head, hub)
-        with self.heads.lock:
+        with self.adapter_lock:
             if adapter is not None:
                 before = active_state(self.backbone)
                 load_adapter(self.backbone, adapter, name, **hub)
@@ -183,8 +172,8 @@ class WithHeads:
 
     def delete_head(self, name: str) -> None:
         """Removes a head and its adapter; without the default one, predictions are factorized."""
-        with self.heads.lock:
-            self.heads[name]  # raises for an unknown name
+        with self.adapter_lock:
+            self.head_named(name)  # raises for an unknown one
             if name in adapter_configs(self.backbone):
                 delete_adapter(self.backbone, name)
             if name == DEFAULT_NAME:
@@ -201,14 +190,14 @@ class WithHeads:
         head's configuration names: by default where this one was loaded from. `kwargs` are those of
         the head's `save_pretrained`, `push_to_hub` among them.
         """
-        head, base = self.heads[name], self.backbone.name_or_path or None
+        head, base = self.head_named(name), self.backbone.name_or_path or None
         if head.config.base_model_name_or_path is None:
             head.config.base_model_name_or_path = base
         to_hub = kwargs.pop("push_to_hub", False)
         repo_id = kwargs.pop("repo_id", Path(save_directory).resolve().name)
 
         def write(folder: str | Path) -> None:
-            with self.heads.lock:
+            with self.adapter_lock:
                 adapter: str | None = name if name in adapter_configs(self.backbone) else None
                 if name == DEFAULT_NAME:
                     adapter = active_adapter(self)

@@ -73,7 +73,7 @@ def score(
             f"`prompts` and `answers` must be of the same, positive length, got {len(given)} and "
             f"{len(wanted)}."
         )
-    call = model.heads.of_call(head).frozen()
+    call = model.head_of_call(head).frozen()
     device, length = model.device, call.window_length
     windows = []
     for row, (prompt, answer) in enumerate(zip(given, wanted, strict=True)):
@@ -93,7 +93,7 @@ def score(
         ids = truth.masked_fill(hidden, model.mask_token_id)
         columns = starts[:, None] + torch.arange(length, device=device)
         targets = truth.gather(1, columns.clamp(max=truth.shape[1] - 1))
-        with model.heads.adapter_of_call(call):
+        with model.adapter_of_call(call):
             window = model.backbone_states(ids, attention_mask), ids, starts, attention_mask
             for total, temperature, coupled_by in (
                 (totals[0], 1.0, call._replace(module=None)),

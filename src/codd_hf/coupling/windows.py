@@ -122,9 +122,9 @@ class CoupledBackbone(WithHeads):
             attention_mask: `[batch, length]`; padding is absent.
             rows: `[N]`, the row each window lies on; default, one window per row.
             temperature: the evidence temperature; default, the head's.
-            head: as [`Heads.of_call`] takes it, or its result.
+            head: as `head_of_call` takes it, or its result.
         """
-        call = head if isinstance(head, CallHead) else self.heads.of_call(head)
+        call = head if isinstance(head, CallHead) else self.head_of_call(head)
         circuit, mask_token_id = call.module, self.mask_token_id
         where = input_ids, window_start, attention_mask, rows
         index, present = _span(*where, 0, call.window_length)

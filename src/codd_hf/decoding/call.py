@@ -164,7 +164,7 @@ class DecodingCall:
         # As in transformers, an end token stands for padding where there is none.
         padding = (pad_token_id, config.pad_token_id, *eos_token_id[:1])
         self.behind = next((token for token in padding if token not in (None, mask)), mask)
-        self.head = model.heads.of_call(head)
+        self.head = model.head_of_call(head)
         self.scheduler = scheduler.for_call(mask, **settings)
         self.scheduler.settings.check_vocabulary(vocab_size)
         if self.scheduler.settings.sampling == "factorized":  # in which no circuit takes part

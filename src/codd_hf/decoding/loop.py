@@ -59,7 +59,7 @@ def denoise(
             if len(rows) == 0:
                 break
             before = canvas.tokens.clone()
-            with model.heads.adapter_of_call(call.head):
+            with model.adapter_of_call(call.head):
                 take_step(model, canvas, rows, reader.read(rows), stage, number, memory)
             canvas.passes_per_row[rows] += 1
             if on_step is not None:

@@ -102,7 +102,7 @@ def measure_gap(
     alone = {FACTORIZED: (bare, 1.0)}
     methods = dict(alone)
     for name, head in heads.items():
-        model.heads.bind(head)
+        model.bind_head(head)
         temperature = settings.evidence_temperature or head.config.evidence_temperature
         if temperature != 1:
             methods[TEMPERED] = (bare, temperature)

@@ -2,5 +2,3 @@
 
 from .pipeline_codd import CoDDPipeline
 from .pipeline_output import CoDDPipelineOutput
-
-__all__ = ["CoDDPipeline", "CoDDPipelineOutput"]
