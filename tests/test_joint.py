@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from codd_hf.evaluation import JointSettings, joint
-from codd_hf.evaluation.joint import CLASSES, EMISSION, LETTERS, SOURCES, divergences, draw
+from codd_hf.evaluation.joint import BALLS, CLASSES, LETTERS, SOURCES, divergences, draw, emission
 from codd_hf.training.run import train
 from codd_hf.training.settings import build_config
 
@@ -26,12 +26,16 @@ def test_log_prob_is_that_of_the_sum_over_classes(name):
     texts = torch.randint(len(LETTERS), (3, 4), generator=torch.Generator().manual_seed(0))
     expected = torch.zeros(3, dtype=torch.float64)
     for path in itertools.product(range(CLASSES), repeat=4):
-        weight = 1 / CLASSES
-        for before, after in itertools.pairwise(path):
-            weight *= {0: 0.75, 1: 0.25}.get((after - before) % CLASSES, 0)
-        if name == "palindromes":
-            weight = (path == path[::-1]) / CLASSES**2
-        expected += weight * EMISSION[torch.tensor(path), texts].prod(-1)
+        weight = 1.0
+        for i, after in enumerate(path):
+            steps = {0: 0.75, 1: 0.25}.get((after - path[i - 1]) % CLASSES, 0)
+            weight *= {
+                "block HMM": steps if i else 1 / CLASSES,
+                "urn": (path[:i].count(after) + BALLS) / (i + CLASSES * BALLS),
+                "palindromes": (after == path[3 - i]) / CLASSES**0.5,
+            }[name]
+        letters = emission(SOURCES[name][2])
+        expected += weight * letters[torch.tensor(path), texts].prod(-1)
     assert torch.allclose(SOURCES[name][1](texts), expected.log())
 
 

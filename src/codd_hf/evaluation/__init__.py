@@ -133,8 +133,8 @@ class QualitySettings(AnsweringSettings):
 class JointSettings(Settings):
     """Texts of a single pass against sources whose probabilities are known.
 
-    Tiny models learn a block HMM and noisy palindromes, which are no small HMM's: how far is what
-    they write in one pass from the source (reverse KL), and the source from them (forward KL)?
+    Tiny models learn a block HMM, and an urn and palindromes, which are no small HMM's: how far is
+    what they write in one pass from the source (reverse KL), and the source from them (forward KL)?
     """
 
     num_texts: Count = 8000

@@ -21,12 +21,17 @@ from ..runtime.report import Report
 from . import FACTORIZED, JointSettings
 from .statistics import mean, ratio
 
-LETTERS, LENGTH, CLASSES, STAYS = string.ascii_letters[:32], 16, 4, 0.75
-IS_OF = torch.arange(CLASSES)[:, None] == torch.arange(len(LETTERS)) % CLASSES
-EMISSION = (0.98 * IS_OF / IS_OF.sum(-1, keepdim=True) + 0.02 / len(LETTERS)).double()
-"""`[CLASSES, letters]`: a letter is of its place's class, but one in fifty is any."""
-Source = tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]
-"""How classes are drawn, and the log-probability of texts."""
+LETTERS, LENGTH, CLASSES, STAYS, BALLS = string.ascii_letters[:32], 16, 4, 0.75, 0.25
+NOISE = 0.02
+"""Share of letters that are any, whatever the class of their place."""
+Source = tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor], float]
+"""How classes are drawn, the log-probability of texts, and the share of noise."""
+
+
+def emission(noise: float) -> torch.Tensor:
+    """`[CLASSES, letters]`: how likely each letter is at a place of a class; each has eight."""
+    is_of = torch.arange(CLASSES)[:, None] == torch.arange(len(LETTERS)) % CLASSES
+    return (1 - noise) * is_of.double() * CLASSES / len(LETTERS) + noise / len(LETTERS)
 
 
 def block_classes(number: int, generator: torch.Generator) -> torch.Tensor:
@@ -46,7 +51,7 @@ def block_log_prob(texts: torch.Tensor) -> torch.Tensor:
     steps = STAYS * here + (1 - STAYS) * here.roll(1, 1)
     forward = torch.full((len(texts), CLASSES), 1 / CLASSES, dtype=torch.float64)
     for letter in texts.T:
-        forward = forward @ steps * EMISSION[:, letter].T
+        forward = forward @ steps * emission(NOISE)[:, letter].T
     return forward.sum(-1).log()
 
 
@@ -58,20 +63,41 @@ def palindrome_classes(number: int, generator: torch.Generator) -> torch.Tensor:
 
 def palindrome_log_prob(texts: torch.Tensor) -> torch.Tensor:
     """`[n]`, in nats, of texts `[n, length]` of such classes: pairs of letters share a class."""
-    pairs = EMISSION[:, texts] * EMISSION[:, texts.flip(1)]
+    pairs = emission(NOISE)[:, texts] * emission(NOISE)[:, texts.flip(1)]
     return pairs.mean(0)[:, : texts.shape[1] // 2].log().sum(-1)
 
 
+def urn_classes(number: int, generator: torch.Generator) -> torch.Tensor:
+    """Classes `[number, LENGTH]` from Polya's urn: each that is drawn is put back with another.
+
+    No HMM has this law at all lengths. There are `BALLS` of each class at first.
+    """
+    balls, classes = torch.full((number, CLASSES), BALLS), []
+    for _ in range(LENGTH):
+        classes.append(torch.multinomial(balls, 1, generator=generator))
+        balls.scatter_add_(1, classes[-1], torch.ones(number, 1))
+    return torch.cat(classes, 1)
+
+
+def urn_log_prob(texts: torch.Tensor) -> torch.Tensor:
+    """`[n]`, in nats, of texts `[n, length]` of such classes, without noise."""
+    classes, before = texts % CLASSES, torch.arange(texts.shape[1])
+    drawn = (classes[:, :, None] == classes[:, None]).tril(-1).sum(-1)
+    likely = (BALLS + drawn.double()) / (BALLS * CLASSES + before) * CLASSES / len(LETTERS)
+    return likely.log().sum(-1)
+
+
 SOURCES: dict[str, Source] = {
-    "block HMM": (block_classes, block_log_prob),
-    "palindromes": (palindrome_classes, palindrome_log_prob),
+    "block HMM": (block_classes, block_log_prob, NOISE),
+    "urn": (urn_classes, urn_log_prob, 0.0),
+    "palindromes": (palindrome_classes, palindrome_log_prob, NOISE),
 }
 
 
 def draw(source: Source, number: int, seed: int) -> torch.Tensor:
     """Texts `[number, LENGTH]` of numbers of letters."""
     generator = torch.Generator().manual_seed(seed)
-    likely = EMISSION[source[0](number, generator)].flatten(0, 1)
+    likely = emission(source[2])[source[0](number, generator)].flatten(0, 1)
     return torch.multinomial(likely, 1, generator=generator).view(number, LENGTH)
 
 
