@@ -80,7 +80,6 @@ plausible: dict[str, list[Any]] = {
     "top_k": [0, 1, 3, 100],
     "top_p": [0.1, 0.9, 1.0],
     "activation_ratio": [0.0, 0.5],
-    "remask_threshold": [0.0, 0.5, 1.0],
     "forbidden_token_ids": [[], [3, 4], list(range(VOCAB)), list(range(1, VOCAB))],
     "coupling": list(COUPLINGS),
     "attention_mask": [[[1, 1, 1, 0]] * 2, [[0, 0, 0, 0]] * 2, [[0, 1, 1, 1], [1, 0, 1, 0]]],

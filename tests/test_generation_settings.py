@@ -20,7 +20,7 @@ SETTINGS = {
     "greedy": {"sampling": "any_order", "evidence_temperature": 0.7},
     "drawn": {"sampling": "latent", "temperature": 0.8, "top_k": 20, "top_p": 0.9},
     "limits without a draw": {"sampling": "marginal", "top_k": 3, "strategy": "margin"},
-    "remasking": {"sampling": "any_order", "remask_threshold": 0.05, "strategy": "random"},
+    "at random": {"sampling": "any_order", "strategy": "random"},
     "forbidding": {"sampling": "viterbi", "forbidden_token_ids": [20, 21], "threshold": 0.5},
 }
 PROMPT = [40, 41, 42]

@@ -59,7 +59,7 @@ def test_prompt_drafts_and_blocks_arrive_in_order_and_the_blocks_are_the_result(
     "settings",
     [
         {"strategy": "threshold", "threshold": 0.02, "num_inference_steps": 10},
-        {"strategy": "random", "sampling": "marginal", "remask_threshold": 0.5},
+        {"strategy": "random", "sampling": "marginal"},
         {"forced_tokens": {1: 60, 4: 61, 5: 62, 6: 63, 7: 64}},
     ],
 )

@@ -127,48 +127,6 @@ def test_tokens_taken_out_have_no_probability():
         CASES["top 1"].distribution().without(torch.tensor([0]))
 
 
-@torch.no_grad()
-def draw_half(case: Case, seed: int):
-    """Draws about half of the masked positions, all together."""
-    ours, g = case.distribution(), torch.Generator().manual_seed(seed)
-    where = (torch.rand(ours.masked.shape, generator=g) < 0.6) & ours.masked
-    return ours, where, torch.where(where, ours.sample(generator=g), 0)
-
-
-@pytest.mark.parametrize("name", DENSE)
-def test_leave_one_out_is_the_conditional_given_all_other_known_tokens(name):
-    before, where, tokens = draw_half(ALL[name], 3)
-    tokens = torch.where(before.observed, before.tokens, tokens)
-    log_probs = before.prediction.log_prob_of(tokens)
-    known = where | before.observed
-    ours = before.latents.leave_one_out(tokens, known, before.latents.evidence, log_probs)
-    for row, exact in enumerate(enumerations(name)):
-        drawn = {i: int(tokens[row, i]) for i in where[row].nonzero()[:, 0].tolist()}
-        for i, token in drawn.items():
-            expected = conditional(exact, i, {p: t for p, t in drawn.items() if p != i})
-            if expected is not None and conditional(exact, i, drawn) is not None:
-                close = max(1e-5, 4 * exact.rounding)
-                assert_probabilities_agree(ours[row, i], expected[token], close)
-
-
-def test_leave_one_out_takes_a_token_as_it_was_predicted_in_an_earlier_pass():
-    """The token's own factor is that of the pass it was drawn in, all else that of this pass."""
-    case = random_case(8, observed="none")
-    mixed, earlier = replace(case), replace(case, logits=random_case(7).logits)
-    mixed.logits = case.logits.clone()
-    mixed.logits[:, 1] = earlier.logits[:, 1]
-    tokens = torch.tensor([[1, 2, 3, 0]] * 3)
-    known = torch.tensor([[True, True, False, True]] * 3)
-    now, past = case.distribution().condition(tokens, known), earlier.distribution()
-    evidence, log_probs = now.latents.evidence.clone(), torch.zeros(3, 4)
-    evidence[:, 1] = past.latents.evidence[:, 1]
-    log_probs[:, 1] = past.prediction.log_prob_of(tokens)[:, 1]
-    ours = now.latents.leave_one_out(tokens, known, evidence, log_probs)
-    for row in range(3):
-        expected = conditional(mixed.enumerate(row), 1, {0: 1, 3: 0})
-        assert_probabilities_agree(ours[row, 1], expected[2])
-
-
 def at_two_temperatures(distribution: CoupledCategorical) -> list[CoupledCategorical]:
     if not isinstance(distribution.logits, torch.Tensor):
         return [distribution]

@@ -176,7 +176,6 @@ def test_forced_tokens_stand_where_they_were_put_and_condition_the_rest(pipe, sa
     output = pipe(
         input_ids=[[3, 4, 5], [3, 4, 5]],
         forced_tokens=forced,
-        remask_threshold=None if sampling == "factorized" else 0.9,
         generator=[torch.Generator().manual_seed(0) for _ in range(2)],
         **kwargs,
     )

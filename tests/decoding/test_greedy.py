@@ -29,14 +29,12 @@ def tokens(pipe, prompts=PROMPTS, seed: int = 0, **call) -> list[list[int]]:
 @pytest.mark.parametrize("number", range(len(STRATEGIES)))
 @pytest.mark.parametrize("sampling", SAMPLING)
 def test_greedy_tokens_depend_on_no_seed_no_generator_and_no_batchmate(pipe, sampling, number):
-    """Every mode meets every strategy; paradigm, remasking and activation change along."""
+    """Every mode meets every strategy; paradigm and activation change along."""
     call = {"sampling": sampling, "strategy": list(STRATEGIES)[number], "temperature": 0}
     call |= {
         "paradigm": ("block", "full")[number % 2],
         "activation_ratio": (1, 0.5)[number % 3 == 1],
     }
-    if sampling != "factorized" and number % 3 == 2:
-        call["remask_threshold"] = 0.3
     expected = tokens(pipe, **call)
     generator = torch.Generator().manual_seed(7)
     before = generator.get_state()

@@ -73,8 +73,6 @@ def kinds(number: int, sampling: str) -> tuple[dict, str]:
     odd = (number + SAMPLING.index(sampling)) % 2
     settings = {"sampling": sampling, "strategy": STRATEGIES[number], "output_type": "seq"}
     settings["paradigm"] = "full" if odd else "block"
-    if number % 2 and sampling != "factorized":
-        settings["remask_threshold"] = 0.3
     return CONTROLS | settings, "left" if number % 2 else "right"
 
 

@@ -64,7 +64,7 @@ class DecodingCall:
         min_new_tokens: how many generated tokens come before the first end-of-text token. The
             backbone's prediction rules it out before the circuit sees it.
         forced_tokens: tokens by their place among the generated ones (from 0). They stand on the
-            canvas from the start, and are never remasked.
+            canvas from the start.
         logits_processor: transformers' processors of the scores that candidates are drawn from;
             `CoDDScheduler.step` says what they see.
         cache: `"prefix"` or `"dual"`: after the first step of a block (or of the whole, in the full

@@ -17,7 +17,6 @@ import torch
 
 from ..checks.arguments import as_tensor, check_callable, check_tokens
 from ..coupling.windows import CoupledBackbone
-from ..schedulers.remasking import CommitMemory
 from .step import Canvas, CanvasReader, take_step
 
 OnStep = Callable[[int, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor | None]
@@ -46,11 +45,7 @@ def denoise(
     call = canvas.call
     call.head = call.head.frozen()
     reader, mask_token_id = CanvasReader(model, canvas), call.mask_token_id
-    (batch, length), device = canvas.tokens.shape, canvas.tokens.device
     for stage in canvas.stages:
-        memory = None
-        if call.scheduler.settings.remask_threshold:
-            memory = CommitMemory(batch, length + call.head.window_length, device)
         most_steps = int(stage.num_steps.max())
         reader.begin_stage(stage.within)
         for number in range(most_steps):
@@ -60,7 +55,7 @@ def denoise(
                 break
             before = canvas.tokens.clone()
             with model.adapter_of_call(call.head):
-                take_step(model, canvas, rows, reader.read(rows), stage, number, memory)
+                take_step(model, canvas, rows, reader.read(rows), stage, number)
             canvas.passes_per_row[rows] += 1
             if on_step is not None:
                 after = canvas.tokens.clone()
@@ -69,7 +64,7 @@ def denoise(
                 timestep = torch.tensor(1 - number / most_steps)
                 returned = on_step(canvas.num_passes, timestep, {"canvas": after, **state})
                 if returned is not None:
-                    tokens = as_tensor("canvas", returned, int, after.shape, device).clone()
+                    tokens = as_tensor("canvas", returned, int, after.shape, after.device).clone()
                     check_tokens("canvas", tokens, model.config.vocab_size)
                     reader.is_new |= (tokens != canvas.tokens).any(-1)
                     canvas.tokens = tokens

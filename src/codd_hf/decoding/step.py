@@ -26,7 +26,6 @@ from ..checks.arguments import numbered
 from ..circuits import Generators, without_tokens
 from ..coupling.windows import CoupledBackbone, positions_of, windows_over
 from ..schedulers.drawing import RowText
-from ..schedulers.remasking import CommitMemory
 from ..schedulers.strategies import ADAPTIVE, even_pace
 from .call import DecodingCall
 
@@ -183,7 +182,6 @@ def take_step(
     states: BackboneStates,
     stage: Stage,
     number: int,
-    memory: CommitMemory | None,
 ) -> None:
     """Commits tokens of a stage to the canvas, in all rows of a pass, those that are alike at once.
 
@@ -232,7 +230,6 @@ def take_step(
                 at_least=at_least[index],
                 logits_processor=call.logits_processor,
                 text=RowText(group.tokens, known, position, group_rows),
-                memory=memory,
             )
 
         # 3. They go onto the canvas.

@@ -33,9 +33,9 @@ class CoDDSchedulerOutput(BaseOutput):
 
     Args:
         prev_sample (`torch.LongTensor` of shape `(batch_size, length)`):
-            The sample with the step's tokens committed, and masked again where tokens went back.
+            The sample with the step's tokens committed.
         transfer_index (`torch.BoolTensor` of shape `(batch_size, length)`):
-            Where tokens were committed and stayed.
+            Where tokens were committed.
         sampled_tokens (`torch.LongTensor` of shape `(batch_size, length)`):
             The candidate of every position; where nothing is masked, its token. `any_order` draws
             only what is committed, and the others keep their mask.

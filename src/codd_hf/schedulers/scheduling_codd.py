@@ -28,7 +28,6 @@ from ..circuits import (
     without_tokens,
 )
 from .drawing import CoDDSchedulerOutput, RowText, StepDraw
-from .remasking import CommitMemory, take_back
 from .settings import LEFT, DrawSettings
 from .strategies import choose, even_pace
 
@@ -51,8 +50,8 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
     the joint exactly (but for `joint`), and `latent` does if all is committed at once.
 
     Args:
-        mask_token_id (`int`, *optional*): The mask token; needed to step with plain logits, to
-            remask and to add noise.
+        mask_token_id (`int`, *optional*): The mask token; needed to step with plain logits and
+            to add noise.
         **settings: Those of [`DrawSettings`]. A call of [`~CoDDScheduler.step`] may override them.
     """
 
@@ -118,7 +117,6 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         at_least: torch.Tensor | None = None,
         logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
         text: RowText | None = None,
-        memory: CommitMemory | None = None,
         return_dict: bool = True,
         **overrides: Any,
     ) -> CoDDSchedulerOutput | Any:
@@ -143,8 +141,6 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
                 masks and padding left out, the same in every line, and with a line of
                 log-probabilities for each masked position.
             text (`RowText`, *optional*): The whole rows; by default `sample` is all there is.
-            memory (`CommitMemory`, *optional*): Of earlier steps of the block, for remasking; it is
-                brought up to date.
             return_dict (`bool`, defaults to `True`): Whether to return an output or a tuple.
             **overrides: Settings of this call in place of the configured ones.
 
@@ -187,14 +183,6 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         # 3. Candidates are drawn, and some of them committed.
         any_order = settings.sampling == "any_order"
         output = (draw.in_any_order if any_order else draw.independently)(committable, at_least)
-
-        # 4. Tokens that the others make improbable go back.
-        if settings.remask_threshold and steps_left > 1 and draw.is_coupled:
-            if memory is None:
-                memory = CommitMemory(len(sample), sample.shape[1], device)
-            back = take_back(draw, output, memory, settings.remask_threshold)
-            output.prev_sample = output.prev_sample.masked_fill(back, self._mask_token_id())
-            output.transfer_index = output.transfer_index & ~back
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()

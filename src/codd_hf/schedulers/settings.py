@@ -7,7 +7,7 @@ from ..checks.arguments import LARGEST_INTEGER, check_known, list_of_ids
 from ..checks.settings import Range, Settings, Share
 
 LOWEST, HIGHEST = 1e-6, 1e6  # by what float32 can divide logits
-LEFT = {"activation_scope": "window", "confidence": "marginal"}
+LEFT = {"activation_scope": "window", "confidence": "marginal", "remask_threshold": None}
 """Settings of version 0.1 that left, each with the value that is the only one now."""
 Factor = Annotated[float, Range(LOWEST, HIGHEST)]
 Strategy = Literal[
@@ -54,9 +54,6 @@ class DrawSettings(Settings):
     """above 1: tokens of the prompt and of the text so far become less probable"""
     forbidden_token_ids: list[int] | None = None
     """tokens that are never drawn, beside those that the model forbids"""
-    remask_threshold: Share | None = None
-    """tokens of the present block less probable than this given all others are masked again, by
-    the circuit (without effect on factorized sampling); 0: none"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -215,31 +215,6 @@ class Latents:
         where, tokens = (t.expand(log_probs.shape[:-1]) for t in (self._observed, self.tokens))
         return pin_tokens(where, tokens, log_probs)
 
-    @torch.no_grad()
-    def leave_one_out(
-        self,
-        tokens: torch.Tensor,
-        known: torch.Tensor,
-        soft_evidence: torch.Tensor,
-        log_probs: torch.Tensor,
-    ) -> torch.Tensor:
-        r"""Probability `[B, L]` of each known token given all other known ones, in one pass.
-
-            p(x_i | x_{known \ i})
-                = phi_i(x_i) \sum_z around_i(z) E(z, x_i) / \sum_z around_i(z) s_i(z)
-
-        Here `around_i(z)` is what the rest of the chain gives to the latent. A backbone predicts
-        what is masked: for tokens that were masked in an earlier pass, `soft_evidence`
-        `[B, L, H + J]` (`log s_i`) and `log_probs` `[B, L]` (`log phi_i(x_i)`) may be that pass's.
-        """
-        hard = self.hard_evidence(torch.where(known, tokens, 0))
-        chain = self.chain(torch.where(known[..., None], hard, soft_evidence))
-        # No state gives a token more than it gives to all; copy states may have changed since.
-        of_token = torch.minimum(log_probs[..., None] + hard, soft_evidence)
-        around = chain.around() + self.prior
-        of_one, of_all = (logsumexp(around + e, -1) for e in (of_token, soft_evidence))
-        return torch.where(of_all == -torch.inf, 0, (of_one - of_all).exp())
-
 
 class IncrementalPosterior:
     """Posteriors of tokens over the same `B` windows, while others become known one by one.

@@ -285,14 +285,6 @@ class Chain:
         return torch.stack(probs[::-1], 1)
 
     @full_precision
-    def around(self) -> torch.Tensor:
-        """`[B, L, H]`: the log-weights that all other positions give to each latent."""
-        logs, messages = self.algebra.logs, [None, *(message for message, _ in self.forward())]
-        futures = enumerate([*self.backward()][::-1])
-        around = [logs(self._arriving(messages[i], i)) + logs(future) for i, future in futures]
-        return torch.stack(around, 1).to(self.evidence.dtype)
-
-    @full_precision
     def sample(
         self, messages: torch.Tensor, shape: tuple[int, ...] = (), generator: Generators = None
     ) -> torch.Tensor:
