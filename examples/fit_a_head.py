@@ -2,7 +2,7 @@
 
 Each of the paper's stages is one function here; `codd-hf train --backbone ...` runs the same ones,
 with checkpoints, several processes and a model card. The backbone is never changed. By default it
-is the embedded model's, and the text the problems that this model never saw.
+is the embedded model's, and the text a thousand tasks.
 
     python examples/fit_a_head.py                                        # minutes on 2 CPU cores
     python examples/fit_a_head.py --backbone path/or/id --dataset my.jsonl --output my-head
@@ -30,7 +30,8 @@ from codd_hf.training.run import Run, condition_head, fit_circuit
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--backbone", default=default_model(), help="a path or an id on the Hub")
-    parser.add_argument("--dataset", default=str(Path(default_model(), "test.jsonl")))
+    parser.add_argument("--dataset", default="tasks", help="a file, an id on the Hub, or tasks")
+    parser.add_argument("--split", default="train[:1000]")
     parser.add_argument("--output", default="runs/fit_a_head")
     parser.add_argument("--num-validation", type=int, default=60)
     parser.add_argument("--num-latents", type=int, default=128, help="states of the circuit")
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
 
     # 1. The backbone, without a head, and the text as it reads it. The last examples are held out.
-    examples = load_examples(args.dataset)
+    examples = load_examples(args.dataset, split=args.split)
     run = Run(config, split_examples(examples, args.num_validation, 0))
 
     # 2. A hidden Markov model of the text by EM, from clusters of the backbone's token embeddings;

@@ -1,8 +1,8 @@
 """How many tokens the predictions of a window share: what `codd-hf bench` imitates.
 
-    python examples/listed_tokens.py --model path/to/causal-model [--gguf-file FILE]
+    python examples/listed_tokens.py --model path/to/causal-model --dataset my.jsonl
 
-Reads the embedded model's held-out problems with a causal language model, lists the 64 likeliest
+Reads a text with a causal language model, lists the 64 likeliest
 tokens of every prediction, and says which share of the tokens listed in a window of 32 positions,
 and in eight windows, are distinct.
 """
@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 import random
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from codd_hf import default_model
 from codd_hf.data.sources import load_examples
 
 WINDOW, LISTED, LENGTH = 32, 64, 2048
@@ -31,12 +29,13 @@ def distinct_share(windows: list[torch.Tensor]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a causal language model: path or id")
+    parser.add_argument("--dataset", default="tasks", help="a file, an id on the Hub, or tasks")
     parser.add_argument("--gguf-file", help="a GGUF file of it")
     args = parser.parse_args()
     files = {} if args.gguf_file is None else {"gguf_file": args.gguf_file}
     tokenizer = AutoTokenizer.from_pretrained(args.model, **files)
     model = AutoModelForCausalLM.from_pretrained(args.model, **files).eval()
-    examples = load_examples(str(Path(default_model()) / "test.jsonl"))
+    examples = load_examples(args.dataset)
     text = "\n\n".join(f"{example.prompt}\n{example.answer}" for example in examples)
     ids = tokenizer(text[: 8 * LENGTH], return_tensors="pt")["input_ids"][:, :LENGTH]
     with torch.no_grad():

@@ -30,7 +30,8 @@ from codd_hf.training.windows import window_scores
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default=default_model(), help="a pipeline folder")
-    parser.add_argument("--dataset", help="default: the problems that the embedded model never saw")
+    parser.add_argument("--dataset", default="tasks", help="a file, an id on the Hub, or tasks")
+    parser.add_argument("--split", default="train[:1000]")
     parser.add_argument("--remove-pattern", help="deleted from the text, such as '<<[^>]*>>'")
     parser.add_argument("--output", default="runs/lora_and_head")
     parser.add_argument("--num-validation", type=int, default=30)
@@ -53,8 +54,8 @@ def main(argv: list[str] | None = None) -> dict[str, Estimate]:
 
     # 1. The text, tokenized as the model reads it; the last examples are held out.
     tokenizer = CoDDPipeline.from_pretrained(args.model).tokenizer
-    source = args.dataset or str(Path(default_model(), "test.jsonl"))
-    examples = load_examples(source, remove_pattern=args.remove_pattern)
+    options = {"split": args.split, "remove_pattern": args.remove_pattern}
+    examples = load_examples(args.dataset, **options)
     parts = split_examples(examples, args.num_validation, args.num_test)
     train, validation, test = (tokenize_examples(part, tokenizer) for part in parts)
 

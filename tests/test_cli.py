@@ -12,6 +12,8 @@ import pytest
 
 import codd_hf
 from codd_hf.cli import COMMANDS, main
+from codd_hf.cli.demo import marked
+from codd_hf.data.tasks import KINDS, Task
 
 SHORT = ["--gen-length", "8", "--block-length", "4", "--num-inference-steps", "2"]
 
@@ -79,13 +81,21 @@ def test_generate_depends_on_the_seed_alone_and_reads_prompts_from_standard_inpu
     assert capsys.readouterr().out == texts[0] == texts[1] != texts[2]
 
 
-def test_demo_prints_both_texts_and_the_number_of_passes(trained_pipeline, capsys):
-    argv = ["demo", "--model", str(trained_pipeline), "--gen-length", "32"]
-    assert main([*argv, "--num-inference-steps", "2", "--num-questions", "2"]) == 0
-    text = capsys.readouterr().out
-    assert text.count("Where to?") == 2
-    for name in ("factorized", "CoDD"):  # an answer may end in the first pass
-        assert re.search(rf"{name} [12] passes", text)
+def test_demo_prints_tasks_of_different_kinds_and_counts_right_answers(trained_pipeline, capsys):
+    argv = ["demo", "--model", str(trained_pipeline), "--num-tasks", "12", "--passes", "1"]
+    assert main(argv) == 0
+    *shown, last = capsys.readouterr().out.strip().splitlines()
+    assert sum(line.startswith(("factorized", "-")) for line in shown) == 2 * 4
+    kinds = {line.partition(":")[0] for line in shown if line.partition(":")[0].lower() in KINDS}
+    assert len(kinds) == 4
+    pattern = r"12 unseen tasks, 1 pass a window: factorized \d+ right in [\d.]+ s, CoDD \d+ right"
+    assert re.match(pattern, last)
+
+
+def test_demo_marks_the_parts_of_an_answer():
+    task = Task("sums", "3 * 4 + 1 = ?", "3*4=12\n12+1=13\n#### 13", "")
+    assert marked(task, task.answer) == "3*4=12 ✓\n12+1=13 ✓\n#### 13 ✓\n✓ right"
+    assert marked(task, "3*4=11\n#### 13\x1b") == "3*4=11 ✗\n#### 13\n✗ wrong"
 
 
 def test_evaluate_gap_prints_the_table_and_reads_as_many_tokens_as_asked(
@@ -94,7 +104,9 @@ def test_evaluate_gap_prints_the_table_and_reads_as_many_tokens_as_asked(
     path = tmp_path / "gap.json"
     argv = ["evaluate", "gap", "--model", str(trained_pipeline), "--num-problems", "4"]
     argv += ["--output", str(path)]
-    heads = [x for name in ("one", "two") for x in ("--head", f"{name}={trained_pipeline}/stage1")]
+    heads = [
+        x for name in ("one", "two") for x in ("--head", f"{name}={trained_pipeline}/generative")
+    ]
     assert main([*argv, "--ratios", "0.5", "1", *heads]) == 0
     header = capsys.readouterr().out.splitlines()[0]
     for name in ("factorized", "raw product", "corrected", "one", "two", "fitted", "sequential"):

@@ -162,7 +162,7 @@ def folder(tmp_path_factory):
     [
         ["generate", "x", "--seed", "1" * 30],
         ["chat", "--seed", "-1"],
-        ["demo", "--num-questions", "0"],
+        ["demo", "--num-tasks", "0"],
         ["evaluate", "gap", "--num-problems", "0"],
         ["evaluate", "gap", "--evidence-size", "-1"],
         ["evaluate", "quality", "--judge", "x", "--batch-size", "-3"],
@@ -198,14 +198,13 @@ def test_standard_input_that_is_no_text_is_one_line(command, folder, capsys, mon
 
 @pytest.mark.parametrize(
     ("content", "named"),
-    [(None, "demo.jsonl"), (b'{"answer": "b"}\n{', "demo.jsonl"), (b'{"answer": 3}\n', "answer")],
+    [(None, "data.jsonl"), (b'{"answer": "b"}\n{', "data.jsonl"), (b'{"answer": 3}\n', "answer")],
 )
 def test_data_that_cannot_be_read_are_one_line(content, named, folder, capsys, tmp_path):
-    path = tmp_path / "demo.jsonl"
+    path = tmp_path / "data.jsonl"
     if content is not None:
         path.write_bytes(content)
     for command in (
-        ["demo", "--model", str(tmp_path)],
         ["train", "--dataset", str(path), "--output", str(tmp_path / "run")],
         ["evaluate", "gap", "--model", str(folder), "--dataset", str(path)],
     ):

@@ -14,6 +14,7 @@ from codd_hf.data.tasks import (
     Task,
     draw_tasks,
     is_right,
+    marks,
     sample_tasks,
     split_of,
 )
@@ -79,7 +80,7 @@ def test_order_is_that_of_items_whatever_stands_between_and_signs_must_be_true()
     assert not right("ordering", "3, 9, 12", "3, 12, 9")
     assert not right("ordering", "3, 9, 12", "3, 9")
     assert not right("ordering", "3, 9, 12", "3, 9, 12, 12")
-    assert not right("ordering", "Ann, Bob", "Bob and Ann")
+    assert not right("ordering", "Ada, Ben", "Ben and Ada")
 
 
 def test_each_written_equation_and_the_result_must_be_right():
@@ -118,6 +119,33 @@ def test_date_is_right_in_the_form_that_is_asked_for_alone():
         assert right("dates", "March 4, 2019", form)
     assert not right("dates", "4 March 2019", "14 March 2019")
     assert not right("dates", "4 March 2019", "2019-03-04")
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "text", "shown"),
+    [
+        ("sums", "2+3=5\n#### 5", "2+3=5=6\n#### 5", "2+3=5✓=6✗\n#### 5✓"),
+        ("word problems", "2+3=5\n#### 5", "2+3=6 eggs.\n#### 6", "2+3=6✗ eggs.\n#### 6✗"),
+        ("ordering", "3 < 9 < 12", "3, 12 and 9", "3✓, 12✗ and 9✗"),
+        ("ordering", "Ada, Ben", "Ada, Ben, Ben", "Ada✓, Ben✓, Ben✗"),
+        ("dates", "2019-03-04", "2019-03-04 or 2019-04-03.", "2019-03-04✓ or 2019-04-03✗."),
+        ("dates", "4 March 2019", "March 4, 2019, 5 March 2019", "March 4, 2019✓, 5 March 2019✗"),
+        ("records", '{"a": "b", "n": 3}', '{"n": 3, "a": "c", "b', '{"n": 3✓, "a": "c"✗, "b'),
+    ],
+)  # fmt: skip
+def test_each_part_of_an_answer_is_marked(kind, answer, text, shown):
+    for mark in reversed(marks(Task(kind, "", answer, ""), text)):
+        text = text[: mark.end] + ("✓" if mark.is_right else "✗") + text[mark.end :]
+    assert text == shown
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_part_of_a_right_answer_is_right_and_absurd_ones_are_survived(kind):
+    for task in some(kind, 100):
+        assert marks(task, task.answer)
+        assert all(mark.is_right for mark in marks(task, task.answer))
+    for text in ABSURD:
+        assert all(0 <= mark.end <= len(text) for mark in marks(task, text))
 
 
 def test_seed_and_split_determine_the_tasks():

@@ -112,7 +112,7 @@ def test_trained_pipeline_is_pushed_with_its_figures_and_without_the_data(
     hub, _ = round_trip
     machine = str(tmp_path_factory.getbasetemp()).encode()
     files = hub.files("tester/trained")
-    assert {"model_index.json", "model/model.safetensors", "stage1/config.json"} <= set(files)
+    assert {"model_index.json", "model/model.safetensors", "generative/config.json"} <= set(files)
     assert {"training/run.json", "training/conditional_history.json"} <= set(files)
     for path, content in files.items():
         assert not path.endswith((".jsonl", "/README.md"))

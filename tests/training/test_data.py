@@ -147,10 +147,12 @@ def test_packing_of_anything_with_a_prompt_is_an_error(tiny_tokenizer):
             tokenize_examples([Example("", "a"), example], tiny_tokenizer, packing=True)
 
 
-def test_tokenizer_spells_any_text_and_every_digit_alone(tiny_tokenizer):
+def test_tokenizer_spells_any_text_and_cuts_numbers_into_pairs_of_digits(tiny_tokenizer):
     text = "Zoë paid 1234 €.\n"
     assert tiny_tokenizer.decode(tiny_tokenizer(text)["input_ids"]) == text
-    assert len(tiny_tokenizer("1234")["input_ids"]) == 4
+    numbers = train_tokenizer(["12 34 12 34"], 300)
+    spelt = [numbers.decode(i) for i in numbers(" 12345 12")["input_ids"]]
+    assert spelt == [" ", "12", "34", "5", " ", "12"]
     with pytest.raises(ValueError, match="`vocab_size` must be at least 261"):
         train_tokenizer(["a"], vocab_size=100)
     tokenizer = train_tokenizer(["a b c"], 300)

@@ -68,7 +68,7 @@ def test_weights_are_stored_in_the_dtype_asked_for_and_tied_ones_once(trained_pi
 
 
 def test_stage_one_head_is_there_and_is_not_the_fitted_one(trained_pipeline):
-    stage_one = CoDDHead.from_pretrained(trained_pipeline / "stage1")
+    stage_one = CoDDHead.from_pretrained(trained_pipeline / "generative")
     fitted = CoDDModel.from_pretrained(trained_pipeline / "model").coupling_head
     assert stage_one.config.alpha == 1.0
     assert torch.equal(stage_one.token_marginal, fitted.token_marginal)

@@ -8,13 +8,12 @@ reads more under full attention.
 
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
 
-from ..data.sources import load_examples
+from ..data.tasks import sample_tasks
 from ..hub.repositories import default_model
 from ..pipelines import CoDDPipeline
 from ..runtime.report import Report
@@ -40,7 +39,7 @@ def measure(options: Options) -> Report:
     )
     causal = CoDDPipeline(deepcopy(model), pipeline.scheduler, tokenizer)
     causal.model.backbone.config.block_length = BLOCK
-    questions = [e.prompt for e in load_examples(Path(default_model(), "test.jsonl"))]
+    questions = [task.question for task in sample_tasks("test[:300]")]
     text = tokenizer("\n".join(questions), return_tensors="pt")["input_ids"][0]
     rows: list[dict[str, Any]] = []
     for batch in options.batches_or(1, 4):

@@ -1,21 +1,32 @@
-"""Show factorized and coupled text side by side, at the same number of passes."""
+"""Answer small tasks factorized and coupled, in equally few passes, and mark what is right."""
+
+from __future__ import annotations
 
 import argparse
 import shutil
 import textwrap
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
-from pathlib import Path
+from itertools import islice, zip_longest
+from typing import TYPE_CHECKING
 
 from ..checks.errors import printable
 from ..checks.settings import Count, Seed, Settings
 from .common import add_flags, load_pipeline, settings_from
 
+if TYPE_CHECKING:
+    from ..data.tasks import Task
+    from ..pipelines.pipeline_codd import CoDDPipeline
+
 EXAMPLE = """example:
   codd-hf demo
-  codd-hf demo --num-inference-steps 8 --seed 3"""
+  codd-hf demo --passes 8 --seed 3"""
+SHOWN = 4
+"""Tasks that are printed, each of another kind."""
+WINDOW, NUM_WINDOWS, BATCH = 32, 2, 25
+MARKS = {True: "\N{CHECK MARK}", False: "\N{BALLOT X}"}
 
 
 @dataclass
@@ -23,13 +34,11 @@ class DemoSettings(Settings):
     """The settings of a demonstration."""
 
     model: str | None = None
-    """a pipeline with `demo.jsonl`; default: the embedded one"""
-    num_questions: Count = 3
-    """held-out questions"""
-    gen_length: Count = 128
-    """tokens to generate"""
-    num_inference_steps: Count = 32
-    """backbone passes for the whole text"""
+    """a pipeline that `codd-hf train --dataset tasks` left; default: the embedded one"""
+    num_tasks: Count = 100
+    """unseen tasks"""
+    passes: Count = 4
+    """backbone passes a window of 32 tokens"""
     seed: Seed = 0
     """of all draws"""
 
@@ -38,42 +47,71 @@ add_arguments = partial(add_flags, kind=DemoSettings)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Answers each question twice."""
+    """Answers each task twice."""
     settings = settings_from(args, DemoSettings)
-    import torch
+    from ..data.tasks import draw_tasks, is_right
 
-    from ..data.sources import load_examples
-    from ..hub.repositories import default_model
-
-    examples = load_examples(Path(settings.model or default_model(), "demo.jsonl"))
-    questions = [example.prompt for example in examples[: settings.num_questions]]
+    tasks = list(islice(draw_tasks("test", settings.seed), settings.num_tasks))
     pipeline = load_pipeline(settings.model)
-    pipeline.set_progress_bar_config(disable=True)
-    texts, report = {}, []
+    if pipeline.model.coupling_head is None:
+        raise ValueError("`--model` has no head to show: fit one with `codd-hf train`.")
     modes = {"factorized": "factorized", "CoDD": pipeline.scheduler.config.sampling}
+    texts, counts = {}, []
     for name, sampling in modes.items():
         started = time.perf_counter()
-        output = pipeline(
-            questions,
-            gen_length=settings.gen_length,
-            num_inference_steps=settings.num_inference_steps,
-            sampling=sampling,
-            generator=[
-                torch.Generator().manual_seed(settings.seed + i) for i in range(len(questions))
-            ],
-        )
+        texts[name] = answers(pipeline, tasks, name, sampling, settings)
         seconds = time.perf_counter() - started
-        texts[name] = [printable(text) for text in output.texts or ()]
-        report.append(f"{name} {output.num_passes} passes, {seconds:.1f} s")
+        right = sum(map(is_right, tasks, texts[name]))
+        counts.append(f"{name} {right} right in {seconds:.1f} s")
+    first: dict[str, int] = {}
+    for place, task in enumerate(tasks):
+        first.setdefault(task.kind, place)
     width = max(min(shutil.get_terminal_size((100, 20)).columns, 120), 60)
-    for i, question in enumerate(questions):
-        print(textwrap.fill(f"Question {i + 1}: {printable(question)}", width), end="\n\n")
-        print(side_by_side({name: answers[i] for name, answers in texts.items()}, width))
-        print()
-    print(
-        f"Up to {settings.gen_length} tokens for each of {len(questions)} questions in at most "
-        f"{settings.num_inference_steps} passes: {'; '.join(report)}."
-    )
+    for place in [*first.values()][:SHOWN]:
+        task = tasks[place]
+        print(textwrap.fill(f"{task.kind.capitalize()}: {task.question}", width), end="\n\n")
+        both = {name: marked(task, answer[place]) for name, answer in texts.items()}
+        print(side_by_side(both, width), end="\n\n")
+    passes = f"{settings.passes} pass{'es' * (settings.passes > 1)} a window"
+    print(f"{len(tasks)} unseen tasks, {passes}: {', '.join(counts)}")
+
+
+def answers(
+    pipeline: CoDDPipeline,
+    tasks: Sequence[Task],
+    name: str,
+    sampling: str,
+    settings: DemoSettings,
+) -> list[str]:
+    """The answers to all tasks in one sampling mode; each has its own generator."""
+    import torch
+    from tqdm.auto import tqdm
+
+    pipeline.set_progress_bar_config(disable=True)
+    texts: list[str] = []
+    for start in tqdm(range(0, len(tasks), BATCH), name, leave=False, disable=None):
+        some = tasks[start : start + BATCH]
+        seeds = range(settings.seed + start, settings.seed + start + len(some))
+        output = pipeline(
+            [task.question for task in some],
+            gen_length=NUM_WINDOWS * WINDOW,
+            block_length=WINDOW,
+            num_inference_steps=NUM_WINDOWS * settings.passes,
+            sampling=sampling,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        )
+        texts += output.texts or ()
+    return texts
+
+
+def marked(task: Task, text: str) -> str:
+    """An answer with a mark behind each part of it, and a verdict in the last line."""
+    from ..data.tasks import is_right, marks
+
+    verdict = is_right(task, text)
+    for mark in reversed(marks(task, text)):
+        text = f"{text[: mark.end]} {MARKS[mark.is_right]}{text[mark.end :]}"
+    return f"{printable(text)}\n{MARKS[verdict]} {'right' if verdict else 'wrong'}"
 
 
 def side_by_side(texts: dict[str, str], width: int) -> str:

@@ -77,7 +77,6 @@ def _measure(name: str, settings: Any, state: "PartialState", anew: bool = True)
     from ..data.fingerprint import pipeline_fingerprint
     from ..data.sources import load_examples
     from ..data.tasks import TASKS
-    from ..hub.repositories import default_model
     from ..runtime.files import read_json
 
     about: dict[str, Any] = {"settings": {k: v for k, v in vars(settings).items() if k != "output"}}
@@ -93,9 +92,7 @@ def _measure(name: str, settings: Any, state: "PartialState", anew: bool = True)
             return
     measure = import_module(f"..evaluation.{name}", __package__).measure
     if isinstance(settings, MeasureSettings):
-        embedded = settings.model is None and name == "answers"
-        own = TASKS if embedded else str(Path(settings.model or default_model(), "test.jsonl"))
-        settings = replace(settings, dataset=settings.dataset or own)
+        settings = replace(settings, dataset=settings.dataset or _held_out(settings.model))
         split = settings.split or ("test[:1000]" if settings.dataset == TASKS else "train")
         options = {"split": split, "skip_bad_rows": settings.skip_bad_rows}
         examples = load_examples(settings.dataset, **options)[: settings.num_problems]
@@ -110,3 +107,13 @@ def _measure(name: str, settings: Any, state: "PartialState", anew: bool = True)
     if state.is_main_process:
         print(f"{report.markdown()}\n\n{listed(environment())}")
         write_result(settings.output, about | report.as_dict())
+
+
+def _held_out(model: str | None) -> str:
+    """The examples that training kept for the end, or else for its choices; tasks by default."""
+    from ..data.tasks import TASKS
+
+    if model is None:
+        return TASKS
+    paths = [Path(model, name) for name in ("test.jsonl", "validation.jsonl")]
+    return str(paths[1] if paths[1].exists() and not paths[0].exists() else paths[0])

@@ -12,7 +12,7 @@ from ..checks.settings import Count, Seed, Settings
 from .common import add_flags, decoding_arguments, load_pipeline, settings_from, write_answer
 
 EXAMPLE = """example:
-  codd-hf generate "Tom has 3 boxes of 12 eggs. He sells 10 eggs. How many eggs are left?" \\
+  codd-hf generate "Ben has 3 boxes with 4 eggs in each. How many eggs are there?" \\
       --num-inference-steps 16 --sampling latent --seed 1 --stream
   codd-hf generate --input questions.jsonl --output answers.jsonl --batch-size 16
   accelerate launch --multi_gpu --num_processes 4 -m codd_hf.cli generate \\

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
@@ -21,8 +21,9 @@ ROLE_TOKENS = ["<|user|>", "<|assistant|>"]
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 3072) -> PreTrainedTokenizerFast:
     """Fits a byte-level BPE tokenizer on texts.
 
-    Digits are single tokens, so that a number is spelt the same way wherever it stands. The
-    vocabulary counts the 256 bytes, the special tokens and those of roles too: at least 261.
+    Digits are cut into pairs from the left, so that a number is spelt the same way wherever it
+    stands, and the small ones are a token. The vocabulary counts the 256 bytes, the special tokens
+    and those of roles too: at least 261.
     """
     special = [*SPECIAL_TOKENS.values(), *ROLE_TOKENS]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -34,7 +35,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 3072) -> PreTrainedT
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Split(Regex("[0-9]{1,2}"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )

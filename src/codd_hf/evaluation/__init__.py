@@ -22,8 +22,8 @@ class MeasureSettings(Settings):
     model: str | None = None
     """A pipeline; default: the embedded one."""
     dataset: str | None = None
-    """Held-out examples: a file, the id of a dataset, or tasks, the package's own; default: the
-    model's test.jsonl."""
+    """Held-out examples: a file, the id of a dataset, or tasks, the package's own. Default: the
+    model's test.jsonl, or validation.jsonl without one; tasks for the embedded model."""
     split: str | None = None
     """Of the dataset, such as validation[:500]; default: test[:1000] of tasks, train of others."""
     num_problems: Count | None = None
@@ -93,9 +93,6 @@ class AnswersSettings(AnsweringSettings):
     AUP is accuracy under parallelism (arXiv 2601.07568). Several processes share the work.
     """
 
-    dataset: str | None = None
-    """A file, the id of a dataset, or tasks, the package's own; default: tasks for the embedded
-    model, and another's test.jsonl."""
     checker: str = "last_number"
     """exact, last_number, hashes, boxed, equations or regex:PATTERN."""
     gen_length: Count = 64

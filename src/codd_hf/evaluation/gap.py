@@ -47,7 +47,7 @@ def measure(pipeline: CoDDPipeline, examples: Sequence[Example], settings: GapSe
     """`codd-hf evaluate gap`: the raw and the corrected circuit, other heads, and the model's."""
     model, fitted, heads = pipeline.model, pipeline.model.coupling_head, {}
     assert fitted is not None
-    circuit = Path(settings.model or default_model(), "stage1")
+    circuit = Path(settings.model or default_model(), "generative")
     for name, alpha in (("raw product", 0.0), ("corrected", 1.0)) if circuit.is_dir() else ():
         heads[name] = CoDDHead.from_pretrained(circuit)
         heads[name].set_alpha(alpha)
@@ -83,21 +83,15 @@ def measure_gap(
     examples: Sequence[TokenizedExample],
     settings: GapSettings,
 ) -> list[dict[str, Any]]:
-    """Measures the gap on one random full window of each example that has one.
+    """Measures the gap on one random window of each example, in which end-of-text follows the text.
 
     The backbone is coupled with each of the heads in turn, not with its own.
 
     Returns:
         A row for each ratio: the nats of each method, each head's gain over `factorized` and, where
         the gap exceeds `SMALLEST_GAP`, the share of it that the head closes, in percent.
-
-    Raises:
-        ValueError: no example has a full window.
     """
     length = model.window_length
-    examples = [example for example in examples if len(example.answer_ids) > length]
-    if not examples:
-        raise ValueError(f"`examples` have no answer of at least {length} tokens (a full window).")
     bare = CallHead("", None, length)
     alone = {FACTORIZED: (bare, 1.0)}
     methods = dict(alone)
@@ -167,13 +161,13 @@ def _windows(
     tokenizer: PreTrainedTokenizerBase,
     settings: GapSettings,
 ) -> Iterator[tuple[CanvasBatch, torch.Tensor, torch.Tensor]]:
-    """One random window of text (no end-of-text) of each example, in batches.
+    """One random window of each example, as decoding meets it, in batches.
 
     Canvases, columns `[n, L]` of the windows, and the order `[n, L]` in which they are masked.
     """
     length, device = model.window_length, model.device
     generator = torch.Generator().manual_seed(settings.seed)
-    whole = torch.tensor([(len(e.answer_ids) - 1) // length for e in examples])
+    whole = torch.tensor([-(-len(e.answer_ids) // length) for e in examples])
     first = (torch.rand(len(examples), generator=generator) * whole).long() * length
     order = torch.rand(len(examples), length, generator=generator).argsort(1).argsort(1)
     for start in range(0, len(examples), settings.batch_size):

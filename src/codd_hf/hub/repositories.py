@@ -207,10 +207,9 @@ def locate(name: str, kwargs: dict[str, Any] | None = None) -> Repository:
 
 
 def default_model() -> str:
-    """Path of the embedded pipeline: a 4 M-parameter diffusion LM of grade-school arithmetic.
+    """Path of the embedded pipeline: a 1 M-parameter diffusion LM of the package's small tasks.
 
-    It holds `model/`, `scheduler/`, `tokenizer/`, the head before its conditional fit in `stage1/`,
-    and held-out problems, in `test.jsonl` and `demo.jsonl`.
+    It holds `model/`, `scheduler/` and `tokenizer/`.
     """
     return str(Path(__file__).parents[1] / "default_model")
 

@@ -60,21 +60,20 @@ def open_repository(config: TrainConfig) -> str | None:
 def write_pipeline(run: Run, circuit: Path, folder: Path, repo_id: str | None) -> None:
     """Writes the pipeline, measures its gap for the card, and pushes it if it has a repository.
 
-    The head of the generative fit, in the folder `circuit`, becomes `stage1/`. Weights are stored
-    in bfloat16, for models in float32.
+    The head of the generative fit, in the folder `circuit`, becomes `generative/`. Weights are
+    stored in bfloat16, for models in float32.
     """
     config, model, tokenizer = run.config, run.model, run.start.tokenizer
     held_out = run.parts[2] or run.parts[1]
-    problems = [e for e in held_out if len(e.answer_ids) > model.window_length]
-    problems, gap = problems[: config.num_gap_problems], None
+    problems, gap = held_out[: config.num_gap_problems], None
     if problems and model.coupling_head is not None:
         heads, settings = {"coupled": model.coupling_head}, GapSettings(ratios=[0.25, 0.5, 0.75, 1])
         gap = measure_gap(model, heads, tokenizer, problems, settings)
     pipeline = CoDDPipeline(model, CoDDScheduler(), tokenizer)
     write_card(run, pipeline, folder, repo_id, gap)
     head = CoDDHead.from_pretrained(circuit)
-    head.save_pretrained(folder / "stage1", state_dict=in_bfloat16(head))
-    (folder / "stage1" / CARD).unlink()  # a pipeline has one card
+    head.save_pretrained(folder / "generative", state_dict=in_bfloat16(head))
+    (folder / "generative" / CARD).unlink()  # a pipeline has one card
     model.save_pretrained = partial(  # type: ignore[method-assign]  # which the pipeline calls
         model.save_pretrained, state_dict=in_bfloat16(model)
     )
@@ -96,10 +95,10 @@ def in_bfloat16(part: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_held_out(folder: Path, examples: Parts) -> None:
-    """Writes `validation.jsonl`, `test.jsonl` and, with ten rows of the latter, `demo.jsonl`."""
-    _, validation, test = examples
-    demo = (test or validation)[:10]
-    for name, part in (("validation", validation), ("test", test), ("demo", demo)):
+    """Writes `validation.jsonl` and, if there are any of it, `test.jsonl`."""
+    for name, part in zip(("validation", "test"), examples[1:], strict=True):
+        if not part:
+            continue
         chat = any(example.history for example in part)
         rows = [
             {"messages": [*e.messages, {"role": "assistant", "content": e.answer}]}

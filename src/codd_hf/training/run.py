@@ -193,8 +193,8 @@ def train(config: TrainConfig) -> Path:
     again, and one that stopped goes on, unless `config.resume_from_checkpoint` is "none".
 
     Returns:
-        `output_dir/pipeline`: a pipeline, the head of the generative fit in `stage1/`, the held-out
-        examples as `.jsonl`, and `README.md` and `training/` on how it was made; or
+        `output_dir/pipeline`: a pipeline, the head of the generative fit in `generative/`, the
+        held-out examples as `.jsonl`, and `README.md` and `training/` on how it was made; or
         `output_dir/backbone` if pretraining alone was to run.
 
     Raises:

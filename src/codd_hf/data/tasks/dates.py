@@ -3,7 +3,7 @@
 import re
 from random import Random
 
-from .task import Task
+from .task import Mark, Task
 
 MONTHS = [
     "January", "February", "March", "April", "May", "June", "July", "August", "September",
@@ -27,7 +27,7 @@ MONTH_FIRST = re.compile(rf"{_MONTH} {_DAY}, {_YEAR}")
 
 def draw(rng: Random) -> Task:
     """A date to be written in the other form."""
-    day, month, year = rng.randrange(1, 29), rng.randrange(1, 13), rng.randrange(1950, 2050)
+    day, month, year = rng.randrange(1, 29), rng.randrange(1, 13), rng.randrange(2000, 2030)
     name, digits = MONTHS[month - 1], f"{year}-{month:02}-{day:02}"
     ordinal = f"{day}{_ending(day)}"
     words = (f"{day} {name} {year}", f"{name} {day}, {year}", f"the {ordinal} of {name} {year}")
@@ -45,6 +45,13 @@ def check(task: Task, text: str) -> bool:
     if DIGITS.search(task.answer):
         return DIGITS.findall(text) == DIGITS.findall(task.answer)
     return _in_words(text) == _in_words(task.answer)
+
+
+def marks(task: Task, text: str) -> list[Mark]:
+    """A mark of each date."""
+    forms = (DIGITS,) if DIGITS.search(task.answer) else (DAY_FIRST, MONTH_FIRST)
+    dates = [date for form in forms for date in form.finditer(text)]
+    return sorted(Mark(date.end(), check(task, date[0])) for date in dates)
 
 
 def _in_words(text: str) -> list[tuple[str, str, str]]:

@@ -4,7 +4,7 @@ import re
 from fractions import Fraction
 from itertools import pairwise
 
-from .task import Task
+from .task import Mark, Task
 
 TIMES, OBELUS = "\N{MULTIPLICATION SIGN}", "\N{DIVISION SIGN}"
 DIVIDED = ("/", OBELUS)
@@ -12,6 +12,8 @@ NUMBER = r"\$?[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|\$?[0-9]+(?:\.[0-9]+)?"
 SIGN = rf"[-+*/{TIMES}{OBELUS}]|(?<![A-Za-z])x(?![A-Za-z])"
 CHAIN = re.compile(rf"(?:{NUMBER}|{SIGN}|[ \t=])++")
 """A longest run of what may be in equations; possessive, so that no text takes long."""
+SIDE = re.compile("[^=]+|(?<![^=])(?![^=])")
+"""What stands between the signs, which may be nothing."""
 SUM = re.compile(rf"\s*-?\s*(?:{NUMBER})(?:\s*(?:{SIGN})\s*(?:{NUMBER}))*\s*")
 SIGNED = re.compile(rf"({SIGN})?\s*({NUMBER})")
 LONGEST = 200
@@ -22,6 +24,14 @@ RESULT = re.compile(r"^#### *(-?[0-9][0-9,]*)\s*\Z", re.MULTILINE)
 def check_worked_answer(task: Task, text: str) -> bool:
     """Whether each equation is true, and the result right."""
     return all(equations(text)) and result(text) == result(task.answer)
+
+
+def marks_of_worked_answer(task: Task, text: str) -> list[Mark]:
+    """A mark of each equation and of the result."""
+    marks = marked_equations(text)
+    if found := RESULT.search(text):
+        marks.append(Mark(found.end(1), result(text) == result(task.answer)))
+    return marks
 
 
 def result(text: str) -> str | None:
@@ -36,11 +46,18 @@ def equations(text: str) -> list[bool]:
     A side is a sum of products of numbers without parentheses. Of `a = b = c` there are two
     equations. One that lacks a side, or has another thing there, is wrong.
     """
-    found = []
-    for chain in CHAIN.findall(text):
-        values = map(evaluate, chain.split("="))
-        found += [left is not None and left == right for left, right in pairwise(values)]
-    return found
+    return [mark.is_right for mark in marked_equations(text)]
+
+
+def marked_equations(text: str) -> list[Mark]:
+    """As `equations`, with their ends."""
+    marks = []
+    for chain in CHAIN.finditer(text):
+        sides = [(evaluate(side[0]), side) for side in SIDE.finditer(chain[0])]
+        for (left, _), (right, side) in pairwise(sides):
+            end = chain.start() + side.start() + len(side[0].rstrip())
+            marks.append(Mark(end, left is not None and left == right))
+    return marks
 
 
 def evaluate(expression: str) -> Fraction | None:

@@ -4,7 +4,7 @@ import re
 from random import Random
 from typing import Any
 
-from .task import NAMES, Task, listed
+from .task import NAMES, Mark, Task, listed
 
 QUESTIONS = {
     ("numbers", False): (
@@ -35,7 +35,7 @@ SIGN = re.compile(r"[<>]")
 def draw(rng: Random) -> Task:
     """A task with a few distinct numbers or names."""
     what, falling = rng.choice(list(QUESTIONS))
-    items: list[Any] = rng.sample(range(1, 51) if what == "numbers" else NAMES, rng.choice((3, 4)))
+    items: list[Any] = rng.sample(range(1, 31) if what == "numbers" else NAMES, 3)
     ordered = [str(item) for item in sorted(items, reverse=falling)]
     given = rng.choice((listed(items), ", ".join(map(str, items))))
     question = rng.choice(QUESTIONS[what, falling]).format(given)
@@ -51,3 +51,10 @@ def check(task: Task, text: str) -> bool:
     rising = items == sorted(items, key=int if items[0].isdigit() else str)
     signs = {"<"} if rising else {">"}
     return ITEM.findall(text) == items and signs.issuperset(SIGN.findall(text))
+
+
+def marks(task: Task, text: str) -> list[Mark]:
+    """A mark of each item: whether it stands in its place."""
+    items = ITEM.findall(task.answer)
+    found = enumerate(ITEM.finditer(text))
+    return [Mark(item.end(), items[place : place + 1] == [item[0]]) for place, item in found]

@@ -8,7 +8,7 @@ from random import Random
 
 from ...checks.arguments import choice
 from . import dates, ordering, records, sums, word_problems
-from .task import Task
+from .task import Mark, Task
 
 TASKS = "tasks"
 """Their name where a dataset is asked for."""
@@ -80,3 +80,8 @@ def kind_names(kinds: str | None) -> list[str]:
 def is_right(task: Task, text: str) -> bool:
     """Whether an answer is right."""
     return KINDS[task.kind].check(task, text)
+
+
+def marks(task: Task, text: str) -> list[Mark]:
+    """Whether each value, equation and result in an answer is right, in the order of the text."""
+    return KINDS[task.kind].marks(task, text)

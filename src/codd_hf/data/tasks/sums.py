@@ -2,10 +2,10 @@
 
 from random import Random
 
-from .equations import check_worked_answer
+from .equations import check_worked_answer, marks_of_worked_answer
 from .task import FACTOR, Task
 
-TERM = range(1, 21)
+TERM = range(1, 13)
 
 QUESTIONS = ("What is {}?", "Work out {}.", "How much is {}?", "{} = ?")
 ANSWERS = (
@@ -13,7 +13,7 @@ ANSWERS = (
     lambda steps: " and ".join(steps),
     lambda steps: "First " + ", then ".join(steps) + ".",
 )
-check = check_worked_answer
+check, marks = check_worked_answer, marks_of_worked_answer
 
 
 def draw(rng: Random) -> Task:

@@ -3,11 +3,11 @@
 from random import Random
 from typing import Any, NamedTuple
 
-from .equations import check_worked_answer, evaluate
+from .equations import check_worked_answer, evaluate, marks_of_worked_answer
 from .task import FACTOR, NAMES, THINGS, Task
 
 CONTAINERS = ["bags", "boxes", "jars", "baskets"]
-AMOUNT = range(2, 21)
+AMOUNT = range(2, 13)
 """What there is at first, and what is added to it or lost."""
 
 
@@ -101,7 +101,7 @@ ANSWERS = (
 )
 
 
-check = check_worked_answer
+check, marks = check_worked_answer, marks_of_worked_answer
 
 
 def draw(rng: Random) -> Task:
