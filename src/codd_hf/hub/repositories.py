@@ -209,7 +209,7 @@ def locate(name: str, kwargs: dict[str, Any] | None = None) -> Repository:
 def default_model() -> str:
     """Path of the embedded pipeline: a 1 M-parameter diffusion LM of the package's small tasks.
 
-    It holds `model/`, `scheduler/` and `tokenizer/`.
+    It holds `model/`, `scheduler/` and `tokenizer/`, and unseen tasks, in `test.jsonl`.
     """
     return str(Path(__file__).parents[1] / "default_model")
 
