@@ -6,7 +6,6 @@ import argparse
 import shutil
 import textwrap
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, zip_longest
@@ -14,18 +13,18 @@ from typing import TYPE_CHECKING
 
 from ..checks.errors import printable
 from ..checks.settings import Count, Seed, Settings
+from ..evaluation import FACTORIZED, AnswersSettings
 from .common import add_flags, load_pipeline, settings_from
 
 if TYPE_CHECKING:
     from ..data.tasks import Task
-    from ..pipelines.pipeline_codd import CoDDPipeline
 
 EXAMPLE = """example:
   codd-hf demo
   codd-hf demo --passes 8 --seed 3"""
 SHOWN = 4
 """Tasks that are printed, each of another kind."""
-WINDOW, NUM_WINDOWS, BATCH = 32, 2, 25
+BATCH = 25
 MARKS = {True: "\N{CHECK MARK}", False: "\N{BALLOT X}"}
 
 
@@ -38,7 +37,7 @@ class DemoSettings(Settings):
     num_tasks: Count = 100
     """unseen tasks"""
     passes: Count = 4
-    """backbone passes a window of 32 tokens"""
+    """backbone passes a window"""
     seed: Seed = 0
     """of all draws"""
 
@@ -50,16 +49,20 @@ def run(args: argparse.Namespace) -> None:
     """Answers each task twice."""
     settings = settings_from(args, DemoSettings)
     from ..data.tasks import draw_tasks, is_right
+    from ..evaluation.answer_sets import AnswerSet
 
     tasks = list(islice(draw_tasks("test", settings.seed), settings.num_tasks))
     pipeline = load_pipeline(settings.model)
     if pipeline.model.coupling_head is None:
         raise ValueError("`--model` has no head to show: fit one with `codd-hf train`.")
-    modes = {"factorized": "factorized", "CoDD": pipeline.scheduler.config.sampling}
+    pipeline.set_progress_bar_config(disable=True)
+    answering = AnswersSettings(batch_size=BATCH, seed=settings.seed)
+    answered = AnswerSet("demo", pipeline, [task.question for task in tasks], answering)
+    modes = {FACTORIZED: FACTORIZED, "CoDD": pipeline.scheduler.config.sampling}
     texts, counts = {}, []
     for name, sampling in modes.items():
         started = time.perf_counter()
-        texts[name] = answers(pipeline, tasks, name, sampling, settings)
+        texts[name] = [answer.text for answer in answered.answers(settings.passes, sampling)]
         seconds = time.perf_counter() - started
         right = sum(map(is_right, tasks, texts[name]))
         counts.append(f"{name} {right} right in {seconds:.1f} s")
@@ -74,34 +77,6 @@ def run(args: argparse.Namespace) -> None:
         print(side_by_side(both, width), end="\n\n")
     passes = f"{settings.passes} pass{'es' * (settings.passes > 1)} a window"
     print(f"{len(tasks)} unseen tasks, {passes}: {', '.join(counts)}")
-
-
-def answers(
-    pipeline: CoDDPipeline,
-    tasks: Sequence[Task],
-    name: str,
-    sampling: str,
-    settings: DemoSettings,
-) -> list[str]:
-    """The answers to all tasks in one sampling mode; each has its own generator."""
-    import torch
-    from tqdm.auto import tqdm
-
-    pipeline.set_progress_bar_config(disable=True)
-    texts: list[str] = []
-    for start in tqdm(range(0, len(tasks), BATCH), name, leave=False, disable=None):
-        some = tasks[start : start + BATCH]
-        seeds = range(settings.seed + start, settings.seed + start + len(some))
-        output = pipeline(
-            [task.question for task in some],
-            gen_length=NUM_WINDOWS * WINDOW,
-            block_length=WINDOW,
-            num_inference_steps=NUM_WINDOWS * settings.passes,
-            sampling=sampling,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        )
-        texts += output.texts or ()
-    return texts
 
 
 def marked(task: Task, text: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from tqdm.auto import tqdm
 
 from ..data.fingerprint import json_fingerprint, pipeline_fingerprint
 from ..pipelines.pipeline_codd import CoDDPipeline
@@ -72,8 +73,9 @@ class AnswerSet:
         mine = range(self.state.process_index, len(self.questions), self.state.num_processes)
         left = [i for i in mine if f"{cell} {i}" not in self.kept]
         made: dict[str, Answer] = {}
-        for start in range(0, len(left), settings.batch_size):
-            batch, started = left[start : start + settings.batch_size], time.perf_counter()
+        size = settings.batch_size
+        for start in tqdm(range(0, len(left), size), sampling, leave=False, disable=None):
+            batch, started = left[start : start + size], time.perf_counter()
             output: Any = self.pipeline(
                 [self.questions[i] for i in batch],
                 gen_length=settings.gen_length,
