@@ -272,7 +272,7 @@ class StepDraw:
         if draws_latents:
             latents = drawn.sample_latents(generator)
         else:
-            latents = drawn.best_latents() if sampling == "latent" else drawn.viterbi().latents
+            latents = drawn.likely_latents() if sampling == "latent" else drawn.viterbi().latents
         return self.join(drawn.logits_given(latents))
 
     def _draw(

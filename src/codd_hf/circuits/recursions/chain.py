@@ -306,6 +306,16 @@ class Chain:
         return paths.reshape(*shape, batch, length)
 
     @full_precision
+    def likely_path(self, messages: torch.Tensor) -> torch.Tensor:
+        """The path `[B, L]` of `sample` with the most probable state in place of every draw."""
+        pasts, algebra = messages.unbind(1), self.algebra
+
+        def before(state: torch.Tensor, i: int) -> torch.Tensor:
+            return algebra.times(pasts[i - 1], algebra.column(state[None], i)[0]).argmax(-1)
+
+        return self._trace(pasts[-1].argmax(-1), before)
+
+    @full_precision
     def best_path(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The path of largest weight `[B, L]` and its log-weight `[B]` (Viterbi)."""
         origins = {}
