@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from windows import read, reader_of
+from windows import read, reader_of, stage_of
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
 from tiny import random_head, tiny_backbone
@@ -85,7 +85,7 @@ def test_partial_pass_is_a_whole_one_with_kept_keys_and_values(backbone, cache):
     model = CoDDModel.from_backbone(tiny_backbone(kind, **changes), mask_token_id=MASK)
     canvas, mask, block = canvases()
     reader = reader_of(model, canvas, mask, cache=cache)
-    reader.begin_stage(block)
+    reader.begin_stage(stage_of(block))
 
     kept: dict[str, torch.Tensor] = {}
     hooks = recorded(model.backbone, kept, None)
@@ -126,7 +126,7 @@ def test_later_steps_compute_the_block_alone_and_copy_nothing(cache):
     lengths = []
     layer = model.backbone.get_decoder().layers[0].self_attn
     layer.k_proj.register_forward_hook(lambda m, args, out: lengths.append(out.shape[1]))
-    reader.begin_stage(block)
+    reader.begin_stage(stage_of(block))
     memory = []
     for _ in range(3):
         read(reader, canvas, range(3))
@@ -136,16 +136,16 @@ def test_later_steps_compute_the_block_alone_and_copy_nothing(cache):
 
 
 @torch.no_grad()
-def test_row_that_is_new_is_read_whole_and_the_others_by_their_block():
+def test_row_that_is_new_is_read_whole_and_the_others_as_before():
     model = CoDDModel.from_backbone(tiny_backbone(), mask_token_id=MASK)
     canvas, mask, block = canvases()
     reader = reader_of(model, canvas, mask, cache="dual")
-    reader.begin_stage(block)
+    reader.begin_stage(stage_of(block))
     read(reader, canvas, range(2))  # row 2 comes later
     later = some_committed(canvas, block)
     untouched = read(reader, later, range(1)).logits().clone()
     later[1, 0] = 4  # in its prompt
-    reader.is_new[1] = True
+    reader.forget(torch.tensor([False, True, False]))
     states = read(reader, later, range(3)).logits()
     whole = model.backbone_states(later, mask).logits()
     torch.testing.assert_close(states[0][block[0]], untouched[0][block[0]], atol=1e-5, rtol=0)
@@ -154,7 +154,7 @@ def test_row_that_is_new_is_read_whole_and_the_others_by_their_block():
         torch.testing.assert_close(states[row][block[row]], whole[row][block[row]])
 
 
-def test_row_that_a_caller_changes_is_read_again_alone():
+def test_row_that_a_caller_changes_is_read_again():
     model = CoDDModel.from_backbone(tiny_backbone(), mask_token_id=MASK)
     read, layer = [], model.backbone.get_decoder().layers[0].self_attn
     layer.k_proj.register_forward_hook(lambda m, args, out: read.append(tuple(out.shape[:2])))
@@ -166,7 +166,7 @@ def test_row_that_a_caller_changes_is_read_again_alone():
     prompts = torch.tensor([[5, 6, 7], [8, 9, 10]])
     call = {"gen_length": 4, "num_inference_steps": 3, "eos_token_id": [], "cache": "dual"}
     model.generate(prompts, on_step=change, **call)
-    assert read == [(2, 7), (1, 7), (2, 4), (2, 4)]
+    assert read == [(2, 7), (2, 7), (2, 4)]
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -234,7 +234,7 @@ def test_full_paradigm_keeps_the_prompt_and_generate_takes_a_cache_as_well(copyi
     [
         ("bert", {}, "dual", "model type 'bert'"),
         ("roberta", {}, "prefix", "model type 'roberta'"),
-        ("llama", {}, "static", "one of None, prefix, dual, got 'static'"),
+        ("llama", {}, "static", "one of None, False, prefix, dual, got 'static'"),
         ("qwen2", {"use_sliding_window": True}, "dual", "`sliding_window="),
     ],
 )

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
-from codd_hf.decoding.step import CanvasReader
 from tiny import random_head, tiny_backbone, tiny_model
 
 MASK, EOS, PAD, WINDOW = 2, 1, 0, 4
@@ -104,37 +103,22 @@ def test_blocks_of_a_block_causal_backbone_are_those_of_its_attention(prompt, fi
 
 @pytest.mark.parametrize("prompt_length", [3, 8])
 @pytest.mark.parametrize("block_length", [2, 4])
-def test_block_causal_backbone_reads_no_further_than_the_windows(
-    monkeypatch, prompt_length, block_length
-):
+def test_block_causal_backbone_reads_no_further_than_its_block(prompt_length, block_length):
     model = CoDDModel.from_backbone(tiny_backbone(block_length=4), random_head())
-    prompt = torch.arange(3, 3 + prompt_length)[None]
-    lengths = []
-
-    def generate():
-        lengths.clear()
-        hook = model.backbone.get_decoder().register_forward_pre_hook(
-            lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]),
-            with_kwargs=True,
-        )
-        generator = torch.Generator().manual_seed(0)
-        tokens = model.generate(
-            prompt, gen_length=12, block_length=block_length, generator=generator, eos_token_id=[]
-        )
-        hook.remove()
-        return tokens
-
-    cut = generate()
-    assert min(lengths) < prompt_length + 12 == max(lengths)
-    inner = CanvasReader.begin_stage
-
-    def open_all(reader, block):
-        inner(reader, block)
-        reader.end = None
-
-    monkeypatch.setattr(CanvasReader, "begin_stage", open_all)
-    assert torch.equal(cut, generate())
-    assert set(lengths) == {prompt_length + 12}
+    prompt, lengths = torch.arange(3, 3 + prompt_length)[None], []
+    model.backbone.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    steps, _ = committed(
+        model,
+        prompt[0].tolist(),
+        gen_length=12,
+        block_length=block_length,
+        cache=False,
+        num_inference_steps=8,
+    )
+    ends = [min(4 * (positions[0] // 4) + 4, prompt_length + 12) for positions in steps]
+    assert lengths == ends
 
 
 @pytest.mark.parametrize(
@@ -185,7 +169,7 @@ def test_steps_are_shared_by_the_blocks_that_have_gaps(model):
     template = [MASK, 3, 4, 5, 6, 7, 8, 9, 3, 4, MASK, MASK, MASK, 5, 6, MASK]
     steps, _ = committed(model, template, infill=True, num_inference_steps=5)
     blocks = [{p // 4 for p in positions} for positions in steps]
-    assert blocks == [{0}, {2}, {2}, {3}]  # two steps, two and one; the first block needs one
+    assert blocks == [{0}, {2}, {2}, {3}, {3}]  # one step, two and two: the first has one mask
     with pytest.raises(ValueError, match=re.escape("that are decoded, 3 in row 0 with")):
         committed(model, template, infill=True, num_inference_steps=2)
 

@@ -8,7 +8,7 @@ from scipy.stats import chi2
 from codd_hf.circuits import CoupledCategorical
 from codd_hf.decoding.call import DecodingCall
 from codd_hf.decoding.layout import lay_out
-from codd_hf.decoding.step import CanvasReader
+from codd_hf.decoding.step import CanvasReader, Stage
 from codd_hf.schedulers.scheduling_codd import CoDDScheduler
 from tiny import enumerate_window, random_head
 
@@ -47,6 +47,12 @@ def reader_of(model, tokens: torch.Tensor, mask: torch.Tensor, **call) -> Canvas
     kwargs = {"gen_length": 1, "block_length": 4, "infill": True, **call}
     call = DecodingCall(model, CoDDScheduler(), len(tokens), **kwargs)
     return CanvasReader(model, lay_out(model, call, tokens, mask))
+
+
+def stage_of(block: torch.Tensor) -> Stage:
+    """Of a block `[batch, n]`, in which everything is read."""
+    end = torch.full((len(block),), block.shape[1])
+    return Stage(block, torch.ones_like(end), end)
 
 
 def read(reader: CanvasReader, tokens: torch.Tensor, rows: range):

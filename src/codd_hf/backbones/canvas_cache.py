@@ -1,9 +1,11 @@
 """Keys, values and hidden states of a canvas, kept between passes over parts of it.
 
-With full attention everything at a position depends on the whole canvas, so what is kept of one
-pass is not quite what the next would compute. From step to step it changes little away from the
-positions that are being filled (Fast-dLLM, arXiv 2505.22618): those are computed anew, at their
-places in the middle of the canvas, and attend to what is kept of the others.
+With block-causal attention nothing in a block depends on what follows it: what is kept of complete
+blocks is exact, and each is computed once after it is complete. With full attention everything at a
+position depends on the whole canvas, so what is kept of one pass is not quite what the next would
+compute. From step to step it changes little away from the positions that are being filled
+(Fast-dLLM, arXiv 2505.22618): those are computed anew, at their places in the middle of the canvas,
+and attend to what is kept of the others.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class CanvasLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, cache: CanvasCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in transformers: keeps a pass's results; returns its rows' over the whole canvas."""
+        """As in transformers: keeps a pass's results; returns its rows' from the first column."""
         self.keys, keys = cache.write(self.keys, key_states, dim=2)
         self.values, values = cache.write(self.values, value_states, dim=2)
         self.is_initialized = True
@@ -39,22 +41,22 @@ class CanvasLayer(DynamicLayer):
 
 
 class CanvasCache(Cache):
-    """A transformers cache of whole canvases, for passes over all of them or parts.
+    """A transformers cache of `num_rows` canvases of `length` columns, for passes over parts.
 
     Announce a pass with `begin`, run it by `BackboneFamily.states(..., cache=...)`.
     """
 
-    def __init__(self, num_rows: int) -> None:
+    def __init__(self, num_rows: int, length: int) -> None:
         super().__init__(layer_class_to_replicate=CanvasLayer)
-        self.num_rows = num_rows
+        self.num_rows, self.length = num_rows, length
         self.hidden: torch.Tensor | None = None
 
-    def begin(self, rows: torch.Tensor, positions: torch.Tensor | None = None) -> None:
-        """Announces a pass over `rows` `[batch]`: whole ones, or columns `[batch, n]` of kept ones.
+    def begin(self, rows: torch.Tensor, columns: torch.Tensor, end: int) -> None:
+        """Announces a pass over `columns` `[batch, n]`, below `end`, of `rows` `[batch]`.
 
-        A row is kept once it was in a pass over whole rows.
+        It sees what is kept below `end`, which a mask has to hide where nothing is kept yet.
         """
-        self.rows, self.positions = rows, positions
+        self.rows, self.columns, self.end = rows, columns, end
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
@@ -71,15 +73,10 @@ class CanvasCache(Cache):
         self, stored: torch.Tensor | None, new: torch.Tensor, dim: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`stored` with a pass's `new` on the canvas (dimension `dim`), and the pass's rows."""
-        rows = self.rows.to(new.device)
-        everything = len(rows) == self.num_rows  # while no row has left, nothing is copied
-        if stored is not None and self.positions is not None:
-            places = rows[:, None], self.positions.to(new.device)
-            stored.transpose(1, dim)[places] = new.transpose(1, dim)
-            return stored, stored if everything else stored[rows]
-        if everything:
-            return new, new
+        rows, columns = self.rows.to(new.device), self.columns.to(new.device)
         if stored is None:
-            stored = new.new_empty(self.num_rows, *new.shape[1:])
-        stored[rows] = new
-        return stored, new
+            size = (self.num_rows, *new.shape[1:dim], self.length, *new.shape[dim + 1 :])
+            stored = new.new_zeros(size)
+        stored.transpose(1, dim)[rows[:, None], columns] = new.transpose(1, dim)
+        seen = stored.narrow(dim, 0, self.end)
+        return stored, seen if len(rows) == self.num_rows else seen[rows]

@@ -104,9 +104,9 @@ class BackboneFamily:
         """How many tokens a row may have; None where nothing bounds it."""
         return getattr(model.config, "max_position_embeddings", None)
 
-    def make_cache(self, model: PreTrainedModel, num_rows: int) -> CanvasCache:
-        """An empty cache for passes over parts of a canvas of `num_rows` rows."""
-        raise ValueError(
+    def why_no_cache(self, model: PreTrainedModel) -> str | None:
+        """The sentence that says why no pass can be over parts of a canvas; None if they can."""
+        return (
             "`cache` needs a decoder that transformers runs (as llama and qwen2), got the model "
             f"type {model.config.model_type!r}: leave `cache` out."
         )
@@ -153,7 +153,7 @@ class BackboneFamily:
             input_ids: `[batch, length]`.
             attention_mask: `[batch, length]`, 0 at padding.
             position_ids: `[batch, length]`; default, counted from the left end.
-            cache: from `make_cache`, with a pass announced; the rest is as it was last computed.
+            cache: with a pass announced; the rest is as it was last computed.
 
         Raises:
             ValueError: the attention implementation cannot be block-causal.
@@ -167,10 +167,8 @@ class BackboneFamily:
                     f"got {implementation!r}."
                 )
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            visible = block_causal_mask(real, block_length, model.dtype)
-            if cache is not None and cache.positions is not None:
-                row = torch.arange(len(real), device=real.device)[:, None]
-                visible = visible[row, :, cache.positions].transpose(1, 2)
+            columns = None if cache is None else cache.columns
+            visible = block_causal_mask(real, block_length, model.dtype, columns)
         cached = {} if cache is None else {"cache": cache}
         states = self.run(model, input_ids, visible, position_ids, **cached)
         return states.shifted(attention_mask) if shifts_logits(model.config) else states
@@ -182,16 +180,16 @@ class DecoderFamily(BackboneFamily):
     model_types = ("llama", "qwen2")
     bidirectional = {"is_causal": False}  # noqa: RUF012
 
-    def make_cache(self, model: PreTrainedModel, num_rows: int) -> CanvasCache:
+    def why_no_cache(self, model: PreTrainedModel) -> str | None:
         """Needs attention by a mask over the whole canvas."""
         implementation = model.config._attn_implementation or "eager"
         window = getattr(model.config, "sliding_window", None)
-        if implementation not in ("sdpa", "eager") or window is not None:
-            raise ValueError(
-                "`cache` needs `attn_implementation` 'sdpa' or 'eager' and no sliding window, got "
-                f"{implementation!r} with `sliding_window={window}`: leave `cache` out."
-            )
-        return CanvasCache(num_rows)
+        if implementation in ("sdpa", "eager") and window is None:
+            return None
+        return (
+            "`cache` needs `attn_implementation` 'sdpa' or 'eager' and no sliding window, got "
+            f"{implementation!r} with `sliding_window={window}`: leave `cache` out."
+        )
 
     def run(
         self,
@@ -206,11 +204,8 @@ class DecoderFamily(BackboneFamily):
         cached: dict[str, Any] = {}
         if cache is not None:
             cached = {"use_cache": True, cache_argument(decoder): cache}
-            position_ids = cache.positions
-            if position_ids is None:  # left out, they would be counted from the end of the cache
-                position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-            else:
-                input_ids = input_ids.gather(1, position_ids)
+            position_ids = cache.columns
+            input_ids = input_ids.gather(1, position_ids)
         hidden = decoder(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **cached
         ).last_hidden_state.to(input_ids.device)
@@ -267,17 +262,23 @@ def unsupported(model_type: str) -> ValueError:
 
 
 def block_causal_mask(
-    attention_mask: torch.Tensor, block_length: int, dtype: torch.dtype
+    attention_mask: torch.Tensor,
+    block_length: int,
+    dtype: torch.dtype,
+    columns: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """An additive mask `[batch, 1, query, key]`, block-causal from each row's first real token on.
 
-    Padding is seen by itself alone, so that no row of scores is empty.
+    Padding is seen by itself alone, so that no row of scores is empty. The queries are at `columns`
+    `[batch, query]`, by default everywhere.
     """
     integer("block_length", block_length, least=1)
-    real = attention_mask.bool()
+    real, key = attention_mask.bool(), torch.arange(attention_mask.shape[1]).to(attention_mask)
+    columns = key.expand_as(real) if columns is None else columns
     block = (real.long().cumsum(1) - 1).div(block_length, rounding_mode="floor")
-    sees = (block[:, :, None] >= block[:, None, :]) & real[:, None, :] & real[:, :, None]
-    sees = sees | torch.eye(real.shape[1], dtype=torch.bool, device=real.device)
+    sees = block.gather(1, columns)[:, :, None] >= block[:, None, :]
+    sees = sees & real[:, None, :] & real.gather(1, columns)[:, :, None]
+    sees = sees | (columns[:, :, None] == key)
     hidden = torch.zeros(sees.shape, dtype=dtype, device=real.device)
     return hidden.masked_fill(~sees, torch.finfo(dtype).min)[:, None]
 

@@ -100,9 +100,9 @@ def flag(name: str, value: Any) -> bool:
     return plain(value)
 
 
-def choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
+def choice(name: str, value: Any, choices: Sequence[str | bool | None]) -> None:
     """Raises unless the value is one of the choices."""
-    if not (isinstance(value, str | None) and value in choices):
+    if not (isinstance(value, str | bool | None) and value in choices):
         names = ", ".join(map(str, choices))
         raise ValueError(f"`{name}` must be one of {names}, got {shown(value)}.")
 

@@ -228,14 +228,18 @@ class CoupledBackbone(WithHeads):
         return {"input_ids": input_ids, **kwargs}
 
 
-def windows_over(chosen: torch.Tensor, origin: torch.Tensor, length: int) -> torch.Tensor:
+def windows_over(
+    chosen: torch.Tensor, origin: torch.Tensor, first: torch.Tensor, length: int
+) -> torch.Tensor:
     """Places windows: `[n, T]` bool, where those begin that hold a chosen position of `[n, T]`.
 
-    The windows of a row lie on a grid of `length` positions, from its `origin` `[n]` on.
+    The windows of a row lie on a grid of `length` positions, from its `origin` `[n]` on; the first
+    one begins at its `first` `[n]`.
     """
     rows, columns = chosen.nonzero(as_tuple=True)
     starts = torch.zeros_like(chosen)
-    starts[rows, columns - (columns - origin[rows]) % length] = True
+    line = columns - (columns - origin[rows]) % length
+    starts[rows, torch.maximum(line, first[rows])] = True
     return starts
 
 

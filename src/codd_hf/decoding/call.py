@@ -30,7 +30,7 @@ PerRow = int | Sequence[int]
 """A number for all rows, or one for each."""
 
 PARADIGMS = ("block", "full")
-CACHES = (None, "prefix", "dual")
+CACHES = (None, False, "prefix", "dual")
 DEFAULT_LENGTH = 128
 DEFAULT_BLOCK_LENGTH = 32
 
@@ -67,7 +67,9 @@ class DecodingCall:
             canvas from the start.
         logits_processor: transformers' processors of the scores that candidates are drawn from;
             `CoDDScheduler.step` says what they see.
-        cache: `"prefix"` or `"dual"`: after the first step of a block (or of the whole, in the full
+        cache: None: of a block-causal decoder the keys and values of complete blocks are kept,
+            which is exact and takes work in proportion to the text; False: nothing is kept.
+            `"prefix"` or `"dual"`: after the first step of a block (or of the whole, in the full
             paradigm) the backbone computes only the block and what follows it, or only the block,
             and reuses the keys and values of the rest: an approximation, for decoders that
             transformers runs.
@@ -97,7 +99,7 @@ class DecodingCall:
         min_new_tokens: PerRow | None = None,
         forced_tokens: ForcedTokens | None = None,
         logits_processor: LogitsProcessor | LogitsProcessorList | None = None,
-        cache: str | None = None,
+        cache: str | bool | None = None,
         head: HeadName = None,
         **settings: Any,
     ) -> None:

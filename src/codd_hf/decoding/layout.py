@@ -1,8 +1,10 @@
 """Lays out the canvas of a call: its rows, and the stages in which they are decoded."""
 
+from collections import Counter
+
 import torch
 
-from ..backbones import block_length_of
+from ..backbones import block_length_of, shifts_logits
 from ..checks.arguments import check_unmasked
 from ..coupling.windows import CoupledBackbone, check_size
 from .call import DecodingCall
@@ -59,28 +61,40 @@ def lay_out(
         room = -span % call.head.window_length
         window_origin = start - torch.minimum(room // 2, start)
         end_ids = end_ids if padding is None else [*end_ids, padding]
+    causal = block_length_of(model.config.text_config)
+    if causal is not None and call.head.window_length % causal == 0:
+        window_origin = window_origin - window_origin % causal  # whole blocks are in a window
     for row, forced in enumerate(call.forced_tokens):
         for place, token in forced.items():
             tokens[row, start[row] + place] = token
     parts = (tokens, attended.long(), generated, start, window_origin, no_end_before)
     canvas = Canvas(call, *parts, end_ids, torch.zeros_like(start))
 
-    # The blocks, in order.
-    block = torch.zeros_like(tokens)
-    if call.block_length is not None:
+    # The blocks, in order, and what is read for each.
+    block, end = torch.zeros_like(tokens), torch.full_like(column, longest)
+    if causal is not None:
         # A block-causal backbone counts blocks from the beginning of the row.
-        is_block_causal = block_length_of(model.config.text_config) is not None
-        block = block + column - (0 if is_block_causal else start[:, None])
-        block = block.div(call.block_length, rounding_mode="floor")
-    canvas.stages = _stages(canvas, block)
+        block = block + column.div(call.block_length, rounding_mode="floor")
+        end = (column - column % causal + causal).clamp(max=longest)
+        if shifts_logits(model.config.text_config):
+            # The first token of a block is predicted by the block before, whatever is in it.
+            is_first = (column % causal == 0) & (column > 0)
+            block, end = 2 * block + ~is_first, torch.where(is_first, column + 1, end)
+    elif call.block_length is not None:
+        block = (column - start[:, None]).div(call.block_length, rounding_mode="floor")
+    canvas.stages = _stages(canvas, block, end)
     return canvas
 
 
-def _stages(canvas: Canvas, block: torch.Tensor) -> list[Stage]:
-    """Shares the steps of a row over those of its blocks `[batch, T]` in which masks are."""
+def _stages(canvas: Canvas, block: torch.Tensor, end: torch.Tensor) -> list[Stage]:
+    """Shares the steps of a row over those of its blocks `[batch, T]` in which masks are.
+
+    `end` `[T]` says for each position what is read for it.
+    """
     masked, stages = canvas.open_positions(), list[Stage]()
     for row, steps in enumerate(canvas.call.num_inference_steps):
-        blocks = block[row, masked[row]].unique().tolist()
+        found, counts = block[row, masked[row]].unique(return_counts=True)
+        blocks = found.tolist()
         if steps is None:
             steps = max(-(-int(masked[row].sum()) // 4), len(blocks))
         if steps < len(blocks):
@@ -89,11 +103,15 @@ def _stages(canvas: Canvas, block: torch.Tensor) -> list[Stage]:
                 f"{len(blocks)} in row {row} with `block_length={canvas.call.block_length}`, got "
                 f"{steps}: take more steps or longer blocks."
             )
+        # In turns, from the first block on, and no more than a block has masks.
+        turns = ((turn, i) for i, count in enumerate(counts.tolist()) for turn in range(count))
+        share = Counter(number for _, number in sorted(turns)[:steps])
         for number, index in enumerate(blocks):
             if number == len(stages):
-                stages.append(Stage(torch.zeros_like(masked), torch.zeros_like(canvas.start)))
-            # Shared evenly; the remainder goes to the first blocks.
-            share = steps // len(blocks) + (number < steps % len(blocks))
-            stages[number].num_steps[row] = share
-            stages[number].within[row] = canvas.generated[row] & (block[row] == index)
+                zeros = torch.zeros_like(canvas.start)
+                stages.append(Stage(torch.zeros_like(masked), zeros, zeros.clone()))
+            within = canvas.generated[row] & (block[row] == index)
+            stages[number].num_steps[row] = share[number]
+            stages[number].within[row] = within
+            stages[number].end[row] = end[within].max()
     return stages

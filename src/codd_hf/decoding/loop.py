@@ -47,7 +47,7 @@ def denoise(
     reader, mask_token_id = CanvasReader(model, canvas), call.mask_token_id
     for stage in canvas.stages:
         most_steps = int(stage.num_steps.max())
-        reader.begin_stage(stage.within)
+        reader.begin_stage(stage)
         for number in range(most_steps):
             is_open = (canvas.open_positions() & stage.within).any(-1)
             rows = (is_open & (number < stage.num_steps)).nonzero()[:, 0]
@@ -66,7 +66,7 @@ def denoise(
                 if returned is not None:
                     tokens = as_tensor("canvas", returned, int, after.shape, after.device).clone()
                     check_tokens("canvas", tokens, model.config.vocab_size)
-                    reader.is_new |= (tokens != canvas.tokens).any(-1)
+                    reader.forget((tokens != canvas.tokens).any(-1))
                     canvas.tokens = tokens
             canvas.num_passes += 1
             canvas.pad_after_ends()

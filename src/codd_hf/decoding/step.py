@@ -1,14 +1,20 @@
 """One step of the denoising loop: the backbone reads the canvas, the scheduler commits tokens.
 
-| `cache` | computed in the first step of a block | in its other steps |
-| --- | --- | --- |
-| None | the whole canvas | the whole canvas |
-| `"prefix"` | the whole canvas | the block and what follows it |
-| `"dual"` | the whole canvas | the block |
+| attention | `cache` | computed in the first step of a block | in its other steps |
+| --- | --- | --- | --- |
+| full | None, False | the whole canvas | the whole canvas |
+| | `"prefix"` | the whole canvas | the block and what follows it |
+| | `"dual"` | the whole canvas | the block |
+| block-causal | False | the attention's blocks up to this one | the same |
+| | None | those of them that are not kept | the attention's block |
+| | `"prefix"` | those of them that are not kept | the block and what follows it in there |
+| | `"dual"` | those of them that are not kept | the block |
 
-The rest is kept from the block's first step, when the block and what follows it were masked
-(Fast-dLLM, arXiv 2505.22618, which calls the second `DualCache`). With full attention that is an
-approximation: tokens committed in the block change the others' keys and values a little.
+Under block-causal attention neither the backbone nor windows see anything beyond the attention's
+block at hand. What is kept of the blocks before it is exact: each was read after it was complete.
+`"prefix"` and `"dual"` keep the rest from the block's first step, when the block and what follows
+it were masked (Fast-dLLM, arXiv 2505.22618, which calls the second `DualCache`): an approximation,
+as tokens committed in the block change the others' keys and values a little.
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ import torch
 from torch.nn import functional as F
 
 from ..backbones import BackboneStates, block_length_of, shifts_logits
+from ..backbones.canvas_cache import CanvasCache
 from ..checks.arguments import numbered
 from ..circuits import Generators, without_tokens
 from ..coupling.windows import CoupledBackbone, positions_of, windows_over
@@ -36,10 +43,12 @@ class Stage(NamedTuple):
     Attributes:
         within: `[batch, T]` bool, the positions that are decoded.
         num_steps: `[batch]`, the most steps that each row may take; 0 for rows that are done.
+        end: `[batch]`, the column from which on nothing is read, nor in a window.
     """
 
     within: torch.Tensor
     num_steps: torch.Tensor
+    end: torch.Tensor
 
 
 @dataclass
@@ -123,55 +132,65 @@ class Canvas:
 
 
 class CanvasReader:
-    """Runs the backbone for one call; nothing read for a row depends on the others.
-
-    With a cache, a row that `is_new` `[batch]` is read whole, and then by its block alone.
-    """
+    """Runs the backbone for one call; nothing read for a row depends on the others."""
 
     def __init__(self, model: CoupledBackbone, canvas: Canvas) -> None:
         self.canvas, self.family, self.backbone = canvas, model.family, model.backbone
-        self.cache = None
-        if canvas.call.cache is not None:
-            self.cache = self.family.make_cache(self.backbone, len(canvas.tokens))
+        self.block_length = block_length_of(self.backbone.config)
+        self.shift = int(shifts_logits(self.backbone.config))
+        self.cache, asked = None, canvas.call.cache
+        refusal = self.family.why_no_cache(self.backbone)
+        if isinstance(asked, str) and refusal is not None:
+            raise ValueError(refusal)
+        is_exact = asked is None and self.block_length is not None and refusal is None
+        if is_exact or isinstance(asked, str):
+            self.cache = CanvasCache(*canvas.tokens.shape)
+        self.kept = torch.zeros_like(canvas.start)  # columns of complete blocks, from the left
         self.is_new = torch.ones_like(canvas.start, dtype=torch.bool)
 
-    def begin_stage(self, block: torch.Tensor) -> None:
-        """Says where the next steps commit tokens, `[batch, length]` bool; the first reads all."""
-        self.end, call = None, self.canvas.call
-        if block_length_of(self.backbone.config) is not None:
-            # A block-causal backbone sees nothing beyond: columns behind need not be computed.
-            length = call.head.window_length
-            starts = windows_over(block, self.canvas.window_origin, length)
-            self.end = int(starts.any(0).nonzero().max()) + length
+    def begin_stage(self, stage: Stage) -> None:
+        """Says where the next steps commit tokens; the first reads all that is not kept."""
+        self.stage, kind, block = stage, self.canvas.call.cache, stage.within
         if self.cache is None:
             return
         self.is_new.fill_(True)
-        if call.cache == "prefix":
-            block = (block.long().cumsum(1) > 0) & self.canvas.attention_mask.bool()
-        if shifts_logits(self.backbone.config):
-            block = block | F.pad(block[:, 1:], (0, 1))  # where the first of them is predicted
-        # A row with fewer columns than others computes its last one more than once.
-        count = block.sum(-1, keepdim=True)
-        order = block.logical_not().long().argsort(dim=1, stable=True)
-        nth = torch.arange(int(count.max()), device=block.device)
-        self.columns = order.gather(1, torch.minimum(nth, (count - 1).clamp(min=0)))
+        self.column = torch.arange(block.shape[1], device=block.device)
+        self.complete, self.end = torch.zeros_like(stage.end), stage.end
+        if self.block_length is not None:
+            first, last = block.long().argmax(1), stage.end - self.shift
+            self.complete = first - first % self.block_length
+            self.end = last + -last % self.block_length
+        self.again = self.column >= self.complete[:, None]
+        if kind is not None:
+            if self.shift:
+                block = block | F.pad(block[:, 1:], (0, 1))  # where the first of them is predicted
+            is_behind = (block.long().cumsum(1) > 0) & self.canvas.attention_mask.bool()
+            self.again = is_behind if kind == "prefix" else block
+
+    def forget(self, rows: torch.Tensor) -> None:
+        """Says of which rows, `[batch]` bool, tokens have changed anywhere."""
+        self.is_new |= rows
+        self.kept[rows] = 0
 
     def read(self, rows: torch.Tensor) -> BackboneStates:
         """Predicts the tokens of some rows `[n]`, up to where the block needs it.
 
         The result is valid until the next call.
         """
-        tokens, mask = self.canvas.tokens[rows], self.canvas.attention_mask[rows]
+        end = int(self.stage.end[rows].max())
+        tokens, mask = self.canvas.tokens[rows, :end], self.canvas.attention_mask[rows, :end]
         if self.cache is None:
-            return self.family.states(self.backbone, tokens[:, : self.end], mask[:, : self.end])
-        new = self.is_new[rows]
-        if bool(new.any()):
-            self.cache.begin(rows[new])
-            states = self.family.states(self.backbone, tokens[new], mask[new], cache=self.cache)
-            self.is_new[rows] = False
-            if bool(new.all()):
-                return states
-        self.cache.begin(rows, self.columns[rows])
+            return self.family.states(self.backbone, tokens, mask)
+        unknown = self.column >= self.kept[rows, None]
+        wanted = torch.where(self.is_new[rows, None], unknown, self.again[rows])
+        wanted &= self.column < self.end[rows, None]
+        self.kept[rows], self.is_new[rows] = self.complete[rows], False
+        # A row with fewer columns than others computes its last one more than once.
+        count = wanted.sum(-1, keepdim=True)
+        order = wanted.logical_not().long().argsort(dim=1, stable=True)
+        nth = self.column[: int(count.max())]
+        columns = order.gather(1, torch.minimum(nth, (count - 1).clamp(min=0)))
+        self.cache.begin(rows, columns, end)
         return self.family.states(self.backbone, tokens, mask, cache=self.cache)
 
 
@@ -195,10 +214,13 @@ def take_step(
     at_least = even_pace(open_, num_steps - number)
     if call.block_length is None:
         covered = eligible = _chosen(model, part, rows, states, num_steps, number, open_)
-    starts = windows_over(covered, part.window_origin, length)
+    first_window = part.window_origin if call.infill else part.start
+    starts = windows_over(covered, part.window_origin, first_window, length)
     if call.block_length is None and scheduler.settings.strategy in ADAPTIVE:
         # An adaptive strategy may commit any open position of these windows.
         eligible = open_ & positions_of(starts, length)
+    read = torch.arange(states.last_hidden_state.shape[1], device=rows.device)
+    present = part.attention_mask[:, : len(read)] * (read < stage.end[rows, None])
     for index in rows_alike(starts.sum(-1), num_steps):
         # 1. The distribution over the windows.
         group, group_rows = part.rows(index), rows[index]
@@ -208,9 +230,9 @@ def take_step(
         with numbered(rows):
             distribution = model.window_distribution(
                 states,
-                part.tokens,
+                part.tokens[:, : len(read)],
                 window_start.flatten(),
-                part.attention_mask,
+                present,
                 rows=index.repeat_interleave(window_start.shape[1]),
                 temperature=scheduler.settings.evidence_temperature,
                 head=call.head,
