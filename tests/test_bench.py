@@ -16,6 +16,7 @@ COLUMNS = {
     "overhead": "overhead, %",
     "head-step": "times faster",
     "end-to-end": "tokens/s",
+    "block-cache": "tokens/s",
 }
 
 
@@ -34,6 +35,8 @@ def test_benchmark_runs_and_its_figures_are_sane(name, capsys, tmp_path):
         numbers = [v for v in row.values() if isinstance(v, float)]
         assert all(math.isfinite(v) and v >= 0 for v in numbers)
         assert row[COLUMNS[name]] > 0
+    if name == "block-cache":
+        assert {row["tokens as LLaDA2Pipeline's, %"] for row in rows} == {100}
     if name != "end-to-end":
         return
     # Where both pipelines read the same they find the same tokens.

@@ -27,9 +27,9 @@ def tokenizer():
     )
 
 
-def city_model(coupling: str) -> CoDDModel:
+def city_model(coupling: str, **changes) -> CoDDModel:
     """The backbone finds all four words equally likely everywhere; the circuit knows two cities."""
-    backbone = tiny_backbone("bert", len(WORDS))
+    backbone = tiny_backbone("bert", len(WORDS), **changes)
     head = CoDDHead(head_config(len(WORDS), num_latents=4, forbidden_token_ids=[0, 1]))
     words = [SAN, DIEGO, NEW, YORK]  # what each state emits
     with torch.no_grad():
@@ -56,7 +56,7 @@ def run(model, tokenizer, **kwargs) -> set[tuple[str, ...]]:
     torch.manual_seed(0)
     found = set()
     for _ in range(6):
-        found |= pairs(pipe(gen_length=8, block_length=4, **kwargs).texts[0])
+        found |= pairs(pipe(**{"gen_length": 8, "block_length": 4, **kwargs}).texts[0])
     return found
 
 
@@ -92,6 +92,14 @@ def test_stock_pipeline_with_a_prompt_of_odd_length_completes_its_city(tokenizer
         text = pipe("San Diego New", gen_length=5, block_length=4, num_inference_steps=1).texts[0]
         assert text.startswith("York")
         assert pairs("New " + text) <= CITIES
+
+
+@pytest.mark.parametrize("block_length", [2, 4])
+def test_stock_pipeline_writes_whole_cities_block_by_block(block_length, tokenizer):
+    """Windows of 4 hold a block, or two of which the first is committed."""
+    model = city_model("latent", block_length=block_length)
+    call = {"prompt": "San Diego New York", "temperature": 1.0, "block_length": block_length}
+    assert run(model, tokenizer, num_inference_steps=1, **call) == CITIES
 
 
 def test_batch_of_ids_with_padding_is_coupled_too(tokenizer):

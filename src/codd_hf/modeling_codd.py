@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .backbones import family_of, is_known, load_backbone
+from .backbones import decoding_of, family_of, is_known, load_backbone
 from .checks.arguments import choice, flag, generators
 from .circuits import CoupledCategorical, Generators
 from .configuration_codd import COUPLINGS, CoDDConfig, CoDDHeadConfig
@@ -180,6 +180,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
             token = getattr(getattr(model, "generation_config", None), name, None)
             if token is not None:
                 setattr(joined.generation_config, name, token)
+        vars(joined.generation_config).update(decoding_of(model.config))
         return joined.eval()
 
     @classmethod

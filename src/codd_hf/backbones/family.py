@@ -2,11 +2,12 @@
 
 A backbone is an ordinary `PreTrainedModel`. A family builds it so that every position sees the
 whole sequence, and reads for position `i` the logits of token `i` and the hidden state that they
-are made of. Families are stateless. Two fields of a configuration count for all of them:
+are made of. Families are stateless. Three fields of a configuration count for all of them:
 
 - `block_length`: attention is block-causal, as SDAR's and LLaDA2's: token `i` belongs to block
   `i // block_length`, and a position sees its own block, both ways, and all earlier ones;
-- `logit_shift`: the logits at a position predict the next one (Dream).
+- `logit_shift`: the logits at a position predict the next one (Dream);
+- `decoding`: by what the code of a published model decodes, for those who say nothing else.
 """
 
 from __future__ import annotations
@@ -34,6 +35,12 @@ def block_length_of(config: PretrainedConfig) -> int | None:
 def shifts_logits(config: PretrainedConfig) -> bool:
     """Whether a backbone's logits at a position predict the next one."""
     return getattr(config, "logit_shift", False)
+
+
+def decoding_of(config: PretrainedConfig) -> dict[str, Any]:
+    """The choices by which the code of a published model decodes, as `generate` names them."""
+    said = getattr(config, "decoding", None) or {}
+    return {name: said[name] for name in ("strategy", "threshold", "block_length") if name in said}
 
 
 @dataclass

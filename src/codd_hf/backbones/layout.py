@@ -6,6 +6,12 @@ from transformers import PretrainedConfig
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
 KNOWN_TO_ALL = ("rope_theta", "rope_scaling", "quantization_config")
+DECODING: dict[str, dict[str, Any]] = {
+    "sdar": {"strategy": "threshold", "threshold": 0.9},
+    "llada2_moe": {"strategy": "threshold", "threshold": 0.95},
+    "Fast_dLLM_Qwen": {"strategy": "threshold", "threshold": 0.9, "block_length": 8},
+}
+"""By model type, how the published code decodes (arXiv 2510.06303, 2512.15745, 2509.26328)."""
 
 
 class CheckpointLayout:
@@ -50,4 +56,6 @@ class CheckpointLayout:
         fields = {name: config[name] for name in names if config.get(name) is not None}
         fields |= {name: config.get(name) for name in SPECIAL_TOKENS}
         fields["dtype"] = config.get("dtype", config.get("torch_dtype"))
+        if self.model_type in DECODING:
+            fields["decoding"] = DECODING[self.model_type]
         return self.config_class(**fields | self.other_fields(config))

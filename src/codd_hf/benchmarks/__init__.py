@@ -16,6 +16,7 @@ BENCHMARKS = {
     "overhead": "head step over a backbone's forward pass, at LLaDA-8B's shape",
     "head-step": "head step against a plain reading of the paper",
     "end-to-end": "CoDDPipeline against diffusers' LLaDA2Pipeline on one backbone",
+    "block-cache": "a long answer of a block-causal backbone, complete blocks kept or not",
 }
 """By name, of which a module is called; a minus is an underscore there."""
 

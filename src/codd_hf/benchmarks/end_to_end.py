@@ -55,6 +55,8 @@ def measure(options: Options) -> Report:
                     f"with {cache} cache": partial(sides[FACTORIZED], cache=cache)
                     for cache in ("prefix", "dual")
                 }
+            if kind == "block-causal":
+                sides["complete blocks kept"] = partial(sides[FACTORIZED], cache=None)
             found = {name: run() for name, run in sides.items()}
             seconds = median_seconds(sides, options.repeats, options.device, warmups=0)
             rows += [
@@ -82,7 +84,7 @@ def sides_of(
     steps: int,
     block: int,
 ) -> dict[str, partial[torch.Tensor]]:
-    """Each pipeline's way to generate tokens in `steps` passes and blocks of `block`."""
+    """Each pipeline's way to generate tokens in `steps` passes and blocks of `block`, no cache."""
     # The stock blocks are counted from the beginning: a single one holds the prompt as well.
     stock_block = block if block < length else prompts.shape[1] + length
     stock_call = {
@@ -93,7 +95,8 @@ def sides_of(
         "eos_early_stop": False,
         "mask_token_id": pipeline.model.mask_token_id,
     }
-    call = {"block_length": block, "num_inference_steps": steps, "eos_token_id": []}
+    call: dict[str, Any] = {"block_length": block, "num_inference_steps": steps}
+    call |= {"eos_token_id": [], "cache": False}
     coupled = partial(_sequences, pipeline, input_ids=prompts, gen_length=length, **call)
     stock = LLaDA2Pipeline(stock_model, BlockRefinementScheduler())
     alone = {"head": False, "sampling": "factorized", "evidence_temperature": 1.0}

@@ -36,7 +36,8 @@ class TaskSettings(Settings):
     block_length: int | None = None
     """tokens decoded together; default: the model's, or else 32"""
     num_inference_steps: int | None = None
-    """backbone passes for the whole text; default: one for four tokens"""
+    """backbone passes for the whole text; default: one for four tokens, one for each with
+    threshold and joint"""
     paradigm: str | None = None
     """block, from left to right, or full: any position in any step"""
     min_new_tokens: int | None = None

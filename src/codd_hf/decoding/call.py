@@ -51,8 +51,9 @@ class DecodingCall:
             block-causal backbone. Those are counted from the beginning of the row, as its attention
             counts them, and `block_length` divides its own.
         num_inference_steps: the most passes of the backbone for the whole generation, shared evenly
-            by a row's blocks that hold masks, the remainder by the first ones; default one for four
-            tokens. Steps that a block does not need are not run.
+            by a row's blocks that hold masks, the remainder by the first ones, and no more than a
+            block has masks; default one for four tokens, or for each with the strategies
+            `threshold` and `joint`. Steps that a block does not need are not run.
         paradigm: `block`, or `full` for no block order.
         infill: whether rows are templates, in which every mask token is a position to fill. No
             end-of-text or padding token is drawn there.

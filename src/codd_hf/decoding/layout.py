@@ -7,6 +7,7 @@ import torch
 from ..backbones import block_length_of, shifts_logits
 from ..checks.arguments import check_unmasked
 from ..coupling.windows import CoupledBackbone, check_size
+from ..schedulers.strategies import ADAPTIVE
 from .call import DecodingCall
 from .step import Canvas, Stage
 
@@ -74,7 +75,7 @@ def lay_out(
     block, end = torch.zeros_like(tokens), torch.full_like(column, longest)
     if causal is not None:
         # A block-causal backbone counts blocks from the beginning of the row.
-        block = block + column.div(call.block_length, rounding_mode="floor")
+        block = block + column.div(call.block_length or causal, rounding_mode="floor")
         end = (column - column % causal + causal).clamp(max=longest)
         if shifts_logits(model.config.text_config):
             # The first token of a block is predicted by the block before, whatever is in it.
@@ -92,11 +93,12 @@ def _stages(canvas: Canvas, block: torch.Tensor, end: torch.Tensor) -> list[Stag
     `end` `[T]` says for each position what is read for it.
     """
     masked, stages = canvas.open_positions(), list[Stage]()
+    is_adaptive = canvas.call.scheduler.settings.strategy in ADAPTIVE
     for row, steps in enumerate(canvas.call.num_inference_steps):
         found, counts = block[row, masked[row]].unique(return_counts=True)
         blocks = found.tolist()
         if steps is None:
-            steps = max(-(-int(masked[row].sum()) // 4), len(blocks))
+            steps = max(-(-int(masked[row].sum()) // (1 if is_adaptive else 4)), len(blocks))
         if steps < len(blocks):
             raise ValueError(
                 f"`num_inference_steps` must be at least the number of blocks that are decoded, "

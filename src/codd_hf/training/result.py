@@ -13,6 +13,7 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
+from ..decoding.choices import entries, settings_of
 from ..evaluation import GapSettings
 from ..evaluation.gap import measure_gap
 from ..hub.cards import REWRITTEN, make_card
@@ -67,9 +68,10 @@ def write_pipeline(run: Run, circuit: Path, folder: Path, repo_id: str | None) -
     held_out = run.parts[2] or run.parts[1]
     problems, gap = held_out[: config.num_gap_problems], None
     if problems and model.coupling_head is not None:
-        heads, settings = {"coupled": model.coupling_head}, GapSettings(ratios=[0.25, 0.5, 0.75, 1])
-        gap = measure_gap(model, heads, tokenizer, problems, settings)
-    pipeline = CoDDPipeline(model, CoDDScheduler(), tokenizer)
+        heads, ratios = {"coupled": model.coupling_head}, GapSettings(ratios=[0.25, 0.5, 0.75, 1])
+        gap = measure_gap(model, heads, tokenizer, problems, ratios)
+    settings = settings_of(entries(model.generation_config))
+    pipeline = CoDDPipeline(model, CoDDScheduler(**settings), tokenizer)
     write_card(run, pipeline, folder, repo_id, gap)
     head = CoDDHead.from_pretrained(circuit)
     head.save_pretrained(folder / "generative", state_dict=in_bfloat16(head))

@@ -1,0 +1,130 @@
+"""Block-diffusion models decode by default as their own code does, here as plain loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
+from transformers import Qwen2Config
+
+from codd_hf import CoDDModel, CoDDPipeline
+from codd_hf.backbones import CheckpointLayout, decoding_of
+from tiny import tiny_backbone
+
+MASK, THRESHOLD = 2, 0.2
+SURE = {"strategy": "threshold", "threshold": THRESHOLD}
+
+
+def model_of(length: int, **changes) -> CoDDModel:
+    backbone = tiny_backbone("qwen2", block_length=length, **changes)
+    return CoDDModel.from_backbone(backbone, mask_token_id=MASK)
+
+
+def best(model, row: list[int], end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest probability and its token at every position of a row that is read up to `end`.
+
+    Of a next-token predictor, what it computes at a position is moved to the next one.
+    """
+    logits = model.backbone_states(torch.tensor([row[:end]])).logits()[0]
+    return logits.index_fill(-1, torch.tensor([MASK]), -torch.inf).softmax(-1).max(-1)
+
+
+def commit(model, row: list[int], block: range, end: int) -> None:
+    """A step within a block: all that is surer than the threshold, or else the surest token."""
+    threshold = model.generation_config.threshold
+    probs, tokens = best(model, row, end)
+    left = [i for i in block if row[i] == MASK]
+    sure = [i for i in left if probs[i] > threshold] or [max(left, key=lambda i: probs[i])]
+    for i in sure:
+        row[i] = int(tokens[i])
+
+
+def sdar_and_llada2(model, prompt: list[int], new: int, length: int) -> tuple[list[int], int]:
+    """Blocks in order, each in passes until it is full (arXiv 2510.06303, 2512.15745)."""
+    row, passes = prompt + [MASK] * new, 0
+    for begin in range(len(prompt) // length * length, len(row), length):
+        block = range(begin, min(begin + length, len(row)))
+        while any(row[i] == MASK for i in block):
+            commit(model, row, block, block.stop)
+            passes += 1
+    return row, passes
+
+
+def fast_dllm_v2(model, prompt: list[int], new: int, length: int, sub: int) -> tuple[list, int]:
+    """Sub-blocks, and a block's first token from the complete one before (arXiv 2509.26328)."""
+    row, passes = prompt + [MASK] * new, 0
+    for begin in range(len(prompt) // length * length, len(row), length):
+        end = min(begin + length, len(row))
+        if row[begin] == MASK:
+            row[begin] = int(best(model, row, begin + 1)[1][begin])
+            passes += 1
+        for first in range(begin, end, sub):
+            while any(row[i] == MASK for i in range(first, min(first + sub, end))):
+                commit(model, row, range(first, min(first + sub, end)), end)
+                passes += 1
+    return row, passes
+
+
+def generated(model, prompt: list[int], new: int) -> tuple[list[int], int]:
+    """By default; and how many passes there were."""
+    steps = []
+    call = {"max_new_tokens": new, "eos_token_id": [], "on_step": lambda n, *_: steps.append(n)}
+    return model.generate(torch.tensor([prompt]), **call)[0].tolist(), len(steps)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [4, 8])
+@pytest.mark.parametrize(("prompt", "threshold"), [(3, 0.2), (3, 0.3), (8, 0.25)])
+def test_sdar_and_llada2_take_what_is_sure_block_by_block(length, prompt, threshold):
+    model = model_of(length, decoding=SURE | {"threshold": threshold})
+    prompt = [*range(3, 3 + prompt)]
+    assert generated(model, prompt, 18) == sdar_and_llada2(model, prompt, 18, length)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("prompt", "threshold"), [(3, 0.2), (3, 0.3), (8, 0.25)])
+def test_fast_dllm_v2_fills_sub_blocks_after_the_next_blocks_first_token(prompt, threshold):
+    said = {"strategy": "threshold", "threshold": threshold, "block_length": 2}
+    model, prompt = model_of(8, logit_shift=True, decoding=said), [*range(3, 3 + prompt)]
+    assert generated(model, prompt, 18) == fast_dllm_v2(model, prompt, 18, 8, 2)
+
+
+def test_stock_pipeline_decodes_alike():
+    model = model_of(4, decoding=SURE)
+    pipe = LLaDA2Pipeline(model, BlockRefinementScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    model.backbone.lm_head.register_forward_hook(
+        lambda module, args, logits: logits.index_fill(-1, torch.tensor([MASK]), -torch.inf)
+    )
+    call = {"threshold": THRESHOLD, "editing_threshold": None, "mask_token_id": MASK}
+    call |= {"num_inference_steps": 4, "block_length": 4, "eos_early_stop": False}
+    prompt = [3, 4, 5, 6]
+    stock = pipe(input_ids=torch.tensor([prompt]), gen_length=16, output_type="seq", **call)
+    assert generated(model, prompt, 16)[0] == prompt + stock.sequences[0].tolist()
+
+
+def test_how_a_family_decodes_is_kept_and_every_choice_of_the_user_counts_more(tmp_path):
+    said = SURE | {"block_length": 2, "num_beams": 4}  # of which the last is none of its own
+    tiny_backbone("qwen2", block_length=4, decoding=said, mask_token_id=MASK).save_pretrained(
+        tmp_path / "backbone"
+    )
+    pipe = CoDDPipeline.from_pretrained(tmp_path / "backbone")
+    assert pipe.scheduler.settings.strategy == "threshold"
+    assert pipe.scheduler.settings.threshold == THRESHOLD
+    assert pipe.task()["block_length"] == 2
+    assert pipe.model.generation_config.num_beams in (None, 1)
+    pipe.model.save_pretrained(tmp_path / "model")
+    model, prompt = CoDDModel.from_pretrained(tmp_path / "model"), [3, 4, 5]
+    assert generated(model, prompt, 9) == generated(pipe.model, prompt, 9)
+    call = {"max_new_tokens": 9, "eos_token_id": [], "block_length": 4, "num_inference_steps": 9}
+    plain = CoDDModel.from_backbone(tiny_backbone("qwen2", block_length=4), mask_token_id=MASK)
+    given = model.generate(torch.tensor([prompt]), strategy="low_confidence", **call)
+    assert torch.equal(given, plain.generate(torch.tensor([prompt]), **call))
+
+
+def test_layouts_of_known_families_say_how_they_decode():
+    class Layout(CheckpointLayout):
+        model_type, config_class = "Fast_dLLM_Qwen", Qwen2Config
+
+    said = decoding_of(Layout().translate({"model_type": "Fast_dLLM_Qwen", "vocab_size": 12}))
+    assert said == {"strategy": "threshold", "threshold": 0.9, "block_length": 8}
