@@ -231,8 +231,9 @@ class CoDDConfig(_Configuration):
                 head = {"model_type": CoDDHeadConfig.model_type} | head
             known = {CoDDHeadConfig.model_type: CoDDHeadConfig}
             self.head_config = head = _made("head_config", head, known)
-        # Unset, it would unset that of a backbone which is already built.
+        # Unset, they would unset those of a backbone which is already built.
         others.setdefault("attn_implementation", self.text_config._attn_implementation)
+        others.setdefault("experts_implementation", {})
         super().__post_init__(**others)
         for name in ("mask_token_id", "forbidden_token_ids"):
             if getattr(self, name) is None and head is not None:

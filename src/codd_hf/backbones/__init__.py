@@ -50,7 +50,7 @@ Then compare with logits of the original code, padded rows included, as `tests/t
 do, and check that a causal control differs.
 """
 
-from .dream import DreamLayout
+from .dream import DreamLayout, DreamReasonerLayout
 from .family import (
     FAMILIES,
     LAYOUTS,
@@ -66,11 +66,15 @@ from .family import (
 )
 from .layout import CheckpointLayout
 from .llada import LLaDALayout
+from .llada2 import LLaDA2Layout
+from .llada_moe import LLaDAMoELayout
 from .loading import load_backbone, load_tokenizer
 from .masked_lm import MaskedLMFamily
+from .sdar import SDARLayout
 
 FAMILIES += [DecoderFamily(), MaskedLMFamily()]
-LAYOUTS += [LLaDALayout(), DreamLayout()]
+LAYOUTS += [LLaDALayout(), DreamLayout(), DreamReasonerLayout(), SDARLayout()]
+LAYOUTS += [LLaDAMoELayout(), LLaDA2Layout()]
 
 __all__ = [
     "FAMILIES",

@@ -1,13 +1,14 @@
-"""Dream (arXiv 2508.15487), Dream-Coder and DiffuCoder: a bidirectional Qwen2 with shifted logits.
+"""Dream (arXiv 2508.15487), Dream-Coder, DiffuCoder: a bidirectional Qwen2 with shifted logits.
 
 Started from an autoregressive model, they go on predicting at each position the next token.
+DreamReasoner, of the same model type, does not: it is a block-causal Qwen3.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers import Qwen2Config
+from transformers import Qwen2Config, Qwen3Config
 
-from .layout import CheckpointLayout
+from .layout import BLOCK_LENGTHS, WINDOW, CheckpointLayout
 
 
 class DreamLayout(CheckpointLayout):
@@ -15,10 +16,26 @@ class DreamLayout(CheckpointLayout):
 
     model_type = "Dream"
     config_class = Qwen2Config
-    tokenizer_class = "Qwen2Tokenizer"
     # Dream attends to everything, whatever its configuration says.
-    left_out = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+    left_out = WINDOW
+    logit_shift = True
+    tokens: ClassVar = {152064: {"mask_token_id": 151666}}
+    tokenizer_class = "Qwen2Tokenizer"
 
-    def other_fields(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The shift, which no field says."""
-        return {"logit_shift": True}
+    def reads(self, config: dict[str, Any]) -> bool:
+        """Dream has no blocks."""
+        return super().reads(config) and not config.keys() & {*BLOCK_LENGTHS}
+
+
+class DreamReasonerLayout(CheckpointLayout):
+    """Qwen3's names of weights."""
+
+    model_type = "Dream"
+    config_class = Qwen3Config
+    block_length = 32
+    tokens: ClassVar = {151936: {"mask_token_id": 151669}}
+    tokenizer_class = "Qwen2Tokenizer"
+
+    def reads(self, config: dict[str, Any]) -> bool:
+        """It has blocks."""
+        return super().reads(config) and bool(config.keys() & {*BLOCK_LENGTHS})

@@ -182,9 +182,9 @@ class BackboneFamily:
 
 
 class DecoderFamily(BackboneFamily):
-    """Decoders (Llama, Qwen2) that see both ways: transformers heeds `is_causal = False`."""
+    """Decoders (Llama, Qwen) that see both ways: transformers heeds `is_causal = False`."""
 
-    model_types = ("llama", "qwen2")
+    model_types = ("llama", "qwen2", "qwen3", "qwen3_moe", "glm4_moe")
     bidirectional = {"is_causal": False}  # noqa: RUF012
 
     def why_no_cache(self, model: PreTrainedModel) -> str | None:

@@ -11,8 +11,6 @@ from transformers import LlamaConfig
 from .layout import CheckpointLayout
 
 BLOCK = r"^model\.transformer\.blocks\.(\d+)\."
-# For a configuration of LLaDA-8B's vocabulary that does not name its mask token.
-VOCAB_SIZE_8B, MASK_TOKEN_ID_8B = 126464, 126336
 
 
 class LLaDALayout(CheckpointLayout):
@@ -35,6 +33,15 @@ class LLaDALayout(CheckpointLayout):
         "rope": True,
         "scale_logits": False,
     }
+    read = (
+        "alibi_bias_max",
+        "attention_layer_norm_with_affine",
+        "embedding_size",
+        "flash_attention",
+        "n_layers",
+        "rope_full_precision",
+    )
+    tokens: ClassVar = {126464: {"mask_token_id": 126336}}  # LLaDA-8B
     key_mapping: ClassVar = {
         r"^model\.transformer\.wte\.": "model.embed_tokens.",
         r"^model\.transformer\.ln_f\.": "model.norm.",
@@ -57,9 +64,6 @@ class LLaDALayout(CheckpointLayout):
     def other_fields(self, config: dict[str, Any]) -> dict[str, Any]:
         """OLMo's names, and the defaults of LLaDA's code."""
         heads, width = config["n_heads"], config["d_model"]
-        mask = config.get("mask_token_id")
-        if mask is None and config["vocab_size"] == VOCAB_SIZE_8B:
-            mask = MASK_TOKEN_ID_8B
         return {
             "vocab_size": config.get("embedding_size") or config["vocab_size"],
             "hidden_size": width,
@@ -73,5 +77,4 @@ class LLaDALayout(CheckpointLayout):
             "rms_norm_eps": config.get("rms_norm_eps", 1e-5),
             "initializer_range": config.get("init_std", 0.02),
             "tie_word_embeddings": config.get("weight_tying", True),
-            "mask_token_id": mask,
         }

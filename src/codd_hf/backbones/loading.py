@@ -7,16 +7,19 @@ from typing import Any
 import transformers
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
 from ..hub.repositories import Repository, explain_load_errors
 from ..hub.stored_weights import load_stored
 from .family import family_of, layout_of, unsupported
+from .layout import CheckpointLayout
 
 
 def load_backbone(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
@@ -55,14 +58,30 @@ def load_backbone(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
             raise unsupported(model_type)
         family = family_of(config)
         family.make_bidirectional(config)
-        load: Any = partial(family.auto_class.from_pretrained, config=config)
-        unused = family.unused_weights
-        model = load_stored(repository, load, config, family.from_config, unused=unused, **kwargs)
+        kind: Any = family.auto_class
+        build, unused = family.from_config, family.unused_weights
+        if layout is not None and layout.converters():
+            kind = _class_reading(layout, config)
+            build = kind._from_config
+        load = partial(kind.from_pretrained, config=config)
+        model = load_stored(repository, load, config, build, unused=unused, **kwargs)
     if layout is not None:
         # transformers remembers the mapping to write the old names back, which no native
         # configuration could read.
         model.__dict__.pop("_weight_conversions", None)
+        if layout.converters():
+            model.__class__ = type(model).__base__
     return model
+
+
+def _class_reading(layout: CheckpointLayout, config: PretrainedConfig) -> Any:
+    """The native class by a name of its own, under which transformers finds the conversions.
+
+    Its table of them is global; by that name they concern no other model that is loaded or saved.
+    """
+    native, name = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], f"{type(layout).__name__}Weights"
+    register_checkpoint_conversion_mapping(name, layout.converters(), overwrite=True)
+    return type(name, (native,), {})
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

@@ -9,10 +9,14 @@ compared before anything is allocated, and what transformers reports afterwards 
 import copy
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
 
 from .repositories import HUB_ARGUMENTS, Repository
 
@@ -50,22 +54,36 @@ def load_stored(
     """
     repository.refuse_adapter(kwargs.get("adapter_kwargs"))
     name, sizes_may_differ = repository.name, kwargs.get("ignore_mismatched_sizes", False)
-    num_bytes = _stored_bytes(repository)
-    if build is not None and num_bytes is not None and not sizes_may_differ:
+    files, empty = _weight_files(repository), None
+    if build is not None and files and not sizes_may_differ:
         with torch.device("meta"):
-            model = build(copy.deepcopy(config))
-        _check_sizes(model, name, num_bytes)
+            empty = build(copy.deepcopy(config))
+        _check_sizes(empty, name, sum(file.stat().st_size for file in files))
     # Other sizes pass here: they are told with all else that the report holds.
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     kwargs["trust_remote_code"] = False  # whatever the caller asks for, no code is loaded
     others = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
-    model, report = load(str(repository.folder), **others)
+    try:
+        model, report = load(str(repository.folder), **others)
+    except RuntimeError:  # weights that could not be fused or split, of which only a log tells
+        if empty is not None and files[0].suffix == ".safetensors":
+            _refuse(name, **_differences(empty, files, kwargs.get("key_mapping")))
+        raise
     model.name_or_path = model.config.name_or_path = name
     shapes = [] if sizes_may_differ else sorted(report["mismatched_keys"])
     unexpected = [k for k in sorted(report["unexpected_keys"]) if not re.search(unused or "$.", k)]
+    missing = [] if may_lack else sorted(report["missing_keys"])
+    _refuse(name, shapes, missing, unexpected)
+    return model
+
+
+def _refuse(
+    name: str, shapes: list[tuple[str, Any, Any]], missing: list[str], unexpected: list[str]
+) -> None:
+    """Raises for weights of other shapes (name, stored and wanted), missing and unexpected ones."""
     for fault, weights in (
         ("of another shape", [f"{k} {tuple(a)}, not {tuple(b)}" for k, a, b in shapes]),
-        ("missing", [] if may_lack else sorted(report["missing_keys"])),
+        ("missing", missing),
         ("in no place of the model", unexpected),
     ):
         if weights:
@@ -74,11 +92,29 @@ def load_stored(
                 f"The weights in {name!r} are not those that its configuration (`config.json`) "
                 f"describes: {', '.join(weights[:LISTED])}{more} {fault}."
             )
-    return model
 
 
-def _stored_bytes(repository: Repository) -> int | None:
-    """The size of the files with weights, which are here then; None without the usual names."""
+def _differences(
+    model: PreTrainedModel, files: list[Path], key_mapping: dict[str, str] | None
+) -> dict[str, list]:
+    """How the weights in safetensors files differ from those that a model would be saved as."""
+    model._weight_conversions = get_model_conversion_mapping(model, key_mapping, add_legacy=False)
+    saved: Any = revert_weight_conversion(model, model.state_dict())
+    wanted, stored = {key: tuple(tensor.shape) for key, tensor in saved.items()}, {}
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            names = weights.keys()
+            stored |= {key: tuple(weights.get_slice(key).get_shape()) for key in names}
+    both = sorted(wanted.keys() & stored.keys())
+    return {
+        "shapes": [(key, stored[key], wanted[key]) for key in both if stored[key] != wanted[key]],
+        "missing": sorted(wanted.keys() - stored.keys()),
+        "unexpected": sorted(stored.keys() - wanted.keys()),
+    }
+
+
+def _weight_files(repository: Repository) -> list[Path]:
+    """The files with weights, which are here then; none without the usual names."""
     for file in FILES:
         index = None if repository.find(file) else repository.find(f"{file}.index.json")
         names = [file] if index is None else repository.read(index)
@@ -90,8 +126,8 @@ def _stored_bytes(repository: Repository) -> int | None:
                     "download it again."
                 )
         if all(paths.values()):
-            return sum(path.stat().st_size for path in paths.values() if path)
-    return None
+            return [path for path in paths.values() if path]
+    return []
 
 
 def _check_sizes(model: PreTrainedModel, name: str, num_bytes: int) -> None:
