@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, DynamicCache, RoFormerConfig, RoFormerForMaskedLM
+from transformers import (
+    AutoConfig,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    RoFormerConfig,
+    RoFormerForMaskedLM,
+)
 
 from codd_hf import CoDDModel
 from codd_hf.backbones import family_of
@@ -90,15 +99,34 @@ def test_positions_that_a_backbone_does_not_take_are_an_error_that_says_so():
 
 
 def test_unknown_model_type_is_an_error_that_lists_what_works(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    for load, unknown in (
-        (family_of, AutoConfig.for_model("gpt2")),
-        (CoDDModel.from_backbone, tmp_path),
+    for kind, told in (
+        ("t5", r"'t5'.*masked .* llama, qwen2, .* a LLaDA, Dream or SDAR"),
+        ("nemotron_labs_diffusion", r"does not load here.*depends on where decoding stands"),
+        ("diffusion_gemma", r"does not load here.*uniform"),
     ):
-        with pytest.raises(
-            ValueError, match=r"'gpt2'.*masked .* llama, qwen2, .* a LLaDA or Dream"
-        ):
-            load(unknown)
+        (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+        with pytest.raises(ValueError, match=told):
+            CoDDModel.from_backbone(tmp_path)
+    with pytest.raises(ValueError, match="'t5'"):
+        family_of(AutoConfig.for_model("t5"))
+
+
+def test_decoder_that_nobody_has_named_loads_and_says_what_it_assumes(tmp_path):
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.4}
+    GPT2LMHeadModel(GPT2Config(vocab_size=12, **sizes)).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"'gpt2' has not been compared.*`logit_shift=True`"):
+        model = CoDDModel.from_backbone(tmp_path, mask_token_id=2)
+    assert model.config.mask_token_id == 2
+    changed = IDS.clone()
+    changed[:, -1] = torch.where(changed[:, -1] == 11, 5, 11)
+    assert ((model(changed).logits - model(IDS).logits).abs().amax((0, 2)) > 1e-4).all()
+
+
+def test_decoder_that_stays_causal_is_refused():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    backbone = MambaForCausalLM(MambaConfig(vocab_size=12, **sizes))
+    with pytest.raises(ValueError, match=r"type 'mamba' (is causal|cannot be run)"):
+        CoDDModel.from_backbone(backbone)
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"])

@@ -15,8 +15,8 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
 )
 
 from codd_hf import CoDDConfig, CoDDModel, CoDDPipeline, CoDDScheduler, backbones
@@ -204,16 +204,15 @@ def test_page_on_adding_a_family_works(tmp_path, monkeypatch):
         exec(re.sub(r"^    ", "", block, flags=re.MULTILINE), {"__name__": "page"})
 
     sizes = {"vocab_size": 12, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    mistral = MistralForCausalLM(
-        MistralConfig(
+    olmo = Olmo2ForCausalLM(
+        Olmo2Config(
             **sizes,
             intermediate_size=16,
             num_key_value_heads=2,
-            sliding_window=None,
             initializer_range=0.4,
         )
     )
-    model = CoDDModel.from_backbone(mistral.eval())
+    model = CoDDModel.from_backbone(olmo.eval())
     changed = IDS.clone()
     changed[:, -1] = 4
     assert (model(IDS).logits[:, 0] - model(changed).logits[:, 0]).abs().max() > 1e-3

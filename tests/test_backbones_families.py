@@ -13,11 +13,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Glm4MoeConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    Glm4MoeConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from codd_hf import CoDDModel
+from codd_hf.backbones import load_tokenizer
 from codd_hf.backbones.family import layout_of
+from codd_hf.coupling.adapters import adapter_layers, add_adapter
 from tiny import random_head
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -234,7 +246,7 @@ def saved_as(model, folder: Path, **config) -> Path:
     path = folder / "config.json"
     content = json.loads(path.read_text())
     content |= {"rope_theta": content.pop("rope_parameters")["rope_theta"]} | config
-    path.write_text(json.dumps({k: v for k, v in content.items() if v != "left out"}))
+    path.write_text(json.dumps(content))
     return folder
 
 
@@ -306,11 +318,65 @@ def test_dreamreasoner_is_told_from_dream_by_its_blocks(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("config_class", "block_length", "config"),
+    [
+        (Qwen3MoeConfig, 4, {"model_type": "sdar", "num_local_experts": None}),
+        (Qwen2Config, 5, {"model_type": "Fast_dLLM_Qwen", "bd_size": 5}),
+        (LlamaConfig, 4, {"architectures": ["StableDiffcoderForCausalLM"]}),
+        (LlamaConfig, None, {"model_type": "illada", "architectures": ["ILLaDAForCausalLM"]}),
+        (Qwen3Config, None, {"model_type": "a2d-qwen3"}),
+        (LlamaConfig, None, {"model_type": "a2d-llama"}),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_family_of_native_names_gives_the_native_models_logits(
+    config_class, block_length, config, tied, tmp_path
+):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    experts = experts if config_class is Qwen3MoeConfig else {}
+    width = {"hidden_size": 48} if config_class is Qwen2Config else {}
+    model = native(config_class, tie_word_embeddings=tied, **experts | width)
+    found = CoDDModel.from_backbone(saved_as(model, tmp_path, **config, **experts))
+    shift = config["model_type"] == "Fast_dLLM_Qwen" if "model_type" in config else False
+    assert torch.allclose(found(IDS).logits, wanted(model, block_length, shift), atol=1e-5)
+    assert getattr(found.backbone.config, "block_length", None) == block_length
+    projection = found.get_output_embeddings().weight
+    assert (projection is found.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("config_class", [MistralConfig, Gemma3TextConfig])
+@pytest.mark.parametrize("block_length", [None, 3])
+def test_decoder_of_transformers_sees_both_ways_or_block_by_block(config_class, block_length):
+    model = native(config_class, sliding_window=64)
+    expected = wanted(model, block_length)
+    found = CoDDModel.from_backbone(model, block_length=block_length)
+    assert torch.allclose(found(IDS).logits, expected, atol=1e-5)
+    found.backbone.config.sliding_window = 4
+    if block_length is not None:
+        with pytest.raises(ValueError, match=r"`sliding_window` \(4\) cannot be had"):
+            found(IDS)
+
+
+def test_layer_norm_of_illada_is_refused(tmp_path):
+    config = {"architectures": ["ILLaDAForCausalLM"], "layer_norm_eps": 1e-5}
+    with pytest.raises(ValueError, match="`layer_norm_eps` is 1e-05"):
+        CoDDModel.from_backbone(saved_as(native(LlamaConfig), tmp_path, **config))
+
+
+@pytest.mark.parametrize(
     ("config", "tokens"),
     [
         ({"model_type": "sdar", "vocab_size": 151936}, {"mask_token_id": 151669}),
         ({"model_type": "sdar", "vocab_size": 151936, "mask_token_id": 7}, {"mask_token_id": 7}),
         ({"model_type": "sdar", "vocab_size": 40}, {"mask_token_id": None}),
+        (
+            {"model_type": "Fast_dLLM_Qwen", "vocab_size": 152064},
+            {"mask_token_id": 151665, "eos_token_id": [151645, 151643]},
+        ),
+        (
+            {"architectures": ["ILLaDAForCausalLM"], "vocab_size": 155136},
+            {"mask_token_id": 5, "tie_word_embeddings": True},
+        ),
         (
             {"model_type": "llada2_moe", "vocab_size": 157184},
             {"mask_token_id": 156895, "eos_token_id": 156892, "pad_token_id": 156892},
@@ -319,6 +385,28 @@ def test_dreamreasoner_is_told_from_dream_by_its_blocks(tmp_path):
 )
 def test_special_tokens_that_no_file_says_are_known_by_vocabulary(config, tokens):
     sizes = {"num_attention_heads": 2, "hidden_size": 8, "num_experts": 2, "num_shared_experts": 1}
-    config = config | (sizes if config["model_type"] == "llada2_moe" else {})
+    config = config | (sizes if config.get("model_type") == "llada2_moe" else {})
     found = layout_of(config).translate(config)
     assert {name: getattr(found, name) for name in tokens} == tokens
+
+
+@KINDS
+def test_lora_on_all_linear_layers_leaves_experts_router_and_projection_alone(kind):
+    backbone = load(FIXTURES / f"{kind}_tiny", kind).backbone
+    add_adapter(backbone, LoraConfig(r=2, target_modules="all-linear"), "default")
+    found = {name.rpartition(".")[2] for name in adapter_layers(backbone)}
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    dense = set() if kind == "lladamoe" else {"gate_proj", "up_proj", "down_proj"}
+    assert found == attention | dense
+
+
+@KINDS
+def test_tokenizer_beside_a_checkpoint_loads_with_its_mask_token_and_chat_template(
+    kind, tmp_path, tiny_tokenizer
+):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((FIXTURES / f"{kind}_tiny/config.json").read_text())
+    found, text = load_tokenizer(tmp_path), "Tom has 3 boxes of eggs."
+    assert found(text)["input_ids"] == tiny_tokenizer(text)["input_ids"]
+    assert found.mask_token_id == tiny_tokenizer.mask_token_id
+    assert found.chat_template == tiny_tokenizer.chat_template

@@ -11,8 +11,8 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
-    GPT2Config,
     LlamaConfig,
+    T5Config,
 )
 
 from codd_hf import CoDDConfig, CoDDHead, CoDDHeadConfig, CoDDModel, CoDDScheduler
@@ -101,8 +101,8 @@ def test_unknown_head_field_values_in_a_model_configuration_name_the_field():
 
 
 def test_unsupported_backbone_family_is_an_error_that_names_the_field():
-    with pytest.raises(ValueError, match=r"`text_config.model_type` is 'gpt2'.*llama, qwen2"):
-        CoDDModel(CoDDConfig(text_config=GPT2Config(n_layer=1, n_embd=8, n_head=1)))
+    with pytest.raises(ValueError, match=r"`text_config.model_type` is 't5'.*llama, qwen2"):
+        CoDDModel(CoDDConfig(text_config=T5Config()))
 
 
 def test_unknown_coupling_is_an_error_that_lists_the_known_ones():

@@ -163,7 +163,9 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
         for field, value in (("block_length", block_length), ("logit_shift", logit_shift)):
             if value is not None:
                 setattr(model.config, field, value)
-        family_of(model.config).make_bidirectional(model.config)
+        family = family_of(model.config)
+        family.make_bidirectional(model.config)
+        family.check(model)
         adapter = adapter or adapter_beside(head, shared)
         circuit = None if head is None else load_head(head, model, mask_token_id, **shared)
         if adapter is not None:

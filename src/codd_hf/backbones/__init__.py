@@ -1,7 +1,8 @@
 """Backbones: one short file per family of diffusion language models, and how they are found.
 
-A *family* runs models of an architecture (`DecoderFamily`, `MaskedLMFamily`); objects whose class
-is not of transformers are run by the conventions that all have in common (`BackboneFamily`).
+A *family* runs models of an architecture (`DecoderFamily`, `MaskedLMFamily`, and for decoders that
+nobody has named `OtherDecoderFamily`); objects whose class is not of transformers are run by the
+conventions that all have in common (`BackboneFamily`). Of several, the one added last counts.
 A *layout* reads checkpoints whose own code does not run here as models of a family (`LLaDALayout`,
 `DreamLayout`). `load_backbone` goes from a name to a model, `family_of` from a model's
 configuration to its family.
@@ -13,18 +14,20 @@ position (`run`). For a decoder that heeds `is_causal`, the model type is all:
     from codd_hf.backbones import FAMILIES, DecoderFamily
 
 
-    class MistralFamily(DecoderFamily):
-        model_types = ("mistral",)
+    class OlmoFamily(DecoderFamily):
+        model_types = ("olmo2",)
 
 
-    FAMILIES.append(MistralFamily())
+    FAMILIES.append(OlmoFamily())
 
 Padding, block-causal attention (`config.block_length`) and logits that are of the next token
 (`config.logit_shift`) are common to all families, and need nothing.
 
 **Adding a checkpoint layout.** Recognise its `config.json`, give the fields of the native
 configuration that have another name, and map the names of weights. Use patterns with at most one
-group, anchored at the start:
+group, anchored at the start; `converters` splits or joins matrices (`LLaDA2Layout`). A field that
+neither the native configuration nor the layout knows is refused where its name tells of mathematics
+(`CheckpointLayout.read` lists those that are known):
 
     from transformers import LlamaConfig
     from codd_hf.backbones import LAYOUTS, CheckpointLayout
@@ -70,11 +73,14 @@ from .llada2 import LLaDA2Layout
 from .llada_moe import LLaDAMoELayout
 from .loading import load_backbone, load_tokenizer
 from .masked_lm import MaskedLMFamily
+from .other_decoders import OtherDecoderFamily
+from .same_names import A2DLayout, FastDLLMLayout, ILLaDALayout, StableDiffCoderLayout
 from .sdar import SDARLayout
 
-FAMILIES += [DecoderFamily(), MaskedLMFamily()]
+FAMILIES += [OtherDecoderFamily(), MaskedLMFamily(), DecoderFamily()]
 LAYOUTS += [LLaDALayout(), DreamLayout(), DreamReasonerLayout(), SDARLayout()]
-LAYOUTS += [LLaDAMoELayout(), LLaDA2Layout()]
+LAYOUTS += [LLaDAMoELayout(), LLaDA2Layout(), FastDLLMLayout(), StableDiffCoderLayout()]
+LAYOUTS += [ILLaDALayout(), A2DLayout()]
 
 __all__ = [
     "FAMILIES",

@@ -107,6 +107,9 @@ class BackboneFamily:
         self.make_bidirectional(config)
         return self.auto_class.from_config(config, **kwargs)
 
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises a ValueError for a model that the family cannot run."""
+
     def max_positions(self, model: PreTrainedModel) -> int | None:
         """How many tokens a row may have; None where nothing bounds it."""
         return getattr(model.config, "max_position_embeddings", None)
@@ -173,6 +176,13 @@ class BackboneFamily:
                     "`attn_implementation` must be 'sdpa' or 'eager' for block-causal attention, "
                     f"got {implementation!r}."
                 )
+            window = getattr(model.config, "sliding_window", None)
+            if window is not None and window < input_ids.shape[1]:
+                raise ValueError(
+                    f"`sliding_window` ({window}) cannot be had with block-causal attention over "
+                    f"{input_ids.shape[1]} tokens: set it to None in the backbone's configuration, "
+                    "or give shorter rows."
+                )
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             columns = None if cache is None else cache.columns
             visible = block_causal_mask(real, block_length, model.dtype, columns)
@@ -182,9 +192,17 @@ class BackboneFamily:
 
 
 class DecoderFamily(BackboneFamily):
-    """Decoders (Llama, Qwen) that see both ways: transformers heeds `is_causal = False`."""
+    """Decoders that see both ways: transformers heeds `is_causal = False`."""
 
-    model_types = ("llama", "qwen2", "qwen3", "qwen3_moe", "glm4_moe")
+    model_types: Container[str] = (
+        "llama",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+        "glm4_moe",
+        "mistral",
+        "gemma3_text",
+    )
     bidirectional = {"is_causal": False}  # noqa: RUF012
 
     def why_no_cache(self, model: PreTrainedModel) -> str | None:
@@ -228,6 +246,14 @@ class DecoderFamily(BackboneFamily):
 
 FAMILIES: list[BackboneFamily] = []
 LAYOUTS: list[CheckpointLayout] = []
+NOT_SUPPORTED = {
+    "diffusion_gemma": "whose noise is of uniform tokens, not masks: use transformers' own class",
+    "nemotron_labs_diffusion": (
+        "whose attention depends on where decoding stands, causal over what is decoded and full in "
+        "the current block, so that no mask of a pass over rows is its own: use its own code"
+    ),
+}
+"""Diffusion LMs that are known and do not load, and what to do."""
 
 
 def layout_of(config: dict[str, Any]) -> CheckpointLayout | None:
@@ -238,7 +264,9 @@ def layout_of(config: dict[str, Any]) -> CheckpointLayout | None:
 def family_of(config: PretrainedConfig) -> BackboneFamily:
     """The family that a backbone with this configuration belongs to, or a ValueError."""
     known = is_known(config)
-    for family in FAMILIES:
+    if config.model_type in NOT_SUPPORTED:
+        raise unsupported(config.model_type)
+    for family in reversed(FAMILIES):
         if known and config.model_type in family.model_types:
             return family
     kind = CONFIG_MAPPING[config.model_type] if known else type(config)
@@ -260,11 +288,17 @@ def unsupported(model_type: str) -> ValueError:
             f"`backbone` must be a backbone, got a CoDD model or head ({model_type!r}): load it by "
             "`CoDDModel.from_pretrained`, or give a head as `head`."
         )
+    if model_type in NOT_SUPPORTED:
+        return ValueError(
+            f"`text_config.model_type` is {model_type!r}, a diffusion language model that does not "
+            f"load here, {NOT_SUPPORTED[model_type]}, or another backbone."
+        )
     decoders = [n for f in FAMILIES if isinstance(f.model_types, tuple) for n in f.model_types]
     return ValueError(
         f"`text_config.model_type` is {model_type!r}, which no backbone family supports: "
-        f"use a masked language model or one of {', '.join(decoders)}, a LLaDA or Dream "
-        "checkpoint, or an object whose class is not of transformers."
+        "use a masked language model, a decoder that transformers has (known are "
+        f"{', '.join(decoders)}), a LLaDA, Dream or SDAR checkpoint, or an object whose class is "
+        "not of transformers."
     )
 
 

@@ -15,10 +15,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from ..hub.repositories import Repository, explain_load_errors
 from ..hub.stored_weights import load_stored
-from .family import family_of, layout_of, unsupported
+from .family import NOT_SUPPORTED, family_of, layout_of, unsupported
 from .layout import CheckpointLayout
 
 
@@ -42,6 +43,8 @@ def load_backbone(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
                 "weights are: remove it and give their file its standard name."
             )
         layout, model_type = layout_of(found), str(found.get("model_type"))
+        if model_type in NOT_SUPPORTED:
+            raise unsupported(model_type)
         if layout is not None:
             config = layout.translate(found)
             kwargs["key_mapping"] = layout.key_mapping
@@ -91,7 +94,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         ValueError: it needs code of its own.
     """
     layout = layout_of(PretrainedConfig.get_config_dict(folder)[0])
-    if layout is not None and layout.tokenizer_class is not None:
+    named = str(get_tokenizer_config(folder).get("tokenizer_class"))
+    if layout is not None and layout.tokenizer_class and not hasattr(transformers, named):
         return getattr(transformers, layout.tokenizer_class).from_pretrained(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
