@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from codd_hf import CoDDModel
-from codd_hf.backbones import load_tokenizer
+from codd_hf.backbones import family_of, load_tokenizer
 from codd_hf.backbones.family import layout_of
 from codd_hf.coupling.adapters import adapter_layers, add_adapter
 from tiny import random_head
@@ -391,12 +391,13 @@ def test_special_tokens_that_no_file_says_are_known_by_vocabulary(config, tokens
 
 
 @KINDS
-def test_lora_on_all_linear_layers_leaves_experts_router_and_projection_alone(kind):
+def test_new_lora_leaves_experts_router_and_projection_alone(kind):
     backbone = load(FIXTURES / f"{kind}_tiny", kind).backbone
-    add_adapter(backbone, LoraConfig(r=2, target_modules="all-linear"), "default")
+    layers = family_of(backbone.config).lora_targets(backbone)
+    add_adapter(backbone, LoraConfig(r=2, target_modules=layers), "default")
     found = {name.rpartition(".")[2] for name in adapter_layers(backbone)}
     attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
-    dense = set() if kind == "lladamoe" else {"gate_proj", "up_proj", "down_proj"}
+    dense = set() if kind != "sdar" else {"gate_proj", "up_proj", "down_proj"}
     assert found == attention | dense
 
 

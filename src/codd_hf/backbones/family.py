@@ -110,6 +110,17 @@ class BackboneFamily:
     def check(self, model: PreTrainedModel) -> None:
         """Raises a ValueError for a model that the family cannot run."""
 
+    def lora_targets(self, model: PreTrainedModel) -> str | list[str]:
+        """The layers that a new LoRA is for: linear ones, but the projection to logits.
+
+        Where experts are fused, those of the attention: PEFT takes the names of all others for
+        those of experts and routers.
+        """
+        if all(weight.ndim < 3 for weight in model.parameters()):
+            return "all-linear"
+        linear = [key for key, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+        return [key for key in linear if ".self_attn." in key]
+
     def max_positions(self, model: PreTrainedModel) -> int | None:
         """How many tokens a row may have; None where nothing bounds it."""
         return getattr(model.config, "max_position_embeddings", None)

@@ -4,7 +4,7 @@ import re
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
-from transformers.core_model_loading import WeightTransform
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
 BLOCK_LENGTHS = ("block_length", "block_size", "bd_size")
@@ -71,7 +71,7 @@ class CheckpointLayout:
         """The native fields that are called or computed otherwise."""
         return {}
 
-    def converters(self) -> list[WeightTransform]:
+    def converters(self) -> list[WeightConverter | WeightRenaming]:
         """Conversions of weights that are more than other names; the native class's own follow."""
         return []
 

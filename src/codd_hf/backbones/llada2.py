@@ -3,12 +3,7 @@
 from typing import Any, ClassVar
 
 from transformers import Glm4MoeConfig
-from transformers.core_model_loading import (
-    Split,
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-)
+from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
 
 from .layout import CheckpointLayout
 
@@ -63,7 +58,7 @@ class LLaDA2Layout(CheckpointLayout):
             "num_mtp_layers": 0,
         }
 
-    def converters(self) -> list[WeightTransform]:
+    def converters(self) -> list[WeightConverter | WeightRenaming]:
         """Other names, and one matrix by rows into three."""
         return [
             WeightRenaming(r"^model\.word_embeddings\.", "model.embed_tokens."),

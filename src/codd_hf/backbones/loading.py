@@ -82,7 +82,8 @@ def _class_reading(layout: CheckpointLayout, config: PretrainedConfig) -> Any:
 
     Its table of them is global; by that name they concern no other model that is loaded or saved.
     """
-    native, name = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], f"{type(layout).__name__}Weights"
+    native: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    name = f"{type(layout).__name__}Weights"
     register_checkpoint_conversion_mapping(name, layout.converters(), overwrite=True)
     return type(name, (native,), {})
 
@@ -97,8 +98,10 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     named = str(get_tokenizer_config(folder).get("tokenizer_class"))
     if layout is not None and layout.tokenizer_class and not hasattr(transformers, named):
         return getattr(transformers, layout.tokenizer_class).from_pretrained(folder)
+    # Of a configuration that transformers does not know, it would read what it can, and warn.
+    known: dict[str, Any] = {} if layout is None else {"config": PretrainedConfig()}
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **known)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise

@@ -95,12 +95,13 @@ def _refuse(
 
 
 def _differences(
-    model: PreTrainedModel, files: list[Path], key_mapping: dict[str, str] | None
-) -> dict[str, list]:
+    model: Any, files: list[Path], key_mapping: dict[str, str] | None
+) -> dict[str, list[Any]]:
     """How the weights in safetensors files differ from those that a model would be saved as."""
     model._weight_conversions = get_model_conversion_mapping(model, key_mapping, add_legacy=False)
     saved: Any = revert_weight_conversion(model, model.state_dict())
-    wanted, stored = {key: tuple(tensor.shape) for key, tensor in saved.items()}, {}
+    wanted = {key: tuple(tensor.shape) for key, tensor in saved.items()}
+    stored: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, "pt") as weights:
             names = weights.keys()

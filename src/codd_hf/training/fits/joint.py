@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...backbones import family_of
 from ...coupling.adapters import active_adapter, add_adapter
 from ...coupling.heads import DEFAULT_NAME
 from ...data.canvases import TokenizedExample
@@ -73,7 +74,8 @@ class _JointFit(CoupledFit):
         if config.backbone == "lora":
             found, rank = active_adapter(model), config.lora_rank
             if found is None:
-                lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+                layers = family_of(model.backbone.config).lora_targets(model.backbone)
+                lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers)
                 add_lora(model.backbone, lora, DEFAULT_NAME, config.seed)
             model.set_adapter(found or DEFAULT_NAME)
         backbone = [p for p in model.backbone.parameters() if p.requires_grad]
