@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", *(p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("*/*.md")))]
+FOLDERS = ("*.md", "*/*.md", "examples/*/*.md")
+PAGES = [p.relative_to(ROOT).as_posix() for name in FOLDERS for p in sorted(ROOT.glob(name))]
 CODE = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)|arXiv [0-9.]+", re.DOTALL)
 FIGURE = re.compile(r"(?<![\w.])([+-]?[0-9]+(?:\.[0-9]+)?) ± ([0-9]+(?:\.[0-9]+)?)(?![\w.]*[0-9])")
 
