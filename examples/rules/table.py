@@ -33,7 +33,7 @@ from codd_hf.evaluation import FACTORIZED, AnsweringSettings
 from codd_hf.evaluation.answer_sets import AnswerSet
 from codd_hf.evaluation.statistics import Estimate, mean, ratio
 from codd_hf.runtime.files import append_results, read_results
-from codd_hf.runtime.report import Report, as_json, cell, environment, table
+from codd_hf.runtime.report import Report, as_json, environment, table
 
 Setting = dict[str, Any]
 COUPLED = ("latent", "any_order")
@@ -206,39 +206,36 @@ def measure(
             package = max(PACKAGE, key=lambda name: chosen[name][0])
             base = mean(judged(package, sampling, chosen[package][1]).right)
             for name, (right, mix) in chosen.items():
+                row = {"sampling": sampling, "rule": name, "passes": most, "setting": mix.first}
+                row |= {"other setting": mix.second, "share of the other": mix.share}
+                rows.append(row | {"right on validation, %": right})
                 if right < chosen[package][0] - args.within:
                     continue
                 found = judged(name, sampling, mix)
-                rows.append(
-                    {
-                        "sampling": sampling,
-                        "rule": name,
-                        "passes": most,
-                        "setting": mix.first,
-                        "other setting": mix.second,
-                        "share of the other": mix.share,
-                        "passes used": found.passes_a_window,
-                        "right, %": mean(found.right),
-                        "against": package,
-                        "beyond it, points": mean(found.right) - base,
-                        "seconds per answer": mean(found.seconds).value,
-                    }
-                )
+                rows[-1] |= {
+                    "passes used": found.passes_a_window,
+                    "right, %": mean(found.right),
+                    "against": package,
+                    "beyond it, points": mean(found.right) - base,
+                    "seconds per answer": mean(found.seconds).value,
+                }
     facts = {"tasks": args.num_tasks, "validation tasks": args.num_validation, "seed": 0}
     return Report(facts, {"rows": rows, "validation": validated})
 
 
 def pivot(rows: Sequence[dict[str, Any]]) -> str:
-    """Right answers in Markdown, passes in columns; in brackets those used."""
+    """Right answers in Markdown, passes in columns: of validation tasks, and of test tasks."""
     lines: dict[tuple[str, str], dict[str, str]] = {}
+    passes = sorted({row["passes"] for row in rows})
     for row in rows:
-        line = lines.setdefault(
-            (row["sampling"], row["rule"]), {"sampling": row["sampling"], "rule": row["rule"]}
-        )
-        used, right = (row[name]["value"] for name in ("passes used", "right, %"))
-        error = row["right, %"]["error"]
-        line[f"{row['passes']} passes"] = f"{right:.1f} ± {error:.1f} ({cell(used)})"
-    return table(list(lines.values()))
+        way = {"sampling": row["sampling"], "rule": row["rule"]}
+        line = lines.setdefault((row["sampling"], row["rule"]), way)
+        line[f"validation, {row['passes']}"] = f"{row['right on validation, %']:.0f}"
+        if "right, %" in row:
+            line[f"test, {row['passes']}"] = "{value:.1f} ± {error:.1f}".format(**row["right, %"])
+    columns = ["sampling", "rule", *(f"validation, {n}" for n in passes)]
+    columns += [f"test, {n}" for n in passes]
+    return table([{name: line.get(name) for name in columns} for line in lines.values()])
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
