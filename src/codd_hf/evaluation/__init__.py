@@ -95,7 +95,7 @@ class AnswersSettings(AnsweringSettings):
 
     checker: str = "last_number"
     """exact, last_number, hashes, boxed, equations or regex:PATTERN."""
-    gen_length: Count = 64
+    gen_length: Count = 32
 
 
 @dataclass(kw_only=True)
