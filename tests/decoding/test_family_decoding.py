@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
-from transformers import Qwen2Config
 
 from codd_hf import CoDDModel, CoDDPipeline
-from codd_hf.backbones import CheckpointLayout, decoding_of
+from codd_hf.backbones import decoding_of
+from codd_hf.backbones.family import layout_of
 from tiny import tiny_backbone
 
 MASK, THRESHOLD = 2, 0.2
@@ -123,8 +123,6 @@ def test_how_a_family_decodes_is_kept_and_every_choice_of_the_user_counts_more(t
 
 
 def test_layouts_of_known_families_say_how_they_decode():
-    class Layout(CheckpointLayout):
-        model_type, config_class = "Fast_dLLM_Qwen", Qwen2Config
-
-    said = decoding_of(Layout().translate({"model_type": "Fast_dLLM_Qwen", "vocab_size": 12}))
+    config = {"model_type": "Fast_dLLM_Qwen", "vocab_size": 12}
+    said = decoding_of(layout_of(config).translate(config))
     assert said == {"strategy": "threshold", "threshold": 0.9, "block_length": 8}

@@ -21,12 +21,6 @@ NEUTRAL = re.compile(
     "|cross_attention|^tie_encoder|logits_to_keep|lm_head_"
 )
 """Names among them that change no prediction: training, kernels, and what encoders have."""
-DECODING: dict[str, dict[str, Any]] = {
-    "sdar": {"strategy": "threshold", "threshold": 0.9},
-    "llada2_moe": {"strategy": "threshold", "threshold": 0.95},
-    "Fast_dLLM_Qwen": {"strategy": "threshold", "threshold": 0.9, "block_length": 8},
-}
-"""By model type, how the published code decodes (arXiv 2510.06303, 2512.15745, 2509.26328)."""
 
 
 class CheckpointLayout:
@@ -43,6 +37,7 @@ class CheckpointLayout:
         read: fields of the checkpoint that `other_fields` reads, or that change no prediction.
         block_length: of a block-causal attention, where no field says it; None, full attention.
         logit_shift: whether the logits at a position predict the next token.
+        decoding: how the published code decodes, as `generate` names it, if not by its defaults.
         tokens: special tokens that no file says, by the size of the vocabulary.
         key_mapping: patterns of the checkpoint's names of weights to native ones, if they differ.
         tokenizer_class: a native class for tokenizers that bring their own code.
@@ -55,6 +50,7 @@ class CheckpointLayout:
     read: ClassVar[tuple[str, ...]] = ()
     block_length: ClassVar[int | None] = None
     logit_shift: ClassVar[bool] = False
+    decoding: ClassVar[dict[str, Any]] = {}
     tokens: ClassVar[dict[int, dict[str, Any]]] = {}
     key_mapping: ClassVar[dict[str, str] | None] = None
     tokenizer_class: ClassVar[str | None] = None
@@ -86,8 +82,8 @@ class CheckpointLayout:
             found = config.get(name)
             fields[name] = tokens.get(name) if found is None else found
         fields["dtype"] = config.get("dtype", config.get("torch_dtype"))
-        if self.model_type in DECODING:
-            fields["decoding"] = DECODING[self.model_type]
+        if self.decoding:
+            fields["decoding"] = self.decoding
         if self.block_length is not None:
             given = (config[name] for name in BLOCK_LENGTHS if config.get(name) is not None)
             fields["block_length"] = next(given, self.block_length)

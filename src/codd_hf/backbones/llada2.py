@@ -32,6 +32,7 @@ class LLaDA2Layout(CheckpointLayout):
         "router_dtype",
     )
     block_length = 32
+    decoding: ClassVar = {"strategy": "threshold", "threshold": 0.95}
     tokens: ClassVar = {
         157184: {"mask_token_id": 156895, "eos_token_id": 156892, "pad_token_id": 156892}
     }

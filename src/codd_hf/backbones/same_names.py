@@ -16,6 +16,7 @@ class FastDLLMLayout(CheckpointLayout):
     config_class = Qwen2Config
     block_length = 32
     logit_shift = True
+    decoding: ClassVar = {"strategy": "threshold", "threshold": 0.9, "block_length": 8}
     tokens: ClassVar = {
         size: {"mask_token_id": 151665, "eos_token_id": [151645, 151643]}
         for size in (151936, 152064)

@@ -14,6 +14,7 @@ class SDARLayout(CheckpointLayout):
     config_class = Qwen3Config
     read = ("attn_implementation",)
     block_length = 4
+    decoding: ClassVar = {"strategy": "threshold", "threshold": 0.9}
     tokens: ClassVar = {151936: {"mask_token_id": 151669}}
     tokenizer_class = "Qwen2Tokenizer"
 
