@@ -15,10 +15,9 @@ from ..modeling_codd import CoDDModel
 from ..pipelines import CoDDPipeline
 from ..runtime.report import Report
 from ..schedulers.scheduling_codd import CoDDScheduler
-from . import Options, median_seconds
-from .end_to_end import BLOCK, FACTORIZED, STOCK, sides_of
+from . import Options
+from .end_to_end import BLOCK, FACTORIZED, KEPT, STOCK, compared, sides_of
 
-KEPT, ANEW = "complete blocks kept", "nothing kept (cache=False)"
 VOCABULARY = 4096
 
 
@@ -44,27 +43,15 @@ def measure(options: Options) -> Report:
     for batch in options.batches_or(1):
         prompts = torch.randint(mask, (batch, 2 * BLOCK), device=options.device)
         both = sides_of(pipeline, model, prompts, length, length // BLOCK, BLOCK)
-        stock, ours = both[STOCK], both[FACTORIZED]
-        sides = {STOCK: stock, ANEW: ours, KEPT: partial(ours, cache=None)}
-        found: dict[str, torch.Tensor] = {}
-        timed = {name: partial(_keep, found, name, run) for name, run in sides.items()}
-        seconds = median_seconds(timed, options.repeats, options.device, warmups=0)
-        rows += [
-            {
-                "batch": batch,
-                "pipeline": name,
-                "tokens/s": batch * length / seconds[name],
-                "time over LLaDA2Pipeline's": seconds[name] / seconds[STOCK],
-                "time over no cache": seconds[name] / seconds[ANEW],
-                "tokens as LLaDA2Pipeline's, %": 100
-                * (tokens == found[STOCK]).float().mean().item(),
-            }
-            for name, tokens in found.items()
-        ]
-    facts = {"parameters": backbone.num_parameters(), "prompt": 2 * BLOCK, "generated": length}
-    facts |= {"block": BLOCK, "passes a block": 1, "repeats": options.repeats}
+        sides = {name: both[name] for name in (STOCK, FACTORIZED)}
+        sides |= {KEPT: partial(both[FACTORIZED], cache=None)}
+        rows += [{"batch": batch} | row for row in compared(sides, batch * length, options)]
+    facts = {
+        "parameters": backbone.num_parameters(),
+        "prompt": 2 * BLOCK,
+        "generated": length,
+        "block": BLOCK,
+        "passes a block": 1,
+        "repeats": options.repeats,
+    }
     return Report(facts, {"rows": rows})
-
-
-def _keep(found: dict[str, Any], name: str, run: partial[Any]) -> None:
-    found[name] = run()

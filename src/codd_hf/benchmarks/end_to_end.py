@@ -24,6 +24,7 @@ ALWAYS_TOP_K = 2.0
 
 BLOCK = 32
 STOCK, FACTORIZED = "LLaDA2Pipeline", "CoDDPipeline, factorized"
+KEPT = "complete blocks kept"
 
 
 def measure(options: Options) -> Report:
@@ -56,24 +57,29 @@ def measure(options: Options) -> Report:
                     for cache in ("prefix", "dual")
                 }
             if kind == "block-causal":
-                sides["complete blocks kept"] = partial(sides[FACTORIZED], cache=None)
-            found = {name: run() for name, run in sides.items()}
-            seconds = median_seconds(sides, options.repeats, options.device, warmups=0)
-            rows += [
-                {
-                    "batch": batch,
-                    "blocks": kind,
-                    "pipeline": name,
-                    "tokens/s": batch * length / seconds[name],
-                    "over LLaDA2Pipeline": seconds[STOCK] / seconds[name],
-                    "over no cache": seconds[FACTORIZED] / seconds[name],
-                    "tokens as LLaDA2Pipeline's, %": 100
-                    * (tokens == found[STOCK]).float().mean().item(),
-                }
-                for name, tokens in found.items()
-            ]
+                sides[KEPT] = partial(sides[FACTORIZED], cache=None)
+            about = {"batch": batch, "blocks": kind}
+            rows += [about | row for row in compared(sides, batch * length, options)]
     facts = {"prompt": 2 * BLOCK, "generated": length, "block": BLOCK, "passes": steps}
     return Report(facts | {"repeats": options.repeats}, {"rows": rows})
+
+
+def compared(
+    sides: dict[str, partial[torch.Tensor]], num_tokens: int, options: Options
+) -> list[dict[str, Any]]:
+    """A row for each side, of so many new tokens: its speed, and over that of two of them."""
+    found = {name: run() for name, run in sides.items()}
+    seconds = median_seconds(sides, options.repeats, options.device, warmups=0)
+    return [
+        {
+            "pipeline": name,
+            "tokens/s": num_tokens / seconds[name],
+            "over LLaDA2Pipeline": seconds[STOCK] / seconds[name],
+            "over no cache": seconds[FACTORIZED] / seconds[name],
+            "tokens as LLaDA2Pipeline's, %": 100 * (tokens == found[STOCK]).float().mean().item(),
+        }
+        for name, tokens in found.items()
+    ]
 
 
 def sides_of(
