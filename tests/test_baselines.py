@@ -5,17 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
 from codd_hf.data.tasks import KINDS, draw_tasks
-from codd_hf.data.tokenizers import train_tokenizer
-from tiny import random_head, tiny_backbone
+from tiny_pipeline import tiny_task_pipeline
 
 FOLDER = Path(__file__).parents[1] / "examples" / "baselines"
 NAMES = ("common", "loop", "learning", "copula", "adjust", "demask", "grpo", "table")
@@ -32,20 +30,7 @@ def rivals():
 @pytest.fixture(scope="module")
 def backbone(rivals):
     """Random weights, far from uniform, and a random head."""
-    tasks = list(islice(draw_tasks("train", 0), 300))
-    tokenizer = train_tokenizer([f"{task.question} {task.answer}" for task in tasks], 400)
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    network = tiny_backbone("llama", len(tokenizer), max_position_embeddings=256, **special)
-    never = sorted({*tokenizer.all_special_ids} - {tokenizer.eos_token_id})
-    head = random_head(
-        len(tokenizer),
-        window_length=32,
-        mask_token_id=tokenizer.mask_token_id,
-        forbidden_token_ids=never,
-    )
-    pipeline = CoDDPipeline(CoDDModel.from_backbone(network, head), CoDDScheduler(), tokenizer)
-    pipeline.set_progress_bar_config(disable=True)
-    return rivals.common.Backbone(pipeline)
+    return rivals.common.Backbone(tiny_task_pipeline())
 
 
 @pytest.fixture
@@ -200,13 +185,15 @@ def test_demask_measures_how_far_predictions_move(rivals, backbone, seen):
     assert torch.allclose(moved[others], distance[others], atol=1e-5)
 
 
-def test_grpo_raises_a_simple_reward_and_leaves_the_backbone(rivals, backbone):
+def test_grpo_raises_a_simple_reward_and_leaves_the_backbone(rivals, backbone, monkeypatch):
     config = rivals.grpo.GRPOConfig(1e-2, passes=2, questions=2, updates=2, penalty=0.0)
     before = {name: p.clone() for name, p in backbone.model.state_dict().items()}
     grpo = rivals.grpo.GRPO(backbone, config, reward=lambda task, text: text.count("a") / 5)
     parameters = list(grpo.policy.model.backbone.parameters())
-    rivals.learning.fit(parameters, grpo.loss, 3.0, config.learning_rate)
-    assert sum(grpo.rewards[-4:]) > 1.2 * sum(grpo.rewards[:4])
+    clock = SimpleNamespace(process_time=count().__next__)  # a second a step, on any machine
+    monkeypatch.setattr(rivals.learning, "time", clock)
+    rivals.learning.fit(parameters, grpo.loss, 24, config.learning_rate)
+    assert sum(grpo.rewards[-4:]) > 2 * sum(grpo.rewards[:4])
     assert all(torch.equal(p, before[n]) for n, p in backbone.model.state_dict().items())
 
 

@@ -29,7 +29,7 @@ from wino import Wino
 from codd_hf import CoDDPipeline, default_model
 from codd_hf.data.fingerprint import json_fingerprint, pipeline_fingerprint
 from codd_hf.data.tasks import Task, is_right, sample_tasks
-from codd_hf.evaluation import FACTORIZED, AnsweringSettings
+from codd_hf.evaluation import FACTORIZED, AnsweringSettings, AnswersSettings
 from codd_hf.evaluation.answer_sets import AnswerSet
 from codd_hf.evaluation.statistics import Estimate, mean, ratio
 from codd_hf.runtime.files import append_results, read_results
@@ -37,7 +37,6 @@ from codd_hf.runtime.report import Report, as_json, environment, table
 
 Setting = dict[str, Any]
 COUPLED = ("latent", "any_order")
-GEN_LENGTH = 64
 
 
 @dataclass
@@ -256,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", type=Path, default=Path("model_cards/results/rules.json"))
     args = parser.parse_args(argv)
     pipeline = CoDDPipeline.from_pretrained(args.model)
-    answering = AnsweringSettings(batch_size=args.batch_size, gen_length=GEN_LENGTH)
+    answering = AnswersSettings(batch_size=args.batch_size)
     report = measure(pipeline, args, answering)
     about = {"environment": environment(), "model": pipeline_fingerprint(pipeline)}
     text = as_json(about | report.as_dict())

@@ -13,12 +13,11 @@ import pytest
 import torch
 from windows import HEAD, LENGTH, LOGITS, MASK, VOCAB, law
 
-from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
 from codd_hf.data.tasks import draw_tasks
-from codd_hf.data.tokenizers import train_tokenizer
 from codd_hf.schedulers.drawing import RowText, StepDraw
 from codd_hf.schedulers.settings import DrawSettings
-from tiny import enumerate_window, random_head, tiny_backbone
+from tiny import enumerate_window
+from tiny_pipeline import tiny_task_pipeline
 
 FOLDER = Path(__file__).parents[2] / "examples" / "rules"
 NAMES = ("common", "entropy_bound", "klass", "wino", "num_candidates", "table")
@@ -199,21 +198,7 @@ def test_leave_one_out_is_the_conditional_given_all_other_known_tokens(rules, st
 @pytest.fixture(scope="module")
 def pipeline():
     """Random weights, far from uniform, a random head that copies, and one layer."""
-    tasks = list(islice(draw_tasks("train", 0), 300))
-    tokenizer = train_tokenizer([f"{task.question} {task.answer}" for task in tasks], 400)
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    sizes = {"max_position_embeddings": 256, "num_hidden_layers": 1}
-    network = tiny_backbone("llama", len(tokenizer), **sizes, **special)
-    never = sorted({*tokenizer.all_special_ids} - {tokenizer.eos_token_id})
-    head = random_head(
-        len(tokenizer),
-        window_length=32,
-        mask_token_id=tokenizer.mask_token_id,
-        forbidden_token_ids=never,
-        conditioning=["copy"],
-        context_size=16,
-    )
-    return CoDDPipeline(CoDDModel.from_backbone(network, head), CoDDScheduler(), tokenizer)
+    return tiny_task_pipeline({"num_hidden_layers": 1}, conditioning=["copy"], context_size=16)
 
 
 def test_shadow_reads_a_token_as_if_it_were_masked(rules, pipeline):
@@ -294,7 +279,6 @@ def test_table_has_every_rule_and_goes_on_where_it_stopped(
     rules, pipeline, tmp_path, monkeypatch, capsys
 ):
     pipeline.save_pretrained(tmp_path / "pipeline")
-    monkeypatch.setattr(rules.table, "GEN_LENGTH", 32)
     for name, entry in rules.table.RULES.items():
         few = replace(entry, grid={name: values[-1:] for name, values in entry.grid.items()})
         monkeypatch.setitem(rules.table.RULES, name, few)
