@@ -102,6 +102,23 @@ def test_rows_are_the_checks_of_what_the_pipeline_writes(pipe, monkeypatch):
     assert [row["AUP"] for row in report.tables["AUP"]] == pytest.approx([160] * 3)
 
 
+@pytest.mark.parametrize("changes", [{}, {"logit_shift": True}])
+def test_block_causal_backbone_answers_in_its_own_blocks_wherever_a_prompt_ends(changes):
+    pipe = tiny_pipeline(sampling="latent", temperature=1.0)
+    for name, value in {"block_length": 2, **changes}.items():
+        setattr(pipe.model.backbone.config, name, value)
+    examples = [Example("Tom has eggs."[:size], "5") for size in (3, 4, 5, 13)]
+    rows = measure(pipe, examples, settings(passes=[])).tables["rows"]
+    assert [row["passes"] for row in rows] == [2, 4] * 2
+    partial, first = 1, 5 * len(changes)  # a block that the prompt begins, and first tokens
+    assert all(
+        2 * row["passes"] <= row["passes used"].value <= 2 * row["passes"] + partial + first
+        for row in rows[::2]
+    )
+    with pytest.raises(ValueError, match="must be from 2, one a block, to the window's 4"):
+        measure(pipe, examples, settings(passes=[1]))
+
+
 def test_difference_to_factorized_is_paired(pipe, monkeypatch):
     def made(self, passes, sampling, **draw):
         texts = {"factorized": "00010", "latent": "01110"}[sampling]

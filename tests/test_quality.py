@@ -203,7 +203,7 @@ def test_choosing_on_what_is_reported_is_an_error(problems):
     ("bad", "said"),
     [
         ({"strategies": ["margin", "luck"]}, "`strategies` must be"),
-        ({"passes": [1, 5]}, "`passes` must be at most the window's 4"),
+        ({"passes": [1, 5]}, "`passes` must be from 1, one a block, to the window's 4"),
         ({"samplings": ["factorized"]}, "`samplings` must be one of"),
     ],
 )

@@ -53,7 +53,9 @@ class DecodingCall:
         num_inference_steps: the most passes of the backbone for the whole generation, shared evenly
             by a row's blocks that hold masks, the remainder by the first ones, and no more than a
             block has masks; default one for four tokens, or for each with the strategies
-            `threshold` and `joint`. Steps that a block does not need are not run.
+            `threshold` and `joint`. Steps that a block does not need are not run. A row that begins
+            within a block of a block-causal backbone may take one more, and next-token predictors
+            (Fast-dLLM v2) one more a block, for its first token.
         paradigm: `block`, or `full` for no block order.
         infill: whether rows are templates, in which every mask token is a position to fill. No
             end-of-text or padding token is drawn there.

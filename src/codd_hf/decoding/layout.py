@@ -83,28 +83,32 @@ def lay_out(
             block, end = 2 * block + ~is_first, torch.where(is_first, column + 1, end)
     elif call.block_length is not None:
         block = (column - start[:, None]).div(call.block_length, rounding_mode="floor")
-    canvas.stages = _stages(canvas, block, end)
+    canvas.stages = _stages(canvas, block, end, causal is not None)
     return canvas
 
 
-def _stages(canvas: Canvas, block: torch.Tensor, end: torch.Tensor) -> list[Stage]:
+def _stages(canvas: Canvas, block: torch.Tensor, end: torch.Tensor, is_causal: bool) -> list[Stage]:
     """Shares the steps of a row over those of its blocks `[batch, T]` in which masks are.
 
-    `end` `[T]` says for each position what is read for it.
+    `end` `[T]` says for each position what is read for it. Where the backbone counts the blocks
+    (`is_causal`), those that nobody can know of beforehand take a step beyond the given ones.
     """
     masked, stages = canvas.open_positions(), list[Stage]()
+    length = canvas.call.block_length or masked.shape[1]
     is_adaptive = canvas.call.scheduler.settings.strategy in ADAPTIVE
     for row, steps in enumerate(canvas.call.num_inference_steps):
         found, counts = block[row, masked[row]].unique(return_counts=True)
-        blocks = found.tolist()
+        blocks, number = found.tolist(), int(masked[row].sum())
+        needed = -(-number // length) if is_causal else len(blocks)
         if steps is None:
-            steps = max(-(-int(masked[row].sum()) // (1 if is_adaptive else 4)), len(blocks))
-        if steps < len(blocks):
+            steps = -(-number // (1 if is_adaptive else 4))
+        elif steps < needed:
             raise ValueError(
                 f"`num_inference_steps` must be at least the number of blocks that are decoded, "
-                f"{len(blocks)} in row {row} with `block_length={canvas.call.block_length}`, got "
+                f"{needed} in row {row} with `block_length={canvas.call.block_length}`, got "
                 f"{steps}: take more steps or longer blocks."
             )
+        steps = max(steps, len(blocks))
         # In turns, from the first block on, and no more than a block has masks.
         turns = ((turn, i) for i, count in enumerate(counts.tolist()) for turn in range(count))
         share = Counter(number for _, number in sorted(turns)[:steps])

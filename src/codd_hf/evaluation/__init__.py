@@ -78,8 +78,9 @@ class AnsweringSettings(MeasureSettings):
     """Coupled modes, beside factorized; default: the scheduler's."""
     strategies: list[Strategy] = field(default_factory=list)
     """Default: the scheduler's; threshold and joint take the passes that they need."""
-    passes: list[Count] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
-    """Backbone passes per window."""
+    passes: list[Count] = field(default_factory=list)
+    """Backbone passes per window; default: 1, 2, 4 and so on up to one for each token, of a
+    block-causal backbone from one for each of its blocks on."""
 
 
 @dataclass(kw_only=True)

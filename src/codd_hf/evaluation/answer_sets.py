@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from ..backbones import block_length_of
 from ..data.fingerprint import json_fingerprint, pipeline_fingerprint
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.files import append_results, read_results
@@ -79,7 +80,7 @@ class AnswerSet:
             output: Any = self.pipeline(
                 [self.questions[i] for i in batch],
                 gen_length=settings.gen_length,
-                block_length=window,
+                block_length=block_length(self.pipeline),
                 num_inference_steps=passes * -(-settings.gen_length // window),
                 generator=[torch.Generator().manual_seed(settings.seed + i) for i in batch],
                 **draw,
@@ -102,15 +103,29 @@ def ways(pipeline: CoDDPipeline, settings: AnsweringSettings) -> list[tuple[str,
     """Sampling mode, strategy and passes of all that is measured; without a head, factorized alone.
 
     Raises:
-        ValueError: there are more passes than tokens in a window.
+        ValueError: there are more passes than tokens in a window, or fewer than blocks.
     """
     length, own = pipeline.model.window_length, pipeline.scheduler.settings
-    if max(settings.passes) > length:
-        raise ValueError(f"`passes` must be at most the window's {length}, got {settings.passes}.")
+    least = -(-length // block_length(pipeline))
+    powers = [1 << i for i in range(length.bit_length()) if 1 << i >= least]
+    all_passes = settings.passes or powers or [length]
+    if not least <= min(all_passes) <= max(all_passes) <= length:
+        raise ValueError(
+            f"`passes` must be from {least}, one a block, to the window's {length}, got "
+            f"{settings.passes}."
+        )
     coupled: Any = (settings.samplings or [own.sampling]) if pipeline.model.coupling_head else []
     return [
         (mode, strategy, passes)
         for mode in dict.fromkeys([FACTORIZED, *coupled])
         for strategy in settings.strategies or [own.strategy]
-        for passes in ([length] if strategy in ADAPTIVE else settings.passes)
+        for passes in ([length] if strategy in ADAPTIVE else all_passes)
     ]
+
+
+def block_length(pipeline: CoDDPipeline) -> int:
+    """What is decoded together: a window, of a block-causal backbone what its family decodes."""
+    attended = block_length_of(pipeline.model.config.text_config)
+    if attended is None:
+        return pipeline.model.window_length
+    return pipeline.task().get("block_length") or attended
