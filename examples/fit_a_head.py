@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     pipe = CoDDPipeline.from_pretrained(args.backbone, **parts)
     generator = torch.Generator().manual_seed(0)
     prompt = examples[-1].prompt or "Once upon a time"
-    print(pipe(prompt, gen_length=64, num_inference_steps=16, generator=generator).texts[0])
+    print(pipe(prompt, generator=generator).texts[0])
     return gains
 
 

@@ -182,16 +182,21 @@ def test_two_processes_give_what_one_gives(pipe, tmp_path, monkeypatch, kept):
     assert sorted(path.name for path in tmp_path.rglob("*.jsonl")) == names
 
 
-def test_command_measures_a_backbone_without_a_head_by_itself(pipe, tmp_path, capsys):
+def test_command_measures_a_backbone_without_a_head_in_the_backbones_own_length(
+    pipe, tmp_path, capsys, monkeypatch
+):
+    own = {"max_new_tokens": 8}
+    monkeypatch.setattr(pipe.model.backbone.config, "decoding", own, raising=False)
     pipe.model.backbone.save_pretrained(tmp_path / "backbone")
     pipe.tokenizer.save_pretrained(tmp_path / "backbone")
     rows = [{"question": e.prompt, "answer": e.answer} for e in TEST]
     path, output = tmp_path / "rows.jsonl", tmp_path / "answers.json"
     path.write_text("\n".join(map(json.dumps, rows)))
     argv = ["evaluate", "answers", "--model", str(tmp_path / "backbone"), "--dataset", str(path)]
-    argv += ["--passes", "1", "2", "--gen-length", "8", "--output", str(output)]
+    argv += ["--passes", "1", "2", "--output", str(output)]
     assert main(argv) == 0
     found = json.loads(output.read_text())
+    assert found["facts"]["gen_length"] == 8
     assert [row["sampling"] for row in found["rows"]] == ["factorized", "factorized"]
     assert found["settings"]["checker"] == "last_number"
     assert "tokens per pass" in capsys.readouterr().out

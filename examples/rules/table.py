@@ -29,7 +29,7 @@ from wino import Wino
 from codd_hf import CoDDPipeline, default_model
 from codd_hf.data.fingerprint import json_fingerprint, pipeline_fingerprint
 from codd_hf.data.tasks import Task, is_right, sample_tasks
-from codd_hf.evaluation import FACTORIZED, AnsweringSettings, AnswersSettings
+from codd_hf.evaluation import FACTORIZED, AnsweringSettings
 from codd_hf.evaluation.answer_sets import AnswerSet
 from codd_hf.evaluation.statistics import Estimate, mean, ratio
 from codd_hf.runtime.files import append_results, read_results
@@ -148,10 +148,11 @@ def answer(
         scheduler = RuleScheduler(rule, pipeline.model, **vars(pipeline.scheduler.settings))
         pipeline = CoDDPipeline(pipeline.model, scheduler, pipeline.tokenizer)
     pipeline.set_progress_bar_config(disable=True)
-    answers = AnswerSet("rules", pipeline, [task.question for task in tasks], answering).answers(
+    answered = AnswerSet("rules", pipeline, [task.question for task in tasks], answering)
+    answers = answered.answers(
         call.pop("passes"), sampling, strategy=entry.strategy, temperature=0.0, **call
     )
-    number = answering.gen_length // window  # an end token is part of the answer
+    number = answered.gen_length // window  # an end token is part of the answer
     return Answered(
         [100.0 * is_right(task, a.text) for task, a in zip(tasks, answers, strict=True)],
         [a.passes for a in answers],
@@ -255,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", type=Path, default=Path("model_cards/results/rules.json"))
     args = parser.parse_args(argv)
     pipeline = CoDDPipeline.from_pretrained(args.model)
-    answering = AnswersSettings(batch_size=args.batch_size)
+    answering = AnsweringSettings(batch_size=args.batch_size)
     report = measure(pipeline, args, answering)
     about = {"environment": environment(), "model": pipeline_fingerprint(pipeline)}
     text = as_json(about | report.as_dict())

@@ -45,7 +45,9 @@ def coupled(work: Path) -> CoDDModel:
         context_size=16,
         base_model_name_or_path="tester/backbone",
     )
-    return CoDDModel.from_backbone(backbone, head)
+    model = CoDDModel.from_backbone(backbone, head)
+    model.generation_config.max_new_tokens = 32  # it has 128 positions for prompt and answer
+    return model
 
 
 def decode(model: CoDDModel) -> torch.Tensor:

@@ -118,6 +118,7 @@ def test_pipeline_has_one_card_with_a_line_that_works(tmp_path, tiny_tokenizer, 
     model = CoDDModel.from_backbone(
         tiny_backbone("llama", vocab, eos_token_id=2), random_head(vocab, mask_token_id=mask)
     )
+    model.generation_config.max_new_tokens = 32  # it has 128 positions for prompt and answer
     pipe = CoDDPipeline(model, CoDDScheduler(), tiny_tokenizer)
     pipe.save_pretrained(tmp_path / "pipe", license="mit")
     assert [path.parent.name for path in tmp_path.rglob("README.md")] == ["pipe"]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from codd_hf import CoDDHead, CoDDModel, CoDDPipeline
 from codd_hf.training import train
+from codd_hf.training.run import Run
 
 
 def held_out(folder, name) -> list[dict]:
@@ -101,6 +102,29 @@ def test_head_is_fitted_to_a_given_backbone_which_it_names(
     given = CoDDModel.from_backbone(backbone).backbone.state_dict()
     kept = model.backbone.state_dict()
     assert all(torch.allclose(given[k], kept[k], rtol=1e-2) for k in given)
+
+
+def test_pipeline_answers_in_the_longest_canvas_of_its_training(trained_pipeline, cities_jsonl):
+    pipe = CoDDPipeline.from_pretrained(trained_pipeline)
+    rows = [json.loads(line) for line in cities_jsonl.read_text().splitlines()]
+    answers = pipe.tokenizer([row["answer"] for row in rows[:-32]], add_special_tokens=False)
+    most = max(len(ids) + 1 for ids in answers["input_ids"])  # with the end
+    longest = -(-most // 4) * 4 + 4  # and a further window
+    backbone = CoDDPipeline.from_pretrained(trained_pipeline.parent / "backbone")
+    for own in (pipe, backbone):
+        assert own.prepare(prompt="Where to?").call.gen_length == [longest]
+
+
+def test_head_leaves_the_length_of_the_model_that_it_is_fitted_to(
+    trained_pipeline, trained_config, tmp_path
+):
+    pipe = CoDDPipeline.from_pretrained(trained_pipeline)
+    pipe.model.generation_config.max_new_tokens = 12
+    pipe.save_pretrained(tmp_path)
+    run = Run(replace(trained_config, backbone=str(tmp_path)), ([], [], []))
+    run.couple(pipe.model.coupling_head)
+    fitted = CoDDPipeline(run.model, pipe.scheduler, pipe.tokenizer)
+    assert fitted.prepare(prompt="Where to?").call.gen_length == [12]
 
 
 def test_missing_dataset_is_an_error_before_anything_is_written(trained_config, tmp_path):

@@ -7,7 +7,8 @@ are made of. Families are stateless. Three fields of a configuration count for a
 - `block_length`: attention is block-causal, as SDAR's and LLaDA2's: token `i` belongs to block
   `i // block_length`, and a position sees its own block, both ways, and all earlier ones;
 - `logit_shift`: the logits at a position predict the next one (Dream);
-- `decoding`: by what the code of a published model decodes, for those who say nothing else.
+- `decoding`: how a model decodes for those who say nothing else: as its published code does, in
+  canvases no longer than those of its training.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ def shifts_logits(config: PretrainedConfig) -> bool:
 
 
 def decoding_of(config: PretrainedConfig) -> dict[str, Any]:
-    """The choices by which the code of a published model decodes, as `generate` names them."""
+    """The choices that a backbone's configuration makes, as `generate` names them."""
     said = getattr(config, "decoding", None) or {}
-    return {name: said[name] for name in ("strategy", "threshold", "block_length") if name in said}
+    known = ("strategy", "threshold", "block_length", "max_new_tokens")
+    return {name: said[name] for name in known if name in said}
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..checks.errors import printable
 from ..checks.settings import Count, Seed, Settings
-from ..evaluation import FACTORIZED, AnswersSettings
+from ..evaluation import FACTORIZED, AnsweringSettings
 from .common import add_flags, load_pipeline, settings_from
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     if pipeline.model.coupling_head is None:
         raise ValueError("`--model` has no head to show: fit one with `codd-hf train`.")
     pipeline.set_progress_bar_config(disable=True)
-    answering = AnswersSettings(batch_size=BATCH, seed=settings.seed)
+    answering = AnsweringSettings(batch_size=BATCH, seed=settings.seed)
     answered = AnswerSet("demo", pipeline, [task.question for task in tasks], answering)
     modes = {FACTORIZED: FACTORIZED, "CoDD": pipeline.scheduler.config.sampling}
     texts, counts = {}, []

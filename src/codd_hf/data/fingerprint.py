@@ -17,7 +17,14 @@ from .canvases import TokenizedExample
 if TYPE_CHECKING:
     from ..pipelines.pipeline_codd import CoDDPipeline
 
-PASSING = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
+PASSING = (
+    "_name_or_path",
+    "architectures",
+    "decoding",
+    "dtype",
+    "transformers_version",
+    "use_cache",
+)
 """Settings of a backbone that do not change what it predicts from the same weights."""
 
 

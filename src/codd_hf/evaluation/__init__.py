@@ -70,8 +70,8 @@ class GapSettings(MeasureSettings):
 class AnsweringSettings(MeasureSettings):
     """The settings of measures that generate answers, which are kept in OUTPUT.answers."""
 
-    gen_length: Count = 128
-    """Tokens to generate; what is longer is cut there."""
+    gen_length: Count | None = None
+    """Tokens to generate; what is longer is cut there. Default: the pipeline's own."""
     samplings: list[Literal["latent", "any_order", "marginal", "viterbi"]] = field(
         default_factory=list
     )
@@ -96,7 +96,6 @@ class AnswersSettings(AnsweringSettings):
 
     checker: str = "last_number"
     """exact, last_number, hashes, boxed, equations or regex:PATTERN."""
-    gen_length: Count = 32
 
 
 @dataclass(kw_only=True)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..backbones import block_length_of
 from ..data.fingerprint import json_fingerprint, pipeline_fingerprint
+from ..decoding.call import DEFAULT_LENGTH
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.files import append_results, read_results
 from ..schedulers.strategies import ADAPTIVE
@@ -33,7 +34,8 @@ class AnswerSet:
     """Answers to some questions, in their order, which are kept in `OUTPUT.answers`.
 
     Row `i` is answered by process `i % num_processes`, with the seed of the settings plus `i`;
-    neither process nor batch changes it. The `name` is of the questions, and of their files.
+    neither process nor batch changes it. The `name` is of the questions, and of their files;
+    `gen_length` is the settings', or else the pipeline's own.
 
     Raises:
         ValueError: the answers that are there are of other questions, settings or another model.
@@ -44,9 +46,11 @@ class AnswerSet:
     ) -> None:
         self.pipeline, self.questions, self.settings = pipeline, questions, settings
         self.state, self.file, self.kept = PartialState(), None, dict[Any, Any]()
+        own = pipeline.task().get("gen_length", DEFAULT_LENGTH)
+        self.gen_length: int = settings.gen_length or own
         if settings.output is None:
             return
-        given = [*questions, settings.gen_length, settings.seed, pipeline_fingerprint(pipeline)]
+        given = [*questions, self.gen_length, settings.seed, pipeline_fingerprint(pipeline)]
         run, folder = json_fingerprint(given), Path(f"{settings.output}.answers")
         folder.mkdir(exist_ok=True)
         for path in sorted(folder.glob(f"{name}-*.jsonl")):
@@ -79,9 +83,9 @@ class AnswerSet:
             batch, started = left[start : start + size], time.perf_counter()
             output: Any = self.pipeline(
                 [self.questions[i] for i in batch],
-                gen_length=settings.gen_length,
+                gen_length=self.gen_length,
                 block_length=block_length(self.pipeline),
-                num_inference_steps=passes * -(-settings.gen_length // window),
+                num_inference_steps=passes * -(-self.gen_length // window),
                 generator=[torch.Generator().manual_seed(settings.seed + i) for i in batch],
                 **draw,
             )

@@ -58,7 +58,7 @@ def measure(
         {"sampling": mode, "strategy": strategy, "AUP": aup(of_way, best)}
         for (mode, strategy), of_way in points.items()
     ]
-    facts = {"problems": len(examples), "gen_length": settings.gen_length, "seed": settings.seed}
+    facts = {"problems": len(examples), "gen_length": answered.gen_length, "seed": settings.seed}
     return Report(facts, {"rows": rows, "AUP": aups, "right by kind, %": by_kind})
 
 

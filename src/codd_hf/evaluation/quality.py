@@ -72,7 +72,7 @@ class Problems:
     def real(self) -> Row:
         """The figures of the real answers, no longer than the pipeline may write them."""
         texts = [example.answer for example in self.examples]
-        return self._figures(real_answers(self.pipeline, texts, self.settings.gen_length))
+        return self._figures(real_answers(self.pipeline, texts, self.generated.gen_length))
 
     def row(self, passes: int, sampling: str, strategy: str, draw: dict[str, Any]) -> Row:
         """Draw settings, and the figures of the answers under them."""
@@ -113,7 +113,7 @@ def measure(
         "judge": Path(settings.judge_file or settings.judge).name,
         "problems": len(examples),
         "validation_problems": len(validation.examples) if validation else 0,
-        "gen_length": settings.gen_length,
+        "gen_length": test.generated.gen_length,
         "seed": settings.seed,
     }
     return Report(facts, measure_quality(test, validation))

@@ -48,7 +48,7 @@ With the package codd-hf:
 from codd_hf import CoDDPipeline
 
 pipe = CoDDPipeline.from_pretrained("{{ repo_id }}")
-output = pipe("Once upon a time", gen_length=32, num_inference_steps=8)
+output = pipe("Once upon a time")
 print(output.texts[0])
 {%- else -%}
 from codd_hf import CoDDModel

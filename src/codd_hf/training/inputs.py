@@ -141,7 +141,9 @@ def load_start(name: str, mask_token_id: int | None = None) -> Start:
         raise ValueError(
             f"`mask_token_id` must be given, since `backbone` {name!r} has a tokenizer without one."
         )
-    return Start(CoDDModel.from_backbone(model.backbone, mask_token_id=mask), tokenizer)
+    bare = CoDDModel.from_backbone(model.backbone, mask_token_id=mask)
+    vars(bare.generation_config).update(max_new_tokens=pipe.task()["gen_length"])
+    return Start(bare, tokenizer)
 
 
 def new_start(config: TrainConfig, examples: Sequence[Example]) -> Start:

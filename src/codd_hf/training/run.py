@@ -78,7 +78,9 @@ class Run:
 
     def couple(self, head: CoDDHead) -> CoDDHead:
         """Joins the backbone and a head."""
+        decoding = self.model.generation_config
         self.model = CoDDModel.from_backbone(self.model.backbone, head)
+        self.model.generation_config = decoding
         return head
 
 
@@ -114,7 +116,12 @@ def pretrain(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> Resu
     stream = TaskStream(tokenizer, config.dataset_config, config.max_length)
     data = stream if config.dataset == TASKS else train
     args = (model, tokenizer, data, validation, settings, checkpoints, log)
-    return fit_backbone(*args, window_length=length), [model.backbone, tokenizer]
+    history, own = fit_backbone(*args, window_length=length), model.backbone.config
+    # A longer canvas than it has seen would tell it of a longer answer.
+    longest = max(example.length(length) - len(example.prompt_ids) for example in train)
+    longest += settings.max_extra_windows * length
+    own.decoding = (getattr(own, "decoding", None) or {}) | {"max_new_tokens": longest}
+    return history, [model.backbone, tokenizer]
 
 
 def fit_circuit(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> Result:
