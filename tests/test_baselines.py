@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from codd_hf.data.tasks import KINDS, draw_tasks
+from codd_hf.data.tasks import draw_tasks
 from tiny_pipeline import tiny_task_pipeline
 
 FOLDER = Path(__file__).parents[1] / "examples" / "baselines"
@@ -29,15 +29,17 @@ def rivals():
 
 @pytest.fixture(scope="module")
 def backbone(rivals):
-    """Random weights, far from uniform, and a random head."""
-    return rivals.common.Backbone(tiny_task_pipeline())
+    """Random weights, far from uniform, a random head, and answers of two windows."""
+    pipeline = tiny_task_pipeline()
+    pipeline.model.generation_config.max_new_tokens = 64
+    return rivals.common.Backbone(pipeline)
 
 
 @pytest.fixture
 def canvas(rivals, backbone):
-    """Answers of two windows, a few of whose tokens are in place."""
+    """Answers a few of whose tokens are in place."""
     tasks = list(islice(draw_tasks("train", 1, ["sums"]), 6))
-    canvas = rivals.common.to_fill(backbone, [backbone.prompt(t.question) for t in tasks], 2)
+    canvas = rivals.common.to_fill(backbone, [backbone.prompt(t.question) for t in tasks])
     generator = torch.Generator().manual_seed(0)
     for row, start in enumerate(canvas.start.tolist()):
         places = start + torch.randperm(32, generator=generator)[: 4 * row]
@@ -52,16 +54,16 @@ def seen(rivals, backbone, canvas):
 
 def fill(rivals, backbone, sampler, passes):
     tasks = list(islice(draw_tasks("validation", 0, ["dates"]), 4))
-    canvas = rivals.common.to_fill(backbone, [backbone.prompt(t.question) for t in tasks], 2)
+    canvas = rivals.common.to_fill(backbone, [backbone.prompt(t.question) for t in tasks])
     return rivals.loop.decode(backbone, sampler, canvas, passes)
 
 
 @pytest.mark.parametrize("passes", [1, 3, 32])
 def test_decode_loop_is_the_librarys(rivals, backbone, passes):
     questions = [task.question for task in islice(draw_tasks("validation", 0), 4)]
-    own = rivals.loop.answering(backbone, rivals.loop.Factorized())(questions, passes, 2)
+    own = rivals.loop.answering(backbone, rivals.loop.Factorized())(questions, passes)
     choice = {"sampling": "factorized"}
-    assert own == rivals.table.codd(backbone, None, choice)(questions, passes, 2)
+    assert own == rivals.table.codd(backbone, None, choice)(questions, passes)
 
 
 class IndependentTokens:
@@ -125,7 +127,8 @@ def test_untrained_adjust_draws_as_the_backbone_does(rivals, backbone, passes):
 
 
 def test_adjust_learns_what_drawn_tokens_change(rivals, backbone):
-    layer = rivals.adjust.fit_adjust(backbone, seconds=0.7, learning_rate=3e-3)
+    layer = rivals.adjust.Adjust(backbone)
+    rivals.adjust.fit_adjust(backbone, layer, seconds=0.7, learning_rate=3e-3)
     generator = torch.Generator().manual_seed(7)
     tasks = list(islice(draw_tasks("validation", 0, ["sums"]), 16))
     seen, later = rivals.adjust.pairs_of_passes(backbone, tasks, generator)[0]
@@ -154,7 +157,7 @@ def test_demask_takes_positions_whose_influences_stay_within_the_bound(rivals, s
 
 
 def test_demask_commits_no_neighbours_that_depend_on_each_other(rivals, seen):
-    head = rivals.demask.Influence(seen.backbone.hidden_size, 32)
+    head = rivals.demask.Influence(seen.backbone)
     with torch.no_grad():
         head.on[-1].weight.zero_()
         head.on[-1].bias.zero_()
@@ -188,35 +191,53 @@ def test_demask_measures_how_far_predictions_move(rivals, backbone, seen):
 def test_grpo_raises_a_simple_reward_and_leaves_the_backbone(rivals, backbone, monkeypatch):
     config = rivals.grpo.GRPOConfig(1e-2, passes=2, questions=2, updates=2, penalty=0.0)
     before = {name: p.clone() for name, p in backbone.model.state_dict().items()}
-    grpo = rivals.grpo.GRPO(backbone, config, reward=lambda task, text: text.count("a") / 5)
-    parameters = list(grpo.policy.model.backbone.parameters())
+    model = rivals.grpo.trainable_copy(backbone)
+    grpo = rivals.grpo.GRPO(backbone, model, config, reward=lambda _, text: text.count("a") / 5)
     clock = SimpleNamespace(process_time=count().__next__)  # a second a step, on any machine
     monkeypatch.setattr(rivals.learning, "time", clock)
-    rivals.learning.fit(parameters, grpo.loss, 24, config.learning_rate)
+    rivals.learning.fit(model, grpo.loss, 24, config.learning_rate)
     assert sum(grpo.rewards[-4:]) > 2 * sum(grpo.rewards[:4])
     assert all(torch.equal(p, before[n]) for n, p in backbone.model.state_dict().items())
+
+
+def test_copula_reads_from_left_to_right(rivals, backbone, canvas):
+    model = rivals.copula.causal_copy(backbone, 1).eval()
+    logits = model(canvas.tokens, attention_mask=canvas.real.long()).logits
+    last = int(canvas.real.sum(-1).min()) - 1
+    other = canvas.tokens.clone()
+    other[:, last] = 17
+    changed = model(other, attention_mask=canvas.real.long()).logits
+    assert torch.allclose(logits[:, :last], changed[:, :last], atol=1e-5)
+    assert not torch.allclose(logits[:, last], changed[:, last], atol=1e-3)
 
 
 def test_table_has_every_method_and_goes_on_where_it_stopped(
     rivals, backbone, tmp_path, monkeypatch, capsys
 ):
     backbone.pipeline.save_pretrained(tmp_path / "pipeline")
-    monkeypatch.setattr(rivals.table, "KINDS", {"dates": KINDS["dates"]})
     monkeypatch.setattr(rivals.table, "TUNED_AT", 1)
     for name, method in rivals.table.METHODS.items():
         few = replace(method, choices=method.choices[-2:])
         monkeypatch.setitem(rivals.table.METHODS, name, few)
     output = tmp_path / "baselines.json"
     command = ["--model", str(tmp_path / "pipeline"), "--output", str(output)]
-    command += ["--head-seconds", "0.05", "--passes", "1", "--num-tasks", "2"]
-    command += ["--num-validation", "1"]
-    rivals.table.main([*command, "--methods", "factorized", "codd"])
-    first = json.loads(output.read_text())["methods"]
+    command += ["--head-seconds", "0.5", "--budgets", "0.1", "--grpo-budgets", "0.1", "0.2"]
+    command += ["--passes", "1", "--num-tasks", "2", "--num-validation", "1"]
+    rivals.table.main([*command, "--methods", "factorized", "copula alone"])
+    assert "fit_copula 0.05 s" in capsys.readouterr().out
     results = rivals.table.main(command)
-    assert list(results["methods"]) == list(rivals.table.METHODS)
-    assert {name: results["methods"][name] for name in first} == first
-    for entry in results["methods"].values():
-        assert [(row["kind"], row["passes"]) for row in entry["rows"]] == [("dates", 1)]
-    assert capsys.readouterr().out.count("\n| ") >= len(rivals.table.METHODS)
-    with pytest.raises(SystemExit):
+    assert results == json.loads(output.read_text())
+    printed = capsys.readouterr().out
+    assert "fit_demask" in printed
+    assert not any(done in printed for done in ("factorized 0.0", "copula alone 0.1", "fit_copula"))
+    rows = [(row["method"], row["of the head's time"]) for row in results["rows"]]
+    shares = {"factorized": [0], "CoDD": [1], "GRPO": [0.1, 0.2]}
+    assert rows == [(n, s) for n in rivals.table.METHODS for s in shares.get(n, [0.1])]
+    assert printed.count("\n| ") >= len(rows) + 1
+    with pytest.raises(SystemExit, match="another run"):
         rivals.table.main([*command, "--seed", "1"])
+
+
+def test_head_tells_how_long_its_fit_took(rivals, trained_pipeline):
+    assert 0 < rivals.table.head_seconds(trained_pipeline) < 600
+    assert rivals.table.head_seconds(trained_pipeline / "model") is None

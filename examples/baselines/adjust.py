@@ -90,12 +90,15 @@ class Adjust(nn.Module):
 
 
 def fit_adjust(
-    backbone: Backbone, seconds: float, seed: int = 0, learning_rate: float = 5e-4
-) -> Adjust:
-    """The layer, trained for so many processor seconds."""
-    torch.manual_seed(seed)
+    backbone: Backbone,
+    layer: Adjust,
+    seconds: float,
+    seed: int = 0,
+    learning_rate: float = 5e-4,
+) -> None:
+    """Trains the layer for so many processor seconds."""
     generator = torch.Generator().manual_seed(seed)
-    layer, batches = Adjust(backbone).train(), training_tasks(seed, BATCH)
+    batches = training_tasks(seed, BATCH)
     pairs: list[tuple[Pass, Pass]] = []
 
     def loss() -> torch.Tensor:
@@ -104,8 +107,7 @@ def fit_adjust(
         chosen = int(torch.randint(len(pairs), (), generator=generator))
         return divergence(layer, *pairs.pop(chosen))
 
-    fit(list(layer.parameters()), loss, seconds, learning_rate)
-    return layer.eval().requires_grad_(False)
+    fit(layer, loss, seconds, learning_rate)
 
 
 def divergence(layer: Adjust, seen: Pass, later: Pass) -> torch.Tensor:

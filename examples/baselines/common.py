@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import islice
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from codd_hf import CoDDPipeline
 from codd_hf.backbones import BackboneStates
-from codd_hf.data.tasks import Task, draw_tasks
-
-WINDOW = 32
+from codd_hf.data.tasks import Task
 
 
 class Backbone:
     """A frozen masked diffusion model with its tokenizer.
 
     Args:
-        pipeline: holds both; a head, if it has one, is left out.
-        window: tokens of a window.
+        pipeline: holds both; its head is left out.
 
     Attributes:
+        window: tokens of a window.
+        num_windows: of an answer, as many as the pipeline generates by default.
         never: `[n]`, tokens that are never generated; the mask token is one.
     """
 
-    def __init__(self, pipeline: CoDDPipeline, window: int = WINDOW) -> None:
+    def __init__(self, pipeline: CoDDPipeline) -> None:
         self.pipeline, self.model, self.tokenizer = pipeline, pipeline.model, pipeline.tokenizer
         self.model.eval().requires_grad_(False)
-        self.window, self.mask_id = window, self.model.mask_token_id
+        self.window, self.mask_id = self.model.window_length, self.model.mask_token_id
+        self.num_windows = -(-pipeline.generation_config.max_new_tokens // self.window)
         self.end_id, self.pad_id = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         special = {*self.tokenizer.all_special_ids, self.mask_id} - {self.end_id}
         self.never = torch.tensor(sorted(special))
         self.hidden_size = self.model.config.text_config.hidden_size
+
+    def with_model(self, model: nn.Module) -> Backbone:
+        """The same with another model's predictions."""
+        other = copy.copy(self)
+        other.model = model
+        return other
 
     def read(self, canvas: Canvas) -> BackboneStates:
         """One pass over a canvas."""
@@ -56,24 +61,10 @@ class Backbone:
         encoded = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True)
         return encoded["input_ids"]
 
-    def answer(self, text: str) -> list[int]:
-        """The tokens of an answer, with the end token."""
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id]
-
     def text(self, tokens: torch.Tensor) -> str:
         """The text of generated tokens `[n]` up to the first end token."""
         ended = (tokens == self.end_id).nonzero()
         return self.tokenizer.decode(tokens[: int(ended[0])] if len(ended) else tokens)
-
-    def num_windows(self, kind: str) -> int:
-        """Windows that answers of a kind take, from training tasks."""
-        return _num_windows(self, kind)
-
-
-@cache
-def _num_windows(backbone: Backbone, kind: str) -> int:
-    tasks = islice(draw_tasks("train", "lengths", [kind]), 500)
-    return math.ceil(max(len(backbone.answer(t.answer)) for t in tasks) / backbone.window)
 
 
 def load_backbone(name: str) -> Backbone:
@@ -116,16 +107,16 @@ def lay_out(
     return Canvas(tokens, real, torch.tensor([len(p) for p in prompts]))
 
 
-def to_fill(backbone: Backbone, prompts: Sequence[list[int]], num_windows: int) -> Canvas:
+def to_fill(backbone: Backbone, prompts: Sequence[list[int]]) -> Canvas:
     """Canvases whose answers are mask tokens."""
-    return lay_out(
-        backbone, prompts, [[backbone.mask_id] * num_windows * backbone.window] * len(prompts)
-    )
+    masks = [backbone.mask_id] * backbone.num_windows * backbone.window
+    return lay_out(backbone, prompts, [masks] * len(prompts))
 
 
 def answer_canvas(backbone: Backbone, tasks: Sequence[Task]) -> Canvas:
-    """Canvases of right answers; end tokens fill the windows."""
-    answers = [backbone.answer(task.answer) for task in tasks]
-    size = math.ceil(max(map(len, answers)) / backbone.window) * backbone.window
-    filled = [answer + [backbone.end_id] * (size - len(answer)) for answer in answers]
+    """Canvases of right answers; end tokens fill the windows, one at least."""
+    size = backbone.num_windows * backbone.window
+    texts = [task.answer for task in tasks]
+    answers = backbone.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    filled = [(answer[: size - 1] + [backbone.end_id] * size)[:size] for answer in answers]
     return lay_out(backbone, [backbone.prompt(task.question) for task in tasks], filled)

@@ -35,26 +35,20 @@ LEAST = -30.0
 
 def fit_copula(
     backbone: Backbone,
+    model: PreTrainedModel,
     seconds: float,
-    num_layers: int,
     seed: int = 0,
     learning_rate: float = 1e-3,
-) -> PreTrainedModel:
-    """An autoregressive model of the answers to training tasks, trained for so many seconds.
+) -> None:
+    """Trains an autoregressive model of the answers to tasks, for so many processor seconds.
 
     Its loss is the cross-entropy of the next token, over the windows of the answer.
     """
-    model = causal_copy(backbone, num_layers)
     batches = training_tasks(seed, BATCH)
-
-    def loss() -> torch.Tensor:
-        return next_token_loss(backbone, model, batches)
-
-    fit(list(model.parameters()), loss, seconds, learning_rate)
-    return model.eval().requires_grad_(False)
+    fit(model, lambda: next_token_loss(backbone, model, batches), seconds, learning_rate)
 
 
-def causal_copy(backbone: Backbone, num_layers: int) -> PreTrainedModel:
+def causal_copy(backbone: Backbone, num_layers: int = 2) -> PreTrainedModel:
     """The first layers of the backbone, with its weights, as an autoregressive model."""
     source = backbone.model.backbone
     config = copy.deepcopy(source.config)
@@ -62,7 +56,7 @@ def causal_copy(backbone: Backbone, num_layers: int) -> PreTrainedModel:
     model = type(source)(config)
     model.load_state_dict(source.state_dict(), strict=False)
     model.generation_config = GenerationConfig(pad_token_id=backbone.pad_id)
-    return model.train()
+    return model
 
 
 def next_token_loss(backbone: Backbone, model: PreTrainedModel, batches: Iterator) -> torch.Tensor:

@@ -36,15 +36,15 @@ class Influence(nn.Module):
     """Predicts influences between the positions of a window.
 
     Args:
-        hidden_size: of the backbone's states.
-        window: positions of a window.
+        backbone: gives the sizes of its states and of a window.
     """
 
-    def __init__(self, hidden_size: int, window: int) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        self.on = nn.Sequential(nn.Linear(hidden_size, RANK), nn.GELU(), nn.Linear(RANK, RANK))
-        self.of = nn.Sequential(nn.Linear(hidden_size, RANK), nn.GELU(), nn.Linear(RANK, RANK))
-        self.distance = nn.Parameter(torch.full((2 * window - 1,), -2.0))
+        size = backbone.hidden_size
+        self.on = nn.Sequential(nn.Linear(size, RANK), nn.GELU(), nn.Linear(RANK, RANK))
+        self.of = nn.Sequential(nn.Linear(size, RANK), nn.GELU(), nn.Linear(RANK, RANK))
+        self.distance = nn.Parameter(torch.full((2 * backbone.window - 1,), -2.0))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Logits `[batch, L, L]` of the influence on the first position of the second one.
@@ -112,18 +112,20 @@ def bounded(
 
 
 def fit_demask(
-    backbone: Backbone, seconds: float, seed: int = 0, learning_rate: float = 2e-3
-) -> Influence:
-    """The head, trained for so many processor seconds.
+    backbone: Backbone,
+    head: Influence,
+    seconds: float,
+    seed: int = 0,
+    learning_rate: float = 2e-3,
+) -> None:
+    """Trains the head for so many processor seconds.
 
     In each row one open position gets a token that is drawn from the prediction; a second pass
     shows by how much the predictions at the others moved. Since the loss is a cross-entropy, the
     head learns the mean over such draws.
     """
-    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     batches = training_tasks(seed, BATCH)
-    head = Influence(backbone.hidden_size, backbone.window).train()
 
     def loss() -> torch.Tensor:
         _, canvas, first = masked_window(backbone, next(batches), generator)
@@ -132,8 +134,7 @@ def fit_demask(
         predicted = head(window_states(seen))[torch.arange(len(source)), :, source]
         return F.binary_cross_entropy_with_logits(predicted[others], moved[others])
 
-    fit(list(head.parameters()), loss, seconds, learning_rate)
-    return head.eval().requires_grad_(False)
+    fit(head, loss, seconds, learning_rate)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from common import Backbone, Canvas, to_fill
 from learning import fit, training_tasks
 from loop import Factorized, decode
 
-from codd_hf import CoDDModel, CoDDPipeline, CoDDScheduler
+from codd_hf import CoDDModel
 from codd_hf.data.tasks import Task, is_right
 
 
@@ -72,14 +72,10 @@ class Batch:
     reference: torch.Tensor
 
 
-def trainable_copy(backbone: Backbone) -> Backbone:
+def trainable_copy(backbone: Backbone) -> CoDDModel:
     """The same backbone with weights of its own, to be trained, and no head."""
     network = copy.deepcopy(backbone.model.backbone)
-    model = CoDDModel.from_backbone(network, mask_token_id=backbone.mask_id)
-    pipeline = CoDDPipeline(model, CoDDScheduler(), backbone.tokenizer)
-    policy = Backbone(pipeline, backbone.window)
-    network.requires_grad_(True)
-    return policy
+    return CoDDModel.from_backbone(network, mask_token_id=backbone.mask_id)
 
 
 def answer_log_probs(
@@ -116,6 +112,7 @@ class GRPO:
 
     Args:
         backbone: as it was; it stays.
+        model: a copy of it, whose weights are trained.
         config: the settings.
         seed: of tasks and draws.
         reward: of an answer to a task.
@@ -124,13 +121,14 @@ class GRPO:
     def __init__(
         self,
         backbone: Backbone,
+        model: CoDDModel,
         config: GRPOConfig,
         seed: int = 0,
         reward: Callable[[Task, str], float] = is_right,
     ) -> None:
-        self.reference, self.policy = backbone, trainable_copy(backbone)
+        self.reference, self.policy = backbone, backbone.with_model(model)
         self.config, self.reward = config, reward
-        self.tasks = training_tasks(seed, config.questions, of_one_kind=True)
+        self.tasks = training_tasks(seed, config.questions)
         self.generator = torch.Generator().manual_seed(seed)
         self.views: list[Batch] = []
         self.rewards: list[float] = []
@@ -154,15 +152,14 @@ class GRPO:
 
     @torch.no_grad()
     def draw(self) -> list[Batch]:
-        """Decodes answers to tasks of one kind; gives a view for each update."""
-        config, policy, tasks = self.config, self.policy, next(self.tasks)
-        prompts = [policy.prompt(task.question) for task in tasks for _ in range(config.group)]
-        canvas = to_fill(policy, prompts, policy.num_windows(tasks[0].kind))
+        """Decodes answers to tasks; gives a view for each update."""
+        config, policy = self.config, self.policy
+        asked = [task for task in next(self.tasks) for _ in range(config.group)]
+        canvas = to_fill(policy, [policy.prompt(task.question) for task in asked])
         answers = decode(
             policy, Factorized(), canvas, config.passes, config.temperature, self.generator
         )
         texts = [policy.text(answer) for answer in answers]
-        asked = [task for task in tasks for _ in range(config.group)]
         marks = [float(self.reward(task, text)) for task, text in zip(asked, texts, strict=True)]
         rewards = torch.tensor(marks).view(-1, config.group)
         self.rewards.append(rewards.mean().item())
@@ -182,12 +179,12 @@ class GRPO:
 
 
 def fit_grpo(
-    backbone: Backbone, seconds: float, seed: int = 0, config: GRPOConfig | None = None
-) -> Backbone:
-    """The backbone, fine-tuned for so many processor seconds, those of decoding included."""
+    backbone: Backbone,
+    model: CoDDModel,
+    seconds: float,
+    seed: int = 0,
+    config: GRPOConfig | None = None,
+) -> None:
+    """Fine-tunes a copy of the backbone for so many processor seconds, decoding included."""
     config = config or GRPOConfig()
-    grpo = GRPO(backbone, config, seed)
-    parameters = list(grpo.policy.model.backbone.parameters())
-    fit(parameters, grpo.loss, seconds, config.learning_rate)
-    grpo.policy.model.requires_grad_(False)
-    return grpo.policy
+    fit(model, GRPO(backbone, model, config, seed).loss, seconds, config.learning_rate)

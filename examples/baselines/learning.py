@@ -8,17 +8,16 @@ from itertools import islice
 
 import torch
 from common import Backbone, Canvas, answer_canvas
+from torch import nn
 
-from codd_hf.data.tasks import KINDS, Task, draw_tasks
+from codd_hf.data.tasks import Task, draw_tasks
 
 
-def training_tasks(seed: int, size: int, of_one_kind: bool = False) -> Iterator[list[Task]]:
-    """Batches of training tasks without end, of all kinds or of one kind each."""
-    mixed = draw_tasks("train", f"baselines {seed}")
-    streams = {kind: draw_tasks("train", f"baselines {seed}", [kind]) for kind in KINDS}
+def training_tasks(seed: int, size: int) -> Iterator[list[Task]]:
+    """Batches of training tasks without end."""
+    tasks = draw_tasks("train", f"baselines {seed}")
     while True:
-        tasks = list(islice(mixed, size))
-        yield list(islice(streams[tasks[0].kind], size)) if of_one_kind else tasks
+        yield list(islice(tasks, size))
 
 
 def masked_window(
@@ -43,18 +42,19 @@ def masked_window(
 
 
 def fit(
-    parameters: Sequence[torch.Tensor],
+    module: nn.Module,
     loss_of_step: Callable[[], torch.Tensor | None],
     seconds: float,
     learning_rate: float,
-) -> list[float]:
-    """AdamW for so many processor seconds; returns the losses.
+) -> None:
+    """AdamW on a module's parameters for so many processor seconds.
 
     The rate rises over the first 2 % of the time and falls to 0 over the rest. Where there is no
     loss, there is no step.
     """
+    parameters = list(module.train().requires_grad_(True).parameters())
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    began, losses = time.process_time(), []
+    began = time.process_time()
     while (done := (time.process_time() - began) / seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(done / 0.02, (1 - done) / 0.98)
@@ -65,5 +65,4 @@ def fit(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        losses.append(loss.item())
-    return losses
+    module.eval().requires_grad_(False)

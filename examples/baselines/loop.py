@@ -1,25 +1,23 @@
 """The decode loop that all baselines share, and how answers are marked.
 
-Decoding fills an answer window by window from the left. A window of 32 tokens takes at most
-`passes` passes of the backbone, and each commits an even share of the tokens that are still open.
+Decoding fills an answer window by window from the left. A window takes at most `passes` passes of
+the backbone, and each commits an even share of the tokens that are still open.
 A method is a `Sampler`: it sees one pass of the backbone over one window and says which tokens to
 commit. Seconds are this process's processor seconds.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from common import Backbone, Canvas, to_fill
 
 from codd_hf.backbones import BackboneStates
-from codd_hf.data.tasks import draw_tasks, is_right
+from codd_hf.data.tasks import Task, is_right
 
 BATCH = 50
 """Questions that are answered at once."""
@@ -148,31 +146,25 @@ def decode(
     return canvas.tokens.gather(1, canvas.start[:, None] + torch.arange(size))
 
 
-Answering = Callable[[Sequence[str], int, int], list[str]]
-"""Answers questions in a number of passes a window and a number of windows."""
+Answering = Callable[[Sequence[str], int], list[str]]
+"""Answers questions in a number of passes a window."""
 
 
 def answering(backbone: Backbone, sampler: Sampler) -> Answering:
     """Answers with a sampler, at temperature 0."""
 
-    def answer(questions: Sequence[str], passes: int, num_windows: int) -> list[str]:
-        canvas = to_fill(backbone, [backbone.prompt(q) for q in questions], num_windows)
+    def answer(questions: Sequence[str], passes: int) -> list[str]:
+        canvas = to_fill(backbone, [backbone.prompt(question) for question in questions])
         return [backbone.text(row) for row in decode(backbone, sampler, canvas, passes)]
 
     return answer
 
 
-def score(
-    backbone: Backbone, answer: Answering, kind: str, passes: int, num_tasks: int, split: str
-) -> dict[str, float]:
-    """The share of unseen tasks of a kind that are answered rightly, and the seconds of one."""
-    tasks = list(islice(draw_tasks(split, "baselines", [kind]), num_tasks))
-    num_windows, right, began = backbone.num_windows(kind), 0, time.process_time()
-    for first in range(0, num_tasks, BATCH):
+def marked(answer: Answering, tasks: Sequence[Task], passes: int) -> dict[str, Any]:
+    """Of each task, 100 if it is answered rightly and 0 if not; and the mean seconds of one."""
+    right, began = [], time.process_time()
+    for first in range(0, len(tasks), BATCH):
         some = tasks[first : first + BATCH]
-        texts = answer([task.question for task in some], passes, num_windows)
-        right += sum(is_right(task, text) for task, text in zip(some, texts, strict=True))
-    seconds = (time.process_time() - began) / num_tasks
-    share = right / num_tasks
-    error = math.sqrt(share * (1 - share) / num_tasks)
-    return {"accuracy": share, "error": error, "seconds": seconds}
+        texts = answer([task.question for task in some], passes)
+        right += [100 * is_right(task, text) for task, text in zip(some, texts, strict=True)]
+    return {"right": right, "seconds": (time.process_time() - began) / len(tasks)}
