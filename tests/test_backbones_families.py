@@ -7,16 +7,14 @@ native model, whose logits are found again, with a mask that is built here.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
-    AutoModelForCausalLM,
     Gemma3TextConfig,
     Glm4MoeConfig,
     LlamaConfig,
@@ -30,9 +28,9 @@ from codd_hf import CoDDModel
 from codd_hf.backbones import family_of, load_tokenizer
 from codd_hf.backbones.family import layout_of
 from codd_hf.coupling.adapters import adapter_layers, add_adapter
+from families import EXPERTS, FIXTURES, as_llada2, native, saved_as, written
 from tiny import random_head
 
-FIXTURES = Path(__file__).parent / "fixtures"
 BLOCK = 4
 ORACLES = {"sdar": "logits_block_4", "llada2": "logits_block_4", "lladamoe": "logits_full"}
 KINDS = pytest.mark.parametrize("kind", ORACLES)
@@ -56,22 +54,6 @@ def copied(kind: str, folder: Path, change=lambda weights: None, **config) -> Pa
     change(weights)
     content = json.loads((source / "config.json").read_text())
     return written(folder, weights, content | config)
-
-
-def written(folder: Path, weights: dict[str, torch.Tensor], config: dict, shards: int = 1) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    names, index = sorted(weights), {}
-    for i in range(shards):
-        file = "model.safetensors" if shards == 1 else f"model-{i}.safetensors"
-        part = {name: weights[name].contiguous() for name in names[i::shards]}
-        save_file(part, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(part, file)
-    if shards > 1:
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps({"metadata": {}, "weight_map": index})
-        )
-    return folder
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -207,27 +189,7 @@ def test_fields_about_training_and_kernels_are_passed_over(tmp_path):
     assert torch.allclose(model(ids).logits, expected, atol=1e-5)
 
 
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
 IDS = torch.randint(2, 40, (2, 11), generator=torch.Generator().manual_seed(0))
-
-
-def native(config_class, **changes):
-    torch.manual_seed(0)
-    config = config_class(**SIZES | changes)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
 def wanted(model, block_length: int | None, shift: bool = False) -> torch.Tensor:
@@ -238,45 +200,6 @@ def wanted(model, block_length: int | None, shift: bool = False) -> torch.Tensor
     with torch.no_grad():
         logits = model(IDS, attention_mask=mask, use_cache=False).logits
     return torch.cat((logits[:, :1], logits[:, :-1]), 1) if shift else logits
-
-
-def saved_as(model, folder: Path, **config) -> Path:
-    """The model's weights by their native names, with another configuration."""
-    model.save_pretrained(folder)
-    path = folder / "config.json"
-    content = json.loads(path.read_text())
-    content |= {"rope_theta": content.pop("rope_parameters")["rope_theta"]} | config
-    path.write_text(json.dumps(content))
-    return folder
-
-
-def as_llada2(model, folder: Path) -> Path:
-    """The checkpoint that LLaDA2's code would have written."""
-    model.save_pretrained(folder)
-    weights = {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        for new, old in (
-            ("model.word_embeddings.", "model.embed_tokens."),
-            (".attention.dense.", ".self_attn.o_proj."),
-            (".attention.query_layernorm.", ".self_attn.q_norm."),
-            (".attention.key_layernorm.", ".self_attn.k_norm."),
-            (".gate.expert_bias", ".gate.e_score_correction_bias"),
-        ):
-            name = name.replace(old, new)
-        weights[name] = tensor
-    for name in [name for name in weights if "q_proj" in name]:
-        parts = [weights.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
-        weights[re.sub(r"self_attn\.q_proj", "attention.query_key_value", name)] = torch.cat(parts)
-    content = model.config.to_dict()
-    rotary = content.pop("rope_parameters")
-    content |= {
-        "model_type": "llada2_moe",
-        "rope_theta": rotary["rope_theta"],
-        "partial_rotary_factor": rotary["partial_rotary_factor"],
-        "num_experts": content["n_routed_experts"],
-        "num_shared_experts": content["n_shared_experts"],
-    }
-    return written(folder, weights, content)
 
 
 @pytest.mark.parametrize(("tied", "key_heads"), [(False, 2), (True, 1), (False, 6)])
@@ -332,8 +255,7 @@ def test_dreamreasoner_is_told_from_dream_by_its_blocks(tmp_path):
 def test_family_of_native_names_gives_the_native_models_logits(
     config_class, block_length, config, tied, tmp_path
 ):
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
-    experts = experts if config_class is Qwen3MoeConfig else {}
+    experts = EXPERTS if config_class is Qwen3MoeConfig else {}
     width = {"hidden_size": 48} if config_class is Qwen2Config else {}
     model = native(config_class, tie_word_embeddings=tied, **experts | width)
     found = CoDDModel.from_backbone(saved_as(model, tmp_path, **config, **experts))
@@ -407,7 +329,18 @@ def test_tokenizer_beside_a_checkpoint_loads_with_its_mask_token_and_chat_templa
 ):
     tiny_tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text((FIXTURES / f"{kind}_tiny/config.json").read_text())
-    found, text = load_tokenizer(tmp_path), "Tom has 3 boxes of eggs."
+    assert_same_tokenizer(load_tokenizer(tmp_path), tiny_tokenizer)
+
+
+def test_tokenizer_beside_a_native_model_cuts_text_as_it_says_itself(tmp_path, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    assert_same_tokenizer(load_tokenizer(tmp_path), tiny_tokenizer)
+
+
+def assert_same_tokenizer(found, tiny_tokenizer) -> None:
+    text = "Tom has 3456 boxes of eggs."
+    assert len(found) == len(tiny_tokenizer)
     assert found(text)["input_ids"] == tiny_tokenizer(text)["input_ids"]
     assert found.mask_token_id == tiny_tokenizer.mask_token_id
     assert found.chat_template == tiny_tokenizer.chat_template

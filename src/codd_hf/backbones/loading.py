@@ -98,8 +98,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     named = str(get_tokenizer_config(folder).get("tokenizer_class"))
     if layout is not None and layout.tokenizer_class and not hasattr(transformers, named):
         return getattr(transformers, layout.tokenizer_class).from_pretrained(folder)
-    # Of a configuration that transformers does not know, it would read what it can, and warn.
-    known: dict[str, Any] = {} if layout is None else {"config": PretrainedConfig()}
+    # Of a configuration that transformers does not know, it would read what it can, and warn. The
+    # class that it has for a model would cut text as that model's own tokenizer does, whatever a
+    # tokenizer of no particular class says.
+    is_plain = named in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    known: dict[str, Any] = {"config": PretrainedConfig()} if layout or is_plain else {}
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **known)
     except ValueError as error:
