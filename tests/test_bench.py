@@ -18,6 +18,7 @@ COLUMNS = {
     "end-to-end": "tokens/s",
     "block-cache": "tokens/s",
 }
+FAMILIES = (("SDAR-8B", 4), ("LLaDA2-mini", 32))
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -43,6 +44,16 @@ def test_benchmark_runs_and_its_figures_are_sane(name, capsys, tmp_path):
     same = {(row["blocks"], row["pipeline"]): row["tokens as LLaDA2Pipeline's, %"] for row in rows}
     assert same["single", FACTORIZED] == same["block-causal", FACTORIZED] == 100
     assert same["full", FACTORIZED] < 100  # it reads more
+
+
+def test_overhead_is_measured_for_each_backbone_and_for_a_pass_over_a_block(tmp_path):
+    path = tmp_path / "figures.json"
+    argv = ["bench", "overhead", "--quick", "--repeats", "1", "--output", str(path)]
+    assert main([*argv, "--backbones", "SDAR-8B", "LLaDA2-mini"]) == 0
+    rows = json.loads(path.read_text())["benchmarks"]["overhead"]["rows"]
+    shapes = [(row["backbone"], row["tokens of a pass"]) for row in rows[::2]]
+    assert shapes == [(name, n) for name, block in FAMILIES for n in (512, block)]
+    assert all(row["overhead, %"] > 0 for row in rows)
 
 
 def test_overhead_is_measured_at_each_vocabulary_that_is_asked_for(tmp_path):

@@ -13,7 +13,7 @@ from ..checks.settings import Count, Range, Seed, Settings
 
 Side = Callable[[], object]
 BENCHMARKS = {
-    "overhead": "head step over a backbone's forward pass, at LLaDA-8B's shape",
+    "overhead": "head step over a backbone's forward pass, at the shapes of published models",
     "head-step": "head step against a plain reading of the paper",
     "end-to-end": "CoDDPipeline against diffusers' LLaDA2Pipeline on one backbone",
     "block-cache": "a long answer of a block-causal backbone, complete blocks kept or not",
@@ -31,8 +31,10 @@ class Options(Settings):
     """Where the head and the backbone are."""
     batch_size: Count | None = None
     """Rows at once; default: each benchmark's."""
+    backbones: list[Literal["LLaDA-8B", "SDAR-8B", "LLaDA2-mini"]] = field(default_factory=list)
+    """Shapes of overhead; default: LLaDA-8B."""
     vocabularies: list[Annotated[int, Range(128)]] = field(default_factory=list)
-    """Vocabulary sizes of overhead and head-step; default: LLaDA-8B's 126,464."""
+    """Vocabulary sizes of overhead and head-step; default: the backbone's, LLaDA-8B's 126,464."""
     repeats: Count = 5
     """Timed runs of each side."""
     seed: Seed = 0

@@ -97,8 +97,8 @@ class HeadCase:
         return len(self.logits.topk(size, -1, sorted=False).indices.unique())
 
 
-def head_cases(options: Options, *batches: int) -> Iterator[HeadCase]:
-    """A case of each vocabulary and batch size; `batches` are the usual ones."""
-    for vocabulary in options.vocabularies or [512 if options.quick else 126_464]:
+def head_cases(options: Options, *batches: int, vocabulary: int = 126_464) -> Iterator[HeadCase]:
+    """A case of each vocabulary and batch size; `vocabulary` and `batches` are the usual ones."""
+    for size in options.vocabularies or [512 if options.quick else vocabulary]:
         for batch in options.batches_or(*batches):
-            yield HeadCase(batch, vocabulary, options)
+            yield HeadCase(batch, size, options)

@@ -20,7 +20,7 @@ def plot_rows(axes: Any, rows: Sequence[Result], by: Sequence[str], x: str, y: s
     for row in rows:
         place, height = (v if isinstance(v, dict) else {"value": v} for v in (row[x], row[y]))
         point = (place["value"], height["value"], height.get("error") or 0)
-        lines.setdefault(", ".join(row[name] for name in by), []).append(point)
+        lines.setdefault(", ".join(str(row[name]) for name in by), []).append(point)
     for colour, (name, points) in zip(cycle(LINES), lines.items(), strict=False):
         axes.errorbar(*zip(*points, strict=True), marker="o", ms=4, color=colour, label=name)
     axes.set(xlabel=x, ylabel=y, ylim=(0, None))
@@ -51,7 +51,9 @@ def plot_gap(gap: Result, axes: Any) -> None:
 
 def plot_overhead(overhead: Result, axes: Any) -> None:
     """The head's step, in percent of its backbone's pass, against the vocabulary."""
-    plot_rows(axes, overhead["rows"], ["evidence"], "vocabulary", "overhead, %")
+    rows = overhead["rows"]
+    by = [n for n in ("backbone", "tokens of a pass", "evidence") if n in rows[0]]
+    plot_rows(axes, rows, by, "vocabulary", "overhead, %")
     axes.set(xscale="log")
 
 
