@@ -77,7 +77,7 @@ def fit_tied(
     bias = target.mean(0)
     weighted = embedding.T * weights.double()
     gram = weighted @ embedding
-    gram = gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    gram = gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
     map_ = torch.linalg.solve(gram, weighted @ (target - bias).T).T  # [H, d]
     # The best rank-r map in the metric in which errors are counted.
     root = torch.linalg.cholesky(gram)

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from ..circuits import Potentials, occupancy, token_marginal
 from ..configuration_codd import CoDDHeadConfig
 from ..data.canvases import TokenizedExample
+from ..data.sources import tell
 from ..data.tasks import TASKS
 from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
@@ -160,11 +161,11 @@ def condition_head(run: Run, checkpoints: Checkpoints, log: Log | None = None) -
     config, model, circuit = run.config, run.model, run.model.coupling_head
     assert circuit is not None
     torch.manual_seed(config.conditional.seed)  # of the maps that start at random
-    chosen = {name: getattr(config, name) for name in OF_THE_HEAD}
-    chosen["context_size"] = model.config.hidden_size
-    head = CoDDHead(CoDDHeadConfig.from_dict(circuit.config.to_dict() | chosen))
-    if config.emission == "tied":
+    head = CoDDHead(conditioned(config, circuit, model.config.hidden_size))
+    if head.is_tied:
         head.bind(model.get_output_embeddings().weight)
+    share = 100 * head.num_parameters() / model.backbone.num_parameters()
+    tell(f"The head has {head.num_parameters():,} parameters, {share:.2g} % of the backbone's.")
     alpha, marginal = circuit.config.alpha, circuit.get_buffer("token_marginal")
     with torch.no_grad():
         circuit.set_alpha(0.0)  # as it was fitted
@@ -178,6 +179,13 @@ def condition_head(run: Run, checkpoints: Checkpoints, log: Log | None = None) -
     data = (run.model, run.start.tokenizer, run.parts[0], run.parts[1])
     history = fit_conditional(*data, config.conditional, checkpoints, log)
     return history, [head]
+
+
+def conditioned(config: TrainConfig, circuit: CoDDHead, context_size: int) -> CoDDHeadConfig:
+    """The conditioned head that is made of a circuit; `context_size` is the backbone's width."""
+    chosen = {name: getattr(config, name) for name in OF_THE_HEAD} | {"context_size": context_size}
+    chosen["emission"] = config.emission or ("tied" if circuit.evidence_size else "dense")
+    return CoDDHeadConfig.from_dict(circuit.config.to_dict() | chosen)
 
 
 def train_jointly(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> Result:

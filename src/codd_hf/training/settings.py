@@ -238,8 +238,9 @@ class TrainConfig(Settings):
         default_factory=lambda: ["latent", "copy"]  # type: ignore[arg-type]
     )
     """How the context steers the circuit: latent, copy; none for a static circuit."""
-    emission: Literal["dense", "tied"] = "dense"
-    """dense, or tied to the backbone's output embedding."""
+    emission: Literal["dense", "tied"] | None = None
+    """dense, or tied to the backbone's output embedding. Default: tied where the vocabulary is
+    so large that decoding reads lists."""
     emission_rank: Count = 128
     """Rank of tied emissions."""
     vocab_size: Count = 3072
