@@ -88,12 +88,12 @@ GoesOn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def draw_while(step: Step, goes_on: GoesOn) -> CoDDSchedulerOutput:
     """As the library draws in any order, the surest token first and at temperature 0.
 
-    `goes_on` is asked about each token before it is drawn, by its law given those drawn before.
+    `goes_on` is asked about each token before it is drawn, by its law given those drawn before. The
+    library's own loop asks nobody: it stops by the thresholds of its strategies.
     """
-    draw, left = step.draw, step.committable
+    draw, left = step.draw, step.committable.clone()
     tokens, where = draw.sample.clone(), torch.zeros_like(left)
     probs = (~draw.masked).to(draw.plain.latents.dtype)
-    scores, going = torch.zeros_like(probs), torch.ones_like(step.at_least, dtype=torch.bool)
     both = list(dict.fromkeys((draw.plain, draw.sharpened)))
     known = IncrementalPosterior([law.latents for law in both], draw.split(left))
 
@@ -101,21 +101,19 @@ def draw_while(step: Step, goes_on: GoesOn) -> CoDDSchedulerOutput:
         flat = rows * tokens.shape[1] + columns
         return flat // draw.length, flat % draw.length
 
-    renewed, number = left, 0
-    while True:
-        going = going & left.any(-1)
-        at = (renewed & left & going[:, None]).nonzero(as_tuple=True)
+    for number in range(tokens.shape[1]):
+        scores, at = torch.full_like(probs, -torch.inf), left.nonzero(as_tuple=True)
         scores[at] = known.token_probs(0, place(*at)).amax(-1)
-        rows = going.nonzero()[:, 0]
-        columns = scores.masked_fill(~left, -torch.inf).argmax(-1)[rows]
+        rows = left.any(-1).nonzero()[:, 0]
+        columns = scores.argmax(-1)[rows]
         law = known.token_probs(0, place(rows, columns))
         stays = goes_on(rows, columns, law) | (step.at_least[rows] > number)
-        going[rows[~stays]] = False
-        rows, columns = at = rows[stays], columns[stays]
-        if not len(rows):
-            return CoDDSchedulerOutput(tokens, where, tokens, probs)
+        left[rows[~stays]] = False
+        at = rows[stays], columns[stays]
+        if not len(at[0]):
+            break
         new = known.token_probs(len(both) - 1, place(*at)).argmax(-1)
-        tokens[at], probs[at], where[at] = new, known.prob_of(new, 0, place(*at)), True
-        left, number = left & ~where, number + 1
+        tokens[at], probs[at] = new, known.prob_of(new, 0, place(*at))
+        where[at], left[at] = True, False
         known.reveal(place(*at), new)
-        renewed = torch.zeros_like(known.wanted).index_fill(0, place(*at)[0], True).view_as(left)
+    return CoDDSchedulerOutput(tokens, where, tokens, probs)
