@@ -44,6 +44,14 @@ def test_the_demo_shows_that_coupled_answers_are_right_more_often(capsys):
     assert coupled > factorized
 
 
+def test_it_answers_in_the_canvas_that_its_tasks_take(pipe):
+    """In a longer one, of which it has seen none, hardly an answer is right."""
+    answers = [task.answer for task in sample_tasks("train[:2000]")]
+    tokens = pipe.tokenizer(answers, add_special_tokens=False)["input_ids"]
+    longest, window = max(map(len, tokens)) + 1, pipe.model.window_length
+    assert pipe.task()["gen_length"] == -(-longest // window) * window
+
+
 def test_a_question_alone_and_in_a_batch_gets_the_same_text(pipe):
     questions = [task.question for task in sample_tasks("test[:4]")]
 

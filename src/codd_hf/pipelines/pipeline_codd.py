@@ -51,7 +51,7 @@ class CoDDPipeline(Publishing, DiffusionPipeline):  # type: ignore[misc]
         >>> from codd_hf import CoDDPipeline
 
         >>> pipe = CoDDPipeline.from_pretrained("path/to/pipeline")
-        >>> output = pipe("What is 3 + 4?", gen_length=64, block_length=32, num_inference_steps=8)
+        >>> output = pipe("What is 3 + 4?", num_inference_steps=8)
         >>> print(output.texts[0])
         >>> mask = pipe.tokenizer.mask_token
         >>> print(pipe(f"Tom has 3{4 * mask} and eats 2.", infill=True).texts[0])
