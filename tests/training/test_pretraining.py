@@ -124,7 +124,8 @@ def test_loss_of_a_position_depends_on_later_tokens(tiny_tokenizer, examples):
     canvas = collate(examples[:1], tiny_tokenizer, 4)
     hidden = torch.zeros_like(canvas.input_ids, dtype=torch.bool)
     hidden[0, 3] = True
-    noise = Noise(masked=hidden, target=hidden, span=hidden, level=torch.ones(1))
+    row = torch.ones(1)
+    noise = Noise(hidden, hidden, hidden, level=row, window=row.long(), end=canvas.answer_end)
     _, before = diffusion_loss(model, canvas, noise)
     canvas.input_ids[0, -1] = 40
     _, after = diffusion_loss(model, canvas, noise)

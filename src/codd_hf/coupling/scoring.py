@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 from ..checks.arguments import check_unmasked, integer, rows_of_ids, several, shown
 from ..text.encoding import encode_as_written
 from .heads import HeadName
-from .windows import CoupledBackbone, check_size
+from .windows import CoupledBackbone, Stretch, check_size, stretch_at
 
 Texts = Sequence[str] | Sequence[Sequence[int]]
 
@@ -45,10 +45,10 @@ def score(
 ) -> ScoreOutput:
     """Log-likelihoods of answers given their prompts, factorized and coupled.
 
-    An answer is cut into the head's windows, from its first token on. Each window is predicted in
-    one parallel step, with the windows before it visible and those after it masked, as block
-    decoding meets it; the sum over the windows is by the chain rule the likelihood of the answer.
-    The number of tokens of the answer is taken as given.
+    An answer is cut into the head's windows, from its first token on, and of a block-causal
+    backbone these into its blocks (`stretch_at`). Each is predicted in one parallel step, with all
+    before it visible and what follows masked, as block decoding meets it; the sum is by the chain
+    rule the likelihood of the answer. The number of tokens of the answer is taken as given.
 
     Args:
         model: a backbone with a head (or without one).
@@ -56,7 +56,7 @@ def score(
             prompt may be empty.
         answers: as many, none of them empty.
         tokenizer: for texts, which are tokenised without special tokens of their own.
-        batch_size: windows at once.
+        batch_size: windows, or blocks, at once.
         evidence_temperature: of the coupled likelihood; default, the head's. The factorized one is
             at temperature 1.
         head: the name of the head; None, the model's default; False, none.
@@ -75,21 +75,30 @@ def score(
         )
     call = model.head_of_call(head).frozen()
     device, length = model.device, call.window_length
-    windows = []
+    stretches: list[tuple[int, Stretch]] = []
     for row, (prompt, answer) in enumerate(zip(given, wanted, strict=True)):
         if not len(answer):
             raise ValueError(f"`answers` must hold at least one token each, got none in row {row}.")
         what = f"In row {row} of `prompts` and `answers`, {len(prompt)} and {len(answer)} tokens"
         check_size(model.max_positions, len(prompt) + len(answer), what)
-        windows += [(row, len(prompt) + start) for start in range(0, len(answer), length)]
+        start, end = torch.tensor([len(prompt), len(prompt) + len(answer)])
+        place = start
+        while place < end:
+            stretches.append((row, stretch_at(place, start, end, length, model.config.text_config)))
+            place = stretches[-1][1].stop
     totals = torch.zeros(2, len(given), dtype=torch.float64)
-    for first in range(0, len(windows), batch_size):
-        rows, starts = torch.tensor(windows[first : first + batch_size]).unbind(1)
+    for first in range(0, len(stretches), batch_size):
+        numbers, parts = zip(*stretches[first : first + batch_size], strict=True)
+        rows = torch.tensor(numbers)
+        starts, begins, _, ends = (
+            torch.stack(part).to(device) for part in zip(*parts, strict=True)
+        )
         texts = [torch.cat((given[row], wanted[row])) for row in rows]
         truth = pad_sequence(texts, batch_first=True).to(device)
         attention_mask = pad_sequence([torch.ones_like(t) for t in texts], True).to(device)
-        starts, column = starts.to(device), torch.arange(truth.shape[1], device=device)
-        hidden = (column >= starts[:, None]) & attention_mask.bool()
+        column = torch.arange(truth.shape[1], device=device)
+        hidden = (column >= begins[:, None]) & attention_mask.bool()
+        attention_mask = attention_mask * (column < ends[:, None])
         ids = truth.masked_fill(hidden, model.mask_token_id)
         columns = starts[:, None] + torch.arange(length, device=device)
         targets = truth.gather(1, columns.clamp(max=truth.shape[1] - 1))

@@ -2,13 +2,20 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
-from ..backbones import BackboneFamily, BackboneStates, execution_device, family_of
+from ..backbones import (
+    BackboneFamily,
+    BackboneStates,
+    block_length_of,
+    execution_device,
+    family_of,
+    shifts_logits,
+)
 from ..checks.arguments import RowError, several
 from ..circuits import CoupledCategorical, Preceding, without_circuit, without_tokens
 from .heads import CallHead, HeadName, WithHeads
@@ -226,6 +233,51 @@ class CoupledBackbone(WithHeads):
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict:
         """The arguments of `forward`, as they are; PEFT asks every language model for this."""
         return {"input_ids": input_ids, **kwargs}
+
+
+class Stretch(NamedTuple):
+    """What is decoded together, `[n]` each: all tokens before `begin` are known then.
+
+    Attributes:
+        window: where the head's window over it begins.
+        begin: its first position.
+        stop: the position behind its last one.
+        end: the position from which on a block-causal backbone, and the window, see nothing.
+    """
+
+    window: torch.Tensor
+    begin: torch.Tensor
+    stop: torch.Tensor
+    end: torch.Tensor
+
+
+def stretch_at(
+    place: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+    length: int,
+    config: PretrainedConfig,
+) -> Stretch:
+    """The stretch that holds a `place` of each of some texts, generated from `start` to `end`.
+
+    It is a window of `length` tokens; of a block-causal backbone (`config`) what of a block of its
+    attention is in one, and with shifted logits a block's first token is a stretch by itself.
+    """
+    block = block_length_of(config)
+    if block is None:
+        window = place - (place - start) % length
+        return Stretch(window, window, torch.minimum(window + length, end), end)
+    origin = start - start % block if length % block == 0 else start
+    window = torch.maximum(place - (place - origin) % length, start)
+    begin = place - place % block
+    behind = begin + block
+    if shifts_logits(config):
+        is_first = (place == begin) & (place > 0)
+        behind = torch.where(is_first, place + 1, behind)
+        begin = begin + (~is_first & (begin > 0)).long()
+    behind = torch.minimum(behind, end)
+    stop = torch.minimum(behind, window + length)
+    return Stretch(window, torch.maximum(begin, window), stop, behind)
 
 
 def windows_over(

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from ..backbones import block_length_of
+from ..coupling.windows import stretch_at
 from ..schedulers.scheduling_codd import span_uniforms
 from .canvases import CanvasBatch, TokenizedExample, collate
 
@@ -20,12 +23,16 @@ class Noise:
             noised span (later windows are masked too, but are no target).
         span: `[batch, length]` bool, the positions that the noise could have hidden.
         level: `[batch]`, the probability `t` in (0, 1] with which it did.
+        window: `[batch]`, where the noised window begins.
+        end: `[batch]`, the position from which on nothing is seen.
     """
 
     masked: torch.Tensor
     target: torch.Tensor
     span: torch.Tensor
     level: torch.Tensor
+    window: torch.Tensor
+    end: torch.Tensor
 
 
 def sample_noise(
@@ -38,12 +45,14 @@ def sample_noise(
     minimum_level: float = 1e-2,
     mean_span_length: float = 1.0,
     infill: bool = False,
+    config: PretrainedConfig | None = None,
 ) -> Noise:
     """Draws masks for a batch, one noise level `t ~ U(0, 1)` a row (stratified over the batch).
 
     A row is noised in one of two ways. *Window* noise is what block decoding meets: one window of
     the answer is the span, earlier ones are visible and later ones fully masked. Otherwise the
-    span is the whole answer, or prompt and answer.
+    span is the whole answer, or prompt and answer. A block-causal backbone meets the former alone,
+    and there a block, behind which nothing is seen (`stretch_at`).
 
     Args:
         canvas: the clean canvases.
@@ -55,6 +64,7 @@ def sample_noise(
         mean_span_length: mean length of the spans that are masked together; 1: each token alone.
         infill: windows begin anywhere in the answer, before its end-of-text, and later ones are
             visible too.
+        config: the backbone's configuration; by default its attention is full.
     """
     batch, length = canvas.input_ids.shape
     start, end = canvas.answer_start[:, None], canvas.answer_end[:, None]
@@ -71,6 +81,12 @@ def sample_noise(
     num_windows = ((last - start - window_length) // step + 1).clamp(min=1)
     window_start = start + (uniform(batch, 1) * num_windows).long() * step
     window_end = torch.minimum(window_start + window_length, last)
+    window, seen = window_start, end
+    if config is not None and block_length_of(config) is not None:
+        place = start + (uniform(batch, 1) * (end - start)).long()
+        found = stretch_at(place, start, end, window_length, config)
+        window, window_start, window_end, seen = found
+        by_window = torch.ones_like(by_window)
     in_window = (position >= window_start) & (position < window_end)
     with_prompt = uniform(batch, 1) < prompt_probability
     in_canvas = (position < end) & (with_prompt | (position >= start))
@@ -79,7 +95,8 @@ def sample_noise(
     draws = span_uniforms((batch, length), mean_span_length, generator)
     target = span & (draws < level[:, None])
     later = by_window & (position >= window_end) & (position < end) & (not infill)
-    return Noise(masked=target | later, target=target, span=span, level=level)
+    parts = {"masked": target | later, "target": target, "span": span, "level": level}
+    return Noise(**parts, window=window[:, 0], end=seen[:, 0])
 
 
 def draw_canvases(
@@ -89,6 +106,7 @@ def draw_canvases(
     max_extra_windows: int,
     generator: torch.Generator,
     infill: bool = False,
+    config: PretrainedConfig | None = None,
     **noise: float,
 ) -> tuple[CanvasBatch, Noise]:
     """Canvases, each with up to `max_extra_windows` of end-of-text at its end, and their noise.
@@ -100,6 +118,5 @@ def draw_canvases(
     most = 0 if infill else max_extra_windows
     extra = torch.randint(most + 1, (len(examples),), generator=generator)
     canvas = collate(examples, tokenizer, window_length, extra.tolist(), infill)
-    return canvas, sample_noise(
-        canvas, window_length=window_length, generator=generator, infill=infill, **noise
-    )
+    how: dict[str, Any] = {"infill": infill, "config": config, **noise}
+    return canvas, sample_noise(canvas, window_length=window_length, generator=generator, **how)

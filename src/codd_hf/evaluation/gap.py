@@ -1,7 +1,8 @@
 """The misspecification gap: the loss of one parallel step, and the part that a circuit wins back.
 
-Windows of held-out answers are masked at some ratios, as block decoding meets them: earlier windows
-visible, later ones fully masked. Per ratio, nats per masked token of
+Windows of held-out answers (of block-causal backbones, blocks) are masked at some ratios, as block
+decoding meets them: earlier ones visible, later ones fully masked. Per ratio, nats per masked
+token of
 
 - the factorized backbone, in one step;
 - the backbone coupled with each head, in one step;
@@ -12,20 +13,18 @@ Gap closed is `(factorized - coupled) / (factorized - sequential)` (arXiv 2603.0
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..backbones import block_length_of
 from ..circuits import CoupledCategorical
 from ..coupling.heads import CallHead
-from ..data.canvases import (
-    CanvasBatch,
-    TokenizedExample,
-    collate,
-    tokenize_examples,
-)
+from ..coupling.windows import stretch_at
+from ..data.canvases import TokenizedExample, collate, tokenize_examples
 from ..data.sources import Example, RowReport
 from ..hub.repositories import default_model
 from ..modeling_codd import CoDDModel
@@ -103,22 +102,21 @@ def measure_gap(
         methods[name] = (CallHead("", head, length).frozen(), temperature)
     batches, rows = list(_windows(model, examples, tokenizer, settings)), []
     for ratio in tqdm(settings.ratios, "measuring the gap", unit="ratio", disable=None):
-        count = max(round(ratio * length), 1)
         scores: dict[str, list[torch.Tensor]] = {}
-        for canvas, columns, order in batches:
-            truth, masked = canvas.input_ids.gather(1, columns), order < count
-            by_method = _distributions(model, canvas, columns, masked, methods)
-            for name, distribution in by_method.items():
-                scores.setdefault(name, []).append(distribution.log_prob(truth))
+        for window in batches:
+            count = (ratio * window.size).round().clamp(min=1)
+            truth, masked = window.truth, window.order < count[:, None]
+            for name, distribution in window.distributions(model, masked, methods).items():
+                scores.setdefault(name, []).append(distribution.log_prob(truth).double() / count)
             if settings.sequential:
                 total = torch.zeros(len(truth), device=truth.device)
-                while masked.any():  # the rows have equally many
+                while masked.any():
                     next_one = masked.long().argmax(1, keepdim=True)
-                    first = torch.zeros_like(masked).scatter(1, next_one, True)
-                    (step,) = _distributions(model, canvas, columns, masked, alone).values()
+                    first = torch.zeros_like(masked).scatter(1, next_one, True) & masked
+                    (step,) = window.distributions(model, masked, alone).values()
                     total, masked = total + step.partial_log_prob(truth, first), masked & ~first
-                scores.setdefault(SEQUENTIAL, []).append(total)
-        nats = {name: mean(-torch.cat(s).double().cpu() / count) for name, s in scores.items()}
+                scores.setdefault(SEQUENTIAL, []).append(total.double() / count)
+        nats = {name: mean(-torch.cat(s).cpu()) for name, s in scores.items()}
         gains = {name: nats[FACTORIZED] - nats[name] for name in heads}
         row = {
             "mask ratio": ratio,
@@ -134,25 +132,41 @@ def measure_gap(
     return rows
 
 
-def _distributions(
-    model: CoDDModel,
-    canvas: CanvasBatch,
-    columns: torch.Tensor,
-    masked: torch.Tensor,
-    methods: Mapping[str, tuple[CallHead, float]],
-) -> dict[str, CoupledCategorical]:
-    """By method, the distribution over the window, where `masked [n, L]` and all after it hide."""
-    position = torch.arange(canvas.input_ids.shape[1], device=columns.device)
-    later = (position > columns[:, -1:]) & (position < canvas.answer_end[:, None])
-    hidden = later.scatter(1, columns, masked)
-    ids = canvas.input_ids.masked_fill(hidden, model.mask_token_id)
-    states = model.backbone_states(ids, canvas.attention_mask)
-    return {
-        name: model.window_distribution(
-            states, ids, columns[:, 0], canvas.attention_mask, temperature=by, head=head
+class _Windows(NamedTuple):
+    """A batch of windows.
+
+    Attributes:
+        ids: `[n, T]`, the tokens of the canvases, masked from where nothing is known.
+        seen: `[n, T]`, the attention mask: no padding, nothing that decoding does not see.
+        start: `[n]`, where the windows begin.
+        truth: `[n, L]`, their tokens.
+        order: `[n, L]`, the order in which they are masked; never, if `size` or more.
+        size: `[n]`, how many are.
+    """
+
+    ids: torch.Tensor
+    seen: torch.Tensor
+    start: torch.Tensor
+    truth: torch.Tensor
+    order: torch.Tensor
+    size: torch.Tensor
+
+    def distributions(
+        self, model: CoDDModel, masked: torch.Tensor, methods: Mapping[str, tuple[CallHead, float]]
+    ) -> dict[str, CoupledCategorical]:
+        """By method, the distribution over the windows, of which `masked [n, L]` is hidden."""
+        columns = self.start[:, None] + torch.arange(masked.shape[1], device=masked.device)
+        known = F.pad(self.ids, (0, masked.shape[1])).scatter(
+            1, columns, self.truth.masked_fill(masked, model.mask_token_id)
         )
-        for name, (head, by) in methods.items()
-    }
+        ids = known[:, : self.ids.shape[1]]
+        states = model.backbone_states(ids, self.seen)
+        return {
+            name: model.window_distribution(
+                states, ids, self.start, self.seen, temperature=by, head=head
+            )
+            for name, (head, by) in methods.items()
+        }
 
 
 def _windows(
@@ -160,18 +174,26 @@ def _windows(
     examples: Sequence[TokenizedExample],
     tokenizer: PreTrainedTokenizerBase,
     settings: GapSettings,
-) -> Iterator[tuple[CanvasBatch, torch.Tensor, torch.Tensor]]:
-    """One random window of each example, as decoding meets it, in batches.
-
-    Canvases, columns `[n, L]` of the windows, and the order `[n, L]` in which they are masked.
-    """
-    length, device = model.window_length, model.device
+) -> Iterator[_Windows]:
+    """One random window of each example, as decoding meets it, in batches."""
+    length, device, config = model.window_length, model.device, model.config.text_config
     generator = torch.Generator().manual_seed(settings.seed)
     whole = torch.tensor([-(-len(e.answer_ids) // length) for e in examples])
-    first = (torch.rand(len(examples), generator=generator) * whole).long() * length
-    order = torch.rand(len(examples), length, generator=generator).argsort(1).argsort(1)
-    for start in range(0, len(examples), settings.batch_size):
-        rows = slice(start, start + settings.batch_size)
+    unit = length if block_length_of(config) is None else 1
+    first = (torch.rand(len(examples), generator=generator) * whole * (length // unit)).long()
+    draws = torch.rand(len(examples), length, generator=generator)
+    for at in range(0, len(examples), settings.batch_size):
+        rows = slice(at, at + settings.batch_size)
         canvas = collate(examples[rows], tokenizer, length)
-        columns = (canvas.answer_start + first[rows])[:, None] + torch.arange(length)
-        yield canvas.to(device), columns.to(device), order[rows].to(device)
+        start, end = canvas.answer_start, canvas.answer_end
+        found = stretch_at(start + first[rows] * unit, start, end, length, config)
+        place = found.window[:, None] + torch.arange(length)
+        inside = (place >= found.begin[:, None]) & (place < found.stop[:, None])
+        order = draws[rows].masked_fill(~inside, 2).argsort(1).argsort(1)
+        position = torch.arange(canvas.input_ids.shape[1])
+        later = (position >= found.stop[:, None]) & (position < end[:, None])
+        seen = canvas.attention_mask * (position < found.end[:, None])
+        ids = canvas.input_ids.masked_fill(later, model.mask_token_id)
+        truth = F.pad(canvas.input_ids, (0, length)).gather(1, place)
+        parts = ids, seen, found.window, truth, order, inside.sum(1)
+        yield _Windows(*(part.to(device) for part in parts))

@@ -63,7 +63,7 @@ class NoisedCanvases:
     """Canvases with one noised window a row, as a function of the examples and the seed alone.
 
     Attributes:
-        truth, masked, level, columns: of the windows, `[B, L]`, on the CPU.
+        truth, masked, level, columns, present: of the windows, `[B, L]`, on the CPU.
         ids, mask, starts: the noised canvases `[B, T]`, on the model's device.
     """
 
@@ -78,14 +78,17 @@ class NoisedCanvases:
         length, generator = model.window_length, torch.Generator().manual_seed(seed)
         layout = examples, tokenizer, length, config.max_extra_windows, generator, config.infill
         spans = config.mean_span_length
-        canvas, noise = draw_canvases(*layout, window_probability=1.0, mean_span_length=spans)
-        starts = noise.span.long().argmax(1)
-        self.columns = starts[:, None] + torch.arange(length)
+        canvas, noise = draw_canvases(
+            *layout, model.config.text_config, window_probability=1.0, mean_span_length=spans
+        )
+        places, end = noise.window[:, None] + torch.arange(length), noise.end[:, None]
+        self.columns, self.present = places.clamp(max=canvas.input_ids.shape[1] - 1), places < end
         self.truth = canvas.input_ids.gather(1, self.columns)
-        self.masked, self.level = noise.masked.gather(1, self.columns), noise.level
+        self.masked = noise.masked.gather(1, self.columns) & self.present
+        self.level, seen = noise.level, torch.arange(canvas.input_ids.shape[1]) < end
         ids = canvas.input_ids.masked_fill(noise.masked, model.mask_token_id)
-        self.ids, self.mask = ids.to(model.device), canvas.attention_mask.to(model.device)
-        self.model, self.starts = model, starts.to(model.device)
+        self.ids, self.mask = ids.to(model.device), (canvas.attention_mask * seen).to(model.device)
+        self.model, self.starts = model, noise.window.to(model.device)
         self.autocast = autocast(config.mixed_precision, model.device)
 
     def scores(self) -> WindowScores:

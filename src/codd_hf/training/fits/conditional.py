@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ...backbones import block_length_of
 from ...circuits import DenseEvidence, ListedEvidence, Preceding, forbidden_tokens
 from ...data.canvases import TokenizedExample, epoch_batches
 from ...data.fingerprint import (
@@ -118,7 +119,8 @@ class NoisedWindows:
 
     Attributes:
         columns: `tokens [N, L]` (int32, the true ones), `masked [N, L]` (those that were hidden
-            from the backbone), `level [N]` (the probability with which they were); of the masked
+            from the backbone), `level [N]` (the probability with which they were), `present [N, L]`
+            of a block-causal backbone (those that were seen or predicted); of the masked
             positions, window by window, the likeliest tokens `indices [M, k]` (int32), their
             `log_probs [M, k]` (float16, off by at most 1/2048 of themselves) and `log_rest [M]`,
             the log of the remaining mass; for a head with conditioning `hidden [N, L, d]`
@@ -168,6 +170,8 @@ class NoisedWindows:
             "log_probs": kept.log_probs.half(),
             "log_rest": kept.log_rest[..., 0].half(),
         }
+        if block_length_of(config.text_config) is not None:
+            columns["present"] = canvases.present
         if maps is not None:
             rows = torch.arange(len(places), device=device)[:, None]
             columns["hidden"] = states.last_hidden_state[rows, places.to(device)].bfloat16()
@@ -211,6 +215,7 @@ class NoisedWindows:
             tokens=truth,
             observed=~masked.to(device),
             last_hidden_state=held["hidden"].to(device) if "hidden" in held else None,
+            present=held["present"].to(device) if "present" in held else None,
             temperature=temperature,
             preceding=preceding,
         )
@@ -260,6 +265,8 @@ class Evidence:
             "num_draws": self.num_draws,
             "seed": self.seed,
         }
+        if (block := block_length_of(model.config.text_config)) is not None:
+            self.identity["block_length"] = block
 
     @cached_property
     def parts(self) -> list[NoisedWindows]:
