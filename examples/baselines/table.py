@@ -5,7 +5,7 @@
 Rivals are fitted for a share of the processor seconds that the head took. The settings of each are
 those with which most validation tasks are right in 4 passes a window; unseen test tasks judge, at
 temperature 0. What is fitted and what is answered is kept in OUTPUT.parts: the same command goes on
-after a stop, and adds other methods, budgets and passes.
+after a stop, and adds other methods, budgets and passes, or another head of the same backbone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ from loop import Answering, Factorized, answering, marked
 from torch import nn
 
 from codd_hf import default_model
-from codd_hf.data.fingerprint import json_fingerprint, pipeline_fingerprint
+from codd_hf.data.fingerprint import (
+    json_fingerprint,
+    pipeline_fingerprint,
+    weights_fingerprint,
+)
 from codd_hf.data.tasks import sample_tasks
 from codd_hf.evaluation.statistics import mean
 from codd_hf.runtime.files import append_results, read_results
@@ -112,7 +116,7 @@ METHODS = {
 class Parts:
     """The results that a run has so far, in a folder.
 
-    A folder of another run is refused.
+    A folder of another backbone, seed or number of tasks is refused.
     """
 
     def __init__(self, folder: Path, run: str) -> None:
@@ -154,13 +158,14 @@ def measured(
     name: str, budget: float, backbone: Backbone, parts: Parts, args: argparse.Namespace
 ) -> dict[str, Any]:
     """A row: a method fitted for a share of the head's time, its settings chosen, and its marks."""
-    method, fitted, took = METHODS[name], None, budget * args.head_seconds
+    method, fitted, seconds = METHODS[name], None, budget * args.head_seconds
+    took, of_head = seconds, pipeline_fingerprint(backbone.pipeline) if name == "CoDD" else None
     if method.fit is not None:
-        fitted, took = parts.fitted(method, backbone, took, args.seed)
+        fitted, took = parts.fitted(method, backbone, seconds, args.seed)
 
     def answered(split: str, number: int, passes: int, choice: Choice) -> dict[str, Any]:
         answer, tasks = method.answer(backbone, fitted, choice), sample_tasks(f"{split}[:{number}]")
-        key = [name, budget, split, passes, choice]
+        key = [name, of_head or seconds, split, passes, choice]
         return parts.result(key, lambda: marked(answer, tasks, passes))
 
     def on_validation(choice: Choice) -> float:
@@ -226,11 +231,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         parser.error("`--head-seconds` is wanted: the model's folder tells no time of a fit")
     torch.set_num_threads(1)  # so that processor seconds are those of one core
     backbone = load_backbone(args.model)
-    model, rows = pipeline_fingerprint(backbone.pipeline), []
-    about = {"environment": environment(), "model": model}
-    names = ("num_tasks", "num_validation", "seed", "head_seconds")
-    facts = {name: getattr(args, name) for name in names}
-    parts = Parts(Path(f"{args.output}.parts"), json_fingerprint([model, facts]))
+    about = {"environment": environment(), "model": pipeline_fingerprint(backbone.pipeline)}
+    facts, rows = {n: getattr(args, n) for n in ("num_tasks", "num_validation", "seed")}, []
+    run = [weights_fingerprint(backbone.model.backbone.state_dict()), backbone.num_windows, facts]
+    parts = Parts(Path(f"{args.output}.parts"), json_fingerprint(run))
+    facts["head_seconds"] = args.head_seconds
     for name in args.methods:
         shares = args.grpo_budgets if name == "GRPO" else args.budgets
         for share in shares if METHODS[name].fit else [float(name == "CoDD")]:
