@@ -8,6 +8,7 @@ import os
 import pty
 import select
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
@@ -51,6 +52,22 @@ def pipe(folder):
 def screen(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     return Screen()
+
+
+def test_backbone_is_given_its_mask_token_and_says_how_it_decodes(pipe, tmp_path, capsys):
+    backbone, tokenizer = deepcopy(pipe.model.backbone), deepcopy(pipe.tokenizer)
+    backbone.config.block_length = 4
+    backbone.config.decoding = {"strategy": "threshold", "threshold": 0.8}
+    mask, tokenizer.mask_token = tokenizer.mask_token_id, None
+    for part in (backbone, tokenizer):
+        part.save_pretrained(tmp_path)
+    command = ["generate", "--model", str(tmp_path), "Tom", "--gen-length", "8", "--verbose"]
+    assert main(command) == 1
+    assert "`--mask-token-id`" in capsys.readouterr().err
+    assert main([*command, "--mask-token-id", str(mask)]) == 0
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("Decoding (the published model: strategy threshold, threshold 0.8): tok")
+    assert "tokens 8, block 4, strategy threshold," in told
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -12,8 +12,8 @@ from codd_hf.data.tokenizers import train_tokenizer
 from families import FAMILIES, checkpoint
 from tiny import SENTENCES
 
-FIRST = ("llada2", "fast-dllm-v2")
-"""Of those with blocks, experts, a shift and weights that are cut."""
+FIRST = ("llada2",)
+"""With blocks, experts, and weights that are cut on loading."""
 
 OTHERS = sorted({*FAMILIES} - {*FIRST})
 GROUPS = [pytest.param(OTHERS[i::4], marks=pytest.mark.slow) for i in range(4)]

@@ -7,8 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..checks.errors import one_line, reading
-from ..checks.settings import Seed, Settings
-from .common import add_flags, decoding_arguments, load_pipeline, settings_from, write_answer
+from ..checks.settings import Seed
+from .common import (
+    AnsweringSettings,
+    add_flags,
+    answering_pipeline,
+    decoding_arguments,
+    settings_from,
+    write_answer,
+)
 
 EXAMPLE = """example:
   codd-hf chat --model me/my-coupled-model --num-inference-steps 16
@@ -19,11 +26,9 @@ output is no terminal, each answer is printed once it is complete."""
 
 
 @dataclass
-class ChatSettings(Settings):
+class ChatSettings(AnsweringSettings):
     """The settings of a conversation."""
 
-    model: str | None = None
-    """path or Hub id; default: the embedded model"""
     seed: Seed = 0
     """of the first answer; that of each further one is larger by one"""
 
@@ -36,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     settings = settings_from(args, ChatSettings)
     import torch
 
-    pipeline = load_pipeline(settings.model)
+    pipeline = answering_pipeline(settings, decoding_arguments(args))
     pipeline.set_progress_bar_config(disable=True)
     if not getattr(pipeline.tokenizer, "chat_template", None):
         raise ValueError("`--model` has no chat template: use `codd-hf generate` with it.")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..checks.errors import printable
-from ..checks.settings import Setting, Settings, settings_of
-from ..runtime.report import as_json, environment
+from ..checks.settings import Natural, Setting, Settings, settings_of
+from ..runtime.report import as_json, environment, listed
 from ..schedulers.settings import DrawSettings
 
 if TYPE_CHECKING:
@@ -25,6 +25,18 @@ Kind = TypeVar("Kind", bound=Settings)
 SECOND_SCREEN, FIRST_SCREEN = "\x1b[?1049h", "\x1b[?1049l"
 CLEAR = "\x1b[H\x1b[2J"
 MASK = "_"
+
+
+@dataclass
+class AnsweringSettings(Settings):
+    """What commands that answer are told beside how to decode."""
+
+    model: str | None = None
+    """path or Hub id; default: the embedded model"""
+    mask_token_id: Natural | None = None
+    """the mask token of a backbone, if none of its files names one"""
+    verbose: bool = False
+    """say on standard error how the model decodes"""
 
 
 @dataclass
@@ -104,8 +116,12 @@ def decoding_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in DECODING}
 
 
-def load_pipeline(name: str | None, device: torch.device | None = None) -> CoDDPipeline:
+def load_pipeline(
+    name: str | None, device: torch.device | None = None, **given: Any
+) -> CoDDPipeline:
     """The pipeline of a path or id, or the embedded default, on a device (default: a GPU's).
+
+    What is `given` beside None is for `CoDDPipeline.from_pretrained`.
 
     Raises:
         ValueError: it has no tokenizer.
@@ -116,10 +132,30 @@ def load_pipeline(name: str | None, device: torch.device | None = None) -> CoDDP
     from ..pipelines.pipeline_codd import CoDDPipeline
 
     quiet_loading()
-    pipeline = CoDDPipeline.from_pretrained(name or default_model())
+    said = {argument: value for argument, value in given.items() if value is not None}
+    pipeline = CoDDPipeline.from_pretrained(name or default_model(), **said)
     if pipeline.tokenizer is None:
         raise ValueError(f"`--model` {name!r} has no tokenizer: save one beside the model.")
     return pipeline.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def answering_pipeline(
+    settings: AnsweringSettings, call: dict[str, Any], device: torch.device | None = None
+) -> CoDDPipeline:
+    """The pipeline that answers; `call` is how it decodes, which is said if asked for."""
+    from ..backbones import decoding_of
+    from ..decoding.call import DecodingCall
+
+    pipeline = load_pipeline(settings.model, device, mask_token_id=settings.mask_token_id)
+    if settings.verbose:
+        asked = {name: call[name] for name in DECODING}
+        made = DecodingCall(pipeline.model, pipeline.scheduler, 1, **pipeline.task(**asked))
+        facts = {"tokens": made.gen_length[0], "block": made.block_length or "none"}
+        facts |= {k: v for k, v in vars(made.scheduler.settings).items() if v is not None}
+        own = decoding_of(pipeline.model.config.text_config)
+        by = f" (the published model: {listed(own)})" if own else ""
+        print(f"Decoding{by}: {listed(facts)}.", file=sys.stderr)
+    return pipeline
 
 
 def quiet_loading() -> None:

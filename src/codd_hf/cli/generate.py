@@ -8,8 +8,15 @@ from functools import partial
 from typing import Any
 
 from ..checks.errors import printable, reading
-from ..checks.settings import Count, Seed, Settings
-from .common import add_flags, decoding_arguments, load_pipeline, settings_from, write_answer
+from ..checks.settings import Count, Seed
+from .common import (
+    AnsweringSettings,
+    add_flags,
+    answering_pipeline,
+    decoding_arguments,
+    settings_from,
+    write_answer,
+)
 
 EXAMPLE = """example:
   codd-hf generate "Ben has 3 boxes with 4 eggs in each. How many eggs are there?" \\
@@ -25,13 +32,11 @@ was killed is continued by the same command. `--multi_gpu` needs no GPU."""
 
 
 @dataclass
-class GenerateSettings(Settings):
+class GenerateSettings(AnsweringSettings):
     """The settings beside those of decoding."""
 
     prompt: list[str] = field(default_factory=list)
     """prompts"""
-    model: str | None = None
-    """path or Hub id; default: the embedded model"""
     seed: Seed = 0
     """of the first prompt; that of each further one is larger by one"""
     chat_template: bool = True
@@ -80,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
         prompts = settings.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ValueError("`prompt` is empty: give a prompt, or lines on standard input.")
-    pipeline = load_pipeline(settings.model)
+    pipeline = answering_pipeline(settings, call)
     generators = [torch.Generator().manual_seed(settings.seed + i) for i in range(len(prompts))]
     pipeline.set_progress_bar_config(disable=settings.stream or not sys.stderr.isatty())
     if settings.stream:
@@ -99,7 +104,7 @@ def _run_on_file(settings: GenerateSettings, call: dict[str, Any]) -> None:
 
     # Without a GPU accelerate counts the processes of a launcher only if it is told to use the CPU.
     state = PartialState(cpu=not torch.cuda.is_available())
-    pipeline = load_pipeline(settings.model, device=state.device)
+    pipeline = answering_pipeline(settings, call, state.device)
     pipeline.set_progress_bar_config(disable=True)
     number, report = answer_jsonl(pipeline, settings, call, state)
     if report.left_out:

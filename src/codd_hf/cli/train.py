@@ -29,6 +29,7 @@ FLAGS = (
     "dataset",
     "output_dir",
     "backbone",
+    "mask_token_id",
     "stages",
     "dataset_config",
     "split",

@@ -48,7 +48,9 @@ class CoupledBackbone(WithHeads):
     def mask_token_id(self) -> int:
         """The mask token; raises a ValueError if it is not known."""
         if self.config.mask_token_id is None:
-            raise ValueError("`mask_token_id` is not known: give it to `from_backbone`.")
+            raise ValueError(
+                "`mask_token_id` is not known: give it to `from_backbone`, or by `--mask-token-id`."
+            )
         return self.config.mask_token_id
 
     def get_output_embeddings(self) -> Any:
