@@ -14,7 +14,7 @@ from codd_hf.decoding.call import DecodingCall
 from codd_hf.decoding.layout import lay_out
 from codd_hf.evaluation import GapSettings
 from codd_hf.evaluation.gap import SEQUENTIAL, measure_gap
-from codd_hf.training import fit_backbone
+from codd_hf.training import DataCollatorForMaskedDiffusion, fit_backbone
 from codd_hf.training.fits import pretraining
 from codd_hf.training.fits.conditional import NoisedWindows
 from codd_hf.training.settings import JointConfig, PretrainingConfig
@@ -90,6 +90,36 @@ def test_training_hides_a_stretch_and_sees_nothing_behind_it(
         wanted = canvases.scores()
     assert torch.equal(found.masked, wanted.masked)
     assert torch.allclose(found.gain, wanted.gain, atol=0.1, rtol=0.02)
+
+
+@torch.no_grad()
+@SETUPS
+def test_collator_is_told_the_blocks_and_the_loss_is_of_a_stretch(
+    block, window, shift, tiny_tokenizer
+):
+    model = causal_model(block, window, shift, len(tiny_tokenizer), mask_token_id=1)
+    config = model.backbone.config
+    collate = DataCollatorForMaskedDiffusion(tiny_tokenizer, 1, window, 0, config=config)
+    torch.manual_seed(0)
+    for example in correlated_examples(8):
+        ids = example.prompt_ids + example.answer_ids
+        labels = [-100] * len(example.prompt_ids) + example.answer_ids
+        batch = collate([{"input_ids": ids, "labels": labels}])
+        seen, (begin, *_) = batch["attention_mask"], (batch["labels"][0] != -100).nonzero()[:, 0]
+        hidden = (batch["input_ids"][0] == 1) & seen[0].bool()
+        if not hidden.any():  # of the part of a block that lies in another window
+            continue
+        start, end = torch.tensor([len(example.prompt_ids)]), torch.tensor([ids.index(2) + window])
+        place = hidden.nonzero()[0]
+        found = stretch_at(place, start, end, window, config)
+        assert begin == found.window or window % block
+        assert seen.sum() <= found.end
+        states = model.backbone_states(batch["input_ids"], seen)
+        law = model.window_distribution(states, batch["input_ids"], begin[None], seen)
+        places = (begin + torch.arange(window)).clamp(max=batch["labels"].shape[1] - 1)
+        if law.masked.any():
+            wanted = -law.log_prob(batch["labels"][:, places].clamp(min=0)) / law.masked.sum()
+            assert model(**batch, coupling="latent").loss == pytest.approx(wanted.item(), abs=1e-4)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..checks.arguments import as_tensor
 from ..checks.settings import Count, Natural, Range, Settings
@@ -35,6 +35,8 @@ class DataCollatorForMaskedDiffusion(Settings):
         window_length: the head's (`model.window_length`).
         max_extra_windows: canvases end with up to this many windows of end-of-text.
         mean_span_length: mean length of the spans that are masked together; 1: each token alone.
+        config: the backbone's (`model.backbone.config`), if its attention is block-causal: of a
+            window one block is noised then, and nothing is seen behind it.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -42,6 +44,7 @@ class DataCollatorForMaskedDiffusion(Settings):
     window_length: Count = 32
     max_extra_windows: Natural = 1
     mean_span_length: Annotated[float, Range(1)] = 1.0
+    config: PretrainedConfig | None = None
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch: `input_ids`, `attention_mask` and `labels`, `[batch, length]` each.
@@ -62,15 +65,19 @@ class DataCollatorForMaskedDiffusion(Settings):
                 self.window_length,
                 self.max_extra_windows,
                 torch.Generator().manual_seed(seed),
+                config=self.config,
                 window_probability=1.0,
                 mean_span_length=self.mean_span_length,
             )
             if bool(noise.target.any()):  # a batch has something to learn
                 break
+        position, end = torch.arange(canvas.input_ids.shape[1]), noise.end[:, None]
+        place = position - noise.window[:, None]
+        in_window = (place >= 0) & (place < self.window_length) & (position < end)
         return {
             "input_ids": canvas.input_ids.masked_fill(noise.masked, self.mask_token_id),
-            "attention_mask": canvas.attention_mask,
-            "labels": canvas.input_ids.masked_fill(~noise.span, IGNORED),
+            "attention_mask": canvas.attention_mask * (position < end),
+            "labels": canvas.input_ids.masked_fill(~in_window, IGNORED),
         }
 
     def _example(self, feature: Mapping[str, Any]) -> TokenizedExample:
