@@ -45,6 +45,16 @@ def test_log_prob_of_a_city_is_a_half_and_of_a_mixture_zero(cities):
         assert cities["log_prob"][name] == -math.inf
 
 
+def test_each_family_decodes_a_tiny_model_as_it_is_published(capsys):
+    example = load_example("families")
+    answers = example.main()
+    assert set(answers) == set(example.FAMILIES)
+    assert all(len(tokens) == 16 and example.MASK not in tokens for tokens in answers.values())
+    told = capsys.readouterr().out
+    assert "sdar: a qwen3 that sees blocks of 4; decodes by strategy threshold" in told
+    assert "fast-dllm-v2: a qwen2 that sees blocks of 8, of the next token;" in told
+
+
 def test_judge_of_the_toy_corpus_knows_real_text_from_shuffled_words():
     import torch
 

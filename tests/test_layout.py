@@ -90,5 +90,5 @@ def test_package_grows_no_larger():
         lines += length
         statements += sum(not is_docstring(node) for node in nodes)
     print(lines, "lines,", statements, "statements")
-    assert lines <= 17_286
-    assert statements <= 8_680
+    assert lines <= 17_293
+    assert statements <= 8_684
