@@ -248,6 +248,7 @@ def test_dreamreasoner_is_told_from_dream_by_its_blocks(tmp_path):
         (LlamaConfig, 4, {"architectures": ["StableDiffcoderForCausalLM"]}),
         (LlamaConfig, None, {"model_type": "illada", "architectures": ["ILLaDAForCausalLM"]}),
         (Qwen3Config, None, {"model_type": "a2d-qwen3"}),
+        (Qwen3Config, 3, {"model_type": "a2d-qwen3", "block_length": 3}),
         (LlamaConfig, None, {"model_type": "a2d-llama"}),
     ],
 )

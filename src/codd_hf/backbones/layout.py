@@ -84,9 +84,9 @@ class CheckpointLayout:
         fields["dtype"] = config.get("dtype", config.get("torch_dtype"))
         if self.decoding:
             fields["decoding"] = self.decoding
-        if self.block_length is not None:
-            given = (config[name] for name in BLOCK_LENGTHS if config.get(name) is not None)
-            fields["block_length"] = next(given, self.block_length)
+        given = (config[name] for name in BLOCK_LENGTHS if config.get(name) is not None)
+        if (block_length := next(given, self.block_length)) is not None:
+            fields["block_length"] = block_length
         if self.logit_shift:
             fields["logit_shift"] = True
         return native(**fields | self.other_fields(config))

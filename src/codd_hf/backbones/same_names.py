@@ -55,7 +55,7 @@ class ILLaDALayout(CheckpointLayout):
 class A2DLayout(CheckpointLayout):
     """Autoregressive models that dllm made diffusion LMs of: `a2d-` and the model type of the base.
 
-    Those of block diffusion do not say so: `block_length` is the user's.
+    Those of block diffusion do not say so: `block_length` is the user's (also in `config.json`).
     """
 
     def reads(self, config: dict[str, Any]) -> bool:
