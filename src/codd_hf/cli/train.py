@@ -29,7 +29,6 @@ FLAGS = (
     "dataset",
     "output_dir",
     "backbone",
-    "mask_token_id",
     "stages",
     "dataset_config",
     "split",
