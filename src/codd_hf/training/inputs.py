@@ -139,8 +139,8 @@ def load_start(name: str, mask_token_id: int | None = None) -> Start:
     mask = next((token for token in named if token is not None), None)
     if mask is None:
         raise ValueError(
-            f"`mask_token_id` must be given (`--set mask_token_id=ID`), since `backbone` {name!r} has "
-            "a tokenizer without one."
+            f"`mask_token_id` must be given (`--set mask_token_id=ID`), since `backbone` {name!r} "
+            "has a tokenizer without one."
         )
     bare = CoDDModel.from_backbone(model.backbone, mask_token_id=mask)
     vars(bare.generation_config).update(max_new_tokens=pipe.task()["gen_length"])
