@@ -16,7 +16,7 @@ from codd_hf.evaluation import AnswersSettings, answer_sets, answers
 from codd_hf.evaluation.answer_sets import AnswerSet
 from codd_hf.evaluation.answers import aup, measure
 from codd_hf.evaluation.checkers import checker
-from tiny_pipeline import save_tiny_pipeline, tiny_pipeline
+from tiny_pipeline import save_tiny_pipeline, tiny_pipeline, tiny_task_pipeline
 
 TEST = [Example(f"{i} + {i}?", f"Tom has {2 * i} eggs.") for i in range(5)]
 QUESTIONS = [example.prompt for example in TEST]
@@ -117,6 +117,16 @@ def test_block_causal_backbone_answers_in_its_own_blocks_wherever_a_prompt_ends(
     )
     with pytest.raises(ValueError, match="must be from 2, one a block, to the window's 4"):
         measure(pipe, examples, settings(passes=[1]))
+
+
+def test_demo_gives_each_block_of_a_block_causal_backbone_a_pass(tmp_path, capsys):
+    pipe = tiny_task_pipeline({"block_length": 4, "max_position_embeddings": 512})
+    pipe.save_pretrained(tmp_path)
+    argv = ["demo", "--model", str(tmp_path), "--num-tasks", "2"]
+    assert main(argv) == 0
+    assert "2 unseen tasks, 8 passes a window" in capsys.readouterr().out
+    assert main([*argv, "--passes", "16"]) == 0
+    assert "16 passes a window" in capsys.readouterr().out
 
 
 def test_difference_to_factorized_is_paired(pipe, monkeypatch):

@@ -37,7 +37,7 @@ class DemoSettings(Settings):
     num_tasks: Count = 100
     """unseen tasks"""
     passes: Count = 4
-    """backbone passes a window"""
+    """backbone passes a window; of a block-causal backbone, one for each block at least"""
     seed: Seed = 0
     """of all draws"""
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     """Answers each task twice."""
     settings = settings_from(args, DemoSettings)
     from ..data.tasks import draw_tasks, is_right
-    from ..evaluation.answer_sets import AnswerSet
+    from ..evaluation.answer_sets import AnswerSet, block_length
 
     tasks = list(islice(draw_tasks("test", settings.seed), settings.num_tasks))
     pipeline = load_pipeline(settings.model)
@@ -58,11 +58,12 @@ def run(args: argparse.Namespace) -> None:
     pipeline.set_progress_bar_config(disable=True)
     answering = AnsweringSettings(batch_size=BATCH, seed=settings.seed)
     answered = AnswerSet("demo", pipeline, [task.question for task in tasks], answering)
+    number = max(settings.passes, -(-pipeline.model.window_length // block_length(pipeline)))
     modes = {FACTORIZED: FACTORIZED, "CoDD": pipeline.scheduler.config.sampling}
     texts, counts = {}, []
     for name, sampling in modes.items():
         started = time.perf_counter()
-        texts[name] = [answer.text for answer in answered.answers(settings.passes, sampling)]
+        texts[name] = [answer.text for answer in answered.answers(number, sampling)]
         seconds = time.perf_counter() - started
         right = sum(map(is_right, tasks, texts[name]))
         counts.append(f"{name} {right} right in {seconds:.1f} s")
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         print(textwrap.fill(f"{task.kind.capitalize()}: {task.question}", width), end="\n\n")
         both = {name: marked(task, answer[place]) for name, answer in texts.items()}
         print(side_by_side(both, width), end="\n\n")
-    passes = f"{settings.passes} pass{'es' * (settings.passes > 1)} a window"
+    passes = f"{number} pass{'es' * (number > 1)} a window"
     print(f"{len(tasks)} unseen tasks, {passes}: {', '.join(counts)}")
 
 
