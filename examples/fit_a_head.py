@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     examples = load_examples(args.dataset, split=args.split)
     run = Run(config, split_examples(examples, args.num_validation, 0))
 
-    # 2. A hidden Markov model of the text by EM, from clusters of the backbone's token embeddings;
+    # 2. A hidden Markov model of the text by EM, from states that tell the future of a text from its past;
     #    its unigram distribution, which the backbone knows already, is divided out.
     fit_circuit(run, Checkpoints(Path(args.output, "generative")))
 

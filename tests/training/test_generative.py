@@ -12,11 +12,8 @@ from hmm_cases import NO_PRIOR, counts_by_enumeration, random_hmm, sample_window
 from codd_hf.circuits.em import expected_counts, log_likelihood, maximise
 from codd_hf.data.canvases import TokenizedExample
 from codd_hf.training import Checkpoints, GenerativeConfig, fit_generative
-from codd_hf.training.fits.generative import (
-    cluster_tokens,
-    initial_potentials,
-    text_windows,
-)
+from codd_hf.training.fits.generative import text_windows
+from codd_hf.training.fits.predictive_states import circuit_of_states, predictive_states
 
 EMBEDDINGS = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 
@@ -92,10 +89,9 @@ def test_run_that_stopped_within_an_epoch_ends_bit_equal_to_one_that_did_not(tmp
         fit(checkpoints)
 
 
-def test_start_is_a_normalised_circuit_whose_states_are_the_clusters():
+def test_start_is_a_normalised_circuit_that_counts_the_states():
     windows = torch.tensor([[0, 3, 1, 4], [2, 5, 0, 3]])
-    clusters = torch.tensor([0, 0, 0, 1, 1, 1])
-    potentials = initial_potentials(windows, clusters, 2)
+    potentials = circuit_of_states(windows, windows // 3, 6, 2)
     for leaf in potentials.leaves():
         total = leaf.exp().sum(-1)
         assert torch.allclose(total, torch.ones_like(total), atol=1e-5)
@@ -106,11 +102,18 @@ def test_start_is_a_normalised_circuit_whose_states_are_the_clusters():
     assert (emission > 0).all()
 
 
-def test_like_embeddings_share_a_cluster():
-    embeddings = torch.tensor([[1.0, 0], [0.9, 0.1], [0, 1], [0.1, 0.9], [5, 0.2]])
-    clusters = cluster_tokens(embeddings, torch.tensor([3, 1, 2, 2, 0]), 2)
-    assert clusters[0] == clusters[1] == clusters[4]
-    assert clusters[2] == clusters[3] != clusters[0]
+def test_states_are_pasts_of_one_future():
+    """A or B, then noise, then what follows A or B: a state remembers which, and little noise."""
+    generator = torch.Generator().manual_seed(0)
+    first, noise = (torch.randint(2, (500, n), generator=generator) for n in (1, 3))
+    windows = torch.cat((first, 2 + noise, 4 + first), 1)
+    states = predictive_states(windows, torch.eye(6), 12)
+    for place in range(1, 4):
+        of_first = [set(states[first[:, 0] == i, place].tolist()) for i in (0, 1)]
+        assert not of_first[0] & of_first[1]
+    merged = predictive_states(windows, torch.eye(6), 8)[:, 3]
+    pasts = {tuple(row) for row in windows[:, :4].tolist()}
+    assert len(set(merged.tolist())) < len(pasts)
 
 
 def test_circuit_has_more_states_than_there_are_tokens_if_more_are_asked_for():

@@ -1,6 +1,6 @@
 """The fit of a circuit to windows of text, as a generative model.
 
-Clusters of tokens give the start (from a random one EM stalls, from a uniform one it never moves);
+Predictive states give the start (from a random one EM stalls, from a uniform one it never moves);
 stepwise EM (Liang and Klein, 2009) does the rest: a running average of the counts, in which a new
 batch has a share that falls from step to step.
 """
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from sklearn.cluster import KMeans, MiniBatchKMeans
 
 from ...circuits import Potentials, expected_counts, log_likelihood, maximise
 from ...data.canvases import TokenizedExample
@@ -21,12 +20,10 @@ from ...data.fingerprint import weights_fingerprint
 from ..checkpoints import Checkpoints
 from ..loop import Figures, Fit, History, Log, summed
 from ..settings import GenerativeConfig
+from .predictive_states import initial_potentials
 
 STEP_DECAY = 0.6
 """The share of a batch in the counts is `(step + 2) ** -STEP_DECAY`; of the first one all."""
-CONCENTRATION, NOISE = 0.9, 0.1
-"""The share of a state's initial emissions that goes to its cluster, and the log-scale of the noise
-on the initial parameters."""
 LEAVES = [f"{part}.{i}" for part in ("potentials", "counts") for i in range(3)]
 
 
@@ -37,58 +34,6 @@ def text_windows(
     answers = (example.answer_ids for example in examples)
     filled = (ids + [eos_token_id] * (-len(ids) % window_length) for ids in answers)
     return torch.tensor(list(itertools.chain(*filled))).view(-1, window_length)
-
-
-def cluster_tokens(
-    embeddings: torch.Tensor, counts: torch.Tensor, num_clusters: int, seed: int = 0
-) -> torch.Tensor:
-    """The cluster `[V]` of each token: k-means of embeddings `[V, d]`, weighted by counts `[V]`.
-
-    There are no more clusters than tokens that were seen.
-    """
-    features = torch.nn.functional.normalize(embeddings.float(), dim=-1).cpu().numpy()
-    weights = counts.float().cpu().numpy()
-    seen = weights > 0
-    num_clusters = min(num_clusters, int(seen.sum()))
-    estimator = KMeans if len(features) <= 20_000 else MiniBatchKMeans
-    kmeans = estimator(num_clusters, n_init=1, max_iter=30, random_state=seed)
-    kmeans.fit(features[seen], sample_weight=weights[seen])
-    return torch.from_numpy(kmeans.predict(features)).long()
-
-
-def initial_potentials(
-    windows: torch.Tensor, clusters: torch.Tensor, num_latents: int, seed: int = 0
-) -> Potentials:
-    """A circuit whose states are clusters of tokens and whose transitions are cluster bigrams.
-
-    Where there are more states than tokens, copies of a token's differ in the token before.
-    """
-    vocab_size = len(clusters)
-    generator = torch.Generator().manual_seed(seed)
-    counts = windows.flatten().bincount(minlength=vocab_size)
-    used = min(num_latents, int((counts > 0).sum()))
-    smoothed = counts.float() + 0.1
-
-    of_cluster = torch.zeros(used, vocab_size)
-    of_cluster[clusters, torch.arange(vocab_size)] = smoothed
-    of_cluster = of_cluster / of_cluster.sum(-1, keepdim=True).clamp(min=1e-9)
-    emission = CONCENTRATION * of_cluster + (1 - CONCENTRATION) * (smoothed / smoothed.sum())
-
-    own = clusters[windows]
-    before = torch.cat((own[:, :1], own[:, :-1]), 1)
-    states = own + used * (before % ((num_latents - 1 - own) // used + 1))
-    pairs = states[:, :-1] * num_latents + states[:, 1:]
-    bigrams = pairs.flatten().bincount(minlength=num_latents**2).view(num_latents, num_latents)
-    starts = states[:, 0].bincount(minlength=num_latents).float() + 0.1
-    occupancy = states.flatten().bincount(minlength=num_latents).float() + 0.1
-    transition = bigrams + occupancy / occupancy.sum()
-
-    def noisy(weights: torch.Tensor) -> Any:
-        noise = NOISE * torch.randn(weights.shape, generator=generator)
-        return (weights.log() + noise).log_softmax(-1)
-
-    emission = emission[torch.arange(num_latents) % used]
-    return Potentials(noisy(starts), noisy(transition)[None], noisy(emission)[None])
 
 
 def fit_generative(
@@ -105,7 +50,7 @@ def fit_generative(
     Args:
         windows: `[N, L]`, at least 2 tokens each.
         validation: `[M, L]`.
-        embeddings: `[V, d]` of the backbone's output, for the clustering.
+        embeddings: `[V, d]` of the backbone's output: which tokens are alike.
         num_latents: number of states `H`.
         config: how to fit.
         checkpoints: where the fit is kept, and goes on from.
@@ -134,8 +79,8 @@ class _Maximisation(Fit):
 
     def __post_init__(self) -> None:
         config, self.device = self.config, Accelerator().device
-        self.unigrams = self.windows.flatten().bincount(minlength=len(self.embeddings)).float()
-        smoothed = (self.unigrams + 0.1) / (self.unigrams + 0.1).sum()
+        unigrams = self.windows.flatten().bincount(minlength=len(self.embeddings)) + 0.1
+        smoothed = unigrams / unigrams.sum()
         transitions = torch.full((self.num_latents,), config.transition_prior / self.num_latents)
         pseudo = (torch.ones(1), transitions, config.emission_prior * smoothed)
         self.prior = tuple(counts.to(self.device) for counts in pseudo)
@@ -150,13 +95,14 @@ class _Maximisation(Fit):
         self.identity = config.identity() | {"num_latents": self.num_latents} | digests
 
     def begin(self) -> None:
-        clusters = torch.zeros(len(self.embeddings), dtype=torch.long)
+        size = self.num_latents
+        shapes = [(size,), (1, size, size), (1, size, len(self.embeddings))]
+        start = [torch.zeros(shape) for shape in shapes]
         if Accelerator().is_main_process:
-            features = (self.embeddings, self.unigrams)
-            clusters = cluster_tokens(*features, self.num_latents, self.config.seed)
-        clusters = broadcast(clusters.to(self.device)).cpu()
-        start = initial_potentials(self.windows, clusters, self.num_latents, self.config.seed)
-        leaves = (*start.leaves(), *map(torch.zeros_like, start.leaves()))
+            data = (self.windows, self.embeddings, size, self.config.seed)
+            start = list(initial_potentials(*data).leaves())
+        start = [broadcast(leaf.to(self.device)) for leaf in start]
+        leaves = (*start, *map(torch.zeros_like, start))
         self.restore(dict(zip(LEAVES, leaves, strict=True)))
 
     def state(self) -> dict[str, torch.Tensor]:
