@@ -13,8 +13,8 @@ codd-hf train \
     --stages pretraining \
     --set vocab_size=1024 \
     --set hidden_size=128 \
-    --set num_layers=4 \
-    --set pretraining.max_steps=8000 \
+    --set num_layers=6 \
+    --set pretraining.max_steps=7700 \
     --set pretraining.tokens_per_batch=4096 \
     --set pretraining.learning_rate=3e-3 \
     --set pretraining.decay_fraction=0.8 \
@@ -27,6 +27,6 @@ codd-hf train \
     --dataset tasks --split "train[:16000]" \
     --backbone "$output/backbone" \
     --output "$output/head" \
-    --num-latents 512 \
-    --conditional-max-steps 1000 \
+    --num-latents 256 \
+    --conditional-max-steps 800 \
     --set conditional.max_extra_windows=0

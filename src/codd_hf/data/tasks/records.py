@@ -11,24 +11,23 @@ CITIES = [
 ]  # fmt: skip
 JOBS = ["baker", "cook", "doctor", "farmer", "nurse", "painter", "pilot", "teacher"]
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-AGE, COUNT, PRICE = range(20, 60), range(2, 21), range(2, 21)
+AGE, COUNT = range(20, 60), range(2, 21)
 REQUESTS = ("Write as JSON: {}", "{} Give this as JSON.", "Turn into JSON: {}", "JSON of this: {}")
 SENTENCES = {
     "person": (
-        "{name} is a {job} of {age} and lives in {city}.",
-        "In {city} lives {name}, a {job}, {age} years old.",
-        "{name}, {age}, works as a {job} in {city}.",
-        "The {job} {name} from {city} is {age} years old.",
+        "{name} is a {job} of {age}.",
+        "{name}, {age}, works as a {job}.",
+        "The {job} {name} is {age} years old.",
     ),
     "order": (
-        "{name} orders {count} {item} for {price} dollars.",
-        "For {price} dollars {name} buys {count} {item}.",
-        "{count} {item} for {name}, {price} dollars in all.",
+        "{name} orders {count} {item}.",
+        "{count} {item} go to {name}.",
+        "There are {count} {item} for {name}.",
     ),
     "trip": (
-        "{name} goes from {from} to {to} on {day}.",
-        "On {day} {name} travels to {to} from {from}.",
-        "{name} leaves {from} on {day} and goes to {to}.",
+        "{name} goes to {city} on {day}.",
+        "On {day} {name} travels to {city}.",
+        "{name} will be in {city} on {day}.",
     ),
 }
 FIELD = re.compile(r'"([^"]*)": *("[^"]*"|[^\s",}]+)')
@@ -39,13 +38,11 @@ def draw(rng: Random) -> Task:
     topic = rng.choice(list(SENTENCES))
     record: dict[str, str | int] = {"name": rng.choice(NAMES)}
     if topic == "person":
-        record |= {"age": rng.choice(AGE), "job": rng.choice(JOBS), "city": rng.choice(CITIES)}
+        record |= {"age": rng.choice(AGE), "job": rng.choice(JOBS)}
     elif topic == "order":
-        item = rng.choice(THINGS)
-        record |= {"count": rng.choice(COUNT), "item": item, "price": rng.choice(PRICE)}
+        record |= {"count": rng.choice(COUNT), "item": rng.choice(THINGS)}
     else:
-        start, end = rng.sample(CITIES, 2)
-        record |= {"from": start, "to": end, "day": rng.choice(DAYS)}
+        record |= {"city": rng.choice(CITIES), "day": rng.choice(DAYS)}
     content = json.dumps(record)
     sentence = rng.choice(SENTENCES[topic]).format(**record)
     fields = list(record.items())

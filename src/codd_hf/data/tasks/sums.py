@@ -5,7 +5,7 @@ from random import Random
 from .equations import check_worked_answer, marks_of_worked_answer
 from .task import FACTOR, Task
 
-TERM = range(1, 13)
+TERM = range(1, 10)
 
 QUESTIONS = ("What is {}?", "Work out {}.", "How much is {}?", "{} = ?")
 ANSWERS = (

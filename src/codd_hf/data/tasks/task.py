@@ -12,7 +12,7 @@ NAMES = [
     "Mia", "Nora", "Otto", "Paul",
 ]  # fmt: skip
 THINGS = ["apples", "balls", "books", "cards", "coins", "eggs", "pens", "stamps"]
-FACTOR = range(2, 7)
+FACTOR = range(2, 6)
 """Both factors of a product, divisor and quotient."""
 
 

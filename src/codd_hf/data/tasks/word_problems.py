@@ -7,7 +7,7 @@ from .equations import check_worked_answer, evaluate, marks_of_worked_answer
 from .task import FACTOR, NAMES, THINGS, Task
 
 CONTAINERS = ["bags", "boxes", "jars", "baskets"]
-AMOUNT = range(2, 13)
+AMOUNT = range(2, 10)
 """What there is at first, and what is added to it or lost."""
 
 
