@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     examples = load_examples(args.dataset, split=args.split)
     run = Run(config, split_examples(examples, args.num_validation, 0))
 
-    # 2. A hidden Markov model of the text by EM, from states that tell the future of a text from its past;
-    #    its unigram distribution, which the backbone knows already, is divided out.
+    # 2. A hidden Markov model of the text by EM, from states that tell a text's future from its
+    #    past; its unigram distribution, which the backbone knows already, is divided out.
     fit_circuit(run, Checkpoints(Path(args.output, "generative")))
 
     # 3. The backbone runs over the data once, and the head is fitted to its predictions. A run that

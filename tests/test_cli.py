@@ -82,13 +82,13 @@ def test_generate_depends_on_the_seed_alone_and_reads_prompts_from_standard_inpu
 
 
 def test_demo_prints_tasks_of_different_kinds_and_counts_right_answers(trained_pipeline, capsys):
-    argv = ["demo", "--model", str(trained_pipeline), "--num-tasks", "12", "--passes", "1"]
+    argv = ["demo", "--model", str(trained_pipeline), "--num-tasks", "20", "--passes", "1"]
     assert main(argv) == 0
     *shown, last = capsys.readouterr().out.strip().splitlines()
     assert sum(line.startswith(("factorized", "-")) for line in shown) == 2 * 4
     kinds = {line.partition(":")[0] for line in shown if line.partition(":")[0].lower() in KINDS}
     assert len(kinds) == 4
-    pattern = r"12 unseen tasks, 1 pass a window: factorized \d+ right in [\d.]+ s, CoDD \d+ right"
+    pattern = r"20 unseen tasks, 1 pass a window: factorized \d+ right in [\d.]+ s, CoDD \d+ right"
     assert re.match(pattern, last)
 
 

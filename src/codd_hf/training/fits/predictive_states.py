@@ -1,8 +1,9 @@
 """Hidden states to start a circuit's fit from: what the past of a window tells of its future.
 
 What a circuit must remember of a window's past is what its future goes with: the directions of
-their canonical correlations (Dhillon, Rodu, Foster and Ungar, "Two Step CCA", 2012). Positions
-that are near one another in these directions, and in their own token, share a state.
+their canonical correlations (Dhillon, Rodu, Foster and Ungar, "Two Step CCA", 2012). What it must
+tell of a position's token is what goes with the past. Positions that are near one another in both
+share a state.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from ...circuits import Potentials, log_likelihood
 DECAYS = (0.5, 0.8, 0.95)
 """How a token's weight in the past falls with each position that follows it."""
 NUM_FEATURES, NUM_DIRECTIONS = 256, 48
-"""Of a token, and of the past."""
+"""Of a token, and of either kind of direction, at most."""
 NUM_POSITIONS = 100_000
 """The positions that directions and clusters are found on, and that are held at a time."""
 RIDGE = 1e-3
@@ -57,6 +58,18 @@ def whitening(features: torch.Tensor) -> torch.Tensor:
     return (vectors * (values.clamp(min=0) + ridge).rsqrt()) @ vectors.T
 
 
+def canonical(features: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """The projection `[d, k]` of features `[N, d]` to what others `[N, e]` go with.
+
+    The standard deviation of each direction is its correlation.
+    """
+    features, others = features - features.mean(0), others - others.mean(0)
+    whiten = whitening(features)
+    correlation = whiten @ (features.T @ others / len(features)) @ whitening(others)
+    directions, strengths, _ = torch.linalg.svd(correlation, full_matrices=False)
+    return (whiten @ directions * strengths)[:, :NUM_DIRECTIONS]
+
+
 def predictive_states(
     windows: torch.Tensor,
     embeddings: torch.Tensor,
@@ -75,17 +88,15 @@ def predictive_states(
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = token_features(embeddings, generator)
+    width = tokens.shape[1]
     at_a_time = -(-NUM_POSITIONS // windows.shape[1])
     sample = windows[torch.randperm(len(windows), generator=generator)[:at_a_time]]
-    past = pasts(sample, tokens, means)[:, :-1].flatten(0, 1)
+    past = pasts(sample, tokens, means)
+    now, before = past[:, 1:, :width].flatten(0, 1), past[:, 1:, width:].flatten(0, 1)
     future = pasts(sample.flip(1), tokens, means).flip(1)[:, 1:].flatten(0, 1)
-    mean = past.mean(0)
-    past, future = past - mean, future - future.mean(0)
-    whiten = whitening(past)
-    correlation = whiten @ (past.T @ future / len(past)) @ whitening(future)
-    directions, strengths, _ = torch.linalg.svd(correlation, full_matrices=False)
-    own = torch.eye(len(mean), tokens.shape[1])
-    project = torch.cat(((whiten @ directions * strengths)[:, :NUM_DIRECTIONS], own), 1)
+    past = past[:, :-1].flatten(0, 1)
+    own = torch.nn.functional.pad(canonical(now, before), (0, 0, 0, past.shape[-1] - width))
+    project = torch.cat((canonical(past, future), own), 1)
 
     points = (past @ project).numpy()
     number = min(num_latents, len(points))
@@ -93,7 +104,7 @@ def predictive_states(
     clusters.fit(points)
     states = []
     for chunk in windows.split(at_a_time):
-        points = ((pasts(chunk, tokens, means) - mean) @ project).flatten(0, 1).numpy()
+        points = (pasts(chunk, tokens, means) @ project).flatten(0, 1).numpy()
         states.append(torch.from_numpy(clusters.predict(points)).long().view(chunk.shape))
     return torch.cat(states)
 
