@@ -200,7 +200,10 @@ def table(results: dict[str, Any]) -> str:
 
 
 def head_seconds(folder: Path) -> float | None:
-    """At most so many processor seconds took the head's fit, as its training wrote them down."""
+    """Processor seconds of the head's fit, as its training wrote them down.
+
+    Those in which the backbone reads the data once are not among them.
+    """
     histories = [
         folder / f"training/{stage}_history.json" for stage in ("generative", "conditional")
     ]
