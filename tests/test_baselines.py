@@ -240,6 +240,12 @@ def test_table_has_every_method_and_goes_on_where_it_stopped(
         rivals.table.main([*command, "--seed", "1"])
 
 
+def test_table_of_the_page_is_made_of_its_figures(rivals):
+    figures = FOLDER.parents[1] / "model_cards" / "results" / "baselines.json"
+    made = rivals.table.table(json.loads(figures.read_text()))
+    assert made in (FOLDER / "README.md").read_text()
+
+
 def test_head_tells_how_long_its_fit_took(rivals, trained_pipeline):
     assert 0 < rivals.table.head_seconds(trained_pipeline) < 600
     assert rivals.table.head_seconds(trained_pipeline / "model") is None
