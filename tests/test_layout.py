@@ -91,4 +91,4 @@ def test_package_grows_no_larger():
         statements += sum(not is_docstring(node) for node in nodes)
     print(lines, "lines,", statements, "statements")
     assert lines <= 17_384
-    assert statements <= 8_725
+    assert statements <= 8_729
