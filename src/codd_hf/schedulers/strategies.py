@@ -80,11 +80,15 @@ def choose(
     """
     scores = rank(settings, confidence, probs, generator)
     if settings.strategy == "joint" and log_prob is not None:
-        number = committable.sum(-1)
-        sizes = torch.arange(1, int(number.max()) + 1, device=scores.device)[:, None]
-        is_sure = log_prob(best_scored(scores, committable, sizes)).exp() >= settings.threshold
-        sure = (is_sure & (sizes <= number)).long().cumprod(0).sum(0)
-        at_least = torch.maximum(at_least, sure)
+        # A larger set is never surer than one that it contains, so that halving finds the largest.
+        most = committable.sum(-1)
+        at_least = torch.minimum(at_least, most)
+        while (at_least < most).any():
+            size = (at_least + most + 1) // 2
+            is_sure = log_prob(best_scored(scores, committable, size)[None])[0]
+            is_sure = is_sure.exp() >= settings.threshold
+            at_least = torch.where(is_sure, torch.maximum(at_least, size), at_least)
+            most = torch.where(is_sure, most, torch.minimum(most, size - 1)).maximum(at_least)
     elif settings.strategy in ADAPTIVE:
         sure = (committable & (confidence >= settings.threshold)).sum(-1)
         at_least = torch.maximum(at_least, sure)
