@@ -92,8 +92,7 @@ def test_the_fitted_head_beats_factorized_prediction_in_a_mostly_masked_window(c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampling", ["factorized", "any_order"])
-def test_reported_shares_of_right_answers_are_found_again(sampling, tmp_path):
+def test_reported_shares_of_right_answers_are_found_again(tmp_path):
     """To the last answer or two, which other processors may round to another token."""
     results = Path(__file__).parents[1] / "model_cards" / "results" / "answers.json"
     reported, output = json.loads(results.read_text()), tmp_path / "answers.json"
@@ -101,6 +100,9 @@ def test_reported_shares_of_right_answers_are_found_again(sampling, tmp_path):
     argv = ["--num-problems", str(settings["num_problems"]), "--passes", "4"]
     argv += ["--batch-size", str(settings["batch_size"]), "--output", str(output)]
     assert main(["evaluate", "answers", *argv]) == 0
-    rows = [*reported["rows"], *json.loads(output.read_text())["rows"]]
-    first, again = (r for r in rows if (r["sampling"], r["passes"]) == (sampling, 4))
-    assert again["right, %"]["value"] == pytest.approx(first["right, %"]["value"], abs=0.5)
+    first, again = (
+        {row["sampling"]: row["right, %"]["value"] for row in rows if row["passes"] == 4}
+        for rows in (reported["rows"], json.loads(output.read_text())["rows"])
+    )
+    assert len(first) == 2
+    assert again == pytest.approx(first, abs=0.5)
