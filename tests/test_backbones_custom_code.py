@@ -112,7 +112,8 @@ def test_code_beside_a_model_that_transformers_has_does_not_run(trust, tmp_path)
         config = json.loads((folder / "config.json").read_text()) | {"auto_map": classes}
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "evil.py").write_text("raise AssertionError('code that nobody asked for ran')")
-    CoDDModel.from_backbone(tmp_path / "backbone", **trust)
+    with pytest.warns(UserWarning, match="code of its own, which is not run"):
+        CoDDModel.from_backbone(tmp_path / "backbone", **trust)
     CoDDModel.from_pretrained(tmp_path / "whole", **trust)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
@@ -9,7 +11,7 @@ from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
 from codd_hf import CoDDModel, CoDDPipeline
 from codd_hf.backbones import decoding_of
 from codd_hf.backbones.family import layout_of
-from tiny import tiny_backbone
+from tiny import random_head, tiny_backbone
 
 MASK, THRESHOLD = 2, 0.2
 SURE = {"strategy": "threshold", "threshold": THRESHOLD}
@@ -89,18 +91,41 @@ def test_fast_dllm_v2_fills_sub_blocks_after_the_next_blocks_first_token(prompt,
     assert generated(model, prompt, 18) == fast_dllm_v2(model, prompt, 18, 8, 2)
 
 
-def test_stock_pipeline_decodes_alike():
-    model = model_of(4, decoding=SURE)
+def stock(model, prompt: list[int], new: int, **call) -> list[int]:
+    """What diffusers' pipeline generates with blocks of 4, and no mask tokens.
+
+    It reads a full block once more than LLaDA2.1's own code, if there is always something to edit.
+    """
     pipe = LLaDA2Pipeline(model, BlockRefinementScheduler())
     pipe.set_progress_bar_config(disable=True)
-    model.backbone.lm_head.register_forward_hook(
+    hook = model.backbone.lm_head.register_forward_hook(
         lambda module, args, logits: logits.index_fill(-1, torch.tensor([MASK]), -torch.inf)
     )
-    call = {"threshold": THRESHOLD, "editing_threshold": None, "mask_token_id": MASK}
     call |= {"num_inference_steps": 4, "block_length": 4, "eos_early_stop": False}
-    prompt = [3, 4, 5, 6]
-    stock = pipe(input_ids=torch.tensor([prompt]), gen_length=16, output_type="seq", **call)
-    assert generated(model, prompt, 16)[0] == prompt + stock.sequences[0].tolist()
+    call |= {"max_post_steps": 15, "mask_token_id": MASK, "gen_length": new, "output_type": "seq"}
+    output = pipe(input_ids=torch.tensor([prompt]), **call)
+    hook.remove()
+    return prompt + output.sequences[0].tolist()
+
+
+def test_stock_pipeline_decodes_alike():
+    model, prompt = model_of(4, decoding=SURE), [3, 4, 5, 6]
+    expected = stock(model, prompt, 16, threshold=THRESHOLD, editing_threshold=None)
+    assert generated(model, prompt, 16)[0] == expected
+
+
+@pytest.mark.parametrize(("threshold", "editing"), [(0.2, 0.18), (0.15, 0.01), (0.3, 0.2)])
+@pytest.mark.parametrize("seed", range(2))
+def test_llada2_1_edits_as_the_stock_pipeline_does(threshold, editing, seed):
+    torch.manual_seed(seed)
+    model = model_of(4, decoding=SURE | {"threshold": threshold, "editing_threshold": editing})
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    prompt = torch.randint(3, 12, (5,)).tolist()
+    expected = stock(model, prompt, 15, threshold=threshold, editing_threshold=editing)
+    assert generated(model, prompt, 15)[0] == expected
+    model.generation_config.editing_threshold = None
+    assert generated(model, prompt, 15)[0] != expected
 
 
 def test_how_a_family_decodes_is_kept_and_every_choice_of_the_user_counts_more(tmp_path):
@@ -126,3 +151,42 @@ def test_layouts_of_known_families_say_how_they_decode():
     config = {"model_type": "Fast_dLLM_Qwen", "vocab_size": 12}
     said = decoding_of(layout_of(config).translate(config))
     assert said == {"strategy": "threshold", "threshold": 0.9, "block_length": 8}
+
+
+@pytest.mark.parametrize("cache", [None, False, "dual"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_edited_rows_are_what_they_are_alone(temperature, cache):
+    """Coupled, with prompts of other lengths, ends, and forced tokens, which stay."""
+    backbone = tiny_backbone("qwen2", block_length=4)
+    model = CoDDModel.from_backbone(backbone, random_head(window_length=8))
+    forced = [{5: 7}, {}, {0: 9, 8: 10}]
+    call = {"strategy": "threshold", "threshold": 0.2, "editing_threshold": 0.15, "cache": cache}
+    call |= {"temperature": temperature, "eos_token_id": [1], "max_new_tokens": 11}
+    prompts = [[3, 4, 5], [6, 7, 8, 9, 10], [11, 3]]
+    rows = [[0] * (5 - len(prompt)) + prompt for prompt in prompts]
+    draws = [torch.Generator().manual_seed(row) for row in range(3)]
+    real = torch.tensor(rows) != 0
+    together = model.generate(
+        torch.tensor(rows), attention_mask=real, forced_tokens=forced, generator=draws, **call
+    )
+    assert not (together == MASK).any()
+    for row, prompt in enumerate(prompts):
+        draw = torch.Generator().manual_seed(row)
+        alone = model.generate(
+            torch.tensor([prompt]), forced_tokens=forced[row], generator=draw, **call
+        )[0, len(prompt) :]
+        assert together[row, 5:][: len(alone)].tolist() == alone.tolist()
+        ended = 1 in alone.tolist()
+        assert ended or all(alone[place] == token for place, token in forced[row].items())
+
+
+def test_streams_show_edits():
+    model, drafts = model_of(4, decoding=SURE | {"editing_threshold": 0.15}), []
+
+    class Streamer:
+        put = end = staticmethod(lambda *_: None)
+        put_draft = staticmethod(lambda block: drafts.append(block[0].tolist()))
+
+    model.generate(torch.tensor([[3, 4, 5, 6]]), max_new_tokens=4, streamer=Streamer())
+    full = [draft for draft in drafts if MASK not in draft]
+    assert any(one != other for one, other in pairwise(full))

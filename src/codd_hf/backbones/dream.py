@@ -33,6 +33,7 @@ class DreamReasonerLayout(CheckpointLayout):
     model_type = "Dream"
     config_class = Qwen3Config
     block_length = 32
+    decoding: ClassVar = {"strategy": "threshold", "threshold": 0.9}
     tokens: ClassVar = {151936: {"mask_token_id": 151669}}
     tokenizer_class = "Qwen2Tokenizer"
 

@@ -41,7 +41,7 @@ def shifts_logits(config: PretrainedConfig) -> bool:
 def decoding_of(config: PretrainedConfig) -> dict[str, Any]:
     """The choices that a backbone's configuration makes, as `generate` names them."""
     said = getattr(config, "decoding", None) or {}
-    known = ("strategy", "threshold", "block_length", "max_new_tokens")
+    known = ("strategy", "threshold", "editing_threshold", "block_length", "max_new_tokens")
     return {name: said[name] for name in known if name in said}
 
 

@@ -21,6 +21,11 @@ NEUTRAL = re.compile(
     "|cross_attention|^tie_encoder|logits_to_keep|lm_head_"
 )
 """Names among them that change no prediction: training, kernels, and what encoders have."""
+NATIVE = re.compile(
+    "^(block_length|logit_shift|decoding|rope_local_base_freq|partial_rotary_factor)$"
+    "|^sliding_window_pattern$|^num_nextn_predict_layers$"
+)
+"""Fields that configurations of transformers take without declaring them, and ours."""
 
 
 class CheckpointLayout:
@@ -109,11 +114,27 @@ class CheckpointLayout:
                 "cannot be loaded."
             )
         known = {*names, *WINDOW, *self.left_out, *self.only, *self.read, *SPECIAL_TOKENS}
-        for name in sorted(config.keys() - known):
-            says = MATHEMATICAL.search(name) and not NEUTRAL.search(name)
-            if config[name] not in (None, False) and says:
-                raise ValueError(
-                    f"`{name}` is {config[name]!r:.80} in the configuration of this {kind!r} "
-                    f"checkpoint, a field that is not known here and may change what the model "
-                    "computes: remove it from `config.json` if it changes nothing."
-                )
+        check_unknown(config, known)
+
+
+def check_unknown(config: dict[str, Any], known: set[str]) -> None:
+    """Raises a ValueError for a field that is not known and whose name tells of mathematics."""
+    for name in sorted(config.keys() - known):
+        says = MATHEMATICAL.search(name) and not NEUTRAL.search(name)
+        if config[name] not in (None, False) and says:
+            raise ValueError(
+                f"`{name}` is {config[name]!r:.80} in the configuration of this "
+                f"{config.get('model_type')!r} checkpoint, a field that is not known here and may "
+                "change what the model computes: remove it from `config.json` if it changes "
+                "nothing."
+            )
+
+
+def check_native(config: dict[str, Any], native: type[PretrainedConfig]) -> None:
+    """`check_unknown` for a checkpoint of a class that transformers has."""
+    known = {*native.attribute_map, *KNOWN_TO_ALL, *SPECIAL_TOKENS}
+    for kind in native.__mro__:
+        known |= {*vars(kind).get("__annotations__", ())}
+    if config.get("use_sliding_window") is False:
+        known |= {*WINDOW}
+    check_unknown(config, known | {name for name in config if NATIVE.search(name)})

@@ -17,11 +17,13 @@ class LLaDA2Layout(CheckpointLayout):
     only: ClassVar = {
         "moe_router_enable_expert_bias": True,
         "norm_head": False,
+        "norm_softmax": False,
         "norm_topk_prob": True,
         "score_function": "sigmoid",
         "use_bias": False,
         "use_qk_norm": True,
         "use_qkv_bias": False,
+        "use_rmsnorm": True,
     }
     read = (
         "moe_shared_expert_intermediate_size",

@@ -1,5 +1,6 @@
 """From a folder or an id on the Hub to a backbone, and to its tokenizer."""
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from ..hub.repositories import Repository, explain_load_errors
 from ..hub.stored_weights import load_stored
-from .family import NOT_SUPPORTED, family_of, layout_of, unsupported
-from .layout import CheckpointLayout
+from .family import NOT_SUPPORTED, DecoderFamily, family_of, layout_of, unsupported
+from .layout import CheckpointLayout, check_native
 
 
 def load_backbone(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
@@ -49,6 +50,15 @@ def load_backbone(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
             config = layout.translate(found)
             kwargs["key_mapping"] = layout.key_mapping
         elif model_type in CONFIG_MAPPING:
+            if model_type in DecoderFamily.model_types:
+                check_native(found, CONFIG_MAPPING[model_type])
+            if any(name.startswith("AutoModel") for name in found.get("auto_map") or ()):
+                warnings.warn(
+                    f"The backbone in {name_or_path!r} brings code of its own, which is not run: "
+                    f"it is loaded as transformers' {model_type!r}. Check that its code computes "
+                    "the same.",
+                    stacklevel=2,
+                )
             config = AutoConfig.from_pretrained(repository.folder, trust_remote_code=False)
         elif "auto_map" in found:
             raise ValueError(

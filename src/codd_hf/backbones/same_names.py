@@ -29,11 +29,13 @@ class StableDiffCoderLayout(CheckpointLayout):
 
     config_class = LlamaConfig
     block_length = 4
+    decoding: ClassVar = {"strategy": "threshold", "threshold": 0.95}
     tokens: ClassVar = {155136: {"mask_token_id": 5}}
 
     def reads(self, config: dict[str, Any]) -> bool:
-        """Its model type is Llama's."""
-        return any(name.startswith("StableDiffcoder") for name in config.get("architectures") or ())
+        """Its model type is Llama's, and the name of its class is in one of two places."""
+        classes = [*(config.get("architectures") or ()), *(config.get("auto_map") or {}).values()]
+        return any(str(name).endswith("iffcoderForCausalLM") for name in classes)
 
 
 class ILLaDALayout(CheckpointLayout):

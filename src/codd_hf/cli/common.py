@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..checks.errors import printable
-from ..checks.settings import Natural, Setting, Settings, settings_of
+from ..checks.settings import Natural, Setting, Settings, Share, settings_of
 from ..runtime.report import as_json, environment, listed
 from ..schedulers.settings import DrawSettings
 
@@ -54,6 +54,8 @@ class TaskSettings(Settings):
     """block, from left to right, or full: any position in any step"""
     min_new_tokens: int | None = None
     """tokens before the text may end"""
+    editing_threshold: Share | None = None
+    """replace committed tokens where the backbone is surer than this of others (LLaDA2.1)"""
     cache: str | None = None
     """prefix or dual: what the backbone need not read again within a block"""
 
@@ -151,7 +153,8 @@ def answering_pipeline(
         asked = {name: call[name] for name in DECODING}
         made = DecodingCall(pipeline.model, pipeline.scheduler, 1, **pipeline.task(**asked))
         facts = {"tokens": made.gen_length[0], "block": made.block_length or "none"}
-        facts |= {k: v for k, v in vars(made.scheduler.settings).items() if v is not None}
+        draws = {"editing_threshold": made.editing_threshold} | vars(made.scheduler.settings)
+        facts |= {name: value for name, value in draws.items() if value is not None}
         own = decoding_of(pipeline.model.config.text_config)
         by = f" (the published model: {listed(own)})" if own else ""
         print(f"Decoding{by}: {listed(facts)}.", file=sys.stderr)

@@ -29,6 +29,7 @@ TASK = (
     "paradigm",
     "infill",
     "min_new_tokens",
+    "editing_threshold",
     *SPECIAL_TOKENS,
 )
 """What is decoded, as a model's generation configuration says it."""

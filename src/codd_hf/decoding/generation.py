@@ -69,6 +69,8 @@ class BlockStream:
         """Shows a step."""
         before, (self.tokens, _) = self.tokens, self.canvas.result()
         in_work = (self.tokens == self.canvas.call.mask_token_id) | (self.tokens != before)
+        if not in_work.any():  # in a pass that edits nothing
+            return
         place = int(in_work.any(0).nonzero()[0])
         while self.block < place // self.block_length:
             self.finish_block()

@@ -7,16 +7,18 @@ each step places its windows.
 
 Nothing that happens in a row depends on the others. The number of steps is a ceiling: a row whose
 block is full costs no more passes in that block, and steps that are not needed there are not passed
-on to later blocks.
+on to later blocks. If tokens are edited, a full block is read until nothing in it changes.
 """
 
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import torch
 
 from ..checks.arguments import as_tensor, check_callable, check_tokens
 from ..coupling.windows import CoupledBackbone
+from .editing import MOST_PASSES, edit
 from .step import Canvas, CanvasReader, take_step
 
 OnStep = Callable[[int, torch.Tensor, dict[str, torch.Tensor]], torch.Tensor | None]
@@ -46,22 +48,33 @@ def denoise(
     call.head = call.head.frozen()
     reader, mask_token_id = CanvasReader(model, canvas), call.mask_token_id
     for stage in canvas.stages:
+        canvas.pad_after_ends()
         most_steps = int(stage.num_steps.max())
         reader.begin_stage(stage)
-        for number in range(most_steps):
+        passes_left = torch.full_like(stage.num_steps, MOST_PASSES)  # over a full block
+        for number in count():
             is_open = (canvas.open_positions() & stage.within).any(-1)
-            rows = (is_open & (number < stage.num_steps)).nonzero()[:, 0]
+            goes_on = is_open & (number < stage.num_steps)
+            if call.editing_threshold is not None:
+                has_text = (stage.within & ~canvas.ends()[1]).any(-1)
+                goes_on = is_open | (has_text & (passes_left > 0))
+            rows = goes_on.nonzero()[:, 0]
             if len(rows) == 0:
                 break
             before = canvas.tokens.clone()
             with model.adapter_of_call(call.head):
-                take_step(model, canvas, rows, reader.read(rows), stage, number)
+                states = reader.read(rows)
+                if call.editing_threshold is not None:
+                    edit(model, canvas, rows, states, stage, call.editing_threshold)
+                take_step(model, canvas, rows, states, stage, number)
             canvas.passes_per_row[rows] += 1
+            is_same = (canvas.tokens == before).all(-1)
+            passes_left = torch.where(is_same, 0, passes_left - 1).where(~is_open, passes_left)
             if on_step is not None:
                 after = canvas.tokens.clone()
                 committed = (before == mask_token_id) & (after != mask_token_id)
                 state = {"generated": canvas.generated, "transfer_index": committed}
-                timestep = torch.tensor(1 - number / most_steps)
+                timestep = torch.tensor(max(0.0, 1 - number / most_steps))
                 returned = on_step(canvas.num_passes, timestep, {"canvas": after, **state})
                 if returned is not None:
                     tokens = as_tensor("canvas", returned, int, after.shape, after.device).clone()
@@ -69,7 +82,8 @@ def denoise(
                     reader.forget((tokens != canvas.tokens).any(-1))
                     canvas.tokens = tokens
             canvas.num_passes += 1
-            canvas.pad_after_ends()
+            if call.editing_threshold is None:  # an end token may be edited
+                canvas.pad_after_ends()
             if after_step is not None:
                 after_step()
     canvas.pad_after_ends()

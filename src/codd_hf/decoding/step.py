@@ -102,11 +102,11 @@ class Canvas:
 
     def open_positions(self) -> torch.Tensor:
         """`[batch, T]` bool, where a token is to be committed: nowhere behind an end token."""
-        return self.generated & (self.tokens == self.call.mask_token_id) & ~self._ends()[1]
+        return self.generated & (self.tokens == self.call.mask_token_id) & ~self.ends()[1]
 
     def pad_after_ends(self) -> None:
         """Makes what follows an end token padding, in the rows where nothing before is open."""
-        end, after = self._ends()
+        end, after = self.ends()
         closed = end.any(-1) & ~self.open_positions().any(-1)
         self.tokens = self.tokens.masked_fill(after & closed[:, None], self.call.behind)
 
@@ -120,11 +120,11 @@ class Canvas:
         number = torch.arange(int(size.max()), device=begin.device)
         inside = number < size[:, None]
         place = (begin[:, None] + number).clamp(max=self.tokens.shape[1] - 1)
-        end, after = self._ends()
+        end, after = self.ends()
         is_text = inside & ~(end | after).gather(1, place)
         return torch.where(inside, self.tokens.gather(1, place), self.call.behind), is_text
 
-    def _ends(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`[batch, T]` bool twice: the first end token of each text, and all that follows it."""
         is_end = self.generated & torch.isin(self.tokens, self.tokens.new_tensor(self.end_ids))
         after = self.generated & (is_end.cumsum(-1) > is_end.long())
@@ -208,10 +208,10 @@ def take_step(
     """
     call, part = canvas.call, canvas.rows(rows)
     scheduler, length = call.scheduler, call.head.window_length
-    states, num_steps = _without_early_ends(states, part), stage.num_steps[rows]
+    states, num_steps = without_early_ends(states, part), stage.num_steps[rows]
     covered = stage.within[rows]  # by windows
     eligible = open_ = part.open_positions() & covered
-    at_least = even_pace(open_, num_steps - number)
+    at_least = even_pace(open_, (num_steps - number).clamp(min=1))
     if call.block_length is None:
         covered = eligible = _chosen(model, part, rows, states, num_steps, number, open_)
     first_window = part.window_origin if call.infill else part.start
@@ -221,7 +221,10 @@ def take_step(
         eligible = open_ & positions_of(starts, length)
     read = torch.arange(states.last_hidden_state.shape[1], device=rows.device)
     present = part.attention_mask[:, : len(read)] * (read < stage.end[rows, None])
-    for index in rows_alike(starts.sum(-1), num_steps):
+    has_masks = open_.any(-1)
+    for index in rows_alike(starts.sum(-1), num_steps, has_masks.long()):
+        if not has_masks[index[0]]:  # tokens are edited there, and none is filled
+            continue
         # 1. The distribution over the windows.
         group, group_rows = part.rows(index), rows[index]
         window_start = starts[index].nonzero()[:, 1].view(len(index), -1)
@@ -245,7 +248,7 @@ def take_step(
         with numbered(group_rows):
             output = scheduler.step(
                 distribution,
-                scheduler.timesteps[number],
+                scheduler.timesteps[: number + 1][-1],
                 group.tokens.gather(1, column),
                 generator=_of_rows(call.generator, group_rows),
                 eligible=eligible[index].gather(1, column),
@@ -259,7 +262,7 @@ def take_step(
         canvas.tokens[group_rows[row], position[row, at]] = output.prev_sample[row, at]
 
 
-def _without_early_ends(states: BackboneStates, part: Canvas) -> BackboneStates:
+def without_early_ends(states: BackboneStates, part: Canvas) -> BackboneStates:
     """The states of the rows in `part`, whose logits rule out end tokens that come too early."""
     if not part.end_ids or not bool((part.no_end_before > part.start).any()):
         return states
@@ -296,7 +299,7 @@ def _chosen(
         call.scheduler.set_timesteps(int(num_steps[index[0]]))
         chosen[index[:, None], column] = call.scheduler.select_positions(
             logits,
-            call.scheduler.timesteps[number],
+            call.scheduler.timesteps[: number + 1][-1],
             eligible,
             generator=_of_rows(call.generator, rows[index]),
         )

@@ -233,7 +233,7 @@ class CoDDPipeline(Publishing, DiffusionPipeline):  # type: ignore[misc]
         self.num_timesteps = canvas.most_passes
         with self.progress_bar(total=canvas.most_passes) as bar:
             denoise(self.model, canvas, on_step=on_step, after_step=bar.update)
-            bar.update(canvas.most_passes - canvas.num_passes)  # those that were not needed
+            bar.update(max(0, canvas.most_passes - canvas.num_passes))  # those that were not needed
 
         # 3. Decode the text.
         sequences, is_text = canvas.result()
