@@ -132,9 +132,7 @@ def check_unknown(config: dict[str, Any], known: set[str]) -> None:
 
 def check_native(config: dict[str, Any], native: type[PretrainedConfig]) -> None:
     """`check_unknown` for a checkpoint of a class that transformers has."""
-    known = {*native.attribute_map, *KNOWN_TO_ALL, *SPECIAL_TOKENS}
-    for kind in native.__mro__:
-        known |= {*vars(kind).get("__annotations__", ())}
+    known = {*native().to_dict(), *native.attribute_map, *KNOWN_TO_ALL}
     if config.get("use_sliding_window") is False:
         known |= {*WINDOW}
     check_unknown(config, known | {name for name in config if NATIVE.search(name)})
