@@ -119,6 +119,14 @@ SURE = {"strategy": "threshold"}
         (DIFFCODER, "llama", 4, False, 5, SURE | {"threshold": 0.95}),
         (DREAM | {"mask_token_id": 151666}, "qwen2", None, True, 151666, {}),
         (DREAM | {"block_size": 32}, "qwen3", 32, False, 151669, SURE | {"threshold": 0.9}),
+        (
+            FAST_DLLM | {"bd_size": 12},
+            "qwen2",
+            12,
+            True,
+            151665,
+            SURE | {"threshold": 0.9, "block_length": 4},
+        ),
         (FAST_DLLM, "qwen2", 32, True, 151665, SURE | {"threshold": 0.9, "block_length": 8}),
     ],
 )

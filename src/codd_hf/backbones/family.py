@@ -14,6 +14,7 @@ are made of. Families are stateless. Three fields of a configuration count for a
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
@@ -39,8 +40,13 @@ def shifts_logits(config: PretrainedConfig) -> bool:
 
 
 def decoding_of(config: PretrainedConfig) -> dict[str, Any]:
-    """The choices that a backbone's configuration makes, as `generate` names them."""
-    said = getattr(config, "decoding", None) or {}
+    """The choices that a backbone's configuration makes, as `generate` names them.
+
+    Blocks within those of the attention divide them, whatever the length of the latter.
+    """
+    said, attended = dict(getattr(config, "decoding", None) or {}), block_length_of(config)
+    if attended is not None and "block_length" in said:
+        said["block_length"] = math.gcd(said["block_length"], attended)
     known = ("strategy", "threshold", "editing_threshold", "block_length", "max_new_tokens")
     return {name: said[name] for name in known if name in said}
 
