@@ -59,6 +59,7 @@ FAMILIES = {
     "llada": {"model_type": "llada", **OLMO},
     "llada-moe": {"model_type": "lladamoe", **LLADA_MOE},
     "llada2": {"model_type": "llada2_moe", **LLADA2},
+    "llada2.1": {"model_type": "llada2_moe", **LLADA2},
     "dream": {"model_type": "Dream"},
     "dreamreasoner": {"model_type": "Dream", "block_size": 8},
     "sdar": {"model_type": "sdar"},
@@ -68,9 +69,15 @@ FAMILIES = {
     "illada": {"architectures": ["ILLaDAForCausalLM"]},
     "a2d-qwen3": {"model_type": "a2d-qwen3"},
     "llama": {"model_type": "llama"},
+    "qwen3": {"model_type": "qwen3"},
+    "gemma3": {"model_type": "gemma3_text"},
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "bert": {"model_type": "bert"},
 }
+
+EDITING = {"threshold": 0.7, "editing_threshold": 0.5}
+CALLS = {"llada2.1": EDITING}
+"""What no configuration says: LLaDA2.0's and 2.1's are alike."""
 
 
 def tiny_model(name: str) -> CoDDModel:
@@ -90,10 +97,12 @@ def main(names: Sequence[str] = (), seed: int = 0) -> dict[str, list[int]]:
         torch.manual_seed(seed)
         model = tiny_model(name)
         config, prompt = model.backbone.config, torch.tensor([[3, 4, 5, 6, 7]])
-        answers[name] = model.generate(prompt, max_new_tokens=16, eos_token_id=[])[0, 5:].tolist()
+        call = {"max_new_tokens": 16, "eos_token_id": [], **CALLS.get(name, {})}
+        answers[name] = model.generate(prompt, **call)[0, 5:].tolist()
         block, shift = block_length_of(config), shifts_logits(config) * ", of the next token"
         sees = "all" if block is None else f"blocks of {block}"
-        rule = ", ".join(f"{k} {v}" for k, v in decoding_of(config).items()) or "the defaults"
+        said = decoding_of(config) | CALLS.get(name, {})
+        rule = ", ".join(f"{k} {v}" for k, v in said.items()) or "the defaults"
         print(f"{name}: a {config.model_type} that sees {sees}{shift}; decodes by {rule}")
         print(f"  {answers[name]}")
     return answers

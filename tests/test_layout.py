@@ -90,5 +90,5 @@ def test_package_grows_no_larger():
         lines += length
         statements += sum(not is_docstring(node) for node in nodes)
     print(lines, "lines,", statements, "statements")
-    assert lines <= 17_498
-    assert statements <= 8_793
+    assert lines <= 17_502
+    assert statements <= 8_794
