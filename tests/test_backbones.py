@@ -102,7 +102,6 @@ def test_unknown_model_type_is_an_error_that_lists_what_works(tmp_path):
     for kind, told in (
         ("t5", r"'t5'.*masked .* llama, qwen2, .* a LLaDA, Dream or SDAR"),
         ("nemotron_labs_diffusion", r"does not load here.*depends on where decoding stands"),
-        ("diffusion_gemma", r"does not load here.*uniform"),
     ):
         (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
         with pytest.raises(ValueError, match=told):

@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from .circuits import Potentials as Potentials
     from .configuration_codd import CoDDConfig as CoDDConfig
     from .configuration_codd import CoDDHeadConfig as CoDDHeadConfig
+    from .decoding.diffusion_gemma import CoDDGenerationConfig as CoDDGenerationConfig
+    from .decoding.diffusion_gemma import CoupledBoundSamplerConfig as CoupledBoundSamplerConfig
     from .hub.repositories import default_model as default_model
     from .modeling_codd import CoDDModel as CoDDModel
     from .modeling_codd import CoDDOutput as CoDDOutput
+    from .modeling_diffusion_gemma import CoDDDiffusionGemma as CoDDDiffusionGemma
     from .modeling_head import CoDDHead as CoDDHead
     from .pipelines.pipeline_codd import CoDDPipeline as CoDDPipeline
     from .pipelines.pipeline_output import CoDDPipelineOutput as CoDDPipelineOutput
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "CoDDConfig": "configuration_codd",
+    "CoDDDiffusionGemma": "modeling_diffusion_gemma",
+    "CoDDGenerationConfig": "decoding.diffusion_gemma",
     "CoDDHead": "modeling_head",
     "CoDDHeadConfig": "configuration_codd",
     "CoDDModel": "modeling_codd",
@@ -31,6 +36,7 @@ _EXPORTS = {
     "CoDDPipelineOutput": "pipelines.pipeline_output",
     "CoDDScheduler": "schedulers.scheduling_codd",
     "CoDDSchedulerOutput": "schedulers.scheduling_codd",
+    "CoupledBoundSamplerConfig": "decoding.diffusion_gemma",
     "CoupledCategorical": "circuits",
     "Potentials": "circuits",
     "default_model": "hub.repositories",

@@ -246,27 +246,37 @@ class CoDDConfig(_Configuration):
     def validate(self) -> None:
         """Checks that the coupling is a known one, and the tokens are the vocabulary's."""
         choice("coupling", self.coupling, COUPLINGS)
-        self._check_tokens(getattr(self.text_config, "vocab_size", None))
+        text = getattr(self.text_config, "get_text_config", lambda: self.text_config)()
+        self._check_tokens(getattr(text, "vocab_size", None))
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """Of the backbone's text part, which is the backbone unless it reads images too."""
+        return self.text_config.get_text_config(*args, **kwargs)
 
     @property
     def vocab_size(self) -> int:
         """The backbone's."""
-        return self.text_config.vocab_size
+        return self.get_text_config().vocab_size
 
     @property
     def hidden_size(self) -> int:
         """The backbone's."""
-        return self.text_config.hidden_size
+        return self.get_text_config().hidden_size
 
     @property
     def eos_token_id(self) -> int | list[int] | None:
         """The backbone's."""
-        return getattr(self.text_config, "eos_token_id", None)
+        return getattr(self.get_text_config(), "eos_token_id", None)
 
     @property
     def pad_token_id(self) -> int | None:
         """The backbone's."""
-        return getattr(self.text_config, "pad_token_id", None)
+        return getattr(self.get_text_config(), "pad_token_id", None)
+
+    @property
+    def canvas_length(self) -> int | None:
+        """The backbone's, if it denoises canvases of one length."""
+        return getattr(self.text_config, "canvas_length", None)
 
 
 def _made(name: str, config: Any, known: Mapping[str, type[PreTrainedConfig]]) -> PreTrainedConfig:

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -177,7 +176,7 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
             forbidden_token_ids=forbidden_token_ids,
             coupling=coupling,
         )
-        joined = cls(config, model, circuit)
+        joined = _class_for(config, cls)(config, model, circuit)
         for name in ("eos_token_id", "pad_token_id"):  # the rest is about autoregressive decoding
             token = getattr(getattr(model, "generation_config", None), name, None)
             if token is not None:
@@ -219,11 +218,14 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
                 own = {key: kwargs.pop(key) for key in OWN_ARGUMENTS if key in kwargs}
                 kwargs["config"] = CoDDConfig.from_dict(repository.config | own)
             config = kwargs["config"]
+            if (kind := _class_for(config, cls)) is not cls:
+                return kind.from_pretrained(name, generation_config=generation_config, **kwargs)
             unused = family_of(config.text_config).unused_weights
             load: Any = super().from_pretrained
             model = load_stored(repository, load, config, cls, unused, **kwargs)
             if generation_config is None and repository.find("generation_config.json"):
-                generation_config = GenerationConfig.from_pretrained(repository.folder)
+                read = cls.generation_config_class.from_pretrained
+                generation_config = read(repository.folder)
         model.generation_config = generation_config or model.generation_config
         if model.coupling_head is not None:
             model.coupling_head.check_states()
@@ -364,6 +366,15 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
     def score(self, prompts: Texts, answers: Texts, **kwargs: Any) -> ScoreOutput:
         """Log-likelihoods of answers; see [`~codd_hf.coupling.scoring.score`] for the arguments."""
         return score(self, prompts, answers, **kwargs)
+
+
+def _class_for(config: CoDDConfig, cls: type[CoDDModel]) -> type[CoDDModel]:
+    """The class of models with such a backbone: one of its own, or as asked for."""
+    if config.text_config.model_type == "diffusion_gemma":
+        from .modeling_diffusion_gemma import CoDDDiffusionGemma
+
+        return CoDDDiffusionGemma
+    return cls
 
 
 AutoModel.register(CoDDConfig, CoDDModel, exist_ok=True)

@@ -53,6 +53,7 @@ Then compare with logits of the original code, padded rows included, as `tests/t
 do, and check that a causal control differs.
 """
 
+from .diffusion_gemma import DiffusionGemmaFamily
 from .dream import DreamLayout, DreamReasonerLayout
 from .family import (
     FAMILIES,
@@ -65,6 +66,7 @@ from .family import (
     execution_device,
     family_of,
     is_known,
+    noise_of,
     shifts_logits,
 )
 from .layout import CheckpointLayout
@@ -77,7 +79,7 @@ from .other_decoders import OtherDecoderFamily
 from .same_names import A2DLayout, FastDLLMLayout, ILLaDALayout, StableDiffCoderLayout
 from .sdar import SDARLayout
 
-FAMILIES += [OtherDecoderFamily(), MaskedLMFamily(), DecoderFamily()]
+FAMILIES += [OtherDecoderFamily(), MaskedLMFamily(), DecoderFamily(), DiffusionGemmaFamily()]
 LAYOUTS += [LLaDALayout(), DreamLayout(), DreamReasonerLayout(), SDARLayout()]
 LAYOUTS += [LLaDAMoELayout(), LLaDA2Layout(), FastDLLMLayout(), StableDiffCoderLayout()]
 LAYOUTS += [ILLaDALayout(), A2DLayout()]
@@ -97,5 +99,6 @@ __all__ = [
     "is_known",
     "load_backbone",
     "load_tokenizer",
+    "noise_of",
     "shifts_logits",
 ]

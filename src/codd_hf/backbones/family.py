@@ -2,11 +2,12 @@
 
 A backbone is an ordinary `PreTrainedModel`. A family builds it so that every position sees the
 whole sequence, and reads for position `i` the logits of token `i` and the hidden state that they
-are made of. Families are stateless. Three fields of a configuration count for all of them:
+are made of. Families are stateless. Four fields of a configuration count for all of them:
 
 - `block_length`: attention is block-causal, as SDAR's and LLaDA2's: token `i` belongs to block
   `i // block_length`, and a position sees its own block, both ways, and all earlier ones;
 - `logit_shift`: the logits at a position predict the next one (Dream);
+- `noise`: what it denoises, `"mask"` tokens or `"uniform"` ones; default, its family's;
 - `decoding`: how a model decodes for those who say nothing else: as its published code does, in
   canvases no longer than those of its training.
 """
@@ -37,6 +38,11 @@ def block_length_of(config: PretrainedConfig) -> int | None:
 def shifts_logits(config: PretrainedConfig) -> bool:
     """Whether a backbone's logits at a position predict the next one."""
     return getattr(config, "logit_shift", False)
+
+
+def noise_of(config: PretrainedConfig) -> str:
+    """What a backbone denoises: `"mask"` tokens, or `"uniform"` ones, which can be any."""
+    return getattr(config, "noise", None) or family_of(config).noise
 
 
 def decoding_of(config: PretrainedConfig) -> dict[str, Any]:
@@ -98,12 +104,14 @@ class BackboneFamily:
         model_types: those of transformers that belong to the family.
         bidirectional: fields of a configuration by which a model sees the whole sequence.
         unused_weights: a pattern of the names of stored weights that denoising does not need.
+        noise: as `noise_of` has it.
     """
 
     auto_class: Any = AutoModelForCausalLM
     model_types: Container[str] = ()
     bidirectional: dict[str, Any] = {}  # noqa: RUF012
     unused_weights: str | None = None
+    noise = "mask"
 
     def make_bidirectional(self, config: PretrainedConfig) -> None:
         """Changes a configuration, also that of a loaded model, to see the whole sequence."""
@@ -266,7 +274,6 @@ class DecoderFamily(BackboneFamily):
 FAMILIES: list[BackboneFamily] = []
 LAYOUTS: list[CheckpointLayout] = []
 NOT_SUPPORTED = {
-    "diffusion_gemma": "whose noise is of uniform tokens, not masks: use transformers' own class",
     "nemotron_labs_diffusion": (
         "whose attention depends on where decoding stands, causal over what is decoded and full in "
         "the current block, so that no mask of a pass over rows is its own: use its own code"

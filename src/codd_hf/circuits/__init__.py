@@ -7,6 +7,7 @@
 
 from .context.maps import Context, ContextMaps, CopyStates, Preceding
 from .distribution.coupled import CoupledCategorical, ViterbiPath, without_circuit
+from .distribution.dependence import shared_information
 from .distribution.latents import IncrementalPosterior
 from .em import expected_counts, fit_tied, log_likelihood, maximise, occupancy, token_marginal
 from .evidence.dense import DenseEvidence, forbidden_tokens, without_tokens
@@ -20,4 +21,4 @@ from .potentials.circuit import (
     TiedEmission,
 )
 from .potentials.groups import TokenGroups
-from .random import Generators, draw_categorical, uniform
+from .random import Generators, beside_global, draw_categorical, uniform

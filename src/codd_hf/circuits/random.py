@@ -3,6 +3,7 @@
 With one generator per row, a row's numbers do not depend on the rows that share its batch.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -39,3 +40,19 @@ def draw_categorical(probabilities: torch.Tensor, uniforms: torch.Tensor) -> tor
     threshold = uniforms.unsqueeze(-1) * cumulative[..., -1:]
     index = torch.searchsorted(cumulative, threshold.contiguous(), right=True).squeeze(-1)
     return index.clamp_(max=probabilities.shape[-1] - 1)
+
+
+def beside_global(device: torch.device, tokens: torch.Tensor | None = None) -> torch.Generator:
+    """A generator that leaves the global stream of a device as it is, and yet is told by its state.
+
+    Tokens, where they are drawn from a generator that is not known here, tell it too.
+    """
+    parts = [torch.get_rng_state()]
+    if device.type != "cpu":
+        parts.append(torch.get_device_module(device).get_rng_state(device))
+    if tokens is not None:
+        parts.append(tokens.cpu())
+    digest = hashlib.blake2b(digest_size=7)
+    for part in parts:
+        digest.update(part.numpy().tobytes())
+    return torch.Generator().manual_seed(int.from_bytes(digest.digest(), "big"))

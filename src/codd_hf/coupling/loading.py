@@ -40,7 +40,7 @@ def load_head(
         TypeError: it is no head.
         ValueError: it does not fit the backbone.
     """
-    config = backbone.config
+    config = backbone.config.get_text_config()
     if mask_token_id is None:
         mask_token_id = getattr(config, "mask_token_id", None)
     if isinstance(head, CoDDHeadConfig):

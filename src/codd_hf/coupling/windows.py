@@ -14,6 +14,7 @@ from ..backbones import (
     block_length_of,
     execution_device,
     family_of,
+    noise_of,
     shifts_logits,
 )
 from ..checks.arguments import RowError, several
@@ -46,8 +47,13 @@ class CoupledBackbone(WithHeads):
 
     @property
     def mask_token_id(self) -> int:
-        """The mask token; raises a ValueError if it is not known."""
+        """The mask token; raises a ValueError if it is not known, or there is none."""
         if self.config.mask_token_id is None:
+            if noise_of(self.config.text_config) == "uniform":
+                raise ValueError(
+                    "The backbone's noise is uniform, not masks, which this needs: call the model, "
+                    "or its `generate`."
+                )
             raise ValueError(
                 "`mask_token_id` is not known: give it to `from_backbone`, or by `--mask-token-id`."
             )

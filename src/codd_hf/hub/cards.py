@@ -91,9 +91,14 @@ model = CoDDModel.from_pretrained("{{ repo_id }}")
 """
 
 
+def model_of(part: Any) -> Any:
+    """The model of a pipeline; a model's or a head's is itself."""
+    return part if hasattr(part, "coupling_head") else getattr(part, "model", part)
+
+
 def head_of(part: Any) -> Any:
     """The head of a pipeline or a model, None if it has none; a head's is itself."""
-    model = getattr(part, "model", part)
+    model = model_of(part)
     return getattr(model, "coupling_head", model)
 
 
@@ -119,7 +124,7 @@ def make_card(
         training: a text on the training, in Markdown; the next training may replace the card.
     """
     head, title = head_of(part), repo_id.split("/")[-1]
-    alone, backbone = head is part, getattr(getattr(part, "model", part), "backbone", None)
+    alone, backbone = head is part, getattr(model_of(part), "backbone", None)
     names = [] if head is None else [head.config.base_model_name_or_path]
     names += [] if backbone is None else [backbone.config._name_or_path]
     ids = (name for name in names if name and HUB_ID.fullmatch(name) and not is_local(name))
