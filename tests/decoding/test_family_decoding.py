@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ from diffusers import BlockRefinementScheduler, LLaDA2Pipeline
 from codd_hf import CoDDModel, CoDDPipeline
 from codd_hf.backbones import decoding_of
 from codd_hf.backbones.family import layout_of
+from families import checkpoint
 from tiny import random_head, tiny_backbone
 
 MASK, THRESHOLD = 2, 0.2
@@ -112,6 +114,22 @@ def test_stock_pipeline_decodes_alike():
     model, prompt = model_of(4, decoding=SURE), [3, 4, 5, 6]
     expected = stock(model, prompt, 16, threshold=THRESHOLD, editing_threshold=None)
     assert generated(model, prompt, 16)[0] == expected
+
+
+@pytest.mark.parametrize(
+    "kind", ["llada2", "dreamreasoner", "sdar", "sdar-moe", "stable-diffcoder"]
+)
+def test_family_decodes_alike_in_the_stock_pipeline_and_is_coupled_there(kind, tmp_path):
+    folder, prompt = checkpoint(kind, tmp_path, num_hidden_layers=1), [6, 7, 8, 9, 10]
+    load = partial(CoDDModel.from_backbone, folder, block_length=4)
+    model, threshold = load(mask_token_id=MASK), {"threshold": 0.3}
+    expected = stock(model, prompt, 11, editing_threshold=None, **threshold)
+    call = {"max_new_tokens": 11, "eos_token_id": [], **threshold}
+    assert model.generate(torch.tensor([prompt]), **call)[0].tolist() == expected
+    coupled = load(random_head(40, mask_token_id=MASK), coupling="latent")
+    found = stock(coupled, prompt, 11, editing_threshold=None, **threshold)
+    assert len(found) == 16
+    assert MASK not in found
 
 
 @pytest.mark.parametrize(("threshold", "editing"), [(0.2, 0.18), (0.15, 0.01), (0.3, 0.2)])
