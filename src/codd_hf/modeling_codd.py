@@ -181,7 +181,9 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
             token = getattr(getattr(model, "generation_config", None), name, None)
             if token is not None:
                 setattr(joined.generation_config, name, token)
-        vars(joined.generation_config).update(decoding_of(model.config))
+        # transformers reads back what it does not know only if nobody else says it.
+        said = decoding_of(model.config)
+        vars(joined.generation_config).update(said, _from_model_config=False)
         return joined.eval()
 
     @classmethod

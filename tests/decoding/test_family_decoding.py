@@ -157,8 +157,14 @@ def test_how_a_family_decodes_is_kept_and_every_choice_of_the_user_counts_more(t
     assert pipe.task()["block_length"] == 2
     assert pipe.model.generation_config.num_beams in (None, 1)
     pipe.model.save_pretrained(tmp_path / "model")
+    alone = CoDDModel.from_backbone(tmp_path / "backbone")
+    alone.generation_config.editing_threshold = 0.2
+    alone.save_pretrained(tmp_path / "alone")
     model, prompt = CoDDModel.from_pretrained(tmp_path / "model"), [3, 4, 5]
     assert generated(model, prompt, 9) == generated(pipe.model, prompt, 9)
+    found = CoDDModel.from_pretrained(tmp_path / "alone")
+    assert generated(found, prompt, 9) == generated(alone, prompt, 9) != generated(model, prompt, 9)
+    assert found.generation_config.threshold == THRESHOLD
     call = {"max_new_tokens": 9, "eos_token_id": [], "block_length": 4, "num_inference_steps": 9}
     plain = CoDDModel.from_backbone(tiny_backbone("qwen2", block_length=4), mask_token_id=MASK)
     given = model.generate(torch.tensor([prompt]), strategy="low_confidence", **call)
