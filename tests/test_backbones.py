@@ -169,3 +169,7 @@ def test_block_length_is_kept_with_the_model_and_must_be_one(tmp_path):
     for length in (0, "8"):
         with pytest.raises((TypeError, ValueError), match="`block_length` must be"):
             CoDDModel.from_backbone(tiny_backbone(block_length=length))(IDS)
+        with pytest.raises((TypeError, ValueError), match="`block_length` must be"):
+            CoDDModel.from_backbone(tiny_backbone(block_length=length), mask_token_id=2).generate(
+                torch.tensor([[3, 4]]), max_new_tokens=4
+            )

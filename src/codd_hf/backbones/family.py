@@ -32,7 +32,8 @@ Index = tuple[torch.Tensor, ...]
 
 def block_length_of(config: PretrainedConfig) -> int | None:
     """The length of the blocks of a backbone's attention; None where it sees the whole row."""
-    return getattr(config, "block_length", None)
+    found = getattr(config, "block_length", None)
+    return None if found is None else integer("block_length", found, least=1)
 
 
 def shifts_logits(config: PretrainedConfig) -> bool:
@@ -339,7 +340,6 @@ def block_causal_mask(
     Padding is seen by itself alone, so that no row of scores is empty. The queries are at `columns`
     `[batch, query]`, by default everywhere.
     """
-    integer("block_length", block_length, least=1)
     real, key = attention_mask.bool(), torch.arange(attention_mask.shape[1]).to(attention_mask)
     columns = key.expand_as(real) if columns is None else columns
     block = (real.long().cumsum(1) - 1).div(block_length, rounding_mode="floor")
