@@ -138,6 +138,22 @@ def test_published_configuration_is_read(config, kind, block, shift, mask, decod
 
 
 @pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("JetLM/SDAR-4B-Chat", 4),
+        ("JetLM/SDAR-4B-Chat-b64", 64),
+        ("x/RCD-SDAR-8B-b32-Thinking", 32),
+        ("/models-b8/SDAR-1.7B-Chat", 4),
+        ("/cache/models--JetLM--SDAR-1.7B-Chat-b16/snapshots/0b1", 16),
+    ],
+)
+def test_sdar_of_other_blocks_is_told_by_its_name_unless_a_field_tells(name, block):
+    layout = layout_of(SDAR)
+    assert layout.translate(SDAR, name).block_length == block
+    assert layout.translate(SDAR | {"block_size": 2}, name).block_length == 2
+
+
+@pytest.mark.parametrize(
     ("config_class", "field", "value"),
     [
         (LlamaConfig, "layernorm_type", "layernorm"),

@@ -72,11 +72,15 @@ class CheckpointLayout:
         """The native fields that are called or computed otherwise."""
         return {}
 
+    def block_length_by_name(self, repository: str) -> int | None:
+        """The length of the blocks where no field says it, by the name or path."""
+        return self.block_length
+
     def converters(self) -> list[WeightConverter | WeightRenaming]:
         """Conversions of weights that are more than other names; the native class's own follow."""
         return []
 
-    def translate(self, config: dict[str, Any]) -> PretrainedConfig:
+    def translate(self, config: dict[str, Any], repository: str = "") -> PretrainedConfig:
         """The native configuration; raises a ValueError if it cannot say the same."""
         native = self.native_class(config)
         names = {*native.__annotations__, *KNOWN_TO_ALL} - {*self.left_out}
@@ -90,7 +94,8 @@ class CheckpointLayout:
         if self.decoding:
             fields["decoding"] = self.decoding
         given = (config[name] for name in BLOCK_LENGTHS if config.get(name) is not None)
-        if (block_length := next(given, self.block_length)) is not None:
+        block_length = next(given, self.block_length_by_name(repository))
+        if block_length is not None:
             fields["block_length"] = block_length
         if self.logit_shift:
             fields["logit_shift"] = True

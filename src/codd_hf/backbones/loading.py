@@ -47,7 +47,7 @@ def load_backbone(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         if model_type in NOT_SUPPORTED:
             raise unsupported(model_type)
         if layout is not None:
-            config = layout.translate(found)
+            config = layout.translate(found, str(name_or_path))
             kwargs["key_mapping"] = layout.key_mapping
         elif model_type in CONFIG_MAPPING:
             if model_type in DecoderFamily.model_types:

@@ -1,5 +1,6 @@
 """SDAR and TraDo (arXiv 2510.06303): Qwen3, dense or with experts, that decodes block by block."""
 
+import re
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig, Qwen3Config, Qwen3MoeConfig
@@ -21,6 +22,11 @@ class SDARLayout(CheckpointLayout):
     def reads(self, config: dict[str, Any]) -> bool:
         """Also the layout of SDAR-30B-A3B."""
         return config.get("model_type") in ("sdar", "sdar_moe")
+
+    def block_length_by_name(self, repository: str) -> int | None:
+        """`SDAR-4B-Chat-b64` has blocks of 64, and the configuration of `SDAR-4B-Chat`."""
+        named = re.search(r"SDAR[\w.-]*-b(\d+)(?!\w)", repository)
+        return self.block_length if named is None else int(named[1])
 
     def native_class(self, config: dict[str, Any]) -> type[PretrainedConfig]:
         """Qwen3-MoE for a checkpoint with experts."""
