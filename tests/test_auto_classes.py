@@ -171,6 +171,7 @@ def test_sampling_is_told_as_in_transformers(model):
     [
         ({"num_beams": 4}, ValueError, "`num_beams=4` asks for something that decoding by diff"),
         ({"stop_strings": ["a"]}, ValueError, "`stop_strings="),
+        ({"stop_strings": ["a"], "tokenizer": "a"}, ValueError, "`stop_strings="),
         ({"return_dict_in_generate": True}, ValueError, "`return_dict_in_generate=True`"),
         ({"generation_config": GenerationConfig(num_beams=2)}, ValueError, "`num_beams=2`"),
         ({"max_time": 1.0}, ValueError, r"`max_time=1\.0` asks for something"),

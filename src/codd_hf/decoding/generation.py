@@ -26,6 +26,7 @@ WITHOUT_EFFECT = (
     "use_cache",
     "cache_implementation",
     "disable_compile",
+    "tokenizer",
     "transformers_version",
 )
 """Arguments that transformers' callers pass along and that change nothing here."""

@@ -16,7 +16,8 @@ class CoDDPipelineOutput(BaseOutput):
             the whole texts.
         texts (`list[str]`, *optional*):
             The generated texts up to their end; None with `output_type="seq"`.
-        num_passes (`int`): How often the backbone was run: at most `num_inference_steps`.
+        num_passes (`int`): How often the backbone was run: at most `num_inference_steps`, and
+            what edits take beyond them.
         passes_per_row (`torch.LongTensor` of shape `(batch_size,)`): Those that each prompt took
             part in.
     """
