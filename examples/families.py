@@ -75,16 +75,19 @@ FAMILIES = {
     "bert": {"model_type": "bert"},
 }
 
-EDITING = {"threshold": 0.7, "editing_threshold": 0.5}
-CALLS = {"llada2.1": EDITING}
-"""What no configuration says: LLaDA2.0's and 2.1's are alike."""
+REPOSITORIES = {"llada2.1": "inclusionAI/LLaDA2.1-mini"}
+"""Names that say what no configuration does: those of LLaDA2.0 and 2.1 are alike."""
 
 
 def tiny_model(name: str) -> CoDDModel:
     """A random model of a family, with a new head, which changes nothing."""
-    published = SIZES | FAMILIES[name]
+    published, repository = SIZES | FAMILIES[name], REPOSITORIES.get(name, "")
     layout = next((layout for layout in LAYOUTS if layout.reads(published)), None)
-    config = AutoConfig.for_model(**published) if layout is None else layout.translate(published)
+    config = (
+        AutoConfig.for_model(**published)
+        if layout is None
+        else layout.translate(published, repository)
+    )
     auto = AutoModelForMaskedLM if name == "bert" else AutoModelForCausalLM
     head = CoDDHeadConfig(vocab_size=VOCABULARY, num_latents=8, mask_token_id=MASK)
     return CoDDModel.from_backbone(auto.from_config(config), head)
@@ -97,12 +100,10 @@ def main(names: Sequence[str] = (), seed: int = 0) -> dict[str, list[int]]:
         torch.manual_seed(seed)
         model = tiny_model(name)
         config, prompt = model.backbone.config, torch.tensor([[3, 4, 5, 6, 7]])
-        call = {"max_new_tokens": 16, "eos_token_id": [], **CALLS.get(name, {})}
-        answers[name] = model.generate(prompt, **call)[0, 5:].tolist()
+        answers[name] = model.generate(prompt, max_new_tokens=16, eos_token_id=[])[0, 5:].tolist()
         block, shift = block_length_of(config), shifts_logits(config) * ", of the next token"
         sees = "all" if block is None else f"blocks of {block}"
-        said = decoding_of(config) | CALLS.get(name, {})
-        rule = ", ".join(f"{k} {v}" for k, v in said.items()) or "the defaults"
+        rule = ", ".join(f"{k} {v}" for k, v in decoding_of(config).items()) or "the defaults"
         print(f"{name}: a {config.model_type} that sees {sees}{shift}; decodes by {rule}")
         print(f"  {answers[name]}")
     return answers

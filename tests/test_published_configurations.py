@@ -153,6 +153,13 @@ def test_sdar_of_other_blocks_is_told_by_its_name_unless_a_field_tells(name, blo
     assert layout.translate(SDAR | {"block_size": 2}, name).block_length == 2
 
 
+def test_llada2_1_is_told_by_its_name_and_edits():
+    layout, plain = layout_of(LLADA2), SURE | {"threshold": 0.95}
+    assert decoding_of(layout.translate(LLADA2, "inclusionAI/LLaDA2.0-mini")) == plain
+    found = layout.translate(LLADA2, "inclusionAI/LLaDA2.1-mini")
+    assert decoding_of(found) == plain | {"editing_threshold": 0.9}
+
+
 @pytest.mark.parametrize(
     ("config_class", "field", "value"),
     [

@@ -142,7 +142,7 @@ def test_llada2_1_edits_as_the_stock_pipeline_does(threshold, editing, seed):
     prompt = torch.randint(3, 12, (5,)).tolist()
     expected = stock(model, prompt, 15, threshold=threshold, editing_threshold=editing)
     assert generated(model, prompt, 15)[0] == expected
-    model.generation_config.editing_threshold = None
+    model.generation_config.editing_threshold = 1
     assert generated(model, prompt, 15)[0] != expected
 
 

@@ -72,9 +72,9 @@ class CheckpointLayout:
         """The native fields that are called or computed otherwise."""
         return {}
 
-    def block_length_by_name(self, repository: str) -> int | None:
-        """The length of the blocks where no field says it, by the name or path."""
-        return self.block_length
+    def by_name(self, repository: str) -> dict[str, Any]:
+        """What only the name of a repository says: `block_length`, more of `decoding`."""
+        return {}
 
     def converters(self) -> list[WeightConverter | WeightRenaming]:
         """Conversions of weights that are more than other names; the native class's own follow."""
@@ -91,10 +91,11 @@ class CheckpointLayout:
             found = config.get(name)
             fields[name] = tokens.get(name) if found is None else found
         fields["dtype"] = config.get("dtype", config.get("torch_dtype"))
-        if self.decoding:
-            fields["decoding"] = self.decoding
+        named = self.by_name(repository)
+        if decoding := self.decoding | named.get("decoding", {}):
+            fields["decoding"] = decoding
         given = (config[name] for name in BLOCK_LENGTHS if config.get(name) is not None)
-        block_length = next(given, self.block_length_by_name(repository))
+        block_length = next(given, named.get("block_length", self.block_length))
         if block_length is not None:
             fields["block_length"] = block_length
         if self.logit_shift:

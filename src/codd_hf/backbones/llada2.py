@@ -39,6 +39,10 @@ class LLaDA2Layout(CheckpointLayout):
         157184: {"mask_token_id": 156895, "eos_token_id": 156892, "pad_token_id": 156892}
     }
 
+    def by_name(self, repository: str) -> dict[str, Any]:
+        """LLaDA2.1 (arXiv 2602.08676) edits, and has the configuration of LLaDA2.0."""
+        return {"decoding": {"editing_threshold": 0.9}} if "LLaDA2.1" in repository else {}
+
     def other_fields(self, config: dict[str, Any]) -> dict[str, Any]:
         """Experts and heads by Glm4-MoE's names; without the layer that predicts further tokens."""
         heads = config["num_attention_heads"]

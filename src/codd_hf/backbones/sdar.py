@@ -23,10 +23,10 @@ class SDARLayout(CheckpointLayout):
         """Also the layout of SDAR-30B-A3B."""
         return config.get("model_type") in ("sdar", "sdar_moe")
 
-    def block_length_by_name(self, repository: str) -> int | None:
+    def by_name(self, repository: str) -> dict[str, Any]:
         """`SDAR-4B-Chat-b64` has blocks of 64, and the configuration of `SDAR-4B-Chat`."""
         named = re.search(r"SDAR[\w.-]*-b(\d+)(?!\w)", repository)
-        return self.block_length if named is None else int(named[1])
+        return {} if named is None else {"block_length": int(named[1])}
 
     def native_class(self, config: dict[str, Any]) -> type[PretrainedConfig]:
         """Qwen3-MoE for a checkpoint with experts."""

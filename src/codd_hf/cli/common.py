@@ -55,7 +55,7 @@ class TaskSettings(Settings):
     min_new_tokens: int | None = None
     """tokens before the text may end"""
     editing_threshold: Share | None = None
-    """replace committed tokens where the backbone is surer than this of others (LLaDA2.1)"""
+    """replace committed tokens where the backbone is surer than this of others; 1: never"""
     cache: str | None = None
     """prefix or dual: what the backbone need not read again within a block"""
 

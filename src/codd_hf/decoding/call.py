@@ -72,8 +72,8 @@ class DecodingCall:
         logits_processor: transformers' processors of the scores that candidates are drawn from;
             `CoDDScheduler.step` says what they see.
         editing_threshold: replaces committed tokens of a block by those that the backbone holds for
-            likelier than this, until nothing changes (LLaDA2.1's code, with 0.5 beside
-            `threshold=0.7`, or for speed 0 beside 0.5); default, what is committed stays.
+            likelier than this, until nothing changes (LLaDA2.1); 1, the default of other models:
+            what is committed stays.
             `num_inference_steps` does not count the passes over full blocks, at most 16 for each.
         cache: None: of a block-causal decoder the keys and values of complete blocks are kept,
             which is exact and takes work in proportion to the text; False: nothing is kept.
@@ -140,7 +140,7 @@ class DecodingCall:
 
         if editing_threshold is not None:
             editing_threshold = number("editing_threshold", editing_threshold, 0, 1)
-        self.editing_threshold = editing_threshold
+        self.editing_threshold = None if editing_threshold == 1 else editing_threshold
         length = partial(integer, least=1, most=MOST_STEPS)
         self.gen_length = of_rows("gen_length", gen_length, DEFAULT_LENGTH, length)
         self.num_inference_steps = of_rows("num_inference_steps", num_inference_steps, None, length)
