@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .backbones import decoding_of, family_of, is_known, load_backbone
+from .backbones import decoding_of, family_of, is_known, load_backbone, noise_of
 from .checks.arguments import choice, flag, generators
 from .circuits import CoupledCategorical, Generators
 from .configuration_codd import COUPLINGS, CoDDConfig, CoDDHeadConfig
@@ -93,6 +93,11 @@ class CoDDModel(CoupledBackbone, AdaptersMixin, Publishing, PreTrainedModel):  #
         coupling_head: CoDDHead | None = None,
     ) -> None:
         super().__init__(config)
+        if config.mask_token_id is not None and noise_of(config.text_config) == "uniform":
+            raise ValueError(
+                "`mask_token_id` must be None for a backbone whose noise is uniform, got "
+                f"{config.mask_token_id}: leave it out, and fit the head to this backbone."
+            )
         for part in (backbone, coupling_head):
             for module in () if part is None else part.modules():
                 module._is_hf_initialized = True  # type: ignore[assignment]  # not drawn anew

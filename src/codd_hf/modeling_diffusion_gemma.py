@@ -34,11 +34,6 @@ class CoDDDiffusionGemma(CoDDModel):
 
     def __init__(self, config: CoDDConfig, *parts: Any) -> None:
         super().__init__(config, *parts)
-        if config.mask_token_id is not None:
-            raise ValueError(
-                "`mask_token_id` must be None for a DiffusionGemma, whose noise is uniform, got "
-                f"{config.mask_token_id}: fit the head to this backbone."
-            )
         if config.head_config is None and config.forbidden_token_ids:
             raise ValueError(
                 "`forbidden_token_ids` need a head here: give `generate` a `logits_processor` "

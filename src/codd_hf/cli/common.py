@@ -181,7 +181,7 @@ def write_answer(pipeline: CoDDPipeline, **call: Any) -> str:
     """
     from ..text.encoding import special_token_ids
 
-    tokenizer, mask = pipeline.tokenizer, pipeline.model.mask_token_id
+    tokenizer, mask = pipeline.tokenizer, pipeline.model.config.mask_token_id
     unseen = special_token_ids(tokenizer) - {mask}
     watched = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
@@ -193,7 +193,9 @@ def write_answer(pipeline: CoDDPipeline, **call: Any) -> str:
         shown = state["generated"][0] | call.get("infill", False)
         tokens = state["canvas"][0][shown].tolist()
         text = tokenizer.decode([t for t in tokens if t not in unseen and t < len(tokenizer)])
-        write(CLEAR + printable(text.replace(tokenizer.decode([mask]), MASK)))
+        if mask is not None:
+            text = text.replace(tokenizer.decode([mask]), MASK)
+        write(CLEAR + printable(text))
         return {}
 
     names = ["canvas", "generated"]

@@ -59,6 +59,12 @@ class CoupledBackbone(WithHeads):
             )
         return self.config.mask_token_id
 
+    def predicted(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Which tokens are predicted and not observed: masks or, of uniform noise, all; as bool."""
+        if noise_of(self.config.text_config) == "uniform":
+            return torch.ones_like(input_ids, dtype=torch.bool)
+        return input_ids == self.mask_token_id
+
     def get_output_embeddings(self) -> Any:
         """The backbone's."""
         return self.backbone.get_output_embeddings()
@@ -126,29 +132,31 @@ class CoupledBackbone(WithHeads):
         rows: torch.Tensor | None = None,
         temperature: float | None = None,
         head: HeadName | CallHead = None,
+        predicted: torch.Tensor | None = None,
     ) -> CoupledCategorical:
         """The coupled distribution over `N` windows of a batch; factorized without a head.
 
         Args:
-            states: the backbone's pass over `input_ids`; its logits are read at masked positions.
-            input_ids: `[batch, length]`; mask tokens are to be predicted, others are observed.
+            states: the backbone's pass over `input_ids`; its logits are read where it predicts.
+            input_ids: `[batch, length]`.
             window_start: `[N]`, first position of each window; positions outside the sequence are
                 absent.
             attention_mask: `[batch, length]`; padding is absent.
             rows: `[N]`, the row each window lies on; default, one window per row.
             temperature: the evidence temperature; default, the head's.
             head: as `head_of_call` takes it, or its result.
+            predicted: `[batch, length]` bool, the tokens that are not observed; default, as
+                the method `predicted` finds them.
         """
         call = head if isinstance(head, CallHead) else self.head_of_call(head)
-        circuit, mask_token_id = call.module, self.mask_token_id
-        where = input_ids, window_start, attention_mask, rows
+        circuit, where = call.module, (input_ids, window_start, attention_mask, rows)
+        predicted = self.predicted(input_ids) if predicted is None else predicted
         index, present = _span(*where, 0, call.window_length)
-        tokens = input_ids[index]
-        observed = tokens != mask_token_id
+        tokens, observed = input_ids[index], ~predicted[index]
         at = (present & ~observed).nonzero(as_tuple=True)
         row, column = index[0].expand_as(index[1])[at], index[1][at]
-        predicted = states.logits((row, column))
-        defined = predicted.detach().amax(-1).isfinite()
+        found = states.logits((row, column))
+        defined = found.detach().amax(-1).isfinite()
         if not bool(defined.all()):
             raise RowError(
                 "The backbone's logits are NaN or infinite in row {row}: look for the cause in its "
@@ -156,13 +164,15 @@ class CoupledBackbone(WithHeads):
                 int(row[~defined][0]),
             )
         if circuit is None:
-            predicted = without_tokens(predicted, mask_token_id, self.config.forbidden_token_ids)
-        logits = predicted.new_zeros(*tokens.shape, predicted.shape[-1]).index_put_(at, predicted)
+            never = self.config.mask_token_id, self.config.forbidden_token_ids
+            found = without_tokens(found, *never)
+        logits = found.new_zeros(*tokens.shape, found.shape[-1]).index_put_(at, found)
         if circuit is None:
             return without_circuit(logits, tokens, observed, present, temperature or 1.0)
         own, preceding = circuit.config.evidence_temperature, None
         if "copy" in (circuit.config.conditioning or ()):
-            preceding = self.preceding(states, *where, head=circuit).packed()
+            known = self.preceding(states, *where, head=circuit, predicted=predicted)
+            preceding = known.packed()
         return circuit(
             logits,
             tokens=tokens,
@@ -182,13 +192,15 @@ class CoupledBackbone(WithHeads):
         attention_mask: torch.Tensor | None = None,
         rows: torch.Tensor | None = None,
         head: Any = None,
+        predicted: torch.Tensor | None = None,
     ) -> Preceding:
-        """The last `copy_length` tokens before each window; masked ones do not count as present."""
+        """The last `copy_length` tokens before each window; predicted ones count as absent."""
         head = self.coupling_head if head is None else head
         length = head.config.copy_length
         index, present = _span(input_ids, window_start, attention_mask, rows, -length, 0)
         tokens = input_ids[index]
-        present = present & (tokens != self.config.mask_token_id)
+        predicted = self.predicted(input_ids) if predicted is None else predicted
+        present = present & ~predicted[index]
         return Preceding(tokens, present, states.last_hidden_state[index])
 
     def _loss(
@@ -203,20 +215,21 @@ class CoupledBackbone(WithHeads):
 
         The first window of a row begins at its first label.
         """
-        is_label, mask_token_id, length = labels != -100, self.mask_token_id, head.window_length
-        supervised = is_label & (input_ids == mask_token_id)
+        is_label, length = labels != -100, head.window_length
+        supervised = is_label & self.predicted(input_ids)
         if attention_mask is not None:
             supervised &= attention_mask.bool()
         if not bool(supervised.any()):
             if bool(is_label.any()):
                 raise ValueError(
                     f"`labels` supervise tokens, but `input_ids` hold the mask token "
-                    f"({mask_token_id}) at none of them but padding: mask some, as "
+                    f"({self.config.mask_token_id}) at none of them but padding: mask some, as "
                     "`DataCollatorForMaskedDiffusion` does, or give -100 as all `labels`."
                 )
             return 0.0 * states.last_hidden_state.sum()
         config = self.config if head.module is None else head.module.config
-        never = torch.tensor([mask_token_id, *(config.forbidden_token_ids or [])])
+        ids = self.config.mask_token_id, *(config.forbidden_token_ids or [])
+        never = torch.tensor([token for token in ids if token is not None], dtype=torch.long)
         wrong = (supervised & torch.isin(labels, never.to(labels.device))).nonzero()
         if len(wrong):
             row, column = wrong[0].tolist()

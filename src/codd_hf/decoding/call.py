@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..backbones import block_length_of
+from ..backbones import block_length_of, noise_of
 from ..checks.arguments import (
     check_callable,
     choice,
@@ -113,7 +113,10 @@ class DecodingCall:
         **settings: Any,
     ) -> None:
         config, vocab_size = model.config, model.config.vocab_size
-        mask = self.mask_token_id = token_id("mask_token_id", model.mask_token_id, vocab_size)
+        self.is_uniform, mask = noise_of(config.text_config) == "uniform", None
+        if not self.is_uniform:
+            mask = token_id("mask_token_id", model.mask_token_id, vocab_size)
+        self.mask_token_id = mask
         processor = "transformers' processors, or a function of ids and scores"
         check_callable("logits_processor", logits_processor, processor)
         generators("generator", generator, batch)
@@ -134,7 +137,7 @@ class DecodingCall:
             if not isinstance(tokens, Mapping):
                 raise TypeError(f"`{name}` must map places to token ids, got {shown(tokens)}.")
             of_place = {integer(name, k): token_id(name, v, vocab_size) for k, v in tokens.items()}
-            if mask in of_place.values():
+            if mask is not None and mask in of_place.values():
                 raise ValueError(f"`{name}` must hold other tokens than the mask token ({mask}).")
             return of_place
 
@@ -157,6 +160,17 @@ class DecodingCall:
                 "with `infill`, and write what is given into the template."
             )
 
+        for name, is_asked in (
+            ("infill", self.infill),
+            ("editing_threshold", editing_threshold is not None),
+            ("cache", isinstance(cache, str)),
+        ):
+            if self.is_uniform and is_asked:
+                raise ValueError(
+                    f"`{name}` is about mask tokens, but the noise of this backbone is uniform: "
+                    "leave it out."
+                )
+
         # A block-causal backbone sees nothing beyond a block: positions must be filled in order.
         attended = block_length_of(config.text_config)
         default = attended or DEFAULT_BLOCK_LENGTH
@@ -169,7 +183,7 @@ class DecodingCall:
                 f"{paradigm!r} and {block_length}: give {attended}."
             )
         self.block_length = None if paradigm == "full" else block_length
-        if mask in eos_token_id:
+        if mask is not None and mask in eos_token_id:
             raise ValueError(
                 f"`eos_token_id` must not hold the mask token ({mask}), which stands wherever "
                 "nothing is decoded yet: give the tokens that end a text."
@@ -177,7 +191,7 @@ class DecodingCall:
         self.eos_token_id = list(eos_token_id)
         # As in transformers, an end token stands for padding where there is none.
         padding = (pad_token_id, config.pad_token_id, *eos_token_id[:1])
-        self.behind = next((token for token in padding if token not in (None, mask)), mask)
+        self.behind = next((token for token in padding if token not in (None, mask)), mask or 0)
         self.head = model.head_of_call(head)
         self.scheduler = scheduler.for_call(mask, **settings)
         self.scheduler.settings.check_vocabulary(vocab_size)

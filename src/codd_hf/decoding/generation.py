@@ -69,7 +69,7 @@ class BlockStream:
     def __call__(self) -> None:
         """Shows a step."""
         before, (self.tokens, _) = self.tokens, self.canvas.result()
-        in_work = (self.tokens == self.canvas.call.mask_token_id) | (self.tokens != before)
+        in_work = self.canvas.answers(self.canvas.is_noise(), False) | (self.tokens != before)
         if not in_work.any():  # in a pass that edits nothing
             return
         place = int(in_work.any(0).nonzero()[0])

@@ -7,9 +7,10 @@ import torch
 from ..backbones import block_length_of, shifts_logits
 from ..checks.arguments import check_unmasked
 from ..coupling.windows import CoupledBackbone, check_size
+from ..schedulers.scheduling_codd import uniform_tokens
 from ..schedulers.strategies import ADAPTIVE
 from .call import DecodingCall
-from .step import Canvas, Stage
+from .step import Canvas, Stage, generators_of, rows_alike
 
 
 def lay_out(
@@ -44,12 +45,21 @@ def lay_out(
     what = f"The {longest} tokens of a row (`input_ids` and `gen_length`)"
     check_size(model.max_positions, longest, what)
 
-    # The rows, with mask tokens where tokens are to be found.
+    # The rows, with noise where tokens are to be found.
     column = torch.arange(longest, device=device)
     attended = column < size[:, None]
-    tokens = torch.where(attended, call.mask_token_id, call.behind)
+    filler = call.behind if call.mask_token_id is None else call.mask_token_id
+    tokens = torch.where(attended, filler, call.behind)
     tokens[column < given[:, None]] = input_ids[real].long()
     generated = attended & (tokens == call.mask_token_id)
+    if call.is_uniform:
+        generated = attended & (column >= given[:, None])
+        for index in rows_alike(size - given):  # a row's draws do not depend on the others
+            shape = len(index), int(size[index[0]] - given[index[0]])
+            noise = uniform_tokens(
+                shape, model.config.vocab_size, generators_of(call.generator, index), device
+            )
+            tokens[index] = tokens[index].masked_scatter(generated[index], noise)
     for row in (~generated.any(-1)).nonzero()[:, 0].tolist():
         raise ValueError(
             f"`infill` fills mask tokens, of which there is none in row {row}: put one (id "
@@ -70,6 +80,11 @@ def lay_out(
             tokens[row, start[row] + place] = token
     parts = (tokens, attended.long(), generated, start, window_origin, no_end_before)
     canvas = Canvas(call, *parts, end_ids, torch.zeros_like(start))
+    if call.is_uniform:
+        forced = [(row, place) for row, each in enumerate(call.forced_tokens) for place in each]
+        canvas.noisy = generated.clone()
+        for row, place in forced:
+            canvas.noisy[row, start[row] + place] = False
 
     # The blocks, in order, and what is read for each.
     block, end = torch.zeros_like(tokens), torch.full_like(column, longest)

@@ -39,14 +39,14 @@ def denoise(
         canvas: of the call.
         on_step: called after each step with its number, its timestep (of the row with the most
             steps), and a dict with `canvas` (`[batch, length]`, all tokens), `generated` (bool, the
-            positions to generate) and `transfer_index` (bool, committed in this step). A tensor
-            that it returns becomes the canvas.
+            positions to generate) and `transfer_index` (bool, committed in this step; of uniform
+            noise, blocks are as a whole). A tensor that it returns becomes the canvas.
         after_step: called once the canvas is as the next step finds it.
     """
     check_callable("on_step", on_step, "a function of the step, its timestep and its state")
     call = canvas.call
     call.head = call.head.frozen()
-    reader, mask_token_id = CanvasReader(model, canvas), call.mask_token_id
+    reader = CanvasReader(model, canvas)
     for stage in canvas.stages:
         canvas.pad_after_ends()
         most_steps = int(stage.num_steps.max())
@@ -61,7 +61,7 @@ def denoise(
             rows = goes_on.nonzero()[:, 0]
             if len(rows) == 0:
                 break
-            before = canvas.tokens.clone()
+            before, was_noise = canvas.tokens.clone(), canvas.is_noise()
             with model.adapter_of_call(call.head):
                 states = reader.read(rows)
                 if call.editing_threshold is not None:
@@ -72,7 +72,7 @@ def denoise(
             passes_left = torch.where(is_same, 0, passes_left - 1).where(~is_open, passes_left)
             if on_step is not None:
                 after = canvas.tokens.clone()
-                committed = (before == mask_token_id) & (after != mask_token_id)
+                committed = was_noise & ~canvas.is_noise()
                 state = {"generated": canvas.generated, "transfer_index": committed}
                 timestep = torch.tensor(max(0.0, 1 - number / most_steps))
                 returned = on_step(canvas.num_passes, timestep, {"canvas": after, **state})

@@ -33,7 +33,7 @@ from ..checks.arguments import numbered
 from ..circuits import Generators, without_tokens
 from ..coupling.windows import CoupledBackbone, positions_of, windows_over
 from ..schedulers.drawing import RowText
-from ..schedulers.strategies import ADAPTIVE, even_pace
+from ..schedulers.strategies import ADAPTIVE, even_pace, kept_pace
 from .call import DecodingCall
 
 
@@ -53,7 +53,7 @@ class Stage(NamedTuple):
 
 @dataclass
 class Canvas:
-    """Rows of tokens, `[batch, T]`, some of which are still the mask token, in one call.
+    """Rows of tokens, `[batch, T]`, some of which are still noise, in one call.
 
     A row is `[prompt][masks][padding]` or, to infill, `[template][padding]`.
 
@@ -70,6 +70,7 @@ class Canvas:
         num_passes: those that there were. Rows begin their blocks together, so that there may be
             more than the steps of each of them.
         stages: those of the decoding, in order.
+        noisy: `[batch, T]` bool, the tokens that are not decided yet, where no mask token says it.
     """
 
     call: DecodingCall
@@ -83,6 +84,7 @@ class Canvas:
     passes_per_row: torch.Tensor
     num_passes: int = 0
     stages: list[Stage] = field(default_factory=list)
+    noisy: torch.Tensor | None = None
 
     @property
     def most_passes(self) -> int:
@@ -100,9 +102,14 @@ class Canvas:
                 setattr(part, name, value[index])
         return part
 
+    def is_noise(self) -> torch.Tensor:
+        """`[batch, T]` bool: the tokens that nothing has decided yet."""
+        mask: Any = self.call.mask_token_id
+        return self.tokens.eq(mask) if self.noisy is None else self.noisy
+
     def open_positions(self) -> torch.Tensor:
         """`[batch, T]` bool, where a token is to be committed: nowhere behind an end token."""
-        return self.generated & (self.tokens == self.call.mask_token_id) & ~self.ends()[1]
+        return self.generated & self.is_noise() & ~self.ends()[1]
 
     def pad_after_ends(self) -> None:
         """Makes what follows an end token padding, in the rows where nothing before is open."""
@@ -115,18 +122,21 @@ class Canvas:
 
         An end token is not text, nor is anything behind it.
         """
+        end, after = self.ends()
+        return self.answers(self.tokens, self.call.behind), self.answers(~(end | after), False)
+
+    def answers(self, values: torch.Tensor, beyond: int | bool) -> torch.Tensor:
+        """Of values `[batch, T]` those of the result, `[batch, n]`; `beyond` where it has none."""
         begin = torch.zeros_like(self.start) if self.call.infill else self.start
         size = self.attention_mask.sum(-1) - begin
         number = torch.arange(int(size.max()), device=begin.device)
-        inside = number < size[:, None]
         place = (begin[:, None] + number).clamp(max=self.tokens.shape[1] - 1)
-        end, after = self.ends()
-        is_text = inside & ~(end | after).gather(1, place)
-        return torch.where(inside, self.tokens.gather(1, place), self.call.behind), is_text
+        return torch.where(number < size[:, None], values.gather(1, place), beyond)
 
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`[batch, T]` bool twice: the first end token of each text, and all that follows it."""
-        is_end = self.generated & torch.isin(self.tokens, self.tokens.new_tensor(self.end_ids))
+        is_end = torch.isin(self.tokens, self.tokens.new_tensor(self.end_ids))
+        is_end &= self.generated & ~self.is_noise()
         after = self.generated & (is_end.cumsum(-1) > is_end.long())
         return is_end & ~after, after
 
@@ -210,18 +220,22 @@ def take_step(
     scheduler, length = call.scheduler, call.head.window_length
     states, num_steps = without_early_ends(states, part), stage.num_steps[rows]
     covered = stage.within[rows]  # by windows
-    eligible = open_ = part.open_positions() & covered
+    is_open = part.open_positions()
+    eligible = open_ = is_open & covered
     at_least = even_pace(open_, (num_steps - number).clamp(min=1))
-    if call.block_length is None:
+    chooses = call.block_length is None and not call.is_uniform
+    if call.is_uniform:
+        at_least = kept_pace(open_, number + 1, num_steps.clamp(min=1))
+    if chooses:
         covered = eligible = _chosen(model, part, rows, states, num_steps, number, open_)
     first_window = part.window_origin if call.infill else part.start
     starts = windows_over(covered, part.window_origin, first_window, length)
-    if call.block_length is None and scheduler.settings.strategy in ADAPTIVE:
+    if chooses and scheduler.settings.strategy in ADAPTIVE:
         # An adaptive strategy may commit any open position of these windows.
         eligible = open_ & positions_of(starts, length)
     read = torch.arange(states.last_hidden_state.shape[1], device=rows.device)
     present = part.attention_mask[:, : len(read)] * (read < stage.end[rows, None])
-    has_masks = open_.any(-1)
+    has_masks, kept = open_.any(-1), torch.zeros_like(open_)
     for index in rows_alike(starts.sum(-1), num_steps, has_masks.long()):
         if not has_masks[index[0]]:  # tokens are edited there, and none is filled
             continue
@@ -239,18 +253,19 @@ def take_step(
                 rows=index.repeat_interleave(window_start.shape[1]),
                 temperature=scheduler.settings.evidence_temperature,
                 head=call.head,
+                predicted=is_open[:, : len(read)],
             )
 
         # 2. Some of the masked tokens are committed.
         column = position.clamp(max=canvas.tokens.shape[1] - 1)
-        known = group.attention_mask.bool() & (group.tokens != call.mask_token_id)
+        known = group.attention_mask.bool() & ~group.is_noise()
         scheduler.set_timesteps(int(num_steps[index[0]]))
         with numbered(group_rows):
             output = scheduler.step(
                 distribution,
                 scheduler.timesteps[: number + 1][-1],
                 group.tokens.gather(1, column),
-                generator=_of_rows(call.generator, group_rows),
+                generator=generators_of(call.generator, group_rows),
                 eligible=eligible[index].gather(1, column),
                 at_least=at_least[index],
                 logits_processor=call.logits_processor,
@@ -260,6 +275,11 @@ def take_step(
         # 3. They go onto the canvas.
         row, at = distribution.present.view_as(position).nonzero(as_tuple=True)
         canvas.tokens[group_rows[row], position[row, at]] = output.prev_sample[row, at]
+        kept[index[row], position[row, at]] = output.transfer_index[row, at]
+    if canvas.noisy is not None:  # a part is decided as a whole, in the step that keeps all of it
+        decided = ~(open_ & ~kept).any(-1)
+        noisy = canvas.noisy[rows] & ~(stage.within[rows] & decided[:, None])
+        canvas.noisy = canvas.noisy.index_put((rows,), noisy)
 
 
 def without_early_ends(states: BackboneStates, part: Canvas) -> BackboneStates:
@@ -301,12 +321,12 @@ def _chosen(
             logits,
             call.scheduler.timesteps[: number + 1][-1],
             eligible,
-            generator=_of_rows(call.generator, rows[index]),
+            generator=generators_of(call.generator, rows[index]),
         )
     return chosen
 
 
-def _of_rows(generator: Generators, rows: torch.Tensor) -> Generators:
+def generators_of(generator: Generators, rows: torch.Tensor) -> Generators:
     """The generators of some rows."""
     if generator is None or isinstance(generator, torch.Generator):
         return generator

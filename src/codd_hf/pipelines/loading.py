@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..backbones import load_backbone, load_tokenizer
+from ..backbones import load_backbone, load_tokenizer, noise_of
 from ..coupling.loading import OWN_ARGUMENTS
 from ..decoding.choices import entries, settings_of
 from ..hub.repositories import Repository, explain_load_errors, shared_arguments
@@ -102,10 +102,9 @@ def _tokens_of_backbone(
     if tokenizer is None:
         return {}
     mask_token_id = getattr(config, "mask_token_id", None)
-    forbidden = list(range(len(tokenizer), config.vocab_size))
+    if mask_token_id is None and noise_of(config) == "mask":
+        mask_token_id = tokenizer.mask_token_id
+    forbidden = list(range(len(tokenizer), config.get_text_config().vocab_size))
     if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
         forbidden = [tokenizer.pad_token_id, *forbidden]
-    return {
-        "mask_token_id": tokenizer.mask_token_id if mask_token_id is None else mask_token_id,
-        "forbidden_token_ids": forbidden or None,
-    }
+    return {"mask_token_id": mask_token_id, "forbidden_token_ids": forbidden or None}

@@ -10,6 +10,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..backbones import noise_of
 from ..checks.arguments import check_callable, check_known, choice, flag, shown
 from ..circuits import Generators
 from ..coupling.adapters import unwrapped
@@ -74,7 +75,8 @@ class CoDDPipeline(Publishing, DiffusionPipeline):  # type: ignore[misc]
         super().__init__()
         model = unwrapped(model)
         mask_token_id = None if tokenizer is None else tokenizer.mask_token_id
-        if mask_token_id not in (None, model.config.mask_token_id):
+        is_mask = noise_of(model.config.text_config) == "mask"
+        if is_mask and mask_token_id not in (None, model.config.mask_token_id):
             raise ValueError(
                 f"`tokenizer` has the mask token {mask_token_id}, but the model's is "
                 f"{model.config.mask_token_id}: give the tokenizer that the model was trained with."

@@ -1,4 +1,4 @@
-"""The scheduler of Coupled Discrete Diffusion: one reverse step of masked diffusion."""
+"""The scheduler of Coupled Discrete Diffusion: one reverse step, from masks or uniform noise."""
 
 import copy
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenalty
 from ..checks.arguments import (
     LARGEST_INTEGER,
     as_tensor,
+    choice,
     generators,
     integer,
     number,
@@ -29,8 +30,9 @@ from ..circuits import (
 )
 from .drawing import CoDDSchedulerOutput, RowText, StepDraw
 from .settings import LEFT, DrawSettings
-from .strategies import choose, even_pace
+from .strategies import choose, even_pace, kept_pace
 
+NOISES = ("mask", "uniform")
 MOST_STEPS = 1 << 20
 """More would only hold memory: a step commits a token at least."""
 
@@ -45,6 +47,10 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
     the longest run of candidates, in order of confidence, whose exact joint probability stays at or
     above it.
 
+    Uniform noise is not told from text. There each step draws all positions anew, keeps
+    `ceil(m (n - k + 1) / n)` of `m` in step `n - k + 1` of `n`, or more, and puts random tokens in
+    the place of the others.
+
     `latent` and `any_order` are the sampling modes of the paper
     ([CoDD](https://arxiv.org/abs/2603.00045), section 5.1). At temperature 1 `any_order` samples
     the joint exactly (but for `joint`), and `latent` does if all is committed at once.
@@ -52,22 +58,31 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
     Args:
         mask_token_id (`int`, *optional*): The mask token; needed to step with plain logits and
             to add noise.
+        noise (`str`, defaults to `"mask"`): What is denoised: `"mask"` tokens or `"uniform"` ones.
         **settings: Those of [`DrawSettings`]. A call of [`~CoDDScheduler.step`] may override them.
     """
 
     order = 1
     config: Any
 
-    def __init__(self, mask_token_id: int | None = None, **settings: Any) -> None:
+    def __init__(
+        self, mask_token_id: int | None = None, noise: str = "mask", **settings: Any
+    ) -> None:
         if mask_token_id is not None:
             mask_token_id = integer("mask_token_id", mask_token_id, least=0)
-        self._configure(DrawSettings().updated(**settings), mask_token_id)
+        choice("noise", noise, NOISES)
+        self._configure(DrawSettings().updated(**settings), mask_token_id, noise)
         self.num_inference_steps = 0
         self.timesteps = torch.empty(0)
 
-    def _configure(self, settings: DrawSettings, mask_token_id: int | None) -> None:
-        self.settings = settings
-        self.register_to_config(mask_token_id=mask_token_id, **vars(settings))
+    def _configure(self, settings: DrawSettings, mask_token_id: int | None, noise: str) -> None:
+        self.settings, self.is_uniform = settings, noise == "uniform"
+        if self.is_uniform and settings.activation_ratio < 1:
+            raise ValueError(
+                "`activation_ratio` must be 1 with uniform noise, which has no share of masks, got "
+                f"{settings.activation_ratio}."
+            )
+        self.register_to_config(mask_token_id=mask_token_id, noise=noise, **vars(settings))
 
     @classmethod
     def from_config(
@@ -86,10 +101,13 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(str(error)) from error
         return (scheduler, {}) if return_unused_kwargs else scheduler
 
-    def for_call(self, mask_token_id: int, **overrides: Any) -> Self:
-        """A copy with the mask token and the settings of a call, so that threads share `self`."""
-        scheduler = copy.copy(self)
-        scheduler._configure(self.settings.updated(**overrides), mask_token_id)
+    def for_call(self, mask_token_id: int | None, **overrides: Any) -> Self:
+        """A copy with the settings of a call, so that threads share `self`.
+
+        Without a mask token, the noise is uniform.
+        """
+        scheduler, noise = copy.copy(self), "uniform" if mask_token_id is None else "mask"
+        scheduler._configure(self.settings.updated(**overrides), mask_token_id, noise)
         return scheduler
 
     def set_timesteps(
@@ -120,7 +138,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
         **overrides: Any,
     ) -> CoDDSchedulerOutput | Any:
-        """Draws candidates for the masked positions and commits the best of them.
+        """Draws candidates for the masked (or, of uniform noise, all) positions, commits the best.
 
         Args:
             model_output (`CoupledCategorical` or `torch.Tensor`):
@@ -160,9 +178,12 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             sample = token_ids("sample", sample, vocab_size, device)
             as_tensor("model_output", logits, shape=(*sample.shape, vocab_size))
             settings.check_vocabulary(vocab_size)
-            mask_token_id = self._mask_token_id(None, vocab_size)
-            logits = without_tokens(logits.float(), mask_token_id, None)
-            distribution = without_circuit(logits, sample, sample != mask_token_id)
+            observed = torch.zeros_like(sample, dtype=torch.bool)
+            if not self.is_uniform:
+                mask_token_id = self._mask_token_id(None, vocab_size)
+                observed = sample != mask_token_id
+                logits = without_tokens(logits, mask_token_id, None)
+            distribution = without_circuit(logits.float(), sample, observed)
             if settings.sampling == "any_order":  # of independent tokens, no order matters
                 settings = replace(settings, sampling="marginal")
         generators("generator", generator, len(sample))
@@ -176,13 +197,21 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         committable = draw.masked
         if eligible is not None:
             committable = committable & as_tensor("eligible", eligible, bool, sample.shape, device)
-        if at_least is None:
+        if at_least is None and self.is_uniform:
+            steps = self.num_inference_steps
+            at_least = kept_pace(committable, steps - steps_left + 1, steps)
+        elif at_least is None:
             at_least = even_pace(committable, steps_left)
         at_least = as_tensor("at_least", at_least, int, sample.shape[:1], device)
 
         # 3. Candidates are drawn, and some of them committed.
         any_order = settings.sampling == "any_order"
         output = (draw.in_any_order if any_order else draw.independently)(committable, at_least)
+        if self.is_uniform:
+            size = distribution.potentials.vocab_size
+            noise = uniform_tokens(sample.shape, size, generator, device)
+            is_noise = committable & ~output.transfer_index
+            output.prev_sample = torch.where(is_noise, noise, output.prev_sample)
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
@@ -226,8 +255,9 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         generator: Generators = None,
         mask_token_id: int | None = None,
         mean_span_length: float = 1.0,
+        vocab_size: int | None = None,
     ) -> torch.Tensor:
-        """The forward process: replaces each token by the mask token with probability `t`.
+        """The forward process: replaces each token by noise with probability `t`.
 
         Args:
             original_samples (`torch.LongTensor` of shape `(batch_size, length)`): Clean tokens.
@@ -235,9 +265,13 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): As in `step`.
             mask_token_id (`int`, *optional*): The mask token; by default the configured one.
             mean_span_length (`float`, defaults to 1.0): Mean length of the spans of tokens that
-                are masked together (`span_uniforms`); 1 masks each token on its own.
+                are replaced together (`span_uniforms`); 1 replaces each token on its own.
+            vocab_size (`int`, *optional*): The number of tokens, of which uniform noise is any.
         """
-        mask_token_id = self._mask_token_id(mask_token_id)
+        if not self.is_uniform:
+            mask_token_id = self._mask_token_id(mask_token_id)
+        elif vocab_size is None:
+            raise ValueError("`vocab_size` must be given to add uniform noise, got None.")
         original_samples = token_ids("original_samples", original_samples, LARGEST_INTEGER)
         shape, device = original_samples.shape, original_samples.device
         levels = as_tensor("timesteps", timesteps).to(device, torch.float32)
@@ -245,7 +279,11 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         if not bool(((levels >= 0) & (levels <= 1)).all()):
             raise ValueError(f"`timesteps` must be in [0, 1], got {levels.tolist()}.")
         uniforms = span_uniforms(shape, mean_span_length, generator, device)
-        return original_samples.masked_fill(uniforms < levels.reshape(-1, 1), mask_token_id)
+        replaced = uniforms < levels.reshape(-1, 1)
+        if vocab_size is None or not self.is_uniform:
+            return original_samples.masked_fill(replaced, mask_token_id or 0)
+        noise = uniform_tokens(shape, vocab_size, generator, device)
+        return torch.where(replaced, noise, original_samples)
 
     def _mask_token_id(self, given: int | None = None, vocab_size: int = LARGEST_INTEGER) -> int:
         mask_token_id = self.config.mask_token_id if given is None else given
@@ -264,6 +302,17 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
                 f"{self.num_inference_steps} inference steps: `set_timesteps` sets them."
             )
         return round(steps)
+
+
+def uniform_tokens(
+    shape: Sequence[int],
+    vocab_size: int,
+    generator: Generators = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Tokens `[batch, length]`, each any of the vocabulary with equal odds."""
+    tokens = (uniform(shape, generator, device).double() * vocab_size).long()
+    return tokens.clamp(max=vocab_size - 1)
 
 
 def span_uniforms(

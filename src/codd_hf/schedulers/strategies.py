@@ -5,6 +5,7 @@ A strategy is a case of `rank`, and a name in the annotation of `DrawSettings.st
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -20,6 +21,14 @@ IN_ORDER = ("random", "left_to_right")
 def even_pace(committable: torch.Tensor, steps_left: int | torch.Tensor) -> torch.Tensor:
     """`[batch]`: the tokens a step must commit so that all positions are filled in time."""
     return (committable.sum(-1) + steps_left - 1) // steps_left
+
+
+def kept_pace(keepable: torch.Tensor, steps_done: int | torch.Tensor, num_steps: Any) -> Any:
+    """`[batch]`: the tokens that the last of `steps_done` of `num_steps` steps must keep.
+
+    Where what is not kept is noise again, each step decides all positions anew.
+    """
+    return (keepable.sum(-1) * steps_done + num_steps - 1) // num_steps
 
 
 def rank(
