@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     DiffusionGemmaForBlockDiffusion,
@@ -257,6 +258,27 @@ def test_head_repository_brings_its_backbone(backbone, tmp_path):
     assert_same(run(loaded), run(model))
     head = CoDDHead.from_pretrained(tmp_path / "head")
     assert head.config.mask_token_id is None
+
+
+def test_lora_goes_with_the_head_and_the_model(tmp_path):
+    """Layers of encoder and decoder share weights, and adapters stand in the place of each."""
+    backbone = tiny_gemma()
+    backbone.save_pretrained(tmp_path / "backbone")
+    model = CoDDModel.from_backbone(tmp_path / "backbone", random_head(mask_token_id=None))
+    before = run(model)
+    layers = model.family.lora_targets(model.backbone)
+    model.add_adapter(LoraConfig(r=2, target_modules=layers))
+    assert_same(run(model), before)
+    with torch.no_grad():
+        for name, weight in model.backbone.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.5)
+    wanted = run(model)
+    assert not torch.equal(wanted[0].sequences, before[0].sequences)
+    model.save_head(tmp_path / "head")
+    model.save_pretrained(tmp_path / "whole")
+    for folder in ("head", "whole"):
+        assert_same(run(CoDDModel.from_pretrained(tmp_path / folder)), wanted)
 
 
 @pytest.mark.parametrize(

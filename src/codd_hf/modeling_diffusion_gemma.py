@@ -11,6 +11,7 @@ from .backbones.diffusion_gemma import accept_old_names
 from .checks.arguments import choice, shown
 from .circuits import beside_global
 from .configuration_codd import COUPLINGS, CoDDConfig
+from .coupling.adapters import adapter_configs
 from .coupling.heads import HeadName
 from .decoding.diffusion_gemma import (
     CoDDGenerationConfig,
@@ -55,6 +56,11 @@ class CoDDDiffusionGemma(CoDDModel):
     def model(self) -> nn.Module:
         """The backbone's encoder and decoder, where stock loops look for them."""
         return self.backbone.model
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Ties encoder and decoder; where adapters stand in place of layers, they are already."""
+        if not adapter_configs(self.backbone):
+            super().tie_weights(*args, **kwargs)
 
     def bind_head(self, head: Any) -> None:
         """As for any model; a head that copies is refused."""
