@@ -316,7 +316,5 @@ def test_what_uniform_noise_has_not_is_refused(backbone, tmp_path):
         model.backbone_states(IDS)
     with pytest.raises(ValueError, match="noise is uniform"):
         model.score([[3]], [[4]])
-    with pytest.raises(TypeError, match=r"one torch\.Generator"):
-        model.generate(IDS, generator=[torch.Generator()] * 3)
     with pytest.raises(ValueError, match="`coupling` must be one of"):
         model(input_ids=IDS, coupling="all")

@@ -8,17 +8,13 @@ import torch
 from torch import nn
 
 from .backbones.diffusion_gemma import accept_old_names
-from .checks.arguments import choice, shown
+from .checks.arguments import choice
 from .circuits import beside_global
 from .configuration_codd import COUPLINGS, CoDDConfig
 from .coupling.adapters import adapter_configs
+from .coupling.canvas import CoupledCanvas
 from .coupling.heads import HeadName
-from .decoding.diffusion_gemma import (
-    CoDDGenerationConfig,
-    CoupledLoop,
-    coupled_canvas,
-    reads_states,
-)
+from .decoding.diffusion_gemma import CoDDGenerationConfig, CoupledLoop
 from .modeling_codd import CoDDModel
 
 
@@ -99,19 +95,19 @@ class CoDDDiffusionGemma(CoDDModel):
         coupling = self.config.coupling if coupling is None else coupling
         choice("coupling", coupling, COUPLINGS)
         call = self.head_of_call(head)
-        if coupling == "none" or call.module is None:
+        if coupling == "none":
             call = call._replace(module=None)
         with self.adapter_of_call(call):
-            if reads_states(call):
+            if call.reads_states:
                 kwargs["output_hidden_states"] = True
             output = self.backbone(*args, **kwargs)
         if call.module is not None:
-            canvas = coupled_canvas(call, output.logits, output)
-            if coupling == "latent":
-                generator = _of_paths(generator, self.device, kwargs.get("decoder_input_ids"))
-                output.logits = canvas.logits_given_path(generator)
-            else:
+            canvas = CoupledCanvas.of(call, output.logits, output)
+            if coupling == "marginal":
                 output.logits = canvas.marginal_logits
+            else:
+                own = generator or beside_global(self.device, kwargs.get("decoder_input_ids"))
+                output.logits = canvas.logits_given_path(own)
         return output.to_tuple() if return_dict is False else output
 
     def generate(  # type: ignore[override]
@@ -133,24 +129,9 @@ class CoDDDiffusionGemma(CoDDModel):
         Returns:
             Its output: `sequences`, `tokens_per_forward` and `cache`.
         """
-        call = self.head_of_call(head)
-        generator = _of_paths(generator, self.device)
+        call, generator = self.head_of_call(head), generator or beside_global(self.device)
         with self.adapter_of_call(call):
             if call.module is None:
                 stock: Any = self.backbone.generate
                 return stock(*args, **kwargs)
             return CoupledLoop(self.backbone, call.frozen(), generator).generate(*args, **kwargs)
-
-
-def _of_paths(
-    generator: torch.Generator | None, device: torch.device, tokens: torch.Tensor | None = None
-) -> torch.Generator:
-    """The generator that draws the latent paths of a call."""
-    if generator is None:
-        return beside_global(device, tokens)
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(
-            "`generator` must be one torch.Generator, for the latent paths of all rows, got "
-            f"{shown(generator)}."
-        )
-    return generator

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -30,10 +31,11 @@ class CoupledCanvas:
     logits: torch.Tensor
 
     @classmethod
-    def of(
-        cls, call: CallHead, logits: torch.Tensor, last_hidden_state: torch.Tensor | None = None
-    ) -> CoupledCanvas:
-        """Couples the prediction `[batch, length, vocab]` of a canvas by the head of a call."""
+    def of(cls, call: CallHead, logits: torch.Tensor, output: Any = None) -> CoupledCanvas:
+        """Couples logits `[batch, length, vocab]` by the head of a call.
+
+        The `output` of the backbone holds the hidden states, if the head reads them.
+        """
         head, length = call.module, call.window_length
         assert head is not None
 
@@ -44,7 +46,7 @@ class CoupledCanvas:
         present = None
         if logits.shape[1] % length:
             present = windows(torch.ones_like(logits[..., :1]))[..., 0].bool()
-        hidden = None if last_hidden_state is None else windows(last_hidden_state)
+        hidden = windows(output.hidden_states[-1]) if call.reads_states else None
         distribution = head(windows(logits), last_hidden_state=hidden, present=present)
         if distribution.temperature != 1:
             logits = logits / distribution.temperature

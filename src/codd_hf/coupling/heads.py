@@ -48,6 +48,11 @@ class CallHead(NamedTuple):
     module: CoDDHead | FrozenHead | None
     window_length: int
 
+    @property
+    def reads_states(self) -> bool:
+        """Whether the backbone's hidden states steer the circuit."""
+        return self.module is not None and bool(self.module.config.conditioning)
+
     def frozen(self) -> CallHead:
         """The same, for many windows: what inference derives from the head is derived once."""
         return self if self.module is None else self._replace(module=self.module.frozen())

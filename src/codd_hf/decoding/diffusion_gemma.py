@@ -124,7 +124,7 @@ class CoupledLoop(DiffusionGemmaGenerationMixin):
 
     def forward(self, **inputs: Any) -> Any:
         """A pass of the backbone, with what the head reads of it."""
-        return self.backbone(**inputs, output_hidden_states=reads_states(self.head))
+        return self.backbone(**inputs, output_hidden_states=self.head.reads_states)
 
     def _compile_functions(self, sampler: Any, criteria: Any) -> tuple:
         logger.warning_once("With a CoDD head nothing is compiled: set `disable_compile`.")
@@ -161,7 +161,7 @@ class CoupledLoop(DiffusionGemmaGenerationMixin):
         def given_a_path(input_ids: torch.Tensor, logits: torch.Tensor, **step: Any) -> Any:
             nonlocal processed
             processed = logits_processor(input_ids, logits, **step)
-            sampler.canvas = coupled_canvas(self.head, processed, output)
+            sampler.canvas = CoupledCanvas.of(self.head, processed, output)
             return sampler.canvas.logits_given_path(self.generator)
 
         def stop(best: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -184,13 +184,3 @@ class CoupledLoop(DiffusionGemmaGenerationMixin):
         if self_conditioning_logits is not None:
             own = torch.where(finished_before[:, None, None], self_conditioning_logits, own)
         return canvas, best, own, finished
-
-
-def reads_states(head: CallHead) -> bool:
-    """Whether the backbone's states steer the circuit."""
-    return head.module is not None and bool(head.module.config.conditioning)
-
-
-def coupled_canvas(head: CallHead, logits: torch.Tensor, output: Any) -> CoupledCanvas:
-    """The coupled distribution of the canvas that a pass of the backbone has predicted."""
-    return CoupledCanvas.of(head, logits, output.hidden_states[-1] if reads_states(head) else None)
