@@ -75,9 +75,16 @@ def test_run_over_two_processes_is_that_of_one(short_config, one_process, tmp_pa
     assert written[0] == written[1]
 
 
-@pytest.mark.parametrize("enough", [2, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("enough", "noise"),
+    [
+        (2, "mask"),
+        pytest.param(25, "mask", marks=pytest.mark.slow),
+        pytest.param(8, "uniform", marks=pytest.mark.slow),
+    ],
+)
 def test_command_killed_at_random_moments_ends_bit_equal_to_an_undisturbed_one(
-    cities_jsonl, tmp_path, enough
+    cities_jsonl, tmp_path, enough, noise
 ):
     arguments = ["--dataset", str(cities_jsonl), "--num-validation", "16"]
     settings = {
@@ -86,6 +93,7 @@ def test_command_killed_at_random_moments_ends_bit_equal_to_an_undisturbed_one(
         "num_layers": 1,
         "generative.windows_per_batch": 32,
         "generative.checkpointing_steps": 1,
+        "pretraining.noise": noise,
     }
     for stage, steps in (("pretraining", 12), ("conditional", 24)):
         few = {"max_steps": steps, "checkpointing_steps": 1, "evaluation_steps": 4}

@@ -60,7 +60,7 @@ def tokenize_examples(
     max_length: int | None = 512,
     *,
     packing: bool = False,
-    never: Collection[int] = (),
+    never: Collection[int | None] = (),
     report: RowReport | None = None,
 ) -> list[TokenizedExample]:
     """Tokenizes with the chat template where there is one; answers end with end-of-text.

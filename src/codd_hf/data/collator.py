@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from ..backbones import noise_of
 from ..checks.arguments import as_tensor
 from ..checks.settings import Count, Natural, Range, Settings
 from ..text.encoding import encode_texts
@@ -45,6 +46,14 @@ class DataCollatorForMaskedDiffusion(Settings):
     max_extra_windows: Natural = 1
     mean_span_length: Annotated[float, Range(1)] = 1.0
     config: PretrainedConfig | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.config is not None and noise_of(self.config) == "uniform":
+            raise ValueError(
+                "`config` is of a backbone whose noise is uniform, not masks: fit its head by "
+                "`codd-hf train`."
+            )
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch: `input_ids`, `attention_mask` and `labels`, `[batch, length]` each.

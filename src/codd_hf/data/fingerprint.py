@@ -66,7 +66,7 @@ def identity_of(
         **{name: data_fingerprint(part) for name, part in examples.items()},
         "model_settings": settings_fingerprint(model.backbone.config),
         "model_weights": weights_fingerprint(model.backbone.state_dict()),
-        "mask_token_id": model.mask_token_id,
+        "mask_token_id": model.config.mask_token_id,
         **tokenizer_fingerprint(tokenizer),
     }
 

@@ -1,4 +1,4 @@
-"""The forward process of masked diffusion, and the draws of it that training uses."""
+"""The forward process, to masks or to uniform noise, and the draws of it that training uses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,24 +7,27 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from ..backbones import block_length_of
-from ..coupling.windows import stretch_at
-from ..schedulers.scheduling_codd import span_uniforms
+from ..backbones import block_length_of, noise_of
+from ..coupling.windows import CoupledBackbone, stretch_at
+from ..schedulers.scheduling_codd import span_uniforms, uniform_tokens
 from .canvases import CanvasBatch, TokenizedExample, collate
 
 
 @dataclass
 class Noise:
-    """The tokens of a batch of canvases that are hidden, and those that count in the loss.
+    """The tokens of a batch of canvases that are replaced, and those that count in the loss.
 
     Attributes:
-        masked: `[batch, length]` bool, the positions that the model sees as mask tokens.
+        masked: `[batch, length]` bool, the positions that the model sees as mask tokens, or as
+            random ones.
         target: `[batch, length]` bool, the positions that count in the loss: masked ones in the
-            noised span (later windows are masked too, but are no target).
+            noised span (later windows are masked too, but are no target); of uniform noise, which
+            is not told from text, the whole span.
         span: `[batch, length]` bool, the positions that the noise could have hidden.
         level: `[batch]`, the probability `t` in (0, 1] with which it did.
         window: `[batch]`, where the noised window begins.
         end: `[batch]`, the position from which on nothing is seen.
+        tokens: `[batch, length]`, uniform noise; None of masks.
     """
 
     masked: torch.Tensor
@@ -33,6 +36,19 @@ class Noise:
     level: torch.Tensor
     window: torch.Tensor
     end: torch.Tensor
+    tokens: torch.Tensor | None = None
+
+    @property
+    def predicted(self) -> torch.Tensor:
+        """`[batch, length]` bool, the positions that are not known to be text."""
+        return self.masked if self.tokens is None else self.masked | self.target
+
+    def applied(self, input_ids: torch.Tensor, model: CoupledBackbone) -> torch.Tensor:
+        """The noised tokens of the canvases `[batch, length]`, on their device."""
+        masked = self.masked.to(input_ids.device)
+        if self.tokens is None:
+            return input_ids.masked_fill(masked, model.mask_token_id)
+        return torch.where(masked, self.tokens.to(input_ids.device), input_ids)
 
 
 def sample_noise(
@@ -47,7 +63,7 @@ def sample_noise(
     infill: bool = False,
     config: PretrainedConfig | None = None,
 ) -> Noise:
-    """Draws masks for a batch, one noise level `t ~ U(0, 1)` a row (stratified over the batch).
+    """Draws noise for a batch, one noise level `t ~ U(0, 1)` a row (stratified over the batch).
 
     A row is noised in one of two ways. *Window* noise is what block decoding meets: one window of
     the answer is the span, earlier ones are visible and later ones fully masked. Otherwise the
@@ -64,7 +80,7 @@ def sample_noise(
         mean_span_length: mean length of the spans that are masked together; 1: each token alone.
         infill: windows begin anywhere in the answer, before its end-of-text, and later ones are
             visible too.
-        config: the backbone's configuration; by default its attention is full.
+        config: the backbone's configuration; by default its attention is full, its noise masks.
     """
     batch, length = canvas.input_ids.shape
     start, end = canvas.answer_start[:, None], canvas.answer_end[:, None]
@@ -96,6 +112,9 @@ def sample_noise(
     target = span & (draws < level[:, None])
     later = by_window & (position >= window_end) & (position < end) & (not infill)
     parts = {"masked": target | later, "target": target, "span": span, "level": level}
+    if config is not None and noise_of(config) == "uniform":
+        size = config.get_text_config().vocab_size
+        parts |= {"target": span, "tokens": uniform_tokens((batch, length), size, generator)}
     return Noise(**parts, window=window[:, 0], end=seen[:, 0])
 
 

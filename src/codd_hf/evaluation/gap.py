@@ -8,6 +8,9 @@ token of
 - the backbone coupled with each head, in one step;
 - the backbone revealing the true tokens one at a time, left to right ("sequential").
 
+Of uniform noise, which is not told from text, the ratio is the share of random tokens, and all
+tokens of a window are predicted, and revealed.
+
 Gap closed is `(factorized - coupled) / (factorized - sequential)` (arXiv 2603.00045, Fig. 1-2).
 """
 
@@ -20,7 +23,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..backbones import block_length_of
+from ..backbones import block_length_of, noise_of
 from ..circuits import CoupledCategorical
 from ..coupling.heads import CallHead
 from ..coupling.windows import stretch_at
@@ -31,6 +34,7 @@ from ..modeling_codd import CoDDModel
 from ..modeling_head import CoDDHead
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.report import Report
+from ..schedulers.scheduling_codd import uniform_tokens
 from . import FACTORIZED, GapSettings
 from .statistics import mean
 
@@ -61,7 +65,7 @@ def measure(pipeline: CoDDPipeline, examples: Sequence[Example], settings: GapSe
     tokenized = tokenize_examples(
         examples,
         pipeline.tokenizer,
-        never={model.mask_token_id, *(model.config.forbidden_token_ids or ())},
+        never={model.config.mask_token_id, *(model.config.forbidden_token_ids or ())},
         report=RowReport(repr(settings.dataset), settings.skip_bad_rows),
     )
     facts = {
@@ -106,15 +110,19 @@ def measure_gap(
         for window in batches:
             count = (ratio * window.size).round().clamp(min=1)
             truth, masked = window.truth, window.order < count[:, None]
+            left = masked
+            if window.predicted is not None:
+                count, left = window.size, window.order < window.size[:, None]
             for name, distribution in window.distributions(model, masked, methods).items():
                 scores.setdefault(name, []).append(distribution.log_prob(truth).double() / count)
             if settings.sequential:
                 total = torch.zeros(len(truth), device=truth.device)
-                while masked.any():
-                    next_one = masked.long().argmax(1, keepdim=True)
-                    first = torch.zeros_like(masked).scatter(1, next_one, True) & masked
+                while left.any():
+                    next_one = left.long().argmax(1, keepdim=True)
+                    first = torch.zeros_like(left).scatter(1, next_one, True) & left
                     (step,) = window.distributions(model, masked, alone).values()
-                    total, masked = total + step.partial_log_prob(truth, first), masked & ~first
+                    total += step.partial_log_prob(truth, first)
+                    masked, left = masked & ~first, left & ~first
                 scores.setdefault(SEQUENTIAL, []).append(total.double() / count)
         nats = {name: mean(-torch.cat(s).cpu()) for name, s in scores.items()}
         gains = {name: nats[FACTORIZED] - nats[name] for name in heads}
@@ -136,12 +144,14 @@ class _Windows(NamedTuple):
     """A batch of windows.
 
     Attributes:
-        ids: `[n, T]`, the tokens of the canvases, masked from where nothing is known.
+        ids: `[n, T]`, the tokens of the canvases, noise from where nothing is known.
         seen: `[n, T]`, the attention mask: no padding, nothing that decoding does not see.
         start: `[n]`, where the windows begin.
         truth: `[n, L]`, their tokens.
         order: `[n, L]`, the order in which they are masked; never, if `size` or more.
         size: `[n]`, how many are.
+        noise: `[n, L]`, mask tokens or random ones.
+        predicted: `[n, T]` bool, where uniform noise may be; None of masks.
     """
 
     ids: torch.Tensor
@@ -150,6 +160,8 @@ class _Windows(NamedTuple):
     truth: torch.Tensor
     order: torch.Tensor
     size: torch.Tensor
+    noise: torch.Tensor
+    predicted: torch.Tensor | None
 
     def distributions(
         self, model: CoDDModel, masked: torch.Tensor, methods: Mapping[str, tuple[CallHead, float]]
@@ -157,13 +169,13 @@ class _Windows(NamedTuple):
         """By method, the distribution over the windows, of which `masked [n, L]` is hidden."""
         columns = self.start[:, None] + torch.arange(masked.shape[1], device=masked.device)
         known = F.pad(self.ids, (0, masked.shape[1])).scatter(
-            1, columns, self.truth.masked_fill(masked, model.mask_token_id)
+            1, columns, torch.where(masked, self.noise, self.truth)
         )
         ids = known[:, : self.ids.shape[1]]
-        states = model.backbone_states(ids, self.seen)
+        where = model.backbone_states(ids, self.seen), ids, self.start, self.seen
         return {
             name: model.window_distribution(
-                states, ids, self.start, self.seen, temperature=by, head=head
+                *where, temperature=by, head=head, predicted=self.predicted
             )
             for name, (head, by) in methods.items()
         }
@@ -193,7 +205,13 @@ def _windows(
         position = torch.arange(canvas.input_ids.shape[1])
         later = (position >= found.stop[:, None]) & (position < end[:, None])
         seen = canvas.attention_mask * (position < found.end[:, None])
-        ids = canvas.input_ids.masked_fill(later, model.mask_token_id)
-        truth = F.pad(canvas.input_ids, (0, length)).gather(1, place)
-        parts = ids, seen, found.window, truth, order, inside.sum(1)
-        yield _Windows(*(part.to(device) for part in parts))
+        padded, predicted = F.pad(canvas.input_ids, (0, length)), None
+        if noise_of(config) == "uniform":
+            noise = uniform_tokens(padded.shape, model.config.vocab_size, generator)
+            predicted = (position >= found.begin[:, None]).to(device)
+        else:
+            noise = torch.full_like(padded, model.mask_token_id)
+        ids = torch.where(later, noise[:, : len(position)], canvas.input_ids)
+        truth, noise = padded.gather(1, place), noise.gather(1, place)
+        parts = ids, seen, found.window, truth, order, inside.sum(1), noise
+        yield _Windows._make([*(part.to(device) for part in parts), predicted])

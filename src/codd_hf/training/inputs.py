@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
 
+from ..backbones import noise_of
 from ..coupling.adapters import active_adapter
 from ..data.canvases import TokenizedExample, tokenize_examples
 from ..data.sources import Example, RowReport, load_examples
@@ -36,7 +37,7 @@ DRAWN = 256
 
 
 class Start(NamedTuple):
-    """A backbone without a head, which knows its mask token, and its tokenizer."""
+    """A backbone without a head, which knows its mask token, if it has any, and its tokenizer."""
 
     model: CoDDModel
     tokenizer: PreTrainedTokenizerBase
@@ -121,13 +122,18 @@ class TaskStream:
             yield from (e for e in tokenized if e.length() <= self.max_length)
 
 
-def load_start(name: str, mask_token_id: int | None = None) -> Start:
+def load_start(name: str, mask_token_id: int | None = None, noise: str | None = None) -> Start:
     """Loads a backbone, or that of a CoDD model, pipeline or head, in float32.
 
-    The mask token is by default the model's or the tokenizer's.
+    The mask token is by default the model's or the tokenizer's, the noise the backbone's.
     """
-    pipe: Any = CoDDPipeline.from_pretrained(name, dtype=torch.float32)
+    pipe: Any = CoDDPipeline.from_pretrained(name, dtype=torch.float32, forbidden_token_ids=[])
     model, tokenizer = pipe.model, pipe.tokenizer
+    if model.config.canvas_length is not None:
+        raise ValueError(
+            f"`backbone` {name!r} is a DiffusionGemma, whose canvases are of one length and read "
+            "apart from the prompt: no head is fitted to it here."
+        )
     if active_adapter(model) is not None:
         raise ValueError(
             f"`backbone` {name!r} carries a LoRA: merge it (`model.backbone.merge_adapter`) and "
@@ -135,9 +141,13 @@ def load_start(name: str, mask_token_id: int | None = None) -> Start:
         )
     if tokenizer is None:
         raise ValueError(f"`backbone` {name!r} has no tokenizer: save one beside the model.")
-    named = (mask_token_id, model.config.mask_token_id, tokenizer.mask_token_id)
+    if noise is not None:
+        model.backbone.config.noise = noise
+    named = [mask_token_id]
+    if is_masked := noise_of(model.backbone.config) == "mask":
+        named += [model.config.mask_token_id, tokenizer.mask_token_id]
     mask = next((token for token in named if token is not None), None)
-    if mask is None:
+    if mask is None and is_masked:
         raise ValueError(
             f"`mask_token_id` must be given (`--set mask_token_id=ID`), since `backbone` {name!r} "
             "has a tokenizer without one."
@@ -152,11 +162,14 @@ def new_start(config: TrainConfig, examples: Sequence[Example]) -> Start:
     texts = [message["content"] for e in examples for message in e.messages]
     tokenizer = train_tokenizer(texts + [e.answer for e in examples], config.vocab_size)
     shape = small_backbone_config(tokenizer, config.hidden_size, config.num_layers)
+    mask = tokenizer.mask_token_id
+    if config.pretraining.noise == "uniform":
+        shape.noise, mask = "uniform", None
     torch.manual_seed(config.pretraining.seed)
     # The eager path's backward pass is the faster one in bf16 on CPUs.
     attention = "eager" if not torch.cuda.is_available() else None
     backbone = AutoModelForCausalLM.from_config(shape, attn_implementation=attention)
-    model = CoDDModel.from_backbone(backbone, mask_token_id=tokenizer.mask_token_id)
+    model = CoDDModel.from_backbone(backbone, mask_token_id=mask)
     return Start(model, tokenizer)
 
 
@@ -189,7 +202,7 @@ def small_backbone_config(
     )
 
 
-def never_generated(tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> set[int]:
+def never_generated(tokenizer: PreTrainedTokenizerBase, mask_token_id: int | None) -> set[int]:
     """Padding, mask and all special tokens but end-of-text, and the token of unknown characters."""
     never = {mask_token_id, tokenizer.pad_token_id, *tokenizer.all_special_ids}
     return never - {tokenizer.eos_token_id, None}
@@ -197,7 +210,7 @@ def never_generated(tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> s
 
 def tokenize_parts(config: TrainConfig, start: Start, parts: Parts) -> list[list[TokenizedExample]]:
     """Each part of the examples; test data too, so that bad rows are found before the training."""
-    never = never_generated(start.tokenizer, start.model.mask_token_id)
+    never = never_generated(start.tokenizer, start.model.config.mask_token_id)
     return [
         tokenize_examples(
             part,

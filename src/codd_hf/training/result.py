@@ -13,6 +13,7 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
+from ..backbones import noise_of
 from ..decoding.choices import entries, settings_of
 from ..evaluation import GapSettings
 from ..evaluation.gap import measure_gap
@@ -70,7 +71,8 @@ def write_pipeline(run: Run, circuit: Path, folder: Path, repo_id: str | None) -
     if problems and model.coupling_head is not None:
         heads, ratios = {"coupled": model.coupling_head}, GapSettings(ratios=[0.25, 0.5, 0.75, 1])
         gap = measure_gap(model, heads, tokenizer, problems, ratios)
-    settings = settings_of(entries(model.generation_config))
+    noise: Any = {"noise": noise_of(model.config.text_config)}
+    settings = noise | settings_of(entries(model.generation_config))
     pipeline = CoDDPipeline(model, CoDDScheduler(**settings), tokenizer)
     write_card(run, pipeline, folder, repo_id, gap)
     head = CoDDHead.from_pretrained(circuit)

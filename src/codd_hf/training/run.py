@@ -111,7 +111,7 @@ def pretrain(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> Resu
     if config.backbone is None:
         start, settings = new_start(config, run.examples[0]), settings.completed("new")
     else:
-        start = load_start(config.backbone, config.mask_token_id)
+        start = load_start(config.backbone, config.mask_token_id, settings.noise)
     (model, tokenizer), length = start, config.window_length
     train, validation, _ = tokenize_parts(config, start, run.examples)
     stream = TaskStream(tokenizer, config.dataset_config, config.max_length)
@@ -128,7 +128,7 @@ def pretrain(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> Resu
 def fit_circuit(run: Run, checkpoints: Checkpoints, log: Log | None = None) -> Result:
     """Fits a circuit to the answers' windows, and makes a head of it, marginally corrected."""
     config, (model, tokenizer) = run.config, run.start
-    length, size, mask = config.window_length, model.config.vocab_size, model.mask_token_id
+    length, size, mask = config.window_length, model.config.vocab_size, model.config.mask_token_id
     embeddings = model.get_output_embeddings().weight.detach().float()
     train, validation = (text_windows(p, length, tokenizer.eos_token_id) for p in run.parts[:2])
     data = (train, validation, embeddings, config.num_latents)

@@ -105,6 +105,9 @@ class PretrainingConfig(GradientConfig):
     """Tokens a step, padding included."""
     window_probability: Share = 0.5
     """Share of rows with window noise."""
+    noise: Literal["mask", "uniform"] | None = None
+    """What the backbone learns to find the text behind, and says in its configuration: mask tokens,
+    or uniform ones, which can be any. Default: mask for a new one, its own for a given one."""
     mixed_precision: Precision = "auto"
 
     def completed(self, backbone: Literal["new", "given"]) -> PretrainingConfig:

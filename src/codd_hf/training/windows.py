@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
+from ..backbones import noise_of
 from ..data.canvases import TokenizedExample
 from ..data.noise import draw_canvases
 from ..modeling_codd import CoDDModel
@@ -28,10 +29,13 @@ ROWS_AT_ONCE = 32
 
 
 class WindowScores(NamedTuple):
-    """Likelihoods of the masked tokens of noised windows, `[N]` each."""
+    """Likelihoods of the predicted tokens of noised windows, `[N]` each.
 
-    level: torch.Tensor  # the probability with which tokens were masked
-    masked: torch.Tensor  # how many were
+    Those are the masked ones; of uniform noise, which is not told from text, all.
+    """
+
+    level: torch.Tensor  # the probability with which tokens were replaced
+    masked: torch.Tensor  # how many are predicted
     gain: torch.Tensor  # nats that the circuit adds: log p_w(x) - log Z
     factorized: torch.Tensor  # nats without the circuit; zero where the backbone is not at hand
 
@@ -63,8 +67,9 @@ class NoisedCanvases:
     """Canvases with one noised window a row, as a function of the examples and the seed alone.
 
     Attributes:
-        truth, masked, level, columns, present: of the windows, `[B, L]`, on the CPU.
-        ids, mask, starts: the noised canvases `[B, T]`, on the model's device.
+        truth, masked, level, columns, present: of the windows, `[B, L]`, on the CPU; `masked` are
+            the tokens that are predicted.
+        ids, mask, predicted, starts: the noised canvases `[B, T]`, on the model's device.
     """
 
     def __init__(
@@ -84,9 +89,10 @@ class NoisedCanvases:
         places, end = noise.window[:, None] + torch.arange(length), noise.end[:, None]
         self.columns, self.present = places.clamp(max=canvas.input_ids.shape[1] - 1), places < end
         self.truth = canvas.input_ids.gather(1, self.columns)
-        self.masked = noise.masked.gather(1, self.columns) & self.present
+        self.masked = noise.predicted.gather(1, self.columns) & self.present
         self.level, seen = noise.level, torch.arange(canvas.input_ids.shape[1]) < end
-        ids = canvas.input_ids.masked_fill(noise.masked, model.mask_token_id)
+        ids = noise.applied(canvas.input_ids, model)
+        self.predicted = noise.predicted.to(model.device)
         self.ids, self.mask = ids.to(model.device), (canvas.attention_mask * seen).to(model.device)
         self.model, self.starts = model, noise.window.to(model.device)
         self.autocast = autocast(config.mixed_precision, model.device)
@@ -95,7 +101,8 @@ class NoisedCanvases:
         """The model's likelihoods of the masked tokens."""
         with self.autocast:
             states = self.model.backbone_states(self.ids, self.mask)
-            distribution = self.model.window_distribution(states, self.ids, self.starts, self.mask)
+            where = states, self.ids, self.starts, self.mask
+            distribution = self.model.window_distribution(*where, predicted=self.predicted)
         truth, masked = self.truth.to(self.ids.device), distribution.masked
         token = distribution.factorized_logits.gather(-1, truth[..., None])[..., 0]
         factorized, gain = token.masked_fill(~masked, 0).sum(1), distribution.coupling_gain(truth)
@@ -146,7 +153,9 @@ def score_all(
 class CoupledFit(GradientFit):
     """Steps on `-log p(x_M | x_O) / t`, over their length, of windows noised at level `t`.
 
-    The head, at the evidence temperature of the settings, is all that is trained of the model.
+    Of uniform noise all tokens of a window are predicted whatever the level: the loss is not
+    divided by it. The head, at the evidence temperature of the settings, is all that is trained of
+    the model.
     """
 
     train: Sequence[TokenizedExample]
@@ -156,6 +165,12 @@ class CoupledFit(GradientFit):
         head, temperature = self.model.coupling_head, self.config.evidence_temperature
         if head is None:
             raise ValueError("`model` has no head to fit: give `from_backbone` a head config.")
+        self.is_uniform = noise_of(self.model.config.text_config) == "uniform"
+        if self.is_uniform and self.config.infill:
+            raise ValueError(
+                "`infill` is about mask tokens, but the noise of this backbone is uniform: leave "
+                "it out."
+            )
         if temperature is not None:
             head.config.evidence_temperature = temperature
         self.model.to(Accelerator().device).requires_grad_(False)
@@ -178,7 +193,8 @@ class CoupledFit(GradientFit):
             seed = (self.config.seed * 1_000_003 + number) * 100_003 + chunk
             with seeded(seed, device):
                 scores = self.scores(rows, seed)
-                loss = -(scores.log_prob / scores.level).sum()
+                losses = -scores.log_prob
+                loss = (losses if self.is_uniform else losses / scores.level).sum()
                 gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
             sums = (scores.gain.sum(), scores.log_prob.sum(), scores.masked.sum(), loss)
             return [*gradients, torch.stack([value.detach().to(loss) for value in sums])]

@@ -115,11 +115,11 @@ class _HeadFit(CoupledFit):
 
 @dataclass
 class NoisedWindows:
-    """`N` noised windows of length `L`, with `M` masked positions in all, and what is predicted.
+    """`N` noised windows of length `L`, with `M` predicted positions in all, and what is predicted.
 
     Attributes:
-        columns: `tokens [N, L]` (int32, the true ones), `masked [N, L]` (those that were hidden
-            from the backbone), `level [N]` (the probability with which they were), `present [N, L]`
+        columns: `tokens [N, L]` (int32, the true ones), `masked [N, L]` (those that are predicted),
+            `level [N]` (the probability with which they were replaced), `present [N, L]`
             of a block-causal backbone (those that were seen or predicted); of the masked
             positions, window by window, the likeliest tokens `indices [M, k]` (int32), their
             `log_probs [M, k]` (float16, off by at most 1/2048 of themselves) and `log_rest [M]`,
@@ -160,7 +160,7 @@ class NoisedWindows:
         with canvases.autocast:
             states = model.backbone_states(canvases.ids, canvases.mask)
             logits = states.logits((window.to(device), places[window, place].to(device)))
-        never = (config.vocab_size, model.mask_token_id, config.forbidden_token_ids, device)
+        never = (config.vocab_size, config.mask_token_id, config.forbidden_token_ids, device)
         kept = ListedEvidence.from_logits(logits, size, temperature, forbidden_tokens(*never))
         columns = {
             "tokens": canvases.truth.int(),
@@ -176,7 +176,8 @@ class NoisedWindows:
             rows = torch.arange(len(places), device=device)[:, None]
             columns["hidden"] = states.last_hidden_state[rows, places.to(device)].bfloat16()
         if maps is not None and maps.copies:
-            before = model.preceding(states, canvases.ids, canvases.starts, canvases.mask)
+            where = canvases.ids, canvases.starts, canvases.mask
+            before = model.preceding(states, *where, predicted=canvases.predicted)
             columns["preceding_tokens"] = before.tokens.masked_fill(~before.present, -1).int()
             columns["preceding_hidden"] = before.hidden.bfloat16()
         return cls({name: column.cpu() for name, column in columns.items()})

@@ -1,7 +1,10 @@
-"""Masked-diffusion training of a backbone: a new one, or a given one further.
+"""Diffusion training of a backbone: a new one, or a given one further.
 
-The loss is the diffusion ELBO: the cross-entropy of masked tokens, weighted by `1/t`, over the
-number of tokens that could have been masked (LLaDA, arXiv 2502.09992, Eq. 3).
+From masks the loss is the diffusion ELBO: the cross-entropy of masked tokens, weighted by `1/t`,
+over the number of tokens that could have been masked (LLaDA, arXiv 2502.09992, Eq. 3). From uniform
+noise it is the cross-entropy of the clean tokens at all positions that could have been replaced
+(the second term of D3PM's, arXiv 2107.03006, Eq. 5): what a pass of decoding draws from, at all
+levels alike. `uniform_bound` is its ELBO, which is measured.
 """
 
 import math
@@ -37,17 +40,53 @@ EVALUATION_ROWS = 32
 
 
 def diffusion_loss(
-    model: CoDDModel, canvas: CanvasBatch, noise: Noise
+    model: CoDDModel, canvas: CanvasBatch, noise: Noise, is_bound: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ELBO-weighted loss of a batch (a scalar) and the unweighted loss of its targets `[n]`."""
+    """The loss of a batch (a scalar) and the cross-entropy of each of its targets `[n]`.
+
+    With `is_bound` the former is the ELBO for uniform noise too.
+    """
     truth, device = canvas.input_ids, canvas.input_ids.device
-    ids = truth.masked_fill(noise.masked.to(device), model.mask_token_id)
+    ids = noise.applied(truth, model)
     states = model.family.states(model.backbone, ids, canvas.attention_mask)
     rows, columns = noise.target.to(device).nonzero(as_tuple=True)
     logits = states.logits((rows, columns)).float()
     losses = F.cross_entropy(logits, truth[rows, columns], reduction="none")
-    weighted = losses / noise.level.to(device)[rows]
+    weighted, level = losses, noise.level.to(device)[rows]
+    if noise.tokens is None:
+        weighted = losses / level
+    elif is_bound:
+        found = truth[rows, columns], ids[rows, columns]
+        weighted = uniform_bound(logits.log_softmax(-1), *found, level)
     return weighted.sum() / noise.span.sum().clamp(min=1), losses
+
+
+def uniform_bound(
+    log_probs: torch.Tensor, truth: torch.Tensor, seen: torch.Tensor, level: torch.Tensor
+) -> torch.Tensor:
+    """`[n]`: nats whose mean over levels bounds those of a token (arXiv 2205.14987, Prop. 2).
+
+    A token that is seen as `z` at level `t` jumps back to `v` at `1 / ((1 - t) V)` times the rate
+    `s(v) = sum_x p(x | z) l(v | x) / l(z | x)`, with `l(v | x) = (1 - t) [v = x] + t / V`. With
+    `r(v)` in its place where the clean token `x` is known, the bound is the sum of
+    `s - r + r log(r / s)` over `v`.
+
+    Args:
+        log_probs: `[n, V]`, of clean tokens, `p(x | z)`.
+        truth: `[n]`, the clean tokens.
+        seen: `[n]`, those at the same places.
+        level: `[n]`, `t`.
+    """
+    size, kept = log_probs.shape[-1], (1 - level.double()).clamp(min=1e-4)[:, None]
+    noise, seen = (1 - kept) / size, seen[:, None]
+
+    def rates(law: torch.Tensor) -> torch.Tensor:
+        same = law.gather(1, seen)
+        return 1 - same * kept / (kept + noise) + law * kept / noise
+
+    known, found = rates(F.one_hot(truth, size).double()), rates(log_probs.double().exp())
+    terms = (found - known + known * (known / found).log()).scatter(1, seen, 0.0)
+    return (terms.sum(1) / (kept[:, 0] * size)).to(log_probs.dtype)
 
 
 def fit_backbone(
@@ -65,7 +104,7 @@ def fit_backbone(
 
     A fit that goes on is given the backbone as it was at the start. Settings that are None are
     completed for a given backbone. The history has `elbo` (nats per token, an upper bound) and
-    `nats` (per masked token of window noise).
+    `nats` (per target of window noise).
     """
     config = (config or PretrainingConfig()).completed("given")
     fit = _BackboneFit(model, tokenizer, train, validation, config, window_length)
@@ -119,7 +158,8 @@ class _BackboneFit(GradientFit):
             generator, total, count = torch.Generator().manual_seed(VALIDATION_SEED), 0.0, 0
             for first in range(0, len(self.validation), EVALUATION_ROWS):
                 part = self.validation[first : first + EVALUATION_ROWS]
-                loss, losses, _, noise = self._loss(part, generator, share, prompt_probability=0.0)
+                draw = {"prompt_probability": 0.0}
+                loss, losses, _, noise = self._loss(part, generator, share, True, **draw)
                 size = int(noise.span.sum()) if name == "elbo" else len(losses)
                 total += (loss if name == "elbo" else losses.mean()).item() * size
                 count += size
@@ -132,6 +172,7 @@ class _BackboneFit(GradientFit):
         examples: Sequence[TokenizedExample],
         generator: torch.Generator,
         window_probability: float,
+        is_bound: bool = False,
         **noise: float,
     ) -> tuple[torch.Tensor, torch.Tensor, CanvasBatch, Noise]:
         """As `diffusion_loss`, of canvases and noise that are drawn."""
@@ -149,7 +190,8 @@ class _BackboneFit(GradientFit):
         )
         # Not the accelerator's autocast, which is one for the process: a stage has its precision.
         with autocast(self.config.mixed_precision, self.device):
-            return *diffusion_loss(self.model, canvas.to(self.device), drawn), canvas, drawn
+            found = diffusion_loss(self.model, canvas.to(self.device), drawn, is_bound)
+        return *found, canvas, drawn
 
     def _batches_from(self, first: int) -> Iterator[list[TokenizedExample]]:
         size, seed, length = self.config.tokens_per_batch, self.config.seed, self.window_length
