@@ -7,6 +7,8 @@ from functools import partial
 from inspect import signature
 from typing import Any
 
+import torch
+from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from .family import BackboneFamily, BackboneStates
@@ -34,6 +36,33 @@ class DiffusionGemmaFamily(BackboneFamily):
             "A DiffusionGemma cannot be run on rows of tokens alone: call the model with "
             "`decoder_input_ids`, as transformers' class, or its `generate`."
         )
+
+    def canvas_states(
+        self, model: PreTrainedModel, input_ids: torch.Tensor, start: torch.Tensor
+    ) -> BackboneStates:
+        """A pass over rows `[batch, length]` whose canvases begin at `start` `[batch]`, in them.
+
+        All before is the prompt. Canvases are predicted as in the first pass of a loop, and nothing
+        else is.
+        """
+        config: Any = model.config
+        size, longest = config.canvas_length, max(int(start.max()), 1)
+        column = torch.arange(max(longest, size, input_ids.shape[1]), device=start.device)
+        before = start[:, None] - longest + column[:longest]  # padded on the left
+        real = before >= 0
+        states: Any = model(
+            input_ids=input_ids.gather(1, before.clamp(min=0)),
+            attention_mask=real,
+            decoder_input_ids=input_ids.gather(1, start[:, None] + column[:size]),
+            decoder_attention_mask=F.pad(real, (0, size), value=True),
+            output_hidden_states=True,
+        )
+
+        def read_logits(index: Any) -> torch.Tensor:
+            return states.logits if index is None else states.logits[index]
+
+        place = (column[: input_ids.shape[1]] - start[:, None]).clamp(0, size - 1)
+        return BackboneStates(states.hidden_states[-1], read_logits).gathered(place)
 
 
 def accept_old_names(model: PreTrainedModel) -> None:

@@ -282,9 +282,14 @@ def stretch_at(
     """The stretch that holds a `place` of each of some texts, generated from `start` to `end`.
 
     It is a window of `length` tokens; of a block-causal backbone (`config`) what of a block of its
-    attention is in one, and with shifted logits a block's first token is a stretch by itself.
+    attention is in one, and with shifted logits a block's first token is a stretch by itself. Where
+    canvases have one length, windows lie side by side over each, which is seen as a whole.
     """
-    block = block_length_of(config)
+    block, canvas = block_length_of(config), getattr(config, "canvas_length", None)
+    if canvas is not None:
+        window = place - (place - start) % canvas % length
+        end = place - (place - start) % canvas + canvas
+        return Stretch(window, window, torch.minimum(window + length, end), end)
     if block is None:
         window = place - (place - start) % length
         return Stretch(window, window, torch.minimum(window + length, end), end)

@@ -68,7 +68,8 @@ def sample_noise(
     A row is noised in one of two ways. *Window* noise is what block decoding meets: one window of
     the answer is the span, earlier ones are visible and later ones fully masked. Otherwise the
     span is the whole answer, or prompt and answer. A block-causal backbone meets the former alone,
-    and there a block, behind which nothing is seen (`stretch_at`).
+    and there a block, behind which nothing is seen (`stretch_at`). Where canvases have one length,
+    one of them is noised throughout, and the span is a window of it.
 
     Args:
         canvas: the clean canvases.
@@ -98,7 +99,8 @@ def sample_noise(
     window_start = start + (uniform(batch, 1) * num_windows).long() * step
     window_end = torch.minimum(window_start + window_length, last)
     window, seen = window_start, end
-    if config is not None and block_length_of(config) is not None:
+    canvas_length = getattr(config, "canvas_length", None)
+    if config is not None and (canvas_length or block_length_of(config)) is not None:
         place = start + (uniform(batch, 1) * (end - start)).long()
         found = stretch_at(place, start, end, window_length, config)
         window, window_start, window_end, seen = found
@@ -115,7 +117,15 @@ def sample_noise(
     if config is not None and noise_of(config) == "uniform":
         size = config.get_text_config().vocab_size
         parts |= {"target": span, "tokens": uniform_tokens((batch, length), size, generator)}
+    if canvas_length is not None:
+        within = (position >= seen - canvas_length) & (position < seen)
+        parts["masked"] = within & (draws < level[:, None])
     return Noise(**parts, window=window[:, 0], end=seen[:, 0])
+
+
+def canvas_unit(config: PretrainedConfig | None, window_length: int) -> int:
+    """Of how many tokens canvases are multiples: a window's, or those of the backbone's canvas."""
+    return getattr(config, "canvas_length", None) or window_length
 
 
 def draw_canvases(
@@ -134,8 +144,9 @@ def draw_canvases(
     each row is noised, earlier ones are visible and later ones masked; to `infill`, all others are
     visible, and nothing follows the text.
     """
-    most = 0 if infill else max_extra_windows
+    size = canvas_unit(config, window_length)
+    most = 0 if infill or size != window_length else max_extra_windows
     extra = torch.randint(most + 1, (len(examples),), generator=generator)
-    canvas = collate(examples, tokenizer, window_length, extra.tolist(), infill)
+    canvas = collate(examples, tokenizer, size, extra.tolist(), infill)
     how: dict[str, Any] = {"infill": infill, "config": config, **noise}
     return canvas, sample_noise(canvas, window_length=window_length, generator=generator, **how)

@@ -129,11 +129,6 @@ def load_start(name: str, mask_token_id: int | None = None, noise: str | None = 
     """
     pipe: Any = CoDDPipeline.from_pretrained(name, dtype=torch.float32, forbidden_token_ids=[])
     model, tokenizer = pipe.model, pipe.tokenizer
-    if model.config.canvas_length is not None:
-        raise ValueError(
-            f"`backbone` {name!r} is a DiffusionGemma, whose canvases are of one length and read "
-            "apart from the prompt: no head is fitted to it here."
-        )
     if active_adapter(model) is not None:
         raise ValueError(
             f"`backbone` {name!r} carries a LoRA: merge it (`model.backbone.merge_adapter`) and "
@@ -153,7 +148,8 @@ def load_start(name: str, mask_token_id: int | None = None, noise: str | None = 
             "has a tokenizer without one."
         )
     bare = CoDDModel.from_backbone(model.backbone, mask_token_id=mask)
-    vars(bare.generation_config).update(max_new_tokens=pipe.task()["gen_length"])
+    if model.config.canvas_length is None:  # else it has a configuration of its own
+        vars(bare.generation_config).update(max_new_tokens=pipe.task()["gen_length"])
     return Start(bare, tokenizer)
 
 

@@ -162,8 +162,7 @@ def condition_head(run: Run, checkpoints: Checkpoints, log: Log | None = None) -
     assert circuit is not None
     torch.manual_seed(config.conditional.seed)  # of the maps that start at random
     head = CoDDHead(conditioned(config, circuit, model.config.hidden_size))
-    if head.is_tied:
-        head.bind(model.get_output_embeddings().weight)
+    model.bind_head(head)
     share = 100 * head.num_parameters() / model.backbone.num_parameters()
     tell(f"The head has {head.num_parameters():,} parameters, {share:.2g} % of the backbone's.")
     alpha, marginal = circuit.config.alpha, circuit.get_buffer("token_marginal")
@@ -210,7 +209,8 @@ def train(config: TrainConfig) -> Path:
     Returns:
         `output_dir/pipeline`: a pipeline, the head of the generative fit in `generative/`, the
         held-out examples as `.jsonl`, and `README.md` and `training/` on how it was made; or
-        `output_dir/backbone` if pretraining alone was to run.
+        `output_dir/backbone` if pretraining alone was to run, `output_dir/head` of a DiffusionGemma
+        (a head's repository).
 
     Raises:
         OSError: another run writes the output folder, the dataset or the backbone is not there, or
@@ -246,10 +246,14 @@ def train(config: TrainConfig) -> Path:
         accelerator.wait_for_everyone()
         if chosen == [PRETRAINING]:
             return PRETRAINING.result(config)
-        if main:
-            write_pipeline(run, GENERATIVE.result(config), output / "pipeline", repo_id)
+        has_loop = run.model.config.canvas_length is not None  # of its own, as DiffusionGemma
+        result = output / ("head" if has_loop else "pipeline")
+        if main and has_loop:
+            run.model.save_head(result, push_to_hub=repo_id is not None, repo_id=repo_id)
+        elif main:
+            write_pipeline(run, GENERATIVE.result(config), result, repo_id)
         accelerator.wait_for_everyone()
-    return output / "pipeline"
+    return result
 
 
 def _run_stage(run: Run, stage: Stage) -> None:

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from ..backbones import noise_of
+from ..backbones import BackboneStates, noise_of
 from ..data.canvases import TokenizedExample
 from ..data.noise import draw_canvases
 from ..modeling_codd import CoDDModel
@@ -69,7 +69,7 @@ class NoisedCanvases:
     Attributes:
         truth, masked, level, columns, present: of the windows, `[B, L]`, on the CPU; `masked` are
             the tokens that are predicted.
-        ids, mask, predicted, starts: the noised canvases `[B, T]`, on the model's device.
+        ids, mask, predicted, starts, end: the noised canvases `[B, T]`, on the model's device.
     """
 
     def __init__(
@@ -95,12 +95,21 @@ class NoisedCanvases:
         self.predicted = noise.predicted.to(model.device)
         self.ids, self.mask = ids.to(model.device), (canvas.attention_mask * seen).to(model.device)
         self.model, self.starts = model, noise.window.to(model.device)
+        self.end = noise.end.to(model.device)
         self.autocast = autocast(config.mixed_precision, model.device)
+
+    def states(self) -> BackboneStates:
+        """A pass of the backbone."""
+        model, size = self.model, self.model.config.canvas_length
+        if size is None:
+            return model.backbone_states(self.ids, self.mask)
+        family: Any = model.family
+        return family.canvas_states(model.backbone, self.ids, self.end - size)
 
     def scores(self) -> WindowScores:
         """The model's likelihoods of the masked tokens."""
         with self.autocast:
-            states = self.model.backbone_states(self.ids, self.mask)
+            states = self.states()
             where = states, self.ids, self.starts, self.mask
             distribution = self.model.window_distribution(*where, predicted=self.predicted)
         truth, masked = self.truth.to(self.ids.device), distribution.masked

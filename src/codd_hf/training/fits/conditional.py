@@ -30,6 +30,7 @@ from ...data.fingerprint import (
     json_fingerprint,
     weights_fingerprint,
 )
+from ...data.noise import canvas_unit
 from ...data.sources import tell
 from ...modeling_codd import CoDDModel
 from ...modeling_head import CoDDHead
@@ -158,7 +159,7 @@ class NoisedWindows:
         maps, temperature = head.context_maps, head.config.evidence_temperature
         window, place = canvases.masked.nonzero(as_tuple=True)
         with canvases.autocast:
-            states = model.backbone_states(canvases.ids, canvases.mask)
+            states = canvases.states()
             logits = states.logits((window.to(device), places[window, place].to(device)))
         never = (config.vocab_size, config.mask_token_id, config.forbidden_token_ids, device)
         kept = ListedEvidence.from_logits(logits, size, temperature, forbidden_tokens(*never))
@@ -272,7 +273,8 @@ class Evidence:
     @cached_property
     def parts(self) -> list[NoisedWindows]:
         """The windows; all processes ask for them together, and write what is missing."""
-        lengths = [example.length(self.model.window_length) for example in self.examples]
+        unit = canvas_unit(self.model.config.text_config, self.model.window_length)
+        lengths = [example.length(unit) for example in self.examples]
         size, seeds = self.config.tokens_per_batch, range(self.seed, self.seed + self.num_draws)
         rows = [part for seed in seeds for part in epoch_batches(lengths, size, seed)]
         batches = list(enumerate(rows, self.seed * SEEDS))
