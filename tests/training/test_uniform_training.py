@@ -127,10 +127,9 @@ def test_bound_of_the_exact_posterior_is_the_entropy_and_of_others_more():
     assert totals[1] > totals[0] + 0.1
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_window_likelihoods_are_those_of_enumeration(seed):
+def test_window_likelihoods_are_those_of_enumeration():
     model = small_model()
-    windows = NoisedCanvases(model, TOKENS, EXAMPLES, JointConfig(), seed)
+    windows = NoisedCanvases(model, TOKENS, EXAMPLES, JointConfig(), 0)
     scores = windows.scores()
     assert (scores.masked == 4).all()
     for row, start in enumerate(windows.starts.tolist()):
