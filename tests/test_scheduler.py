@@ -47,9 +47,18 @@ def make_scheduler(num_steps: int = 1, **config) -> CoDDScheduler:
     return scheduler
 
 
-@pytest.mark.parametrize(("num_steps", "counts"), [(4, [2, 2, 1, 1]), (5, [2, 1, 1, 1, 1])])
-def test_remainder_of_uneven_steps_is_committed_first(num_steps, counts):
-    scheduler = make_scheduler(num_steps)
+@pytest.mark.parametrize(
+    ("strategy", "num_steps", "counts"),
+    [
+        ("low_confidence", 4, [2, 2, 1, 1]),
+        ("low_confidence", 5, [2, 1, 1, 1, 1]),
+        ("joint", 2, [2, 4]),
+        ("joint", 3, [1, 2, 3]),
+    ],
+)
+def test_a_step_commits_its_share(strategy, num_steps, counts):
+    """An equal one, remainders first; `joint`, where nothing is sure, begins with the smallest."""
+    scheduler = make_scheduler(num_steps, strategy=strategy, threshold=1.0)
     observed = torch.zeros(1, LENGTH, dtype=torch.bool)
     done = []
     for timestep in scheduler.timesteps:

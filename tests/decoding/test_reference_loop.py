@@ -33,12 +33,18 @@ def ranks(strategy, law, sure):
     }.get(strategy, sure)
 
 
+def fewest(num_left, steps_left, strategy):
+    """How many tokens a step commits even where it is not sure."""
+    shares = sum(range(1, steps_left + 1)) if strategy == "joint" else steps_left
+    return -(-num_left // shares)
+
+
 def placed(row, logits, begin, steps_left, strategy, threshold):
     """The full paradigm: the chosen positions, the windows over them, and where to commit."""
     phi = logits.index_fill(-1, torch.tensor([MASK]), -torch.inf).softmax(-1)
     score, best = ranks(strategy, phi, phi.amax(-1)).tolist(), phi.amax(-1).tolist()
     left = [i for i in range(len(row)) if row[i] == MASK]
-    chosen = sorted(left, key=lambda i: -score[i])[: -(-len(left) // steps_left)]
+    chosen = sorted(left, key=lambda i: -score[i])[: fewest(len(left), steps_left, strategy)]
     sure = [i for i in left if strategy in ("threshold", "joint") and best[i] >= threshold]
     chosen, count = sorted({*chosen, *sure}), len(chosen)
     starts = sorted({i - (i - begin) % W for i in chosen})
@@ -59,7 +65,7 @@ def plain_loop(model, row, blocks, begin, generator, full, never, **settings):
             logits, passes = model(torch.tensor([row])).logits[0], passes + 1
             logits[:, never] = -torch.inf
             starts, count = sorted({i - (i - begin) % W for i in block}), len(where)
-            count = -(-count // steps_left)
+            count = fewest(count, steps_left, strategy)
             if full:
                 starts, where, count = placed(row, logits, begin, steps_left, strategy, threshold)
             place = [s + i for s in starts for i in range(W)]

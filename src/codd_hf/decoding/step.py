@@ -33,7 +33,7 @@ from ..checks.arguments import numbered
 from ..circuits import Generators, without_tokens
 from ..coupling.windows import CoupledBackbone, positions_of, windows_over
 from ..schedulers.drawing import RowText
-from ..schedulers.strategies import ADAPTIVE, even_pace, kept_pace
+from ..schedulers.strategies import ADAPTIVE, fewest, kept_pace
 from .call import DecodingCall
 
 
@@ -222,7 +222,7 @@ def take_step(
     covered = stage.within[rows]  # by windows
     is_open = part.open_positions()
     eligible = open_ = is_open & covered
-    at_least = even_pace(open_, (num_steps - number).clamp(min=1))
+    at_least = fewest(scheduler.settings, open_, (num_steps - number).clamp(min=1))
     chooses = call.block_length is None and not call.is_uniform
     if call.is_uniform:
         at_least = kept_pace(open_, number + 1, num_steps.clamp(min=1))

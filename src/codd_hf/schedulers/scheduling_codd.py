@@ -30,7 +30,7 @@ from ..circuits import (
 )
 from .drawing import CoDDSchedulerOutput, RowText, StepDraw
 from .settings import LEFT, DrawSettings
-from .strategies import choose, even_pace, kept_pace
+from .strategies import choose, fewest, kept_pace
 
 NOISES = ("mask", "uniform")
 MOST_STEPS = 1 << 20
@@ -152,7 +152,8 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             eligible (`torch.BoolTensor` of shape `(batch_size, length)`, *optional*):
                 Where tokens may be committed in this step; by default, everywhere.
             at_least (`torch.LongTensor` of shape `(batch_size,)`, *optional*): The fewest tokens
-                that each row commits; by default those of an even pace, `ceil(m / k)`.
+                that each row commits; by default `ceil(m / k)`, an equal share of the `m` masked
+                positions in each of the `k` steps left (`joint`: `ceil(2 m / (k (k + 1)))`).
             logits_processor (`LogitsProcessorList`, *optional*):
                 transformers' processors of the scores that candidates are drawn from, before
                 temperature. Called for each row with its known tokens in order as `input_ids`,
@@ -201,7 +202,7 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
             steps = self.num_inference_steps
             at_least = kept_pace(committable, steps - steps_left + 1, steps)
         elif at_least is None:
-            at_least = even_pace(committable, steps_left)
+            at_least = fewest(settings, committable, steps_left)
         at_least = as_tensor("at_least", at_least, int, sample.shape[:1], device)
 
         # 3. Candidates are drawn, and some of them committed.
@@ -226,9 +227,9 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
     ) -> torch.Tensor:
         """Chooses what a step of the full paradigm commits, by the backbone's prediction alone.
 
-        Of `m` eligible positions these are the `ceil(m / k)` that the strategy ranks highest by
-        their best tokens; `threshold` and `joint` add all whose best token reaches the threshold.
-        The windows of the circuit are laid over them.
+        Of the eligible positions these are as many as `step` commits at least, which the strategy
+        ranks highest by their best tokens; `threshold` and `joint` add all whose best token reaches
+        the threshold. The windows of the circuit are laid over them.
 
         Args:
             logits (`torch.Tensor` of shape `(batch_size, length, vocab_size)`):
@@ -245,8 +246,8 @@ class CoDDScheduler(SchedulerMixin, ConfigMixin):
         settings.check_vocabulary(vocab_size)
         logits = without_tokens(logits.float(), None, settings.forbidden_token_ids)
         probs = logits.log_softmax(-1).exp()
-        pace = even_pace(eligible, self._steps_left(timestep))
-        return choose(settings, probs.amax(-1), lambda: probs, eligible, pace, generator)
+        at_least = fewest(settings, eligible, self._steps_left(timestep))
+        return choose(settings, probs.amax(-1), lambda: probs, eligible, at_least, generator)
 
     def add_noise(
         self,

@@ -18,9 +18,16 @@ IN_ORDER = ("random", "left_to_right")
 """Strategies that rank positions before anything is predicted."""
 
 
-def even_pace(committable: torch.Tensor, steps_left: int | torch.Tensor) -> torch.Tensor:
-    """`[batch]`: the tokens a step must commit so that all positions are filled in time."""
-    return (committable.sum(-1) + steps_left - 1) // steps_left
+def fewest(
+    settings: DrawSettings, committable: torch.Tensor, steps_left: int | torch.Tensor
+) -> torch.Tensor:
+    """`[batch]`: the tokens a step must commit so that all positions are filled in time.
+
+    An equal share in each step; `joint`, which goes further wherever it is sure, begins slowly,
+    with shares of 1, 2, 3, ..., since what is committed early for want of time is guessed.
+    """
+    shares = steps_left * (steps_left + 1) // 2 if settings.strategy == "joint" else steps_left
+    return (committable.sum(-1) + shares - 1) // shares
 
 
 def kept_pace(keepable: torch.Tensor, steps_done: int | torch.Tensor, num_steps: Any) -> Any:
@@ -89,9 +96,13 @@ def choose(
     """
     scores = rank(settings, confidence, probs, generator)
     if settings.strategy == "joint" and log_prob is not None:
-        # A larger set is never surer than one that it contains, so that halving finds the largest.
-        most = committable.sum(-1)
-        at_least = torch.minimum(at_least, most)
+        # A larger set is never surer than one that it contains, so that halving finds the largest
+        # between two bounds: none is surer than its least sure token, nor less sure than what the
+        # doubts about its tokens, added up, leave.
+        doubt = (1 - confidence).masked_fill(~committable, torch.inf).sort(-1).values
+        at_least = torch.maximum(at_least, (doubt.cumsum(-1) <= 1 - settings.threshold).sum(-1))
+        at_least = torch.minimum(at_least, committable.sum(-1))
+        most = torch.maximum(at_least, (doubt <= 1 - settings.threshold).sum(-1))
         while (at_least < most).any():
             size = (at_least + most + 1) // 2
             is_sure = log_prob(best_scored(scores, committable, size)[None])[0]
