@@ -77,10 +77,10 @@ class AnsweringSettings(MeasureSettings):
     )
     """Coupled modes, beside factorized; default: the scheduler's."""
     strategies: list[Strategy] = field(default_factory=list)
-    """Default: the scheduler's; threshold and joint take the passes that they need."""
+    """Default: the scheduler's."""
     passes: list[Count] = field(default_factory=list)
-    """Backbone passes per window; default: 1, 2, 4 and so on up to one for each token, of a
-    block-causal backbone from one for each of its blocks on."""
+    """Backbone passes per window, of threshold and joint at most; default: 1, 2, 4 and so on up to
+    one for each token, of a block-causal backbone from one for each of its blocks on."""
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,6 @@ from ..data.fingerprint import json_fingerprint, pipeline_fingerprint
 from ..decoding.call import DEFAULT_LENGTH
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.files import append_results, read_results
-from ..schedulers.strategies import ADAPTIVE
 from . import FACTORIZED, AnsweringSettings
 
 
@@ -123,7 +122,7 @@ def ways(pipeline: CoDDPipeline, settings: AnsweringSettings) -> list[tuple[str,
         (mode, strategy, passes)
         for mode in dict.fromkeys([FACTORIZED, *coupled])
         for strategy in settings.strategies or [own.strategy]
-        for passes in ([length] if strategy in ADAPTIVE else all_passes)
+        for passes in all_passes
     ]
 
 

@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 from ..data.sources import Example, load_examples
 from ..pipelines.pipeline_codd import CoDDPipeline
 from ..runtime.report import Report
-from ..schedulers.strategies import ADAPTIVE
 from ..text.encoding import encode_texts
 from . import FACTORIZED, QualitySettings
 from .answer_sets import Answer, AnswerSet, ways
@@ -144,8 +143,7 @@ def measure_quality(test: Problems, validation: Problems | None) -> dict[str, li
             chosen[mode, at] = grid[best(found, least)]
             choices += found
     for mode, strategy, passes in tqdm(found_ways, "measuring", disable=None):
-        wanted = 1 if strategy in ADAPTIVE else passes
-        nearest = CHOSEN_AT[wanted**2 > CHOSEN_AT[0] * CHOSEN_AT[1]]
+        nearest = CHOSEN_AT[passes**2 > CHOSEN_AT[0] * CHOSEN_AT[1]]
         draw = chosen.get((mode, nearest), {})
         rows.append(test.row(passes, mode, strategy, draw))
     matches = find_matches(rows, ENTROPY_KEPT * real[ENTROPY].value)
@@ -162,7 +160,7 @@ def best(rows: Sequence[Row], least_entropy: float) -> int:
 
 
 def find_matches(rows: Sequence[Row], least_entropy: float) -> list[Row]:
-    """Compares each coupled row, but of adaptive strategies, with the factorized ones.
+    """Compares each coupled row with the factorized ones.
 
     A match has the fewest measured passes at which the judge finds factorized answers no less
     likely (None: at none, or one side does not keep the entropy) and the paired differences of
@@ -170,7 +168,7 @@ def find_matches(rows: Sequence[Row], least_entropy: float) -> list[Row]:
     """
     matches = []
     for ours in rows:
-        if ours["sampling"] == FACTORIZED or ours["strategy"] in ADAPTIVE:
+        if ours["sampling"] == FACTORIZED:
             continue
         same = (FACTORIZED, ours["strategy"])
         theirs = [row for row in rows if (row["sampling"], row["strategy"]) == same]
