@@ -42,6 +42,7 @@ def check_couple(work):
     names = run_page(
         "examples/couple.md",
         input_ids=torch.tensor([[101, 103, 103, 102]]),
+        mask=torch.ones(1, 4, dtype=torch.long),
         prompts=["Who?"],
         answers=["Tom"],
         tokenizer=tokenizer,

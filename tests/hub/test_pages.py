@@ -18,10 +18,12 @@ from checks import names_in, run_script
 from jpc_files import hmm_nodes, random_hmm, write
 from server import TOKEN, LocalHub
 
+from codd_hf import CoDDModel
 from codd_hf.cli import build_parser
 from codd_hf.data.tokenizers import train_tokenizer
 from codd_hf.training.settings import build_config, from_text
-from tiny import tiny_backbone
+from tiny import random_head, tiny_backbone
+from tiny_gemma import tiny_gemma
 from tiny_pipeline import save_tiny_pipeline, tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -108,15 +110,21 @@ def hub(tmp_path_factory):
     pipe.tokenizer.save_pretrained(work / "head")
     pipe.model.save_pretrained(work / "model")
     pipe.tokenizer.save_pretrained(work / "model")
+    gemma = tiny_gemma(vocab_size=128, moe_intermediate_size=16)
+    gemma.save_pretrained(work / "gemma")
+    head = random_head(128, mask_token_id=None)
+    CoDDModel.from_backbone(gemma, head).save_head(work / "gemma-head")
     with LocalHub() as server:
         for name, folder in {
             "google-bert/bert-base-uncased": work / "bert",
             "GSAI-ML/LLaDA-8B-Instruct": FIXTURES / "llada_tiny",
             "Dream-org/Dream-v0-Instruct-7B": FIXTURES / "dream_tiny",
+            "google/diffusiongemma-26B-A4B-it": work / "gemma",
             "il18/llada-math-pc": work / "circuit",
             "you/backbone": work / "backbone",
             "you/my-head": work / "head",
             "you/code-head": work / "head",
+            "you/gemma-head": work / "gemma-head",
             "you/my-model": work / "model",
             "you/my-pipeline": work / "pipeline",
         }.items():
