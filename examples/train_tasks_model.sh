@@ -14,7 +14,7 @@ codd-hf train \
     --set vocab_size=1024 \
     --set hidden_size=128 \
     --set num_layers=6 \
-    --set pretraining.max_steps=7700 \
+    --set pretraining.max_steps=9000 \
     --set pretraining.tokens_per_batch=4096 \
     --set pretraining.learning_rate=3e-3 \
     --set pretraining.decay_fraction=0.8 \

@@ -28,6 +28,14 @@ QUESTIONS = {
         "Order {} by name, the last one first.",
     ),
 }
+ANSWERS = (
+    lambda items, sign: ", ".join(items),
+    lambda items, sign: f" {sign} ".join(items),
+    lambda items, sign: f"{listed(items)}.",
+    lambda items, sign: "In order: " + ", ".join(items),
+    lambda items, sign: "First " + ", then ".join(items) + ".",
+    lambda items, sign: "{} comes first, then {} and {}, and {} is last.".format(*items),
+)
 ITEM = re.compile(r"[0-9]+|\b(?:" + "|".join(NAMES) + r")\b")
 SIGN = re.compile(r"[<>]")
 
@@ -35,13 +43,11 @@ SIGN = re.compile(r"[<>]")
 def draw(rng: Random) -> Task:
     """A task with a few distinct numbers or names."""
     what, falling = rng.choice(list(QUESTIONS))
-    items: list[Any] = rng.sample(range(1, 31) if what == "numbers" else NAMES, 3)
+    items: list[Any] = rng.sample(range(1, 31) if what == "numbers" else NAMES, 4)
     ordered = [str(item) for item in sorted(items, reverse=falling)]
     given = rng.choice((listed(items), ", ".join(map(str, items))))
     question = rng.choice(QUESTIONS[what, falling]).format(given)
-    sign = " > " if falling else " < "
-    plain = ", ".join(ordered)
-    answer = rng.choice((plain, sign.join(ordered), f"In order: {plain}", f"{listed(ordered)}."))
+    answer = rng.choice(ANSWERS)(ordered, ">" if falling else "<")
     return Task("ordering", question, answer, f"{what} {falling} {sorted(items)}")
 
 

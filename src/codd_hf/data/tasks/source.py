@@ -21,7 +21,7 @@ KINDS = {
     "word problems": word_problems,
     "dates": dates,
 }
-SHARES = {"records": 2, "ordering": 2, "sums": 3, "word problems": 5, "dates": 1}
+SHARES = {"records": 2, "ordering": 3, "sums": 3, "word problems": 4, "dates": 1}
 """How often each kind is drawn when all are: the harder, the more often."""
 SPLITS = {"test": 0.05, "validation": 0.1, "train": 1.0}
 """Where each split ends in the unit interval into which contents are hashed."""

@@ -12,13 +12,15 @@ ANSWERS = (
     lambda steps: "\n".join(steps),
     lambda steps: " and ".join(steps),
     lambda steps: "First " + ", then ".join(steps) + ".",
+    lambda steps: "Step by step: " + "; ".join(steps),
+    lambda steps: "We have " + ", so ".join(steps) + ".",
 )
 check, marks = check_worked_answer, marks_of_worked_answer
 
 
 def draw(rng: Random) -> Task:
-    """A task of two or three numbers; no difference on the way is negative."""
-    num_steps = rng.choice((1, 2))
+    """A task of three or four numbers; no difference on the way is negative."""
+    num_steps = rng.choice((2, 3))
     if rng.random() < 0.3:
         total, factor = rng.choice(FACTOR), rng.choice(FACTOR)
         expression, steps = f"{total} * {factor}", [f"{total}*{factor}={total * factor}"]

@@ -98,6 +98,7 @@ ANSWERS = (
     lambda steps, unit: "\n".join(steps),
     lambda steps, unit: "\n".join(f"{step} {unit}" for step in steps),
     lambda steps, unit: "First " + ", then ".join(steps) + f" {unit}.",
+    lambda steps, unit: "We have " + ", so ".join(steps) + f" {unit}.",
 )
 
 
@@ -126,7 +127,7 @@ def draw(rng: Random) -> Task:
     unit = problem.unit.format(things=things)
     answer = f"{rng.choice(ANSWERS)(steps, unit)}\n#### {values[str(len(steps))]}"
     asked = " ".join(str(numbers[n]) for n in problem.numbers.split())
-    return Task("word problems", question, answer, f"{name} {asked}")
+    return Task("word problems", question, answer, f"{name} {things} {asked}")
 
 
 def _numbers(rng: Random) -> dict[str, int]:
