@@ -32,7 +32,7 @@ def tiny_pipeline(**scheduler) -> CoDDPipeline:
 
 
 def tiny_task_pipeline(network: dict | None = None, **head) -> CoDDPipeline:
-    """A tokenizer of the package's tasks, windows of 32 tokens; weights are far from uniform."""
+    """A tokenizer of the package's tasks, answers of one window of 32; weights are far from uniform."""
     tasks = list(islice(draw_tasks("train", 0), 300))
     tokenizer = train_tokenizer([f"{task.question} {task.answer}" for task in tasks], 400)
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -46,6 +46,7 @@ def tiny_task_pipeline(network: dict | None = None, **head) -> CoDDPipeline:
     )
     backbone = tiny_backbone("llama", len(tokenizer), **sizes, **special)
     pipe = CoDDPipeline(CoDDModel.from_backbone(backbone, circuit), CoDDScheduler(), tokenizer)
+    pipe.model.generation_config.max_new_tokens = 32
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

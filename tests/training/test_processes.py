@@ -70,7 +70,7 @@ def test_conditional_fit_over_two_processes_is_continued_by_one_and_back(tmp_pat
         assert torch.allclose(together[name], alone[name], rtol=0, atol=1e-4), name
 
 
-@pytest.mark.parametrize("enough", [5, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("enough", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_runs_killed_at_random_moments_end_bit_equal_to_an_undisturbed_one(tmp_path, enough):
     (undisturbed,) = folders(tmp_path, "undisturbed")
     launch.run(time.sleep, 0)  # so that the time is that of the run

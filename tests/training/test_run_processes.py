@@ -78,7 +78,7 @@ def test_run_over_two_processes_is_that_of_one(short_config, one_process, tmp_pa
 @pytest.mark.parametrize(
     ("enough", "noise"),
     [
-        (2, "mask"),
+        (1, "mask"),
         pytest.param(25, "mask", marks=pytest.mark.slow),
         pytest.param(8, "uniform", marks=pytest.mark.slow),
     ],
