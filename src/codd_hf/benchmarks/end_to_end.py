@@ -102,7 +102,7 @@ def sides_of(
         "mask_token_id": pipeline.model.mask_token_id,
     }
     call: dict[str, Any] = {"block_length": block, "num_inference_steps": steps}
-    call |= {"eos_token_id": [], "cache": False}
+    call |= {"eos_token_id": [], "cache": False, "strategy": "low_confidence"}
     coupled = partial(_sequences, pipeline, input_ids=prompts, gen_length=length, **call)
     stock = LLaDA2Pipeline(stock_model, BlockRefinementScheduler())
     alone = {"head": False, "sampling": "factorized", "evidence_temperature": 1.0}
