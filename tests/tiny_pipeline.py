@@ -32,7 +32,7 @@ def tiny_pipeline(**scheduler) -> CoDDPipeline:
 
 
 def tiny_task_pipeline(network: dict | None = None, **head) -> CoDDPipeline:
-    """A tokenizer of the package's tasks, answers of one window of 32; weights are far from uniform."""
+    """A tokenizer of the package's tasks, answers of a window of 32; weights far from uniform."""
     tasks = list(islice(draw_tasks("train", 0), 300))
     tokenizer = train_tokenizer([f"{task.question} {task.answer}" for task in tasks], 400)
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
