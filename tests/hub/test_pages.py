@@ -111,6 +111,7 @@ def hub(tmp_path_factory):
     pipe.model.save_pretrained(work / "model")
     pipe.tokenizer.save_pretrained(work / "model")
     gemma = tiny_gemma(vocab_size=128, moe_intermediate_size=16)
+    gemma.generation_config.update(max_new_tokens=8, max_denoising_steps=2)
     gemma.save_pretrained(work / "gemma")
     head = random_head(128, mask_token_id=None)
     CoDDModel.from_backbone(gemma, head).save_head(work / "gemma-head")
