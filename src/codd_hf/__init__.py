@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import registration as registration
+from .hub import registration as registration
 
 __version__ = "0.1.0"
 

@@ -75,16 +75,14 @@ def lay_out(
     causal = block_length_of(model.config.text_config)
     if causal is not None and call.head.window_length % causal == 0:
         window_origin = window_origin - window_origin % causal  # whole blocks are in a window
+    noisy = generated.clone() if call.is_uniform else None
     for row, forced in enumerate(call.forced_tokens):
         for place, token in forced.items():
             tokens[row, start[row] + place] = token
+            if noisy is not None:
+                noisy[row, start[row] + place] = False
     parts = (tokens, attended.long(), generated, start, window_origin, no_end_before)
-    canvas = Canvas(call, *parts, end_ids, torch.zeros_like(start))
-    if call.is_uniform:
-        forced = [(row, place) for row, each in enumerate(call.forced_tokens) for place in each]
-        canvas.noisy = generated.clone()
-        for row, place in forced:
-            canvas.noisy[row, start[row] + place] = False
+    canvas = Canvas(call, *parts, end_ids, torch.zeros_like(start), noisy=noisy)
 
     # The blocks, in order, and what is read for each.
     block, end = torch.zeros_like(tokens), torch.full_like(column, longest)

@@ -16,7 +16,7 @@ from typing import Any
 def _register_models() -> None:
     from transformers import AutoModel, AutoModelForCausalLM
 
-    from .configuration_codd import CoDDConfig, CoDDHeadConfig
+    from ..configuration_codd import CoDDConfig, CoDDHeadConfig
 
     model: Any = _StandIn(CoDDConfig, "modeling_codd", "CoDDModel")
     head: Any = _StandIn(CoDDHeadConfig, "modeling_head", "CoDDHead")
